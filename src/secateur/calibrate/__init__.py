@@ -1,0 +1,1 @@
+"""Calibration: windows of text through the decoder, one block in memory at a time."""

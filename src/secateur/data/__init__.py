@@ -1,0 +1,1 @@
+"""From text to exact slices of tokens."""

@@ -1,0 +1,138 @@
+"""Progress with an ETA, on standard error: bars on a terminal, occasional lines elsewhere, messages from workers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["Listener", "Task", "clock", "console", "listening", "say", "task"]
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """``75`` as ``1:15``; hours appear when there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Listener(Protocol):
+    """What shows progress. ``key`` tells one running task from another."""
+
+    def update(self, key: str, done: float, total: float, note: str) -> None: ...
+
+    def finish(self, key: str) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+class Bars:
+    """Live bars for a terminal."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self.tasks: dict[str, TaskID] = {}
+
+    def update(self, key: str, done: float, total: float, note: str) -> None:
+        if key not in self.tasks:
+            if not self.tasks:
+                self.progress.start()
+            self.tasks[key] = self.progress.add_task(key, total=total, note=note)
+        self.progress.update(self.tasks[key], completed=done, total=total, note=note)
+
+    def finish(self, key: str) -> None:
+        found = self.tasks.pop(key, None)
+        if found is not None:
+            self.progress.remove_task(found)
+        if not self.tasks:
+            self.progress.stop()
+
+    def message(self, text: str) -> None:
+        console.print(text, markup=False)
+
+
+class Lines:
+    """One line for each task every ``interval`` seconds, for logs and pipes."""
+
+    def __init__(self, interval: float = 15.0) -> None:
+        self.interval = interval
+        self.seen: dict[str, tuple[float, float, float]] = {}  # key -> (start, done at start, last print)
+
+    def update(self, key: str, done: float, total: float, note: str) -> None:
+        now = time.monotonic()
+        start, first, last = self.seen.setdefault(key, (now, done, now))
+        if now - last >= self.interval and done > first:
+            eta = (now - start) * (total - done) / (done - first)
+            self.seen[key] = (start, first, now)
+            self.message(f"{key}: {100 * done / max(total, 1e-9):.0f}%  {note}  ETA {clock(eta)}")
+
+    def finish(self, key: str) -> None:
+        self.seen.pop(key, None)
+
+    def message(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+_listener: Listener | None = None
+
+
+def _current() -> Listener:
+    global _listener
+    if _listener is None:
+        _listener = Bars() if console.is_terminal else Lines()
+    return _listener
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Send progress to ``listener`` instead, as a worker process does."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+def say(text: str) -> None:
+    """Print one message on standard error."""
+    _current().message(text)
+
+
+class Task:
+    """One piece of work under way."""
+
+    def __init__(self, key: str, total: float) -> None:
+        self.key, self.total, self.done = key, total, 0.0
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        """Count ``amount`` more as done; ``note`` is shown beside the bar."""
+        self.done += amount
+        _current().update(self.key, self.done, self.total, note)
+
+
+@contextlib.contextmanager
+def task(key: str, total: float) -> Iterator[Task]:
+    """Show progress named ``key`` until the block ends."""
+    _current().update(key, 0.0, total, "")
+    try:
+        yield Task(key, total)
+    finally:
+        _current().finish(key)

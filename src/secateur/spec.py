@@ -1,0 +1,210 @@
+"""Strict configuration: frozen dataclasses, canonical JSON, fingerprints.
+
+``@spec`` marks a class whose fields come from a user's file. At that boundary pydantic checks types and ranges and
+refuses unknown keys; afterwards a spec is a plain frozen dataclass. A field is *identity* (it changes the result)
+unless it is declared with :func:`runtime` (device, number of jobs, paths); only identity enters a fingerprint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from secateur.errors import UserError, did_you_mean
+
+__all__ = [
+    "Count",
+    "Fraction",
+    "Positive",
+    "canonical_json",
+    "fingerprint",
+    "identity",
+    "load_yaml",
+    "parse",
+    "parse_count",
+    "runtime",
+    "spec",
+]
+
+T = TypeVar("T")
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+
+
+def parse_count(value: object) -> int:
+    """Turn ``700_000``, ``7e5``, ``"700k"``, ``"0.7M"`` or ``"50B"`` into an int.
+
+    Raises:
+        ValueError: if the value is no number, is negative, or is not whole.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not a count such as 700000, 700k or 50e9")
+    match = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([kmbgt]?)\s*", str(value).replace("_", "").lower())
+    try:
+        number = float(match[1]) * _SUFFIXES[match[2]] if match else float("nan")
+    except ValueError:
+        number = float("nan")
+    if number != number or number in (float("inf"),) or abs(number - round(number)) > 1e-6:
+        raise ValueError(f"{value!r} is not a whole count such as 700000, 700k or 50e9")
+    return round(number)
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, dataclasses.Field))
+def spec(cls: type[T]) -> type[T]:
+    """Make ``cls`` a frozen keyword-only dataclass whose unknown keys are errors when parsed."""
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def runtime(default: Any) -> Any:
+    """A field that says how to run, not what to compute: it stays out of the fingerprint."""
+    return dataclasses.field(default=default, metadata={"runtime": True})
+
+
+def identity(value: Any) -> Any:
+    """Reduce specs to JSON values, leaving runtime fields out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: identity(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not f.metadata.get("runtime", False)
+        }
+    if isinstance(value, Mapping):
+        return {str(k): identity(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(v) for v in value]
+    return value
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, NaN refused."""
+    return json.dumps(identity(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of the canonical JSON, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (``4e-3`` is a number) and no silently repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} appears twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def load_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        UserError: if the file is missing, unreadable or not YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{path}: {line}not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def parse(cls: type[T], raw: Any, *, origin: str) -> T:
+    """Build the spec ``cls`` from plain JSON-like data.
+
+    Args:
+        cls: a class decorated with :func:`spec`.
+        raw: mappings, lists, strings, numbers, as read from YAML or JSON.
+        origin: what to name in errors, usually the file.
+
+    Raises:
+        UserError: one line with the path of the first offending key, and the nearest valid name.
+    """
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{origin}: expected a mapping of keys to values, got {type(raw).__name__}")
+    try:
+        text = json.dumps(raw)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{origin}: holds a value that is not plain data: {error}") from None
+    try:
+        return TypeAdapter(cls).validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_explain(cls, error)}") from None
+
+
+def _explain(cls: type, error: ValidationError) -> str:
+    details = error.errors(include_url=False)
+    # An unknown key explains a missing one (a misspelt name causes both), so it is told first.
+    details.sort(key=lambda d: d["type"] not in ("unexpected_keyword_argument", "extra_forbidden"))
+    first = details[0]
+    loc = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    kind, shown = first["type"], first.get("input")
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        text = f"unknown key{did_you_mean(loc[-1], _keys_at(cls, loc[:-1]))}"
+    elif kind in ("missing", "missing_argument"):
+        text = "this key is required"
+    elif kind == "literal_error":
+        options = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
+        text = f"{shown!r} is not known{did_you_mean(shown, options)}"
+    elif kind == "value_error":
+        text = str(first.get("ctx", {}).get("error", first["msg"]))
+    else:
+        message = first["msg"].removeprefix("Input ").removeprefix("should be ").strip()
+        given = f" (got {shown!r})" if isinstance(shown, str | int | float | bool | None) else ""
+        text = f"should be {message}{given}"
+    return f"{where}: {text}{more}"
+
+
+def _keys_at(cls: Any, loc: list[Any]) -> list[str]:
+    """The names of the fields of the spec that lies at ``loc`` below ``cls``."""
+    candidates = _specs_in(cls)
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        below = []
+        for candidate in candidates:
+            hints = get_type_hints(candidate, include_extras=True)
+            if part in hints:
+                below += _specs_in(hints[part])
+        candidates = below or candidates
+    return sorted({f.name for candidate in candidates for f in dataclasses.fields(candidate)})
+
+
+def _specs_in(hint: Any) -> list[Any]:
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    if get_origin(hint) in (Union, types.UnionType, tuple, list, dict, Annotated):
+        return [found for arg in get_args(hint) for found in _specs_in(arg)]
+    return []

@@ -1,0 +1,1 @@
+"""A study: a YAML file, its stages, and running them."""

@@ -1,0 +1,1 @@
+"""Training under an exact token budget."""
