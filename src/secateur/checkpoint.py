@@ -1,0 +1,240 @@
+"""Hugging Face checkpoint directories: read lazily, written shard by shard, opened with plain transformers.
+
+Only safetensors are read, nothing is unpickled, no code from a checkpoint is run, and no index may name a file outside
+its directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from secateur.errors import UserError
+from secateur.families import Family, family_of
+from secateur.files import read_json, sha256_file, write_json, write_text
+from secateur.shapes import Shape
+from secateur.version import __version__
+
+__all__ = ["Checkpoint", "model_card", "model_tensors", "skeleton", "write_checkpoint"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PROVENANCE = "secateur.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Checkpoint:
+    """A checkpoint directory whose tensors are read when they are asked for.
+
+    Raises:
+        UserError: when opened, if the directory is no checkpoint of a known family, its index points outside it, a
+            shard is missing or truncated, or a tensor that its configuration promises is absent or of another size.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise UserError(f"{directory}: no such directory; name a Hugging Face checkpoint directory")
+        self.raw_config: dict[str, Any] = read_json(self.directory / "config.json")
+        if not isinstance(self.raw_config, dict) or "model_type" not in self.raw_config:
+            raise UserError(f"{directory}/config.json: has no model_type; this is no Hugging Face checkpoint")
+        self.family: Family = family_of(self.raw_config["model_type"], where=f"{directory}/config.json")
+        try:
+            self.config = AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise UserError(f"{directory}/config.json: {_one_line(error)}") from None
+        self.shape = Shape.of_config(self.config, where=str(directory))
+        self._files = self._locate()
+        self._check_tensors()
+
+    def _locate(self) -> dict[str, Path]:
+        """Map every tensor to its file."""
+        index = self.directory / INDEX
+        if not index.exists():
+            single = self.directory / SINGLE
+            if not single.exists():
+                pickled = next(self.directory.glob("*.bin"), None)
+                hint = "; convert its .bin files to safetensors first, secateur unpickles nothing" if pickled else ""
+                raise UserError(f"{self.directory}: holds no {SINGLE} and no {INDEX}{hint}")
+            return dict.fromkeys(_tensor_names(single), single)
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: has no weight_map")
+        for file in set(weight_map.values()):
+            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+                raise UserError(f"{index}: names {file!r}, which is not a file in the same directory")
+        held = {file: set(_tensor_names(self.directory / file)) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in held[file]:
+                raise UserError(f"{self.directory / file}: lacks the tensor {name} that the index promises")
+        return {name: self.directory / file for name, file in weight_map.items()}
+
+    def _check_tensors(self) -> None:
+        for name, axes in self.tensors().items():
+            if name not in self._files:
+                raise UserError(f"{self.directory}: lacks the tensor {name}")
+            with safe_open(self._files[name], framework="pt") as file:
+                size = tuple(file.get_slice(name).get_shape())
+            if size != self.shape.tensor_size(axes):
+                want = self.shape.tensor_size(axes)
+                raise UserError(f"{self.directory}: {name} has size {size}, but config.json implies {want}")
+
+    def tensors(self) -> dict[str, tuple[str | None, ...]]:
+        """Every tensor that the configuration implies -> the spaces of its axes; a tied head is left out."""
+        found = {n: a for n, a in self.family.outer.items() if not (self.shape.tied and n == self.family.head)}
+        for layer in range(self.shape.layers):
+            found |= {self.family.block_tensor(layer, n): a for n, a in self.shape.block_tensors().items()}
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, as stored (a view into the mapped file where the platform allows)."""
+        if name == self.family.head and self.shape.tied:
+            name = self.family.embedding
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def block(self, layer: int) -> dict[str, Tensor]:
+        """The tensors of one decoder block, by their names within it."""
+        return {n: self.tensor(self.family.block_tensor(layer, n)) for n in self.shape.block_tensors()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the embedding is stored in, which stands for the checkpoint's."""
+        return self.tensor(self.family.embedding).dtype
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the bytes of every weight file and the configuration."""
+        parts = [sha256_file(path) for path in sorted(set(self._files.values()))]
+        parts.append(json.dumps(self.raw_config, sort_keys=True))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def provenance(self) -> dict[str, Any] | None:
+        """What secateur wrote about how the checkpoint came about; None for a checkpoint of other origin."""
+        path = self.directory / PROVENANCE
+        return read_json(path) if path.exists() else None
+
+    def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The whole model in memory, in evaluation mode."""
+        return AutoModelForCausalLM.from_pretrained(
+            self.directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        ).eval()
+
+    def copy_tokenizer(self, out: Path) -> None:
+        """Copy what the tokenizer consists of into ``out``."""
+        for name in TOKENIZER_FILES:
+            if (self.directory / name).is_file():
+                shutil.copyfile(self.directory / name, out / name)
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """A model of this configuration without weights: parameters on the meta device, buffers real."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+
+
+def write_checkpoint(
+    out: Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    provenance: dict[str, Any],
+    card: str,
+    shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a checkpoint into the existing directory ``out``, holding one shard in memory at a time.
+
+    Args:
+        out: an existing directory, usually from :func:`secateur.files.atomic_directory`.
+        config: the content of config.json.
+        tensors: pairs of name and tensor, in any order; consumed once.
+        provenance: how the checkpoint came about, for ``secateur.json``.
+        card: the model card's text, for ``README.md``.
+        shard_bytes: a shard is closed before it grows beyond this.
+    """
+    shards: list[list[str]] = []
+    total = 0
+    for number, shard in enumerate(_shards(tensors, shard_bytes)):
+        save_file(shard, out / f"shard-{number}", metadata={"format": "pt"})
+        shards.append(sorted(shard))
+        total += sum(t.numel() * t.element_size() for t in shard.values())
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for number, name in enumerate(names):
+        (out / f"shard-{number}").rename(out / name)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(out / "config.json", {k: v for k, v in config.items() if k != "auto_map"})
+    write_json(out / PROVENANCE, {"secateur": __version__, **provenance})
+    write_text(out / "README.md", card)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard and held + size > limit:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = tensor.detach().contiguous().cpu()
+        held += size
+    if shard:
+        yield shard
+
+
+def model_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters by name, tied ones once."""
+    for name, parameter in model.named_parameters(remove_duplicate=True):
+        yield name, parameter.detach()
+
+
+def model_card(title: str, base: str | None, lines: Iterable[str]) -> str:
+    """A short model card: front matter that hubs read, a title, and what was done."""
+    front = ["---", "library_name: transformers", "tags: [secateur, pruning]"]
+    front += [f"base_model: {base}"] if base else []
+    usage = [
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+        "```",
+    ]
+    return "\n".join([*front, "---", f"# {title}", "", *lines, "", *usage, ""])
+
+
+def _tensor_names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path}: this shard is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read, probably truncated: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

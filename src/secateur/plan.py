@@ -1,0 +1,128 @@
+"""The plan: what is kept of a model. Small, inspectable, hashed; it cuts the pruned model and shapes its scratch twin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.errors import UserError
+from secateur.families import Axis
+from secateur.files import read_json, sha256_file, write_json
+from secateur.methods import Granularity
+from secateur.shapes import Shape, removed
+
+__all__ = ["JSON_FILE", "TENSOR_FILE", "Plan", "load_masks"]
+
+JSON_FILE = "plan.json"
+TENSOR_FILE = "plan.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method decided to keep.
+
+    Attributes:
+        keep_layers: sorted indices of the kept layers.
+        keep_hidden: sorted indices of the kept hidden channels.
+        keep_ffn: for each kept layer of the *old* numbering, sorted indices of its kept FFN channels.
+        keep_kv: likewise its kept KV heads; the query heads that share a KV head go with it.
+        masks: tensor name -> bool of the weight's size, True where kept; empty unless sparse.
+        scores: name -> float32 scores, as evidence: ``layers``, ``hidden``, ``ffn.<layer>``.
+        calibration: what the scores were computed on, with the hash of the token ids.
+        summary: the scores and the selection in a few plain values.
+    """
+
+    method: str
+    granularity: Granularity
+    ratio: float
+    before: Shape
+    after: Shape
+    keep_layers: Tensor
+    keep_hidden: Tensor
+    keep_ffn: dict[int, Tensor]
+    keep_kv: dict[int, Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    source: str = ""  #: digest of the checkpoint that was scored
+
+    @classmethod
+    def keeping_all(cls, method: str, granularity: Granularity, ratio: float, shape: Shape, **fields: Any) -> Plan:
+        """A plan that keeps everything but what ``fields`` say."""
+        kept: dict[str, Any] = {
+            "after": shape,
+            "keep_layers": torch.arange(shape.layers),
+            "keep_hidden": torch.arange(shape.hidden),
+            "keep_ffn": {layer: torch.arange(shape.ffn) for layer in range(shape.layers)},
+            "keep_kv": {layer: torch.arange(shape.kv_heads) for layer in range(shape.layers)},
+        }
+        return cls(method=method, granularity=granularity, ratio=ratio, before=shape, **(kept | fields))
+
+    def indices(self, axis: Axis, layer: int) -> Tensor | None:
+        """The kept indices of an axis in a layer; None where all are kept."""
+        if axis is None:
+            return None
+        if axis == "hidden":
+            return _unless_all(self.keep_hidden, self.before.hidden)
+        if axis == "ffn":
+            return _unless_all(self.keep_ffn[layer], self.before.ffn)
+        groups = _unless_all(self.keep_kv[layer], self.before.kv_heads)
+        if groups is None:
+            return None
+        width = self.before.head_dim * (self.before.heads // self.before.kv_heads if axis == "query" else 1)
+        return (groups[:, None] * width + torch.arange(width)).reshape(-1)
+
+    def removed(self) -> dict[str, float]:
+        """The share of parameters that is gone (zeroed, for masks): ``total`` and ``non_embedding``."""
+        if not self.masks:
+            return removed(self.before, self.after)
+        zeros = sum(int((~mask).sum()) for mask in self.masks.values())
+        return {"total": zeros / self.before.total, "non_embedding": zeros / self.before.non_embedding}
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Write ``plan.json`` and ``plan.safetensors`` into ``directory`` and return the former's content."""
+        tensors = {"keep.layers": self.keep_layers, "keep.hidden": self.keep_hidden}
+        for layer in self.keep_layers.tolist():
+            tensors |= {f"keep.ffn.{layer}": self.keep_ffn[layer], f"keep.kv.{layer}": self.keep_kv[layer]}
+        tensors |= {f"mask.{name}": mask for name, mask in self.masks.items()}
+        tensors |= {f"score.{name}": score.float() for name, score in self.scores.items()}
+        save_file({n: t.cpu().clone() for n, t in tensors.items()}, directory / TENSOR_FILE)
+        content = {
+            "method": self.method,
+            "granularity": self.granularity,
+            "ratio": {"asked": self.ratio, **self.removed()},
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+            "calibration": self.calibration,
+            "summary": self.summary,
+            "source": self.source,
+            "tensors": sha256_file(directory / TENSOR_FILE),
+        }
+        content["fingerprint"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        write_json(directory / JSON_FILE, content)
+        return content
+
+
+def load_masks(directory: Path) -> dict[str, Tensor]:
+    """Read the masks of a saved plan: tensor name -> bool; empty where it has none.
+
+    Raises:
+        UserError: if the plan is missing or its tensors are not those that were saved with it.
+    """
+    content = read_json(directory / JSON_FILE)
+    if sha256_file(directory / TENSOR_FILE) != content["tensors"]:
+        raise UserError(f"{directory / TENSOR_FILE}: is not the file that {JSON_FILE} was written with")
+    tensors = load_file(directory / TENSOR_FILE)
+    return {name.removeprefix("mask."): t for name, t in tensors.items() if name.startswith("mask.")}
+
+
+def _unless_all(kept: Tensor, size: int) -> Tensor | None:
+    return None if kept.numel() == size else kept
