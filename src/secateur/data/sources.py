@@ -1,0 +1,236 @@
+"""Where text comes from: ``stdlib``, ``text:PATH`` or ``hf:NAME[:config]``.
+
+Every source yields documents in a fixed order and has a digest, the identity of its content. Bytes are decoded as UTF-8
+and never changed otherwise: newlines stay as they are. Documents of white space alone are passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from secateur import progress
+from secateur.data.readers import TEXT_EXTENSIONS, Document, read_jsonl, read_lossy, read_parquet, read_plain, text_of
+from secateur.errors import UserError, did_you_mean
+from secateur.files import sha256_file
+
+__all__ = ["Document", "Source", "open_source"]
+
+# Left out of the standard library: what other packages put there, and the tests, which some distributions do not ship.
+_FOREIGN = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+
+
+class Source(Protocol):
+    """Documents in a fixed order."""
+
+    @property
+    def name(self) -> str:
+        """The source as a user would write it, with the last part only of a local path."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, that tells this content from any other; reads local files only."""
+        ...
+
+    def size(self) -> int | None:
+        """About how many bytes there are to read, for progress; None where nobody knows."""
+        ...
+
+    def documents(self) -> Iterator[Document]:
+        """The documents, each time from the first.
+
+        Raises:
+            UserError: while iterating, at the first record that cannot be read, or at the end if there was none.
+        """
+        ...
+
+
+def open_source(source: str, *, field: str = "text", split: str = "train") -> Source:
+    """Open the text source named ``source``.
+
+    Local sources must exist. A dataset of the Hub is looked up when its documents are first read, so that its digest
+    needs no network.
+
+    Args:
+        source: ``stdlib`` (the running Python's library), ``text:PATH`` (a file, or a folder of .txt, .jsonl and
+            .parquet files) or ``hf:NAME[:config]`` (a dataset of the Hugging Face Hub, or a local folder of one).
+        field: the key or column with the text, where records have keys.
+        split: the split of an ``hf:`` dataset.
+
+    Raises:
+        UserError: for an unknown scheme or a missing path.
+    """
+    scheme, _, rest = source.partition(":")
+    if scheme not in _SCHEMES or bool(rest) != (scheme != "stdlib"):
+        if Path(source).exists():
+            raise UserError(f"{source}: not a text source; write 'text:{source}' to read that path")
+        raise UserError(f"{source!r} is not a text source{did_you_mean(source, ['stdlib', 'text:PATH', 'hf:NAME'])}")
+    return _SCHEMES[scheme](rest, field, split)
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Local files, read one after the other: ``files`` lie below ``root`` and are sorted by relative path."""
+
+    name: str
+    root: Path
+    files: tuple[Path, ...]
+    read: Callable[[Path, str], Iterator[Document]]
+
+    def digest(self) -> str:
+        return _hash_files(self.root, self.files)
+
+    def size(self) -> int | None:
+        return sum(path.stat().st_size for path in self.files)
+
+    def documents(self) -> Iterator[Document]:
+        found = False
+        for path in self.files:
+            for document in self.read(path, path.relative_to(self.root).as_posix()):
+                if document.text.strip():
+                    found = True
+                    yield document
+        if not found:
+            raise UserError(f"{self.name}: holds no text; name a source with at least one document that is not empty")
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A dataset read through ``datasets``, streaming; ``local`` is its folder when it is not on the Hub."""
+
+    name: str
+    path: str
+    config: str | None
+    field: str
+    split: str
+    local: Path | None
+
+    def digest(self) -> str:
+        # A local folder is what it holds, wherever it lies; a dataset of the Hub is its name.
+        content = _hash_files(self.local, tuple(_walk(self.local, set(), ()))) if self.local else self.path
+        return hashlib.sha256(json.dumps(["hf", content, self.config, self.split]).encode()).hexdigest()
+
+    def size(self) -> int | None:
+        return None
+
+    def load(self) -> Any:
+        """The streaming dataset.
+
+        Raises:
+            UserError: if the network, the dataset, its configuration or its split is not there.
+        """
+        import datasets  # takes a second, and only this source needs it
+
+        if self.local is None:
+            progress.say(f"{self.name}: asking the Hugging Face Hub")
+        with self._mended():
+            return datasets.load_dataset(self.path, self.config, split=self.split, streaming=True)
+
+    def documents(self) -> Iterator[Document]:
+        rows, number, found = iter(self.load()), 0, False
+        while True:
+            with self._mended():
+                row = next(rows, None)
+            if row is None:
+                break
+            text = text_of(row, self.field, f"{self.name}: {self.split} row {number}")
+            if text.strip():
+                found = True
+                yield Document(f"{self.split}:{number}", text)
+            number += 1
+        if not found:
+            raise UserError(f"{self.name}: split {self.split!r} holds no text; name another split or field")
+
+    @contextlib.contextmanager
+    def _mended(self) -> Iterator[None]:
+        """Turn what ``datasets`` raises into one line."""
+        try:
+            yield
+        except ConnectionError:
+            hint = "connect to the network, or name a local folder of .jsonl or .parquet files"
+            raise UserError(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None
+        except Exception as error:  # `datasets` raises what its readers raise, of any class
+            first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            hint = f"check the dataset's name, its configuration ({self.config or 'none'}) and split {self.split!r}"
+            raise UserError(f"{self.name}: {first}; {hint}") from None
+
+
+def _open_stdlib(rest: str, field: str, split: str) -> Source:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    # The files that say how and where this Python was built are not its library.
+    files = [
+        path
+        for path in _walk(root, _FOREIGN, (".py",))
+        if not path.name.startswith("_sysconfigdata") and not path.parent.name.startswith("config-")
+    ]
+    if not files:
+        raise UserError(f"stdlib: {root} holds no Python sources; use text:PATH instead")
+    return FileSource("stdlib", root, tuple(files), read_lossy)
+
+
+def _open_text(rest: str, field: str, split: str) -> Source:
+    path = Path(rest).expanduser()
+    name = f"text:{path.resolve().name}"
+    readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+        ".jsonl": lambda path, where: read_jsonl(path, where, field),
+        ".parquet": lambda path, where: read_parquet(path, where, field),
+    }
+
+    def read(path: Path, where: str) -> Iterator[Document]:
+        return readers.get(path.suffix.lower(), read_plain)(path, where)
+
+    if not path.exists():
+        raise UserError(f"text:{rest}: no such file or folder; relative paths start at {Path.cwd()}")
+    root = path if path.is_dir() else path.parent
+    files = _walk(path, set(), TEXT_EXTENSIONS) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"text:{rest}: the folder has no {', '.join(TEXT_EXTENSIONS)} file; name a folder with one")
+    unreadable = next((file for file in files if not os.access(file, os.R_OK)), None)
+    if unreadable:
+        raise UserError(f"{unreadable}: cannot be read; mend its permissions, or its link, or remove it")
+    return FileSource(name, root, tuple(files), read)
+
+
+def _open_hub(rest: str, field: str, split: str) -> Source:
+    path, _, config = rest.partition(":")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise UserError(f"hf:{rest}: no such folder; relative paths start at {Path.cwd()}")
+        return HubSource(f"hf:{rest}", path, config or None, field, split, None)
+    name = f"hf:{folder.resolve().name}" + (f":{config}" if config else "")
+    source = HubSource(name, str(folder), config or None, field, split, folder)
+    source.load()
+    return source
+
+
+_SCHEMES: dict[str, Callable[[str, str, str], Source]] = {
+    "stdlib": _open_stdlib,
+    "text": _open_text,
+    "hf": _open_hub,
+}
+
+
+def _walk(root: Path, skip: set[str], extensions: tuple[str, ...]) -> list[Path]:
+    """The files below ``root`` that end so (any, if none is given), sorted by relative path; hidden ones left out."""
+    found: list[Path] = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in skip and not name.startswith(".")]
+        found += [
+            Path(folder, name)
+            for name in names
+            if not name.startswith(".") and (not extensions or name.lower().endswith(extensions))
+        ]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _hash_files(root: Path, files: tuple[Path, ...]) -> str:
+    pairs = [[path.relative_to(root).as_posix(), sha256_file(path)] for path in files]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

@@ -1,0 +1,77 @@
+"""Where stages lie: one folder each, whole or unfinished, found again by fingerprint.
+
+``<out>/stages/<folder>`` is a finished stage; ``record.json`` in it holds what was asked and what came out, and no time,
+host or path, so that an interrupted study's records are those of an uninterrupted one. ``runtime.json`` beside it holds
+the rest. ``<folder>.partial`` is an unfinished stage, whose training checkpoints are used when it is run again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from secateur.files import locked, read_json, sync_tree, write_json
+from secateur.study.stages import VERSIONS, Stage
+
+__all__ = ["Store"]
+
+
+class Store:
+    """The stages below a study's output directory."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.stages = out / "stages"
+
+    def folder(self, stage: Stage) -> Path:
+        """Where the finished stage lies, or would."""
+        existing = next(self.stages.glob(f"{stage.kind}-*-{stage.fingerprint[:12]}"), None)
+        return existing or self.stages / stage.folder
+
+    def partial(self, stage: Stage) -> Path:
+        """Where an unfinished stage keeps what it has."""
+        return self.stages / f"{stage.folder}.partial"
+
+    def done(self, stage: Stage) -> bool:
+        """Whether the stage is finished."""
+        return (self.folder(stage) / "record.json").is_file()
+
+    def record(self, stage: Stage) -> dict[str, Any] | None:
+        """What came out of a finished stage; None if it is not finished."""
+        return read_json(self.folder(stage) / "record.json")["result"] if self.done(stage) else None
+
+    def runtime(self, stage: Stage) -> dict[str, Any]:
+        """How the stage ran: seconds, attempts, environment; empty if it never did."""
+        path = (self.folder(stage) if self.done(stage) else self.partial(stage)) / "runtime.json"
+        return read_json(path) if path.is_file() else {}
+
+    def lock(self, stage: Stage) -> Any:
+        """Hold the stage against other processes, e.g. one that a killed study left behind."""
+        return locked(self.out / "locks" / stage.fingerprint[:12])
+
+    def fail(self, stage: Stage, message: str) -> None:
+        """Record that the stage failed, and why."""
+        runtime = self.runtime(stage)
+        self.partial(stage).mkdir(parents=True, exist_ok=True)
+        write_json(self.partial(stage) / "runtime.json", {**runtime, "error": message})
+
+    def finish(self, stage: Stage, result: dict[str, Any], runtime: dict[str, Any]) -> None:
+        """Write the record and let the stage appear, whole."""
+        work = self.partial(stage)
+        record = {
+            "stage": {
+                "kind": stage.kind,
+                "version": VERSIONS[stage.kind],
+                "fingerprint": stage.fingerprint,
+                "identity": dict(stage.identity),
+                "inputs": {role: used.fingerprint for role, used in stage.inputs.items()},
+            },
+            "result": result,
+        }
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)
+        write_json(work / "runtime.json", runtime)
+        write_json(work / "record.json", record)
+        sync_tree(work)
+        os.rename(work, self.stages / stage.folder)

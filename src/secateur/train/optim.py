@@ -1,0 +1,64 @@
+"""The recipe of a training run: optimiser, schedule, batch (arXiv:2606.14150, scaled by the caller)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn, optim
+
+from secateur.errors import UserError
+from secateur.spec import Count, Fraction, Positive, runtime, spec
+
+__all__ = ["Recipe", "learning_rate", "make_optimizer"]
+
+
+@spec
+class Recipe:
+    """How every model of a study is trained."""
+
+    sequence: Positive = 8192  #: tokens in a window
+    tokens_per_step: Count = 4_194_304
+    peak_rate: Annotated[float, Field(gt=0)] = 3e-4
+    final_share: Annotated[float, Field(ge=0, le=1)] = 0.1  #: the last step's rate, as a share of the peak
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  #: share of the steps with a rising rate
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1  #: on matrices only
+    clip: Annotated[float, Field(gt=0)] = 1.0  #: largest norm of the gradient
+    init_std: Annotated[float, Field(gt=0)] = 0.02  #: of the truncated normal that fresh weights are drawn from
+    seed: int = 0  #: of fresh weights
+    micro_batch: int = runtime(8)  #: windows at once; memory, not the result beyond rounding
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_step % self.sequence:
+            raise UserError(
+                f"recipe.tokens_per_step: {self.tokens_per_step} is no multiple of recipe.sequence {self.sequence}"
+            )
+
+    def steps(self, tokens: int) -> int:
+        """Optimiser steps that ``tokens`` take; the last may be smaller."""
+        return math.ceil(tokens / self.tokens_per_step)
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """The rate of step ``step`` of ``steps``: linear warm-up, then a cosine that ends at ``final_share`` of the peak."""
+    warm = math.ceil(recipe.warmup * steps)
+    if step < warm:
+        return recipe.peak_rate * (step + 1) / warm
+    progress = (step - warm) / max(1, steps - 1 - warm)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return recipe.peak_rate * (recipe.final_share + (1 - recipe.final_share) * cosine)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> optim.AdamW:
+    """AdamW with weight decay on matrices only: norms and biases are not drawn to zero."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (recipe.beta1, recipe.beta2)
+    return optim.AdamW([g for g in groups if g["params"]], lr=recipe.peak_rate, betas=betas, eps=recipe.epsilon)

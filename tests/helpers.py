@@ -1,0 +1,111 @@
+"""Tiny random Llama checkpoints, and naive references to compare with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+#: name -> what to give :func:`tiny_llama`
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "sharded": {"shard": "20KB"},
+    "bf16": {"dtype": torch.bfloat16},
+    "no_head_dim": {"drop": ("head_dim",)},
+    "wide_heads": {"head_dim": 16},
+}
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Draw every parameter anew, so that no norm is one and no bias zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * (1.0 if "embed_tokens" in name else 0.25))
+            else:
+                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+
+
+def tiny_llama(
+    directory: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "1GB",
+    drop: tuple[str, ...] = (),
+    **config: Any,
+) -> Path:
+    """Write a random Llama below ``directory`` and return its directory.
+
+    Args:
+        directory: an existing directory.
+        seed: of the weights.
+        dtype: that they are stored in.
+        shard: largest shard.
+        drop: keys to take out of config.json afterwards.
+        config: what differs from ``SIZES``.
+    """
+    out = directory / f"llama-{seed}"
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **ids, **config}))
+    randomise(model, seed)
+    model.to(dtype).save_pretrained(out, max_shard_size=shard)
+    if drop:
+        edit_config(out, drop=drop)
+    return out
+
+
+def edit_config(directory: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> None:
+    """Change config.json in place."""
+    path = directory / "config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in drop}
+    path.write_text(json.dumps(config | changes))
+
+
+def hf(directory: Path) -> PreTrainedModel:
+    """The model as plain transformers opens it, in float32."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def naive_loss(model: PreTrainedModel, ids: Tensor) -> float:
+    """Mean next-token loss, one token at a time, in float64."""
+    total, count = 0.0, 0
+    for window in ids:
+        for position, row in enumerate(logits(model, window[None])[0].double()[:-1]):
+            total -= float(row[window[position + 1]] - row.logsumexp(0))
+            count += 1
+    return total / count
+
+
+def windows(count: int = 5, length: int = 12, seed: int = 1) -> Tensor:
+    return torch.randint(0, SIZES["vocab_size"], (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """The bytes of every file."""
+    return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}

@@ -1,0 +1,147 @@
+"""Plausible results of a small study, built by hand: three methods, one ratio, one seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from secateur.report.results import Cell, Evaluation, Parent, Point, Pruned, Results, StageNote
+
+P, R = 700_000, 200_000
+PROTOCOL = "5d0e2b6c9f1a4e77a3c1"
+WINDOWS = 64
+VOCABULARY = 2048
+NAMES = ("P-R", "S_R", "S_{P+R}")
+
+#: method -> granularity, before retraining, P-R, S_R, S_{P+R}, share removed (total, non-embedding), detail
+METHODS: dict[str, tuple[Any, float, float, float, float, float, float, str]] = {
+    "minitron-depth": ("depth", 5.47, 5.41, 5.86, 5.13, 0.346, 0.5, "layers 2-4 of 6 removed"),
+    "minitron-width": ("width", 6.12, 5.44, 5.79, 5.437, 0.412, 0.489, "hidden 192 to 128, FFN 512 to 320 channels"),
+    "wanda": ("sparse", 5.66, 5.35, 5.73, 5.21, 0.35, 0.5, "half of every output row zeroed, unstructured"),
+}
+
+
+def evaluation(loss: float, salt: int = 0, *, windows: int = WINDOWS, protocol: str = PROTOCOL) -> Evaluation:
+    """Windows that share their difficulty, differ by a little noise of their own, and average to ``loss`` exactly."""
+    shared = np.random.default_rng(7).normal(0.0, 0.3, windows)
+    own = np.random.default_rng(1000 + salt).normal(0.0, 0.05, windows)
+    values = shared + own
+    values += loss - values.mean()
+    means = tuple(float(value) for value in values)
+    return Evaluation(loss, math.exp(loss), 255 * windows, protocol, means, 0.0)
+
+
+def curve(start: float, end: float, tokens: int, points: int = 12) -> tuple[Point, ...]:
+    """A decay from ``start`` to ``end`` with an evaluation at every ``points``-th of the run."""
+    steps = [i / points for i in range(points + 1)]
+    return tuple(Point(round(tokens * s), end + (start - end) * (math.exp(-5 * s) - math.exp(-5) * s)) for s in steps)
+
+
+def cell(method: str, name: str, loss: float | None, *, ratio: float = 0.5, seed: int = 0, salt: int = 0) -> Cell:
+    granularity, before, *_, total, dense, _ = METHODS[method]
+    pruned = name == "P-R"
+    tokens = P + R if name == "S_{P+R}" else R
+    parameters = 1_712_640 if granularity == "sparse" else round(1_712_640 * (1 - total))
+    kept = 1_188_352 if granularity == "sparse" else round(1_188_352 * (1 - dense))
+    flops = 6.0 * parameters * tokens
+    start = before if pruned else math.log(VOCABULARY)
+    measured = None if loss is None else dataclasses.replace(evaluation(loss, salt), sparsity=_zeros(granularity))
+    return Cell(
+        name=name,
+        path="pruned" if pruned else "scratch",
+        method=method,
+        granularity=granularity,
+        ratio=ratio,
+        seed=seed,
+        parameters=parameters,
+        non_embedding=kept,
+        train_tokens=tokens,
+        total_tokens=P + R if pruned else tokens,
+        train_flops=flops,
+        total_flops=flops + 7.3e12 if pruned else flops,
+        curve=() if loss is None else curve(start, loss, tokens, 12 if tokens == R else 30),
+        evaluation=measured,
+    )
+
+
+def _zeros(granularity: str) -> float:
+    return 0.5 if granularity == "sparse" else 0.0
+
+
+def pruned(method: str, *, ratio: float = 0.5) -> Pruned:
+    granularity, before, *_, total, dense, detail = METHODS[method]
+    return Pruned(
+        method=method,
+        granularity=granularity,
+        ratio=ratio,
+        ratio_total=total,
+        ratio_non_embedding=dense,
+        shape={"hidden": 192, "ffn": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32},
+        calibration_tokens=16_384,
+        flops=5.6e10,
+        detail=detail,
+        evaluation=evaluation(before, 50),
+    )
+
+
+def parent() -> Parent:
+    shape = {"hidden": 192, "ffn": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32}
+    return Parent(
+        shape={**shape, "vocabulary": VOCABULARY, "tied": False},
+        parameters=1_712_640,
+        non_embedding=1_188_352,
+        tokens=P,
+        flops=7.2e12,
+        curve=curve(math.log(VOCABULARY), 5.44, P, 24),
+        evaluation=evaluation(5.44, 99),
+    )
+
+
+def _stages() -> tuple[StageNote, ...]:
+    rows = [("tokenizer", "tokenize", 2.1), ("parent", "pretrain", 95.4), ("parent/evaluate", "evaluate", 1.9)]
+    rows += [(f"{m}/0.5/{k}", k, s) for m in METHODS for k, s in (("prune", 3.2), ("train", 41.0), ("evaluate", 1.8))]
+    return tuple(
+        StageNote(name, kind, f"{i:02d}9f3ac4{i * 7919:08x}d21b", "done", seconds, f"stages/{i:02d}-{kind}")
+        for i, (name, kind, seconds) in enumerate(rows)
+    )
+
+
+def example() -> Results:
+    """The whole study, everything measured."""
+    cells = [
+        cell(method, name, row[2 + i], salt=10 * m + i)
+        for m, (method, row) in enumerate(METHODS.items())
+        for i, name in enumerate(NAMES)
+    ]
+    return Results(
+        name="demo",
+        title="Prune a small language model, or train it from scratch?",
+        fingerprint="c0ffee5ca1ab1e0ddba11ba5eba11f1a5c0",
+        parent_tokens=P,
+        retrain_tokens=R,
+        parent=parent(),
+        pruned=tuple(pruned(method) for method in METHODS),
+        cells=tuple(cells),
+        corpus={
+            "source": "secateur's own grammar, seed 0",
+            "documents": 4812,
+            "tokens": 1_204_992,
+            "train sha256": "9b74c9897bac770ffc029102a200c5de1f0b5d1c9a2b7d6e6a1f0c3d2b4a5968",
+            "held-out sha256": "3f79bb7b435b05321651daefd374cdc681dc06faa65e374e38337b88ca046dea",
+        },
+        protocol={"windows": WINDOWS, "seqlen": 256, "tokens": 255 * WINDOWS, "fingerprint": PROTOCOL},
+        recipe={
+            "optimizer": "AdamW",
+            "betas": [0.9, 0.95],
+            "peak learning rate": 0.003,
+            "schedule": {"shape": "cosine", "to": 0.1, "warm-up": 0.05},
+            "weight decay": 0.1,
+            "sequences a step": 16,
+        },
+        stages=_stages(),
+        environment={"secateur": "0.1.0", "torch": "2.11.0", "device": "cpu", "threads": "2"},
+        study_yaml="name: demo\nmethods: [minitron-depth, minitron-width, wanda]\nratios: [0.5]\n",
+    )

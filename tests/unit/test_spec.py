@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from secateur.errors import UserError, did_you_mean
+from secateur.spec import (
+    Count,
+    Fraction,
+    Positive,
+    canonical_json,
+    fingerprint,
+    identity,
+    load_yaml,
+    parse,
+    parse_count,
+    runtime,
+    spec,
+)
+
+
+@spec
+class Leaf:
+    ratio: Fraction
+    tokens: Count = 10
+
+
+@spec
+class Root:
+    name: str
+    leaves: tuple[Leaf, ...] = ()
+    single: Leaf | None = None
+    kind: Literal["depth", "width"] = "depth"
+    width: Positive = 3
+    device: str = runtime("cpu")
+
+
+def message(raw: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(Root, raw, origin="study.yaml")
+    text = str(caught.value)
+    assert text.startswith("study.yaml: ") and "\n" not in text
+    return text
+
+
+def test_a_whole_file_parses() -> None:
+    raw = {"name": "a", "leaves": [{"ratio": 0.5, "tokens": "2k"}, {"ratio": 0.25}], "kind": "width"}
+    assert parse(Root, raw, origin="x") == Root(
+        name="a", leaves=(Leaf(ratio=0.5, tokens=2000), Leaf(ratio=0.25)), kind="width"
+    )
+
+
+@pytest.mark.parametrize(
+    ("raw", "parts"),
+    [
+        ({"name": "a", "widht": 3}, ["widht", "unknown key", "'width'"]),
+        ({"nmae": "a"}, ["nmae", "unknown key", "'name'"]),  # told before the required key that it leaves missing
+        ({"name": "a", "leaves": [{"ratio": 0.5}, {"ratoi": 0.5}]}, ["leaves[1].ratoi", "unknown key", "'ratio'"]),
+        ({"name": "a", "single": {"ratio": 0.5, "tokns": 1}}, ["single.tokns", "unknown key", "'tokens'"]),
+        ({"name": "a", "leaves": [{"ratio": 1}]}, ["leaves[0].ratio", "less than 1"]),
+        ({"name": "a", "leaves": [{"ratio": 0.0}]}, ["leaves[0].ratio", "greater than 0"]),
+        ({"name": "a", "leaves": [{"ratio": -0.5}]}, ["leaves[0].ratio", "greater than 0"]),
+        ({"name": "a", "leaves": [{}]}, ["leaves[0].ratio", "required"]),
+        ({}, ["name", "required"]),
+        ({"name": 3}, ["name", "string", "3"]),
+        ({"name": "a", "width": "3"}, ["width", "integer", "'3'"]),
+        ({"name": "a", "width": 0}, ["width", "greater than 0"]),
+        ({"name": "a", "width": 2.5}, ["width", "integer"]),
+        ({"name": "a", "width": True}, ["width", "integer"]),
+        ({"name": "a", "kind": "widht"}, ["kind", "'widht'", "'width'"]),
+        ({"name": "a", "leaves": [{"ratio": 0.5, "tokens": "5x"}]}, ["leaves[0].tokens", "'5x'", "50e9"]),
+        ({"name": "a", "leaves": [{"ratio": 0.5, "tokens": 0}]}, ["leaves[0].tokens", "greater than 0"]),
+        ({"name": "a", "leaves": {"ratio": 0.5}}, ["leaves"]),
+        (["name"], ["mapping", "list"]),
+        (None, ["mapping", "NoneType"]),
+        ({"name": "a", "device": {1, 2}}, ["not plain data"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_place(raw: Any, parts: list[str]) -> None:
+    text = message(raw)
+    for part in parts:
+        assert part in text, text
+
+
+def test_more_errors_are_counted() -> None:
+    assert "and 2 more" in message({"widht": 1, "knid": 2})
+
+
+def test_specs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Root(name="a").name = "b"  # type: ignore[misc]
+
+
+def test_runtime_fields_stay_out_of_the_fingerprint() -> None:
+    here = Root(name="a", leaves=(Leaf(ratio=0.5),))
+    assert fingerprint(here) == fingerprint(dataclasses.replace(here, device="cuda"))
+    assert "device" not in identity(here)
+    for changed in ({"name": "b"}, {"width": 4}, {"leaves": (Leaf(ratio=0.25),)}, {"leaves": ()}):
+        assert fingerprint(here) != fingerprint(dataclasses.replace(here, **changed)), changed
+
+
+def test_canonical_json_is_one_text() -> None:
+    assert canonical_json({"b": [1, 2.5], "a": {"d": None, "c": "é"}}) == '{"a":{"c":"é","d":null},"b":[1,2.5]}'
+    assert canonical_json((1, 2)) == canonical_json([1, 2])
+    # Pinned: a change of it would orphan every cached result.
+    assert fingerprint({"b": 1, "a": 0.1}) == "a1d4e46e0e7a7d49b1f2f3eb2b26ce1a4ea9ff4b4bbbc53eb8e4b1e7ba4b1d61"
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json({"a": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("0.7M", 700_000),
+        (50e9, 50_000_000_000),
+        ("50B", 50_000_000_000),
+        ("50e9", 50_000_000_000),
+        ("700k", 700_000),
+        ("700_000", 700_000),
+        (12, 12),
+        ("1.5 k", 1500),
+        ("2T", 2 * 10**12),
+        ("0.1M", 100_000),
+    ],
+)
+def test_counts(given: object, wanted: int) -> None:
+    assert parse_count(given) == wanted
+
+
+@pytest.mark.parametrize(
+    "given", ["5x", "", "k", "-5", -5, 0.5, "0.5", "1.2.3", True, None, [1], "1e-3", float("nan"), float("inf"), "1e999"]
+)
+def test_what_is_no_count(given: object) -> None:
+    with pytest.raises(ValueError, match="count"):
+        parse_count(given)
+
+
+def test_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: 4e-3\nb: 50e9\nc: 1_000\nd: 0.5\ne: 4e-3x\nf: 1.5E+3\n")
+    assert load_yaml(path) == {"a": 0.004, "b": 5e10, "c": 1000, "d": 0.5, "e": "4e-3x", "f": 1500.0}
+    assert isinstance(load_yaml(path)["a"], float)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("a: 1\nb: 2\na: 3\n", "line 3"), ("a:\n  b: 1\n  b: 2\n", "'b' appears twice"), ("a: [1\n", "not valid YAML")],
+)
+def test_yaml_that_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=part) as caught:
+        load_yaml(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_yaml_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_yaml(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_yaml(tmp_path)
+    (tmp_path / "latin").write_bytes(b"a: \xff\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_yaml(tmp_path / "latin")
+
+
+def test_did_you_mean() -> None:
+    assert did_you_mean("wnada", ["wanda", "depth"]) == "; did you mean 'wanda'?"
+    assert did_you_mean("zzz", ["b", "a"]) == "; known: a, b"
+    assert did_you_mean("zzz", []) == ""
