@@ -79,10 +79,11 @@ class Checkpoint:
                 hint = "; convert its .bin files to safetensors first, secateur unpickles nothing" if pickled else ""
                 raise UserError(f"{self.directory}: holds no {SINGLE} and no {INDEX}{hint}")
             return dict.fromkeys(_tensor_names(single), single)
-        weight_map = read_json(index).get("weight_map")
+        content = read_json(index)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index}: has no weight_map")
-        for file in set(weight_map.values()):
+        for file in weight_map.values():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise UserError(f"{index}: names {file!r}, which is not a file in the same directory")
         held = {file: set(_tensor_names(self.directory / file)) for file in sorted(set(weight_map.values()))}

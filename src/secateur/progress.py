@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Listener", "Task", "clock", "console", "listening", "say", "task"]
+__all__ = ["Listener", "Task", "clock", "close", "listener", "say", "set_listener", "task"]
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -93,27 +93,31 @@ class Lines:
 _listener: Listener | None = None
 
 
-def _current() -> Listener:
+def listener() -> Listener:
+    """What shows progress at present."""
     global _listener
     if _listener is None:
         _listener = Bars() if console.is_terminal else Lines()
     return _listener
 
 
-@contextlib.contextmanager
-def listening(listener: Listener) -> Iterator[None]:
-    """Send progress to ``listener`` instead, as a worker process does."""
+def set_listener(new: Listener) -> None:
+    """Send progress elsewhere from now on, as a worker process does."""
     global _listener
-    before, _listener = _listener, listener
-    try:
-        yield
-    finally:
-        _listener = before
+    _listener = new
+
+
+def close() -> None:
+    """Take down what is still shown, e.g. the bars of tasks that were interrupted."""
+    global _listener
+    if isinstance(_listener, Bars):
+        _listener.progress.stop()
+    _listener = None
 
 
 def say(text: str) -> None:
     """Print one message on standard error."""
-    _current().message(text)
+    listener().message(text)
 
 
 class Task:
@@ -125,14 +129,14 @@ class Task:
     def advance(self, amount: float = 1.0, note: str = "") -> None:
         """Count ``amount`` more as done; ``note`` is shown beside the bar."""
         self.done += amount
-        _current().update(self.key, self.done, self.total, note)
+        listener().update(self.key, self.done, self.total, note)
 
 
 @contextlib.contextmanager
 def task(key: str, total: float) -> Iterator[Task]:
     """Show progress named ``key`` until the block ends."""
-    _current().update(key, 0.0, total, "")
+    listener().update(key, 0.0, total, "")
     try:
         yield Task(key, total)
     finally:
-        _current().finish(key)
+        listener().finish(key)

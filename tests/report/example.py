@@ -145,3 +145,26 @@ def example() -> Results:
         environment={"secateur": "0.1.0", "torch": "2.11.0", "device": "cpu", "threads": "2"},
         study_yaml="name: demo\nmethods: [minitron-depth, minitron-width, wanda]\nratios: [0.5]\n",
     )
+
+
+def broken() -> Results:
+    """A study in trouble: ratios and seeds, a failed evaluation, a missing run, another protocol, a wrecked model."""
+    whole = example()
+    cells = [
+        cell(method, name, METHODS[method][2 + i] + 0.2 * (ratio - 0.5), ratio=ratio, seed=seed, salt=i + 7 * seed)
+        for method in ("minitron-depth", "wanda")
+        for ratio in (0.5, 0.75)
+        for seed in (0, 1)
+        for i, name in enumerate(NAMES)
+    ]
+    del cells[-1]  # wanda at 0.75, seed 1, has no S_{P+R}
+    cells[1] = cell("minitron-depth", "S_R", None)
+    other = dataclasses.replace(evaluation(5.4), protocol="another")
+    cells[3] = dataclasses.replace(cells[3], evaluation=other)
+    cells[6] = dataclasses.replace(cells[6], curve=curve(11.8, 5.46, R))
+    failed = StageNote("minitron-depth/0.5/S_R/train", "train", "ab" * 16, "failed", 12.5, "stages/98", "loss is NaN")
+    absent = StageNote("wanda/0.75/1/S_{P+R}/train", "train", "cd" * 16, "missing", None, "stages/99")
+    records = [pruned(method, ratio=ratio) for method in ("minitron-depth", "wanda") for ratio in (0.5, 0.75)]
+    records[0] = dataclasses.replace(records[0], evaluation=None)
+    stages = (*whole.stages, failed, absent)
+    return dataclasses.replace(whole, cells=tuple(cells), pruned=tuple(records), stages=stages)

@@ -94,9 +94,7 @@ class BlockWalk:
             for index, module in enumerate(self.layers):
                 tensors = self.checkpoint.block(index)
                 for name, tensor in tensors.items():
-                    if not torch.isfinite(tensor).all():
-                        where = self.family.block_tensor(index, name)
-                        raise UserError(f"{self.checkpoint.directory}: {where} holds NaN or infinity")
+                    self._check_finite(self.family.block_tensor(index, name), tensor)
                 # A copy, because a stored float32 tensor is a view into the mapped file and blocks are pruned in place.
                 loaded = {n: t.to(self.device, torch.float32, copy=True) for n, t in tensors.items()}
                 module.load_state_dict(loaded, assign=True)
@@ -109,7 +107,9 @@ class BlockWalk:
     def loss(self, states: States) -> float:
         """Mean next-token loss (nats) of states that left the last block."""
         norm = self.model.get_submodule(self.family.final_norm.removesuffix(".weight"))
-        head = self.checkpoint.tensor(self.family.head).to(self.device, torch.float32)
+        stored = self.checkpoint.tensor(self.family.head)
+        self._check_finite(self.family.head, stored)
+        head = stored.to(self.device, torch.float32)
         total, count = 0.0, 0
         for ids, hidden in zip(self.batches, states, strict=True):
             for window, target in zip(norm(hidden), ids, strict=True):  # one window's logits at a time
@@ -118,9 +118,12 @@ class BlockWalk:
                 count += target.numel() - 1
         return total / count
 
-    def _place(self, name: str, tensor: Tensor) -> None:
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not torch.isfinite(tensor).all():
             raise UserError(f"{self.checkpoint.directory}: {name} holds NaN or infinity")
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        self._check_finite(name, tensor)
         module = self.model.get_submodule(name.rpartition(".")[0])
         module.register_parameter(
             name.rpartition(".")[2], nn.Parameter(tensor.to(self.device, torch.float32), requires_grad=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur import progress
 from secateur.data.shards import ShardWriter, Split, TokenStore, smallest_dtype, write_manifest
-from secateur.data.sources import Document, Source, open_source
+from secateur.data.sources import Source, open_source
 from secateur.data.tokenizer import batches, encode, id_bound, token_hash, train_tokenizer
 from secateur.errors import UserError
 from secateur.files import sha256_file
@@ -89,8 +88,8 @@ def _read(source: Source, limit: int | None) -> tuple[dict[str, str], int]:
     texts: dict[str, str] = {}
     read = 0
     total = limit or source.size()
-    with progress.task(f"read {source.name}", total or 1) as task, closing(_iterate(source)) as documents:
-        for document in islice(documents, limit):
+    with progress.task(f"read {source.name}", total or 1) as task:
+        for document in islice(source.documents(), limit):
             data = document.text.encode()
             texts.setdefault(hashlib.sha256(data).hexdigest(), document.text)
             read += 1
@@ -98,11 +97,6 @@ def _read(source: Source, limit: int | None) -> tuple[dict[str, str], int]:
             amount = 1.0 if limit else min(len(data), task.total - task.done)
             task.advance(amount if total else 0.0, f"{read} documents")
     return texts, read - len(texts)
-
-
-def _iterate(source: Source) -> Iterator[Document]:
-    """The source's documents as a generator, whose ``close`` ends what the source has open."""
-    yield from source.documents()
 
 
 def _sides(texts: dict[str, str], spec: CorpusSpec) -> dict[str, list[str]]:

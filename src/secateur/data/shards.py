@@ -209,11 +209,11 @@ class TokenStore:
             )
         path = self.folder / name
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.lib.format.open_memmap(path, mode="r")  # .npy alone: no archives, no pickles
         except FileNotFoundError:
             raise UserError(f"{path}: no such file, but the manifest names it; build the data again") from None
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); build the data again") from None
-        if not isinstance(array, np.ndarray) or array.shape != (length,) or array.dtype != np.dtype(dtype):
+        if array.shape != (length,) or array.dtype != np.dtype(dtype):
             raise UserError(f"{path}: not the {length} values of {dtype} that the manifest names; build the data again")
         return array

@@ -71,7 +71,8 @@ def open_source(source: str, *, field: str = "text", split: str = "train") -> So
     if scheme not in _SCHEMES or bool(rest) != (scheme != "stdlib"):
         if Path(source).exists():
             raise UserError(f"{source}: not a text source; write 'text:{source}' to read that path")
-        raise UserError(f"{source!r} is not a text source{did_you_mean(source, ['stdlib', 'text:PATH', 'hf:NAME'])}")
+        meant = did_you_mean(scheme, _SCHEMES)
+        raise UserError(f"{source!r} is not a text source, which is stdlib, text:PATH or hf:NAME{meant}")
     return _SCHEMES[scheme](rest, field, split)
 
 
@@ -157,9 +158,10 @@ class HubSource:
             hint = "connect to the network, or name a local folder of .jsonl or .parquet files"
             raise UserError(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None
         except Exception as error:  # `datasets` raises what its readers raise, of any class
-            first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            told = (str(error).strip() or type(error).__name__).splitlines()
+            reason = " ... ".join(dict.fromkeys([told[0], told[-1]])).rstrip(".")
             hint = f"check the dataset's name, its configuration ({self.config or 'none'}) and split {self.split!r}"
-            raise UserError(f"{self.name}: {first}; {hint}") from None
+            raise UserError(f"{self.name}: {reason}; {hint}") from None
 
 
 def _open_stdlib(rest: str, field: str, split: str) -> Source:

@@ -107,19 +107,23 @@ def _judge(setting: Setting, group: Group, pruned: Cell | None, scratch: Cell | 
 
 def _absence(name: str, cell: Cell | None) -> str:
     if cell is None:
-        return f"the study has no {name} run"
+        return f"the study has no {_called(name)}"
     if cell.evaluation is None:
-        return f"{name} has no held-out loss"
+        return f"the {_called(name)} has no held-out loss"
     if not all(map(math.isfinite, (cell.evaluation.loss, *cell.evaluation.windows))):
-        return f"the held-out loss of {name} is not finite"
+        return f"the held-out loss of the {_called(name)} is not finite"
     return ""
+
+
+def _called(name: str) -> str:
+    return f"pruned run {name}" if name == PRUNED else f"scratch run {name}"
 
 
 def _mismatch(pruned: Evaluation, scratch: Evaluation, name: str) -> str:
     if pruned.protocol != scratch.protocol:
-        return f"{PRUNED} and {name} were evaluated under different protocols"
+        return f"the pruned run {PRUNED} and the {_called(name)} were evaluated under different protocols"
     if len(pruned.windows) != len(scratch.windows):
-        return f"{PRUNED} and {name} have {len(pruned.windows)} and {len(scratch.windows)} held-out windows"
+        return f"the pruned run {PRUNED} and the {_called(name)} have {len(pruned.windows)} and {len(scratch.windows)} held-out windows"
     if len(pruned.windows) < 2:
         return "fewer than two held-out windows give no interval"
     return ""

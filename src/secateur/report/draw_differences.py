@@ -17,7 +17,7 @@ from secateur.report.words import MINUS, NOT_MEASURED, loss, signed
 __all__ = ["draw_differences"]
 
 _WIDTH, _ROW = 4.0, 0.56  # inches
-_HEAD, _FOOT = 0.72, 0.52
+_HEAD, _FOOT = 0.6, 0.52
 
 
 def draw_differences(verdicts: Sequence[Verdict], setting: Setting, among: Sequence[Group], palette: Palette) -> Figure:
@@ -57,19 +57,18 @@ def _frame(axes: Axes, rows: int, reach: float, palette: Palette) -> None:
 
 def _draw_row(axes: Axes, row: int, verdict: Verdict, name: str, palette: Palette) -> None:
     left, right = axes.get_xlim()
-    words: dict[str, Any] = {"va": "center", "size": 9.5, "color": palette.ink}
-    axes.text(left, row + 0.27, name, **words)
+    words: dict[str, Any] = {"va": "center", "size": 9.5}
+    axes.text(left, row + 0.27, name, color=palette.ink, **words)
     if verdict.difference is None or verdict.low is None or verdict.high is None:
-        axes.text(right, row + 0.27, NOT_MEASURED, ha="right", **(words | {"color": palette.muted}))
+        axes.text(right, row + 0.27, NOT_MEASURED, ha="right", color=palette.muted, **words)
         return
     losses = f"{loss(verdict.pruned_loss)} | {loss(verdict.scratch_loss)}"
-    axes.text(right, row + 0.27, losses, ha="right", **words)
+    axes.text(right, row + 0.27, losses, ha="right", color=palette.ink, **words)
     colours = {"pruned": palette.pruned, "scratch": palette.scratch}
     colour = colours.get(verdict.winner, palette.muted)
     y = row + 0.68
     axes.barh(y, verdict.difference, height=0.3, color=colour, lw=0)
-    whisker = [[verdict.difference - verdict.low], [verdict.high - verdict.difference]]
-    axes.errorbar(verdict.difference, y, xerr=whisker, fmt="none", ecolor=palette.ink, elinewidth=1.1, capsize=3)
+    axes.plot([verdict.low, verdict.high], [y, y], color=palette.ink, lw=1.1, marker="|", ms=6)
     ahead = verdict.difference >= 0
     end = max(verdict.high, 0.0) if ahead else min(verdict.low, 0.0)
     offset = {"xytext": (5 if ahead else -5, 0), "textcoords": "offset points"}

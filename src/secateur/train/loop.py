@@ -137,5 +137,5 @@ def _accumulate(model: PreTrainedModel, windows: list[Tensor], micro_batch: int)
                 continue  # a lone last token has nothing to predict, but it counts as consumed
             loss = token_losses(model, ids.to(model.device)).sum() / targets
             loss.backward()
-            total += float(loss)
+            total += loss.item()
     return total, targets

@@ -1,0 +1,7 @@
+"""``python -m secateur``."""
+
+import sys
+
+from secateur.cli import main
+
+sys.exit(main())

@@ -1,0 +1,53 @@
+"""How this process computes: threads, quiet libraries, and what to say of the environment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+
+__all__ = ["calm_environment", "environment", "pick_device", "quiet"]
+
+
+def calm_environment(threads: int) -> None:
+    """Fix thread counts for processes started from here on, before torch is imported.
+
+    Idle OpenMP threads that spin steal the cores from each other; a fixed count also fixes the order of sums, and with
+    it the bits of the results.
+    """
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"})
+
+
+def quiet() -> None:
+    """Keep transformers' own bars and notices off the terminal; ours say what is going on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def pick_device(name: str) -> str:
+    """Resolve ``auto`` to a CUDA device where there is one.
+
+    Raises:
+        UserError: if a device was named that is not there.
+    """
+    import torch
+
+    from secateur.errors import UserError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+    return name
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, without names of hosts or users."""
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+    found = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **found, "machine": platform.machine(), "system": sys.platform}

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import VARIANTS, edit_config, files, hf, logits, tiny_llama, windows
+from safetensors.torch import load_file, save_file
+
+from secateur.calibrate.engine import BlockWalk
+from secateur.checkpoint import INDEX, Checkpoint, model_card, model_tensors, skeleton, write_checkpoint
+from secateur.errors import UserError
+from secateur.files import atomic_directory
+
+
+def edit_index(directory: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((directory / INDEX).read_text())
+    edit(index["weight_map"])
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+
+
+def first_shard(directory: Path) -> Path:
+    return next(iter(sorted(directory.glob("model-*.safetensors"))))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_pickles(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+NORM = "model.layers.2.input_layernorm.weight"
+BAD: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
+    "no directory": ("plain", shutil.rmtree, ["no such directory"]),
+    "no config": ("plain", lambda d: (d / "config.json").unlink(), ["config.json", "no such file"]),
+    "config not JSON": ("plain", lambda d: (d / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
+    "config a list": ("plain", lambda d: (d / "config.json").write_text("[]"), ["config.json", "model_type"]),
+    "config null": ("plain", lambda d: edit_config(d, drop=("model_type",)), ["config.json", "model_type"]),
+    "unknown family": ("plain", lambda d: edit_config(d, model_type="gpt2"), ["'gpt2'", "known: llama"]),
+    "family a list": ("plain", lambda d: edit_config(d, model_type=["llama"]), ["model_type", "known: llama"]),
+    "hidden no multiple of heads": ("plain", lambda d: edit_config(d, num_attention_heads=5), ["config.json"]),
+    "pickles only": ("plain", only_pickles, ["model.safetensors", ".bin", "unpickles nothing"]),
+    "no weights": ("plain", lambda d: (d / "model.safetensors").unlink(), ["holds no model.safetensors"]),
+    "truncated": ("plain", lambda d: truncate(d / "model.safetensors"), ["model.safetensors", "truncated"]),
+    "empty": ("plain", lambda d: (d / "model.safetensors").write_bytes(b""), ["model.safetensors", "truncated"]),
+    "index outside": ("sharded", lambda d: edit_index(d, lambda m: m.update({Q: "../x"})), ["'../x'", INDEX]),
+    "index absolute": ("sharded", lambda d: edit_index(d, lambda m: m.update({Q: "/x"})), ["'/x'", INDEX]),
+    "index dots": ("sharded", lambda d: edit_index(d, lambda m: m.update({Q: ".."})), ["'..'", INDEX]),
+    "index a number": ("sharded", lambda d: edit_index(d, lambda m: m.update({Q: 3})), ["3", INDEX]),  # type: ignore[dict-item]
+    "index a list": ("sharded", lambda d: edit_index(d, lambda m: m.update({Q: ["a"]})), [INDEX]),  # type: ignore[dict-item]
+    "index empty": ("sharded", lambda d: (d / INDEX).write_text("{}"), [INDEX, "weight_map"]),
+    "index not a mapping": ("sharded", lambda d: (d / INDEX).write_text("[]"), [INDEX, "weight_map"]),
+    "shard missing": ("sharded", lambda d: first_shard(d).unlink(), ["model-00001", "missing"]),
+    "shard truncated": ("sharded", lambda d: truncate(first_shard(d)), ["model-00001", "truncated"]),
+    "shard lacks": ("sharded", lambda d: edit_index(d, lambda m: m.update({"x": m[Q]})), ["tensor x"]),
+    "index lacks": ("sharded", lambda d: edit_index(d, lambda m: m.pop(Q)), [Q, "lacks"]),
+    "tensor missing": ("plain", lambda d: edit_tensors(d, lambda t: t.pop(NORM)), [NORM, "lacks"]),
+    "tensor size": ("plain", lambda d: edit_tensors(d, lambda t: t.update({Q: t[Q][:-1]})), [Q, "(31, 32)", "(32, 32)"]),
+    "tied no more": ("tied", lambda d: edit_config(d, tie_word_embeddings=False), ["lm_head.weight", "lacks"]),
+    "more layers": ("plain", lambda d: edit_config(d, num_hidden_layers=6), ["model.layers.5."]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_checkpoints_are_one_line(case: str, tmp_path: Path) -> None:
+    variant, damage, parts = BAD[case]
+    directory = tiny_llama(tmp_path, **VARIANTS[variant])
+    damage(directory)
+    with pytest.raises(UserError) as caught:
+        Checkpoint(directory)
+    text = str(caught.value)
+    assert "\n" not in text and str(directory) in text
+    for part in parts:
+        assert part in text, text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tensors_are_those_of_the_model(variant: str, tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path, **VARIANTS[variant])
+    checkpoint = Checkpoint(directory)
+    model = checkpoint.load()
+    reference = dict(hf(directory).named_parameters())
+    assert set(checkpoint.tensors()) == set(reference)
+    for name, parameter in reference.items():
+        assert torch.equal(checkpoint.tensor(name).float(), parameter), name
+        assert torch.equal(dict(model.named_parameters())[name], parameter), name
+    assert torch.equal(checkpoint.tensor("lm_head.weight").float(), hf(directory).lm_head.weight)
+    assert checkpoint.dtype == VARIANTS[variant].get("dtype", torch.float32)
+    assert not model.training
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip(variant: str, tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path, **VARIANTS[variant])
+    model, out = hf(directory), tmp_path / "out"
+    config = {**Checkpoint(directory).raw_config, "dtype": "float32", "auto_map": {"AutoConfig": "evil.py"}}
+    with atomic_directory(out) as work:
+        write_checkpoint(
+            work, config, model_tensors(model), provenance={"kind": "copy"}, card="# card\n", shard_bytes=5000
+        )
+    index = json.loads((out / INDEX).read_text())
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 5 and set(index["weight_map"].values()) == {p.name for p in shards}
+    largest = max(p.numel() for p in model.parameters()) * 4
+    for path in shards:
+        held = load_file(path)
+        assert sum(t.nbytes for t in held.values()) <= max(5000, largest)
+        assert {index["weight_map"][name] for name in held} == {path.name}
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+    assert torch.equal(logits(hf(out), windows()), logits(model, windows()))
+    again = Checkpoint(out)
+    assert again.provenance is not None and again.provenance["kind"] == "copy"
+    assert "auto_map" not in again.raw_config
+    assert Checkpoint(directory).provenance is None
+
+
+def test_one_shard_needs_no_index(tmp_path: Path) -> None:
+    model = hf(tiny_llama(tmp_path))
+    (tmp_path / "out").mkdir()
+    write_checkpoint(tmp_path / "out", model.config.to_dict(), model_tensors(model), provenance={}, card="x")
+    assert set(files(tmp_path / "out")) == {"config.json", "model.safetensors", "secateur.json", "README.md"}
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path)
+    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out") as work:
+        write_checkpoint(work, {}, model_tensors(hf(directory)), provenance={}, card="x")
+        raise ZeroDivisionError
+    assert sorted(p.name for p in tmp_path.iterdir()) == [directory.name]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    with pytest.raises(UserError, match="not empty"), atomic_directory(tmp_path / "full"):
+        pass
+    assert (tmp_path / "full" / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [Q, NORM, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(name: str, value: float, tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path)
+    edit_tensors(directory, lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
+    walk = BlockWalk(Checkpoint(directory), windows())
+    with pytest.raises(UserError, match=f"{name} holds NaN or infinity") as caught:
+        states = walk.start()
+        for block in walk.blocks():
+            states = block.run(states)
+        walk.loss(states)
+    assert "\n" not in str(caught.value)
+
+
+def test_overflow_is_found_at_the_block(tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path)
+    edit_tensors(directory, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38))
+    walk = BlockWalk(Checkpoint(directory), windows())
+    with pytest.raises(UserError, match="block 1 puts out NaN or infinity"):
+        states = walk.start()
+        for block in walk.blocks():
+            states = block.run(states)
+
+
+def test_digest_follows_weights_and_config(tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path, shard="20KB")
+    before = Checkpoint(directory).digest
+    shutil.copytree(directory, tmp_path / "copy")
+    assert Checkpoint(tmp_path / "copy").digest == before
+    edit_config(tmp_path / "copy", rope_theta=123.0)
+    assert Checkpoint(tmp_path / "copy").digest != before
+    last = max(directory.glob("*.safetensors"))
+    tensors = load_file(last)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, last, {"format": "pt"})
+    assert Checkpoint(directory).digest != before
+
+
+def test_skeleton_holds_no_weights(tmp_path: Path) -> None:
+    model = skeleton(Checkpoint(tiny_llama(tmp_path)).config)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert {b.device.type for b in model.buffers()} == {"cpu"}
+
+
+def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
+    directory, out = tiny_llama(tmp_path), tmp_path / "out"
+    out.mkdir()
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "modeling_evil.py").write_text("raise SystemExit")
+    Checkpoint(directory).copy_tokenizer(out)
+    assert set(files(out)) >= {"tokenizer.json"} and "modeling_evil.py" not in files(out)
+    assert (out / "tokenizer.json").read_text() == "{}"
+
+
+def test_model_card() -> None:
+    assert model_card("Title", "base/model", ["said"]).startswith("---\nlibrary_name: transformers\n")
+    assert "base_model: base/model\n---\n# Title\n\nsaid\n" in model_card("Title", "base/model", ["said"])
+    assert "base_model" not in model_card("Title", None, [])
