@@ -20,7 +20,8 @@ die() {
     exit 1
 }
 
-command -v "$python" >/dev/null 2>&1 || die "no $python found: install Python 3.11 or newer, or give PYTHON=/path/to/python"
+command -v "$python" >/dev/null 2>&1 ||
+    die "no $python found: install Python 3.11 or newer, or give PYTHON=/path/to/python"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || die "$python does not run"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     die "$python is Python $version, but 3.11 or newer is needed: give another with PYTHON=/path/to/python"

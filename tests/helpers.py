@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from secateur.prune import Calibration
 
 #: name -> what to give :func:`tiny_llama`
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -109,3 +112,29 @@ def windows(count: int = 5, length: int = 12, seed: int = 1) -> Tensor:
 def files(directory: Path) -> dict[str, bytes]:
     """The bytes of every file."""
     return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+
+
+@torch.no_grad()
+def seen_at(model: PreTrainedModel, module: str, ids: Tensor, *, output: bool) -> list[Tensor]:
+    """What goes into a module, or comes out of it, in one pass of the whole model."""
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
+        value = out if output else args[0]
+        seen.append(value[0] if isinstance(value, tuple) else value)
+
+    handle = model.get_submodule(module).register_forward_hook(hook, with_kwargs=True)
+    model(input_ids=ids, use_cache=False)
+    handle.remove()
+    return seen
+
+
+def without_layers(model: PreTrainedModel, gone: Iterable[int]) -> PreTrainedModel:
+    """The model with those blocks bypassed."""
+    dropped = set(gone)
+    model.model.layers = nn.ModuleList(b for i, b in enumerate(model.model.layers) if i not in dropped)
+    return model
+
+
+def calibration(ids: Tensor, source: str = "test") -> Calibration:
+    return Calibration(ids, source)

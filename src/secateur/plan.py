@@ -117,10 +117,12 @@ def load_masks(directory: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if the plan is missing or its tensors are not those that were saved with it.
     """
-    content = read_json(directory / JSON_FILE)
-    if sha256_file(directory / TENSOR_FILE) != content["tensors"]:
-        raise UserError(f"{directory / TENSOR_FILE}: is not the file that {JSON_FILE} was written with")
-    tensors = load_file(directory / TENSOR_FILE)
+    content, file = read_json(directory / JSON_FILE), directory / TENSOR_FILE
+    if not isinstance(content, dict) or "tensors" not in content:
+        raise UserError(f"{directory / JSON_FILE}: is not a plan")
+    if not file.is_file() or sha256_file(file) != content["tensors"]:
+        raise UserError(f"{file}: is not the file that {JSON_FILE} was written with")
+    tensors = load_file(file)
     return {name.removeprefix("mask."): t for name, t in tensors.items() if name.startswith("mask.")}
 
 

@@ -1,7 +1,8 @@
-"""Shared by the unit tests: where helpers lie, one thread, deterministic torch."""
+"""Shared by the unit tests: where helpers lie, and a short garbage collection."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -9,6 +10,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/, for help
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _freeze() -> None:
+    """The block walk collects garbage after every block; torch's own objects need not be looked at each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -222,6 +225,19 @@ def test_a_local_parquet_dataset_and_broken_ones(tmp_path: Path):
     (folder / "train.jsonl").unlink()
     (folder / "a.jsonl").write_text('{"text": "a"}\n{"text": 3\n')
     assert "hf:set: " in failure(f"hf:{folder}")
+
+
+def test_a_stream_left_half_way_does_not_abort_the_process(tmp_path: Path):
+    table = pa.table({"text": [f"document {n}" for n in range(20_000)]})
+    pq.write_table(table, tmp_path / "part.parquet", row_group_size=1000)
+    code = (
+        "import sys; from itertools import islice; from secateur.data.sources import open_source;"
+        "print(len(list(islice(open_source(sys.argv[1]).documents(), 3))))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / ".cache")}
+    command = [sys.executable, "-c", code, f"hf:{tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
 @pytest.mark.usefixtures("offline")

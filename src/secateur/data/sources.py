@@ -7,6 +7,7 @@ and never changed otherwise: newlines stay as they are. Documents of white space
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -135,25 +136,31 @@ class HubSource:
             return datasets.load_dataset(self.path, self.config, split=self.split, streaming=True)
 
     def documents(self) -> Iterator[Document]:
-        rows, number, found = iter(self.load()), 0, False
-        while True:
-            with self._mended():
-                row = next(rows, None)
-            if row is None:
-                break
+        found = False
+        for number, row in enumerate(self._rows()):
             text = text_of(row, self.field, f"{self.name}: {self.split} row {number}")
             if text.strip():
                 found = True
                 yield Document(f"{self.split}:{number}", text)
-            number += 1
         if not found:
             raise UserError(f"{self.name}: split {self.split!r} holds no text; name another split or field")
+
+    def _rows(self) -> Iterator[Any]:
+        try:
+            with self._mended():
+                yield from self.load()
+        finally:
+            # A parquet scan left half-way aborts the process at its exit, unless it is collected before that
+            # (https://github.com/apache/arrow/issues/45214).
+            gc.collect()
 
     @contextlib.contextmanager
     def _mended(self) -> Iterator[None]:
         """Turn what ``datasets`` raises into one line."""
         try:
             yield
+        except UserError:
+            raise
         except ConnectionError:
             hint = "connect to the network, or name a local folder of .jsonl or .parquet files"
             raise UserError(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None

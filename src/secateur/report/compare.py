@@ -120,10 +120,11 @@ def _called(name: str) -> str:
 
 
 def _mismatch(pruned: Evaluation, scratch: Evaluation, name: str) -> str:
+    both = f"the {_called(PRUNED)} and the {_called(name)}"
     if pruned.protocol != scratch.protocol:
-        return f"the pruned run {PRUNED} and the {_called(name)} were evaluated under different protocols"
+        return f"{both} were evaluated under different protocols"
     if len(pruned.windows) != len(scratch.windows):
-        return f"the pruned run {PRUNED} and the {_called(name)} have {len(pruned.windows)} and {len(scratch.windows)} held-out windows"
+        return f"{both} have {len(pruned.windows)} and {len(scratch.windows)} held-out windows"
     if len(pruned.windows) < 2:
         return "fewer than two held-out windows give no interval"
     return ""

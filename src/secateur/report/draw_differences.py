@@ -47,7 +47,6 @@ def _frame(axes: Axes, rows: int, reach: float, palette: Palette) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, symmetric=True))
     axes.xaxis.set_major_formatter(lambda value, _: signed(value, 2) if abs(value) > 1e-9 else "0")
     axes.set_xlabel(f"loss(scratch) {MINUS} loss(pruned), nats per token", size=8.5, color=palette.muted, labelpad=2)
-    axes.axvline(0, color=palette.ink, lw=0.9)
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)
     axes.tick_params(color=palette.rule, labelcolor=palette.ink, length=3.5)
@@ -58,6 +57,7 @@ def _frame(axes: Axes, rows: int, reach: float, palette: Palette) -> None:
 def _draw_row(axes: Axes, row: int, verdict: Verdict, name: str, palette: Palette) -> None:
     left, right = axes.get_xlim()
     words: dict[str, Any] = {"va": "center", "size": 9.5}
+    axes.plot([0, 0], [row + 0.46, row + 0.9], color=palette.ink, lw=0.9)  # zero, clear of the names
     axes.text(left, row + 0.27, name, color=palette.ink, **words)
     if verdict.difference is None or verdict.low is None or verdict.high is None:
         axes.text(right, row + 0.27, NOT_MEASURED, ha="right", color=palette.muted, **words)

@@ -10,7 +10,7 @@ from secateur.report.words import decimals, listing, method_name, number, spelle
 __all__ = ["answer", "brief", "group_name", "headline", "sentence"]
 
 _AT: dict[Setting, str] = {"training": "At equal training tokens", "total": "At equal total tokens"}
-_MOST_NAMES = 6  # a headline that lists more than these is no headline: it counts instead
+_MOST_NAMES = 3  # a headline that lists more than these is no headline: it counts instead
 
 
 def group_name(group: Group, among: Sequence[Group], *, ratio: bool = False) -> str:

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from example import METHODS, broken, example
+
+from secateur.report.build import build_report, render
+from secateur.report.palette import ROLES
+from secateur.report.results import Results
+from secateur.report.verdict import judge
+
+SECTIONS = ("verdict", "figures", "models", "before", "ledger", "method", "provenance", "caveats")
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class Page(HTMLParser):
+    """The page's elements, and a check that its tags are balanced."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text.append(data)
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, attrs in self.elements if (value := attrs.get(name)) is not None]
+
+    @property
+    def words(self) -> str:
+        return " ".join("".join(self.text).split())
+
+
+def rendered(results: Results) -> str:
+    return render(results, judge(results))
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page(rendered(example()))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_page_loads_nothing(page: Page):
+    for name in ("src", "srcset", "data", "action", "poster", "xlink:href"):
+        assert not page.values(name)
+    assert all(value.startswith("#") or value == "data:," for value in page.values("href"))
+    html = rendered(example())
+    assert "@import" not in html
+    assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?([^)]*)", html))
+    addresses = set(re.findall(r"https?://[^\s\"'<]+", html))
+    assert addresses <= {"http://www.w3.org/2000/svg"}  # a namespace is a name, not an address
+
+
+@pytest.mark.parametrize("make", [example, broken])
+def test_ids_are_unique_and_every_reference_has_its_target(make: Any):
+    page = Page(rendered(make()))
+    ids = Counter(page.values("id"))
+    assert [name for name, times in ids.items() if times > 1] == []
+    wanted = [value[1:] for value in page.values("href") if value.startswith("#")]
+    for name in ("aria-labelledby", "aria-describedby"):
+        wanted += [part for value in page.values(name) for part in value.split()]
+    wanted += [v[5:-1] for _, attrs in page.elements for v in attrs.values() if v and v.startswith("url(#")]
+    assert set(wanted) <= set(ids)
+
+
+def test_all_sections_and_figures_are_there(page: Page):
+    ids = page.values("id")
+    assert [name for name in SECTIONS if name not in ids] == []
+    assert len([tag for tag, _ in page.elements if tag == "svg"]) == 2 + len(METHODS)
+    assert [tag for tag, _ in page.elements].count("h1") == 1
+
+
+def test_the_page_can_be_read_aloud_and_reached_by_keyboard(page: Page):
+    for tag, attrs in page.elements:
+        if tag == "svg":
+            assert attrs["role"] == "img" and attrs["aria-labelledby"]
+        if "scroll" in (attrs.get("class") or "").split():
+            assert attrs["tabindex"] == "0" and attrs["role"] == "region" and attrs["aria-label"]
+    assert page.elements[[tag for tag, _ in page.elements].index("body") + 1][1]["class"] == "skip"
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+
+
+def test_the_verdict_comes_first_and_in_full(page: Page):
+    judgement = judge(example())
+    wanted = [judgement.answer, *judgement.headlines.values()]
+    places = [page.words.index(text) for text in wanted]
+    assert places == sorted(places)
+    assert all(text.split(", ", 1)[1] in page.words for text in judgement.sentences)
+
+
+def test_subscripts_replace_the_plain_symbols(page: Page):
+    assert "S_R" not in page.words and "S_{P+R}" not in page.words
+    assert "<sub>P+R</sub>" in rendered(example())
+
+
+def test_no_placeholder_colour_is_left():
+    html = rendered(example())
+    assert not [colour for colour in dataclasses.astuple(ROLES) if colour in html]
+    assert "var(--pruned)" in html
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path: Path):
+    build_report(example(), tmp_path / "one")
+    build_report(example(), tmp_path / "two")
+    first = digests(tmp_path / "one")
+    assert first == digests(tmp_path / "two")
+    build_report(example(), tmp_path / "one")
+    assert first == digests(tmp_path / "one")
+    assert {"report.html", "cells.csv", "curves.csv", "figures/curves-01.svg", "figures/curves-01.pdf"} <= set(first)
+
+
+def test_standalone_figures_are_well_formed(tmp_path: Path):
+    build_report(example(), tmp_path)
+    for path in (tmp_path / "figures").glob("*.svg"):
+        assert "var(--" not in ET.tostring(ET.parse(path).getroot(), encoding="unicode")
+    assert all(path.read_bytes().startswith(b"%PDF") for path in (tmp_path / "figures").glob("*.pdf"))
+
+
+def test_a_rebuild_replaces_and_leaves_no_scraps(tmp_path: Path):
+    page = build_report(broken(), tmp_path)
+    assert page == tmp_path / "report.html"
+    build_report(example(), tmp_path)
+    assert "not complete" not in page.read_text()
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_figures_of_an_earlier_build_do_not_linger(tmp_path: Path):
+    build_report(broken(), tmp_path)
+    build_report(example(), tmp_path)
+    assert len(list((tmp_path / "figures").glob("curves-*.svg"))) == len(METHODS)
+
+
+def test_what_is_missing_is_named_and_never_a_number():
+    html = rendered(broken())
+    page = Page(html)
+    assert "This study is not complete" in page.words
+    assert "minitron-depth/0.5/S_R/train (train): failed. loss is NaN" in page.words
+    assert "missing" in page.words
+    assert html.count("not measured") > 10
+    assert not re.search(r"\b(None|nan|inf)\b", page.words)
+    assert "is not complete" not in Page(rendered(example())).words
+
+
+def test_a_parent_without_evaluation():
+    results = dataclasses.replace(example(), parent=dataclasses.replace(example().parent, evaluation=None))
+    page = Page(rendered(results))
+    assert "a held-out loss of not measured." in page.words
+    assert "the parent, after P tokens: not measured" in page.words
+
+
+def test_a_study_with_nothing_measured_still_has_a_page(tmp_path: Path):
+    cells = tuple(dataclasses.replace(cell, curve=(), evaluation=None) for cell in example().cells)
+    for results in (
+        dataclasses.replace(example(), cells=cells),
+        dataclasses.replace(example(), cells=(), pruned=(), stages=(), corpus={}, study_yaml=""),
+    ):
+        assert "There is no answer yet" in build_report(results, tmp_path).read_text()
+
+
+def test_hostile_names_are_escaped(tmp_path: Path):
+    evil = '<script>alert("x")</script>$\\frac&'
+    methods = {method: f"{evil}{i}" for i, method in enumerate(METHODS)}
+    results = dataclasses.replace(
+        example(),
+        name=evil,
+        title=evil,
+        cells=tuple(dataclasses.replace(cell, method=methods[cell.method]) for cell in example().cells),
+        pruned=tuple(dataclasses.replace(p, method=methods[p.method], detail=evil) for p in example().pruned),
+        corpus={evil: evil},
+        study_yaml=f"</code></pre>{evil}",
+    )
+    html = build_report(results, tmp_path).read_text()
+    assert "<script>alert" not in html
+    page = Page(html)
+    assert [tag for tag, _ in page.elements].count("script") == 1
+    assert evil in page.words
+
+
+def test_cells_csv_holds_the_records_as_they_are(tmp_path: Path):
+    results = broken()
+    build_report(results, tmp_path)
+    with (tmp_path / "cells.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results.cells)
+    for row, cell in zip(rows, results.cells, strict=True):
+        assert (row["name"], row["method"], int(row["seed"])) == (cell.name, cell.method, cell.seed)
+        assert float(row["total_flops"]) == cell.total_flops
+        assert row["loss"] == (repr(cell.evaluation.loss) if cell.evaluation else "")
+    differences = {row["difference"] for row in rows if row["name"] == "P-R"}
+    assert differences == {""}
+
+
+def test_curves_csv_holds_every_point(tmp_path: Path):
+    results = example()
+    build_report(results, tmp_path)
+    with (tmp_path / "curves.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    points = [*results.parent.curve, *(point for cell in results.cells for point in cell.curve)]
+    assert [(int(row["tokens"]), float(row["loss"])) for row in rows] == [(p.tokens, p.loss) for p in points]

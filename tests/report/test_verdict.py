@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from example import METHODS, NAMES, R, broken, cell, curve, evaluation, example, pruned
+
+from secateur.report.results import Cell, Results
+from secateur.report.verdict import Verdict, bootstrap_interval, judge, text_table
+
+
+def study(*cells: Cell) -> Results:
+    return dataclasses.replace(example(), cells=cells, pruned=())
+
+
+def trio(p_r: float | None, s_r: float | None, s_pr: float | None, method: str = "wanda", **kw: Any) -> list[Cell]:
+    losses = zip(NAMES, (p_r, s_r, s_pr), strict=True)
+    return [cell(method, name, loss, salt=i, **kw) for i, (name, loss) in enumerate(losses)]
+
+
+def verdict(results: Results, setting: str) -> Verdict:
+    (found,) = (v for v in judge(results).verdicts if v.setting == setting)
+    return found
+
+
+def reason(*cells: Cell) -> str:
+    found = verdict(study(*cells), "training")
+    assert found.winner == "not measured"
+    assert (found.difference, found.low, found.high) == (None, None, None)
+    return found.reason
+
+
+def test_each_setting_has_its_own_winner():
+    results = study(*trio(5.41, 5.86, 5.13, "minitron-depth"))
+    training, total = verdict(results, "training"), verdict(results, "total")
+    assert (training.winner, total.winner) == ("pruned", "scratch")
+    assert training.difference == pytest.approx(0.45)
+    assert total.difference == pytest.approx(-0.28)
+    assert training.low and training.high and training.low < 0.45 < training.high
+    assert judge(results).answer == (
+        "If the parent is already there, prune; if its tokens count too, train from scratch."
+    )
+
+
+def test_sentences_say_what_was_found():
+    one, two = judge(study(*trio(5.41, 5.86, 5.13, "minitron-depth"))).sentences
+    assert one == (
+        "At equal training tokens, Minitron-depth at ratio 0.5 ends 0.45 nats below its from-scratch twin "
+        "(95% interval 0.43 to 0.47): pruning pays."
+    )
+    assert two.startswith("At equal total tokens, Minitron-depth at ratio 0.5 ends 0.28 nats above its")
+    assert two.endswith(": training from scratch pays.")
+
+
+def test_a_difference_within_the_noise_is_too_close_to_call():
+    results = study(*trio(5.440, 5.441, 5.439))
+    assert {v.winner for v in judge(results).verdicts} == {"too close to call"}
+    assert "too close to call" in judge(results).sentences[0]
+    assert "the two paths are too close to call" in judge(results).answer
+
+
+def test_identical_models_are_too_close_to_call():
+    twin = [dataclasses.replace(c, evaluation=evaluation(5.4)) for c in trio(5.4, 5.4, 5.4)]
+    assert verdict(study(*twin), "training").winner == "too close to call"
+
+
+def test_a_tiny_but_certain_difference_is_not_shown_as_zero():
+    shared = evaluation(5.4)
+    better = dataclasses.replace(shared, loss=5.399, windows=tuple(w - 0.001 for w in shared.windows))
+    p_r, s_r, s_pr = trio(5.4, 5.4, 5.4)
+    cells = (dataclasses.replace(p_r, evaluation=better), dataclasses.replace(s_r, evaluation=shared), s_pr)
+    assert "ends 0.001 nats below" in judge(study(*cells)).sentences[0]
+
+
+def test_interval_agrees_with_a_naive_loop():
+    differences = np.random.default_rng(3).normal(0.02, 0.1, 40)
+    generator = np.random.default_rng(99)
+    means = []
+    for _ in range(4000):
+        picks = [differences[generator.integers(0, 40)] for _ in range(40)]
+        means.append(sum(picks) / 40)
+    means.sort()
+    low, high = bootstrap_interval(differences)
+    assert low == pytest.approx(means[100], abs=0.003)
+    assert high == pytest.approx(means[3900], abs=0.003)
+
+
+def test_interval_agrees_with_the_normal_approximation():
+    differences = np.random.default_rng(4).normal(0.5, 0.2, 400)
+    half = 1.96 * differences.std() / math.sqrt(400)
+    low, high = bootstrap_interval(differences)
+    assert low == pytest.approx(differences.mean() - half, abs=0.0015)
+    assert high == pytest.approx(differences.mean() + half, abs=0.0015)
+
+
+def test_interval_is_paired():
+    """What makes a window hard for both models cancels: unpaired, windows that vary by 0.3 would hide 0.02."""
+    results = study(*trio(5.40, 5.42, 5.42))
+    found = verdict(results, "training")
+    assert found.winner == "pruned"
+    assert found.low is not None and found.high is not None and found.high - found.low < 0.05
+
+
+def test_verdicts_are_deterministic():
+    assert judge(broken()) == judge(broken())
+
+
+def test_missing_run():
+    p_r, _, s_pr = trio(5.4, 5.8, 5.2)
+    assert reason(p_r, s_pr) == "the study has no scratch run S_R"
+    assert verdict(study(p_r, s_pr), "training").flop_ratio is None
+
+
+def test_failed_evaluation():
+    assert reason(*trio(None, 5.8, 5.2)) == "the pruned run P-R has no held-out loss"
+    assert reason(*trio(5.4, None, 5.2)) == "the scratch run S_R has no held-out loss"
+    assert "is not measured: the scratch run S_R has" in judge(study(*trio(5.4, None, 5.2))).sentences[0]
+
+
+def test_a_loss_that_is_not_finite_is_not_compared():
+    p_r, s_r, s_pr = trio(5.4, 5.8, 5.2)
+    wild = dataclasses.replace(evaluation(5.8), loss=math.nan)
+    assert "not finite" in reason(p_r, dataclasses.replace(s_r, evaluation=wild), s_pr)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"protocol": "another"}, "different protocols"),
+        ({"windows": (5.8,) * 10}, "have 64 and 10 held-out windows"),
+    ],
+)
+def test_evaluations_that_cannot_be_compared(change: dict[str, Any], words: str):
+    p_r, s_r, s_pr = trio(5.4, 5.8, 5.2)
+    assert s_r.evaluation
+    s_r = dataclasses.replace(s_r, evaluation=dataclasses.replace(s_r.evaluation, **change))
+    assert words in reason(p_r, s_r, s_pr)
+
+
+def test_one_window_has_no_interval():
+    single = [dataclasses.replace(c, evaluation=evaluation(5.4, windows=1)) for c in trio(5.4, 5.4, 5.4)]
+    assert "fewer than two" in reason(*single)
+
+
+def test_flop_ratio_counts_the_whole_pipeline():
+    p_r, s_r, s_pr = trio(5.4, 5.8, 5.2)
+    assert verdict(study(p_r, s_r, s_pr), "total").flop_ratio == p_r.total_flops / s_pr.total_flops
+
+
+def test_ratios_and_seeds_are_compared_each_with_its_own_twin():
+    cells = [c for ratio in (0.5, 0.75) for seed in (0, 1) for c in trio(5.4, 5.8 + seed, 5.2, ratio=ratio, seed=seed)]
+    found = [v for v in judge(study(*cells)).verdicts if v.setting == "training"]
+    assert [(v.group.ratio, v.group.seed) for v in found] == [(0.5, 0), (0.5, 1), (0.75, 0), (0.75, 1)]
+    assert [round(v.difference or 0, 6) for v in found] == [0.4, 1.4, 0.4, 1.4]
+    assert "Wanda at ratio 0.75 (seed 1) ends" in judge(study(*cells)).sentences[3]
+
+
+def test_a_pruned_model_without_any_run_is_not_forgotten():
+    results = dataclasses.replace(study(*trio(5.4, 5.8, 5.2)), pruned=(pruned("wanda"), pruned("minitron-width")))
+    missing = [v for v in judge(results).verdicts if v.group.method == "minitron-width"]
+    assert [v.winner for v in missing] == ["not measured"] * 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ([(5.4, 5.8)] * 3, "pruning wins for all three methods"),
+        ([(5.8, 5.4)] * 3, "training from scratch wins for all three methods"),
+        (
+            [(5.4, 5.8), (5.8, 5.4), (5.4, 5.4)],
+            "pruning wins for Minitron-depth; training from scratch wins for Minitron-width; "
+            "Wanda is too close to call",
+        ),
+        ([(5.4, 5.8), (5.4, 5.9), (5.4, None)], "pruning wins for Minitron-depth and Minitron-width; Wanda is not"),
+        ([(None, None)] * 3, "all three methods are not measured"),
+    ],
+)
+def test_headlines(losses: list[tuple[float | None, float | None]], words: str):
+    cells = [c for m, (p_r, s_r) in zip(METHODS, losses, strict=True) for c in trio(p_r, s_r, None, m)]
+    assert judge(study(*cells)).headlines["training"].startswith(f"At equal training tokens, {words}")
+
+
+def test_answers():
+    assert judge(study(*trio(5.4, 5.8, 5.9))).answer == "Prune, whether or not the parent's tokens are counted."
+    assert judge(study(*trio(5.4, 5.2, 5.1))).answer.startswith("Train from scratch, whether or not")
+    assert judge(study(*trio(None, 5.2, 5.1))).answer.startswith("There is no answer yet")
+    assert judge(study()).answer.startswith("There is no answer yet")
+    assert judge(study(*trio(5.4, 5.8, None))).answer.endswith("there is no answer yet, as far as it was measured.")
+    assert "wins or is too close to call" in judge(example()).answer
+
+
+@pytest.mark.parametrize("make", [example, broken])
+def test_text_table_is_plain_and_narrow(make: Any):
+    text = text_table(make())
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= 100
+    assert text == text_table(make())
+
+
+def test_text_table_shows_the_losses_and_who_wins():
+    text = text_table(example())
+    row = next(line for line in text.splitlines() if line.startswith("minitron-depth"))
+    assert row.split() == ["minitron-depth", "0.5", "5.470", "5.410", "5.860", "5.130", "pruned", "scratch"]
+    assert "held-out loss 5.440" in text
+    assert judge(example()).answer in " ".join(text.split())
+
+
+def test_text_table_shows_what_is_missing_as_a_dash():
+    row = next(line for line in text_table(broken()).splitlines() if line.startswith("minitron-depth"))
+    assert row.split()[3:7] == ["-", "5.410", "-", "5.130"]
+
+
+def test_text_table_shortens_a_long_method_name():
+    long = [dataclasses.replace(c, method="m" * 80, curve=curve(6, 5, R)) for c in trio(5.4, 5.8, 5.2)]
+    assert max(map(len, text_table(study(*long)).splitlines())) <= 100

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import VARIANTS, calibration, edit_config, files, hf, logits, tiny_llama, windows, without_layers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur.checkpoint import Checkpoint
+from secateur.data.tokenizer import token_hash
+from secateur.errors import UserError
+from secateur.files import atomic_directory, sha256_file
+from secateur.plan import JSON_FILE, TENSOR_FILE, Plan, load_masks
+from secateur.prune import make_plan, write_pruned
+from secateur.surgery import cut_config
+
+METHODS = {"minitron-depth": 0.4, "minitron-width": 0.4, "wanda": 0.5}
+
+
+def prune(directory: Path, out: Path, method: str, ratio: float) -> Plan:
+    checkpoint = Checkpoint(directory)
+    plan = make_plan(checkpoint, method, ratio, calibration(windows()), batch=2)
+    cut(directory, out, plan)
+    return plan
+
+
+def cut(directory: Path, out: Path, plan: Plan) -> None:
+    with atomic_directory(out) as work:
+        write_pruned(Checkpoint(directory), plan, work, base="base/model")
+
+
+def by_hand(directory: Path, **fields: object) -> Plan:
+    """A plan that keeps all but what is said."""
+    shape = Checkpoint(directory).shape
+    record = {"summary": {"detail": "by hand"}, "calibration": calibration(windows()).record()}
+    return Plan.keeping_all("hand", "width", 0.5, shape, **record, **fields)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def silence(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The full-size model without what the plan drops: writers zeroed, each norm's mean over the kept channels."""
+    width = model.config.hidden_size
+    gone_hidden = [c for c in range(width) if c not in plan.keep_hidden.tolist()]
+    group = plan.before.heads // plan.before.kv_heads
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.clone()
+    if plan.before.tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.clone())
+    for c in gone_hidden:
+        model.model.embed_tokens.weight[:, c] = 0
+    for i in plan.keep_layers.tolist():
+        block = model.model.layers[i]
+        for writer in (block.self_attn.o_proj, block.mlp.down_proj):
+            for c in gone_hidden:
+                writer.weight[c] = 0
+                if writer.bias is not None:
+                    writer.bias[c] = 0
+        for c in range(plan.before.ffn):
+            if c not in plan.keep_ffn[i].tolist():
+                block.mlp.down_proj.weight[:, c] = 0
+        for head in range(plan.before.heads):
+            if head // group not in plan.keep_kv[i].tolist():
+                for c in range(head * plan.before.head_dim, (head + 1) * plan.before.head_dim):
+                    block.self_attn.o_proj.weight[:, c] = 0
+    kept, eps = plan.keep_hidden.numel(), model.config.rms_norm_eps
+
+    def norm(weight: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: weight * x / (x.square().sum(-1, keepdim=True) / kept + eps).sqrt()
+
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = norm(module.weight)
+    return without_layers(model, set(range(plan.before.layers)) - set(plan.keep_layers.tolist()))
+
+
+def assert_same_logits(got: PreTrainedModel, wanted: PreTrainedModel) -> None:
+    a, b = logits(got, windows(3, 20, seed=9)), logits(wanted, windows(3, 20, seed=9))
+    assert float(b.std()) > 0.1
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_pruned_model_is_the_full_one_with_parts_silenced(method: str, variant: str, tmp_path: Path) -> None:
+    directory, out = tiny_llama(tmp_path, **VARIANTS[variant]), tmp_path / "out"
+    plan = prune(directory, out, method, METHODS[method])
+    pruned, full = hf(out), hf(directory)
+    untouched = logits(full, windows())
+    with torch.no_grad():
+        for name, mask in plan.masks.items():
+            full.get_parameter(name).masked_fill_(~mask, 0)
+    assert_same_logits(pruned, silence(full, plan))
+    assert not torch.allclose(logits(pruned, windows()), untouched, atol=1e-2)
+    shape = Checkpoint(out).shape
+    assert shape == plan.after
+    assert sum(p.numel() for p in pruned.parameters()) == plan.after.total
+    stored = Checkpoint(out)
+    assert {stored.tensor(n).dtype for n in stored.tensors()} == {VARIANTS[variant].get("dtype", torch.float32)}
+    config = json.loads((out / "config.json").read_text())
+    assert config["head_dim"] == plan.before.head_dim
+    if method == "minitron-depth":
+        assert shape.layers == 3 and logits(pruned, windows()).shape == untouched.shape
+
+
+@pytest.mark.parametrize("variant", ["plain", "biased"])
+def test_width_against_explicit_loops(variant: str, tmp_path: Path) -> None:
+    directory, out = tiny_llama(tmp_path, **VARIANTS[variant]), tmp_path / "out"
+    plan = prune(directory, out, "minitron-width", 0.4)
+    old, new = dict(hf(directory).named_parameters()), dict(hf(out).named_parameters())
+    hidden = plan.keep_hidden.tolist()
+    assert set(old) == set(new)
+    for name, tensor in new.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else 0
+        ffn = plan.keep_ffn[layer].tolist()
+        every = list(range(64))
+        writes = hidden if any(k in name for k in ("o_proj", "down_proj", "norm")) else every
+        rows = ffn if "gate_proj" in name or "up_proj" in name else writes
+        columns = ffn if "down_proj" in name else every if "o_proj" in name else hidden
+        for i in range(tensor.shape[0]):
+            if tensor.dim() == 1:
+                assert tensor[i] == old[name][rows[i]], name
+                continue
+            assert all(tensor[i, j] == old[name][rows[i], columns[j]] for j in range(0, tensor.shape[1], 5)), name
+
+
+@pytest.mark.parametrize("variant", ["plain", "biased", "wide_heads"])
+def test_kv_heads_go_with_their_query_heads(variant: str, tmp_path: Path) -> None:
+    directory, out = tiny_llama(tmp_path, **VARIANTS[variant]), tmp_path / "out"
+    shape = Checkpoint(directory).shape
+    plan = by_hand(
+        directory,
+        after=dataclasses.replace(shape, heads=2, kv_heads=1),
+        keep_kv={layer: torch.tensor([layer % 2]) for layer in range(5)},
+    )
+    dim = shape.head_dim
+    assert plan.indices("kv", 1).tolist() == list(range(dim, 2 * dim))  # type: ignore[union-attr]
+    assert plan.indices("query", 1).tolist() == list(range(2 * dim, 4 * dim))  # type: ignore[union-attr]
+    assert plan.indices("hidden", 1) is None and plan.indices(None, 1) is None
+    cut(directory, out, plan)
+    assert Checkpoint(out).shape == plan.after
+    assert_same_logits(hf(out), silence(hf(directory), plan))
+
+
+def test_all_axes_at_once(tmp_path: Path) -> None:
+    directory, out = tiny_llama(tmp_path, **VARIANTS["biased"]), tmp_path / "out"
+    shape = Checkpoint(directory).shape
+    draw = torch.Generator().manual_seed(5)
+    plan = by_hand(
+        directory,
+        after=dataclasses.replace(shape, layers=3, hidden=20, ffn=17, heads=2, kv_heads=1),
+        keep_layers=torch.tensor([0, 2, 4]),
+        keep_hidden=torch.randperm(32, generator=draw)[:20].sort().values,
+        keep_ffn={layer: torch.randperm(48, generator=draw)[:17].sort().values for layer in range(5)},
+        keep_kv={layer: torch.tensor([layer // 2 % 2]) for layer in range(5)},
+    )
+    cut(directory, out, plan)
+    assert_same_logits(hf(out), silence(hf(directory), plan))
+    assert sum(p.numel() for p in hf(out).parameters()) == plan.after.total
+    assert {n for n in load_file(out / TENSOR_FILE) if ".ffn." in n} == {f"keep.ffn.{i}" for i in (0, 2, 4)}
+
+
+def test_pruning_the_pruned(tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path)
+    prune(directory, tmp_path / "a", "minitron-depth", 0.4)
+    first = hf(tmp_path / "a")
+    plan = prune(tmp_path / "a", tmp_path / "b", "minitron-width", 0.4)
+    assert_same_logits(hf(tmp_path / "b"), silence(first, plan))
+    assert plan.source == Checkpoint(tmp_path / "a").digest
+
+
+def test_per_layer_keys_follow_the_layers(tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path)
+    edit_config(directory, layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"])
+    plan = by_hand(
+        directory,
+        after=dataclasses.replace(Checkpoint(directory).shape, layers=2),
+        keep_layers=torch.tensor([1, 4]),
+    )
+    config = cut_config(Checkpoint(directory), plan)
+    assert config["layer_types"] == ["sliding_attention", "full_attention"]
+    assert config["num_hidden_layers"] == 2
+    assert config["rope_parameters"] == Checkpoint(directory).raw_config["rope_parameters"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_plan_says(method: str, tmp_path: Path) -> None:
+    directory, out = tiny_llama(tmp_path, **VARIANTS["tied"]), tmp_path / "out"
+    plan = prune(directory, out, method, METHODS[method])
+    content, tensors = json.loads((out / JSON_FILE).read_text()), load_file(out / TENSOR_FILE)
+    for name, tensor in tensors.items():
+        kind = name.partition(".")[0]
+        assert tensor.dtype == {"keep": torch.int64, "mask": torch.bool, "score": torch.float32}[kind], name
+        if kind == "keep":
+            values = tensor.tolist()
+            assert values == sorted(set(values)), name
+    kept = plan.keep_layers.tolist()
+    wanted = {"keep.layers", "keep.hidden"} | {f"keep.{a}.{i}" for a in ("ffn", "kv") for i in kept}
+    wanted |= {f"mask.{n}" for n in plan.masks} | {f"score.{n}" for n in plan.scores}
+    assert set(tensors) == wanted
+    assert content["method"] == method and content["granularity"] == plan.granularity
+    assert content["before"] == {
+        "hidden": 32, "ffn": 48, "layers": 5, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocabulary": 61, "tied": True
+    }  # fmt: skip
+    assert content["tensors"] == sha256_file(out / TENSOR_FILE)
+    assert content["source"] == Checkpoint(directory).digest
+    assert content["calibration"]["hash"] == token_hash(windows().numpy())
+    assert content["calibration"]["tokens"] == 60
+    # The ratio reached is counted on the files: parameters that are gone, or zero.
+    before, after = hf(directory), hf(out)
+    left = sum(int((p != 0).sum()) for p in after.parameters())
+    total = sum(p.numel() for p in before.parameters())
+    assert content["ratio"]["asked"] == METHODS[method]
+    assert content["ratio"]["total"] == pytest.approx(1 - left / total)
+    embedding_before, embedding_after = before.lm_head.weight.numel(), after.lm_head.weight.numel()
+    non_embedding = 1 - (left - embedding_after) / (total - embedding_before)
+    assert content["ratio"]["non_embedding"] == pytest.approx(non_embedding)
+    provenance = Checkpoint(out).provenance
+    assert provenance is not None and provenance["plan"] == content["fingerprint"] and provenance["kind"] == "pruned"
+    assert method in (out / "README.md").read_text() and "base_model: base/model" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_inputs_give_the_same_bytes(method: str, tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path, **VARIANTS["sharded"])
+    (directory / "tokenizer.json").write_text("{}")
+    for out in ("a", "b"):
+        prune(directory, tmp_path / out, method, METHODS[method])
+    a, b = files(tmp_path / "a"), files(tmp_path / "b")
+    assert a == b
+    assert {"config.json", "model.safetensors", JSON_FILE, TENSOR_FILE, "README.md", "secateur.json", "tokenizer.json"} <= set(a)
+
+
+def test_masks_come_back_and_tampering_is_found(tmp_path: Path) -> None:
+    directory, out = tiny_llama(tmp_path), tmp_path / "out"
+    plan = prune(directory, out, "wanda", 0.5)
+    masks = load_masks(out)
+    assert set(masks) == set(plan.masks) and all(torch.equal(masks[n], plan.masks[n]) for n in masks)
+    parameters = dict(hf(out).named_parameters())
+    for name, mask in masks.items():
+        assert not parameters[name][~mask].any()
+        assert bool((~mask).sum(1).eq(mask.shape[1] // 2).all())
+    tensors = load_file(out / TENSOR_FILE)
+    next(t for n, t in tensors.items() if n.startswith("mask.")).logical_not_()
+    save_file(tensors, out / TENSOR_FILE)
+    with pytest.raises(UserError, match=r"plan\.safetensors: is not the file"):
+        load_masks(out)
+    (out / TENSOR_FILE).unlink()
+    with pytest.raises(UserError, match=r"plan\.safetensors"):
+        load_masks(out)
+    (out / JSON_FILE).write_text("{}")
+    with pytest.raises(UserError, match=r"plan\.json"):
+        load_masks(out)
+    (out / JSON_FILE).unlink()
+    with pytest.raises(UserError, match=r"plan\.json: no such file"):
+        load_masks(out)
+
+
+def test_plans_without_masks_have_none(tmp_path: Path) -> None:
+    directory, out = tiny_llama(tmp_path), tmp_path / "out"
+    prune(directory, out, "minitron-depth", 0.4)
+    assert load_masks(out) == {}
+
+
+def test_the_fingerprint_follows_the_calibration(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tiny_llama(tmp_path))
+    prints = set()
+    for ids in (windows(seed=1), windows(seed=2)):
+        plan = make_plan(checkpoint, "wanda", 0.5, calibration(ids))
+        (tmp_path / "p").mkdir(exist_ok=True)
+        prints.add(plan.save(tmp_path / "p")["fingerprint"])
+    assert len(prints) == 2

@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import SIZES, naive_loss, randomise, windows
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from secateur.checkpoint import Checkpoint, model_tensors, write_checkpoint
+from secateur.errors import UserError
+from secateur.shapes import Shape
+from secateur.spec import fingerprint, parse
+from secateur.train.init import llama_config, new_model
+from secateur.train.loop import Slice, train
+from secateur.train.masks import Masks
+from secateur.train.optim import Recipe, learning_rate, make_optimizer
+from secateur.train.state import load_latest, save_state
+
+TOKENS = 5 * 32 + 2 * 8 + 5  # five whole steps, then two windows and five tokens
+RECIPE = Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-3, warmup=0.4, micro_batch=3)
+
+
+class Store:
+    """Holds ``arange``, remembers what is read, and fails when asked for a token too many."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.reads: list[tuple[str, int, int]] = []
+        self.fail_at = fail_at
+
+    def read(self, split: str, start: int, stop: int) -> np.ndarray:
+        if self.fail_at is not None and start >= self.fail_at:
+            raise KeyboardInterrupt
+        self.reads.append((split, start, stop))
+        return np.random.default_rng(3).integers(0, 61, 10_000)[start:stop]
+
+
+class Counting(Store):
+    def read(self, split: str, start: int, stop: int) -> np.ndarray:
+        super().read(split, start, stop)
+        return np.arange(start, stop)
+
+
+def tiny(seed: int = 0, **config: Any) -> PreTrainedModel:
+    sizes = {**SIZES, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": None, **config}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    randomise(model, seed)
+    return model
+
+
+def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(4)
+    names = [n for n, _ in model.named_parameters() if "_proj.weight" in n]
+    return {n: torch.rand(model.get_parameter(n).shape, generator=draw) > 0.5 for n in names}
+
+
+def held_out(model: PreTrainedModel) -> float:
+    model.eval()
+    loss = naive_loss(model, windows(2, 8))
+    model.train()
+    return loss
+
+
+def run(model: PreTrainedModel, folder: Path, **changes: Any) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "data": Slice(Store(), 100, 100 + TOKENS), "recipe": RECIPE, "masks": {}, "measure": held_out, "points": 3,
+        "folder": folder, "label": "test", **changes,
+    }  # fmt: skip
+    return train(model, options.pop("data"), options.pop("recipe"), **options)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# --- the recipe
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 100, 1000])
+def test_learning_rate(steps: int) -> None:
+    recipe = Recipe(peak_rate=2e-3)
+    warm = math.ceil(0.05 * steps)
+    rates = [learning_rate(recipe, step, steps) for step in range(steps)]
+    assert rates[0] == pytest.approx(2e-3 / warm)
+    assert rates[warm - 1] == pytest.approx(2e-3) and max(rates) == pytest.approx(2e-3)
+    rises = [b - a for a, b in pairwise(rates[:warm])]
+    assert rises == pytest.approx([2e-3 / warm] * (warm - 1))
+    if steps > 2:
+        assert rates[-1] == pytest.approx(2e-4)
+        assert all(a > b for a, b in pairwise(rates[warm:]))
+        assert rates[warm] + rates[-1] == pytest.approx(rates[warm + 3] + rates[-4])  # symmetric about its middle
+    if steps == 1000:
+        assert rates[warm + 237] == pytest.approx(2e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * 237 / 949)) / 2))
+
+
+def test_no_warm_up() -> None:
+    recipe = Recipe(peak_rate=1.0, warmup=0.0, final_share=0.0)
+    assert [learning_rate(recipe, s, 3) for s in range(3)] == pytest.approx([1.0, 0.5, 0.0])
+    assert learning_rate(recipe, 0, 1) == 1.0
+
+
+def test_the_recipe() -> None:
+    assert [RECIPE.steps(n) for n in (1, 32, 33, 64, TOKENS)] == [1, 1, 2, 2, 6]
+    assert parse(Recipe, {"tokens_per_step": "512k", "sequence": 1000, "peak_rate": 4e-3}, origin="x").peak_rate == 4e-3
+    with pytest.raises(UserError, match=r"tokens_per_step: 100 is no multiple of recipe\.sequence 64"):
+        Recipe(sequence=64, tokens_per_step=100)
+    with pytest.raises(UserError, match="no multiple"):
+        parse(Recipe, {"sequence": 64, "tokens_per_step": 100}, origin="x")
+    assert fingerprint(Recipe(micro_batch=2)) == fingerprint(Recipe())
+    assert fingerprint(Recipe(seed=2)) != fingerprint(Recipe())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_decay_is_on_matrices_only(tied: bool) -> None:
+    model = tiny(attention_bias=True, tie_word_embeddings=tied)
+    before, optimizer = weights(model), make_optimizer(model, Recipe(weight_decay=0.25))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # what is left is the decay
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        matrix = name.endswith("_proj.weight") or "embed" in name or "lm_head" in name
+        factor = 1 - 0.5 * 0.25 if matrix else 1
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
+
+
+# --- what is read
+
+
+def test_every_token_is_read_once_in_order(tmp_path: Path) -> None:
+    store = Counting()
+    model, seen = tiny(vocab_size=400), []
+    model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    data = Slice(store, 100, 100 + TOKENS)
+    result = run(model, tmp_path, data=data, recipe=Recipe(sequence=8, tokens_per_step=32), measure=lambda _: 1.0)
+    assert store.reads == [("train", s, min(s + 32, 100 + TOKENS)) for s in range(100, 100 + TOKENS, 32)]
+    assert data.tokens == result["tokens"] == TOKENS and result["steps"] == 6
+    assert result["targets"] == 22 * 7 + 4
+    assert torch.cat([ids.reshape(-1) for ids in seen]).tolist() == list(range(100, 100 + TOKENS))
+    assert [tuple(ids.shape) for ids in seen] == [(4, 8)] * 5 + [(2, 8), (1, 5)]
+    assert [p["tokens"] for p in result["curve"]] == [0, 64, 128, TOKENS]
+
+
+def test_a_lone_last_token_counts_as_consumed(tmp_path: Path) -> None:
+    result = run(tiny(), tmp_path, data=Slice(Store(), 0, 32 + 8 + 1))
+    assert result["tokens"] == 41 and result["targets"] == 5 * 7 and result["steps"] == 2
+
+
+@pytest.mark.parametrize("points", [1, 2, 6, 50])
+def test_the_curve_ends_at_the_end(points: int, tmp_path: Path) -> None:
+    result = run(tiny(), tmp_path, points=points)
+    curve = result["curve"]
+    assert curve[0]["tokens"] == 0 and curve[0]["training_loss"] is None and curve[-1]["tokens"] == TOKENS
+    assert len(curve) == min(points, 6) + 1
+    assert curve[-1]["learning_rate"] == pytest.approx(1e-4)
+    assert all(math.isfinite(p["loss"]) for p in curve)
+
+
+# --- the loop against one written by hand
+
+
+def by_hand(model: PreTrainedModel, masks: dict[str, Tensor], recipe: Recipe) -> tuple[list[float], list[float]]:
+    """The same run, written without any of secateur: losses and gradient norms of all steps."""
+    model.train()
+    ids = np.random.default_rng(3).integers(0, 61, 10_000)[100 : 100 + TOKENS].tolist()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, mask in masks.items():
+            parameters[name] *= mask
+    decayed = [p for n, p in parameters.items() if not n.endswith(("norm.weight", "bias"))]
+    plain = [p for n, p in parameters.items() if n.endswith(("norm.weight", "bias"))]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0}], betas=(0.9, 0.95), eps=1e-8
+    )
+    losses, norms = [], []
+    for step in range(6):
+        batch = ids[step * 32 : step * 32 + 32]
+        every = []
+        for start in range(0, len(batch), 8):
+            window = torch.tensor([batch[start : start + 8]])
+            out = model(input_ids=window, use_cache=False).logits
+            every += [cross_entropy(out[0, t], window[0, t + 1]) for t in range(window.shape[1] - 1)]
+        loss = torch.stack(every).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for name, mask in masks.items():
+            parameters[name].grad *= mask  # type: ignore[operator]
+        norm = sum(float((p.grad.double() ** 2).sum()) for p in parameters.values()) ** 0.5  # type: ignore[union-attr]
+        for parameter in parameters.values():
+            parameter.grad *= min(1.0, recipe.clip / norm)  # type: ignore[operator]
+        warm = 3  # ceil(0.4 * 6)
+        after = (step - warm) / 2
+        cosine = 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * after)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (step + 1) / 3 if step < warm else cosine
+        optimizer.step()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                parameters[name] *= mask
+        losses.append(float(loss.detach()))
+        norms.append(norm)
+    return losses, norms
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("variant", [{}, {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize("clip", [1.0, 100.0])
+def test_the_loop_against_one_by_hand(masked: bool, variant: dict[str, bool], clip: float, tmp_path: Path) -> None:
+    recipe = Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-3, warmup=0.4, micro_batch=3, clip=clip)
+    model, reference = tiny(**variant), tiny(**variant)
+    masks, start = masks_of(model) if masked else {}, weights(model)
+    result = run(model, tmp_path, masks=masks, points=6, recipe=recipe)
+    losses, norms = by_hand(reference, masks, recipe)
+    assert (min(norms) > 1) if clip == 1 else (max(norms) < 100)
+    assert [p["training_loss"] for p in result["curve"][1:]] == pytest.approx(losses, rel=1e-5)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=0, atol=2e-6, msg=name)
+    moved = max(float((start[n] - p).abs().max()) for n, p in model.named_parameters() if n not in masks)
+    assert moved > 1e-3
+    assert result["curve"][-1]["loss"] == pytest.approx(held_out(reference), rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4, 64])
+def test_micro_batches_are_execution_only(micro_batch: int, tmp_path: Path) -> None:
+    recipes = [Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-3, micro_batch=m) for m in (3, micro_batch)]
+    curves = [run(tiny(), tmp_path / f"{i}", recipe=recipe, points=6)["curve"] for i, recipe in enumerate(recipes)]
+    for a, b in zip(*curves, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert (a["training_loss"] or 0) == pytest.approx(b["training_loss"] or 0, rel=1e-5)
+
+
+# --- masks
+
+
+def test_masks_hold_exactly(tmp_path: Path) -> None:
+    model = tiny()
+    masks, points = masks_of(model), []
+
+    def measure(held: PreTrainedModel) -> float:
+        points.append(sum(int((held.get_parameter(n) != 0)[~m].sum()) for n, m in masks.items()))
+        return 1.0
+
+    run(model, tmp_path / "a", masks=masks, measure=measure, points=6)
+    assert points == [0] * 7
+    for name, mask in masks.items():
+        assert int((model.get_parameter(name) != 0)[mask].sum()) == int(mask.sum())
+    sparse = tiny()
+    Masks(sparse, masks).apply()
+    run(sparse, tmp_path / "b")
+    revived = sum(int((sparse.get_parameter(n) != 0)[~m].sum()) for n, m in masks.items())
+    assert revived > 0.9 * sum(int((~m).sum()) for m in masks.values())
+
+
+def test_masks_are_not_derived_from_zeros(tmp_path: Path) -> None:
+    model = tiny()
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[0] = 0
+    mask = torch.ones_like(model.get_parameter(name), dtype=torch.bool)
+    mask[1] = False
+    run(model, tmp_path, masks={name: mask})
+    assert model.get_parameter(name)[0].abs().min() > 0 and not model.get_parameter(name)[1].any()
+
+
+def test_revived_weights_are_found() -> None:
+    model = tiny()
+    masks = masks_of(model)
+    held = Masks(model, masks)
+    with pytest.raises(RuntimeError, match="pruned weights are no longer zero"):
+        held.check()
+    held.apply()
+    held.check()
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[(~masks[name]).view(-1).nonzero()[5]] = 1e-30
+    with pytest.raises(RuntimeError, match=rf"{name}: 1 pruned"):
+        held.check()
+    with pytest.raises(KeyError):
+        Masks(model, {"model.layers.9.x": mask for mask in masks.values()})
+
+
+# --- stopping and going on
+
+
+def stopping_measure(after: int) -> Callable[[PreTrainedModel], float]:
+    calls = []
+
+    def measure(model: PreTrainedModel) -> float:
+        calls.append(0)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return held_out(model)
+
+    return measure
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "stop",
+    [{"measure": stopping_measure(2)}, {"data": Slice(Store(fail_at=230), 100, 100 + TOKENS)}],
+    ids=["measure", "store"],
+)
+def test_a_run_goes_on_at_the_same_bits(stop: dict[str, Any], masked: bool, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"masks": masks_of(tiny()) if masked else {}, "points": 4, "save_every": 2}
+    whole = tiny(tie_word_embeddings=masked)
+    wanted = run(whole, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(tie_word_embeddings=masked), tmp_path / "cut", **(options | stop_again(stop)))
+    assert len(list((tmp_path / "cut").glob("step-*"))) >= 1
+    store = Store()
+    again = tiny(seed=9, tie_word_embeddings=masked)  # nothing of it may matter
+    got = run(again, tmp_path / "cut", **options, data=Slice(store, 100, 100 + TOKENS))
+    assert store.reads[0][1] > 100  # it did not begin anew
+    assert got == wanted and same(weights(again), weights(whole))
+    assert [p.name for p in sorted((tmp_path / "cut").iterdir())] == ["step-00000004", "step-00000006"]
+    once_more, store = tiny(seed=8, tie_word_embeddings=masked), Store()
+    assert run(once_more, tmp_path / "cut", **options, data=Slice(store, 100, 100 + TOKENS)) == wanted
+    assert same(weights(once_more), weights(whole)) and store.reads == []
+
+
+def stop_again(stop: dict[str, Any]) -> dict[str, Any]:
+    return {"measure": stopping_measure(3)} if "measure" in stop else stop
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: flip(step / "weights.safetensors"),
+        lambda step: flip(step / "moments.safetensors"),
+        lambda step: (step / "moments.safetensors").write_bytes(b""),
+        lambda step: (step / "weights.safetensors").unlink(),
+        lambda step: (step / "state.json").unlink(),
+        lambda step: (step / "state.json").write_text("{"),
+        lambda step: (step / "state.json").write_text("{}"),
+        lambda step: (step / "state.json").write_text("[]"),
+    ],
+    ids=["weights", "moments", "empty", "no weights", "no state", "half a state", "blank state", "list"],
+)
+def test_a_damaged_checkpoint_is_passed_over(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    whole = tiny()
+    wanted = run(whole, tmp_path, save_every=2)
+    newest, older = sorted(tmp_path.glob("step-*"), reverse=True)
+    damage(newest)
+    model = tiny(seed=9)
+    state = load_latest(tmp_path, model, make_optimizer(model, RECIPE))
+    assert state is not None and state["step"] == 4
+    store, again = Store(), tiny(seed=9)
+    assert run(again, tmp_path, save_every=2, data=Slice(store, 100, 100 + TOKENS)) == wanted
+    assert [r[1] for r in store.reads] == [228, 260]
+    assert same(weights(again), weights(whole))
+    assert json.loads((newest / "state.json").read_text())["step"] == 6  # repaired on the way
+    damage(newest)
+    damage(older)
+    assert load_latest(tmp_path, model, make_optimizer(model, RECIPE)) is None
+
+
+def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = tiny(), make_optimizer(tiny(), RECIPE)
+    run(model, tmp_path, save_every=2)
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.train.state.sync_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_state(tmp_path, model, optimizer, {"step": 7})
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == before
+    state = load_latest(tmp_path, model, make_optimizer(model, RECIPE))
+    assert state is not None and state["step"] == 6
+
+
+def test_nan_stops_the_run(tmp_path: Path) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="test: loss nan, .* at step 0; lower recipe.peak_rate"):
+        run(model, tmp_path, measure=lambda _: 1.0)
+    assert not list(tmp_path.glob("step-*"))
+
+
+# --- fresh models
+
+
+def test_new_models() -> None:
+    shape = Shape(hidden=64, ffn=96, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=500)
+    tokenizer: Any = SimpleNamespace(bos_token_id=0, eos_token_id=1)
+    config = llama_config(shape, context=32, tokenizer=tokenizer)
+    assert Shape.of_config(config, where="x") == shape
+    assert (config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (0, 1, 32)
+    torch.manual_seed(1)
+    model = new_model(config, std=0.02, seed=3)
+    torch.manual_seed(2)
+    assert same(weights(model), weights(new_model(config, std=0.02, seed=3)))
+    assert not same(weights(model), weights(new_model(config, std=0.02, seed=4)))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            assert (parameter == 1).all(), name
+            continue
+        # A normal truncated at two deviations has 0.8796 of the deviation.
+        assert float(parameter.detach().std()) == pytest.approx(0.02 * 0.8796, rel=0.08), name
+        assert float(parameter.detach().abs().max()) <= 0.04 and abs(float(parameter.detach().mean())) < 1e-3
+
+
+def test_biases_of_new_models_are_zero_and_tied_heads_stay_tied() -> None:
+    config = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, dtype="bfloat16")
+    model = new_model(config, std=0.02, seed=0)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not any(p.any() for n, p in model.named_parameters() if n.endswith("bias"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_trained_model_is_written_and_read(tmp_path: Path) -> None:
+    model = tiny()
+    run(model, tmp_path / "steps")
+    (tmp_path / "out").mkdir()
+    write_checkpoint(tmp_path / "out", model.config.to_dict(), model_tensors(model), provenance={}, card="x")
+    assert same(weights(Checkpoint(tmp_path / "out").load()), weights(model))
