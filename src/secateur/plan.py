@@ -1,4 +1,4 @@
-"""The plan: what is kept of a model. Small, inspectable, hashed; it cuts the pruned model and shapes its scratch twin."""
+"""The plan: what is kept of a model. Small, inspectable, hashed; it cuts the model and shapes its scratch twin."""
 
 from __future__ import annotations
 

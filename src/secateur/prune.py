@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.calibrate.engine import BlockWalk, removal_losses
 from secateur.checkpoint import Checkpoint, model_card, write_checkpoint
 from secateur.data.tokenizer import token_hash
-from secateur.methods import DepthMethod, Granularity, Method, WeightMethod, WidthMethod, get_method
+from secateur.methods import DepthMethod, Granularity, WeightMethod, WidthMethod, get_method
 from secateur.plan import Plan
 from secateur.select import keep_channels, keep_weights, lowest
 from secateur.shapes import Shape, solve_depth, solve_width
@@ -127,7 +127,7 @@ def _decide_depth(method: DepthMethod, walk: BlockWalk, after: Shape, ratio: flo
 
 def _decide_width(method: WidthMethod, walk: BlockWalk, after: Shape, ratio: float) -> dict[str, Any]:
     family = walk.family
-    wanted = {site: method.needs["hidden"] for site in family.hidden_sites} | {family.ffn_site: method.needs["ffn"]}
+    wanted = dict.fromkeys(family.hidden_sites, method.needs["hidden"]) | {family.ffn_site: method.needs["ffn"]}
     hidden_sites, scores, keep_ffn = [], {}, {}
     states = walk.start()
     for block in walk.blocks():

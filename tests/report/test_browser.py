@@ -16,10 +16,18 @@ from example import broken, example
 from secateur.report.build import build_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
-    "--disable-sync --no-first-run --allow-file-access-from-files --enable-logging=stderr --virtual-time-budget=4000"
-).split()
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--allow-file-access-from-files",  # lets the frame's script look into the page
+    "--enable-logging=stderr",
+    "--virtual-time-budget=4000",
+]
 
 FRAME = """<!doctype html><title>frame</title><body style="margin:0">
 <iframe id="frame" src="report.html" style="width:{width}px;height:900px;border:0"></iframe><pre id="found"></pre>
@@ -82,11 +90,19 @@ def measured(folder: Path, width: int, *arguments: str) -> dict[str, Any]:
     return json.loads(unescape(found[1]))
 
 
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of a whole study's report and of a broken one's."""
+    folders = {make.__name__: tmp_path_factory.mktemp(make.__name__) for make in (example, broken)}
+    for make in (example, broken):
+        build_report(make(), folders[make.__name__])
+    return folders
+
+
 @pytest.mark.parametrize("width", [1280, 390, 360])
-@pytest.mark.parametrize("make", [example, broken])
-def test_layout(tmp_path: Path, make: Any, width: int):
-    build_report(make(), tmp_path)
-    found = measured(tmp_path, width)
+@pytest.mark.parametrize("name", ["example", "broken"])
+def test_layout(pages: dict[str, Path], name: str, width: int):
+    found = measured(pages[name], width)
     assert found["client"] <= width
     assert found["scroll"] <= found["client"]
     assert found["outside"] == []
@@ -99,15 +115,14 @@ def test_layout(tmp_path: Path, make: Any, width: int):
     assert "" not in found["losses"][: len(numbers)]  # what was not measured sorts last
 
 
-def test_dark_mode(tmp_path: Path):
-    build_report(example(), tmp_path)
-    light = measured(tmp_path, 390, "--blink-settings=preferredColorScheme=1")
-    dark = measured(tmp_path, 390, "--blink-settings=preferredColorScheme=0")
+def test_dark_mode(pages: dict[str, Path]):
+    light = measured(pages["example"], 390, "--blink-settings=preferredColorScheme=1")
+    dark = measured(pages["example"], 390, "--blink-settings=preferredColorScheme=0")
     assert (light["dark"], dark["dark"]) == (False, True)
     assert dark["contrast"] >= 4.5
 
 
-def test_screenshot(tmp_path: Path):
-    page, shot = build_report(example(), tmp_path), tmp_path / "shot.png"
+def test_screenshot(pages: dict[str, Path], tmp_path: Path):
+    page, shot = pages["example"] / "report.html", tmp_path / "shot.png"
     chromium(tmp_path / "profile", "--window-size=1280,2000", f"--screenshot={shot}", page.as_uri())
     assert shot.stat().st_size > 20_000

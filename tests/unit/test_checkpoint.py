@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VARIANTS, edit_config, files, hf, logits, tiny_llama, windows
 from safetensors.torch import load_file, save_file
 
+from helpers import VARIANTS, edit_config, files, hf, logits, tiny_llama, windows
 from secateur.calibrate.engine import BlockWalk
 from secateur.checkpoint import INDEX, Checkpoint, model_card, model_tensors, skeleton, write_checkpoint
 from secateur.errors import UserError
@@ -67,7 +67,11 @@ BAD: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "shard lacks": ("sharded", lambda d: edit_index(d, lambda m: m.update({"x": m[Q]})), ["tensor x"]),
     "index lacks": ("sharded", lambda d: edit_index(d, lambda m: m.pop(Q)), [Q, "lacks"]),
     "tensor missing": ("plain", lambda d: edit_tensors(d, lambda t: t.pop(NORM)), [NORM, "lacks"]),
-    "tensor size": ("plain", lambda d: edit_tensors(d, lambda t: t.update({Q: t[Q][:-1]})), [Q, "(31, 32)", "(32, 32)"]),
+    "tensor size": (
+        "plain",
+        lambda d: edit_tensors(d, lambda t: t.update({Q: t[Q][:-1]})),
+        [Q, "(31, 32)", "(32, 32)"],
+    ),
     "tied no more": ("tied", lambda d: edit_config(d, tie_word_embeddings=False), ["lm_head.weight", "lacks"]),
     "more layers": ("plain", lambda d: edit_config(d, num_hidden_layers=6), ["model.layers.5."]),
 }

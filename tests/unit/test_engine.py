@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VARIANTS, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
 from torch import Tensor
 
+from helpers import VARIANTS, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
 from secateur.calibrate.engine import Block, BlockWalk, removal_losses
 from secateur.calibrate.stats import AbsMeanByPosition, MeanSquare
 from secateur.checkpoint import Checkpoint

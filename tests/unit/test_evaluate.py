@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import hf, logits, tiny_llama
 from transformers import PreTrainedModel
 
+from helpers import hf, logits, tiny_llama
 from secateur.errors import UserError
 from secateur.evaluate.loss import Protocol, evaluate, token_losses
 

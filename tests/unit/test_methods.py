@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VARIANTS, calibration, hf, naive_loss, seen_at, tiny_llama, windows, without_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers import VARIANTS, calibration, hf, naive_loss, seen_at, tiny_llama, windows, without_layers
 from secateur.calibrate.stats import AbsMeanByPosition, MeanSquare
 from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
@@ -177,7 +177,7 @@ def test_keep_weights(scores: Tensor, ratio: float, other: float) -> None:
     columns = scores.shape[1]
     prune = int(Fraction(round(ratio * 100), 100) * columns)
     for row, kept in zip(scores.tolist(), keep.tolist(), strict=True):
-        pruned = sorted(range(columns), key=lambda j: (row[j], j))[:prune]  # noqa: B023
+        pruned = sorted(range(columns), key=lambda j: (row[j], j))[:prune]
         assert [j for j in range(columns) if not kept[j]] == sorted(pruned)
     fewer = keep_weights(scores.float(), max(ratio, other), within="row")
     more = keep_weights(scores.float(), min(ratio, other), within="row")

@@ -131,7 +131,8 @@ def test_counts(given: object, wanted: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["5x", "", "k", "-5", -5, 0.5, "0.5", "1.2.3", True, None, [1], "1e-3", float("nan"), float("inf"), "1e999"]
+    "given",
+    ["5x", "", "k", "-5", -5, 0.5, "0.5", "1.2.3", True, None, [1], "1e-3", float("nan"), float("inf"), "1e999"],
 )
 def test_what_is_no_count(given: object) -> None:
     with pytest.raises(ValueError, match="count"):

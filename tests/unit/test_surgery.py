@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import VARIANTS, calibration, edit_config, files, hf, logits, tiny_llama, windows, without_layers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from helpers import VARIANTS, calibration, edit_config, files, hf, logits, tiny_llama, windows, without_layers
 from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
@@ -47,26 +47,13 @@ def silence(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """The full-size model without what the plan drops: writers zeroed, each norm's mean over the kept channels."""
     width = model.config.hidden_size
     gone_hidden = [c for c in range(width) if c not in plan.keep_hidden.tolist()]
-    group = plan.before.heads // plan.before.kv_heads
     model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.clone()
     if plan.before.tied:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.clone())
     for c in gone_hidden:
         model.model.embed_tokens.weight[:, c] = 0
     for i in plan.keep_layers.tolist():
-        block = model.model.layers[i]
-        for writer in (block.self_attn.o_proj, block.mlp.down_proj):
-            for c in gone_hidden:
-                writer.weight[c] = 0
-                if writer.bias is not None:
-                    writer.bias[c] = 0
-        for c in range(plan.before.ffn):
-            if c not in plan.keep_ffn[i].tolist():
-                block.mlp.down_proj.weight[:, c] = 0
-        for head in range(plan.before.heads):
-            if head // group not in plan.keep_kv[i].tolist():
-                for c in range(head * plan.before.head_dim, (head + 1) * plan.before.head_dim):
-                    block.self_attn.o_proj.weight[:, c] = 0
+        silence_block(model.model.layers[i], plan, i, gone_hidden)
     kept, eps = plan.keep_hidden.numel(), model.config.rms_norm_eps
 
     def norm(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -76,6 +63,22 @@ def silence(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         if type(module).__name__ == "LlamaRMSNorm":
             module.forward = norm(module.weight)
     return without_layers(model, set(range(plan.before.layers)) - set(plan.keep_layers.tolist()))
+
+
+def silence_block(block: nn.Module, plan: Plan, i: int, gone_hidden: list[int]) -> None:
+    group = plan.before.heads // plan.before.kv_heads
+    for writer in (block.self_attn.o_proj, block.mlp.down_proj):
+        for c in gone_hidden:
+            writer.weight[c] = 0
+            if writer.bias is not None:
+                writer.bias[c] = 0
+    for c in range(plan.before.ffn):
+        if c not in plan.keep_ffn[i].tolist():
+            block.mlp.down_proj.weight[:, c] = 0
+    for head in range(plan.before.heads):
+        if head // group not in plan.keep_kv[i].tolist():
+            for c in range(head * plan.before.head_dim, (head + 1) * plan.before.head_dim):
+                block.self_attn.o_proj.weight[:, c] = 0
 
 
 def assert_same_logits(got: PreTrainedModel, wanted: PreTrainedModel) -> None:
@@ -232,7 +235,15 @@ def test_the_same_inputs_give_the_same_bytes(method: str, tmp_path: Path) -> Non
         prune(directory, tmp_path / out, method, METHODS[method])
     a, b = files(tmp_path / "a"), files(tmp_path / "b")
     assert a == b
-    assert {"config.json", "model.safetensors", JSON_FILE, TENSOR_FILE, "README.md", "secateur.json", "tokenizer.json"} <= set(a)
+    assert {
+        "config.json",
+        "model.safetensors",
+        JSON_FILE,
+        TENSOR_FILE,
+        "README.md",
+        "secateur.json",
+        "tokenizer.json",
+    } <= set(a)
 
 
 def test_masks_come_back_and_tampering_is_found(tmp_path: Path) -> None:

@@ -149,9 +149,8 @@ class Block:
             out = self.module(batch, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(out).all():
-                raise UserError(
-                    f"{self.walk.checkpoint.directory}: block {self.index} puts out NaN or infinity on this calibration text"
-                )
+                where = f"{self.walk.checkpoint.directory}: block {self.index}"
+                raise UserError(f"{where} puts out NaN or infinity on this calibration text")
             left.append(out)
         return left
 

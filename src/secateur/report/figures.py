@@ -73,6 +73,11 @@ def save_figures(results: Results, judgement: Judgement, folder: Path) -> list[P
             write_text(svg, _svg(panel.figure, panel.title))
             _write_bytes(pdf, _pdf(panel.figure, panel.title))
             written += [svg, pdf]
+    # An earlier build may have had more comparisons. Only names that this function gives are taken away.
+    ours = [path for kind in ("differences", "curves") for path in folder.glob(f"{kind}-*")]
+    for path in ours:
+        if path.suffix in (".svg", ".pdf") and path not in written:
+            path.unlink()
     return written
 
 

@@ -1,7 +1,7 @@
 """The training loop, to be read downward: exact tokens in, a curve of held-out losses out.
 
 The data order is a pure function of the step, so the whole state of a run is its weights, its moments and its step. A
-run that was killed goes on from its last checkpoint and ends, on a CPU with the same number of threads, at the same bits.
+run that was killed goes on from its last checkpoint and ends, on a CPU with as many threads, at the same bits.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The rate of step ``step`` of ``steps``: linear warm-up, then a cosine that ends at ``final_share`` of the peak."""
+    """The rate of ``step`` of ``steps``: linear warm-up, then a cosine that ends at ``final_share`` of the peak."""
     warm = math.ceil(recipe.warmup * steps)
     if step < warm:
         return recipe.peak_rate * (step + 1) / warm

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn, optim
 
+from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, sync_tree, write_json
 
 __all__ = ["load_latest", "save_state"]
@@ -37,11 +38,10 @@ def save_state(folder: Path, model: nn.Module, optimizer: optim.Optimizer, state
 
 
 def load_latest(folder: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any] | None:
-    """Restore the newest undamaged checkpoint into ``model`` and ``optimizer`` and return its state; None without one."""
+    """Restore the newest undamaged checkpoint into ``model`` and ``optimizer``; return its state, None without one."""
     for found in sorted(folder.glob("step-*"), reverse=True):
-        state = read_json(found / _STATE)
-        hashes = state.pop("hashes")
-        if any(sha256_file(found / name) != digest for name, digest in hashes.items()):
+        state = _undamaged(found)
+        if state is None:
             continue
         with torch.no_grad():
             weights = load_file(found / _WEIGHTS)
@@ -56,6 +56,17 @@ def load_latest(folder: Path, model: nn.Module, optimizer: optim.Optimizer) -> d
             }
         return state
     return None
+
+
+def _undamaged(found: Path) -> dict[str, Any] | None:
+    """The state of a checkpoint whose files are those it was written with; None for any other."""
+    try:
+        state = read_json(found / _STATE)
+        hashes = state.pop("hashes")
+        whole = all(sha256_file(found / name) == hashes[name] for name in (_WEIGHTS, _MOMENTS))
+    except (UserError, OSError, LookupError, AttributeError, TypeError):
+        return None
+    return state if whole else None
 
 
 def _moments(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -1,0 +1,250 @@
+"""The study as a user runs it: whole, killed, resumed, misconfigured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from secateur.cli import main
+from secateur.data.shards import TokenStore
+from secateur.plan import load_masks
+
+WORDS = [f"{a}{b}" for a in ("ba", "de", "fi", "go", "lu", "mo") for b in ("n", "rk", "st", "ll", "m")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    for number in range(60):
+        # Each word decides much of the next, so that there is something to learn.
+        word, words = 0, []
+        for _ in range(500):
+            word = (word * 7 + draw.choice((1, 1, 1, 2, 3))) % len(WORDS)
+            words.append(WORDS[word])
+        (folder / f"{number:03}.txt").write_text(" ".join(words), encoding="utf-8")
+    return folder
+
+
+def study_file(folder: Path, text: Path, **changes: Any) -> Path:
+    raw: dict[str, Any] = {
+        "name": "micro",
+        "corpus": {"source": f"text:{text}", "holdout": 0.2, "vocabulary": 280},
+        "parent": {"tokens": "26k", "hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2},
+        "methods": ["minitron-depth", "minitron-width", "wanda"],
+        "ratios": [0.5],
+        "retrain": 4100,  # no multiple of anything: the last window and step are short
+        "calibration": {"windows": 8},
+        "recipe": {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3, "init_std": 0.1},
+        "evaluation": {"windows": 24, "points": 2},
+    }
+    raw.update(changes)
+    path = folder / "micro.yaml"
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "secateur", *map(str, arguments)]
+
+
+def run(*arguments: object) -> dict[str, Any]:
+    done = subprocess.run(command(*arguments, "--json"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def records(out: Path) -> dict[str, str]:
+    """Every file that must not depend on how the study was run."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.glob("stages/**/*"))
+        if path.is_file() and path.name != "runtime.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("study")
+    file = study_file(folder, text)
+    return file, folder / "out", run("study", "run", file, "--out", folder / "out", "--jobs", 2)
+
+
+def record(out: Path, pattern: str) -> dict[str, Any]:
+    return json.loads(next(out.glob(f"stages/{pattern}/record.json")).read_text())
+
+
+def model(out: Path, pattern: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(next(out.glob(f"stages/{pattern}")) / "model")
+
+
+def test_everything_ran_and_is_reported(whole: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, answer = whole
+    assert answer["ran"] == 27 and not answer["failed"] and not answer["skipped"]
+    assert len(answer["verdicts"]) == 6
+    assert all(v["winner"] in ("pruned", "scratch", "too close to call") for v in answer["verdicts"])
+    assert (out / "report.html").stat().st_size > 10_000
+
+
+def test_token_slices_are_exact(whole: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, _ = whole
+    for name, want in {
+        "train-parent-*": [0, 26_000],
+        "train-wanda-0.5-P-R-*": [26_000, 30_100],
+        "train-wanda-0.5-S_R-*": [26_000, 30_100],
+        "train-wanda-0.5-S_P+R-*": [0, 30_100],
+    }.items():
+        found = record(out, name)
+        assert found["stage"]["identity"]["slice"] == want
+        assert found["result"]["tokens"] == want[1] - want[0]
+        assert found["result"]["curve"][-1]["tokens"] == want[1] - want[0]
+
+
+def test_masks_hold_and_the_twin_has_the_same_mask(whole: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, _ = whole
+    masks = load_masks(next(out.glob("stages/prune-wanda-*")) / "model")
+    assert len(masks) == 4 * 7
+    for cell in ("P-R", "S_R", "S_P+R"):
+        parameters = dict(model(out, f"train-wanda-0.5-{cell}-*").named_parameters())
+        for name, mask in masks.items():
+            assert torch.equal(parameters[name] != 0, mask), f"{cell}: {name}"
+
+
+def test_depth_and_width_have_the_planned_shape(whole: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, _ = whole
+    for method in ("minitron-depth", "minitron-width"):
+        sizes = {
+            cell: {n: p.shape for n, p in model(out, f"train-{method}-0.5-{cell}-*").named_parameters()}
+            for cell in ("P-R", "S_R", "S_P+R")
+        }
+        assert sizes["P-R"] == sizes["S_R"] == sizes["S_P+R"]
+
+
+def test_evaluation_is_the_loss_of_the_saved_model(whole: tuple[Path, Path, dict[str, Any]]) -> None:
+    _, out, _ = whole
+    store = TokenStore(next(out.glob("stages/corpus-*")))
+    ids = torch.from_numpy(store.read("heldout", 0, 24 * 32)).view(24, 32)
+    found = record(out, "evaluate-minitron-width-0.5-P-R-*")["result"]
+    with torch.no_grad():
+        logits = model(out, "train-minitron-width-0.5-P-R-*")(ids).logits
+    naive = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 280), ids[:, 1:].reshape(-1))
+    assert found["loss"] == pytest.approx(float(naive), abs=1e-5)
+    assert found["tokens"] == 24 * 31
+    assert record(out, "train-minitron-width-0.5-P-R-*")["result"]["curve"][-1]["loss"] == found["loss"]
+
+
+def test_second_run_redoes_nothing(whole: tuple[Path, Path, dict[str, Any]]) -> None:
+    file, out, first = whole
+    before, page = records(out), (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    again = run("study", "run", file, "--out", out)
+    assert again["ran"] == 0 and again["already_done"] == 27
+    assert again["verdicts"] == first["verdicts"]
+    assert records(out) == before
+    assert (out / "report.html").read_bytes() == page
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_bytes(whole: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    file, out, _ = whole
+    broken = tmp_path / "out"
+    kills = 0
+    for wait in ("train-*partial/checkpoints/step-*", "train-*P-R-*.partial", "evaluate-*"):
+        process = subprocess.Popen(
+            command("study", "run", file, "--out", broken, "--jobs", 2), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None and not any((broken / "stages").glob(wait)):
+            time.sleep(0.02)
+        if process.poll() is None:
+            kills += 1
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert kills == 3
+    answer = run("study", "run", file, "--out", broken, "--jobs", 1)
+    assert answer["already_done"] > 0, "finished stages are found again"
+    assert records(broken) == records(out)
+    status = run("study", "status", file, "--out", broken)
+    assert status["done"] == 27
+
+
+def test_a_failed_stage_is_told_and_never_zero(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = study_file(tmp_path, text, retrain="900k")  # more than the text has
+    assert main(["study", "run", str(file), "--out", str(tmp_path / "out"), "--jobs", "2", "--json"]) == 1
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert "minitron-depth-0.5/P-R" in answer["failed"]
+    assert all(v["winner"] == "not measured" and v["difference"] is None for v in answer["verdicts"])
+    assert "not measured" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_plan_is_pure(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    file = study_file(tmp_path, text)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert main(["study", "plan", str(file), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert sorted(tmp_path.iterdir()) == before
+    assert plan["training_tokens"] == 26_000 + 3 * (2 * 4100 + 30_100)
+    assert len({stage["fingerprint"] for stage in plan["stages"]}) == 27
+
+
+def test_identity_and_runtime(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stages(**changes: Any) -> dict[str, str]:
+        main(["study", "plan", str(study_file(tmp_path, text, **changes)), "--json"])
+        rows = json.loads(capsys.readouterr().out)["stages"]
+        return {f"{r['kind']} {r['name']}": r["fingerprint"] for r in rows}
+
+    base = stages()
+    recipe = {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3, "init_std": 0.1}
+    assert stages(recipe={**recipe, "micro_batch": 2}) == base
+    assert stages(name="other", title="Other") == base
+    longer = stages(retrain=5000)
+    same = {name for name in base if base[name] == longer[name]}
+    assert "train parent" in same and "prune wanda-0.5" in same and "train wanda-0.5/S_R" not in same
+    (text / "extra.txt").write_text("more text " * 50, encoding="utf-8")
+    try:
+        assert not set(stages().values()) & set(base.values()), "another text is another corpus"
+    finally:
+        (text / "extra.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"metods": ["wanda"]}, "metods: unknown key; did you mean 'methods'?"),
+        ({"parent": {"tokns": 1}}, "parent.tokns: unknown key; did you mean 'tokens'?"),
+        ({"methods": ["wnda"]}, "methods[0]: 'wnda' is not a known method; did you mean 'wanda'?"),
+        ({"ratios": [1.0]}, "ratios[0]: should be less than 1"),
+        ({"ratios": [0.01]}, "ratio 0.01"),
+        ({"ratios": "half"}, "ratios: should be"),
+        ({"retrain": "much"}, "retrain: 'much' is not a whole count"),
+        ({"settings": ["equal_tokens"]}, "settings[0]: 'equal_tokens' is not known"),
+        ({"corpus": {"source": "stdlb"}}, "did you mean 'stdlib'?"),
+        ({"corpus": {"source": "text:/no/such/file"}}, "no such file"),
+        ({"recipe": {"sequence": 32, "tokens_per_step": 65}}, "recipe.tokens_per_step: 65 is no multiple"),
+        ({"calibration": {"windows": 100_000}}, "calibration.windows"),
+    ],
+)
+def test_bad_study_files(
+    changes: dict[str, Any], want: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = study_file(tmp_path, text, **changes)
+    assert main(["study", "run", str(file), "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("secateur: error: ") and captured.err.count("\n") == 1
+    assert str(file) in captured.err and want in captured.err
+    assert not (tmp_path / "out").exists()

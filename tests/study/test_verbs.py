@@ -1,0 +1,130 @@
+"""prune, eval and inspect on a checkpoint that secateur did not make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from secateur.cli import main
+from secateur.data.tokenizer import train_tokenizer
+
+TEXT = "The gardener prunes the old tree, and the tree grows new leaves in spring.\n" * 60
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    tokenizer = train_tokenizer([TEXT], 262)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("method", ["minitron-depth", "minitron-width", "wanda"])
+def test_prune_eval_inspect(method: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    options = ("--ratio", 0.5, "--calibration", f"text:{world / 'text.txt'}", "--seqlen", 32, "--windows", 6)
+    pruned = call(capsys, "prune", world / "model", out, "--method", method, *options)
+    assert (pruned["out"], pruned["method"], pruned["ratio"]["asked"]) == (str(out), method, 0.5)
+    assert 0.44 < pruned["ratio"]["non_embedding"] < 0.56
+    assert pruned["calibration"]["windows"] == 6
+
+    seen = call(capsys, "inspect", out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert seen["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert model.dtype == torch.bfloat16
+    assert seen["sparsity"] == pytest.approx(0.5 if method == "wanda" else 0.0, abs=1e-3)
+    assert seen["provenance"]["method"] == method
+
+    measured = call(capsys, "eval", out, "--data", f"text:{world / 'text.txt'}", "--seqlen", 32)
+    ids = AutoTokenizer.from_pretrained(out)(TEXT).input_ids
+    assert measured["tokens"] == len(ids) - -(-len(ids) // 32)  # one token of each window is context only
+    losses = []
+    with torch.no_grad():
+        for start in range(0, len(ids), 32):
+            window = torch.tensor([ids[start : start + 32]])
+            if window.shape[1] > 1:
+                logits = model.float()(window).logits[0, :-1]
+                losses += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none").tolist()
+    assert measured["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert measured["perplexity"] == pytest.approx(torch.tensor(measured["loss"]).exp().item(), rel=1e-4)
+
+
+def test_same_inputs_same_bytes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        options = ("--method", "wanda", "--ratio", 0.5, "--calibration", f"text:{world / 'text.txt'}", "--seqlen", 32)
+        call(capsys, "prune", world / "model", tmp_path / name, *options)
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "b").iterdir()) and "plan.json" in names
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "want"),
+    [
+        ("prune {w}/model {o} --method wanda --ratio 1 --calibration text:{w}/text.txt", "between 0 and 1"),
+        ("prune {w}/model {o} --method wandaa --ratio .5 --calibration text:{w}/text.txt", "did you mean 'wanda'?"),
+        ("prune {w}/model {o} --method wanda --ratio .5 --calibration text:{w}/none.txt", "none.txt"),
+        ("prune {w}/model {o} --method wanda --ratio .5 --calibration tex:{w}/text.txt", "tex:"),
+        ("prune {w}/model {o} --method minitron-depth --ratio .05 --calibration text:{w}/text.txt", "possible ratios"),
+        ("prune {w}/none {o} --method wanda --ratio .5 --calibration text:{w}/text.txt", "no such directory"),
+        ("prune {w}/model {w}/model --method wanda --ratio .5 --calibration text:{w}/text.txt", "already exists"),
+        ("prune {w}/model {o} --method wanda --ratoi .5 --calibration text:{w}/text.txt", "--ratio"),
+        ("eval {w}/model", "--data"),
+        ("eval {w}/model --data text:{w}/text.txt --seqlen 1", "--seqlen"),
+        ("inspect {w}/text.txt", "no such directory"),
+        ("inspct {w}/model", "did you mean 'inspect'?"),
+        ("study run {w}/none.yaml", "no such file"),
+        ("study rnu x", "did you mean 'run'?"),
+    ],
+)
+def test_bad_input(arguments: str, want: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(world.rglob("*"))
+    code = main(arguments.format(w=world, o=tmp_path / "out").split())
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert code == 2 and captured.out == "" and "Traceback" not in captured.err
+    assert last.startswith("secateur: error: ") and want in last
+    assert sorted(world.rglob("*")) == before and list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_text_shorter_than_a_window(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short", encoding="utf-8")
+    options = ["--method", "wanda", "--ratio", "0.5", "--calibration", f"text:{short}", "--seqlen", "64"]
+    assert main(["prune", str(world / "model"), str(tmp_path / "out"), *options]) == 2
+    assert "less than one calibration window of 64" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [short]
+
+
+@pytest.mark.parametrize("verb", ["demo", "inspect", "prune", "eval", "study plan", "study run", "study status", ""])
+def test_help_explains(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*verb.split(), "--help"])
+    assert stopped.value.code == 0
+    assert len(capsys.readouterr().out) > 300
