@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = _verb(verbs, "inspect", "describe a checkpoint", "It reads the weights to count zeros; nothing is run.")
     inspect.add_argument("model", help="Hugging Face checkpoint directory")
-    inspect.add_argument("--context", type=_positive, default=2048, help="window that FLOPs per token are averaged over")
+    inspect.add_argument(
+        "--context", type=_positive, default=2048, help="window that FLOPs per token are averaged over"
+    )
 
     prune = _verb(
         verbs,
@@ -114,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--calibration", required=True, metavar="SOURCE", help=_SOURCES)
     prune.add_argument("--field", default="text", help="field that holds the text, for .jsonl, .parquet and hf:")
     prune.add_argument("--windows", type=_positive, default=128, help="calibration windows at most")
-    prune.add_argument("--seqlen", type=_positive, default=2048, help="tokens in a window, or the model's limit if less")
+    prune.add_argument(
+        "--seqlen", type=_positive, default=2048, help="tokens in a window, or the model's limit if less"
+    )
     _computing(prune)
 
     evaluate = _verb(
@@ -128,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
     evaluate.add_argument("--field", default="text", help="field that holds the text, for .jsonl, .parquet and hf:")
     evaluate.add_argument("--windows", type=_positive, help="windows at most (default: the whole text)")
-    evaluate.add_argument("--seqlen", type=_positive, default=2048, help="tokens in a window, or the model's limit if less")
+    evaluate.add_argument(
+        "--seqlen", type=_positive, default=2048, help="tokens in a window, or the model's limit if less"
+    )
     _computing(evaluate)
 
     study = verbs.add_parser(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,14 +84,14 @@ def make_plan(
     found = get_method(method)
     after = target_shape(checkpoint.shape, found.granularity, ratio)
     walk = BlockWalk(checkpoint, calibration.windows, batch=batch, device=device, label=f"score {method}")
-    decide: Callable[[Any, BlockWalk, Shape, float], dict[str, Any]]
     if isinstance(found, DepthMethod):
-        decide = _decide_depth
+        decided = _decide_depth(found, walk, after)
     elif isinstance(found, WidthMethod):
-        decide = _decide_width
+        decided = _decide_width(found, walk, after)
     else:
-        decide = _decide_weights
-    fields = {"after": after, **decide(found, walk, after, ratio)}
+        assert isinstance(found, WeightMethod)
+        decided = _decide_weights(found, walk, ratio)
+    fields = {"after": after, **decided}
     record = {**calibration.record(), "method_source": found.source}
     return Plan.keeping_all(
         method,
@@ -105,7 +104,7 @@ def make_plan(
     )
 
 
-def _decide_depth(method: DepthMethod, walk: BlockWalk, after: Shape, ratio: float) -> dict[str, Any]:
+def _decide_depth(method: DepthMethod, walk: BlockWalk, after: Shape) -> dict[str, Any]:
     layers = walk.checkpoint.shape.layers
     length = layers - after.layers
     loss_full, losses = removal_losses(walk, length)
@@ -125,7 +124,7 @@ def _decide_depth(method: DepthMethod, walk: BlockWalk, after: Shape, ratio: flo
     }
 
 
-def _decide_width(method: WidthMethod, walk: BlockWalk, after: Shape, ratio: float) -> dict[str, Any]:
+def _decide_width(method: WidthMethod, walk: BlockWalk, after: Shape) -> dict[str, Any]:
     family = walk.family
     wanted = dict.fromkeys(family.hidden_sites, method.needs["hidden"]) | {family.ffn_site: method.needs["ffn"]}
     hidden_sites, scores, keep_ffn = [], {}, {}
@@ -152,7 +151,7 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, after: Shape, ratio: flo
     }
 
 
-def _decide_weights(method: WeightMethod, walk: BlockWalk, after: Shape, ratio: float) -> dict[str, Any]:
+def _decide_weights(method: WeightMethod, walk: BlockWalk, ratio: float) -> dict[str, Any]:
     family = walk.family
     masks: dict[str, Tensor] = {}
     states = walk.start()

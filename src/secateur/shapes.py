@@ -36,7 +36,7 @@ class Shape:
             UserError: if its family is not known.
         """
         family = family_of(config.model_type, where=where)
-        sizes = {name: getattr(config, key, None) for name, key in family.config_keys.items()}
+        sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in family.config_keys.items()}
         sizes["kv_heads"] = sizes.get("kv_heads") or sizes["heads"]
         sizes["head_dim"] = sizes.get("head_dim") or config.hidden_size // config.num_attention_heads
         switches = tuple(sorted({key for key in family.optional.values() if getattr(config, key, False)}))

@@ -87,7 +87,9 @@ def prune(arguments: Namespace) -> Answer:
                 "give more text or a smaller --seqlen"
             )
         if len(windows) < arguments.windows:
-            say(f"the calibration text gives {len(windows)} windows of {seqlen} tokens ({arguments.windows} were asked)")
+            say(
+                f"the calibration text gives {len(windows)} windows of {seqlen} tokens ({arguments.windows} were asked)"
+            )
         calibration = Calibration(torch.from_numpy(windows), arguments.calibration)
         plan = make_plan(
             checkpoint, arguments.method, arguments.ratio, calibration, batch=arguments.batch, device=device
@@ -120,10 +122,9 @@ def evaluate(arguments: Namespace) -> Answer:
     device = pick_device(arguments.device)
     seqlen = _window(checkpoint, arguments.seqlen)
     limit = arguments.windows * seqlen if arguments.windows else None
-    protocol = Protocol.of_stream(
-        _ids(checkpoint, arguments.data, arguments.field, limit), seqlen, arguments.data
-    )
-    model: Any = checkpoint.load().to(torch.device(device))
+    protocol = Protocol.of_stream(_ids(checkpoint, arguments.data, arguments.field, limit), seqlen, arguments.data)
+    model: Any = checkpoint.load()
+    model.to(device)
     with task("evaluate", protocol.tokens) as progress:
         result = measure(model, protocol, batch=arguments.batch, advance=progress.advance)
     answer = {"model": str(arguments.model), **{k: result[k] for k in ("loss", "perplexity", "tokens")}}
@@ -203,7 +204,12 @@ def study_run(arguments: Namespace) -> Answer:
     outcome = run_stages(stages, store.out, jobs=jobs)
     say(f"{outcome.already} stages found done, {outcome.ran - len(outcome.failed)} run, {len(outcome.failed)} failed")
     answer, text, _ = _report(arguments, study, stages, store)
-    answer |= {"ran": outcome.ran, "already_done": outcome.already, "failed": outcome.failed, "skipped": outcome.skipped}
+    answer |= {
+        "ran": outcome.ran,
+        "already_done": outcome.already,
+        "failed": outcome.failed,
+        "skipped": outcome.skipped,
+    }
     return answer, text, 1 if outcome.failed else 0
 
 

@@ -164,7 +164,9 @@ def test_killed_and_resumed_gives_the_same_bytes(whole: tuple[Path, Path, dict[s
     kills = 0
     for wait in ("train-*partial/checkpoints/step-*", "train-*P-R-*.partial", "evaluate-*"):
         process = subprocess.Popen(
-            command("study", "run", file, "--out", broken, "--jobs", 2), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command("study", "run", file, "--out", broken, "--jobs", 2),
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         while process.poll() is None and not any((broken / "stages").glob(wait)):
             time.sleep(0.02)

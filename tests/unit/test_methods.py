@@ -170,6 +170,12 @@ def matrices(draw: st.DrawFn) -> Tensor:
     return torch.randint(0, values, (rows, columns), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
 
 
+@pytest.mark.parametrize(("ratio", "columns", "pruned"), [(0.29, 100, 29), (0.57, 100, 57), (0.7, 10, 7), (0.5, 7, 3)])
+def test_the_count_is_the_floor_of_the_decimal_ratio(ratio: float, columns: int, pruned: int) -> None:
+    """In binary, 0.29 * 100 is 28.999999999999996."""
+    assert int((~keep_weights(torch.zeros(2, columns), ratio, within="row")).sum()) == 2 * pruned
+
+
 @settings(deadline=None, max_examples=150)
 @given(matrices(), ratios, ratios)
 def test_keep_weights(scores: Tensor, ratio: float, other: float) -> None:

@@ -57,7 +57,8 @@ class BlockWalk:
         self.batches = [b.to(device) for b in windows.split(batch)]
         self.device = device
         self.label = label
-        self.model = skeleton(checkpoint.config).to(torch.float32)
+        self.model: nn.Module = skeleton(checkpoint.config)
+        self.model.to(torch.float32)
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers)  # type: ignore[assignment]
         self._outer = [n for n in self.family.outer if n != self.family.head]
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # windows in a batch -> keyword arguments of each block

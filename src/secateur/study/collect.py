@@ -143,7 +143,10 @@ def _environment(stages: list[Stage], store: Store) -> dict[str, str]:
     seen: dict[str, set[str]] = {}
     for stage in stages:
         runtime = store.runtime(stage)
-        found = {**runtime.get("environment", {}), **{k: str(runtime[k]) for k in ("device", "threads") if k in runtime}}
+        found = {
+            **runtime.get("environment", {}),
+            **{k: str(runtime[k]) for k in ("device", "threads") if k in runtime},
+        }
         for key, value in found.items():
             seen.setdefault(key, set()).add(value)
     return {key: ", ".join(sorted(values)) for key, values in seen.items()} or environment()

@@ -47,9 +47,7 @@ class Parent:
     def shape(self, vocabulary: int) -> Shape:
         """The model's sizes."""
         head_dim = self.head_dim or self.hidden // self.heads
-        return Shape(
-            self.hidden, self.ffn, self.layers, self.heads, self.kv_heads, head_dim, vocabulary, self.tied
-        )
+        return Shape(self.hidden, self.ffn, self.layers, self.heads, self.kv_heads, head_dim, vocabulary, self.tied)
 
 
 @spec

@@ -15,13 +15,14 @@ __all__ = ["llama_config", "new_model"]
 
 def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     """The configuration of a Llama of this shape, in float32."""
+    special: Any = tokenizer  # whose ids the library types as int, str or list
     return LlamaConfig(
         **shape.config_changes(),
         vocab_size=shape.vocabulary,
         max_position_embeddings=context,
         tie_word_embeddings=shape.tied,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=special.bos_token_id,
+        eos_token_id=special.eos_token_id,
         pad_token_id=None,
         architectures=["LlamaForCausalLM"],
         dtype="float32",
