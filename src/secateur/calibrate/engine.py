@@ -58,7 +58,7 @@ class BlockWalk:
         self.device = device
         self.label = label
         self.model: nn.Module = skeleton(checkpoint.config)
-        self.model.to(torch.float32)
+        self.model.float()
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers)  # type: ignore[assignment]
         self._outer = [n for n in self.family.outer if n != self.family.head]
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # windows in a batch -> keyword arguments of each block

@@ -1,8 +1,8 @@
 """Where stages lie: one folder each, whole or unfinished, found again by fingerprint.
 
 ``<out>/stages/<folder>`` is a finished stage; ``record.json`` in it holds what was asked and what came out, and no
-time, host or path, so that an interrupted study's records are those of an uninterrupted one. ``runtime.json`` beside it holds
-the rest. ``<folder>.partial`` is an unfinished stage, whose training checkpoints are used when it is run again.
+time, host or path, so that an interrupted study's records are those of an uninterrupted one. ``runtime.json`` beside it
+holds the rest. ``<folder>.partial`` is an unfinished stage, whose training checkpoints are used when it is run again.
 """
 
 from __future__ import annotations
