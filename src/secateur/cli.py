@@ -106,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
         "prune",
         "prune a checkpoint",
         "It scores the model block by block on calibration text, decides what to keep (plan.json, plan.safetensors) "
-        "and writes a checkpoint that plain transformers opens. The ratio counts parameters outside the embeddings; for "
-        "sparse methods, weights of the block linears.",
+        "and writes a checkpoint that plain transformers opens. The ratio counts parameters outside the embeddings; "
+        "for sparse methods, weights of the block linears.",
     )
     prune.add_argument("model", help="Hugging Face checkpoint directory (Llama architecture)")
     prune.add_argument("out", help="new directory to write")
