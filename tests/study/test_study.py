@@ -46,7 +46,7 @@ def study_file(folder: Path, text: Path, **changes: Any) -> Path:
         "parent": {"tokens": "26k", "hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2},
         "methods": ["minitron-depth", "minitron-width", "wanda"],
         "ratios": [0.5],
-        "retrain": 4100,  # no multiple of anything: the last window and step are short
+        "retrain": {"tokens": 4100, "peak_rate": 2e-3},  # no multiple of anything: the last window and step are short
         "calibration": {"windows": 8},
         "recipe": {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3, "init_std": 0.1},
         "evaluation": {"windows": 24, "points": 2},
@@ -183,7 +183,7 @@ def test_killed_and_resumed_gives_the_same_bytes(whole: tuple[Path, Path, dict[s
 
 
 def test_a_failed_stage_is_told_and_never_zero(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = study_file(tmp_path, text, retrain="900k")  # more than the text has
+    file = study_file(tmp_path, text, retrain={"tokens": "900k"})  # more than the text has
     assert main(["study", "run", str(file), "--out", str(tmp_path / "out"), "--jobs", "2", "--json"]) == 1
     captured = capsys.readouterr()
     answer = json.loads(captured.out)
@@ -213,7 +213,7 @@ def test_identity_and_runtime(text: Path, tmp_path: Path, capsys: pytest.Capture
     recipe = {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3, "init_std": 0.1}
     assert stages(recipe={**recipe, "micro_batch": 2}) == base
     assert stages(name="other", title="Other") == base
-    longer = stages(retrain=5000)
+    longer = stages(retrain={"tokens": 5000, "peak_rate": 2e-3})
     same = {name for name in base if base[name] == longer[name]}
     assert "train parent" in same and "prune wanda-0.5" in same and "train wanda-0.5/S_R" not in same
     (text / "extra.txt").write_text("more text " * 50, encoding="utf-8")
@@ -232,7 +232,7 @@ def test_identity_and_runtime(text: Path, tmp_path: Path, capsys: pytest.Capture
         ({"ratios": [1.0]}, "ratios[0]: should be less than 1"),
         ({"ratios": [0.01]}, "ratio 0.01"),
         ({"ratios": "half"}, "ratios: should be"),
-        ({"retrain": "much"}, "retrain: 'much' is not a whole count"),
+        ({"retrain": {"tokens": "much"}}, "retrain.tokens: 'much' is not a whole count"),
         ({"settings": ["equal_tokens"]}, "settings[0]: 'equal_tokens' is not known"),
         ({"corpus": {"source": "stdlb"}}, "did you mean 'stdlib'?"),
         ({"corpus": {"source": "text:/no/such/file"}}, "no such file"),

@@ -35,7 +35,7 @@ def collect(study: Study, stages: list[Stage], store: Store, study_yaml: str) ->
         title=study.title or study.name,
         fingerprint=fingerprint(study),
         parent_tokens=study.parent.tokens,
-        retrain_tokens=study.retrain,
+        retrain_tokens=study.retrain.tokens,
         parent=_parent(study, parent_stage, store, evaluations),
         pruned=tuple(_pruned(s, store, evaluations) for s in stages if s.kind == "prune"),
         cells=tuple(
@@ -45,7 +45,7 @@ def collect(study: Study, stages: list[Stage], store: Store, study_yaml: str) ->
         ),
         corpus=corpus,
         protocol=protocols[0] if protocols else {},
-        recipe=identity(study.recipe),
+        recipe={**identity(study.recipe), "retrain_peak_rate": study.retrain.peak_rate or study.recipe.peak_rate},
         stages=tuple(_note(s, store) for s in stages),
         environment=_environment(stages, store),
         study_yaml=study_yaml,

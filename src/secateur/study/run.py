@@ -57,7 +57,8 @@ def run_stages(stages: list[Stage], out: Path, *, jobs: int) -> Outcome:
     calm_environment(threads=1)
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
-    with _relaying(messages), _pool(jobs, context, messages) as pool:
+    work = sum(stage.flops for stage in waiting.values())
+    with _relaying(messages), progress.task("whole study", work) as whole, _pool(jobs, context, messages) as pool:
         running: dict[Future[str | None], Stage] = {}
         while waiting or running:
             for stage in sorted(waiting.values(), key=lambda s: -urgency[s.fingerprint]):
@@ -81,6 +82,7 @@ def run_stages(stages: list[Stage], out: Path, *, jobs: int) -> Outcome:
                         f"stage {stage.name}: its process was killed (out of memory?); run again to go on"
                     ) from None
                 outcome.ran += 1
+                whole.advance(stage.flops, f"{outcome.already + outcome.ran} of {len(stages)} stages done")
                 if error:
                     outcome.failed[stage.name] = error
                     progress.say(f"FAILED {stage.kind} {stage.name}: {error}")

@@ -14,7 +14,7 @@ from secateur.shapes import Shape
 from secateur.spec import Count, Fraction, Positive, load_yaml, parse, spec
 from secateur.train.optim import Recipe
 
-__all__ = ["Calibrate", "Measure", "Parent", "Setting", "Study", "load_study"]
+__all__ = ["Calibrate", "Measure", "Parent", "Retrain", "Setting", "Study", "load_study"]
 
 Setting = Literal["equal_training_tokens", "equal_total_tokens"]
 
@@ -51,6 +51,14 @@ class Parent:
 
 
 @spec
+class Retrain:
+    """The training of pruned models. Their from-scratch twins see the same tokens under the study's recipe."""
+
+    tokens: Count  #: R
+    peak_rate: Annotated[float, Field(gt=0)] | None = None  #: of the pruned runs; the recipe's unless given
+
+
+@spec
 class Calibrate:
     """What pruning scores are computed on: windows of the parent's own training slice."""
 
@@ -76,7 +84,7 @@ class Study:
     parent: Parent
     methods: Annotated[tuple[Annotated[str, AfterValidator(_known_method)], ...], Field(min_length=1)]
     ratios: Annotated[tuple[Fraction, ...], Field(min_length=1)]
-    retrain: Count  #: R
+    retrain: Retrain
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)] = ("equal_training_tokens", "equal_total_tokens")
     calibration: Calibrate = Calibrate()
     recipe: Recipe = Recipe()

@@ -121,7 +121,7 @@ def stages_of(study: Study, corpus_digest: str) -> list[Stage]:
 
 def _cell(study: Study, name: str, facts: Mapping[str, Any], corpus: Stage, pruned: Stage, shape: Shape) -> Stage:
     """One trained model of one method and ratio."""
-    start, total = study.parent.tokens, study.parent.tokens + study.retrain
+    start, total = study.parent.tokens, study.parent.tokens + study.retrain.tokens
     begin = 0 if name == "S_{P+R}" else start
     label = f"{facts['method']}-{facts['ratio']:g}/{name}"
     facts = {**facts, "path": name}
@@ -148,6 +148,7 @@ def _train(
     recipe = identity(study.recipe)
     if init == "pruned":  # nothing is drawn, so nothing of the drawing is identity
         recipe = {key: value for key, value in recipe.items() if key not in ("init_std", "seed")}
+        recipe["peak_rate"] = study.retrain.peak_rate or study.recipe.peak_rate
     sizes = {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name != "family"}
     return Stage(
         "train",
