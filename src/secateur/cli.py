@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -168,11 +169,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         action = f"study_{arguments.action}" if arguments.verb == "study" else arguments.verb
         answer, text, code = getattr(verbs, action.replace("eval", "evaluate"))(arguments)
-        print(json.dumps(answer, ensure_ascii=False) if arguments.json else text)
+        print(json.dumps(answer, ensure_ascii=False) if arguments.json else text, flush=True)
         return code
     except UserError as error:
         print(f"secateur: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader of our output, e.g. head, has enough; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("\nsecateur: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

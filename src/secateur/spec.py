@@ -2,12 +2,13 @@
 
 ``@spec`` marks a class whose fields come from a user's file. At that boundary pydantic checks types and ranges and
 refuses unknown keys; afterwards a spec is a plain frozen dataclass. A field is *identity* (it changes the result)
-unless it is declared with :func:`runtime` (device, number of jobs, paths); only identity enters a fingerprint.
+unless it is annotated with :data:`RUNTIME` (device, number of jobs, paths); only identity enters a fingerprint.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -22,6 +23,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from secateur.errors import UserError, did_you_mean
 
 __all__ = [
+    "RUNTIME",
     "Count",
     "Fraction",
     "Positive",
@@ -31,7 +33,6 @@ __all__ = [
     "load_yaml",
     "parse",
     "parse_count",
-    "runtime",
     "spec",
 ]
 
@@ -70,9 +71,14 @@ def spec(cls: type[T]) -> type[T]:
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
 
-def runtime(default: Any) -> Any:
-    """A field that says how to run, not what to compute: it stays out of the fingerprint."""
-    return dataclasses.field(default=default, metadata={"runtime": True})
+#: Marks a field, as ``Annotated[int, RUNTIME]``, that says how to run and not what to compute.
+RUNTIME = object()
+
+
+@functools.cache
+def _runtime_fields(cls: type) -> frozenset[str]:
+    hints = get_type_hints(cls, include_extras=True)
+    return frozenset(name for name, hint in hints.items() if RUNTIME in getattr(hint, "__metadata__", ()))
 
 
 def identity(value: Any) -> Any:
@@ -81,7 +87,7 @@ def identity(value: Any) -> Any:
         return {
             f.name: identity(getattr(value, f.name))
             for f in dataclasses.fields(value)
-            if not f.metadata.get("runtime", False)
+            if f.name not in _runtime_fields(type(value))
         }
     if isinstance(value, Mapping):
         return {str(k): identity(v) for k, v in value.items()}

@@ -28,7 +28,7 @@ from secateur.study.collect import collect
 from secateur.study.execute import sparsity
 from secateur.study.run import default_jobs, run_stages
 from secateur.study.spec import Study, load_study
-from secateur.study.stages import Stage, stages_of
+from secateur.study.stages import Stage, stages_of, unique
 from secateur.study.store import Store
 
 Answer = tuple[dict[str, Any], str, int]
@@ -145,7 +145,7 @@ def _window(checkpoint: Checkpoint, asked: int) -> int:
     if asked < 2:
         raise UserError("--seqlen: a window needs two tokens or more, one to see and one to predict")
     if most < asked:
-        say(f"windows of {most} tokens: the model has no more positions ({asked} were asked)")
+        say(f"windows of {most} tokens: the model has no more positions (--seqlen is {asked})")
     return min(asked, most)
 
 
@@ -178,6 +178,7 @@ def _open(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
 def study_plan(arguments: Namespace) -> Answer:
     """``secateur study plan FILE``."""
     study, stages, _ = _open(arguments)
+    stages = unique(stages)
     rows = [
         {"kind": s.kind, "name": s.name, "tokens": s.tokens, "flops": s.flops, "fingerprint": s.fingerprint}
         for s in stages
@@ -198,11 +199,14 @@ def study_plan(arguments: Namespace) -> Answer:
 def study_run(arguments: Namespace) -> Answer:
     """``secateur study run FILE``."""
     study, stages, store = _open(arguments)
-    cells = sum(s.kind == "train" for s in stages)
+    runs = unique(stages)
+    cells = sum(s.kind == "train" for s in runs)
     jobs = arguments.jobs or default_jobs()
-    say(f"{study.name}: {len(stages)} stages ({cells} training runs), {jobs} at a time, in {store.out}")
+    say(f"{study.name}: {len(runs)} stages ({cells} training runs), {jobs} at a time, in {store.out}")
     outcome = run_stages(stages, store.out, jobs=jobs)
     say(f"{outcome.already} stages found done, {outcome.ran - len(outcome.failed)} run, {len(outcome.failed)} failed")
+    if "corpus" in outcome.failed:  # nothing can be reported without one, and it is the study file that is at fault
+        raise UserError(f"{arguments.file}: corpus: {outcome.failed['corpus']}")
     answer, text, _ = _report(arguments, study, stages, store)
     answer |= {
         "ran": outcome.ran,
@@ -217,7 +221,7 @@ def study_status(arguments: Namespace) -> Answer:
     """``secateur study status FILE``."""
     study, stages, store = _open(arguments)
     rows = []
-    for stage in stages:
+    for stage in unique(stages):
         error = store.runtime(stage).get("error", "")
         under_way = any(store.partial(stage).glob("checkpoints/step-*"))
         state = "done" if store.done(stage) else "failed" if error else "interrupted" if under_way else "to do"

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from secateur.errors import UserError, did_you_mean
 from secateur.spec import (
+    RUNTIME,
     Count,
     Fraction,
     Positive,
@@ -17,7 +18,6 @@ from secateur.spec import (
     load_yaml,
     parse,
     parse_count,
-    runtime,
     spec,
 )
 
@@ -35,7 +35,7 @@ class Root:
     single: Leaf | None = None
     kind: Literal["depth", "width"] = "depth"
     width: Positive = 3
-    device: str = runtime("cpu")
+    device: Annotated[str, RUNTIME] = "cpu"
 
 
 def message(raw: Any) -> str:

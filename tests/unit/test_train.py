@@ -31,14 +31,14 @@ RECIPE = Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-3, warmup=0.4, micr
 
 
 class Store:
-    """Holds ``arange``, remembers what is read, and fails when asked for a token too many."""
+    """Holds ``arange``, remembers what is read, and fails when asked for a window too many."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.reads: list[tuple[str, int, int]] = []
         self.fail_at = fail_at
 
     def read(self, split: str, start: int, stop: int) -> np.ndarray:
-        if self.fail_at is not None and start >= self.fail_at:
+        if self.fail_at is not None and len(self.reads) >= self.fail_at:
             raise KeyboardInterrupt
         self.reads.append((split, start, stop))
         return np.random.default_rng(3).integers(0, 61, 10_000)[start:stop]
@@ -141,16 +141,26 @@ def test_weight_decay_is_on_matrices_only(tied: bool) -> None:
 # --- what is read
 
 
-def test_every_token_is_read_once_in_order(tmp_path: Path) -> None:
+def read_order(seed: int = 0) -> list[int]:
+    """The documented order of the 22 whole windows, with the rest of the slice behind them."""
+    return [*torch.randperm(22, generator=torch.Generator().manual_seed(seed)).tolist(), 22]
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_every_token_is_read_once_in_an_order_of_its_seed(seed: int, tmp_path: Path) -> None:
     store = Counting()
     model, seen = tiny(vocab_size=400), []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     data = Slice(store, 100, 100 + TOKENS)
-    result = run(model, tmp_path, data=data, recipe=Recipe(sequence=8, tokens_per_step=32), measure=lambda _: 1.0)
-    assert store.reads == [("train", s, min(s + 32, 100 + TOKENS)) for s in range(100, 100 + TOKENS, 32)]
+    result = run(
+        model, tmp_path, data=data, recipe=Recipe(sequence=8, tokens_per_step=32, data_seed=seed), measure=lambda _: 1.0
+    )
+    starts = [100 + 8 * window for window in read_order(seed)]
+    assert store.reads == [("train", at, min(at + 8, 100 + TOKENS)) for at in starts]
     assert data.tokens == result["tokens"] == TOKENS and result["steps"] == 6
     assert result["targets"] == 22 * 7 + 4
-    assert torch.cat([ids.reshape(-1) for ids in seen]).tolist() == list(range(100, 100 + TOKENS))
+    ids = torch.cat([ids.reshape(-1) for ids in seen]).tolist()
+    assert ids != sorted(ids) and sorted(ids) == list(range(100, 100 + TOKENS))
     assert [tuple(ids.shape) for ids in seen] == [(4, 8)] * 5 + [(2, 8), (1, 5)]
     assert [p["tokens"] for p in result["curve"]] == [0, 64, 128, TOKENS]
 
@@ -188,10 +198,9 @@ def by_hand(model: PreTrainedModel, masks: dict[str, Tensor], recipe: Recipe) ->
     )
     losses, norms = [], []
     for step in range(6):
-        batch = ids[step * 32 : step * 32 + 32]
         every = []
-        for start in range(0, len(batch), 8):
-            window = torch.tensor([batch[start : start + 8]])
+        for number in read_order()[step * 4 : step * 4 + 4]:
+            window = torch.tensor([ids[number * 8 : number * 8 + 8]])
             out = model(input_ids=window, use_cache=False).logits
             every += [cross_entropy(out[0, t], window[0, t + 1]) for t in range(window.shape[1] - 1)]
         loss = torch.stack(every).mean()
@@ -228,7 +237,9 @@ def test_the_loop_against_one_by_hand(masked: bool, variant: dict[str, bool], cl
     assert (min(norms) > 1) if clip == 1 else (max(norms) < 100)
     assert [p["training_loss"] for p in result["curve"][1:]] == pytest.approx(losses, rel=1e-5)
     for name, parameter in reference.named_parameters():
-        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=0, atol=2e-6, msg=name)
+        torch.testing.assert_close(
+            model.get_parameter(name), parameter, rtol=0, atol=1e-5, msg=name
+        )  # weights move by 1e-3
     moved = max(float((start[n] - p).abs().max()) for n, p in weights(model).items() if n not in masks)
     assert moved > 1e-3
     assert result["curve"][-1]["loss"] == pytest.approx(held_out(reference), rel=1e-5)
@@ -311,7 +322,7 @@ def stopping_measure(after: int) -> Callable[[PreTrainedModel], float]:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "stop",
-    [{"measure": stopping_measure(2)}, {"data": Slice(Store(fail_at=230), 100, 100 + TOKENS)}],
+    [{"measure": stopping_measure(2)}, {"data": Slice(Store(fail_at=18), 100, 100 + TOKENS)}],
     ids=["measure", "store"],
 )
 def test_a_run_goes_on_at_the_same_bits(stop: dict[str, Any], masked: bool, tmp_path: Path) -> None:
@@ -324,7 +335,7 @@ def test_a_run_goes_on_at_the_same_bits(stop: dict[str, Any], masked: bool, tmp_
     store = Store()
     again = tiny(seed=9, tie_word_embeddings=masked)  # nothing of it may matter
     got = run(again, tmp_path / "cut", **options, data=Slice(store, 100, 100 + TOKENS))
-    assert store.reads[0][1] > 100  # it did not begin anew
+    assert 0 < len(store.reads) < 23  # it did not begin anew
     assert got == wanted and same(weights(again), weights(whole))
     assert [p.name for p in sorted((tmp_path / "cut").iterdir())] == ["step-00000004", "step-00000006"]
     once_more, store = tiny(seed=8, tie_word_embeddings=masked), Store()
@@ -333,7 +344,9 @@ def test_a_run_goes_on_at_the_same_bits(stop: dict[str, Any], masked: bool, tmp_
 
 
 def stop_again(stop: dict[str, Any]) -> dict[str, Any]:
-    return {"measure": stopping_measure(3)} if "measure" in stop else stop
+    if "measure" in stop:
+        return {"measure": stopping_measure(3)}
+    return {"data": Slice(Store(fail_at=18), 100, 100 + TOKENS)}
 
 
 def flip(path: Path) -> None:
@@ -366,7 +379,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage: Callable[[Path], object], t
     assert state is not None and state["step"] == 4
     store, again = Store(), tiny(seed=9)
     assert run(again, tmp_path, save_every=2, data=Slice(store, 100, 100 + TOKENS)) == wanted
-    assert [r[1] for r in store.reads] == [228, 260]
+    assert [r[1] for r in store.reads] == [100 + 8 * window for window in read_order()[16:]]
     assert same(weights(again), weights(whole))
     assert json.loads((newest / "state.json").read_text())["step"] == 6  # repaired on the way
     damage(newest)

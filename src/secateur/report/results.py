@@ -85,7 +85,7 @@ class StageNote:
     kind: str
     fingerprint: str
     state: Literal["done", "missing", "failed"]
-    seconds: float | None  #: wall time, all attempts together; None where it is unknown
+    seconds: float | None  #: wall time of the attempt that finished it; None where it is unknown
     folder: str  #: relative to the study's folder
     error: str = ""
 

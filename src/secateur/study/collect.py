@@ -11,7 +11,7 @@ from secateur.runtime import environment
 from secateur.shapes import removed
 from secateur.spec import fingerprint, identity
 from secateur.study.spec import Study
-from secateur.study.stages import Stage
+from secateur.study.stages import Stage, unique
 from secateur.study.store import Store
 
 __all__ = ["collect"]
@@ -46,7 +46,7 @@ def collect(study: Study, stages: list[Stage], store: Store, study_yaml: str) ->
         corpus=corpus,
         protocol=protocols[0] if protocols else {},
         recipe={**identity(study.recipe), "retrain_peak_rate": study.retrain.peak_rate or study.recipe.peak_rate},
-        stages=tuple(_note(s, store) for s in stages),
+        stages=tuple(_note(s, store) for s in unique(stages)),
         environment=_environment(stages, store),
         study_yaml=study_yaml,
     )

@@ -65,7 +65,7 @@ def _calibration_windows(stage: Stage, store: Store) -> Tensor:
 
 def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     asked = stage.identity
-    recipe = parse(Recipe, asked["recipe"], origin="recipe")
+    recipe = parse(Recipe, {**asked["recipe"], **stage.runtime}, origin="recipe")
     corpus = store.folder(stage.inputs["corpus"])
     tokens = TokenStore(corpus)
     protocol = _protocol(tokens, asked["evaluation"]["windows"], recipe.sequence)

@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import queue
+import signal
 import threading
 import time
 import traceback
@@ -20,7 +21,7 @@ from secateur import progress
 from secateur.errors import UserError
 from secateur.runtime import calm_environment, environment, quiet
 from secateur.study.execute import run_stage
-from secateur.study.stages import Stage
+from secateur.study.stages import Stage, unique
 from secateur.study.store import Store
 
 __all__ = ["Outcome", "default_jobs", "run_stages"]
@@ -48,6 +49,7 @@ def run_stages(stages: list[Stage], out: Path, *, jobs: int) -> Outcome:
         UserError: if a worker process was killed; running again goes on from there.
     """
     store = Store(out)
+    stages = unique(stages)
     outcome = Outcome()
     waiting = {stage.fingerprint: stage for stage in stages if not store.done(stage)}
     outcome.already = len(stages) - len(waiting)
@@ -122,9 +124,8 @@ def _work(stage: Stage, out: Path) -> str | None:
     with store.lock(stage):
         if store.done(stage):  # finished meanwhile by a process that an earlier, killed run had left behind
             return None
-        before = store.runtime(stage)
         work = store.partial(stage)
-        work.mkdir(parents=True, exist_ok=True)
+        attempts = store.begin(stage)
         started = time.monotonic()
         try:
             result = run_stage(stage, store, work)
@@ -138,7 +139,7 @@ def _work(stage: Stage, out: Path) -> str | None:
             return text
         runtime = {
             "seconds": time.monotonic() - started,
-            "attempts": before.get("attempts", 0) + 1,
+            "attempts": attempts,
             "threads": 1,
             "device": "cpu",
             "environment": environment(),
@@ -150,6 +151,7 @@ def _work(stage: Stage, out: Path) -> str | None:
 def _start_worker(messages: Any, parent: int) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the study's process's to handle
     torch.set_num_threads(1)
     quiet()
     progress.set_listener(_Sender(messages))

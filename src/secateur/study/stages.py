@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from secateur.shapes import Shape, train_flops
 from secateur.spec import fingerprint, identity
 from secateur.study.spec import Study
 
-__all__ = ["PATHS", "Stage", "stages_of"]
+__all__ = ["PATHS", "Stage", "stages_of", "unique"]
 
 Kind = Literal["corpus", "train", "prune", "evaluate"]
 
@@ -37,6 +37,7 @@ class Stage:
         name: for people; not part of the identity.
         identity: everything that changes the result, as plain values.
         inputs: role -> the stage whose folder is read.
+        runtime: how to run it; not part of the identity.
         facts: what the report needs to know of the stage (method, ratio, path); derived, not part of the identity.
     """
 
@@ -46,6 +47,7 @@ class Stage:
     inputs: Mapping[str, Stage] = field(default_factory=dict)
     tokens: int = 0  #: that it trains or scores on
     flops: float = 0.0
+    runtime: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -61,18 +63,19 @@ class Stage:
         return f"{self.kind}-{slug}-{self.fingerprint[:12]}"
 
 
-class _Builder:
-    """Collects stages in an order in which each follows its inputs; equal ones are kept once."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Stage] = {}
-
-    def add(self, stage: Stage) -> Stage:
-        return self.found.setdefault(stage.fingerprint, stage)
+def unique(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages to run: of equal ones, which different cells may share, the first."""
+    found: dict[str, Stage] = {}
+    for stage in stages:
+        found.setdefault(stage.fingerprint, stage)
+    return list(found.values())
 
 
 def stages_of(study: Study, corpus_digest: str) -> list[Stage]:
     """All stages of a study, each after its inputs.
+
+    Two cells may need the same stage, e.g. when two ratios come to one shape: it is listed for each, under one
+    fingerprint.
 
     Args:
         study: the study.
@@ -81,20 +84,23 @@ def stages_of(study: Study, corpus_digest: str) -> list[Stage]:
     Raises:
         UserError: if the parent has no shape at one of the ratios.
     """
-    built = _Builder()
-    corpus = built.add(Stage("corpus", "corpus", {**identity(study.corpus), "digest": corpus_digest}))
+    built: list[Stage] = []
+
+    def add(stage: Stage) -> Stage:
+        built.append(stage)
+        return stage
+
+    corpus = add(Stage("corpus", "corpus", {**identity(study.corpus), "digest": corpus_digest}))
     shape = study.parent.shape(study.corpus.vocabulary)
-    parent = built.add(
-        _train(study, "parent", corpus, shape, 0, study.parent.tokens, {"path": "parent"}, init="random")
-    )
-    built.add(_evaluate(study, corpus, parent))
+    parent = add(_train(study, "parent", corpus, shape, 0, study.parent.tokens, {"path": "parent"}, init="random"))
+    add(_evaluate(study, corpus, parent))
     for method in study.methods:
         granularity = get_method(method).granularity
         for ratio in study.ratios:
             after = target_shape(shape, granularity, ratio)
             facts = {"method": method, "granularity": granularity, "ratio": ratio}
             tokens = study.calibration.windows * study.recipe.sequence
-            pruned = built.add(
+            pruned = add(
                 Stage(
                     "prune",
                     f"{method}-{ratio:g}",
@@ -108,15 +114,15 @@ def stages_of(study: Study, corpus_digest: str) -> list[Stage]:
                     {"corpus": corpus, "model": parent},
                     tokens,
                     scoring_flops(shape, after, granularity, tokens, study.recipe.sequence),
-                    {**facts, "path": "pruned", "shape": after},
+                    facts={**facts, "path": "pruned", "shape": after},
                 )
             )
-            built.add(_evaluate(study, corpus, pruned))
+            add(_evaluate(study, corpus, pruned))
             for name, settings in PATHS.items():
                 if set(settings) & set(study.settings):
-                    cell = built.add(_cell(study, name, facts, corpus, pruned, after))
-                    built.add(_evaluate(study, corpus, cell))
-    return list(built.found.values())
+                    cell = add(_cell(study, name, facts, corpus, pruned, after))
+                    add(_evaluate(study, corpus, cell))
+    return built
 
 
 def _cell(study: Study, name: str, facts: Mapping[str, Any], corpus: Stage, pruned: Stage, shape: Shape) -> Stage:
@@ -163,6 +169,7 @@ def _train(
         {"corpus": corpus} | ({"model": source} if source else {}),
         stop - start,
         train_flops(shape, stop - start, study.recipe.sequence),
+        {"micro_batch": study.recipe.micro_batch},
         {**facts, "shape": shape},
     )
 

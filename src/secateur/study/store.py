@@ -51,6 +51,12 @@ class Store:
         """Hold the stage against other processes, e.g. one that a killed study left behind."""
         return locked(self.out / "locks" / stage.fingerprint[:12])
 
+    def begin(self, stage: Stage) -> int:
+        """Count an attempt at the stage; return how many there have been."""
+        attempts = self.runtime(stage).get("attempts", 0) + 1
+        write_json(self.partial(stage) / "runtime.json", {"attempts": attempts})
+        return attempts
+
     def fail(self, stage: Stage, message: str) -> None:
         """Record that the stage failed, and why."""
         runtime = self.runtime(stage)

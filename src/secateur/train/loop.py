@@ -1,7 +1,8 @@
 """The training loop, to be read downward: exact tokens in, a curve of held-out losses out.
 
-The data order is a pure function of the step, so the whole state of a run is its weights, its moments and its step. A
-run that was killed goes on from its last checkpoint and ends, on a CPU with as many threads, at the same bits.
+The data order is a pure function of the slice, its seed and the step, so the whole state of a run is its weights, its
+moments and its step. A run that was killed goes on from its last checkpoint and ends, on a CPU with as many threads, at
+the same bits.
 """
 
 from __future__ import annotations
@@ -47,13 +48,22 @@ class Slice:
         """How many there are."""
         return self.stop - self.start
 
-    def step(self, step: int, recipe: Recipe) -> list[Tensor]:
-        """The windows of one step: [windows, sequence], and [1, rest] where the slice ends within a window."""
-        first = self.start + step * recipe.tokens_per_step
-        ids = torch.from_numpy(self.store.read("train", first, min(first + recipe.tokens_per_step, self.stop)))
-        whole = ids.numel() // recipe.sequence * recipe.sequence
-        parts = [ids[:whole].view(-1, recipe.sequence), ids[whole:].view(1, -1)]
-        return [part for part in parts if part.numel()]
+    def order(self, recipe: Recipe) -> list[int]:
+        """The slice's whole windows in the order in which they are read: neighbours in a document end up far apart."""
+        generator = torch.Generator().manual_seed(recipe.data_seed)
+        return torch.randperm(self.tokens // recipe.sequence, generator=generator).tolist()
+
+    def step(self, step: int, order: list[int], recipe: Recipe) -> list[Tensor]:
+        """The windows of one step: [windows, sequence], and, in the last, what is left of the slice as [1, rest]."""
+        each = recipe.tokens_per_step // recipe.sequence
+        parts = []
+        if chosen := order[step * each : (step + 1) * each]:
+            starts = [self.start + window * recipe.sequence for window in chosen]
+            parts.append(np.stack([self.store.read("train", at, at + recipe.sequence) for at in starts]))
+        rest = self.tokens % recipe.sequence
+        if rest and step == recipe.steps(self.tokens) - 1:
+            parts.append(self.store.read("train", self.stop - rest, self.stop)[None])
+        return [torch.from_numpy(part) for part in parts]
 
 
 def train(
@@ -89,6 +99,7 @@ def train(
     """
     steps = recipe.steps(data.tokens)
     evaluate_after = {round(steps * (i + 1) / points) for i in range(points)} | {steps}
+    order = data.order(recipe)
     held = Masks(model, masks)
     optimizer = make_optimizer(model, recipe)
     state = load_latest(folder, model, optimizer)
@@ -101,7 +112,7 @@ def train(
         progress.advance(state["tokens"], "resumed" if state["step"] else "")
         for step in range(state["step"], steps):
             rate = learning_rate(recipe, step, steps)
-            windows = data.step(step, recipe)
+            windows = data.step(step, order, recipe)
             loss, targets = _accumulate(model, windows, recipe.micro_batch)
             held.apply_to_gradients()
             norm = float(clip_grad_norm_(model.parameters(), recipe.clip))

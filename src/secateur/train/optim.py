@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import nn, optim
 
 from secateur.errors import UserError
-from secateur.spec import Count, Fraction, Positive, runtime, spec
+from secateur.spec import RUNTIME, Count, Fraction, Positive, spec
 
 __all__ = ["Recipe", "learning_rate", "make_optimizer"]
 
@@ -30,7 +30,8 @@ class Recipe:
     clip: Annotated[float, Field(gt=0)] = 1.0  #: largest norm of the gradient
     init_std: Annotated[float, Field(gt=0)] = 0.02  #: of the truncated normal that fresh weights are drawn from
     seed: int = 0  #: of fresh weights
-    micro_batch: int = runtime(8)  #: windows at once; memory, not the result beyond rounding
+    data_seed: int = 0  #: of the order in which a slice's windows are read
+    micro_batch: Annotated[Positive, RUNTIME] = 8  #: windows at once; memory, not the result beyond rounding
 
     def __post_init__(self) -> None:
         if self.tokens_per_step % self.sequence:
