@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from secateur.errors import UserError
 from secateur.families import Family, family_of
 from secateur.files import read_json, sha256_file, write_json, write_text
+from secateur.progress import task
 from secateur.shapes import Shape
 from secateur.version import __version__
 
@@ -128,7 +129,12 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the bytes of every weight file and the configuration."""
-        parts = [sha256_file(path) for path in sorted(set(self._files.values()))]
+        files = sorted(set(self._files.values()))
+        parts = []
+        with task("hash the weights", len(files)) as progress:
+            for path in files:
+                parts.append(sha256_file(path))
+                progress.advance()
         parts.append(json.dumps(self.raw_config, sort_keys=True))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

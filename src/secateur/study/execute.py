@@ -16,6 +16,7 @@ from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import load_tokenizer
 from secateur.evaluate.loss import Protocol, evaluate
 from secateur.plan import load_masks
+from secateur.progress import task
 from secateur.prune import Calibration, make_plan, write_pruned
 from secateur.shapes import Shape
 from secateur.spec import parse
@@ -126,11 +127,14 @@ def _protocol(tokens: TokenStore, windows: int, seqlen: int) -> Protocol:
 def sparsity(checkpoint: Checkpoint) -> float:
     """The share of exact zeros among the weights of the block linears."""
     zeros = weights = 0
-    for layer in range(checkpoint.shape.layers):
-        for linear in checkpoint.family.linears:
-            tensor = checkpoint.tensor(checkpoint.family.block_tensor(layer, linear))
-            zeros += int((tensor == 0).sum())
-            weights += tensor.numel()
+    layers = checkpoint.shape.layers
+    with task("count zeros", layers) as progress:
+        for layer in range(layers):
+            for linear in checkpoint.family.linears:
+                tensor = checkpoint.tensor(checkpoint.family.block_tensor(layer, linear))
+                zeros += int((tensor == 0).sum())
+                weights += tensor.numel()
+            progress.advance()
     return zeros / weights
 
 
