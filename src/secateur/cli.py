@@ -146,7 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     actions = study.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=_Parser)
     for name, summary, detail in (
-        ("plan", "print the stages with tokens and FLOPs", "Nothing is run or written."),
+        (
+            "plan",
+            "print the stages with tokens and FLOPs",
+            "It tells what a study costs before anything starts. Nothing is run or written.",
+        ),
         ("run", "run what is not done, then report", "Kill it at any moment and run it again to go on."),
         ("status", "say which stages are done", "Nothing is run or written."),
         ("report", "write the report from the records", "Nothing is trained; what is missing is shown as missing."),

@@ -89,7 +89,10 @@ def test_same_inputs_same_bytes(world: Path, tmp_path: Path, capsys: pytest.Capt
         ("prune {w}/model {o} --method wandaa --ratio .5 --calibration text:{w}/text.txt", "did you mean 'wanda'?"),
         ("prune {w}/model {o} --method wanda --ratio .5 --calibration text:{w}/none.txt", "none.txt"),
         ("prune {w}/model {o} --method wanda --ratio .5 --calibration tex:{w}/text.txt", "tex:"),
-        ("prune {w}/model {o} --method minitron-depth --ratio .05 --calibration text:{w}/text.txt", "possible ratios"),
+        (
+            "prune {w}/model {o} --method minitron-depth --ratio .05 --calibration text:{w}/text.txt",
+            "possible: 0.25, 0.5, 0.75",
+        ),
         ("prune {w}/none {o} --method wanda --ratio .5 --calibration text:{w}/text.txt", "no such directory"),
         ("prune {w}/model {w}/model --method wanda --ratio .5 --calibration text:{w}/text.txt", "already exists"),
         ("prune {w}/model {o} --method wanda --ratoi .5 --calibration text:{w}/text.txt", "--ratio"),
@@ -127,4 +130,4 @@ def test_help_explains(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*verb.split(), "--help"])
     assert stopped.value.code == 0
-    assert len(capsys.readouterr().out) > 300
+    assert len(capsys.readouterr().out) > 250
