@@ -15,16 +15,25 @@ from typing import Any
 
 from secateur.errors import UserError
 
-__all__ = ["atomic_directory", "locked", "read_json", "sha256_file", "sync_tree", "write_json", "write_text"]
+__all__ = [
+    "atomic_directory",
+    "locked",
+    "read_json",
+    "sha256_file",
+    "sync_tree",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` so that a reader sees the old file or the new one, never a part."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -32,6 +41,11 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -81,6 +95,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     """
     if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out}: already exists and is not empty; name a new directory")
+    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -95,6 +110,9 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         os.rename(work, out)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise
 
 

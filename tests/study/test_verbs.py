@@ -120,7 +120,7 @@ def test_a_calibration_text_shorter_than_a_window(
     short = tmp_path / "short.txt"
     short.write_text("too short", encoding="utf-8")
     options = ["--method", "wanda", "--ratio", "0.5", "--calibration", f"text:{short}", "--seqlen", "64"]
-    assert main(["prune", str(world / "model"), str(tmp_path / "out"), *options]) == 2
+    assert main(["prune", str(world / "model"), str(tmp_path / "new" / "out"), *options]) == 2
     assert "less than one calibration window of 64" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [short]
 

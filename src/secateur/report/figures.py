@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from secateur.files import write_text
+from secateur.files import write_bytes, write_text
 from secateur.report.compare import SETTINGS, groups
 from secateur.report.draw_curves import curve_limits, draw_curves
 from secateur.report.draw_differences import draw_differences
@@ -71,7 +69,7 @@ def save_figures(results: Results, judgement: Judgement, folder: Path) -> list[P
         for panel in draw(results, judgement, LIGHT):
             svg, pdf = (folder / f"{panel.name}.{suffix}" for suffix in ("svg", "pdf"))
             write_text(svg, _svg(panel.figure, panel.title))
-            _write_bytes(pdf, _pdf(panel.figure, panel.title))
+            write_bytes(pdf, _pdf(panel.figure, panel.title))
             written += [svg, pdf]
     # An earlier build may have had more comparisons. Only names that this function gives are taken away.
     ours = [path for kind in ("differences", "curves") for path in folder.glob(f"{kind}-*")]
@@ -94,18 +92,3 @@ def _pdf(figure: Figure, title: str) -> bytes:
     metadata = {"CreationDate": None, "Creator": None, "Producer": None, "Title": title}
     figure.savefig(buffer, format="pdf", metadata=metadata)
     return buffer.getvalue()
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Like ``secateur.files.write_text``: the old file or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
