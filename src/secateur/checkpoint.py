@@ -6,6 +6,7 @@ its directory.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -94,6 +95,9 @@ class Checkpoint:
         return {name: self.directory / file for name, file in weight_map.items()}
 
     def _check_tensors(self) -> None:
+        beyond = self.family.block_tensor(self.shape.layers, "")
+        if any(name.startswith(beyond) for name in self._files):
+            raise UserError(f"{self.directory}: holds more layers than the {self.shape.layers} that config.json names")
         for name, axes in self.tensors().items():
             if name not in self._files:
                 raise UserError(f"{self.directory}: lacks the tensor {name}")
@@ -142,13 +146,21 @@ class Checkpoint:
     def provenance(self) -> dict[str, Any] | None:
         """What secateur wrote about how the checkpoint came about; None for a checkpoint of other origin."""
         path = self.directory / PROVENANCE
-        return read_json(path) if path.exists() else None
+        content = read_json(path) if path.exists() else None
+        if content is not None and not isinstance(content, dict):
+            raise UserError(f"{path}: should hold a mapping; delete it if secateur did not write it")
+        return content
 
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The whole model in memory, in evaluation mode."""
-        return AutoModelForCausalLM.from_pretrained(
-            self.directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        ).eval()
+        """The whole model in memory, in evaluation mode.
+
+        Raises:
+            UserError: if transformers cannot build it.
+        """
+        with _buildable(self.directory):
+            return AutoModelForCausalLM.from_pretrained(
+                self.directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            ).eval()
 
     def copy_tokenizer(self, out: Path) -> None:
         """Copy what the tokenizer consists of into ``out``."""
@@ -157,9 +169,23 @@ class Checkpoint:
                 shutil.copyfile(self.directory / name, out / name)
 
 
-def skeleton(config: Any) -> PreTrainedModel:
-    """A model of this configuration without weights: parameters on the meta device, buffers real."""
-    with init_empty_weights(include_buffers=False):
+@contextlib.contextmanager
+def _buildable(directory: Path) -> Iterator[None]:
+    """Whatever transformers trips over while it builds a model, the configuration is at fault."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        text = f"{type(error).__name__}: {_one_line(error)}"
+        raise UserError(f"{directory}/config.json: transformers cannot build this model: {text}") from None
+
+
+def skeleton(config: Any, directory: Path) -> PreTrainedModel:
+    """The model of a configuration without weights: parameters on the meta device, buffers real.
+
+    Raises:
+        UserError: naming ``directory``, where the configuration lies, if transformers cannot build it.
+    """
+    with _buildable(directory), init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
 
 

@@ -187,7 +187,7 @@ def test_a_failed_stage_is_told_and_never_zero(text: Path, tmp_path: Path, capsy
     assert main(["study", "run", str(file), "--out", str(tmp_path / "out"), "--jobs", "2", "--json"]) == 1
     captured = capsys.readouterr()
     answer = json.loads(captured.out)
-    assert "minitron-depth-0.5/P-R" in answer["failed"]
+    assert "give more text, or lower parent.tokens" in answer["failed"]["minitron-depth-0.5/P-R"]
     assert all(v["winner"] == "not measured" and v["difference"] is None for v in answer["verdicts"])
     assert "not measured" in (tmp_path / "out" / "report.html").read_text()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def test_same_inputs_same_bytes(world: Path, tmp_path: Path, capsys: pytest.Capt
         ("prune {w}/model {o} --method wanda --ratoi .5 --calibration text:{w}/text.txt", "--ratio"),
         ("eval {w}/model", "--data"),
         ("eval {w}/model --data text:{w}/text.txt --seqlen 1", "--seqlen"),
+        ("eval {w}/model --data text:{w}/text.txt --device tpu", "--device tpu: is not known"),
         ("inspect {w}/text.txt", "no such directory"),
         ("inspct {w}/model", "did you mean 'inspect'?"),
         ("study run {w}/none.yaml", "no such file"),
@@ -112,6 +114,20 @@ def test_bad_input(arguments: str, want: str, world: Path, tmp_path: Path, capsy
     assert code == 2 and captured.out == "" and "Traceback" not in captured.err
     assert last.startswith("secateur: error: ") and want in last
     assert sorted(world.rglob("*")) == before and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["eval {m} --data", "prune {m} {o} --method wanda --ratio .5 --calibration"])
+def test_a_model_that_transformers_cannot_build(
+    verb: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "hidden_act": "weird"}))
+    assert main([*verb.format(m=model, o=tmp_path / "out").split(), f"text:{world / 'text.txt'}"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"secateur: error: {model}/config.json: transformers cannot build this model")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
 def test_a_calibration_text_shorter_than_a_window(

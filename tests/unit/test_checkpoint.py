@@ -189,7 +189,7 @@ def test_digest_follows_weights_and_config(tmp_path: Path) -> None:
 
 
 def test_skeleton_holds_no_weights(tmp_path: Path) -> None:
-    model = skeleton(Checkpoint(tiny_llama(tmp_path)).config)
+    model = skeleton(Checkpoint(tiny_llama(tmp_path)).config, tmp_path)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {b.device.type for b in model.buffers()} == {"cpu"}
 
@@ -208,3 +208,11 @@ def test_model_card() -> None:
     assert model_card("Title", "base/model", ["said"]).startswith("---\nlibrary_name: transformers\n")
     assert "base_model: base/model\n---\n# Title\n\nsaid\n" in model_card("Title", "base/model", ["said"])
     assert "base_model" not in model_card("Title", None, [])
+
+
+def test_more_layers_than_the_config_names(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] - 1}))
+    with pytest.raises(UserError, match="holds more layers than the"):
+        Checkpoint(folder)

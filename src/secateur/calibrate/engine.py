@@ -57,7 +57,7 @@ class BlockWalk:
         self.batches = [b.to(device) for b in windows.split(batch)]
         self.device = device
         self.label = label
-        self.model: nn.Module = skeleton(checkpoint.config)
+        self.model: nn.Module = skeleton(checkpoint.config, checkpoint.directory)
         self.model.float()
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers)  # type: ignore[assignment]
         self._outer = [n for n in self.family.outer if n != self.family.head]

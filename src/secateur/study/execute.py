@@ -14,6 +14,7 @@ from secateur.checkpoint import Checkpoint, model_card, model_tensors, write_che
 from secateur.data.corpus import CorpusSpec, build_corpus
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import load_tokenizer
+from secateur.errors import UserError
 from secateur.evaluate.loss import Protocol, evaluate
 from secateur.plan import load_masks
 from secateur.progress import task
@@ -69,6 +70,11 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     recipe = parse(Recipe, {**asked["recipe"], **stage.runtime}, origin="recipe")
     corpus = store.folder(stage.inputs["corpus"])
     tokens = TokenStore(corpus)
+    if tokens.tokens("train") < asked["slice"][1]:
+        raise UserError(
+            f"the corpus has {tokens.tokens('train'):,} training tokens, but the budgets need {asked['slice'][1]:,}; "
+            "give more text, or lower parent.tokens or retrain.tokens"
+        )
     protocol = _protocol(tokens, asked["evaluation"]["windows"], recipe.sequence)
     model, masks = _initial(stage, store, recipe)
     result = train(
