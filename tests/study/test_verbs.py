@@ -146,4 +146,4 @@ def test_help_explains(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*verb.split(), "--help"])
     assert stopped.value.code == 0
-    assert len(capsys.readouterr().out) > 250
+    assert len(capsys.readouterr().out) > 300

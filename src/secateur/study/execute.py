@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.checkpoint import Checkpoint, model_card, model_tensors, write_checkpoint
 from secateur.data.corpus import CorpusSpec, build_corpus
@@ -120,9 +120,8 @@ def _initial(stage: Stage, store: Store, recipe: Recipe) -> tuple[PreTrainedMode
 def _evaluate(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     tokens = TokenStore(store.folder(stage.inputs["corpus"]))
     protocol = _protocol(tokens, stage.identity["windows"], stage.identity["seqlen"])
-    folder = store.folder(stage.inputs["model"]) / "model"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return {**evaluate(model, protocol), "sparsity": sparsity(Checkpoint(folder)), "protocol": protocol.record()}
+    checkpoint = Checkpoint(store.folder(stage.inputs["model"]) / "model")
+    return {**evaluate(checkpoint.load(), protocol), "sparsity": sparsity(checkpoint), "protocol": protocol.record()}
 
 
 def _protocol(tokens: TokenStore, windows: int, seqlen: int) -> Protocol:
