@@ -7,6 +7,7 @@ its directory.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import shutil
@@ -20,16 +21,16 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from secateur.errors import UserError
-from secateur.families import Family, family_of
+from secateur.families import Axis, Family, family_of
 from secateur.files import read_json, sha256_file, write_json, write_text
 from secateur.progress import task
 from secateur.shapes import Shape
 from secateur.version import __version__
 
-__all__ = ["Checkpoint", "model_card", "model_tensors", "skeleton", "write_checkpoint"]
+__all__ = ["Checkpoint", "model_card", "model_tensors", "positions", "read_config", "skeleton", "write_checkpoint"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -47,6 +48,31 @@ TOKENIZER_FILES = (
 )
 
 
+def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape]:
+    """Read a config.json of a known family; no weights are needed.
+
+    Returns:
+        What is written in it, what transformers makes of it, and its shape.
+
+    Raises:
+        UserError: if there is none, transformers refuses it, or its family or sizes are no model that is known here.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise UserError(f"{path}: has no model_type; this is no Hugging Face checkpoint")
+    family_of(raw["model_type"], where=str(path))
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{path}: {_one_line(error)}") from None
+    return raw, config, Shape.of_config(config, where=str(path))
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many positions the model has; None where its configuration sets no limit."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 class Checkpoint:
     """A checkpoint directory whose tensors are read when they are asked for.
 
@@ -59,15 +85,8 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise UserError(f"{directory}: no such directory; name a Hugging Face checkpoint directory")
-        self.raw_config: dict[str, Any] = read_json(self.directory / "config.json")
-        if not isinstance(self.raw_config, dict) or "model_type" not in self.raw_config:
-            raise UserError(f"{directory}/config.json: has no model_type; this is no Hugging Face checkpoint")
-        self.family: Family = family_of(self.raw_config["model_type"], where=f"{directory}/config.json")
-        try:
-            self.config = AutoConfig.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            raise UserError(f"{directory}/config.json: {_one_line(error)}") from None
-        self.shape = Shape.of_config(self.config, where=str(directory))
+        self.raw_config, self.config, self.shape = read_config(self.directory / "config.json")
+        self.family: Family = self.shape.family
         self._files = self._locate()
         self._check_tensors()
 
@@ -98,21 +117,26 @@ class Checkpoint:
         beyond = self.family.block_tensor(self.shape.layers, "")
         if any(name.startswith(beyond) for name in self._files):
             raise UserError(f"{self.directory}: holds more layers than the {self.shape.layers} that config.json names")
-        for name, axes in self.tensors().items():
-            if name not in self._files:
-                raise UserError(f"{self.directory}: lacks the tensor {name}")
-            with safe_open(self._files[name], framework="pt") as file:
-                size = tuple(file.get_slice(name).get_shape())
-            if size != self.shape.tensor_size(axes):
+        with contextlib.ExitStack() as stack:
+            opened = {f: stack.enter_context(safe_open(f, framework="pt")) for f in set(self._files.values())}
+            for name, axes in self.tensors().items():
+                if name not in self._files:
+                    raise UserError(f"{self.directory}: lacks the tensor {name}")
+                size = tuple(opened[self._files[name]].get_slice(name).get_shape())
                 want = self.shape.tensor_size(axes)
-                raise UserError(f"{self.directory}: {name} has size {size}, but config.json implies {want}")
+                if size != want:
+                    raise UserError(f"{self.directory}: {name} has size {size}, but config.json implies {want}")
 
-    def tensors(self) -> dict[str, tuple[str | None, ...]]:
+    def tensors(self) -> dict[str, tuple[Axis, ...]]:
         """Every tensor that the configuration implies -> the spaces of its axes; a tied head is left out."""
-        found = {n: a for n, a in self.family.outer.items() if not (self.shape.tied and n == self.family.head)}
+        found = self.outer_tensors()
         for layer in range(self.shape.layers):
             found |= {self.family.block_tensor(layer, n): a for n, a in self.shape.block_tensors().items()}
         return found
+
+    def outer_tensors(self) -> dict[str, tuple[Axis, ...]]:
+        """The tensors outside the blocks -> the spaces of their axes; a tied head is left out."""
+        return {n: a for n, a in self.family.outer.items() if not (self.shape.tied and n == self.family.head)}
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor, as stored (a view into the mapped file where the platform allows)."""
@@ -180,13 +204,18 @@ def _buildable(directory: Path) -> Iterator[None]:
 
 
 def skeleton(config: Any, directory: Path) -> PreTrainedModel:
-    """The model of a configuration without weights: parameters on the meta device, buffers real.
+    """The model of a configuration without weights: parameters on the meta device, buffers real and in float32.
+
+    Buffers follow the type that a model is made in, and those of some families (Gemma's scale of embeddings) would lose
+    digits in the type that the checkpoint is stored in. The configuration is left as it is.
 
     Raises:
         UserError: naming ``directory``, where the configuration lies, if transformers cannot build it.
     """
     with _buildable(directory), init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        ).eval()
 
 
 def write_checkpoint(

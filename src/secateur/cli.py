@@ -5,30 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from secateur import manual
 from secateur.errors import UserError, did_you_mean
 from secateur.version import __version__
 
 __all__ = ["main"]
 
-_EPILOG = """\
-examples:
-  secateur demo                                  the whole journey in minutes, on any machine
-  secateur inspect DIR                           shape, parameters, sparsity, FLOPs, provenance
-  secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
-  secateur eval OUT --data text:FILE             held-out loss and perplexity
-  secateur study plan studies/demo.yaml          what a study will run, with tokens and FLOPs
-
-`secateur VERB --help` explains a verb. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130 interrupted.
-"""
-_SOURCES = "text: stdlib, text:PATH (file or folder of .txt, .jsonl, .parquet) or hf:NAME[:config]"
-
 
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, with the nearest name."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        # The parser of the verb tells what is left over, since it knows the options; argparse lets the outermost one.
+        found, left = super().parse_known_args(*args, **kwargs)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice: " in message and "choose from" in message:
@@ -38,16 +35,31 @@ class _Parser(argparse.ArgumentParser):
         elif message.startswith("unrecognized arguments: "):
             given = message.removeprefix("unrecognized arguments: ").split()[0]
             options = [o for action in self._actions for o in action.option_strings]
-            message = f"{given} is not an option{did_you_mean(given.split('=')[0], options)}"
+            near = did_you_mean(given.partition("=")[0], options)
+            message = (
+                f"{given} is not an option{near}" if given.startswith("-") else f"{given!r} is one argument too many"
+            )
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _verb(verbs: Any, name: str, summary: str, detail: str) -> argparse.ArgumentParser:
+class _Formatter(argparse.HelpFormatter):
+    """Keeps the lines of a text that has several, and says a default where there is one."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in (action.help or "")
+        return f"{action.help} (default: %(default)s)" if told else action.help
+
+
+def _verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | None = None) -> argparse.ArgumentParser:
     parser = verbs.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}. {detail}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=epilog,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
@@ -59,8 +71,38 @@ def _computing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_positive, default=8, help="windows at once: lower it to save memory")
 
 
+def _windows(parser: argparse.ArgumentParser, most: str) -> None:
+    # The defaults are those of verbs.ids: it has to know what was said and what was not.
+    parser.add_argument("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
+    parser.add_argument("--windows", type=_positive, help=f"windows at most (default: {most})")
+    parser.add_argument(
+        "--seqlen", type=_positive, help="tokens in a window, or the model's limit if less (default: 2048)"
+    )
+
+
+def _amount(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ratio", type=_ratio, help="share to remove, between 0 and 1")
+    parser.add_argument(
+        "--of",
+        choices=("total", "non-embedding"),
+        help="parameters that the ratio counts (default: non-embedding; for sparse methods always the weights of the "
+        "blocks' linears)",
+    )
+    parser.add_argument(
+        "--shape",
+        metavar="SIZES",
+        help="sizes to reach instead: hidden=3072,ffn=9216 or layers=16 or heads=20,ffn=6528",
+    )
+    parser.add_argument(
+        "--axes",
+        metavar="AXES",
+        help="what a width method narrows: hidden, ffn, kv (KV heads with their query heads), e.g. kv,ffn "
+        "(default: the method's own choice)",
+    )
+
+
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch(r"0*[1-9]\d{0,17}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return int(text)
 
@@ -79,13 +121,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="secateur",
         description="Prune a large language model, or train a small one from scratch? secateur measures, and says.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=manual.EPILOG,
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"secateur {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for add in (_demo, _inspect, _shapes, _prune, _eval, _study):
+        add(verbs)
+    return parser
 
+
+def _demo(verbs: Any) -> None:
     demo = _verb(
         verbs,
         "demo",
@@ -96,32 +143,72 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", help="directory of the study's stages and report")
     demo.add_argument("--jobs", type=_positive, help="worker processes, one thread each (default: one for each core)")
 
-    inspect = _verb(verbs, "inspect", "describe a checkpoint", "It reads the weights to count zeros; nothing is run.")
-    inspect.add_argument("model", help="Hugging Face checkpoint directory")
-    inspect.add_argument(
-        "--context", type=_positive, default=2048, help="window that FLOPs per token are averaged over"
+
+def _context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--context",
+        type=_positive,
+        help="window that FLOPs per token are averaged over (default: 2048, or the model's limit if less)",
     )
 
+
+def _inspect(verbs: Any) -> None:
+    inspect = _verb(verbs, "inspect", "describe a checkpoint", "It reads the weights to count zeros; nothing is run.")
+    inspect.add_argument("model", help="Hugging Face checkpoint directory")
+    _context(inspect)
+
+
+def _shapes(verbs: Any) -> None:
+    shapes = _verb(
+        verbs,
+        "shapes",
+        "say what a model comes to, and what it would come to pruned",
+        "It counts parameters, FLOPs and KV cache from config.json alone; no weights are needed. With a ratio it shows "
+        "the legal shapes nearest to it, and how far off they are.",
+        manual.SHAPES,
+    )
+    shapes.add_argument("model", metavar="CONFIG_OR_DIR", help="config.json, or a directory that has one")
+    _amount(shapes)
+    shapes.add_argument("--method", help="the shape that this method would reach")
+    _context(shapes)
+
+
+def _prune(verbs: Any) -> None:
     prune = _verb(
         verbs,
         "prune",
         "prune a checkpoint",
-        "It scores the model block by block on calibration text, decides what to keep (plan.json, plan.safetensors) "
-        "and writes a checkpoint that plain transformers opens. The ratio counts parameters outside the embeddings; "
-        "for sparse methods, weights of the block linears.",
+        "It scores the model block by block, most methods on calibration text, decides what to keep (plan.json, "
+        "plan.safetensors) and writes a checkpoint that plain transformers opens. Shapes are rounded to steps; what "
+        "was removed is printed beside what was asked.",
+        manual.PRUNE,
     )
-    prune.add_argument("model", help="Hugging Face checkpoint directory (Llama architecture)")
+    prune.add_argument("model", help="Hugging Face checkpoint directory")
     prune.add_argument("out", help="new directory to write")
-    prune.add_argument("--method", required=True, help="minitron-depth, minitron-width or wanda")
-    prune.add_argument("--ratio", type=_ratio, required=True, help="share to remove, between 0 and 1")
-    prune.add_argument("--calibration", required=True, metavar="SOURCE", help=_SOURCES)
-    prune.add_argument("--field", default="text", help="field that holds the text, for .jsonl, .parquet and hf:")
-    prune.add_argument("--windows", type=_positive, default=128, help="calibration windows at most")
+    prune.add_argument("--method", required=True, help="one of the methods below")
+    _amount(prune)
     prune.add_argument(
-        "--seqlen", type=_positive, default=2048, help="tokens in a window, or the model's limit if less"
+        "--pattern",
+        metavar="N:M",
+        help="zeros of sparse methods: keep N weights of each M in a row, e.g. 2:4 or 4:8 (default: unstructured)",
     )
+    prune.add_argument(
+        "--allocation",
+        choices=("uniform", "global"),
+        default="uniform",
+        help="width methods: every layer keeps as many channels, or layers compete",
+    )
+    prune.add_argument(
+        "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the method; may be repeated"
+    )
+    prune.add_argument("--tasks-data", metavar="DIR", help="minitron-depth: where the task's data lies")
+    prune.add_argument("--task-limit", metavar="N", type=_positive, help="minitron-depth: examples of the task at most")
+    prune.add_argument("--calibration", metavar="SOURCE", help=manual.SOURCES)
+    _windows(prune, "128")
     _computing(prune)
 
+
+def _eval(verbs: Any) -> None:
     evaluate = _verb(
         verbs,
         "eval",
@@ -130,14 +217,24 @@ def _parser() -> argparse.ArgumentParser:
         "each window's first token is context only.",
     )
     evaluate.add_argument("model", help="Hugging Face checkpoint directory")
-    evaluate.add_argument("--data", required=True, metavar="SOURCE", help=_SOURCES)
-    evaluate.add_argument("--field", default="text", help="field that holds the text, for .jsonl, .parquet and hf:")
-    evaluate.add_argument("--windows", type=_positive, help="windows at most (default: the whole text)")
-    evaluate.add_argument(
-        "--seqlen", type=_positive, default=2048, help="tokens in a window, or the model's limit if less"
-    )
+    evaluate.add_argument("--data", required=True, metavar="SOURCE", help=manual.SOURCES)
+    _windows(evaluate, "the whole text")
     _computing(evaluate)
 
+
+_STUDY_ACTIONS = (
+    (
+        "plan",
+        "print the stages with tokens and FLOPs",
+        "It tells what a study costs before anything starts. Nothing is run or written.",
+    ),
+    ("run", "run what is not done, then report", "Kill it at any moment and run it again to go on."),
+    ("status", "say which stages are done", "Nothing is run or written."),
+    ("report", "write the report from the records", "Nothing is trained; what is missing is shown as missing."),
+)
+
+
+def _study(verbs: Any) -> None:
     study = verbs.add_parser(
         "study",
         help="plan, run and report a study file",
@@ -145,23 +242,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     actions = study.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=_Parser)
-    for name, summary, detail in (
-        (
-            "plan",
-            "print the stages with tokens and FLOPs",
-            "It tells what a study costs before anything starts. Nothing is run or written.",
-        ),
-        ("run", "run what is not done, then report", "Kill it at any moment and run it again to go on."),
-        ("status", "say which stages are done", "Nothing is run or written."),
-        ("report", "write the report from the records", "Nothing is trained; what is missing is shown as missing."),
-    ):
+    for name, summary, detail in _STUDY_ACTIONS:
         action = _verb(actions, name, summary, detail)
         action.add_argument("file", help="study file")
         if name != "plan":
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
         if name == "run":
             action.add_argument("--jobs", type=_positive, help="worker processes (default: one for each core)")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,20 +7,26 @@ A *space* is a set of channels that every tensor touching it must keep or drop t
 ``ffn``     the intermediate channels of one layer's FFN
 ``kv``      the KV heads of one layer, ``head_dim`` channels each
 ``query``   the query heads of one layer, cut along with the KV head that they share (grouped-query attention)
+``head``    the channels within one head, never cut
 ========= =================================================================================================
+
+An axis that is a tuple is several axes laid end to end, as in a fused projection.
 
 To add a family, describe it here; scoring, cutting, counting and training read this table and nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from secateur.errors import UserError
 
 __all__ = ["FAMILIES", "Axis", "Family", "Site", "family_of"]
 
-Axis = str | None  #: the name of a space, or None for an axis that is never cut (the vocabulary)
+Axis = str | tuple[str, ...] | None  #: a space, several laid end to end, or None for the vocabulary
+
+Tensors = Mapping[str, tuple[Axis, ...]]  #: name of a tensor -> the space of each of its axes
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Site:
     """
 
     module: str
+    space: str  #: of the channels that are seen here
     output: bool = False
     readers: tuple[str, ...] = ()
 
@@ -41,20 +48,29 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]  #: values of ``model_type`` in config.json
-    layers: str  #: prefix of the decoder blocks' tensors, before ``.<index>.``
-    embedding: str
-    head: str
-    final_norm: str
-    outer: dict[str, tuple[Axis, ...]]  #: tensors outside the blocks -> space of each axis
-    block: dict[str, tuple[Axis, ...]]  #: tensors of a block, relative to it
-    sites: dict[str, Site]
-    hidden_sites: tuple[str, ...]  #: where the importance of hidden channels is read: what the norms put out
-    ffn_site: str  #: the input of the down-projection
-    kv_site: str  #: the input of the output projection, query heads in order
-    optional: dict[str, str] = field(default_factory=dict)  #: block tensor -> config key that switches it on
-    config_keys: dict[str, str] = field(default_factory=dict)  #: field of Shape -> key of config.json
+    block: Tensors  #: tensors of a block, relative to it
+    sites: Mapping[str, Site]
+    layers: str = "model.layers"  #: prefix of the decoder blocks' tensors, before ``.<index>.``
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    final_norm: str = "model.norm.weight"
+    hidden_sites: tuple[str, ...] = ("attention_input", "ffn_input")  #: norm outputs: hidden channels' importance
+    ffn_site: str = "ffn_hidden"  #: the input of the down-projection
+    kv_site: str = "attention_output"  #: the input of the output projection, query heads in order
+    optional: Mapping[str, str] = field(default_factory=dict)  #: block tensor -> config key that switches it on
+    config_keys: Mapping[str, str] = field(default_factory=lambda: _CONFIG_KEYS)  #: field of Shape -> config key
     heads_divide_hidden: bool = False  #: the config refuses a hidden size that is no multiple of the query heads
+    #: the same function without that rule: its model_type, architecture and the keys that it wants besides
+    relaxed: tuple[str, str, Mapping[str, object]] | None = None
+    embedding_grows: bool = False  #: the model multiplies embeddings by sqrt(hidden size)
+    norm_offset: float = 0.0  #: a norm multiplies by its weight plus this
+    logit_cap: str = ""  #: config key of a cap c on logits, which become ``c tanh(logits / c)``
     per_layer_keys: tuple[str, ...] = ("layer_types",)  #: lists in config.json with one entry for each layer
+
+    @property
+    def outer(self) -> Tensors:
+        """Tensors outside the blocks -> the space of each axis."""
+        return {self.embedding: (None, "hidden"), self.final_norm: ("hidden",), self.head: (None, "hidden")}
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -70,66 +86,160 @@ class Family:
         module = linear.removesuffix(".weight")
         return next(name for name, site in self.sites.items() if module in site.readers)
 
+    def reader(self, space: str) -> str:
+        """The linear that reads what the units of ``ffn`` or ``kv`` put out."""
+        (reader,) = self.sites[{"ffn": self.ffn_site, "kv": self.kv_site}[space]].readers
+        return reader
 
-_LLAMA_BIASES = {
-    **{f"self_attn.{p}_proj.bias": "attention_bias" for p in "qkvo"},
-    **{f"mlp.{p}_proj.bias": "mlp_bias" for p in ("gate", "up", "down")},
+    def bias_switch(self, module: str) -> str | None:
+        """The config key that gives ``module`` (a linear) a bias; None where the architecture has none to offer."""
+        return self.optional.get(f"{module}.bias")
+
+
+_CONFIG_KEYS = {
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
 }
+
+_ATTENTION: Tensors = {
+    "self_attn.q_proj.weight": ("query", "hidden"),
+    "self_attn.k_proj.weight": ("kv", "hidden"),
+    "self_attn.v_proj.weight": ("kv", "hidden"),
+    "self_attn.o_proj.weight": ("hidden", "query"),
+}
+_QKV_BIASES: Tensors = {
+    "self_attn.q_proj.bias": ("query",),
+    "self_attn.k_proj.bias": ("kv",),
+    "self_attn.v_proj.bias": ("kv",),
+}
+_ATTENTION_BIASES: Tensors = {**_QKV_BIASES, "self_attn.o_proj.bias": ("hidden",)}
+_FFN: Tensors = {
+    "mlp.gate_proj.weight": ("ffn", "hidden"),
+    "mlp.up_proj.weight": ("ffn", "hidden"),
+    "mlp.down_proj.weight": ("hidden", "ffn"),
+}
+_FFN_BIASES: Tensors = {
+    "mlp.gate_proj.bias": ("ffn",),
+    "mlp.up_proj.bias": ("ffn",),
+    "mlp.down_proj.bias": ("hidden",),
+}
+_TWO_NORMS: Tensors = {"input_layernorm.weight": ("hidden",), "post_attention_layernorm.weight": ("hidden",)}
+_HEAD_NORMS: Tensors = {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)}
+
+_ATTENTION_SWITCH = dict.fromkeys(_ATTENTION_BIASES, "attention_bias")
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_OUTPUTS = {
+    "attention_output": Site("self_attn.o_proj", "query", readers=("self_attn.o_proj",)),
+    "ffn_hidden": Site("mlp.down_proj", "ffn", readers=("mlp.down_proj",)),
+}
+
+
+def _pre_norm(attention: tuple[str, ...], ffn: tuple[str, ...], ffn_norm: str) -> dict[str, Site]:
+    """The sites of a block whose norms stand before attention and FFN."""
+    return {
+        "attention_input": Site("input_layernorm", "hidden", output=True, readers=attention),
+        "ffn_input": Site(ffn_norm, "hidden", output=True, readers=ffn),
+        **_OUTPUTS,
+    }
+
+
+_LLAMA_SITES = _pre_norm(_QKV, ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm")
 
 LLAMA = Family(
     name="llama",
     model_types=("llama",),
-    layers="model.layers",
-    embedding="model.embed_tokens.weight",
-    head="lm_head.weight",
-    final_norm="model.norm.weight",
-    outer={
-        "model.embed_tokens.weight": (None, "hidden"),
-        "model.norm.weight": ("hidden",),
-        "lm_head.weight": (None, "hidden"),
-    },
-    block={
-        "input_layernorm.weight": ("hidden",),
-        "self_attn.q_proj.weight": ("query", "hidden"),
-        "self_attn.k_proj.weight": ("kv", "hidden"),
-        "self_attn.v_proj.weight": ("kv", "hidden"),
-        "self_attn.o_proj.weight": ("hidden", "query"),
-        "self_attn.q_proj.bias": ("query",),
-        "self_attn.k_proj.bias": ("kv",),
-        "self_attn.v_proj.bias": ("kv",),
-        "self_attn.o_proj.bias": ("hidden",),
-        "post_attention_layernorm.weight": ("hidden",),
-        "mlp.gate_proj.weight": ("ffn", "hidden"),
-        "mlp.up_proj.weight": ("ffn", "hidden"),
-        "mlp.down_proj.weight": ("hidden", "ffn"),
-        "mlp.gate_proj.bias": ("ffn",),
-        "mlp.up_proj.bias": ("ffn",),
-        "mlp.down_proj.bias": ("hidden",),
-    },
-    optional=_LLAMA_BIASES,
-    sites={
-        "attention_input": Site(
-            "input_layernorm", output=True, readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        ),
-        "attention_output": Site("self_attn.o_proj", readers=("self_attn.o_proj",)),
-        "ffn_input": Site("post_attention_layernorm", output=True, readers=("mlp.gate_proj", "mlp.up_proj")),
-        "ffn_hidden": Site("mlp.down_proj", readers=("mlp.down_proj",)),
-    },
-    hidden_sites=("attention_input", "ffn_input"),
-    ffn_site="ffn_hidden",
-    kv_site="attention_output",
+    block={**_TWO_NORMS, **_ATTENTION, **_ATTENTION_BIASES, **_FFN, **_FFN_BIASES},
+    optional={**_ATTENTION_SWITCH, **dict.fromkeys(_FFN_BIASES, "mlp_bias")},
+    sites=_LLAMA_SITES,
     heads_divide_hidden=True,
-    config_keys={
-        "hidden": "hidden_size",
-        "ffn": "intermediate_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-    },
+    relaxed=("mistral", "MistralForCausalLM", {"sliding_window": None}),
 )
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+MISTRAL = Family(
+    name="mistral",
+    model_types=("mistral",),
+    block={**_TWO_NORMS, **_ATTENTION, **_FFN},
+    sites=_LLAMA_SITES,
+)
+
+QWEN2 = Family(
+    name="qwen2",
+    model_types=("qwen2",),
+    block={**_TWO_NORMS, **_ATTENTION, **_QKV_BIASES, **_FFN},
+    sites=_LLAMA_SITES,
+)
+
+QWEN3 = Family(
+    name="qwen3",
+    model_types=("qwen3",),
+    block={**_TWO_NORMS, **_ATTENTION, **_HEAD_NORMS, **_ATTENTION_BIASES, **_FFN},
+    optional=_ATTENTION_SWITCH,
+    sites=_LLAMA_SITES,
+)
+
+GEMMA3 = Family(
+    name="gemma3",
+    model_types=("gemma3_text",),
+    block={
+        **_TWO_NORMS,
+        "pre_feedforward_layernorm.weight": ("hidden",),
+        "post_feedforward_layernorm.weight": ("hidden",),
+        **_ATTENTION,
+        **_HEAD_NORMS,
+        **_ATTENTION_BIASES,
+        **_FFN,
+    },
+    optional=_ATTENTION_SWITCH,
+    sites=_pre_norm(_QKV, ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
+    heads_divide_hidden=True,
+    embedding_grows=True,
+    norm_offset=1.0,
+    logit_cap="final_logit_softcapping",
+)
+
+OLMO2 = Family(
+    name="olmo2",
+    model_types=("olmo2",),
+    block={
+        "post_attention_layernorm.weight": ("hidden",),
+        "post_feedforward_layernorm.weight": ("hidden",),
+        **_ATTENTION,
+        "self_attn.q_norm.weight": ("query",),
+        "self_attn.k_norm.weight": ("kv",),
+        **_ATTENTION_BIASES,
+        **_FFN,
+    },
+    optional=_ATTENTION_SWITCH,
+    # Its norms stand behind attention and FFN; the linears read the residual stream itself.
+    sites={
+        "attention_input": Site("self_attn.q_proj", "hidden", readers=_QKV),
+        "ffn_input": Site("mlp.gate_proj", "hidden", readers=("mlp.gate_proj", "mlp.up_proj")),
+        "attention_norm": Site("post_attention_layernorm", "hidden", output=True),
+        "ffn_norm": Site("post_feedforward_layernorm", "hidden", output=True),
+        **_OUTPUTS,
+    },
+    hidden_sites=("attention_norm", "ffn_norm"),
+)
+
+PHI3 = Family(
+    name="phi3",
+    model_types=("phi3",),
+    block={
+        **_TWO_NORMS,
+        "self_attn.qkv_proj.weight": (("query", "kv", "kv"), "hidden"),
+        "self_attn.o_proj.weight": ("hidden", "query"),
+        "mlp.gate_up_proj.weight": (("ffn", "ffn"), "hidden"),
+        "mlp.down_proj.weight": ("hidden", "ffn"),
+    },
+    sites=_pre_norm(("self_attn.qkv_proj",), ("mlp.gate_up_proj",), "post_attention_layernorm"),
+)
+
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, OLMO2, PHI3)
 
 
 def family_of(model_type: str, *, where: str) -> Family:

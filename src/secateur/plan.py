@@ -16,7 +16,8 @@ from secateur.errors import UserError
 from secateur.families import Axis
 from secateur.files import read_json, sha256_file, write_json
 from secateur.methods import Granularity
-from secateur.shapes import Shape, removed
+from secateur.runtime import environment
+from secateur.shapes import Shape
 
 __all__ = ["JSON_FILE", "TENSOR_FILE", "Plan", "load_masks"]
 
@@ -34,14 +35,16 @@ class Plan:
         keep_ffn: for each kept layer of the *old* numbering, sorted indices of its kept FFN channels.
         keep_kv: likewise its kept KV heads; the query heads that share a KV head go with it.
         masks: tensor name -> bool of the weight's size, True where kept; empty unless sparse.
-        scores: name -> float32 scores, as evidence: ``layers``, ``hidden``, ``ffn.<layer>``.
+        weights: tensor name -> new values of a weight, where a method updates those that stay; not saved with the plan.
+        biases: tensor name -> what is added to a bias to make up for removed channels.
+        scores: name -> float32 scores, as evidence: ``layers``, ``hidden``, ``ffn.<layer>``, ``kv.<layer>``.
         calibration: what the scores were computed on, with the hash of the token ids.
         summary: the scores and the selection in a few plain values.
     """
 
     method: str
     granularity: Granularity
-    ratio: float
+    asked: dict[str, Any]  #: ratio, shape or pattern, and the options, as they were asked for
     before: Shape
     after: Shape
     keep_layers: Tensor
@@ -49,13 +52,17 @@ class Plan:
     keep_ffn: dict[int, Tensor]
     keep_kv: dict[int, Tensor]
     masks: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     source: str = ""  #: digest of the checkpoint that was scored
 
     @classmethod
-    def keeping_all(cls, method: str, granularity: Granularity, ratio: float, shape: Shape, **fields: Any) -> Plan:
+    def keeping_all(
+        cls, method: str, granularity: Granularity, asked: dict[str, Any], shape: Shape, **fields: Any
+    ) -> Plan:
         """A plan that keeps everything but what ``fields`` say."""
         kept: dict[str, Any] = {
             "after": shape,
@@ -64,12 +71,14 @@ class Plan:
             "keep_ffn": {layer: torch.arange(shape.ffn) for layer in range(shape.layers)},
             "keep_kv": {layer: torch.arange(shape.kv_heads) for layer in range(shape.layers)},
         }
-        return cls(method=method, granularity=granularity, ratio=ratio, before=shape, **(kept | fields))
+        return cls(method=method, granularity=granularity, asked=asked, before=shape, **(kept | fields))
 
     def indices(self, axis: Axis, layer: int) -> Tensor | None:
         """The kept indices of an axis in a layer; None where all are kept."""
-        if axis is None:
+        if axis is None or axis == "head":
             return None
+        if isinstance(axis, tuple):
+            return self._end_to_end(axis, layer)
         if axis == "hidden":
             return _unless_all(self.keep_hidden, self.before.hidden)
         if axis == "ffn":
@@ -80,11 +89,37 @@ class Plan:
         width = self.before.head_dim * (self.before.heads // self.before.kv_heads if axis == "query" else 1)
         return (groups[:, None] * width + torch.arange(width)).reshape(-1)
 
+    def _end_to_end(self, axis: tuple[str, ...], layer: int) -> Tensor | None:
+        found, start = [], 0
+        for part in axis:
+            size = self.before.axis_size(part)
+            indices = self.indices(part, layer)
+            found.append(start + (torch.arange(size) if indices is None else indices))
+            start += size
+        return _unless_all(torch.cat(found), start)
+
+    def parts(self, axis: Axis, layer: int) -> list[tuple[int, int]]:
+        """For each part of an axis: the channels kept, and the zeros behind them where other layers keep more."""
+        found = []
+        for part in axis if isinstance(axis, tuple) else (axis,):
+            indices = self.indices(part, layer)
+            kept = self.before.axis_size(part) if indices is None else len(indices)
+            found.append((kept, self.after.axis_size(part) - kept))
+        return found
+
     def removed(self) -> dict[str, float]:
         """The share of parameters that is gone (zeroed, for masks): ``total`` and ``non_embedding``."""
-        if not self.masks:
-            return removed(self.before, self.after)
         zeros = sum(int((~mask).sum()) for mask in self.masks.values())
+        for layer in self.keep_layers.tolist() if not self.masks else ():
+            zeros += (self.after.ffn - len(self.keep_ffn[layer])) * self.after.unit_parameters("ffn")
+            zeros += (self.after.kv_heads - len(self.keep_kv[layer])) * self.after.unit_parameters("kv")
+        if not self.masks:
+            zeros += self.before.total - self.after.total
+            embedding = self.before.embedding - self.after.embedding
+            return {
+                "total": zeros / self.before.total,
+                "non_embedding": (zeros - embedding) / self.before.non_embedding,
+            }
         return {"total": zeros / self.before.total, "non_embedding": zeros / self.before.non_embedding}
 
     def save(self, directory: Path) -> dict[str, Any]:
@@ -93,12 +128,14 @@ class Plan:
         for layer in self.keep_layers.tolist():
             tensors |= {f"keep.ffn.{layer}": self.keep_ffn[layer], f"keep.kv.{layer}": self.keep_kv[layer]}
         tensors |= {f"mask.{name}": mask for name, mask in self.masks.items()}
+        tensors |= {f"bias.{name}": bias.float() for name, bias in self.biases.items()}
         tensors |= {f"score.{name}": score.float() for name, score in self.scores.items()}
         save_file({n: t.cpu().clone() for n, t in tensors.items()}, directory / TENSOR_FILE)
         content = {
             "method": self.method,
             "granularity": self.granularity,
-            "ratio": {"asked": self.ratio, **self.removed()},
+            "asked": self.asked,
+            "ratio": {"asked": self.asked.get("ratio"), **self.removed()},
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
             "calibration": self.calibration,
@@ -107,6 +144,7 @@ class Plan:
             "tensors": sha256_file(directory / TENSOR_FILE),
         }
         content["fingerprint"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        content["versions"] = environment()  # beside the identity: other versions may decide the same
         write_json(directory / JSON_FILE, content)
         return content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibrate.engine import BlockWalk, removal_losses
+from secateur.calibrate.engine import BlockWalk
+from secateur.calibrate.stats import GradientStatistic
 from secateur.checkpoint import Checkpoint, model_card, write_checkpoint
 from secateur.data.tokenizer import token_hash
-from secateur.methods import DepthMethod, Granularity, WeightMethod, WidthMethod, get_method
+from secateur.decide import decide_layers, decide_runs, decide_weights, decide_width
+from secateur.errors import UserError
+from secateur.evaluate.tasks import Task
+from secateur.methods import LayerMethod, Method, RemovalMethod, WeightMethod, WidthMethod, get_method
 from secateur.plan import Plan
-from secateur.select import keep_channels, keep_weights, lowest
-from secateur.shapes import Shape, solve_depth, solve_width
+from secateur.shapes import Shape
+from secateur.spec import identity
 from secateur.surgery import cut_config, cut_tensors
+from secateur.target import Target
 
-__all__ = ["Calibration", "make_plan", "scoring_flops", "target_shape", "write_pruned"]
+__all__ = [
+    "Calibration",
+    "achieved",
+    "asked_words",
+    "make_plan",
+    "reads_text",
+    "scoring_flops",
+    "task_of",
+    "write_pruned",
+]
 
 
 @dataclass(frozen=True)
@@ -40,140 +55,137 @@ class Calibration:
         }
 
 
-def target_shape(shape: Shape, granularity: Granularity, ratio: float) -> Shape:
-    """The shape that pruning at ``ratio`` gives, known before anything is scored.
-
-    Raises:
-        UserError: if the model has no such shape.
-    """
-    if granularity == "depth":
-        return solve_depth(shape, ratio)
-    return solve_width(shape, ratio) if granularity == "width" else shape
-
-
-def scoring_flops(shape: Shape, after: Shape, granularity: Granularity, tokens: int, context: int) -> float:
+def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, context: int) -> float:
     """FLOPs of scoring: forward passes over the calibration tokens, in whole models' worth.
 
-    Width takes one pass. Sparse takes two, as each block runs before and after its own pruning. Depth takes one pass
-    and, for each candidate run, the blocks behind it.
+    A width method takes one pass, or two where each block runs before and after its own pruning, as it does for sparse
+    methods. A backward pass counts as two more, and one again for the second forward pass that it needs. Removals take
+    one pass and, for each candidate, the blocks behind it.
     """
-    passes = {"width": 1.0, "sparse": 2.0}
-    if granularity == "depth":
-        suffix = sum(range(after.layers + 1))  # blocks behind the run, over all candidates
-        passes["depth"] = 1 + suffix / shape.layers
-    return passes[granularity] * tokens * shape.forward_flops(context)
+    if not method.calibrated:
+        return 0.0
+    passes = 1.0
+    if isinstance(method, RemovalMethod):
+        length = shape.layers - after.layers if method.runs else 1
+        passes += sum(range(shape.layers - length + 1)) / shape.layers
+    elif any(issubclass(kind, GradientStatistic) for kind in method.needs):
+        passes += 3.0
+    elif isinstance(method, WeightMethod) or (isinstance(method, WidthMethod) and method.sequential):
+        passes += 1.0
+    return passes * tokens * shape.forward_flops(context)
+
+
+def reads_text(method: Method) -> bool:
+    """Whether the method scores on calibration text, and not on weights alone or by a task."""
+    return method.calibrated and not task_of(method)
+
+
+def task_of(method: Method) -> str:
+    """The task that the method goes by; empty for none."""
+    return method.task if isinstance(method, RemovalMethod) else ""
 
 
 def make_plan(
-    checkpoint: Checkpoint, method: str, ratio: float, calibration: Calibration, *, batch: int = 8, device: str = "cpu"
+    checkpoint: Checkpoint,
+    method: str,
+    target: Target,
+    calibration: Calibration | None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    task: Task | None = None,
+    batch: int = 8,
+    device: str = "cpu",
 ) -> Plan:
     """Score a checkpoint with a method and select what to keep.
 
     Args:
         checkpoint: the model; it is read block by block.
         method: a name from the registry.
-        ratio: the share to remove: of the non-embedding parameters for depth and width, of the block linears' weights
-            for sparse methods.
-        calibration: what to score on.
+        target: how much to remove, and of what.
+        calibration: what to score on; None for methods that do not read text (:func:`reads_text`).
+        options: of the method.
+        task: how to measure the task that the method's options name; None for its defaults.
         batch: windows at once.
         device: where to compute.
 
     Raises:
-        UserError: on an unknown method, a ratio that this model has no shape for, or values that are not finite.
+        UserError: on an unknown method or option, a target that this model has no shape for, or values that are not
+            finite.
     """
-    found = get_method(method)
-    after = target_shape(checkpoint.shape, found.granularity, ratio)
-    walk = BlockWalk(checkpoint, calibration.windows, batch=batch, device=device, label=f"score {method}")
-    if isinstance(found, DepthMethod):
-        decided = _decide_depth(found, walk, after)
+    found = get_method(method, options)
+    after = target.shape(checkpoint.shape, found, method)
+    _check_config(checkpoint, after)
+    if reads_text(found) and calibration is None:
+        raise UserError(f"--calibration: {method} is scored on text; name some")
+    if task_of(found) and task is None:
+        task = Task(task_of(found))
+    if task is not None:
+        _ = task.requests  # what is wrong with the task is told before the weights are read
+    windows = calibration.windows if calibration and reads_text(found) else None
+    _check_finite(checkpoint, whole=task is not None)
+    by_window = any(issubclass(kind, GradientStatistic) for kind in found.needs)
+    walk = BlockWalk(checkpoint, windows, batch=1 if by_window else batch, device=device, label=f"score {method}")
+    if isinstance(found, RemovalMethod):
+        decided = decide_runs(found, walk, after, task)
+    elif isinstance(found, LayerMethod):
+        decided = decide_layers(found, walk, after)
     elif isinstance(found, WidthMethod):
-        decided = _decide_width(found, walk, after)
+        decided = decide_width(found, walk, target, after)
     else:
-        assert isinstance(found, WeightMethod)
-        decided = _decide_weights(found, walk, ratio)
-    fields = {"after": after, **decided}
-    record = {**calibration.record(), "method_source": found.source}
-    return Plan.keeping_all(
-        method,
-        found.granularity,
-        ratio,
-        checkpoint.shape,
-        calibration=record,
-        source=checkpoint.digest,
-        **fields,
-    )
+        decided = decide_weights(found, walk, target)
+    record = calibration.record() if windows is not None and calibration else {"source": None}
+    asked = target.record(found) | ({"options": identity(found)} if identity(found) else {})
+    fields = {"after": after, "calibration": {**record, "method_source": found.source}, **decided}
+    return Plan.keeping_all(method, found.granularity, asked, checkpoint.shape, source=checkpoint.digest, **fields)
 
 
-def _decide_depth(method: DepthMethod, walk: BlockWalk, after: Shape) -> dict[str, Any]:
-    layers = walk.checkpoint.shape.layers
-    length = layers - after.layers
-    loss_full, losses = removal_losses(walk, length)
-    scores = method.score(loss_full, torch.tensor(losses))
-    first = lowest(scores)
-    gone = range(first, first + length)
-    return {
-        "keep_layers": torch.tensor([layer for layer in range(layers) if layer not in gone]),
-        "scores": {"layers": scores},
-        "summary": {
-            "detail": f"layers {first}-{first + length - 1} of 0-{layers - 1} removed"
-            if length > 1
-            else f"layer {first} of 0-{layers - 1} removed",
-            "loss_full": loss_full,
-            "candidates": [{"first": i, "last": i + length - 1, "loss": loss} for i, loss in enumerate(losses)],
-        },
-    }
+def _check_config(checkpoint: Checkpoint, after: Shape) -> None:
+    """Refuse a shape that transformers will not open, before anything is scored."""
+    kept = {"after": after, "keep_layers": torch.arange(after.layers)}
+    cut_config(checkpoint, Plan.keeping_all("", "width", {}, checkpoint.shape, **kept))
 
 
-def _decide_width(method: WidthMethod, walk: BlockWalk, after: Shape) -> dict[str, Any]:
-    family = walk.family
-    wanted = dict.fromkeys(family.hidden_sites, method.needs["hidden"]) | {family.ffn_site: method.needs["ffn"]}
-    hidden_sites, scores, keep_ffn = [], {}, {}
-    states = walk.start()
-    for block in walk.blocks():
-        stats, states = block.observe(states, wanted)
-        hidden_sites += [stats[site] for site in family.hidden_sites]
-        ffn = method.score("ffn", [stats[family.ffn_site]])
-        scores[f"ffn.{block.index}"] = ffn
-        keep_ffn[block.index] = keep_channels(ffn, after.ffn).cpu()
-    scores["hidden"] = method.score("hidden", hidden_sites)
-    before = walk.checkpoint.shape
-    return {
-        "keep_hidden": keep_channels(scores["hidden"], after.hidden).cpu(),
-        "keep_ffn": keep_ffn,
-        "scores": scores,
-        "summary": {
-            "detail": f"hidden {before.hidden} to {after.hidden}, FFN {before.ffn} to {after.ffn} channels",
-            "importance_kept": {
-                name: float(score.topk(after.hidden if name == "hidden" else after.ffn).values.sum() / score.sum())
-                for name, score in scores.items()
-            },
-        },
-    }
+def _check_finite(checkpoint: Checkpoint, *, whole: bool) -> None:
+    """Refuse NaN and infinity in the tensors that no walk over the blocks looks at: those outside, or all of them."""
+    for name in checkpoint.tensors() if whole else checkpoint.outer_tensors():
+        if not torch.isfinite(checkpoint.tensor(name)).all():
+            raise UserError(f"{checkpoint.directory}: {name} holds NaN or infinity")
 
 
-def _decide_weights(method: WeightMethod, walk: BlockWalk, ratio: float) -> dict[str, Any]:
-    family = walk.family
-    masks: dict[str, Tensor] = {}
-    states = walk.start()
-    for block in walk.blocks():
-        stats, _ = block.observe(states, dict.fromkeys(family.sites, method.needs))
-        for linear in family.linears:
-            weight = block.weight(linear)
-            scores = method.score(weight, stats[family.site_of(linear)])
-            keep = keep_weights(scores, ratio, within=method.compare)
-            block.set_weight(linear, weight * keep)
-            masks[family.block_tensor(block.index, linear)] = keep.cpu()
-        states = block.run(states)
-    zeros = {name: 1 - float(mask.float().mean()) for name, mask in masks.items()}
-    pruned = sum(int((~mask).sum()) for mask in masks.values())
-    weights = sum(mask.numel() for mask in masks.values())
-    return {
-        "masks": masks,
-        "summary": {
-            "detail": f"{pruned:,} of {weights:,} block weights zeroed ({100 * pruned / weights:.1f}%)",
-            "sparsity": zeros,
-        },
-    }
+def achieved(plan: Plan) -> dict[str, Any]:
+    """What was removed, beside what was asked.
+
+    Returns:
+        ``asked``: the ratio, None where a shape or a pattern was given; ``of``: what it is a share of (``total``,
+        ``non_embedding`` or ``block_weights``); the shares removed, ``total``, ``non_embedding`` and, for masks,
+        ``block_weights``; ``drift``: the share of that kind less the one asked.
+    """
+    asked, of = plan.asked.get("ratio"), plan.asked.get("of")
+    shares = plan.removed()
+    if plan.masks:
+        kept = sum(int(mask.sum()) for mask in plan.masks.values())
+        shares["block_weights"] = 1 - kept / sum(mask.numel() for mask in plan.masks.values())
+    return {"asked": asked, "of": of, **shares, "drift": None if asked is None else shares[of or ""] - asked}
+
+
+def asked_words(asked: Mapping[str, Any]) -> str:
+    """What was asked for (``Plan.asked``) as people say it."""
+    said = []
+    if "ratio" in asked:
+        said.append(f"{100 * asked['ratio']:.4g}% of {_COUNTED[asked['of']]}")
+    if "shape" in asked:
+        said.append(",".join(f"{name}={size}" for name, size in asked["shape"].items()))
+    said += [f"{key} {asked[key]}" for key in ("pattern", "allocation") if key in asked]
+    if "axes" in asked:
+        said.append(f"axes {','.join(asked['axes'])}")
+    return ", ".join(said)
+
+
+_COUNTED = {
+    "total": "all parameters",
+    "non_embedding": "the parameters outside the embeddings",
+    "block_weights": "the weights of the blocks' linears",
+}
 
 
 def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | None = None) -> dict[str, Any]:
@@ -183,15 +195,17 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
         The content of ``plan.json``.
     """
     content = plan.save(out)
-    share = plan.removed()
+    share = achieved(plan)
     lines = [
-        f"Pruned with **{plan.method}** ({plan.granularity}) at ratio {plan.ratio:g} by secateur: "
+        f"Pruned with **{plan.method}** ({plan.granularity}) by secateur, asked for {asked_words(plan.asked)}: "
         f"{plan.summary['detail']}.",
         "",
         f"- removed: {100 * share['total']:.1f}% of all parameters, "
         f"{100 * share['non_embedding']:.1f}% of those outside the embeddings",
         f"- shape: {plan.after}",
-        f"- calibration: {plan.calibration['tokens']:,} tokens of {plan.calibration['source']}",
+        f"- calibration: {plan.calibration['tokens']:,} tokens of {plan.calibration['source']}"
+        if plan.calibration["source"]
+        else "- calibration: none, no text was read",
         "- not retrained; `plan.json` and `plan.safetensors` hold the scores and the selection",
     ]
     write_checkpoint(
@@ -201,7 +215,7 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
         provenance={
             "kind": "pruned",
             "method": plan.method,
-            "ratio": content["ratio"],
+            "ratio": share,
             "plan": content["fingerprint"],
             "source": plan.source,
             "calibration": plan.calibration,

@@ -1,38 +1,81 @@
-"""From scores and a budget to what is kept. Ties go to the lower index, so that a selection is reproducible."""
+"""From scores and a budget to what is kept. Ties are settled by the index, so that a selection is reproducible."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-__all__ = ["keep_channels", "keep_weights", "lowest"]
+__all__ = ["Selector", "keep_channels", "keep_globally", "lowest"]
 
 
-def keep_weights(scores: Tensor, ratio: float, *, within: str) -> Tensor:
-    """Mark the weights to keep.
+@dataclass(frozen=True)
+class Selector:
+    """Chooses the weights of a linear, or of some of its columns, that stay.
 
-    Args:
-        scores: [out, in].
-        ratio: share to prune; each group loses exactly ``floor(ratio * size)`` weights.
-        within: ``"row"``: each output row is a group; ``"linear"``: the whole matrix is one.
-
-    Returns:
-        bool [out, in], True where the weight is kept.
+    Attributes:
+        sparsity: share to prune; each group loses exactly ``floor(sparsity * size)`` weights, reckoned in decimals.
+        within: ``row``: each output row is a group; ``linear``: all that is shown is one.
+        span: for N:M patterns, M: each M weights that follow one another in a row are a group.
     """
-    groups = scores if within == "row" else scores.reshape(1, -1)
-    prune = int(groups.shape[1] * ratio + 1e-9)
-    # Pruned first among equals is the lower index, as a stable ascending sort has it.
-    order = groups.argsort(dim=1, stable=True)
-    keep = torch.ones_like(groups, dtype=torch.bool)
-    keep.scatter_(1, order[:, :prune], False)
-    return keep.reshape(scores.shape)
+
+    sparsity: float
+    within: str = "row"
+    span: int | None = None
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Mark what is kept: scores [out, in] -> bool [out, in]. Pruned first among equals is the lower index."""
+        groups = scores.reshape(-1, self.span) if self.span else scores
+        groups = groups.reshape(1, -1) if self.within == "linear" and not self.span else groups
+        # In binary, 0.29 * 100 is 28.999999999999996 and (1 - 3/7) * 7 is 3.9999999999999996.
+        prune = math.floor(Fraction(self.sparsity).limit_denominator(10**9) * groups.shape[1])
+        if not prune:
+            return torch.ones_like(scores, dtype=torch.bool)
+        threshold = groups.kthvalue(prune, dim=1, keepdim=True).values  # a sort would take ten times as long
+        below, equal = groups < threshold, groups == threshold
+        spare = prune - below.sum(dim=1, keepdim=True)
+        gone = below | (equal & (equal.cumsum(dim=1) <= spare))
+        return ~gone.reshape(scores.shape)
 
 
 def keep_channels(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` channels of the highest scores, as sorted indices (int64)."""
+    """The ``count`` units of the highest scores, the lower index first among equals, as sorted indices (int64)."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def lowest(scores: Tensor) -> int:
-    """The index of the lowest score."""
-    return int(scores.argsort(stable=True)[0])
+def keep_globally(scores: Mapping[str, Tensor], costs: Mapping[str, int], remove: float) -> dict[str, Tensor]:
+    """Let groups of units compete: the lowest scores go, wherever they are, until enough parameters are gone.
+
+    Args:
+        scores: group (a space in a layer) -> scores of its units; the best unit of each group always stays.
+        costs: group -> parameters of one of its units.
+        remove: parameters to remove, to the nearest unit.
+
+    Returns:
+        Group -> sorted indices (int64) of the units that stay.
+    """
+    names = list(scores)
+    owner = torch.cat([torch.full((scores[n].numel(),), i) for i, n in enumerate(names)])
+    value = torch.cat([scores[n].double().cpu() for n in names])
+    cost = torch.tensor([costs[n] for n in names], dtype=torch.float64)[owner]
+    starts = torch.tensor([0, *(scores[n].numel() for n in names)]).cumsum(0)
+    for i, n in enumerate(names):
+        value[starts[i] + int(scores[n].argmax())] = torch.inf
+    order = len(value) - 1 - value.flip(0).argsort(stable=True)  # of equals the lower index stays, as above
+    order = order[value[order] < torch.inf]
+    gone = cost[order].cumsum(0)
+    count = int((gone <= remove).sum())
+    if count < len(order) and gone[count] - remove < remove - (gone[count - 1] if count else 0.0):
+        count += 1
+    stays = torch.ones(len(value), dtype=torch.bool)
+    stays[order[:count]] = False
+    return {n: stays[starts[i] : starts[i + 1]].nonzero().flatten() for i, n in enumerate(names)}
+
+
+def lowest(scores: Tensor, count: int = 1) -> list[int]:
+    """The indices of the ``count`` lowest scores, the lower index first among equals, sorted."""
+    return sorted(scores.argsort(stable=True)[:count].tolist())

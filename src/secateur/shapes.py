@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from secateur.errors import UserError
-from secateur.families import LLAMA, Axis, Family, family_of
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Shape", "multiple_of", "removed", "solve_depth", "solve_width", "train_flops"]
+from secateur.errors import UserError, did_you_mean
+from secateur.families import FAMILIES, LLAMA, Axis, Family, family_of
+
+__all__ = [
+    "SIZES",
+    "SPACES",
+    "Shape",
+    "Share",
+    "explicit",
+    "multiple_of",
+    "removed",
+    "solve_depth",
+    "solve_width",
+    "train_flops",
+]
+
+SPACES = ("hidden", "ffn", "kv")  #: the spaces that can be narrowed
+SIZES = ("hidden", "ffn", "layers", "heads", "kv_heads")  #: the sizes that a shape can be asked for by
+Share = Literal["non_embedding", "total"]  #: which parameters a ratio counts
 
 
 @dataclass(frozen=True)
@@ -33,12 +52,18 @@ class Shape:
         """Read a Hugging Face config object.
 
         Raises:
-            UserError: if its family is not known.
+            UserError: if its family is not known, or a size is no whole number above zero.
         """
         family = family_of(config.model_type, where=where)
         sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in family.config_keys.items()}
-        sizes["kv_heads"] = sizes.get("kv_heads") or sizes["heads"]
-        sizes["head_dim"] = sizes.get("head_dim") or config.hidden_size // config.num_attention_heads
+        if sizes.get("kv_heads") is None:  # as older files have it
+            sizes["kv_heads"] = sizes["heads"]
+        if sizes.get("head_dim") is None:
+            sizes["head_dim"] = sizes["hidden"] // max(sizes["heads"], 1)
+        _check_sizes({key: sizes[name] for name, key in family.config_keys.items()}, where)
+        _check_sizes({"vocab_size": config.vocab_size}, where)
+        if sizes["heads"] % sizes["kv_heads"]:
+            raise UserError(f"{where}: {sizes['heads']} query heads cannot share {sizes['kv_heads']} KV heads evenly")
         switches = tuple(sorted({key for key in family.optional.values() if getattr(config, key, False)}))
         return cls(
             **sizes,
@@ -50,13 +75,31 @@ class Shape:
 
     def axis_size(self, axis: Axis) -> int:
         """How many channels an axis has; ``None`` is the vocabulary."""
+        if isinstance(axis, tuple):
+            return sum(self.axis_size(part) for part in axis)
         return {
             None: self.vocabulary,
             "hidden": self.hidden,
             "ffn": self.ffn,
             "kv": self.kv_heads * self.head_dim,
             "query": self.heads * self.head_dim,
+            "head": self.head_dim,
         }[axis]
+
+    def units(self, space: str) -> int:
+        """How many units of a space can be kept or dropped: channels, or KV heads with the query heads on them."""
+        return {"hidden": self.hidden, "ffn": self.ffn, "kv": self.kv_heads}[space]
+
+    def unit_parameters(self, space: str) -> int:
+        """Parameters that go with one unit of ``ffn`` or ``kv`` in one layer."""
+        smaller = self.narrowed(space, self.units(space) - 1)
+        return self.block_parameters - smaller.block_parameters
+
+    def narrowed(self, space: str, units: int) -> Shape:
+        """The shape with so many units in a space; query heads follow their KV heads."""
+        if space == "kv":
+            return dataclasses.replace(self, kv_heads=units, heads=units * (self.heads // self.kv_heads))
+        return dataclasses.replace(self, **{space: units})
 
     def tensor_size(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
         """The size of a tensor whose axes lie in these spaces."""
@@ -66,6 +109,32 @@ class Shape:
         """The tensors that a block of this shape has: name -> spaces."""
         optional = self.family.optional
         return {n: axes for n, axes in self.family.block.items() if n not in optional or optional[n] in self.switches}
+
+    def switched_on(self, keys: Sequence[str]) -> Shape:
+        """The shape with optional tensors besides its own."""
+        return dataclasses.replace(self, switches=tuple(sorted({*self.switches, *keys})))
+
+    @property
+    def refused_by_config(self) -> bool:
+        """Whether the family's own config refuses this shape: heads that do not divide the hidden size."""
+        return self.family.heads_divide_hidden and self.hidden % self.heads != 0
+
+    def openable(self, *, where: str) -> Shape:
+        """This shape, under a family whose config accepts it: the same function may have a less strict one.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if not self.refused_by_config:
+            return self
+        relaxed = self.family.relaxed
+        if relaxed is None or self.switches:
+            raise UserError(
+                f"{where}: transformers refuses a {self.family.name} of hidden size {self.hidden} with {self.heads} "
+                "heads, which do not divide it; choose another number of heads or hidden size"
+            )
+        sibling = next(family for family in FAMILIES if relaxed[0] in family.model_types)
+        return dataclasses.replace(self, family=sibling)
 
     @property
     def block_parameters(self) -> int:
@@ -145,45 +214,125 @@ def multiple_of(size: int, divisor: int = 1) -> int:
     return step
 
 
-def solve_depth(shape: Shape, ratio: float) -> Shape:
-    """The shape with that share of the layers removed, to the nearest layer.
+def _counted(shape: Shape, of: Share) -> Any:
+    return shape.total if of == "total" else shape.non_embedding
+
+
+def solve_depth(shape: Shape, ratio: float, of: Share = "non_embedding") -> Shape:
+    """The shape with that share of the parameters removed, to the nearest layer.
 
     Raises:
         UserError: if no layer would be left, or none removed.
     """
-    layers = round(shape.layers * (1 - ratio))
+    shares = {n: removed(shape, dataclasses.replace(shape, layers=n))[of] for n in range(shape.layers + 1)}
+    layers = min(shares, key=lambda n: (round(abs(shares[n] - ratio), 4), n % 2))  # halves to even, as round() has it
     if not 1 <= layers < shape.layers:
-        legal = ", ".join(f"{1 - k / shape.layers:.3g}" for k in range(shape.layers - 1, 0, -1))
-        raise UserError(
-            f"ratio {ratio:g}: of {shape.layers} layers it would keep {layers}; possible: {legal or 'none'}"
-        )
+        legal = [f"{shares[n]:.3g}" for n in range(shape.layers - 1, 0, -1)]
+        legal = [*legal[:3], f"... (one for each layer) ... {legal[-1]}"] if len(legal) > 12 else legal
+        told = ", ".join(legal) or "none"
+        raise UserError(f"--ratio {ratio:g}: of {shape.layers} layers it would keep {layers}; possible: {told}")
     return dataclasses.replace(shape, layers=layers)
 
 
-def solve_width(shape: Shape, ratio: float) -> Shape:
-    """The narrower shape (hidden and FFN channels; heads and layers stay) nearest to the ratio.
+def solve_width(
+    shape: Shape, ratio: float, spaces: Sequence[str] = ("hidden", "ffn"), of: Share = "non_embedding"
+) -> Shape:
+    """The narrower shape nearest to the ratio; layers and the spaces that are not named stay.
 
-    The ratio counts non-embedding parameters. Both axes go in steps of :func:`multiple_of` and shrink alike as far as
-    the steps allow: among shapes within 1% of the target (or, failing that, the nearest ones), the one whose two axes
-    keep the most similar shares is taken.
+    Channels go in steps of :func:`multiple_of`, heads in whole KV groups, and the named spaces shrink alike as far as
+    the steps allow: of the shapes that come within a hundredth of all parameters, and within a tenth of those that are
+    to go or to stay (or, failing that, of the nearest ones), the one whose spaces keep the most similar shares.
+
+    Args:
+        shape: the shape to narrow.
+        ratio: the share of parameters to remove.
+        spaces: which of ``hidden``, ``ffn`` and ``kv`` may be narrowed.
+        of: which parameters the ratio counts.
 
     Raises:
-        UserError: if even the narrowest shape keeps too much.
+        UserError: if no legal shape comes within five hundredths, or half of what is to go or to stay.
     """
-    divisor = shape.heads if shape.family.heads_divide_hidden else 1
-    step_hidden, step_ffn = multiple_of(shape.hidden, divisor), multiple_of(shape.ffn)
-    target = (1 - ratio) * shape.non_embedding
-    found: list[tuple[float, float, Shape]] = []  # (drift, difference of shares, shape)
-    for hidden in range(step_hidden, shape.hidden + 1, step_hidden):
-        for ffn in range(step_ffn, shape.ffn + 1, step_ffn):
-            candidate = dataclasses.replace(shape, hidden=hidden, ffn=ffn)
-            drift = abs(candidate.non_embedding - target) / shape.non_embedding
-            found.append(
-                (max(drift, 0.01), abs(math.log(hidden / shape.hidden) - math.log(ffn / shape.ffn)), candidate)
-            )
-    if not found or (min(found, key=lambda f: f[0])[0] > 0.05):
-        raise UserError(f"ratio {ratio:g}: no width of this model comes near it ({shape}); ask for a smaller one")
-    best = min(found, key=lambda f: (f[0], f[1]) if f[0] > 0.01 else (0.01, f[1]))[2]
-    if best.hidden == shape.hidden and best.ffn == shape.ffn:
-        raise UserError(f"ratio {ratio:g}: too small to narrow this model by one step ({step_hidden} hidden channels)")
-    return best
+    steps = _steps(shape, spaces)
+    grid = np.ix_(*(np.arange(steps[space], shape.units(space) + 1, steps[space]) for space in spaces))
+    every: Any = shape  # all candidates at once: counts are sums of products, so that sizes may as well be arrays
+    for space, sizes in zip(spaces, grid, strict=True):
+        every = every.narrowed(space, sizes)
+    gone = 1 - _counted(every, of) / _counted(shape, of)
+    gone = np.where((gone > 0) & ~np.asarray(every.refused_by_config), gone, np.nan)  # itself is no candidate
+    least, room = np.min(np.abs(gone - ratio), initial=np.inf, where=gone > 0), min(ratio, 1 - ratio)
+    if least > min(0.05, room / 2):
+        raise UserError(f"--ratio {ratio:g}: {_reach(gone, ratio, steps)}")
+    shares = [np.log(sizes / shape.units(space)) for space, sizes in zip(spaces, grid, strict=True)]
+    unlike = np.broadcast_to(_most(shares) + _most([-share for share in shares]), gone.shape)
+    drift = np.abs(gone - ratio)
+    near = np.flatnonzero(drift <= max(least, min(0.01, room / 10)))
+    # Least unlike, then nearest; rounded, so that the last bits of a logarithm decide nothing.
+    best = min(near, key=lambda i: (round(float(unlike.flat[i]), 9), float(drift.flat[i])))
+    found = shape
+    for space, sizes, at in zip(spaces, grid, np.unravel_index(best, gone.shape), strict=True):
+        found = found.narrowed(space, int(sizes.flat[at]))
+    return found
+
+
+def _steps(shape: Shape, spaces: Sequence[str]) -> dict[str, int]:
+    """In what steps each of the spaces is narrowed."""
+    divisor = shape.heads if shape.family.heads_divide_hidden and "kv" not in spaces else 1
+    steps = {"hidden": multiple_of(shape.hidden, divisor), "ffn": multiple_of(shape.ffn), "kv": 1}
+    return {space: steps[space] for space in spaces}
+
+
+def _most(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    most = arrays[0]
+    for array in arrays[1:]:
+        most = np.maximum(most, array)
+    return most
+
+
+def _reach(gone: NDArray[np.float64], ratio: float, steps: Mapping[str, int]) -> str:
+    """What narrowing can remove, for an error; ``gone`` has each candidate's share, NaN where one is not legal."""
+    units = {"hidden": "hidden channel", "ffn": "FFN channel", "kv": "KV head"}
+    named = ", ".join(f"{step} {units[space]}{'s' if step > 1 else ''}" for space, step in steps.items())
+    legal = gone[gone > 0]
+    if not legal.size:
+        return f"this model cannot be narrowed at all in steps of {named}"
+    nearest = legal[np.abs(legal - ratio).argmin()]
+    how = "too small" if ratio < legal.min() else "too large" if ratio > legal.max() else "falls between two steps"
+    return (
+        f"{how}; narrowing this model in steps of {named} removes {legal.min():.4g} to {legal.max():.4g}, "
+        f"nearest {nearest:.4g}"
+    )
+
+
+def explicit(shape: Shape, sizes: Mapping[str, int]) -> Shape:
+    """The shape with these sizes in place of its own.
+
+    Args:
+        shape: the shape to cut.
+        sizes: ``hidden``, ``ffn``, ``layers``, ``heads`` or ``kv_heads`` -> size; query heads and KV heads follow each
+            other.
+
+    Raises:
+        UserError: on a size that is unknown, is not between one and the present one, or splits a KV group.
+    """
+    for name, size in sizes.items():
+        if name not in SIZES:
+            raise UserError(f"--shape: {name!r} is not a size{did_you_mean(name, SIZES)}")
+        if not 1 <= size <= getattr(shape, name):
+            raise UserError(f"--shape: {name}={size} is not between 1 and the model's {getattr(shape, name)}")
+    group = shape.heads // shape.kv_heads
+    heads = sizes.get("heads", sizes.get("kv_heads", shape.kv_heads) * group)
+    kv_heads = sizes.get("kv_heads", heads // group)
+    if heads % group:
+        raise UserError(f"--shape: heads={heads} splits a KV group: {group} query heads share each KV head")
+    if heads != kv_heads * group:
+        raise UserError(
+            f"--shape: heads={heads},kv_heads={kv_heads}: {group} query heads share each KV head, so {kv_heads} KV "
+            f"heads go with {kv_heads * group} query heads"
+        )
+    return dataclasses.replace(shape, **{**sizes, "heads": heads, "kv_heads": kv_heads})
+
+
+def _check_sizes(sizes: Mapping[str, Any], where: str) -> None:
+    for key, size in sizes.items():
+        if not isinstance(size, int) or not 1 <= size < 2**24:
+            raise UserError(f"{where}: {key} should be a whole number above zero and below {2**24:,}, not {size!r}")

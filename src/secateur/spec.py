@@ -33,6 +33,7 @@ __all__ = [
     "load_yaml",
     "parse",
     "parse_count",
+    "parse_value",
     "spec",
 ]
 
@@ -147,6 +148,14 @@ def load_yaml(path: Path) -> Any:
         raise UserError(f"{path}: {line}not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def parse_value(text: str) -> Any:
+    """Read one value as a YAML file would, e.g. from a command line; what is no YAML is the text itself."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
 
 
 def parse(cls: type[T], raw: Any, *, origin: str) -> T:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from secateur.checkpoint import Checkpoint
+from secateur.errors import UserError
 from secateur.families import Axis
 from secateur.plan import Plan
 
@@ -17,18 +22,22 @@ __all__ = ["cut_config", "cut_tensors"]
 def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Read the checkpoint tensor by tensor and yield what the plan keeps, under the new layer numbers."""
     family = checkpoint.family
-    kept = {family.block_tensor(old, ""): new for new, old in enumerate(plan.keep_layers.tolist())}
-    for name, axes in checkpoint.tensors().items():
-        if name in family.outer:
-            yield name, _slice(checkpoint.tensor(name), axes, plan, layer=-1)
-            continue
-        old, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
-        prefix = family.block_tensor(int(old), "")
-        if prefix in kept:
-            tensor = _slice(checkpoint.tensor(name), axes, plan, layer=int(old))
+    for name, axes in checkpoint.outer_tensors().items():
+        yield name, _kept_scale(name, _slice(checkpoint.tensor(name), axes, plan, layer=-1), plan)
+    stored = checkpoint.shape.block_tensors()
+    for new, old in enumerate(plan.keep_layers.tolist()):
+        for rest, axes in plan.after.block_tensors().items():
+            name = family.block_tensor(old, rest)
+            if rest in stored:
+                tensor = plan.weights[name] if name in plan.weights else checkpoint.tensor(name)
+            else:  # a bias that the plan switches on
+                tensor = torch.zeros(plan.before.tensor_size(axes), dtype=checkpoint.dtype)
+            if name in plan.biases:
+                tensor = (tensor.float() + plan.biases[name]).to(tensor.dtype)
             if name in plan.masks:
                 tensor = tensor.masked_fill(~plan.masks[name], 0)
-            yield family.block_tensor(kept[prefix], rest), tensor
+            tensor = _kept_mean(rest, tensor, axes, plan, layer=old)
+            yield family.block_tensor(new, rest), _slice(tensor, axes, plan, layer=old)
 
 
 def _slice(tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Tensor:
@@ -36,14 +45,82 @@ def _slice(tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Te
         indices = plan.indices(axis, layer)
         if indices is not None:
             tensor = tensor.index_select(dimension, indices)
+        parts = plan.parts(axis, layer)
+        if any(missing for _, missing in parts):
+            tensor = _pad(tensor, dimension, parts)
+    return tensor
+
+
+def _pad(tensor: Tensor, dimension: int, parts: list[tuple[int, int]]) -> Tensor:
+    """Put zeros behind each part of a dimension."""
+    padded = []
+    for piece, (_, missing) in zip(tensor.split([kept for kept, _ in parts], dimension), parts, strict=True):
+        padded += [piece, piece.new_zeros([*piece.shape[:dimension], missing, *piece.shape[dimension + 1 :]])]
+    return torch.cat(padded, dimension)
+
+
+def _kept_mean(name: str, tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Tensor:
+    """Undo what the zeros behind a norm's channels would change by themselves.
+
+    A norm that runs over several heads divides by the root of a mean, which counts the zeros of the heads that this
+    layer lacks and others have. The norm's weight makes up for it.
+    """
+    if len(axes) != 1 or not name.endswith(".weight"):
+        return tensor
+    ((kept, missing),) = plan.parts(axes[0], layer)
+    if not missing:
+        return tensor
+    factor, offset = math.sqrt(kept / (kept + missing)), plan.before.family.norm_offset
+    return ((tensor.float() + offset) * factor - offset).to(tensor.dtype)
+
+
+def _kept_scale(name: str, tensor: Tensor, plan: Plan) -> Tensor:
+    """Undo what a narrower residual stream would change by itself.
+
+    A model that multiplies its embeddings by the root of the hidden size would multiply a narrower one by less. The
+    embedding makes up for it; where it is also the head, the final norm takes the same factor back.
+    """
+    family = plan.before.family
+    if not family.embedding_grows or plan.before.hidden == plan.after.hidden:
+        return tensor
+    factor = math.sqrt(plan.before.hidden / plan.after.hidden)
+    if name == family.embedding:
+        return (tensor.float() * factor).to(tensor.dtype)
+    if name == family.final_norm and plan.before.tied:
+        return ((tensor.float() + family.norm_offset) / factor - family.norm_offset).to(tensor.dtype)
     return tensor
 
 
 def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """The content of config.json after the cut; ``head_dim`` is always written, since hidden / heads may not be it."""
-    config = dict(checkpoint.raw_config) | plan.after.config_changes()
+    """The content of config.json after the cut; ``head_dim`` is always written, since hidden / heads may not be it.
+
+    Raises:
+        UserError: if transformers would not open it: some configurations hold sizes to rules that no table here knows.
+    """
+    other_family = plan.after.family is not plan.before.family
+    config = _spelled_out(checkpoint) if other_family else dict(checkpoint.raw_config)
+    config |= plan.after.config_changes() | dict.fromkeys(plan.after.switches, True)
     for key in checkpoint.family.per_layer_keys:
-        values = config.get(key)
-        if isinstance(values, list) and len(values) == plan.before.layers:
+        # The config object spells out what older files derive from a period, which cut layers no longer follow.
+        values = getattr(checkpoint.config, key, None)
+        if isinstance(values, list) and len(values) == plan.before.layers and (key in config or _cuts_layers(plan)):
             config[key] = [values[layer] for layer in plan.keep_layers.tolist()]
+    if other_family:
+        assert plan.before.family.relaxed is not None
+        model_type, architecture, besides = plan.before.family.relaxed
+        config |= {"model_type": model_type, "architectures": [architecture], **besides}
+    try:
+        CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"transformers refuses the shape {plan.after} for this model: {reason}") from None
     return config
+
+
+def _spelled_out(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration with all defaults, which another family may have others for."""
+    return {key: value for key, value in checkpoint.config.to_diff_dict().items() if not key.startswith("_")}
+
+
+def _cuts_layers(plan: Plan) -> bool:
+    return plan.after.layers < plan.before.layers

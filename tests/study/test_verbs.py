@@ -1,4 +1,4 @@
-"""prune, eval and inspect on a checkpoint that secateur did not make."""
+"""prune, eval, inspect and shapes on a checkpoint that secateur did not make."""
 
 from __future__ import annotations
 
@@ -74,6 +74,29 @@ def test_prune_eval_inspect(method: str, world: Path, tmp_path: Path, capsys: py
     assert measured["perplexity"] == pytest.approx(torch.tensor(measured["loss"]).exp().item(), rel=1e-4)
 
 
+def test_inspect_and_shapes_agree(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seen, counted = call(capsys, "inspect", world / "model"), call(capsys, "shapes", world / "model")
+    assert counted == {key: seen[key] for key in counted}
+    assert set(seen) - set(counted) == {"sparsity", "dtype", "digest", "provenance"}
+    assert seen["flops_per_token"]["context"] == 64  # the model's positions
+    assert call(capsys, "inspect", world / "model", "--context", 8)["flops_per_token"]["context"] == 8
+    assert main(["inspect", str(world / "model"), "--context", "65"]) == 0
+    captured = capsys.readouterr()
+    assert "windows of 64:" in captured.out and "--context is 65" in captured.err
+
+
+def test_a_shape_is_what_pruning_writes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, how in enumerate([("random-depth", "--ratio", 0.5), ("random-width", "--ratio", 0.4, "--of", "total")]):
+        told = call(capsys, "shapes", world / "model", "--method", *how)
+        pruned = call(capsys, "prune", world / "model", tmp_path / str(number), "--method", *how)
+        seen = call(capsys, "inspect", tmp_path / str(number))
+        assert {key: told[key] for key in ("shape", "parameters", "family")} == {
+            key: seen[key] for key in ("shape", "parameters", "family")
+        }
+        assert told["removed"] == pytest.approx({key: pruned["ratio"][key] for key in told["removed"]})
+        assert told["drift"] == pytest.approx(pruned["ratio"]["drift"])
+
+
 def test_same_inputs_same_bytes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in "ab":
         options = ("--method", "wanda", "--ratio", 0.5, "--calibration", f"text:{world / 'text.txt'}", "--seqlen", 32)
@@ -101,6 +124,13 @@ def test_same_inputs_same_bytes(world: Path, tmp_path: Path, capsys: pytest.Capt
         ("eval {w}/model --data text:{w}/text.txt --seqlen 1", "--seqlen"),
         ("eval {w}/model --data text:{w}/text.txt --device tpu", "--device tpu: is not known"),
         ("inspect {w}/text.txt", "no such directory"),
+        ("inspect {w}/model {w}/model", "is one argument too many (see secateur inspect --help)"),
+        ("shapes {w}/none", "no such file"),
+        (
+            "shapes {w}/model --ratoi .5",
+            "--ratoi is not an option; did you mean '--ratio'? (see secateur shapes --help)",
+        ),
+        ("study run {w}/none.yaml --job 3", "--job is not an option; did you mean '--jobs'? (see secateur study run"),
         ("inspct {w}/model", "did you mean 'inspect'?"),
         ("study run {w}/none.yaml", "no such file"),
         ("study rnu x", "did you mean 'run'?"),
@@ -141,9 +171,25 @@ def test_a_calibration_text_shorter_than_a_window(
     assert list(tmp_path.iterdir()) == [short]
 
 
-@pytest.mark.parametrize("verb", ["demo", "inspect", "prune", "eval", "study plan", "study run", "study status", ""])
+@pytest.mark.parametrize(
+    "verb", ["demo", "inspect", "shapes", "prune", "eval", "study plan", "study run", "study status", ""]
+)
 def test_help_explains(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*verb.split(), "--help"])
     assert stopped.value.code == 0
     assert len(capsys.readouterr().out) > 300
+
+
+def test_a_study_file_s_ratio_is_no_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A target speaks of options; the error of a study file does not."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "name: mine\ncorpus: {source: stdlib, vocabulary: 300}\n"
+        "parent: {tokens: 10k, hidden: 32, ffn: 64, layers: 4, heads: 4, kv_heads: 2}\n"
+        "methods: [shortgpt]\nratios: [0.99]\nretrain: {tokens: 1k}\n"
+        "recipe: {sequence: 32, tokens_per_step: 64, peak_rate: 2e-3, init_std: 0.04}\n"
+    )
+    assert main(["study", "plan", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"secateur: error: {file}: ratio 0.99: of 4 layers it would keep 0; possible: 0.25")

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import VARIANTS, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
+from helpers import VARIANTS, calibration, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
 from secateur.calibrate.engine import Block, BlockWalk, removal_losses
-from secateur.calibrate.stats import AbsMeanByPosition, MeanSquare
+from secateur.calibrate.stats import MeanCosine, MeanSquare, NormByPosition
 from secateur.checkpoint import Checkpoint
 from secateur.families import LLAMA
-from secateur.prune import scoring_flops
+from secateur.methods import METHODS, get_method
+from secateur.prune import make_plan, scoring_flops
+from secateur.target import Target
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -61,7 +63,7 @@ def test_statistics_are_those_of_naive_hooks(variant: str, batch: int, tmp_path:
     walk = BlockWalk(Checkpoint(directory), ids, batch=batch)
     states = walk.start()
     for block in walk.blocks():
-        stats, states = block.observe(states, dict.fromkeys(LLAMA.sites, (MeanSquare, AbsMeanByPosition)))
+        stats, states = block.observe(states, dict.fromkeys(LLAMA.sites, (MeanSquare, NormByPosition)))
         assert set(stats) == set(LLAMA.sites)
         for name, site in LLAMA.sites.items():
             (x,) = seen_at(model, f"model.layers.{block.index}.{site.module}", ids, output=site.output)
@@ -69,24 +71,10 @@ def test_statistics_are_those_of_naive_hooks(variant: str, batch: int, tmp_path:
                 (read,) = seen_at(model, f"model.layers.{block.index}.{reader}", ids, output=False)
                 torch.testing.assert_close(read, x, rtol=0, atol=0)
             torch.testing.assert_close(stats[name][MeanSquare], x.square().mean((0, 1)), rtol=1e-4, atol=1e-6)
-            torch.testing.assert_close(stats[name][AbsMeanByPosition], x.abs().mean(0), rtol=1e-4, atol=1e-6)
+            heads = x.unflatten(-1, (-1, walk.checkpoint.shape.head_dim if site.space == "query" else 1))
+            lengths = heads.square().sum(-1).sqrt().mean(0)
+            torch.testing.assert_close(stats[name][NormByPosition], lengths, rtol=1e-4, atol=1e-6)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in walk.model.modules())
-
-
-def test_statistics_against_loops() -> None:
-    x = torch.randn(3, 4, 2)
-    square, position = MeanSquare(), AbsMeanByPosition()
-    for batch in x.split(2):
-        square.update(batch.to(torch.bfloat16))
-        position.update(batch)
-    for c in range(2):
-        rounded = x.to(torch.bfloat16).double()
-        wanted = sum(float(rounded[b, t, c]) ** 2 for b in range(3) for t in range(4)) / 12
-        assert float(square.value()[c]) == pytest.approx(wanted, rel=1e-6)
-        for t in range(4):
-            wanted = sum(abs(float(x[b, t, c])) for b in range(3)) / 3
-            assert float(position.value()[t, c]) == pytest.approx(wanted, rel=1e-6)
-    assert square.value().dtype == position.value().dtype == torch.float32
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
@@ -102,17 +90,28 @@ def test_removal_losses_are_those_of_shorter_models(variant: str, length: int, t
         assert loss == pytest.approx(naive_loss(shorter, ids), rel=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 2, 4])
-def test_scoring_flops_count_the_blocks_that_run(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = []
-    original: Callable[..., list[Tensor]] = Block.run
-    monkeypatch.setattr(Block, "run", lambda self, states: (runs.append(self.index), original(self, states))[1])
-    checkpoint = Checkpoint(tiny_llama(tmp_path))
-    before, after = checkpoint.shape, Checkpoint(tiny_llama(tmp_path, seed=1, num_hidden_layers=5 - length)).shape
-    removal_losses(BlockWalk(checkpoint, windows()), length)
-    flops = scoring_flops(before, after, "depth", 60, 12)
-    assert flops == pytest.approx(len(runs) / before.layers * 60 * before.forward_flops(12))
-    assert scoring_flops(before, after, "sparse", 60, 12) == 2 * scoring_flops(before, after, "width", 60, 12)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("length", [1, 3])
+def test_scoring_flops_count_the_blocks_that_run(
+    method: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backward pass is two more; the embedding, the norms and the head are left to whole passes."""
+    runs: list[float] = []
+    forward: Callable[..., Tensor] = Block.forward
+
+    def counted(block: Block, batch: Tensor) -> Tensor:
+        runs.append((3 if torch.is_grad_enabled() else 1) * len(batch))
+        return forward(block, batch)
+
+    monkeypatch.setattr(Block, "forward", counted)
+    checkpoint, found = Checkpoint(tiny_llama(tmp_path)), get_method(method)
+    sizes = {"layers": 5 - length} if found.granularity == "depth" else {"ffn": 48 - 8 * length}
+    target = Target(ratio=0.5) if found.granularity == "sparse" else Target(sizes=sizes)
+    plan = make_plan(checkpoint, method, target, calibration(windows()))
+    flops = scoring_flops(checkpoint.shape, plan.after, found, 60, 12)
+    whole = 60 * checkpoint.shape.forward_flops(12)
+    assert flops == pytest.approx(sum(runs) / len(windows()) / checkpoint.shape.layers * whole)
+    assert (flops == 0) == (not found.calibrated)
 
 
 def test_set_weight_lasts_for_the_block_and_leaves_the_file(tmp_path: Path) -> None:
@@ -143,3 +142,21 @@ def test_loss_of_a_certain_model_is_nearly_zero_and_of_a_blank_one_log_v(tmp_pat
     states = walk.start()
     assert walk.loss(states) == pytest.approx(math.log(61), rel=1e-6)
     assert logits(model, windows()).abs().max() == 0
+
+
+def test_a_block_that_is_changed_runs_again_for_the_next(tmp_path: Path) -> None:
+    directory, ids = tiny_llama(tmp_path), windows()
+    model, cosines = hf(directory), []
+    walk = BlockWalk(Checkpoint(directory), ids, batch=2)
+    for block, stats in walk.observed({"ffn_hidden": (MeanSquare,)}, (MeanCosine,)):
+        layer = f"model.layers.{block.index}"
+        (seen,) = seen_at(model, f"{layer}.mlp.down_proj", ids, output=False)
+        torch.testing.assert_close(stats["ffn_hidden"][MeanSquare], seen.square().mean((0, 1)), rtol=1e-4, atol=1e-6)
+        before, after = (seen_at(model, layer, ids, output=output)[0].double() for output in (False, True))
+        cosines.append(float(torch.cosine_similarity(before, after, dim=-1).mean()))
+        assert float(stats["states"][MeanCosine]) == pytest.approx(cosines[-1], rel=1e-6)  # as it was when it was shown
+        if block.index in (1, 2):
+            block.set_weight("mlp.up_proj.weight", block.weight("mlp.up_proj.weight") * -2)
+            with torch.no_grad():
+                model.model.layers[block.index].mlp.up_proj.weight.mul_(-2)
+    assert len(cosines) == 5

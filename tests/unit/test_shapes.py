@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from helpers import VARIANTS, hf, logits, tiny_llama, windows
 from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
-from secateur.shapes import Shape, multiple_of, removed, solve_depth, solve_width, train_flops
+from secateur.families import LLAMA, MISTRAL
+from secateur.shapes import Shape, explicit, multiple_of, removed, solve_depth, solve_width, train_flops
 
 PARENT = Shape(hidden=4096, ffn=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocabulary=128_256)
 SMALL = Shape(hidden=256, ffn=768, layers=6, heads=4, kv_heads=2, head_dim=64, vocabulary=1000)
@@ -126,10 +132,171 @@ def test_ratios_that_no_width_has() -> None:
     coarse = dataclasses.replace(
         SMALL, hidden=32, ffn=32, heads=16, kv_heads=16, head_dim=2
     )  # half the hidden at least
-    with pytest.raises(UserError, match=r"ratio 0\.9: no width"):
+    with pytest.raises(UserError, match=r"--ratio 0\.9: too large; .* removes 0\.0\d+ to 0\.69\d+, nearest 0\.69"):
         solve_width(coarse, 0.9)
-    with pytest.raises(UserError, match="too small"):
+    with pytest.raises(UserError, match=r"--ratio 0\.001: too small; .* 16 hidden channels, 32 FFN channels removes"):
         solve_width(SMALL, 0.001)
+    with pytest.raises(UserError, match="too large"):
+        solve_width(PARENT, 0.999)  # 0.994 is within five hundredths of it, but keeps six times as much
+    with pytest.raises(UserError, match="falls between two steps"):
+        solve_width(dataclasses.replace(SMALL, heads=3, kv_heads=3, head_dim=512), 0.43, ("kv",))
+    with pytest.raises(UserError, match=r"cannot be narrowed at all in steps of 1 KV head$"):
+        solve_width(dataclasses.replace(SMALL, heads=2, kv_heads=1), 0.5, ("kv",))
+
+
+@pytest.mark.parametrize("ratio", [0.005, 0.01, 0.02, 0.05, 0.95, 0.98])
+def test_extreme_ratios_are_met_more_closely(ratio: float) -> None:
+    step = 128 * 3 * 4096 * 32 / PARENT.non_embedding  # of FFN channels, the finer of the two
+    off = abs(removed(PARENT, solve_width(PARENT, ratio))["non_embedding"] - ratio)
+    assert off <= max(min(ratio, 1 - ratio) / 10, step / 2)
+
+
+def test_heads_go_in_whole_groups() -> None:
+    for ratio in (0.2, 0.5, 0.7):
+        after = solve_width(PARENT, ratio, ("hidden", "ffn", "kv"))
+        assert after.heads == 4 * after.kv_heads and after.kv_heads < 8
+        assert after.hidden % after.heads == 0  # or a Llama's config refuses it
+        assert removed(PARENT, after)["non_embedding"] == pytest.approx(ratio, abs=0.01)
+
+
+def test_a_ratio_of_all_parameters() -> None:
+    after = solve_width(PARENT, 0.5, of="total")
+    assert removed(PARENT, after)["total"] == pytest.approx(0.5, abs=0.01)
+    assert solve_depth(PARENT, 0.435, "total").layers == 16
+    assert solve_depth(PARENT, 0.5, "total").layers == 14  # a layer is 2.7% of all
+    with pytest.raises(UserError, match=r"possible: 0\.0272, 0\.0543, 0\.0815, \.\.\. .* 0\.842$"):
+        solve_depth(PARENT, 0.9, "total")
+
+
+def _count(shape: Shape, of: str) -> int:
+    """Parameters, tensor by tensor, without the class's own sums."""
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    block = 2 * shape.hidden + shape.hidden * (2 * query + 2 * kv + 3 * shape.ffn)
+    outer = shape.vocabulary * shape.hidden * (1 if shape.tied else 2) if of == "total" else 0
+    return shape.layers * block + shape.hidden + outer
+
+
+@st.composite
+def _shapes(draw: st.DrawFn) -> Shape:
+    group, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    heads = group * kv_heads
+    family = draw(st.sampled_from([LLAMA, MISTRAL]))
+    step = heads if family is LLAMA else 1
+    return Shape(
+        hidden=step * draw(st.integers(1, 48 // step + 1)),
+        ffn=draw(st.integers(1, 100)),
+        layers=draw(st.integers(1, 4)),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 8)),
+        vocabulary=draw(st.integers(2, 300)),
+        tied=draw(st.booleans()),
+        family=family,
+    )
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    _shapes(),
+    st.floats(0.003, 0.997),
+    st.sampled_from([("hidden",), ("ffn",), ("kv",), ("hidden", "ffn"), ("ffn", "kv"), ("hidden", "ffn", "kv")]),
+    st.sampled_from(["total", "non_embedding"]),
+)
+def test_solve_width_against_every_candidate(shape: Shape, ratio: float, spaces: tuple[str, ...], of: Any) -> None:
+    strict = shape.family is LLAMA
+    steps = {
+        "hidden": multiple_of(shape.hidden, shape.heads if strict and "kv" not in spaces else 1),
+        "ffn": multiple_of(shape.ffn),
+        "kv": 1,
+    }
+    full = {"hidden": shape.hidden, "ffn": shape.ffn, "kv": shape.kv_heads}
+    found: dict[tuple[int, int, int], tuple[float, float]] = {}  # sizes -> how far off, how unlike
+    for sizes in itertools.product(*(range(steps[s], full[s] + 1, steps[s]) for s in spaces)):
+        kept = full | dict(zip(spaces, sizes, strict=True))
+        heads = kept["kv"] * shape.heads // shape.kv_heads
+        candidate = dataclasses.replace(shape, hidden=kept["hidden"], ffn=kept["ffn"], kv_heads=kept["kv"], heads=heads)
+        if kept == full or (strict and kept["hidden"] % heads):
+            continue
+        gone = 1 - _count(candidate, of) / _count(shape, of)
+        shares = [math.log(kept[s] / full[s]) for s in spaces]
+        found[candidate.hidden, candidate.ffn, candidate.kv_heads] = (abs(gone - ratio), max(shares) - min(shares))
+    least, room = min((drift for drift, _ in found.values()), default=1.0), min(ratio, 1 - ratio)
+    if least > min(0.05, room / 2):
+        with pytest.raises(UserError, match=f"^--ratio {ratio:g}: "):
+            solve_width(shape, ratio, spaces, of)
+        return
+    after = solve_width(shape, ratio, spaces, of)
+    allowed = max(least, min(0.01, room / 10))
+    drift, unlike = found[after.hidden, after.ffn, after.kv_heads]
+    assert drift <= allowed + 1e-12
+    # The most alike of those allowed; on the very edge rounding decides which are.
+    assert unlike <= min((u for d, u in found.values() if d < allowed - 1e-9), default=math.inf) + 1e-8
+    assert unlike >= min(u for d, u in found.values() if d < allowed + 1e-9) - 1e-8
+    assert abs(removed(shape, after)[of] - ratio) == pytest.approx(drift, abs=1e-9)
+    assert after.heads * shape.kv_heads == shape.heads * after.kv_heads
+
+
+def test_solving_is_quick() -> None:
+    start = time.perf_counter()
+    for ratio in (0.3, 0.5, 0.7):
+        solve_width(dataclasses.replace(PARENT, kv_heads=32), ratio, ("hidden", "ffn", "kv"))
+    assert time.perf_counter() - start < 2  # takes some hundredths of a second
+
+
+@pytest.mark.parametrize(
+    ("sizes", "want"),
+    [
+        ({"layers": 16}, {"layers": 16}),
+        ({"heads": 20}, {"heads": 20, "kv_heads": 5}),
+        ({"kv_heads": 5}, {"heads": 20, "kv_heads": 5}),
+        ({"heads": 20, "kv_heads": 5, "ffn": 6528}, {"heads": 20, "kv_heads": 5, "ffn": 6528}),
+        ({"hidden": 3072, "ffn": 9216, "layers": 30}, {"hidden": 3072, "ffn": 9216, "layers": 30}),
+    ],
+)
+def test_explicit(sizes: dict[str, int], want: dict[str, int]) -> None:
+    assert explicit(PARENT, sizes) == dataclasses.replace(PARENT, **want)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "part"),
+    [
+        ({"hiden": 3}, "did you mean 'hidden'"),
+        ({"hidden": 4097}, "hidden=4097 is not between 1 and the model's 4096"),
+        ({"layers": 0}, "layers=0 is not between 1"),
+        ({"heads": 21}, "heads=21 splits a KV group: 4 query heads"),
+        ({"heads": 2}, "heads=2 splits a KV group"),
+        ({"heads": 20, "kv_heads": 4}, "so 4 KV heads go with 16 query heads"),
+    ],
+)
+def test_sizes_that_a_model_does_not_have(sizes: dict[str, int], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        explicit(PARENT, sizes)
+
+
+def test_shapes_that_a_stricter_config_refuses() -> None:
+    odd = explicit(PARENT, {"heads": 20})
+    assert odd.refused_by_config and not PARENT.refused_by_config
+    assert odd.openable(where="x").family is MISTRAL and odd.openable(where="x").total == odd.total
+    assert PARENT.openable(where="x") is PARENT
+    with pytest.raises(UserError, match="transformers refuses a llama of hidden size 4096 with 20 heads"):
+        odd.switched_on(["attention_bias"]).openable(where="x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("hidden_size", 0), ("num_key_value_heads", 0), ("vocab_size", -1), ("head_dim", -8), ("hidden_size", 10**30)],
+)
+def test_sizes_that_are_no_sizes(key: str, value: int) -> None:
+    config: Any = LlamaConfig(head_dim=8)
+    setattr(config, key, value)
+    with pytest.raises(UserError, match=f"^x: {key} should be a whole number above zero"):
+        Shape.of_config(config, where="x")
+
+
+def test_query_heads_that_share_kv_heads_unevenly() -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=3)
+    with pytest.raises(UserError, match="4 query heads cannot share 3 KV heads evenly"):
+        Shape.of_config(config, where="x")
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from helpers import VARIANTS, calibration, edit_config, files, hf, logits, tiny_llama, windows, without_layers
+from helpers import VARIANTS, calibration, edit_config, files, hf, logits, tiny_llama, windows
+from reference import assert_same_logits, silenced
 from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
@@ -19,13 +17,15 @@ from secateur.files import atomic_directory, sha256_file
 from secateur.plan import JSON_FILE, TENSOR_FILE, Plan, load_masks
 from secateur.prune import make_plan, write_pruned
 from secateur.surgery import cut_config
+from secateur.target import Target
 
+ASKED = {"ratio": 0.5, "of": "non_embedding"}
 METHODS = {"minitron-depth": 0.4, "minitron-width": 0.4, "wanda": 0.5}
 
 
 def prune(directory: Path, out: Path, method: str, ratio: float) -> Plan:
     checkpoint = Checkpoint(directory)
-    plan = make_plan(checkpoint, method, ratio, calibration(windows()), batch=2)
+    plan = make_plan(checkpoint, method, Target(ratio=ratio), calibration(windows()), batch=2)
     cut(directory, out, plan)
     return plan
 
@@ -39,52 +39,7 @@ def by_hand(directory: Path, **fields: object) -> Plan:
     """A plan that keeps all but what is said."""
     shape = Checkpoint(directory).shape
     record = {"summary": {"detail": "by hand"}, "calibration": calibration(windows()).record()}
-    return Plan.keeping_all("hand", "width", 0.5, shape, **record, **fields)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def silence(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """The full-size model without what the plan drops: writers zeroed, each norm's mean over the kept channels."""
-    width = model.config.hidden_size
-    gone_hidden = [c for c in range(width) if c not in plan.keep_hidden.tolist()]
-    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.clone()
-    if plan.before.tied:
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.data.clone())
-    for c in gone_hidden:
-        model.model.embed_tokens.weight[:, c] = 0
-    for i in plan.keep_layers.tolist():
-        silence_block(model.model.layers[i], plan, i, gone_hidden)
-    kept, eps = plan.keep_hidden.numel(), model.config.rms_norm_eps
-
-    def norm(weight: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: weight * x / (x.square().sum(-1, keepdim=True) / kept + eps).sqrt()
-
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = norm(module.weight)
-    return without_layers(model, set(range(plan.before.layers)) - set(plan.keep_layers.tolist()))
-
-
-def silence_block(block: nn.Module, plan: Plan, i: int, gone_hidden: list[int]) -> None:
-    group = plan.before.heads // plan.before.kv_heads
-    for writer in (block.self_attn.o_proj, block.mlp.down_proj):
-        for c in gone_hidden:
-            writer.weight[c] = 0
-            if writer.bias is not None:
-                writer.bias[c] = 0
-    for c in range(plan.before.ffn):
-        if c not in plan.keep_ffn[i].tolist():
-            block.mlp.down_proj.weight[:, c] = 0
-    for head in range(plan.before.heads):
-        if head // group not in plan.keep_kv[i].tolist():
-            for c in range(head * plan.before.head_dim, (head + 1) * plan.before.head_dim):
-                block.self_attn.o_proj.weight[:, c] = 0
-
-
-def assert_same_logits(got: PreTrainedModel, wanted: PreTrainedModel) -> None:
-    a, b = logits(got, windows(3, 20, seed=9)), logits(wanted, windows(3, 20, seed=9))
-    assert float(b.std()) > 0.1
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    return Plan.keeping_all("hand", "width", ASKED, shape, **record, **fields)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -94,10 +49,7 @@ def test_the_pruned_model_is_the_full_one_with_parts_silenced(method: str, varia
     plan = prune(directory, out, method, METHODS[method])
     pruned, full = hf(out), hf(directory)
     untouched = logits(full, windows())
-    with torch.no_grad():
-        for name, mask in plan.masks.items():
-            full.get_parameter(name).masked_fill_(~mask, 0)
-    assert_same_logits(pruned, silence(full, plan))
+    assert_same_logits(pruned, silenced(full, plan))
     assert not torch.allclose(logits(pruned, windows()), untouched, atol=1e-2)
     shape = Checkpoint(out).shape
     assert shape == plan.after
@@ -146,7 +98,7 @@ def test_kv_heads_go_with_their_query_heads(variant: str, tmp_path: Path) -> Non
     assert plan.indices("hidden", 1) is None and plan.indices(None, 1) is None
     cut(directory, out, plan)
     assert Checkpoint(out).shape == plan.after
-    assert_same_logits(hf(out), silence(hf(directory), plan))
+    assert_same_logits(hf(out), silenced(hf(directory), plan))
 
 
 def test_all_axes_at_once(tmp_path: Path) -> None:
@@ -162,7 +114,7 @@ def test_all_axes_at_once(tmp_path: Path) -> None:
         keep_kv={layer: torch.tensor([layer // 2 % 2]) for layer in range(5)},
     )
     cut(directory, out, plan)
-    assert_same_logits(hf(out), silence(hf(directory), plan))
+    assert_same_logits(hf(out), silenced(hf(directory), plan))
     assert sum(p.numel() for p in hf(out).parameters()) == plan.after.total
     assert {n for n in load_file(out / TENSOR_FILE) if ".ffn." in n} == {f"keep.ffn.{i}" for i in (0, 2, 4)}
 
@@ -172,7 +124,7 @@ def test_pruning_the_pruned(tmp_path: Path) -> None:
     prune(directory, tmp_path / "a", "minitron-depth", 0.4)
     first = hf(tmp_path / "a")
     plan = prune(tmp_path / "a", tmp_path / "b", "minitron-width", 0.4)
-    assert_same_logits(hf(tmp_path / "b"), silence(first, plan))
+    assert_same_logits(hf(tmp_path / "b"), silenced(first, plan))
     assert plan.source == Checkpoint(tmp_path / "a").digest
 
 
@@ -217,7 +169,7 @@ def test_what_the_plan_says(method: str, tmp_path: Path) -> None:
     before, after = hf(directory), hf(out)
     left = sum(int((p != 0).sum()) for p in after.parameters())
     total = sum(p.numel() for p in before.parameters())
-    assert content["ratio"]["asked"] == METHODS[method]
+    assert content["ratio"]["asked"] == content["asked"]["ratio"] == METHODS[method]
     assert content["ratio"]["total"] == pytest.approx(1 - left / total)
     embedding_before, embedding_after = before.lm_head.weight.numel(), after.lm_head.weight.numel()
     non_embedding = 1 - (left - embedding_after) / (total - embedding_before)
@@ -281,7 +233,7 @@ def test_the_fingerprint_follows_the_calibration(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tiny_llama(tmp_path))
     prints = set()
     for ids in (windows(seed=1), windows(seed=2)):
-        plan = make_plan(checkpoint, "wanda", 0.5, calibration(ids))
+        plan = make_plan(checkpoint, "wanda", Target(ratio=0.5), calibration(ids))
         (tmp_path / "p").mkdir(exist_ok=True)
         prints.add(plan.save(tmp_path / "p")["fingerprint"])
     assert len(prints) == 2

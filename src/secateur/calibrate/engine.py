@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.calibrate.stats import Statistic
+from secateur.calibrate.stats import StateStatistic, Statistic
 from secateur.checkpoint import Checkpoint, skeleton
 from secateur.errors import UserError
 from secateur.progress import task
@@ -43,22 +43,27 @@ class BlockWalk:
 
     Args:
         checkpoint: where the weights lie.
-        windows: token ids [windows, positions], int64.
+        windows: token ids [windows, positions], int64; None to visit weights alone.
         batch: windows that go through a block at once; execution only, but sums are rounded in another order.
         device: where blocks run.
         label: what progress is shown as.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, windows: Tensor, *, batch: int = 8, device: str = "cpu", label: str = "calibrate"
+        self,
+        checkpoint: Checkpoint,
+        windows: Tensor | None,
+        *,
+        batch: int = 8,
+        device: str = "cpu",
+        label: str = "calibrate",
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
-        self.batches = [b.to(device) for b in windows.split(batch)]
+        self.batches = [b.to(device) for b in windows.split(batch)] if windows is not None else []
         self.device = device
         self.label = label
         self.model: nn.Module = skeleton(checkpoint.config, checkpoint.directory)
-        self.model.float()
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers)  # type: ignore[assignment]
         self._outer = [n for n in self.family.outer if n != self.family.head]
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # windows in a batch -> keyword arguments of each block
@@ -89,10 +94,36 @@ class BlockWalk:
             setattr(decoder, norm_name, norm)
         return states
 
-    def blocks(self) -> Iterator[Block]:
+    def observed(
+        self,
+        wanted: Mapping[str, Sequence[type[Statistic]]],
+        state_kinds: Sequence[type[StateStatistic]] = (),
+    ) -> Iterator[tuple[Block, dict[str, dict[type, Tensor]]]]:
+        """Yield the blocks in order, each with statistics of what goes through it.
+
+        A block whose weights are changed while it is out is run again, so that the next one sees its new outputs.
+
+        Args:
+            wanted: site -> kinds of statistics to gather there.
+            state_kinds: statistics of the states that enter and leave a block, told under the site ``states``.
+        """
+        runs = bool(self.batches) and bool(wanted or state_kinds)
+        states = self.start() if runs else []
+        for block in self.blocks():
+            stats, left = block.observe(states, wanted) if runs else ({}, states)
+            for kind in state_kinds:
+                statistic = kind()
+                for before, after in zip(states, left, strict=True):
+                    statistic.update(before, after)
+                stats.setdefault("states", {})[kind] = statistic.value()
+            yield block, stats
+            states = block.run(states) if runs and block.changed else left
+
+    def blocks(self, *, backwards: bool = False) -> Iterator[Block]:
         """Yield the blocks in order, each with its weights loaded; they are freed when the next one is asked for."""
+        order = list(enumerate(self.layers))
         with task(self.label, len(self.layers)) as progress:
-            for index, module in enumerate(self.layers):
+            for index, module in reversed(order) if backwards else order:
                 tensors = self.checkpoint.block(index)
                 for name, tensor in tensors.items():
                     self._check_finite(self.family.block_tensor(index, name), tensor)
@@ -107,17 +138,31 @@ class BlockWalk:
     @torch.no_grad()
     def loss(self, states: States) -> float:
         """Mean next-token loss (nats) of states that left the last block."""
-        norm = self.model.get_submodule(self.family.final_norm.removesuffix(".weight"))
-        stored = self.checkpoint.tensor(self.family.head)
-        self._check_finite(self.family.head, stored)
-        head = stored.to(self.device, torch.float32)
+        head = self.head()
         total, count = 0.0, 0
         for ids, hidden in zip(self.batches, states, strict=True):
-            for window, target in zip(norm(hidden), ids, strict=True):  # one window's logits at a time
-                losses = nn.functional.cross_entropy(window[:-1] @ head.T, target[1:], reduction="sum")
+            for window, target in zip(self.norm(hidden), ids, strict=True):  # one window's logits at a time
+                logits = self.capped(window[:-1] @ head.T)
+                losses = nn.functional.cross_entropy(logits, target[1:], reduction="sum")
                 total += float(losses)
                 count += target.numel() - 1
         return total / count
+
+    @property
+    def norm(self) -> nn.Module:
+        """The final norm; its weight is there after :meth:`start`."""
+        return self.model.get_submodule(self.family.final_norm.removesuffix(".weight"))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """The logits as the model puts them out: some families bound what comes out of the head."""
+        cap = getattr(self.checkpoint.config, self.family.logit_cap, None) if self.family.logit_cap else None
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def head(self) -> Tensor:
+        """The weight [vocabulary, hidden] that turns states into logits, float32."""
+        stored = self.checkpoint.tensor(self.family.head)
+        self._check_finite(self.family.head, stored)
+        return stored.to(self.device, torch.float32)
 
     def _check_finite(self, name: str, tensor: Tensor) -> None:
         if not torch.isfinite(tensor).all():
@@ -136,6 +181,12 @@ class Block:
 
     def __init__(self, walk: BlockWalk, index: int, module: nn.Module) -> None:
         self.walk, self.index, self.module = walk, index, module
+        self.changed = False  #: whether a weight was replaced
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Send one batch of states through the block, with the arguments that the model would give it."""
+        out = self.module(batch, **self.walk._kwargs[batch.shape[0]][self.index])
+        return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
     def run(self, states: States) -> States:
@@ -146,9 +197,7 @@ class Block:
         """
         left = []
         for batch in states:
-            kwargs = self.walk._kwargs[batch.shape[0]][self.index]
-            out = self.module(batch, **kwargs)
-            out = out[0] if isinstance(out, tuple) else out
+            out = self.forward(batch)
             if not torch.isfinite(out).all():
                 where = f"{self.walk.checkpoint.directory}: block {self.index}"
                 raise UserError(f"{where} puts out NaN or infinity on this calibration text")
@@ -156,7 +205,7 @@ class Block:
         return left
 
     def observe(
-        self, states: States, wanted: Mapping[str, Sequence[Callable[[], Statistic]]]
+        self, states: States, wanted: Mapping[str, Sequence[type[Statistic]]]
     ) -> tuple[dict[str, dict[type, Tensor]], States]:
         """Send states through the block and gather statistics on the way.
 
@@ -167,10 +216,14 @@ class Block:
         Returns:
             site -> kind -> value, and the states that leave the block.
         """
-        gathered = {site: [kind() for kind in kinds] for site, kinds in wanted.items()}
+        family = self.walk.family
+        widths = {"query": self.walk.checkpoint.shape.head_dim}
+        gathered = {
+            site: [kind(widths.get(family.sites[site].space, 1)) for kind in kinds] for site, kinds in wanted.items()
+        }
         with contextlib.ExitStack() as hooks:
             for name, statistics in gathered.items():
-                site = self.walk.family.sites[name]
+                site = family.sites[name]
                 module = self.module.get_submodule(site.module)
                 hook = _hook(statistics, site.output)
                 register = module.register_forward_hook if site.output else module.register_forward_pre_hook
@@ -179,12 +232,13 @@ class Block:
         return {site: {type(s): s.value() for s in found} for site, found in gathered.items()}, left
 
     def weight(self, linear: str) -> Tensor:
-        """A linear's weight [out, in], float32."""
+        """A linear's weight [out, in], or another tensor of the block, float32."""
         return self.module.get_parameter(linear).data
 
     def set_weight(self, linear: str, weight: Tensor) -> None:
         """Replace a linear's weight for the rest of this block's life."""
         self.module.get_parameter(linear).data = weight
+        self.changed = True
 
 
 def _hook(statistics: Sequence[Statistic], output: bool) -> Callable[..., None]:

@@ -1,60 +1,169 @@
-"""Statistics of activations, gathered batch by batch and merged without order mattering beyond rounding.
+"""Statistics, gathered batch by batch and merged without order mattering beyond rounding.
 
-A statistic sees activations ``x`` of size [windows, positions, channels] and ends as one tensor. Sums are kept in
-float32 or better whatever the activations' type.
+Three kinds: of activations ``x`` [windows, positions, channels] at a site, of the states that enter and leave a block,
+and of gradients of the loss with respect to weights. Sums are kept in float32 or better whatever the input's type.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-__all__ = ["AbsMeanByPosition", "MeanSquare", "Statistic"]
+__all__ = [
+    "GradientStatistic",
+    "Gram",
+    "Mean",
+    "MeanCosine",
+    "MeanGradient",
+    "MeanSquare",
+    "MeanSquareGradient",
+    "NormByPosition",
+    "StateStatistic",
+    "Statistic",
+    "Variance",
+]
 
 
-class Statistic(Protocol):
-    """An accumulator over batches of activations."""
+class Statistic(ABC):
+    """An accumulator over batches of activations.
 
+    Args:
+        width: channels of one unit at this site: the head size where heads are seen, else one.
+    """
+
+    def __init__(self, width: int = 1) -> None:
+        self.width = width
+        self.total: Tensor | None = None
+        self.count = 0
+
+    @abstractmethod
     def update(self, x: Tensor) -> None:
         """Take in one batch [windows, positions, channels]."""
-        ...
 
     def value(self) -> Tensor:
-        """The statistic over all batches so far."""
-        ...
+        """The statistic over all batches so far, float32."""
+        assert self.total is not None, "no batch has been seen"
+        return (self.total / self.count).float()
+
+    def _add(self, total: Tensor, count: int) -> None:
+        self.total = total if self.total is None else self.total + total
+        self.count += count
 
 
-class MeanSquare:
-    """Mean over all tokens of ``x^2``, for each channel: [channels], float32."""
-
-    def __init__(self) -> None:
-        self.total: Tensor | None = None
-        self.tokens = 0
+class Mean(Statistic):
+    """Mean over all tokens of ``x``, for each channel: [channels]."""
 
     def update(self, x: Tensor) -> None:
-        squares = x.float().square().sum(dim=(0, 1), dtype=torch.float64)
-        self.total = squares if self.total is None else self.total + squares
-        self.tokens += x.shape[0] * x.shape[1]
+        self._add(x.sum(dim=(0, 1), dtype=torch.float64), x.shape[0] * x.shape[1])
+
+
+class MeanSquare(Statistic):
+    """Mean over all tokens of ``x^2``, for each channel: [channels]."""
+
+    def update(self, x: Tensor) -> None:
+        self._add(x.float().square().sum(dim=(0, 1), dtype=torch.float64), x.shape[0] * x.shape[1])
+
+
+class Variance(Statistic):
+    """Variance over all N tokens, with ``1/(N-1)``, for each channel: [channels].
+
+    Batches are merged by their means and squared deviations (Chan et al., 1979), which does not cancel.
+    """
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__(width)
+        self.mean: Tensor | float = 0.0
+
+    def update(self, x: Tensor) -> None:
+        tokens = x.double().flatten(0, 1)
+        count, mean = tokens.shape[0], tokens.mean(dim=0)
+        shift = mean - self.mean
+        between = shift.square() * (self.count * count / (self.count + count))
+        self.mean = self.mean + shift * (count / (self.count + count))
+        self._add((tokens - mean).square().sum(dim=0) + between, count)
 
     def value(self) -> Tensor:
         assert self.total is not None, "no batch has been seen"
-        return (self.total / self.tokens).float()
+        return (self.total / max(self.count - 1, 1)).float()
 
 
-class AbsMeanByPosition:
-    """Mean over all windows of ``|x|``, for each position and channel: [positions, channels], float32."""
+class Gram(Statistic):
+    """Mean over all tokens of ``x x^T``: [channels, channels]."""
+
+    def update(self, x: Tensor) -> None:
+        tokens = x.float().flatten(0, 1)
+        self._add(tokens.T @ tokens, tokens.shape[0])
+
+
+class NormByPosition(Statistic):
+    """Mean over all windows of a unit's L2 norm, ``|x|`` for a channel, at each position: [positions, units]."""
+
+    def update(self, x: Tensor) -> None:
+        units = x.float().unflatten(-1, (-1, self.width))
+        self._add(units.norm(dim=-1).sum(dim=0), x.shape[0])
+
+
+class StateStatistic(ABC):
+    """An accumulator over the hidden states before and after a block."""
+
+    @abstractmethod
+    def update(self, before: Tensor, after: Tensor) -> None:
+        """Take in one batch, both [windows, positions, hidden]."""
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The statistic over all batches so far."""
+
+
+class MeanCosine(StateStatistic):
+    """Mean over all tokens of the cosine between a state before and after the block: a scalar."""
+
+    def __init__(self) -> None:
+        self.total, self.tokens = 0.0, 0
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        cosines = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+        self.total += float(cosines.sum())
+        self.tokens += cosines.numel()
+
+    def value(self) -> Tensor:
+        return torch.tensor(self.total / self.tokens, dtype=torch.float64)  # 1 - cosine must not cancel
+
+
+class GradientStatistic(ABC):
+    """An accumulator over windows of the gradient of a window's mean loss with respect to one tensor."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.windows = 0
 
-    def update(self, x: Tensor) -> None:
-        magnitudes = x.float().abs().sum(dim=0)
-        self.total = magnitudes if self.total is None else self.total + magnitudes
-        self.windows += x.shape[0]
+    def update(self, gradient: Tensor) -> None:
+        """Take in one window's gradient."""
+        term = self.term(gradient)
+        self.total = term if self.total is None else self.total.add_(term)
+        self.windows += 1
+
+    @abstractmethod
+    def term(self, gradient: Tensor) -> Tensor:
+        """What is averaged: a new tensor."""
 
     def value(self) -> Tensor:
-        assert self.total is not None, "no batch has been seen"
+        """The mean over all windows so far, of the tensor's size."""
+        assert self.total is not None, "no window has been seen"
         return self.total / self.windows
+
+
+class MeanGradient(GradientStatistic):
+    """The gradient of the calibration loss, ``dL/dW``."""
+
+    def term(self, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+class MeanSquareGradient(GradientStatistic):
+    """Mean square of the windows' gradients: the diagonal of the empirical Fisher matrix, for the Hessian's."""
+
+    def term(self, gradient: Tensor) -> Tensor:
+        return gradient.square()

@@ -53,7 +53,7 @@ class Source(Protocol):
         ...
 
 
-def open_source(source: str, *, field: str = "text", split: str = "train") -> Source:
+def open_source(source: str, *, field: str = "text", split: str = "train", besides: str = "") -> Source:
     """Open the text source named ``source``.
 
     Local sources must exist. A dataset of the Hub is looked up when its documents are first read, so that its digest
@@ -64,6 +64,7 @@ def open_source(source: str, *, field: str = "text", split: str = "train") -> So
             .parquet files) or ``hf:NAME[:config]`` (a dataset of the Hugging Face Hub, or a local folder of one).
         field: the key or column with the text, where records have keys.
         split: the split of an ``hf:`` dataset.
+        besides: what else the caller takes and reads by itself, e.g. ``tokens:FILE.npy``, for the error.
 
     Raises:
         UserError: for an unknown scheme or a missing path.
@@ -71,9 +72,11 @@ def open_source(source: str, *, field: str = "text", split: str = "train") -> So
     scheme, _, rest = source.partition(":")
     if scheme not in _SCHEMES or bool(rest) != (scheme != "stdlib"):
         if Path(source).exists():
-            raise UserError(f"{source}: not a text source; write 'text:{source}' to read that path")
-        meant = did_you_mean(scheme, _SCHEMES)
-        raise UserError(f"{source!r} is not a text source, which is stdlib, text:PATH or hf:NAME{meant}")
+            form = besides if besides and source.endswith(besides[-4:]) else "text:"
+            raise UserError(f"{source}: is a path; write '{form.partition(':')[0]}:{source}' to read it")
+        forms = ["stdlib", "text:PATH", "hf:NAME", *([besides] if besides else [])]
+        meant = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
+        raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{meant}")
     return _SCHEMES[scheme](rest, field, split)
 
 

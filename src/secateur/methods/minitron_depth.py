@@ -1,16 +1,23 @@
-"""Minitron-depth: the contiguous run of layers whose removal changes the loss least."""
+"""Minitron-depth: the contiguous run of layers whose removal changes the loss, or a task's accuracy, least."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from secateur.methods import DepthMethod
+from secateur.methods import RemovalMethod
+from secateur.spec import spec
 
 
-class MinitronDepth(DepthMethod):
-    r"""``S_i = L(model without layers i .. i+k-1) - L(model)`` (arXiv:2408.11796, depth pruning by loss)."""
+@spec
+class MinitronDepth(RemovalMethod):
+    r"""``S_i = L(model without layers i .. i+k-1) - L(model)`` (arXiv:2408.11796, depth pruning).
+
+    With a task, accuracies A take the place of losses: ``S_i = A(model) - A(model without the run)``.
+    """
 
     source = "arXiv:2408.11796"
+    runs = True
+    task: str = ""  #: lm-eval task, e.g. winogrande
 
-    def score(self, loss_full: float, loss_without: Tensor) -> Tensor:
-        return loss_without - loss_full
+    def score(self, full: float, without: Tensor) -> Tensor:
+        return full - without if self.task else without - full

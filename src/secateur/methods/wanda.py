@@ -6,8 +6,10 @@ from torch import Tensor
 
 from secateur.calibrate.stats import MeanSquare
 from secateur.methods import Statistics, WeightMethod
+from secateur.spec import spec
 
 
+@spec
 class Wanda(WeightMethod):
     r"""``S_ij = |W_ij| * ||X_j||_2``, compared within each output row (arXiv:2306.11695, eq. 1).
 

@@ -18,6 +18,7 @@ __all__ = [
     "method_name",
     "number",
     "plain",
+    "points",
     "scientific",
     "share",
     "signed",
@@ -81,6 +82,11 @@ def number(value: float, digits: int) -> str:
 def signed(value: float, digits: int = 3) -> str:
     """A difference, with its sign."""
     return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def points(value: float) -> str:
+    """A difference of shares, in points: -0.0335 -> ``"−3.35"``; what rounds to zero has no minus."""
+    return signed(round(100 * value, 2) + 0.0, 2)
 
 
 def decimals(*values: float) -> int:

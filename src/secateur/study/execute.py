@@ -23,6 +23,7 @@ from secateur.shapes import Shape
 from secateur.spec import parse
 from secateur.study.stages import Stage
 from secateur.study.store import Store
+from secateur.target import Target
 from secateur.train.init import llama_config, new_model
 from secateur.train.loop import Slice, train
 from secateur.train.masks import Masks
@@ -46,7 +47,7 @@ def _prune(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(store.folder(stage.inputs["model"]) / "model")
     windows = _calibration_windows(stage, store)
     calibration = Calibration(windows, "the parent's training slice")
-    plan = make_plan(checkpoint, asked["method"], asked["ratio"], calibration)
+    plan = make_plan(checkpoint, asked["method"], Target(ratio=asked["ratio"]), calibration)
     (work / "model").mkdir(exist_ok=True)
     content = write_pruned(checkpoint, plan, work / "model")
     return {key: content[key] for key in ("ratio", "before", "after", "calibration", "summary", "fingerprint")}

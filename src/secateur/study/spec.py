@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from secateur.data.corpus import CorpusSpec
 from secateur.errors import UserError, did_you_mean
-from secateur.methods import METHODS
+from secateur.methods import known_methods
 from secateur.shapes import Shape
 from secateur.spec import Count, Fraction, Positive, load_yaml, parse, spec
 from secateur.train.optim import Recipe
@@ -20,8 +20,8 @@ Setting = Literal["equal_training_tokens", "equal_total_tokens"]
 
 
 def _known_method(name: str) -> str:
-    if name not in METHODS:
-        raise ValueError(f"{name!r} is not a known method{did_you_mean(name, METHODS)}")
+    if name not in known_methods():
+        raise ValueError(f"{name!r} is not a known method{did_you_mean(name, known_methods())}")
     return name
 
 

@@ -9,17 +9,18 @@ from functools import cached_property
 from typing import Any, Literal
 
 from secateur.methods import get_method
-from secateur.prune import scoring_flops, target_shape
+from secateur.prune import scoring_flops
 from secateur.shapes import Shape, train_flops
 from secateur.spec import fingerprint, identity
 from secateur.study.spec import Study
+from secateur.target import Target
 
 __all__ = ["PATHS", "Stage", "stages_of", "unique"]
 
 Kind = Literal["corpus", "train", "prune", "evaluate"]
 
 #: Raised when a stage of the kind would give other results from the same identity.
-VERSIONS: dict[Kind, int] = {"corpus": 1, "train": 1, "prune": 1, "evaluate": 1}
+VERSIONS: dict[Kind, int] = {"corpus": 1, "train": 1, "prune": 2, "evaluate": 1}
 
 #: What a cell is called in records and reports, and the settings that need it.
 PATHS = {
@@ -95,10 +96,10 @@ def stages_of(study: Study, corpus_digest: str) -> list[Stage]:
     parent = add(_train(study, "parent", corpus, shape, 0, study.parent.tokens, {"path": "parent"}, init="random"))
     add(_evaluate(study, corpus, parent))
     for method in study.methods:
-        granularity = get_method(method).granularity
+        found = get_method(method)
         for ratio in study.ratios:
-            after = target_shape(shape, granularity, ratio)
-            facts = {"method": method, "granularity": granularity, "ratio": ratio}
+            after = Target(ratio=ratio).shape(shape, found, method)
+            facts = {"method": method, "granularity": found.granularity, "ratio": ratio}
             tokens = study.calibration.windows * study.recipe.sequence
             pruned = add(
                 Stage(
@@ -113,7 +114,7 @@ def stages_of(study: Study, corpus_digest: str) -> list[Stage]:
                     },
                     {"corpus": corpus, "model": parent},
                     tokens,
-                    scoring_flops(shape, after, granularity, tokens, study.recipe.sequence),
+                    scoring_flops(shape, after, found, tokens, study.recipe.sequence),
                     facts={**facts, "path": "pruned", "shape": after},
                 )
             )

@@ -1,0 +1,259 @@
+"""score -> select: evidence goes to the method, its scores to the selector. One function for each kind of method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.engine import BlockWalk, removal_losses
+from secateur.calibrate.evidence import evidence
+from secateur.calibrate.stats import Mean
+from secateur.errors import UserError
+from secateur.evaluate.tasks import Task, removal_accuracies
+from secateur.methods import LayerMethod, RemovalMethod, WeightMethod, WidthMethod
+from secateur.progress import say
+from secateur.select import Selector, keep_channels, keep_globally, lowest
+from secateur.shapes import Shape
+from secateur.target import Target
+
+__all__ = ["decide_layers", "decide_runs", "decide_weights", "decide_width"]
+
+Decision = dict[str, Any]  #: fields of a plan
+
+
+def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None) -> Decision:
+    """Try each candidate's removal; take out the run, or the layers, that the model misses least."""
+    layers = walk.checkpoint.shape.layers
+    gone = layers - after.layers
+    length = gone if method.runs else 1
+    if task:
+        full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device)
+    else:
+        full, without = removal_losses(walk, length)
+    scores = method.score(full, torch.tensor(without, dtype=torch.float64))
+    _check_finite(walk, {"layers": scores})
+    firsts = lowest(scores, 1 if method.runs else gone)
+    measured = "accuracy" if task else "loss"
+    kept = _kept_layers(layers, {layer for first in firsts for layer in range(first, first + length)})
+    candidates = [{"first": i, "last": i + length - 1, measured: value} for i, value in enumerate(without)]
+    summary = {"detail": _removed_layers(layers, kept), f"{measured}_full": full, "candidates": candidates}
+    if task:
+        summary["task"] = task.record()
+    return {"keep_layers": kept, "scores": {"layers": scores}, "summary": summary}
+
+
+def decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decision:
+    """Score the layers one by one; take out those of the lowest scores."""
+    layers = walk.checkpoint.shape.layers
+    found = {
+        block.index: method.score(places["layer"][0])
+        for block, places in evidence(walk, method.needs, ("layer",))
+        if block is not None
+    }
+    scores = torch.stack([found[layer].cpu() for layer in range(layers)])
+    _check_finite(walk, {"layers": scores[scores != torch.inf]})  # infinity spares a layer
+    scored, gone = torch.isfinite(scores), layers - after.layers
+    if gone > int(scored.sum()):
+        raise UserError(f"{gone} layers are to go, but only {int(scored.sum())} may; spare fewer or remove less")
+    kept = _kept_layers(layers, set(lowest(scores, gone)))
+    candidates = [{"first": i, "last": i, "score": s if scored[i] else None} for i, s in enumerate(scores.tolist())]
+    summary = {"detail": _removed_layers(layers, kept), "candidates": candidates}
+    return {"keep_layers": kept, "scores": {"layers": scores}, "summary": summary}
+
+
+def _check_finite(walk: BlockWalk, scores: Mapping[str, Tensor]) -> None:
+    for name, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise UserError(f"{walk.checkpoint.directory}: the scores of {name} are NaN or infinite")
+
+
+def _kept_layers(layers: int, gone: set[int]) -> Tensor:
+    return torch.tensor([layer for layer in range(layers) if layer not in gone])
+
+
+def _removed_layers(layers: int, kept: Tensor) -> str:
+    stays = set(kept.tolist())
+    gone = [layer for layer in range(layers) if layer not in stays]
+    if len(gone) == 1:
+        return f"layer {gone[0]} of 0-{layers - 1} removed"
+    contiguous = gone == list(range(gone[0], gone[-1] + 1))
+    named = f"{gone[0]}-{gone[-1]}" if contiguous else ", ".join(map(str, gone))
+    return f"layers {named} of 0-{layers - 1} removed"
+
+
+def decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: Shape) -> Decision:
+    """Score the units of each space; keep as many in every layer, or let layers compete."""
+    spaces = target.spaces(method)
+    layered = [space for space in spaces if space != "hidden"]
+    uniform = target.allocation == "uniform"
+    scores: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
+    for block, places in evidence(walk, method.needs, spaces):
+        for place in places.get("hidden", ()):
+            score = method.score(place)
+            scores["hidden"] = scores["hidden"] + score if "hidden" in scores else score
+        for space in layered if block is not None else ():
+            assert block is not None
+            name, place = f"{space}.{block.index}", places[space][0]
+            scores[name] = method.score(place)
+            if Mean in place.stats:
+                means[name] = place.stats[Mean]
+            if method.sequential and uniform and "hidden" not in spaces:
+                gone = torch.ones(place.units, dtype=torch.bool)
+                gone[keep_channels(scores[name], after.units(space)).cpu()] = False
+                reader = f"{walk.family.reader(space)}.weight"
+                columns = gone.repeat_interleave(block.weight(reader).shape[1] // place.units)
+                block.set_weight(reader, block.weight(reader) * ~columns.to(walk.device))
+    _check_finite(walk, scores)
+    scores = dict(sorted(scores.items(), key=_by_layer))  # gradients come from the last block to the first
+    kept = _keep_units(walk.checkpoint.shape, scores, target, after)
+    if not uniform:
+        after = _padded(walk.checkpoint.shape, kept)
+        after = after.switched_on(method.switches(after, spaces))
+    return _width_decision(method, walk, scores, kept, means, after)
+
+
+def _by_layer(item: tuple[str, Tensor]) -> tuple[int, str]:
+    space, _, layer = item[0].partition(".")
+    return int(layer or -1), space
+
+
+def _keep_units(shape: Shape, scores: Mapping[str, Tensor], target: Target, after: Shape) -> dict[str, Tensor]:
+    """Sorted indices of the units that stay, for each group of scores."""
+    if target.allocation == "uniform":
+        return {n: keep_channels(s, after.units(n.partition(".")[0])).cpu() for n, s in scores.items()}
+    assert target.ratio is not None
+    costs = {name: shape.unit_parameters(name.partition(".")[0]) for name in scores}
+    counted = shape.total if target.of == "total" else shape.non_embedding
+    return keep_globally(scores, costs, target.ratio * counted)
+
+
+def _padded(shape: Shape, kept: Mapping[str, Tensor]) -> Shape:
+    """The narrowest shape that the config accepts and that has room for what every layer keeps."""
+    for space in ("ffn", "kv"):
+        most = max((len(indices) for name, indices in kept.items() if name.startswith(f"{space}.")), default=None)
+        if most is not None:
+            wide_enough = (shape.narrowed(space, units) for units in range(most, shape.units(space) + 1))
+            shape = next(candidate for candidate in wide_enough if not candidate.refused_by_config)
+    return shape
+
+
+def _width_decision(
+    method: WidthMethod,
+    walk: BlockWalk,
+    scores: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    after: Shape,
+) -> Decision:
+    before = walk.checkpoint.shape
+    biases, uncompensated = _compensate(method, walk, kept, means, after)
+    summary: dict[str, Any] = {
+        "detail": ", ".join(
+            _narrowed(space, before, after, kept)
+            for space in ("hidden", "ffn", "kv")
+            if any(name.partition(".")[0] == space for name in kept)
+        ),
+        "importance": {name: _curve(score) for name, score in scores.items()},
+        "importance_kept": {name: _share(score, kept[name]) for name, score in scores.items()},
+    }
+    if method.bias != "none":
+        summary["bias"] = {"compensated": sorted({name.split(".", 3)[-1] for name in biases}), "not": uncompensated}
+    ragged = {n: len(k) for n, k in kept.items() if n != "hidden" and len(k) < after.units(n.partition(".")[0])}
+    if ragged:
+        summary["units_kept"] = {name: len(indices) for name, indices in kept.items()}
+        say(
+            "layers keep different numbers of channels: the checkpoint is padded with zeros to the widest, so it is "
+            "smaller and faster by its padded shape alone"
+        )
+    fields: Decision = {"after": after, "scores": dict(scores), "summary": summary, "biases": biases}
+    if "hidden" in kept:
+        fields["keep_hidden"] = kept["hidden"]
+    for space in ("ffn", "kv"):
+        layers = {int(n.partition(".")[2]): k for n, k in kept.items() if n.startswith(f"{space}.")}
+        if layers:
+            fields[f"keep_{space}"] = dict(sorted(layers.items()))
+    return fields
+
+
+def _narrowed(space: str, before: Shape, after: Shape, kept: Mapping[str, Tensor]) -> str:
+    words = {"hidden": "hidden", "ffn": "FFN", "kv": "KV heads"}
+    counts = {len(indices) for name, indices in kept.items() if name.partition(".")[0] == space}
+    reached = f"{min(counts)}-{max(counts)}" if len(counts) > 1 else f"{max(counts)}"
+    tail = f" (heads {before.heads} to {after.heads})" if space == "kv" and len(counts) == 1 else ""
+    return f"{words[space]} {before.units(space)} to {reached}{' channels' if space != 'kv' else ''}{tail}"
+
+
+def _curve(scores: Tensor, points: int = 33) -> list[float]:
+    """The scores from the highest to the lowest, thinned out to so many points, both ends among them."""
+    ranked = scores.sort(descending=True).values
+    if ranked.numel() <= points:
+        return ranked.tolist()
+    return ranked[torch.linspace(0, ranked.numel() - 1, points).round().long()].tolist()
+
+
+def _share(scores: Tensor, kept: Tensor) -> float | None:
+    """The share of importance that stays; None where scores may be negative and have no shares."""
+    total = float(scores.sum())
+    return float(scores[kept.to(scores.device)].sum()) / total if total > 0 and float(scores.min()) >= 0 else None
+
+
+def _compensate(
+    method: WidthMethod, walk: BlockWalk, kept: Mapping[str, Tensor], means: Mapping[str, Tensor], after: Shape
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What removed channels put out on average: bias -> addition; and the linears without a bias -> the reason."""
+    biases: dict[str, Tensor] = {}
+    refused: dict[str, str] = {}
+    for name, indices in kept.items() if method.bias != "none" else ():
+        space, _, layer = name.partition(".")
+        reader = walk.family.reader(space)
+        if after.family.bias_switch(reader) is None:
+            refused[reader] = f"{after.family.name} has no option in its config that gives {reader} a bias"
+            continue
+        weight = walk.checkpoint.tensor(walk.family.block_tensor(int(layer), f"{reader}.weight")).float()
+        gone = torch.ones(walk.checkpoint.shape.units(space), dtype=torch.bool)
+        gone[indices] = False
+        columns = gone.repeat_interleave(weight.shape[1] // gone.numel())
+        biases[walk.family.block_tensor(int(layer), f"{reader}.bias")] = weight[:, columns] @ means[name].cpu()[columns]
+    if refused and method.bias == "require":
+        raise UserError(f"--option bias=require: {'; '.join(refused.values())}")
+    if refused:
+        say(f"no bias compensation where the family has no bias: {'; '.join(refused.values())}")
+    return biases, refused
+
+
+def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Decision:
+    """Prune block after block, each seeing what the pruned ones before it put out."""
+    family = walk.family
+    select = Selector(target.sparsity, method.compare, target.pattern.of if target.pattern else None)
+    masks: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    updates = type(method).prune is not WeightMethod.prune
+    wanted: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
+    for block, stats in walk.observed(wanted):
+        for linear in family.linears:
+            name = family.block_tensor(block.index, linear)
+            found = stats.get(family.site_of(linear), {})
+            if not all(torch.isfinite(value).all() for value in found.values()):
+                raise UserError(
+                    f"{walk.checkpoint.directory}: what {name} reads is too large: a sum of squares is infinite"
+                )
+            weight, keep = method.prune(block.weight(linear), found, select)
+            if not torch.isfinite(weight).all():
+                raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
+            if updates:  # as it will be stored, so that the next block sees what is written
+                weights[name] = weight.to(walk.checkpoint.tensor(name).dtype).cpu()
+                weight = weights[name].to(walk.device, torch.float32)
+            block.set_weight(linear, weight)
+            masks[name] = keep.cpu()
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    total = sum(mask.numel() for mask in masks.values())
+    summary = {
+        "detail": f"{pruned:,} of {total:,} block weights zeroed ({100 * pruned / total:.1f}%)"
+        + (f", pattern {target.pattern}" if target.pattern else ""),
+        "sparsity": {name: 1 - float(mask.float().mean()) for name, mask in masks.items()},
+    }
+    return {"masks": masks, "weights": weights, "summary": summary}

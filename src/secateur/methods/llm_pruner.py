@@ -1,0 +1,42 @@
+"""LLM-Pruner: coupled structures by a Taylor expansion of the loss in their weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.stats import MeanGradient, MeanSquareGradient
+from secateur.methods import Place, WidthMethod
+from secateur.spec import spec
+
+
+@spec
+class LLMPruner(WidthMethod):
+    r"""Importance of a unit: its importances in every weight W that runs through it, summed (arXiv:2305.11627, 3.2).
+
+    With the gradient g and the diagonal H of the Fisher matrix (mean square of the samples' gradients), a weight's
+    salience is, by order:
+
+    - first:  ``s = g W`` (eq. 3, first term)
+    - second: ``s = W H W`` (eq. 5, second term)
+    - mixed:  ``s = g W - 1/2 W H W`` (eq. 5)
+
+    Element-wise, a unit's importance in W is ``sum |s|`` over its weights; as a vector, it is ``|sum s|``.
+    """
+
+    source = "arXiv:2305.11627"
+    needs = (MeanGradient, MeanSquareGradient)
+    order: Literal["first", "second", "mixed"] = "first"
+    aggregate: Literal["element", "vector"] = "element"
+
+    def score(self, place: Place) -> Tensor:
+        gradient, fisher = place.gradient(MeanGradient), place.gradient(MeanSquareGradient)
+        return torch.stack([self._unit(w, gradient[n], fisher[n]) for n, w in place.weights.items()]).sum(dim=0)
+
+    def _unit(self, weight: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
+        """The units' importance in one weight: [units, values] -> [units]."""
+        first, second = gradient * weight, fisher * weight.square()
+        salience = {"first": first, "second": second, "mixed": first - second / 2}[self.order]
+        return salience.abs().sum(dim=1) if self.aggregate == "element" else salience.sum(dim=1).abs()

@@ -1,0 +1,20 @@
+"""Magnitude: the smallest weights go."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from secateur.methods import Statistics, WeightMethod
+from secateur.spec import spec
+
+
+@spec
+class Magnitude(WeightMethod):
+    r"""``S_ij = |W_ij|``, compared within each linear (arXiv:1506.02626)."""
+
+    source = "arXiv:1506.02626"
+    calibrated = False
+    compare = "linear"
+
+    def score(self, weight: Tensor, stats: Statistics) -> Tensor:
+        return weight.abs()

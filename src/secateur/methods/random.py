@@ -1,0 +1,62 @@
+"""Random choices: the controls that every method has to beat at its granularity."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from secateur.methods import LayerMethod, Place, Statistics, WeightMethod, WidthMethod
+from secateur.spec import spec
+
+_NO_SOURCE = "a control: uniform random scores"
+
+
+class _Seeded:
+    seed: int
+
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def _draw(self, *size: int) -> Tensor:
+        return torch.rand(size, generator=self._generator)
+
+
+@spec
+class RandomDepth(_Seeded, LayerMethod):
+    """Layers at random."""
+
+    source = _NO_SOURCE
+    calibrated = False
+    seed: int = 42
+
+    def score(self, layer: Place) -> Tensor:
+        return self._draw(1)[0]
+
+
+@spec
+class RandomWidth(_Seeded, WidthMethod):
+    """Channels and KV heads at random."""
+
+    source = _NO_SOURCE
+    calibrated = False
+    axes = ("hidden", "ffn")
+    seed: int = 42
+
+    def score(self, place: Place) -> Tensor:
+        return self._draw(place.units)
+
+
+@spec
+class RandomWeight(_Seeded, WeightMethod):
+    """Weights at random, as many in every row."""
+
+    source = _NO_SOURCE
+    calibrated = False
+    compare = "row"
+    seed: int = 42
+
+    def score(self, weight: Tensor, stats: Statistics) -> Tensor:
+        return self._draw(*weight.shape).to(weight)

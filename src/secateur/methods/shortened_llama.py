@@ -1,0 +1,37 @@
+"""Shortened LLaMA: layers by the first-order effect of their weights on the loss, or by the perplexity without them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.calibrate.stats import MeanGradient
+from secateur.methods import LayerMethod, Place, RemovalMethod
+from secateur.spec import spec
+
+
+@spec
+class ShortenedLlama(LayerMethod):
+    r"""Taylor: ``S = sum_W sum_ij |dL/dW_ij * W_ij|`` over the weights W of the block (arXiv:2402.02834, 3.1)."""
+
+    source = "arXiv:2402.02834"
+    needs = (MeanGradient,)
+    keep_first: int = 0  #: layers at the start that always stay; the Taylor+ of the paper has 4
+    keep_last: int = 0  #: layers at the end that always stay; the Taylor+ of the paper has 2
+
+    def score(self, layer: Place) -> Tensor:
+        if layer.layer < self.keep_first or layer.layer >= layer.shape.layers - self.keep_last:
+            return torch.tensor(torch.inf)
+        gradient = layer.gradient(MeanGradient)
+        return torch.stack([(weight * gradient[name]).abs().sum() for name, weight in layer.weights.items()]).sum()
+
+
+@spec
+class ShortenedLlamaPerplexity(RemovalMethod):
+    r"""PPL: ``S_n = exp(L(model without layer n))``, all taken out at once by it (arXiv:2402.02834, 3.1)."""
+
+    source = "arXiv:2402.02834"
+    runs = False
+
+    def score(self, full: float, without: Tensor) -> Tensor:
+        return without.exp()

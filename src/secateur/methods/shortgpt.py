@@ -1,0 +1,20 @@
+"""ShortGPT: layers by how little they turn the hidden state."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from secateur.calibrate.stats import MeanCosine
+from secateur.methods import LayerMethod, Place
+from secateur.spec import spec
+
+
+@spec
+class ShortGPT(LayerMethod):
+    r"""Block influence ``1 - E_t[cos(h_t, h'_t)]``, states before and behind the block (arXiv:2403.03853, eq. 1)."""
+
+    source = "arXiv:2403.03853"
+    needs = (MeanCosine,)
+
+    def score(self, layer: Place) -> Tensor:
+        return 1 - layer.stats[MeanCosine]

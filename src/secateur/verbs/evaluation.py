@@ -1,0 +1,39 @@
+"""eval: the loss and perplexity of a checkpoint on held-out text."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from secateur.checkpoint import Checkpoint
+from secateur.evaluate.loss import evaluate as measure
+from secateur.progress import task
+from secateur.runtime import pick_device
+from secateur.verbs.answer import Answer
+from secateur.verbs.ids import protocol_of
+
+__all__ = ["evaluate"]
+
+
+def evaluate(arguments: Namespace) -> Answer:
+    """``secateur eval MODEL``."""
+    device = pick_device(arguments.device)
+    checkpoint = Checkpoint(arguments.model)
+    protocol = protocol_of(
+        checkpoint, arguments.data, field=arguments.field, windows=arguments.windows, seqlen=arguments.seqlen
+    )
+    model: Any = checkpoint.load()
+    model.to(device)
+    with task("evaluate", protocol.tokens) as progress:
+        result = measure(model, protocol, batch=arguments.batch, advance=progress.advance)
+    answer = {"model": str(arguments.model), **{k: result[k] for k in ("loss", "perplexity", "tokens")}}
+    used = answer["protocol"] = protocol.record()
+    lines = [
+        f"{arguments.model} on {arguments.data}",
+        f"loss         {result['loss']:.4f} nats a token",
+        f"perplexity   {result['perplexity']:.4f}",
+        f"tokens       {result['tokens']:,} predicted, in {used['windows']} windows of {used['seqlen']}, "
+        f"hash {used['hash'][:16]}",
+        f"protocol     {used['fingerprint'][:16]}",
+    ]
+    return answer, "\n".join(lines), 0

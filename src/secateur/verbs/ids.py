@@ -1,0 +1,93 @@
+"""The token ids that ``prune`` scores on and ``eval`` measures on: from text and a tokenizer, or from a file."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from secateur.checkpoint import Checkpoint, positions
+from secateur.data.sources import open_source
+from secateur.data.token_files import is_token_file, read_token_file
+from secateur.data.tokenizer import check_vocabulary, encode_stream, load_tokenizer
+from secateur.errors import UserError
+from secateur.evaluate.loss import Protocol
+from secateur.progress import say
+from secateur.prune import Calibration
+
+__all__ = ["WINDOWS", "calibration_of", "protocol_of"]
+
+SEQLEN = 2048  #: tokens in a window, unless told otherwise
+WINDOWS = 128  #: calibration windows at most, unless told otherwise
+
+
+def calibration_of(
+    checkpoint: Checkpoint, source: str, *, field: str | None, windows: int | None, seqlen: int | None
+) -> Calibration:
+    """The windows that scores are computed on; None stands for an option that was not given.
+
+    Raises:
+        UserError: if the source cannot be read, does not fit the model, or is shorter than one window.
+    """
+    if is_token_file(source):
+        return Calibration(torch.from_numpy(_file(checkpoint, source, field, windows, seqlen)), source)
+    most = windows or WINDOWS
+    ids, length = _encoded(checkpoint, source, field, most, seqlen)
+    cut = ids[: ids.size // length * length].reshape(-1, length)
+    if not len(cut):
+        raise UserError(
+            f"--calibration {source}: {ids.size} tokens are less than one calibration window of {length}; "
+            "give more text or a smaller --seqlen"
+        )
+    if len(cut) < most:
+        say(f"the calibration text gives {len(cut)} windows of {length} tokens ({most} were asked)")
+    return Calibration(torch.from_numpy(cut), source)
+
+
+def protocol_of(
+    checkpoint: Checkpoint, source: str, *, field: str | None, windows: int | None, seqlen: int | None
+) -> Protocol:
+    """The windows that a loss is measured on; None stands for an option that was not given.
+
+    Raises:
+        UserError: if the source cannot be read, does not fit the model, or has nothing to predict.
+    """
+    if is_token_file(source):
+        return Protocol((torch.from_numpy(_file(checkpoint, source, field, windows, seqlen)),), source)
+    ids, length = _encoded(checkpoint, source, field, windows, seqlen)
+    return Protocol.of_stream(ids, length, source)
+
+
+def _encoded(
+    checkpoint: Checkpoint, source: str, field: str | None, windows: int | None, seqlen: int | None
+) -> tuple[NDArray[np.int64], int]:
+    """The ids of a text, as many as the windows hold, and the length of a window.
+
+    It is what was asked, unless the model's positions end before; what is used is said aloud, once nothing else is
+    wrong.
+    """
+    length = seqlen or SEQLEN
+    most = positions(checkpoint.config) or length
+    if length < 2:
+        raise UserError("--seqlen: a window needs two tokens or more, one to see and one to predict")
+    used = min(length, most)
+    opened = open_source(source, field=field or "text", besides="tokens:FILE.npy")
+    tokenizer = load_tokenizer(checkpoint.directory)
+    check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
+    ids = encode_stream(opened.documents(), tokenizer, windows * used if windows else None)
+    if used < length:
+        say(f"windows of {used} tokens: the model has no more positions (--seqlen is {length})")
+    return ids, used
+
+
+def _file(
+    checkpoint: Checkpoint, source: str, field: str | None, windows: int | None, seqlen: int | None
+) -> NDArray[np.int64]:
+    """All windows of a file of ids; options that would say otherwise do not apply, which is said aloud."""
+    ids = read_token_file(source, vocabulary=checkpoint.shape.vocabulary, positions=positions(checkpoint.config))
+    count, length = ids.shape
+    said = {"--windows": windows not in (None, count), "--seqlen": seqlen not in (None, length), "--field": bool(field)}
+    unused = [option for option, differs in said.items() if differs]
+    if unused:
+        say(f"{source}: all its {count} windows of {length} tokens are used; {', '.join(unused)} does not apply to it")
+    return ids

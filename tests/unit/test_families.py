@@ -1,0 +1,143 @@
+"""Every family with every method: outputs open with plain transformers and are the model cut in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import FAMILIES, FAMILY_CONFIGS, edit_config, logits, tiny_family, windows
+from reference import Pruned, Zoo, assert_same_logits, calibration_means, opened, reference
+from secateur.checkpoint import Checkpoint
+from secateur.errors import UserError
+from secateur.families import FAMILIES as TABLE
+from secateur.methods import METHODS
+
+SOME = ("minitron-width", "flap")  #: tried on the families' variants: every axis is cut by one of them
+VARIANTS = tuple(name for name in FAMILY_CONFIGS if name not in FAMILIES)
+CASES = [(f, m) for f in FAMILIES for m in METHODS] + [(v, m) for v in VARIANTS for m in SOME]
+
+
+def test_every_family_is_here() -> None:
+    assert set(FAMILIES) == {family.name for family in TABLE}
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_the_output_is_the_model_cut_in_memory(name: str, method: str, zoo: Zoo) -> None:
+    pruned = zoo.pruned(name, method)
+    got, plan = opened(pruned.out), pruned.plan
+    filled = calibration_means(pruned) if method == "flap" else None
+    assert_same_logits(got, reference(pruned, filled=filled))
+    assert float((logits(got, windows()) - zoo.untouched(name)).abs().max()) > 0.05
+    assert Checkpoint(pruned.out).shape == plan.after
+    assert sum(p.numel() for p in got.parameters()) == plan.after.total
+    check = {"depth": depth_is_cut, "width": width_is_cut, "sparse": weights_are_zeroed}[plan.granularity]
+    check(pruned)
+
+
+def depth_is_cut(pruned: Pruned) -> None:
+    before, after, kept = pruned.plan.before, pruned.plan.after, pruned.plan.keep_layers.tolist()
+    assert len(kept) == after.layers == {5: 3, 6: 4}[before.layers]
+    old, new = load_file(pruned.directory / "model.safetensors"), load_file(pruned.out / "model.safetensors")
+    for position, layer in enumerate(kept):
+        name = "self_attn.o_proj.weight"
+        assert torch.equal(new[f"model.layers.{position}.{name}"], old[f"model.layers.{layer}.{name}"])
+
+
+def width_is_cut(pruned: Pruned) -> None:
+    plan = pruned.plan
+    assert plan.after.layers == plan.before.layers
+    assert plan.removed()["non_embedding"] == pytest.approx(0.4, abs=0.05)
+    narrower = {s for s in ("hidden", "ffn", "kv") if plan.after.units(s) < plan.before.units(s)}
+    assert narrower <= ({"hidden", "ffn"} if plan.method in ("minitron-width", "random-width") else {"ffn", "kv"})
+    assert narrower & {"hidden", "kv"}
+
+
+def weights_are_zeroed(pruned: Pruned) -> None:
+    plan = pruned.plan
+    old, new = load_file(pruned.directory / "model.safetensors"), load_file(pruned.out / "model.safetensors")
+    linears = {name for name, tensor in new.items() if ".layers." in name and tensor.dim() == 2}
+    assert set(plan.masks) == linears and len(linears) == plan.before.layers * len(plan.before.family.linears)
+    for name in linears:
+        assert float((new[name] == 0).float().mean()) == pytest.approx(0.5, abs=0.02), name
+    updated = any(bool((new[name] != old[name])[plan.masks[name]].any()) for name in linears)
+    assert updated == (plan.method == "sparsegpt")
+
+
+FRESH = """
+import json, sys
+import torch, transformers
+from safetensors.torch import load_file, save_file
+assert not any(name.startswith("secateur") for name in sys.modules)
+work = sys.argv[1]
+ids, found = load_file(work + "/ids.safetensors")["ids"], {}
+for key, directory in json.load(open(work + "/outs.json")).items():
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), (key, info)
+    with torch.no_grad():
+        found[key] = model.eval()(input_ids=ids).logits.contiguous()
+save_file(found, work + "/logits.safetensors")
+"""
+IN_FRESH = ("minitron-depth", "minitron-width", "flap", "wanda")
+
+
+@pytest.fixture(scope="module")
+def fresh(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Logits of outputs from a process that knows transformers alone; one for all, since its start takes longest."""
+    work = tmp_path_factory.mktemp("fresh")
+    outs = {f"{name} {method}": str(zoo.pruned(name, method).out) for name in FAMILIES for method in IN_FRESH}
+    (work / "outs.json").write_text(json.dumps(outs))
+    save_file({"ids": windows(2, 20, seed=4)}, work / "ids.safetensors")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", FRESH, str(work)]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(work / "logits.safetensors")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_process_with_transformers_alone_opens_it(name: str, fresh: dict[str, torch.Tensor], zoo: Zoo) -> None:
+    for method in IN_FRESH:
+        pruned = zoo.pruned(name, method)
+        filled = calibration_means(pruned) if method == "flap" else None
+        wanted = logits(reference(pruned, filled=filled), windows(2, 20, seed=4))
+        torch.testing.assert_close(fresh[f"{name} {method}"], wanted, rtol=1e-4, atol=1e-4)
+
+
+MIXED = {
+    "gemma3": ["sliding_attention", "full_attention", "sliding_attention"],
+    "gemma3-old": ["sliding_attention", "full_attention", "sliding_attention"],
+    "qwen2-mixed": ["full_attention", "sliding_attention", "sliding_attention"],
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_kept_layers_keep_their_kind_of_attention(name: str, zoo: Zoo) -> None:
+    kept = torch.tensor([1, 2, 4])
+    after = dataclasses.replace(Checkpoint(zoo.directory(name)).shape, layers=3)
+    pruned = zoo.cut(name, zoo.keeping_all(name, after=after, keep_layers=kept))
+    assert Checkpoint(pruned.out).config.layer_types == MIXED[name]
+    assert json.loads((pruned.out / "config.json").read_text())["layer_types"] == MIXED[name]
+    assert_same_logits(opened(pruned.out), reference(pruned))
+    # The order matters: with the kinds of the first three layers the logits are others.
+    edit_config(pruned.out, layer_types=Checkpoint(pruned.directory).config.layer_types[:3])
+    difference = logits(opened(pruned.out), windows(2, 20)) - logits(reference(pruned), windows(2, 20))
+    assert float(difference.abs().max()) > 1e-2
+
+
+def test_an_unknown_family_is_told_which_are_known_and_how_to_add_one(tmp_path: Path) -> None:
+    directory = tiny_family(tmp_path, "llama")
+    edit_config(directory, model_type="mamba")
+    with pytest.raises(UserError) as caught:
+        Checkpoint(directory)
+    text = str(caught.value)
+    assert "'mamba'" in text and "docs/architecture.md" in text and "families.py" in text
+    for family in TABLE:
+        assert all(model_type in text for model_type in family.model_types)
