@@ -116,8 +116,13 @@ def main() -> None:
     print("\n| pattern | " + " | ".join(PATTERNS) + " |\n|---|" + "---|" * len(PATTERNS))
     control, rows = GROUPS["sparse"]
     for title, row in {"random-weight": control, **rows}.items():
-        values = [perplexity(row, pattern=Pattern.parse(pattern)) for pattern in PATTERNS]
-        print(f"| {title} | " + " | ".join(f"{value:.2f}" for value in values) + " |", flush=True)
+        cells = []
+        for pattern in PATTERNS:
+            try:
+                cells.append(f"{perplexity(row, pattern=Pattern.parse(pattern)):.2f}")
+            except UserError as error:
+                cells.append(f"refused: {error}")
+        print(f"| {title} | " + " | ".join(cells) + " |", flush=True)
 
 
 def _draws(perplexity: Any, control: Row, seeds: int, **target: Any) -> tuple[float, float, float]:

@@ -24,13 +24,13 @@ __all__ = ["decide_layers", "decide_runs", "decide_weights", "decide_width"]
 Decision = dict[str, Any]  #: fields of a plan
 
 
-def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None) -> Decision:
+def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None, batch: int) -> Decision:
     """Try each candidate's removal; take out the run, or the layers, that the model misses least."""
     layers = walk.checkpoint.shape.layers
     gone = layers - after.layers
     length = gone if method.runs else 1
     if task:
-        full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device)
+        full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
     else:
         full, without = removal_losses(walk, length)
     scores = method.score(full, torch.tensor(without, dtype=torch.float64))

@@ -126,7 +126,7 @@ def make_plan(
     by_window = any(issubclass(kind, GradientStatistic) for kind in found.needs)
     walk = BlockWalk(checkpoint, windows, batch=1 if by_window else batch, device=device, label=f"score {method}")
     if isinstance(found, RemovalMethod):
-        decided = decide_runs(found, walk, after, task)
+        decided = decide_runs(found, walk, after, task, batch)
     elif isinstance(found, LayerMethod):
         decided = decide_layers(found, walk, after)
     elif isinstance(found, WidthMethod):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from secateur.methods import LayerMethod, Place, Statistics, WeightMethod, WidthMethod
 from secateur.spec import spec
 
 _NO_SOURCE = "a control: uniform random scores"
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Seeded:
@@ -30,7 +35,7 @@ class RandomDepth(_Seeded, LayerMethod):
 
     source = _NO_SOURCE
     calibrated = False
-    seed: int = 42
+    seed: Seed = 42
 
     def score(self, layer: Place) -> Tensor:
         return self._draw(1)[0]
@@ -43,7 +48,7 @@ class RandomWidth(_Seeded, WidthMethod):
     source = _NO_SOURCE
     calibrated = False
     axes = ("hidden", "ffn")
-    seed: int = 42
+    seed: Seed = 42
 
     def score(self, place: Place) -> Tensor:
         return self._draw(place.units)
@@ -56,7 +61,7 @@ class RandomWeight(_Seeded, WeightMethod):
     source = _NO_SOURCE
     calibrated = False
     compare = "row"
-    seed: int = 42
+    seed: Seed = 42
 
     def score(self, weight: Tensor, stats: Statistics) -> Tensor:
         return self._draw(*weight.shape).to(weight)
