@@ -113,7 +113,9 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"transformers refuses the shape {plan.after} for this model: {reason}; ask for another shape, e.g. by --axes ffn") from None
+        raise UserError(
+            f"transformers refuses the shape {plan.after} for this model: {reason}; ask for another, e.g. by --axes ffn"
+        ) from None
     return config
 
 

@@ -13,8 +13,9 @@ from secateur.spec import spec
 class MinitronWidth(WidthMethod):
     r"""``S_u = sum_t (mean_b |x_btu|)^2``: batch mean, squared and summed over positions (arXiv:2407.14679, 2.2).
 
-    Hidden channels are read at the output of the norms on which attention and FFN rest, summed over all; FFN channels at the input
-    of their layer's down-projection. A head's magnitude is the L2 norm of its output; a KV head has its query heads'.
+    Hidden channels are read at the output of the norms on which attention and FFN rest, summed over all; FFN channels
+    at the input of their layer's down-projection. A head's magnitude is the L2 norm of its output; a KV head has its
+    query heads'.
     """
 
     source = "arXiv:2407.14679"
