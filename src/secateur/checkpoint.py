@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -28,9 +27,19 @@ from secateur.families import Axis, Family, family_of
 from secateur.files import read_json, sha256_file, write_json, write_text
 from secateur.progress import task
 from secateur.shapes import Shape
+from secateur.tensor_files import Stored, TensorFile, write_tensors
 from secateur.version import __version__
 
-__all__ = ["Checkpoint", "model_card", "model_tensors", "positions", "read_config", "skeleton", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "is_finite",
+    "model_card",
+    "model_tensors",
+    "positions",
+    "read_config",
+    "skeleton",
+    "write_checkpoint",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -87,10 +96,11 @@ class Checkpoint:
             raise UserError(f"{directory}: no such directory; name a Hugging Face checkpoint directory")
         self.raw_config, self.config, self.shape = read_config(self.directory / "config.json")
         self.family: Family = self.shape.family
+        self._paths: list[Path] = []
         self._files = self._locate()
         self._check_tensors()
 
-    def _locate(self) -> dict[str, Path]:
+    def _locate(self) -> dict[str, TensorFile]:
         """Map every tensor to its file."""
         index = self.directory / INDEX
         if not index.exists():
@@ -99,7 +109,8 @@ class Checkpoint:
                 pickled = next(self.directory.glob("*.bin"), None)
                 hint = "; convert its .bin files to safetensors first, secateur unpickles nothing" if pickled else ""
                 raise UserError(f"{self.directory}: holds no {SINGLE} and no {INDEX}{hint}")
-            return dict.fromkeys(_tensor_names(single), single)
+            file = self._open(SINGLE)
+            return dict.fromkeys(file.names, file)
         content = read_json(index)
         weight_map = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
@@ -107,25 +118,33 @@ class Checkpoint:
         for file in weight_map.values():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise UserError(f"{index}: names {file!r}, which is not a file in the same directory")
-        held = {file: set(_tensor_names(self.directory / file)) for file in sorted(set(weight_map.values()))}
+        held = {file: self._open(file) for file in sorted(set(weight_map.values()))}
+        names = {file: set(opened.names) for file, opened in held.items()}
         for name, file in weight_map.items():
-            if name not in held[file]:
+            if name not in names[file]:
                 raise UserError(f"{self.directory / file}: lacks the tensor {name} that the index promises")
-        return {name: self.directory / file for name, file in weight_map.items()}
+        return {name: held[file] for name, file in weight_map.items()}
+
+    def _open(self, file: str) -> TensorFile:
+        path = self.directory / file
+        if not path.is_file():
+            raise UserError(f"{path}: this shard is missing")
+        self._paths.append(path)
+        try:
+            return TensorFile(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read, probably truncated: {_one_line(error)}") from None
 
     def _check_tensors(self) -> None:
         beyond = self.family.block_tensor(self.shape.layers, "")
         if any(name.startswith(beyond) for name in self._files):
             raise UserError(f"{self.directory}: holds more layers than the {self.shape.layers} that config.json names")
-        with contextlib.ExitStack() as stack:
-            opened = {f: stack.enter_context(safe_open(f, framework="pt")) for f in set(self._files.values())}
-            for name, axes in self.tensors().items():
-                if name not in self._files:
-                    raise UserError(f"{self.directory}: lacks the tensor {name}")
-                size = tuple(opened[self._files[name]].get_slice(name).get_shape())
-                want = self.shape.tensor_size(axes)
-                if size != want:
-                    raise UserError(f"{self.directory}: {name} has size {size}, but config.json implies {want}")
+        for name, axes in self.tensors().items():
+            if name not in self._files:
+                raise UserError(f"{self.directory}: lacks the tensor {name}")
+            size, want = self._files[name].size(name), self.shape.tensor_size(axes)
+            if size != want:
+                raise UserError(f"{self.directory}: {name} has size {size}, but config.json implies {want}")
 
     def tensors(self) -> dict[str, tuple[Axis, ...]]:
         """Every tensor that the configuration implies -> the spaces of its axes; a tied head is left out."""
@@ -139,11 +158,27 @@ class Checkpoint:
         return {n: a for n, a in self.family.outer.items() if not (self.shape.tied and n == self.family.head)}
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor, as stored (a view into the mapped file where the platform allows)."""
-        if name == self.family.head and self.shape.tied:
-            name = self.family.embedding
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        """Read one tensor, as stored: a view into the mapped file, not to be written to."""
+        name = self._stored_name(name)
+        return self._files[name].tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Read some rows of a matrix, as stored."""
+        name = self._stored_name(name)
+        return self._files[name].rows(name, start, stop)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type that a tensor is stored in."""
+        name = self._stored_name(name)
+        return self._files[name].dtype(name)
+
+    def _stored_name(self, name: str) -> str:
+        return self.family.embedding if name == self.family.head and self.shape.tied else name
+
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        """Refuse NaN and infinity in what was read of the tensor ``name``."""
+        if not is_finite(tensor):
+            raise UserError(f"{self.directory}: {name} holds NaN or infinity")
 
     def block(self, layer: int) -> dict[str, Tensor]:
         """The tensors of one decoder block, by their names within it."""
@@ -152,12 +187,17 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The type that the embedding is stored in, which stands for the checkpoint's."""
-        return self.tensor(self.family.embedding).dtype
+        return self.dtype_of(self.family.embedding)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the weight files take."""
+        return sum(path.stat().st_size for path in self._paths)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the bytes of every weight file and the configuration."""
-        files = sorted(set(self._files.values()))
+        files = sorted(self._paths)
         parts = []
         with task("hash the weights", len(files)) as progress:
             for path in files:
@@ -221,58 +261,53 @@ def skeleton(config: Any, directory: Path) -> PreTrainedModel:
 def write_checkpoint(
     out: Path,
     config: dict[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[Stored],
     *,
     provenance: dict[str, Any],
     card: str,
     shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Write a checkpoint into the existing directory ``out``, holding one shard in memory at a time.
+    """Write a checkpoint into the existing directory ``out``, one tensor, or part of one, at a time.
 
     Args:
         out: an existing directory, usually from :func:`secateur.files.atomic_directory`.
         config: the content of config.json.
-        tensors: pairs of name and tensor, in any order; consumed once.
+        tensors: in any order.
         provenance: how the checkpoint came about, for ``secateur.json``.
         card: the model card's text, for ``README.md``.
         shard_bytes: a shard is closed before it grows beyond this.
     """
-    shards: list[list[str]] = []
-    total = 0
-    for number, shard in enumerate(_shards(tensors, shard_bytes)):
-        save_file(shard, out / f"shard-{number}", metadata={"format": "pt"})
-        shards.append(sorted(shard))
-        total += sum(t.numel() * t.element_size() for t in shard.values())
+    shards = _shards(tensors, shard_bytes)
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for number, name in enumerate(names):
-        (out / f"shard-{number}").rename(out / name)
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
-        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    total = sum(stored.bytes for shard in shards for stored in shard)
+    with task("write the weights", total) as progress:
+        for name, shard in zip(names, shards, strict=True):
+            write_tensors(out / name, shard, {"format": "pt"}, progress.advance)
+    if count > 1:
+        weight_map = {stored.name: name for name, shard in zip(names, shards, strict=True) for stored in shard}
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     write_json(out / "config.json", {k: v for k, v in config.items() if k != "auto_map"})
     write_json(out / PROVENANCE, {"secateur": __version__, **provenance})
     write_text(out / "README.md", card)
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
+def _shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
+    shards: list[list[Stored]] = [[]]
     held = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and held + size > limit:
-            yield shard
-            shard, held = {}, 0
-        shard[name] = tensor.detach().contiguous().cpu()
-        held += size
-    if shard:
-        yield shard
+    for stored in tensors:
+        if shards[-1] and held + stored.bytes > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(stored)
+        held += stored.bytes
+    return shards
 
 
-def model_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def model_tensors(model: PreTrainedModel) -> Iterator[Stored]:
     """A model's parameters by name, tied ones once."""
     for name, parameter in model.named_parameters(remove_duplicate=True):
-        yield name, parameter.detach()
+        yield Stored.of(name, parameter.detach())
 
 
 def model_card(title: str, base: str | None, lines: Iterable[str]) -> str:
@@ -288,14 +323,9 @@ def model_card(title: str, base: str | None, lines: Iterable[str]) -> str:
     return "\n".join([*front, "---", f"# {title}", "", *lines, "", *usage, ""])
 
 
-def _tensor_names(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"{path}: this shard is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read, probably truncated: {_one_line(error)}") from None
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; no second tensor is made."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(end)) for end in tensor.aminmax())
 
 
 def _one_line(error: Exception) -> str:

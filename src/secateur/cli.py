@@ -80,8 +80,17 @@ def _windows(parser: argparse.ArgumentParser, most: str) -> None:
     )
 
 
-def _amount(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ratio", type=_ratio, help="share to remove, between 0 and 1")
+def _amount(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    if several:
+        parser.add_argument(
+            "--ratio",
+            type=_ratios,
+            metavar="R[,R...]",
+            help="share to remove, between 0 and 1; several give one checkpoint each, OUT/ratio-R, scored "
+            "once where the scores do not depend on it",
+        )
+    else:
+        parser.add_argument("--ratio", type=_ratio, help="share to remove, between 0 and 1")
     parser.add_argument(
         "--of",
         choices=("total", "non-embedding"),
@@ -105,6 +114,10 @@ def _positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d{0,17}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return int(text)
+
+
+def _ratios(text: str) -> list[float]:
+    return [_ratio(part.strip()) for part in text.split(",")]
 
 
 def _ratio(text: str) -> float:
@@ -186,7 +199,7 @@ def _prune(verbs: Any) -> None:
     prune.add_argument("model", help="Hugging Face checkpoint directory")
     prune.add_argument("out", help="new directory to write")
     prune.add_argument("--method", required=True, help="one of the methods below")
-    _amount(prune)
+    _amount(prune, several=True)
     prune.add_argument(
         "--pattern",
         metavar="N:M",
@@ -206,6 +219,20 @@ def _prune(verbs: Any) -> None:
     prune.add_argument("--calibration", metavar="SOURCE", help=manual.SOURCES)
     _windows(prune, "128")
     _computing(prune)
+    prune.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the forward passes; statistics and scores are float32 or better (auto: bfloat16 on a GPU)",
+    )
+    prune.add_argument(
+        "--states",
+        choices=("auto", "ram", "disk"),
+        default="auto",
+        help="where hidden states between blocks lie (auto: on disk where memory is short); on disk, a resumed run "
+        "need not run finished blocks again",
+    )
+    prune.add_argument("--resume", action="store_true", help="go on with a run that was killed, at its last block")
 
 
 def _eval(verbs: Any) -> None:

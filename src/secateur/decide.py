@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.calibrate.engine import BlockWalk, removal_losses
+from secateur.calibrate.engine import Block, BlockWalk, removal_losses
 from secateur.calibrate.evidence import evidence
 from secateur.calibrate.stats import Mean
+from secateur.checkpoint import is_finite
 from secateur.errors import UserError
 from secateur.evaluate.tasks import Task, removal_accuracies
 from secateur.methods import LayerMethod, RemovalMethod, WeightMethod, WidthMethod
@@ -32,7 +34,7 @@ def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task
     if task:
         full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
     else:
-        full, without = removal_losses(walk, length)
+        full, without = removal_losses(walk, length)  # which asks the journal first
     scores = method.score(full, torch.tensor(without, dtype=torch.float64))
     _check_finite(walk, {"layers": scores})
     firsts = lowest(scores, 1 if method.runs else gone)
@@ -48,12 +50,10 @@ def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task
 def decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decision:
     """Score the layers one by one; take out those of the lowest scores."""
     layers = walk.checkpoint.shape.layers
-    found = {
-        block.index: method.score(places["layer"][0])
-        for block, places in evidence(walk, method.needs, ("layer",))
-        if block is not None
-    }
-    scores = torch.stack([found[layer].cpu() for layer in range(layers)])
+    for block, places in () if walk.journal.complete else evidence(walk, method.needs, ("layer",)):
+        assert block is not None
+        walk.journal.put(block.index, {f"score.{block.index}": method.score(places["layer"][0]).cpu()})
+    scores = torch.stack([walk.journal[f"score.{layer}"] for layer in range(layers)])
     _check_finite(walk, {"layers": scores[scores != torch.inf]})  # infinity spares a layer
     scored, gone = torch.isfinite(scores), layers - after.layers
     if gone > int(scored.sum()):
@@ -89,24 +89,38 @@ def decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: Sh
     spaces = target.spaces(method)
     layered = [space for space in spaces if space != "hidden"]
     uniform = target.allocation == "uniform"
-    scores: dict[str, Tensor] = {}
-    means: dict[str, Tensor] = {}
-    for block, places in evidence(walk, method.needs, spaces):
+    cutting = method.sequential and uniform and "hidden" not in spaces
+
+    def cut(block: Block) -> None:
+        for space in layered:
+            score = walk.journal[f"score.{space}.{block.index}"]
+            gone = torch.ones(len(score), dtype=torch.bool)
+            gone[keep_channels(score, after.units(space))] = False
+            reader = f"{walk.family.reader(space)}.weight"
+            weight = block.weight(reader)
+            columns = gone.repeat_interleave(weight.shape[1] // len(score))
+            block.set_weight(reader, weight * ~columns.to(walk.device))
+
+    shown = evidence(walk, method.needs, spaces, replay=cut if cutting else None)
+    for block, places in () if walk.journal.complete else shown:
+        step = len(walk.layers) if block is None else block.index
+        found: dict[str, Tensor] = {}
         for place in places.get("hidden", ()):
-            score = method.score(place)
-            scores["hidden"] = scores["hidden"] + score if "hidden" in scores else score
+            score = method.score(place).cpu()
+            found[f"hidden.{step}"] = found[f"hidden.{step}"] + score if f"hidden.{step}" in found else score
         for space in layered if block is not None else ():
-            assert block is not None
-            name, place = f"{space}.{block.index}", places[space][0]
-            scores[name] = method.score(place)
+            place = places[space][0]
+            found[f"score.{space}.{step}"] = method.score(place).cpu()
             if Mean in place.stats:
-                means[name] = place.stats[Mean]
-            if method.sequential and uniform and "hidden" not in spaces:
-                gone = torch.ones(place.units, dtype=torch.bool)
-                gone[keep_channels(scores[name], after.units(space)).cpu()] = False
-                reader = f"{walk.family.reader(space)}.weight"
-                columns = gone.repeat_interleave(block.weight(reader).shape[1] // place.units)
-                block.set_weight(reader, block.weight(reader) * ~columns.to(walk.device))
+                found[f"mean.{space}.{step}"] = place.stats[Mean].cpu()
+        walk.journal.put(step, found)
+        if cutting:
+            assert block is not None
+            cut(block)
+    scores: dict[str, Tensor] = dict(walk.journal.below("score."))
+    if hidden := [score for _, score in sorted(walk.journal.below("hidden.").items(), key=lambda item: int(item[0]))]:
+        scores["hidden"] = torch.stack(hidden).sum(dim=0)
+    means = walk.journal.below("mean.")
     _check_finite(walk, scores)
     scores = dict(sorted(scores.items(), key=_by_layer))  # gradients come from the last block to the first
     kept = _keep_units(walk.checkpoint.shape, scores, target, after)
@@ -229,31 +243,41 @@ def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Dec
     """Prune block after block, each seeing what the pruned ones before it put out."""
     family = walk.family
     select = Selector(target.sparsity, method.compare, target.pattern.of if target.pattern else None)
-    masks: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
     updates = type(method).prune is not WeightMethod.prune
     wanted: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
-    for block, stats in walk.observed(wanted):
+    masks, weights = walk.journal.below("mask."), walk.journal.below("weight.")
+
+    def put_back(block: Block) -> None:
         for linear in family.linears:
             name = family.block_tensor(block.index, linear)
-            found = stats.get(family.site_of(linear), {})
-            if not all(torch.isfinite(value).all() for value in found.values()):
+            block.set_weight(linear, weights[name] if updates else block.weight(linear) * masks[name].to(walk.device))
+
+    for block, stats in () if walk.journal.complete else walk.observed(wanted, replay=put_back):
+        found: dict[str, Tensor] = {}
+        for linear in family.linears:
+            name = family.block_tensor(block.index, linear)
+            statistics = stats.get(family.site_of(linear), {})
+            if not all(is_finite(value) for value in statistics.values()):
                 raise UserError(
                     f"{walk.checkpoint.directory}: what {name} reads is too large: a sum of squares is infinite"
                 )
-            weight, keep = method.prune(block.weight(linear), found, select)
-            if not torch.isfinite(weight).all():
+            weight, keep = method.prune(block.weight(linear), statistics, select)
+            if not is_finite(weight):
                 raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
             if updates:  # as it will be stored, so that the next block sees what is written
-                weights[name] = weight.to(walk.checkpoint.tensor(name).dtype).cpu()
-                weight = weights[name].to(walk.device, torch.float32)
+                weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name)).cpu()
             block.set_weight(linear, weight)
-            masks[name] = keep.cpu()
-    pruned = sum(int((~mask).sum()) for mask in masks.values())
-    total = sum(mask.numel() for mask in masks.values())
+            found[f"mask.{name}"] = keep.cpu()
+            found[f"zeros.{name}"] = (~keep).sum().cpu()
+        walk.journal.put(block.index, found)
+    zeros = {name: int(count) for name, count in walk.journal.below("zeros.").items()}
+    pruned, total = sum(zeros.values()), walk.checkpoint.shape.block_weights
+    axes = walk.checkpoint.shape.block_tensors()
+    sizes = {linear: math.prod(walk.checkpoint.shape.tensor_size(axes[linear])) for linear in family.linears}
+    names = [(family.block_tensor(i, n), n) for i in range(walk.checkpoint.shape.layers) for n in family.linears]
     summary = {
         "detail": f"{pruned:,} of {total:,} block weights zeroed ({100 * pruned / total:.1f}%)"
         + (f", pattern {target.pattern}" if target.pattern else ""),
-        "sparsity": {name: 1 - float(mask.float().mean()) for name, mask in masks.items()},
+        "sparsity": {name: zeros[name] / sizes[linear] for name, linear in names},
     }
-    return {"masks": masks, "weights": weights, "summary": summary}
+    return {"masks": masks, "weights": weights, "zeroed": pruned, "summary": summary}

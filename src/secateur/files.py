@@ -17,8 +17,10 @@ from secateur.errors import UserError
 
 __all__ = [
     "atomic_directory",
+    "check_free",
     "locked",
     "read_json",
+    "resumable_directory",
     "sha256_file",
     "sync_tree",
     "write_bytes",
@@ -93,8 +95,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     Raises:
         UserError: if ``out`` exists and is not an empty directory, or its parent cannot be written.
     """
-    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out}: already exists and is not empty; name a new directory")
+    check_free(out)
     made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -109,11 +110,91 @@ def atomic_directory(out: Path) -> Iterator[Path]:
             out.rmdir()
         os.rename(work, out)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        _remove(work, made)
         raise
+
+
+def check_free(out: Path) -> None:
+    """Refuse a directory to be written that is there already.
+
+    Raises:
+        UserError: if ``out`` exists and is not an empty directory.
+    """
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out}: already exists and is not empty; name a new directory")
+
+
+@contextlib.contextmanager
+def resumable_directory(out: Path, asked: dict[str, Any], *, resume: bool) -> Iterator[tuple[Path, Path]]:
+    """Yield ``<out>.partial/out``, which becomes ``out`` if the block succeeds, and ``<out>.partial/work``.
+
+    What is bad input leaves nothing behind. A run that was interrupted or killed after a step (a file ``finished`` in a
+    folder of ``work`` tells) leaves its work, and one with the same ``asked`` and ``resume`` finds it as it was.
+
+    Raises:
+        UserError: if ``out`` exists; an unfinished run is there and is not to be resumed, or asked for something else;
+            or another process is at it.
+    """
+    check_free(out)
+    partial = out.with_name(f"{out.name}.partial")
+    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = (partial / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{partial}: another process is writing it; wait for it, or name another directory"
+            ) from None
+        work, fresh = partial / "work", partial / "out"
+        _take_up(partial, asked, resume)
+        shutil.rmtree(fresh, ignore_errors=True)
+        work.mkdir(exist_ok=True)
+        fresh.mkdir()
+        try:
+            yield fresh, work
+            sync_tree(fresh)
+            if out.is_dir():
+                out.rmdir()
+            os.rename(fresh, out)
+        except BaseException as error:
+            if isinstance(error, UserError) or not _begun(work):
+                _remove(partial, made)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_up(partial: Path, asked: dict[str, Any], resume: bool) -> None:
+    """Decide what becomes of an earlier run's work; leave the folder with this run's ``asked.json``."""
+    work = partial / "work"
+    if _begun(work):
+        if not resume:
+            raise UserError(f"{partial}: holds an unfinished run; go on with --resume, or delete it")
+        before = read_json(partial / "asked.json")
+        if before != asked:
+            differs = sorted(k for k in {*before, *asked} if before.get(k) != asked.get(k))
+            raise UserError(
+                f"{partial}: the unfinished run there was asked for something else ({', '.join(differs)}); "
+                "ask for the same, or delete it"
+            )
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+    write_json(partial / "asked.json", asked)
+
+
+def _begun(work: Path) -> bool:
+    return next(work.glob("*/finished"), None) is not None
+
+
+def _remove(partial: Path, made: list[Path]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for parent in made:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
 
 
 @contextlib.contextmanager

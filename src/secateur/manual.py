@@ -81,6 +81,8 @@ examples:
   secateur prune DIR OUT --method minitron-depth --ratio 0.25 --option task=winogrande --tasks-data DIR
   secateur prune DIR OUT --method flap --ratio 0.2 --axes ffn --allocation global --calibration stdlib
   secateur prune DIR OUT --method wanda --pattern 2:4 --calibration tokens:ids.npy
+  secateur prune DIR OUT --method minitron-width --ratio 0.5,0.6,0.7 --calibration text:FILE    three outputs
+  secateur prune DIR OUT --method sparsegpt --ratio 0.5 --calibration text:FILE --states disk --resume
   secateur prune DIR OUT --method magnitude --ratio 0.5
 """
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.errors import UserError
@@ -18,6 +19,7 @@ from secateur.files import read_json, sha256_file, write_json
 from secateur.methods import Granularity
 from secateur.runtime import environment
 from secateur.shapes import Shape
+from secateur.tensor_files import Stored, write_tensors
 
 __all__ = ["JSON_FILE", "TENSOR_FILE", "Plan", "load_masks"]
 
@@ -51,8 +53,9 @@ class Plan:
     keep_hidden: Tensor
     keep_ffn: dict[int, Tensor]
     keep_kv: dict[int, Tensor]
-    masks: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    zeroed: int = 0  #: weights that the masks drop
     biases: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -109,7 +112,7 @@ class Plan:
 
     def removed(self) -> dict[str, float]:
         """The share of parameters that is gone (zeroed, for masks): ``total`` and ``non_embedding``."""
-        zeros = sum(int((~mask).sum()) for mask in self.masks.values())
+        zeros = self.zeroed
         for layer in self.keep_layers.tolist() if not self.masks else ():
             zeros += (self.after.ffn - len(self.keep_ffn[layer])) * self.after.unit_parameters("ffn")
             zeros += (self.after.kv_heads - len(self.keep_kv[layer])) * self.after.unit_parameters("kv")
@@ -127,10 +130,15 @@ class Plan:
         tensors = {"keep.layers": self.keep_layers, "keep.hidden": self.keep_hidden}
         for layer in self.keep_layers.tolist():
             tensors |= {f"keep.ffn.{layer}": self.keep_ffn[layer], f"keep.kv.{layer}": self.keep_kv[layer]}
-        tensors |= {f"mask.{name}": mask for name, mask in self.masks.items()}
         tensors |= {f"bias.{name}": bias.float() for name, bias in self.biases.items()}
         tensors |= {f"score.{name}": score.float() for name, score in self.scores.items()}
-        save_file({n: t.cpu().clone() for n, t in tensors.items()}, directory / TENSOR_FILE)
+        stored = [Stored.of(name, tensor) for name, tensor in tensors.items()]
+        for layer in range(self.before.layers) if self.masks else ():
+            for rest, axes in self.before.block_tensors().items():  # as large as the model: read one at a time
+                if (name := self.before.family.block_tensor(layer, rest)) in self.masks:
+                    size = self.before.tensor_size(axes)
+                    stored.append(Stored(f"mask.{name}", torch.bool, size, lambda name=name: (self.masks[name],)))
+        write_tensors(directory / TENSOR_FILE, stored)
         content = {
             "method": self.method,
             "granularity": self.granularity,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibrate.engine import BlockWalk
+from secateur.calibrate.journal import Workspace
 from secateur.calibrate.stats import GradientStatistic
 from secateur.checkpoint import Checkpoint, model_card, write_checkpoint
 from secateur.data.tokenizer import token_hash
@@ -95,6 +96,8 @@ def make_plan(
     task: Task | None = None,
     batch: int = 8,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    workspace: Workspace | None = None,
 ) -> Plan:
     """Score a checkpoint with a method and select what to keep.
 
@@ -107,6 +110,8 @@ def make_plan(
         task: how to measure the task that the method's options name; None for its defaults.
         batch: windows at once.
         device: where to compute.
+        dtype: of the forward pass; statistics and scores are float32 or better.
+        workspace: where to keep what is found block by block; scores that are there already are not computed again.
 
     Raises:
         UserError: on an unknown method or option, a target that this model has no shape for, or values that are not
@@ -124,7 +129,17 @@ def make_plan(
     windows = calibration.windows if calibration and reads_text(found) else None
     _check_finite(checkpoint, whole=task is not None)
     by_window = any(issubclass(kind, GradientStatistic) for kind in found.needs)
-    walk = BlockWalk(checkpoint, windows, batch=1 if by_window else batch, device=device, label=f"score {method}")
+    workspace, key = workspace or Workspace(), _journal_key(found, target, checkpoint.shape, after)
+    walk = BlockWalk(
+        checkpoint,
+        windows,
+        batch=1 if by_window else batch,
+        device=device,
+        label=f"score {method}",
+        dtype=dtype,
+        store=workspace.store(key),
+        journal=workspace.journal(key),
+    )
     if isinstance(found, RemovalMethod):
         decided = decide_runs(found, walk, after, task, batch)
     elif isinstance(found, LayerMethod):
@@ -133,10 +148,28 @@ def make_plan(
         decided = decide_width(found, walk, target, after)
     else:
         decided = decide_weights(found, walk, target)
-    record = calibration.record() if windows is not None and calibration else {"source": None}
+    walk.journal.close()
+    record: dict[str, Any] = calibration.record() if windows is not None and calibration else {"source": None}
+    if windows is not None and dtype != torch.float32:
+        record["dtype"] = str(dtype).removeprefix("torch.")
     asked = target.record(found) | ({"options": identity(found)} if identity(found) else {})
     fields = {"after": after, "calibration": {**record, "method_source": found.source}, **decided}
     return Plan.keeping_all(method, found.granularity, asked, checkpoint.shape, source=checkpoint.digest, **fields)
+
+
+def _journal_key(method: Method, target: Target, before: Shape, after: Shape) -> str:
+    """Names what is found on the way: equal where it is the same whatever the ratio."""
+    if isinstance(method, WeightMethod):
+        return f"weights-{target.pattern or target.ratio}".replace(":", "of")
+    if isinstance(method, RemovalMethod):
+        return f"removal-{before.layers - after.layers if method.runs else 1}"
+    if isinstance(method, WidthMethod):
+        spaces = "-".join(target.spaces(method))
+        if method.sequential and target.allocation == "uniform":
+            sizes = "-".join(str(after.units(space)) for space in target.spaces(method))
+            return f"width-{spaces}-{sizes}"
+        return f"width-{spaces}"
+    return "layers"
 
 
 def _check_config(checkpoint: Checkpoint, after: Shape) -> None:
@@ -148,8 +181,7 @@ def _check_config(checkpoint: Checkpoint, after: Shape) -> None:
 def _check_finite(checkpoint: Checkpoint, *, whole: bool) -> None:
     """Refuse NaN and infinity in the tensors that no walk over the blocks looks at: those outside, or all of them."""
     for name in checkpoint.tensors() if whole else checkpoint.outer_tensors():
-        if not torch.isfinite(checkpoint.tensor(name)).all():
-            raise UserError(f"{checkpoint.directory}: {name} holds NaN or infinity")
+        checkpoint.check_finite(name, checkpoint.tensor(name))
 
 
 def achieved(plan: Plan) -> dict[str, Any]:
@@ -163,8 +195,7 @@ def achieved(plan: Plan) -> dict[str, Any]:
     asked, of = plan.asked.get("ratio"), plan.asked.get("of")
     shares = plan.removed()
     if plan.masks:
-        kept = sum(int(mask.sum()) for mask in plan.masks.values())
-        shares["block_weights"] = 1 - kept / sum(mask.numel() for mask in plan.masks.values())
+        shares["block_weights"] = plan.zeroed / plan.before.block_weights
     return {"asked": asked, "of": of, **shares, "drift": None if asked is None else shares[of or ""] - asked}
 
 

@@ -7,8 +7,12 @@ import platform
 import re
 import sys
 from importlib import metadata
+from typing import TYPE_CHECKING
 
-__all__ = ["calm_environment", "environment", "pick_device", "quiet"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["calm_environment", "environment", "pick_device", "pick_dtype", "quiet"]
 
 
 def calm_environment(threads: int) -> None:
@@ -47,6 +51,15 @@ def pick_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
     return name
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """Resolve ``auto``: bfloat16 on a GPU, float32 elsewhere."""
+    import torch
+
+    if name == "auto":
+        name = "bfloat16" if device.startswith("cuda") else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def environment() -> dict[str, str]:

@@ -110,6 +110,12 @@ class Shape:
         optional = self.family.optional
         return {n: axes for n, axes in self.family.block.items() if n not in optional or optional[n] in self.switches}
 
+    @property
+    def block_weights(self) -> int:
+        """The weights of the blocks' linears, which sparse methods prune."""
+        axes = self.block_tensors()
+        return self.layers * sum(math.prod(self.tensor_size(axes[linear])) for linear in self.family.linears)
+
     def switched_on(self, keys: Sequence[str]) -> Shape:
         """The shape with optional tensors besides its own."""
         return dataclasses.replace(self, switches=tuple(sorted({*self.switches, *keys})))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,29 +16,49 @@ from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
 from secateur.families import Axis
 from secateur.plan import Plan
+from secateur.tensor_files import Stored
 
 __all__ = ["cut_config", "cut_tensors"]
 
+_ROWS = 4096  # of the embedding or the head at once
 
-def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Read the checkpoint tensor by tensor and yield what the plan keeps, under the new layer numbers."""
+
+def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[Stored]:
+    """What the plan keeps of each tensor, under the new layer numbers; it is read and cut when it is written."""
     family = checkpoint.family
     for name, axes in checkpoint.outer_tensors().items():
-        yield name, _kept_scale(name, _slice(checkpoint.tensor(name), axes, plan, layer=-1), plan)
+        size, dtype = plan.after.tensor_size(axes), checkpoint.dtype_of(name)
+        yield Stored(name, dtype, size, partial(_outer_parts, checkpoint, plan, name, axes))
     stored = checkpoint.shape.block_tensors()
     for new, old in enumerate(plan.keep_layers.tolist()):
         for rest, axes in plan.after.block_tensors().items():
             name = family.block_tensor(old, rest)
-            if rest in stored:
-                tensor = plan.weights[name] if name in plan.weights else checkpoint.tensor(name)
-            else:  # a bias that the plan switches on
-                tensor = torch.zeros(plan.before.tensor_size(axes), dtype=checkpoint.dtype)
-            if name in plan.biases:
-                tensor = (tensor.float() + plan.biases[name]).to(tensor.dtype)
-            if name in plan.masks:
-                tensor = tensor.masked_fill(~plan.masks[name], 0)
-            tensor = _kept_mean(rest, tensor, axes, plan, layer=old)
-            yield family.block_tensor(new, rest), _slice(tensor, axes, plan, layer=old)
+            dtype = checkpoint.dtype_of(name) if rest in stored else checkpoint.dtype
+            size = plan.after.tensor_size(axes)
+            make = partial(_block_tensor, checkpoint, plan, old, rest, axes)
+            yield Stored(family.block_tensor(new, rest), dtype, size, lambda make=make: (make(),))
+
+
+def _outer_parts(checkpoint: Checkpoint, plan: Plan, name: str, axes: tuple[Axis, ...]) -> Iterator[Tensor]:
+    """A tensor outside the blocks; matrices, whose rows are the vocabulary, which is never cut, come in pieces."""
+    rows = plan.before.tensor_size(axes)[0]
+    step = _ROWS if len(axes) > 1 else rows
+    for start in range(0, rows, step):
+        part = checkpoint.rows(name, start, min(start + step, rows))
+        yield _kept_scale(name, _slice(part, axes, plan, layer=-1), plan)
+
+
+def _block_tensor(checkpoint: Checkpoint, plan: Plan, layer: int, rest: str, axes: tuple[Axis, ...]) -> Tensor:
+    name = checkpoint.family.block_tensor(layer, rest)
+    if rest in checkpoint.shape.block_tensors():
+        tensor = plan.weights[name] if name in plan.weights else checkpoint.tensor(name)
+    else:  # a bias that the plan switches on
+        tensor = torch.zeros(plan.before.tensor_size(axes), dtype=checkpoint.dtype)
+    if name in plan.biases:
+        tensor = (tensor.float() + plan.biases[name]).to(tensor.dtype)
+    if name in plan.masks:
+        tensor = tensor.masked_fill(~plan.masks[name], 0)
+    return _slice(_kept_mean(rest, tensor, axes, plan, layer=layer), axes, plan, layer=layer)
 
 
 def _slice(tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Tensor:

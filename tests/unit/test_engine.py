@@ -148,7 +148,7 @@ def test_a_block_that_is_changed_runs_again_for_the_next(tmp_path: Path) -> None
     directory, ids = tiny_llama(tmp_path), windows()
     model, cosines = hf(directory), []
     walk = BlockWalk(Checkpoint(directory), ids, batch=2)
-    for block, stats in walk.observed({"ffn_hidden": (MeanSquare,)}, (MeanCosine,)):
+    for block, stats in walk.observed({"ffn_hidden": (MeanSquare,)}, (MeanCosine,), replay=lambda _: None):
         layer = f"model.layers.{block.index}"
         (seen,) = seen_at(model, f"{layer}.mlp.down_proj", ids, output=False)
         torch.testing.assert_close(stats["ffn_hidden"][MeanSquare], seen.square().mean((0, 1)), rtol=1e-4, atol=1e-6)

@@ -62,7 +62,8 @@ def call(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cal
     def run(line: str, model: Path | None = None) -> Call:
         code = main([part.format(w=world, o=tmp_path / "out", m=model) for part in line.split()])
         captured = capsys.readouterr()
-        return Call(code, captured.out, captured.err)
+        told = [line for line in captured.err.splitlines(keepends=True) if not line.startswith("estimate: ")]
+        return Call(code, captured.out, "".join(told))
 
     return run
 

@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.calibrate.head import Head
+from secateur.calibrate.journal import Journal, StateStore
 from secateur.calibrate.stats import StateStatistic, Statistic
-from secateur.checkpoint import Checkpoint, skeleton
+from secateur.checkpoint import Checkpoint, is_finite, skeleton
 from secateur.errors import UserError
 from secateur.progress import task
 
 __all__ = ["Block", "BlockWalk", "States", "removal_losses"]
+
+GROUP_BYTES = 2**29  #: states that the candidates of :func:`removal_losses` may hold together
 
 States = list[Tensor]  #: hidden states, one tensor [windows of the batch, positions, hidden] for each batch
 
@@ -47,6 +51,9 @@ class BlockWalk:
         batch: windows that go through a block at once; execution only, but sums are rounded in another order.
         device: where blocks run.
         label: what progress is shown as.
+        dtype: of the forward pass and the states; statistics and weights to be scored are float32 or better.
+        store: where the states between blocks are held.
+        journal: where what was found is kept, block by block.
     """
 
     def __init__(
@@ -57,22 +64,28 @@ class BlockWalk:
         batch: int = 8,
         device: str = "cpu",
         label: str = "calibrate",
+        dtype: torch.dtype = torch.float32,
+        store: StateStore | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
-        self.batches = [b.to(device) for b in windows.split(batch)] if windows is not None else []
-        self.device = device
+        self.batches = list(windows.split(batch)) if windows is not None else []
+        self.device, self.dtype = device, dtype
         self.label = label
+        self.store = store or StateStore()
+        self.journal = Journal() if journal is None else journal  # an empty one is false
+        _map_large_tensors()
         self.model: nn.Module = skeleton(checkpoint.config, checkpoint.directory)
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers)  # type: ignore[assignment]
-        self._outer = [n for n in self.family.outer if n != self.family.head]
+        self._padding: int | None = getattr(self.embedding, "padding_idx", None)  # a token without a gradient
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # windows in a batch -> keyword arguments of each block
 
     @torch.no_grad()
-    def start(self) -> States:
-        """Embed the windows: the states that enter the first block."""
-        for name in self._outer:
-            self._place(name, self.checkpoint.tensor(name))
+    def start(self, batches: Sequence[Tensor] | None = None) -> States:
+        """Embed the windows, or some of them: the states that enter the first block."""
+        batches = self.batches if batches is None else batches
+        self._place(self.family.final_norm, self.checkpoint.tensor(self.family.final_norm).float())
         for _, buffer_owner in self.model.named_modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 buffer_owner._buffers[name] = buffer.to(self.device)
@@ -85,8 +98,9 @@ class BlockWalk:
         setattr(decoder, norm_name, nn.Identity())  # so that what comes back is the embedding, not its norm
         try:
             states = []
-            for batch in self.batches:
-                states.append(decoder(input_ids=batch, use_cache=False).last_hidden_state)
+            for batch in batches:
+                embedded = decoder(input_ids=self.embed_only(batch), use_cache=False).last_hidden_state
+                states.append(self.store.hold(embedded))
                 seen = [recorder.seen for recorder in recorders]  # type: ignore[union-attr]
                 self._kwargs.setdefault(batch.shape[0], seen)  # type: ignore[arg-type]
         finally:
@@ -94,86 +108,118 @@ class BlockWalk:
             setattr(decoder, norm_name, norm)
         return states
 
+    def embed_only(self, ids: Tensor) -> Tensor:
+        """Load the embeddings of these tokens and of no others; return the ids [windows, positions] of their rows."""
+        table = self.checkpoint.tensor(self.family.embedding)
+        present, renumbered = ids.unique(return_inverse=True)
+        rows = table[present]
+        self.checkpoint.check_finite(self.family.embedding, rows)
+        self._place(self.family.embedding, rows.to(self.dtype))
+        at = (present == self._padding).nonzero() if self._padding is not None else present[:0]
+        self.embedding.padding_idx = int(at[0]) if at.numel() else None  # type: ignore[assignment]
+        return renumbered.to(self.device)
+
     def observed(
         self,
         wanted: Mapping[str, Sequence[type[Statistic]]],
         state_kinds: Sequence[type[StateStatistic]] = (),
+        *,
+        replay: Callable[[Block], None] | None = None,
     ) -> Iterator[tuple[Block, dict[str, dict[type, Tensor]]]]:
-        """Yield the blocks in order, each with statistics of what goes through it.
-
-        A block whose weights are changed while it is out is run again, so that the next one sees its new outputs.
+        """Yield the blocks in order, each with statistics of what goes through it; finished ones are left out.
 
         Args:
             wanted: site -> kinds of statistics to gather there.
             state_kinds: statistics of the states that enter and leave a block, told under the site ``states``.
+            replay: given where blocks are changed while they are out, each of which is then run again, so that the next
+                one sees its new outputs: does to a block that was finished before what was done to it then.
         """
         runs = bool(self.batches) and bool(wanted or state_kinds)
+        finished = self.journal.finished
         states = self.start() if runs else []
-        for block in self.blocks():
-            stats, left = block.observe(states, wanted) if runs else ({}, states)
-            for kind in state_kinds:
-                statistic = kind()
-                for before, after in zip(states, left, strict=True):
-                    statistic.update(before, after)
-                stats.setdefault("states", {})[kind] = statistic.value()
-            yield block, stats
-            states = block.run(states) if runs and block.changed else left
+        found = self._kept_states(finished) if runs and finished else None
+        for block in self.blocks(start=finished if found or not runs else 0):
+            if found:
+                states, found = found, None
+            again = block.index < finished
+            if again and replay:
+                replay(block)
+            elif not again:
+                stats: dict[str, dict[type, Tensor]] = {}
+                left: States = []
+                if runs:
+                    stats, left = block.observe(states, wanted, state_kinds, keep=replay is None)
+                yield block, stats
+                if runs and replay is None:
+                    states = left
+            if runs and (again or replay):
+                states = block.run(states, key=block.index + 1, consume=True)
+            if not again:
+                self.journal.finish(block.index)
 
-    def blocks(self, *, backwards: bool = False) -> Iterator[Block]:
-        """Yield the blocks in order, each with its weights loaded; they are freed when the next one is asked for."""
-        order = list(enumerate(self.layers))
-        with task(self.label, len(self.layers)) as progress:
+    def _kept_states(self, index: int) -> States | None:
+        """The states that enter a block, as an earlier run left them on disk."""
+        hidden = self.checkpoint.shape.hidden
+        found = [
+            self.store.find(_state_name(index, i), torch.Size([*batch.shape, hidden]), self.dtype)
+            for i, batch in enumerate(self.batches)
+        ]
+        held = [states for states in found if states is not None]
+        return held if held and len(held) == len(found) else None
+
+    def blocks(self, *, start: int = 0, backwards: bool = False, part: str = "") -> Iterator[Block]:
+        """Yield the blocks in order, each with its weights loaded; they are freed when the next one is asked for.
+
+        Args:
+            start: index of the first block.
+            backwards: from the last block to the first.
+            part: what progress is told besides.
+        """
+        order = list(enumerate(self.layers))[start:]
+        with task(f"{self.label}{part}", len(self.layers)) as progress:
+            progress.advance(start)
             for index, module in reversed(order) if backwards else order:
                 tensors = self.checkpoint.block(index)
                 for name, tensor in tensors.items():
-                    self._check_finite(self.family.block_tensor(index, name), tensor)
-                # A copy, because a stored float32 tensor is a view into the mapped file and blocks are pruned in place.
-                loaded = {n: t.to(self.device, torch.float32, copy=True) for n, t in tensors.items()}
+                    self.checkpoint.check_finite(self.family.block_tensor(index, name), tensor)
+                # A copy, because a stored tensor is a view into the mapped file and blocks are pruned in place.
+                loaded = {n: t.to(self.device, self.dtype, copy=True) for n, t in tensors.items()}
+                del tensors
                 module.load_state_dict(loaded, assign=True)
+                del loaded
                 yield Block(self, index, module)
                 module.to("meta")
                 release_memory()
                 progress.advance(1, f"block {index + 1} of {len(self.layers)}")
 
-    @torch.no_grad()
     def loss(self, states: States) -> float:
         """Mean next-token loss (nats) of states that left the last block."""
-        head = self.head()
-        total, count = 0.0, 0
-        for ids, hidden in zip(self.batches, states, strict=True):
-            for window, target in zip(self.norm(hidden), ids, strict=True):  # one window's logits at a time
-                logits = self.capped(window[:-1] @ head.T)
-                losses = nn.functional.cross_entropy(logits, target[1:], reduction="sum")
-                total += float(losses)
-                count += target.numel() - 1
-        return total / count
+        (total,) = self.head().losses(self.batches, [states])
+        return total / sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self.batches)
 
     @property
     def norm(self) -> nn.Module:
         """The final norm; its weight is there after :meth:`start`."""
         return self.model.get_submodule(self.family.final_norm.removesuffix(".weight"))
 
-    def capped(self, logits: Tensor) -> Tensor:
-        """The logits as the model puts them out: some families bound what comes out of the head."""
-        cap = getattr(self.checkpoint.config, self.family.logit_cap, None) if self.family.logit_cap else None
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+    @property
+    def embedding(self) -> nn.Module:
+        """The embedding; it holds rows of those tokens that :meth:`embed_only` saw last."""
+        return self.model.get_submodule(self.family.embedding.removesuffix(".weight"))
 
-    def head(self) -> Tensor:
-        """The weight [vocabulary, hidden] that turns states into logits, float32."""
-        stored = self.checkpoint.tensor(self.family.head)
-        self._check_finite(self.family.head, stored)
-        return stored.to(self.device, torch.float32)
-
-    def _check_finite(self, name: str, tensor: Tensor) -> None:
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{self.checkpoint.directory}: {name} holds NaN or infinity")
+    def head(self) -> Head:
+        """What turns states into losses; after :meth:`start`."""
+        return Head(self.checkpoint, self.norm, self.device)
 
     def _place(self, name: str, tensor: Tensor) -> None:
-        self._check_finite(name, tensor)
+        self.checkpoint.check_finite(name, tensor)
         module = self.model.get_submodule(name.rpartition(".")[0])
-        module.register_parameter(
-            name.rpartition(".")[2], nn.Parameter(tensor.to(self.device, torch.float32), requires_grad=False)
-        )
+        module.register_parameter(name.rpartition(".")[2], nn.Parameter(tensor.to(self.device), requires_grad=False))
+
+
+def _state_name(block: int, batch: int) -> str:
+    """Two sets of files take turns: what enters a block, and what leaves it."""
+    return f"{block % 2}-{batch:05}"
 
 
 class Block:
@@ -181,37 +227,63 @@ class Block:
 
     def __init__(self, walk: BlockWalk, index: int, module: nn.Module) -> None:
         self.walk, self.index, self.module = walk, index, module
-        self.changed = False  #: whether a weight was replaced
 
     def forward(self, batch: Tensor) -> Tensor:
         """Send one batch of states through the block, with the arguments that the model would give it."""
-        out = self.module(batch, **self.walk._kwargs[batch.shape[0]][self.index])
+        out = self.module(batch.to(self.walk.device), **self.walk._kwargs[batch.shape[0]][self.index])
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def run(self, states: States) -> States:
+    def run(
+        self,
+        states: States,
+        *,
+        key: int | None = None,
+        keep: bool = True,
+        consume: bool = False,
+        watch: Sequence[StateStatistic] = (),
+    ) -> States:
         """Send states through the block.
+
+        Args:
+            states: what enters.
+            key: the block that what leaves is kept for, so that a killed run can go on there; None where none will.
+            keep: whether what leaves is wanted; else an empty list is returned.
+            consume: give up each batch of ``states`` once what it became is there.
+            watch: sees what enters and what leaves.
 
         Raises:
             UserError: if what comes out is not finite.
         """
-        left = []
-        for batch in states:
-            out = self.forward(batch)
-            if not torch.isfinite(out).all():
+        left: States = []
+        for i in range(len(states)):
+            out = self.forward(states[i])
+            if not is_finite(out):
                 where = f"{self.walk.checkpoint.directory}: block {self.index}"
                 raise UserError(f"{where} puts out NaN or infinity on this calibration text")
-            left.append(out)
+            for statistic in watch:
+                statistic.update(states[i].to(out.device), out)
+            if keep:
+                left.append(self.walk.store.hold(out, None if key is None else _state_name(key, i)))
+            if consume:
+                states[i] = out.new_empty(0)
         return left
 
     def observe(
-        self, states: States, wanted: Mapping[str, Sequence[type[Statistic]]]
+        self,
+        states: States,
+        wanted: Mapping[str, Sequence[type[Statistic]]],
+        state_kinds: Sequence[type[StateStatistic]] = (),
+        *,
+        keep: bool = True,
     ) -> tuple[dict[str, dict[type, Tensor]], States]:
         """Send states through the block and gather statistics on the way.
 
         Args:
-            states: what enters the block.
+            states: what enters the block; given up where ``keep``.
             wanted: site -> the kinds of statistics to gather there.
+            state_kinds: of statistics of what enters and leaves.
+            keep: whether what leaves the block is wanted.
 
         Returns:
             site -> kind -> value, and the states that leave the block.
@@ -221,6 +293,7 @@ class Block:
         gathered = {
             site: [kind(widths.get(family.sites[site].space, 1)) for kind in kinds] for site, kinds in wanted.items()
         }
+        watch = [kind() for kind in state_kinds]
         with contextlib.ExitStack() as hooks:
             for name, statistics in gathered.items():
                 site = family.sites[name]
@@ -228,17 +301,24 @@ class Block:
                 hook = _hook(statistics, site.output)
                 register = module.register_forward_hook if site.output else module.register_forward_pre_hook
                 hooks.callback(register(hook).remove)
-            left = self.run(states)
-        return {site: {type(s): s.value() for s in found} for site, found in gathered.items()}, left
+            left = self.run(states, key=self.index + 1, keep=keep, consume=keep, watch=watch)
+        found: dict[str, dict[type, Tensor]] = {}
+        for site, statistics in gathered.items():
+            found[site] = {type(s): s.value() for s in statistics}
+        if watch:
+            found["states"] = {type(s): s.value() for s in watch}
+        return found, left
 
     def weight(self, linear: str) -> Tensor:
-        """A linear's weight [out, in], or another tensor of the block, float32."""
-        return self.module.get_parameter(linear).data
+        """A linear's weight [out, in], or another tensor of the block, as stored but in float32."""
+        if self.walk.dtype == torch.float32:
+            return self.module.get_parameter(linear).data
+        name = self.walk.family.block_tensor(self.index, linear)
+        return self.walk.checkpoint.tensor(name).to(self.walk.device, torch.float32)
 
     def set_weight(self, linear: str, weight: Tensor) -> None:
         """Replace a linear's weight for the rest of this block's life."""
-        self.module.get_parameter(linear).data = weight
-        self.changed = True
+        self.module.get_parameter(linear).data = weight.to(self.walk.device, self.walk.dtype)
 
 
 def _hook(statistics: Sequence[Statistic], output: bool) -> Callable[..., None]:
@@ -252,30 +332,63 @@ def _hook(statistics: Sequence[Statistic], output: bool) -> Callable[..., None]:
 
 
 def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
-    """The loss with each contiguous run of ``length`` blocks bypassed, in one walk.
+    """The loss with each contiguous run of ``length`` blocks bypassed.
 
-    The states before a run are those of the full model, so candidate ``i`` costs only the blocks after its run. At most
-    ``layers - length + 1`` sets of states are held.
+    The states before a run are those of the full model, so candidate ``i`` costs only the blocks after its run. Groups
+    of windows take their turns, so that the states of all candidates fit into memory.
 
     Returns:
         The full model's loss, and the loss of each candidate, by the index of the run's first block.
     """
-    full = walk.start()
+    candidates = len(walk.layers) - length + 1
+    width = walk.checkpoint.shape.hidden * walk.dtype.itemsize
+    together = max(1, GROUP_BYTES // ((candidates + 1) * walk.batches[0].numel() * width))
+    groups = [walk.batches[i : i + together] for i in range(0, len(walk.batches), together)]
+    for step, group in enumerate(groups):
+        if step >= walk.journal.finished:
+            part = f", part {step + 1} of {len(groups)}" if len(groups) > 1 else ""
+            walk.journal.put(step, {f"losses.{step}": _removal_losses(walk, length, group, part)})
+            walk.journal.finish(step)
+    total = torch.stack([walk.journal[f"losses.{step}"] for step in range(len(groups))]).sum(dim=0)
+    full, *without = (total / sum(b.shape[0] * (b.shape[1] - 1) for b in walk.batches)).tolist()
+    return full, without
+
+
+def _removal_losses(walk: BlockWalk, length: int, batches: Sequence[Tensor], part: str) -> Tensor:
+    """Summed losses over some windows, float64: of the full model, then with each run bypassed."""
+    full = walk.start(batches)
     candidates: dict[int, States] = {}  # first bypassed block -> states so far
     last = len(walk.layers) - length
-    for block in walk.blocks():
+    for block in walk.blocks(part=part):
         if block.index <= last:
             candidates[block.index] = full
         full = block.run(full)
         for first in candidates:
             if block.index >= first + length:
-                candidates[first] = block.run(candidates[first])
-    return walk.loss(full), [walk.loss(candidates[first]) for first in range(last + 1)]
+                candidates[first] = block.run(candidates[first], consume=True)
+    losses = walk.head().losses(batches, [full, *(candidates[first] for first in range(last + 1))])
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 def release_memory() -> None:
     """Give freed memory back to the system; glibc keeps it otherwise and a long walk would creep upwards."""
     gc.collect()
+    _libc("malloc_trim", 0)
+
+
+def _map_large_tensors() -> None:
+    """Have glibc take each large tensor's memory from the system, and give it back, by itself.
+
+    It would raise the size from which it does so with each tensor that is freed, and then carve tensors out of one
+    heap, which grows around small objects to a multiple of what is in use.
+    """
+    _libc("mallopt", _M_MMAP_THRESHOLD, 2**22)
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def _libc(function: str, *arguments: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -68,7 +68,11 @@ class Place:
 
 
 def evidence(
-    walk: BlockWalk, needs: Sequence[type], spaces: Sequence[str]
+    walk: BlockWalk,
+    needs: Sequence[type],
+    spaces: Sequence[str],
+    *,
+    replay: Callable[[Block], None] | None = None,
 ) -> Iterator[tuple[Block | None, dict[str, list[Place]]]]:
     """Walk through the blocks and show each one's places.
 
@@ -80,6 +84,7 @@ def evidence(
         walk: over the blocks.
         needs: kinds of statistics, of activations, of states, or of gradients.
         spaces: of which to show places: ``hidden``, ``ffn``, ``kv``, or ``layer``.
+        replay: as in :meth:`BlockWalk.observed`.
     """
     activations = [kind for kind in needs if issubclass(kind, Statistic)]
     gradient_kinds = [kind for kind in needs if issubclass(kind, GradientStatistic)]
@@ -91,7 +96,7 @@ def evidence(
     family = walk.family
     sites = {"hidden": family.hidden_sites, "ffn": (family.ffn_site,), "kv": (family.kv_site,)}
     wanted = {site: activations for space in spaces if activations for site in sites[space]}
-    for block, stats in walk.observed(wanted, state_kinds):
+    for block, stats in walk.observed(wanted, state_kinds, replay=replay):
         yield block, _places(walk, block, spaces, stats, {})
     if not activations and "hidden" in spaces:
         yield None, _places(walk, None, spaces, {}, {})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secateur.calibrate.engine import Block, BlockWalk, States
 from secateur.calibrate.stats import GradientStatistic
+from secateur.checkpoint import is_finite
 from secateur.errors import UserError
 
 __all__ = ["Gradients", "gradients_of"]
@@ -37,13 +38,11 @@ def gradients_of(
     for block in walk.blocks():
         entering.append(block.run(entering[-1]))
     leaving = entering.pop()
-    head = walk.head()
-    upstream = [_loss_gradients(walk, head, *window)[0] for window in zip(walk.batches, leaving, strict=True)]
-    del head  # the largest matrix there is
+    upstream = [walk.store.hold(gradient) for gradient in walk.head().gradients(walk.batches, leaving)]
     for block in walk.blocks(backwards=True):
         found = {name: [kind() for kind in kinds] for name, _ in block.module.named_parameters()}
         windows = zip(entering.pop(), upstream, strict=True)
-        upstream = [_through(block, states, behind, found) for states, behind in windows]
+        upstream = [walk.store.hold(_through(block, states, behind, found)) for states, behind in windows]
         yield block, _values(found, kinds)
     if outer:
         yield None, _values(_outside(walk, leaving, upstream, kinds), kinds)
@@ -51,43 +50,41 @@ def gradients_of(
 
 def _through(block: Block, states: Tensor, behind: Tensor, found: Mapping[str, list[GradientStatistic]]) -> Tensor:
     """Carry a window's gradient back through a block, adding its tensors' to ``found``."""
-    states = states.detach().requires_grad_()
+    states = states.to(block.walk.device).detach().requires_grad_()
     parameters = {name: parameter.requires_grad_() for name, parameter in block.module.named_parameters()}
     with torch.enable_grad():
-        before, *gradients = torch.autograd.grad(block.forward(states), [states, *parameters.values()], behind)
-    if not torch.isfinite(before).all():
+        out = block.forward(states)
+        before, *gradients = torch.autograd.grad(out, [states, *parameters.values()], behind.to(out))
+    if not is_finite(before):
         where = f"{block.walk.checkpoint.directory}: block {block.index}"
         raise UserError(f"{where} has a gradient of NaN or infinity on this calibration text")
     for name, gradient in zip(parameters, gradients, strict=True):
         for statistic in found[name]:
-            statistic.update(gradient)
+            statistic.update(gradient.float())
     return before
-
-
-def _loss_gradients(
-    walk: BlockWalk, head: Tensor, ids: Tensor, states: Tensor, *, outer: bool = False
-) -> tuple[Tensor, ...]:
-    """The gradient of a window's loss with respect to the last states and, for ``outer``, the final norm and head."""
-    norm, head = walk.norm.requires_grad_(outer), head.requires_grad_(outer)
-    states = states.detach().requires_grad_()
-    wanted = [states, *norm.parameters(), head] if outer else [states]
-    with torch.enable_grad():
-        loss = nn.functional.cross_entropy(walk.capped(norm(states)[0, :-1] @ head.T), ids[0, 1:])
-        return torch.autograd.grad(loss, wanted)
 
 
 def _outside(
     walk: BlockWalk, leaving: States, upstream: States, kinds: Sequence[type[GradientStatistic]]
 ) -> dict[str, list[GradientStatistic]]:
-    """Statistics of the gradients of the tensors outside the blocks; a tied one has both its uses summed."""
-    family, tied = walk.family, walk.checkpoint.shape.tied
-    embed = walk.model.get_submodule(family.embedding.removesuffix(".weight")).requires_grad_()
+    """Statistics of the gradients of the tensors outside the blocks; a tied one has both its uses summed.
+
+    Here the head is whole in memory, in float32, and so are the gradients.
+    """
+    family, tied, device = walk.family, walk.checkpoint.shape.tied, walk.device
     found = {name: [kind() for kind in kinds] for name in walk.checkpoint.outer_tensors()}
-    head = walk.head()
+    norm, end = walk.norm.requires_grad_(), walk.head()
+    head = walk.checkpoint.tensor(family.head).to(device, torch.float32).requires_grad_()
     for ids, last, first in zip(walk.batches, leaving, upstream, strict=True):
-        _, of_norm, of_head = _loss_gradients(walk, head, ids, last, outer=True)
+        rows = walk.embed_only(ids)
+        walk.embedding.requires_grad_()
         with torch.enable_grad():
-            (table,) = torch.autograd.grad(embed(ids), embed.get_parameter("weight"), first)
+            logits = end.capped(norm(last[0, :-1].to(device)).float() @ head.T)
+            loss = nn.functional.cross_entropy(logits, ids[0, 1:].to(device))
+            of_norm, of_head = torch.autograd.grad(loss, [norm.get_parameter("weight"), head])
+            weight = walk.embedding.get_parameter("weight")
+            (of_rows,) = torch.autograd.grad(walk.embedding(rows), weight, first.to(device, weight.dtype))
+        table = torch.zeros_like(head).index_copy_(0, ids.unique().to(device), of_rows.float())
         gradients = {
             family.embedding: table + of_head if tied else table,
             family.final_norm: of_norm,

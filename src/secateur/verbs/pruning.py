@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from secateur.calibrate.journal import Workspace
 from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
-from secateur.files import atomic_directory
+from secateur.files import check_free, resumable_directory
+from secateur.footprint import Use, estimate, free_memory, size, watched
 from secateur.methods import Method, get_method
 from secateur.plan import Plan
-from secateur.progress import say
+from secateur.progress import clock, say
 from secateur.prune import Calibration, achieved, asked_words, make_plan, reads_text, task_of, write_pruned
 from secateur.report.words import points, share
-from secateur.runtime import pick_device
+from secateur.runtime import environment, pick_device, pick_dtype
 from secateur.target import Target
 from secateur.verbs.answer import Answer
 from secateur.verbs.ids import calibration_of
@@ -28,15 +33,9 @@ def prune(arguments: Namespace) -> Answer:
     """``secateur prune MODEL OUT``. What can fail without reading weights fails first, the cheapest first."""
     options = _options(arguments.option)
     method = get_method(arguments.method, options)
-    target = Target.parse(
-        ratio=arguments.ratio,
-        of=arguments.of,
-        shape=arguments.shape,
-        pattern=arguments.pattern,
-        axes=arguments.axes,
-        allocation=arguments.allocation,
-    )
-    target.check(method, arguments.method)
+    targets = _targets(arguments)
+    for target in targets:
+        target.check(method, arguments.method)
     task = _task(arguments, method)
     if reads_text(method) and arguments.calibration is None:
         raise UserError(
@@ -44,22 +43,101 @@ def prune(arguments: Namespace) -> Answer:
             "stdlib, text:PATH, hf:NAME[:config] or tokens:FILE.npy"
         )
     device = pick_device(arguments.device)
+    out = Path(arguments.out)
+    check_free(out)
     checkpoint = Checkpoint(arguments.model)
-    target.shape(checkpoint.shape, method, arguments.method)
-    with atomic_directory(Path(arguments.out)) as work:
-        calibration = _calibration(arguments, checkpoint, method)
-        plan = make_plan(
-            checkpoint,
-            arguments.method,
-            target,
-            calibration,
-            options=options,
-            task=task,
-            batch=arguments.batch,
-            device=device,
+    for target in targets:
+        target.shape(checkpoint.shape, method, arguments.method)
+    calibration = _calibration(arguments, checkpoint, method)
+    dtype = pick_dtype(arguments.dtype, device)
+    on_disk = _announce(arguments, checkpoint, method, calibration, len(targets), device, dtype)
+    asked = {
+        "model": checkpoint.digest,
+        "method": arguments.method,
+        "options": options,
+        "targets": [target.record(method) for target in targets],
+        "calibration": calibration.record() if calibration else None,
+        "batch": arguments.batch,
+        "device": device,
+        "dtype": str(dtype),
+        "versions": environment(),
+    }
+    with watched(device) as use, resumable_directory(out, asked, resume=arguments.resume) as (fresh, work):
+        workspace = Workspace(work, work / "states" if on_disk else None)
+        done: list[tuple[Path, Plan, dict[str, Any]]] = []
+        for target in targets:
+            plan = make_plan(
+                checkpoint,
+                arguments.method,
+                target,
+                calibration,
+                options=options,
+                task=task,
+                batch=arguments.batch,
+                device=device,
+                dtype=dtype,
+                workspace=workspace,
+            )
+            name = "" if len(targets) == 1 else f"ratio-{target.ratio:g}"
+            (fresh / name).mkdir(exist_ok=True)
+            content = write_pruned(checkpoint, plan, fresh / name, base=Path(arguments.model).name)
+            done.append((out / name, plan, content))
+    return _answer(arguments, done, use)
+
+
+def _targets(arguments: Namespace) -> list[Target]:
+    """What pruning should come to; several ratios give one each."""
+    ratios = arguments.ratio or [None]
+    if len(set(ratios)) < len(ratios):
+        raise UserError(f"--ratio {','.join(f'{r:g}' for r in ratios)}: names a ratio twice")
+    return [
+        Target.parse(
+            ratio=ratio,
+            of=arguments.of,
+            shape=arguments.shape,
+            pattern=arguments.pattern,
+            axes=arguments.axes,
+            allocation=arguments.allocation,
         )
-        content = write_pruned(checkpoint, plan, work, base=Path(arguments.model).name)
-    return _answer(arguments, plan, content)
+        for ratio in ratios
+    ]
+
+
+def _announce(
+    arguments: Namespace,
+    checkpoint: Checkpoint,
+    method: Method,
+    calibration: Calibration | None,
+    outputs: int,
+    device: str,
+    dtype: torch.dtype,
+) -> bool:
+    """Say what the run will need; decide whether states go to disk.
+
+    Raises:
+        UserError: if the disk has not that much room.
+    """
+    windows, seqlen = calibration.windows.shape if calibration else (0, 0)
+    needs = estimate(
+        method, checkpoint.shape, windows, seqlen, arguments.batch, dtype, checkpoint.stored_bytes, outputs
+    )
+    free = free_memory()
+    on_disk = arguments.states == "disk"
+    if arguments.states == "auto" and free is not None:
+        on_disk = needs.host(device, on_disk=False) > 0.6 * free
+    parent = next(folder for folder in Path(arguments.out).absolute().parents if folder.exists())
+    room, disk = shutil.disk_usage(parent).free, needs.disk(on_disk=on_disk)
+    said = [f"{size(needs.host(device, on_disk=on_disk))} of memory above the program's own"]
+    if device != "cpu":
+        said.append(f"{size(needs.block)} on the device")
+    said.append(f"{size(disk)} of disk (free: {size(room)})")
+    states = f"; states ({size(needs.states)}) {'on disk' if on_disk else 'in memory'}" if windows else ""
+    say(f"estimate: {', '.join(said)}{states}; the time shows after the first block")
+    if disk > room:
+        raise UserError(
+            f"{arguments.out}: needs about {size(disk)} of disk, and {size(room)} are free; write elsewhere"
+        )
+    return on_disk
 
 
 def _options(pairs: Sequence[str]) -> dict[str, str]:
@@ -100,10 +178,25 @@ def _calibration(arguments: Namespace, checkpoint: Checkpoint, method: Method) -
     return None
 
 
-def _answer(arguments: Namespace, plan: Plan, content: dict[str, Any]) -> Answer:
+def _answer(arguments: Namespace, done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: Use) -> Answer:
+    told = [_told(arguments, *one) for one in done]
+    used = {"seconds": use.seconds, "memory": use.memory, "device": use.device}
+    answer = {**told[0][0], "used": used}
+    if len(told) > 1:
+        answer = {"out": str(arguments.out), "outputs": [one for one, _ in told], "used": used}
+    said = f"{clock(use.seconds)}" + (f", at most {size(use.memory)} of memory" if use.memory is not None else "")
+    said += f", {size(use.device)} on the device" if use.device is not None else ""
+    lines = [line for _, lines in told for line in [*lines, ""]]
+    lines[-1] = f"used         {said}"
+    lines.append(f"next         secateur eval {done[0][0]} --data text:FILE")
+    return answer, "\n".join(lines), 0
+
+
+def _told(arguments: Namespace, out: Path, plan: Plan, content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """One output, for programs and for people."""
     ratio = achieved(plan)
     answer = {
-        "out": str(arguments.out),
+        "out": str(out),
         "method": arguments.method,
         "asked": plan.asked,
         "ratio": ratio,
@@ -118,17 +211,13 @@ def _answer(arguments: Namespace, plan: Plan, content: dict[str, Any]) -> Answer
     if "block_weights" in ratio:
         removed += f", {share(ratio['block_weights'])} of the weights of the blocks' linears"
     lines = [
-        f"{arguments.out}: {arguments.method}, {plan.summary['detail']}",
+        f"{out}: {arguments.method}, {plan.summary['detail']}",
         f"asked        {asked_words(plan.asked)}",
         f"removed      {removed}",
     ]
     if ratio["drift"] is not None:
         lines.append(f"drift        {points(ratio['drift'])} points from the ratio asked")
-    lines += [
-        f"calibration  {_calibration_words(plan)}",
-        f"next         secateur eval {arguments.out} --data text:FILE",
-    ]
-    return answer, "\n".join(lines), 0
+    return answer, [*lines, f"calibration  {_calibration_words(plan)}"]
 
 
 def _calibration_words(plan: Plan) -> str:

@@ -1,0 +1,161 @@
+"""What a walk has found, block by block, and the states between blocks: in memory, or on disk."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.files import write_text
+from secateur.tensor_files import Stored, TensorFile, write_tensors
+
+__all__ = ["Journal", "StateStore", "Workspace"]
+
+
+class Journal(Mapping[str, Tensor]):
+    """Tensors that were found, by name; on disk they are read when they are asked for.
+
+    A step (a block, or a group of windows) is *finished* once all that comes of it is there. A run that was killed goes
+    on behind the last finished one.
+
+    Args:
+        directory: where the tensors of each step are kept; None for memory.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory
+        self.finished = 0  #: steps that need not be done again
+        self.complete = False  #: whether the walk came to its end
+        self._held: dict[str, Tensor | TensorFile] = {}
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            marker = directory / "finished"
+            self.finished = int(marker.read_text()) if marker.exists() else 0
+            self.complete = (directory / "complete").exists()
+            for path in sorted(directory.glob("step-*.safetensors")):
+                if self.complete or int(path.stem.removeprefix("step-")) < self.finished:
+                    self._index(path)
+
+    def put(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what was found in a step."""
+        if self.directory is None:
+            self._held |= tensors
+            return
+        path = self._file(step)
+        fresh = path.with_suffix(".new")
+        write_tensors(fresh, [Stored.of(name, tensor) for name, tensor in tensors.items()])
+        fresh.replace(path)
+        self._index(path)
+
+    def finish(self, step: int) -> None:
+        """Note that all that comes of a step is there."""
+        self.finished = step + 1
+        if self.directory is not None:
+            write_text(self.directory / "finished", str(self.finished))
+
+    def close(self) -> None:
+        """Note that the walk came to its end: what was found serves whoever asks for it again."""
+        self.complete = True
+        if self.directory is not None:
+            write_text(self.directory / "complete", "")
+
+    def _file(self, step: int) -> Path:
+        assert self.directory is not None
+        return self.directory / f"step-{step:05}.safetensors"
+
+    def _index(self, path: Path) -> None:
+        file = TensorFile(path)
+        self._held |= dict.fromkeys(file.names, file)
+
+    def below(self, prefix: str) -> Mapping[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the rest of their names."""
+        return _Below(self, prefix)
+
+    def __getitem__(self, name: str) -> Tensor:
+        held = self._held[name]
+        return held if isinstance(held, Tensor) else held.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+class Workspace:
+    """Where one or several prunings of a checkpoint keep what they find on the way.
+
+    Args:
+        directory: of the journals; None for memory. What is there already is taken up.
+        states: directory of the states between blocks; None for memory.
+    """
+
+    def __init__(self, directory: Path | None = None, states: Path | None = None) -> None:
+        self.directory, self.states = directory, states
+        self._journals: dict[str, Journal] = {}
+
+    def journal(self, key: str) -> Journal:
+        """What is found under this key; scores that serve several prunings have one."""
+        if key not in self._journals:
+            self._journals[key] = Journal(self.directory / key if self.directory else None)
+        return self._journals[key]
+
+    def store(self, key: str) -> StateStore:
+        """Where the states of the walk under this key are held."""
+        return StateStore(self.states / key if self.states else None)
+
+
+class _Below(Mapping[str, Tensor]):
+    def __init__(self, journal: Journal, prefix: str) -> None:
+        self.journal, self.prefix = journal, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.journal[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.journal if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.prefix + name in self.journal._held
+
+
+class StateStore:
+    """Holds hidden states on the host: in memory, or in files that are mapped into it.
+
+    Mapped files are no anonymous memory: the system may drop them from memory whenever it needs room.
+
+    Args:
+        directory: of the files; None for memory.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def hold(self, states: Tensor, name: str | None = None) -> Tensor:
+        """Keep a batch of states; a named file stays for :meth:`find`, one without a name goes with its tensor."""
+        if self.directory is None:
+            return states.cpu()
+        path = self.directory / (name or uuid.uuid4().hex)
+        held = self._map(path, states.shape, states.dtype)
+        held.copy_(states)
+        if name is None:
+            path.unlink()
+        return held
+
+    def find(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """The states that were kept under a name; None where there are none."""
+        if self.directory is None or not (self.directory / name).exists():
+            return None
+        return self._map(self.directory / name, size, dtype)
+
+    @staticmethod
+    def _map(path: Path, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.from_file(str(path), shared=True, size=size.numel(), dtype=dtype).reshape(size)

@@ -1,0 +1,143 @@
+"""What pruning will need, told beforehand, and what it has used."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from secateur.calibrate.engine import GROUP_BYTES
+from secateur.calibrate.stats import GradientStatistic, Gram
+from secateur.methods import Method, RemovalMethod, WeightMethod
+from secateur.shapes import Shape
+
+__all__ = ["Estimate", "Use", "estimate", "free_memory", "size", "watched"]
+
+_STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes, above what the process holds already."""
+
+    block: int  #: one block's weights, statistics and activations, where it is computed
+    states: int  #: the states between blocks, in memory or on disk
+    kept: int  #: what is found block by block, on disk until the output is written
+    output: int  #: the checkpoint to be written, on disk
+
+    def host(self, device: str, *, on_disk: bool) -> int:
+        """Memory on the host."""
+        return (self.block if device == "cpu" else 0) + (0 if on_disk else self.states)
+
+    def disk(self, *, on_disk: bool) -> int:
+        """Room for files."""
+        return self.kept + self.output + (self.states if on_disk else 0)
+
+
+def estimate(
+    method: Method, shape: Shape, windows: int, seqlen: int, batch: int, dtype: torch.dtype, stored: int, outputs: int
+) -> Estimate:
+    """Reckon what scoring ``windows`` of ``seqlen`` tokens and cutting will need.
+
+    Args:
+        method: how.
+        shape: the model, whole.
+        windows: of calibration; 0 where the method reads none.
+        seqlen: tokens in each.
+        batch: windows at once.
+        dtype: of the forward pass.
+        stored: bytes of the checkpoint.
+        outputs: checkpoints to be written.
+    """
+    sizes = [math.prod(shape.tensor_size(axes)) for axes in shape.block_tensors().values()]
+    weights, largest = sum(sizes), max(sizes)
+    gradients = [need for need in method.needs if issubclass(need, GradientStatistic)]
+    batch = min(1 if gradients else batch, windows)
+    states = windows * seqlen * shape.hidden * dtype.itemsize
+    # What a block holds at once besides its states: about four times the FFN's width and six times the hidden size.
+    activations = batch * seqlen * (4 * shape.ffn + 6 * shape.hidden) * dtype.itemsize
+    block = weights * dtype.itemsize + activations + 3 * 4 * largest
+    if Gram in method.needs:
+        widths = [shape.axis_size(site.space) for site in shape.family.sites.values()]
+        block += 4 * (sum(width**2 for width in widths) + 3 * max(widths) ** 2)
+    if gradients:
+        block += weights * 4 * (1 + len(gradients)) + 2 * activations
+        states *= shape.layers + 2
+    if isinstance(method, RemovalMethod):
+        states = max(min(states * (shape.layers + 1), GROUP_BYTES), states // max(windows // max(batch, 1), 1))
+    kept = 0
+    if isinstance(method, WeightMethod):
+        kept = shape.block_weights * (1 + (2 if type(method).prune is not WeightMethod.prune else 0))
+    return Estimate(block, states, kept * outputs, stored * outputs)
+
+
+@dataclass
+class Use:
+    """What a run took."""
+
+    seconds: float = 0.0
+    memory: int | None = None  #: bytes of anonymous memory at the peak; None where the system does not tell
+    device: int | None = None  #: bytes allocated on the GPU at the peak; None without one
+
+
+@contextlib.contextmanager
+def watched(device: str, interval: float = 0.05) -> Iterator[Use]:
+    """Watch this process while the block runs; the figures are there when it ends.
+
+    Memory is what the process alone holds (``RssAnon``): mapped files, such as the checkpoint, can be dropped and read
+    again at any time, and do not count. It is sampled, so that a peak shorter than ``interval`` seconds may be missed.
+    """
+    use, start, over = Use(), time.monotonic(), threading.Event()
+
+    def sample() -> None:
+        while True:
+            held = _anonymous()
+            if held is not None:
+                use.memory = max(use.memory or 0, held)
+            if over.wait(interval):
+                return
+
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield use
+    finally:
+        over.set()
+        thread.join()
+        use.seconds = time.monotonic() - start
+        if device.startswith("cuda"):
+            use.device = torch.cuda.max_memory_allocated(device)
+
+
+def _anonymous() -> int | None:
+    return _field(_STATUS, "RssAnon:")
+
+
+def free_memory() -> int | None:
+    """Bytes that the system could give; None where it does not tell."""
+    return _field(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def _field(path: Path, key: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in path.read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def size(count: float) -> str:
+    """Bytes as people say them: ``3.4 GB``."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

@@ -1,0 +1,240 @@
+"""Pruning by streaming: under a memory limit, after a kill, for several ratios at once, with states on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import files, tiny_family, tiny_llama, windows
+from secateur.calibrate.engine import BlockWalk
+from secateur.calibrate.journal import Journal, StateStore
+from secateur.checkpoint import Checkpoint, write_checkpoint
+from secateur.cli import main
+from secateur.shapes import Shape
+from secateur.tensor_files import Stored, TensorFile, write_tensors
+
+METHODS = ["shortgpt", "minitron-depth", "shortened-llama", "minitron-width", "wanda-sp", "flap", "wanda", "sparsegpt"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny_llama(folder).rename(folder / "model")
+    np.save(folder / "ids.npy", windows(6).numpy())
+    return folder
+
+
+def prune(world: Path, out: Path, method: str, *more: str, ratio: str = "0.5") -> int:
+    calibration = ["--calibration", f"tokens:{world / 'ids.npy'}", "--batch", "2"]
+    return main(["prune", str(world / "model"), str(out), "--method", method, "--ratio", ratio, *calibration, *more])
+
+
+def test_a_file_is_the_one_that_the_library_writes(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.arange(7).to(torch.bool),
+        "a": torch.randn(3, 5).to(torch.bfloat16),
+        "half": torch.randn(3).half(),
+        "long": torch.arange(4),
+        "c": torch.randn(2, 2),
+        "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 4),
+    }
+    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    write_tensors(tmp_path / "ours", [Stored.of(n, t) for n, t in tensors.items()], {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    file = TensorFile(tmp_path / "theirs")
+    assert sorted(file.names) == sorted(tensors)
+    assert all(torch.equal(file.tensor(n), t) and file.dtype(n) == t.dtype for n, t in tensors.items())
+    assert torch.equal(file.rows("a", 1, 3), tensors["a"][1:3])
+
+
+def test_a_tensor_that_is_not_what_was_said_is_refused(tmp_path: Path) -> None:
+    for stored in (
+        Stored("x", torch.float32, (2, 2), lambda: (torch.zeros(2, 3),)),
+        Stored("x", torch.float32, (2, 2), lambda: (torch.zeros(2, 2).half(),)),
+        Stored("x", torch.float32, (2, 2), lambda: (torch.zeros(1, 2),)),
+    ):
+        with pytest.raises(ValueError, match="x "):
+            write_tensors(tmp_path / "x", [stored])
+
+
+def test_a_journal_forgets_steps_that_were_not_finished(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.put(0, {"mask.a": torch.ones(2)})
+    journal.finish(0)
+    journal.put(1, {"mask.b": torch.zeros(2)})
+    again = Journal(tmp_path)
+    assert again.finished == 1 and dict(again.below("mask.")).keys() == {"a"} and "b" not in again.below("mask.")
+    journal.finish(1)
+    journal.close()
+    assert Journal(tmp_path).complete and len(Journal(tmp_path).below("mask.")) == 2
+
+
+def test_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
+    store, states = StateStore(tmp_path), torch.randn(2, 3, 4).to(torch.bfloat16)
+    unnamed, named = store.hold(states), store.hold(states, "1-00000")
+    assert torch.equal(unnamed, states) and torch.equal(named, states)
+    assert [path.name for path in tmp_path.iterdir()] == ["1-00000"]
+    found = StateStore(tmp_path).find("1-00000", states.shape, states.dtype)
+    assert found is not None and torch.equal(found, states)
+
+
+@pytest.mark.parametrize("states", ["ram", "disk"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_resumes_to_the_same_bytes(
+    method: str,
+    states: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert prune(world, tmp_path / "whole", method) == 0
+    real, seen = Journal.finish, 0
+
+    def killed(self: Journal, step: int) -> None:
+        nonlocal seen
+        real(self, step)
+        seen += 1
+        if seen == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.calibrate.engine.GROUP_BYTES", 1)  # so that removals have several steps
+        patch.setattr(Journal, "finish", killed)
+        whole_run_without_steps = prune(world, tmp_path / "out", method, "--states", states) == 0
+    monkeypatch.setattr("secateur.calibrate.engine.GROUP_BYTES", 1)
+    if not whole_run_without_steps:
+        assert (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
+        capsys.readouterr()
+        assert prune(world, tmp_path / "out", method) == 2
+        assert "--resume" in capsys.readouterr().err
+        assert prune(world, tmp_path / "out", method, "--resume", ratio="0.25") == 2
+        assert "targets" in capsys.readouterr().err
+        visited, blocks = [], BlockWalk.blocks
+
+        def counted(self: BlockWalk, **options: object) -> Iterator[object]:
+            for block in blocks(self, **options):  # type: ignore[arg-type]
+                visited.append(block.index)
+                yield block
+
+        monkeypatch.setattr(BlockWalk, "blocks", counted)
+        assert prune(world, tmp_path / "out", method, "--states", states, "--resume") == 0
+        if states == "disk" and method != "minitron-depth":
+            assert visited == [2, 3, 4]
+    else:
+        assert method == "shortened-llama"  # whose gradients come from a walk that is done anew
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_several_ratios_give_what_each_gives_alone(
+    method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    starts, start = [], BlockWalk.start
+    monkeypatch.setattr(BlockWalk, "start", lambda self, *a: (starts.append(1), start(self, *a))[1])
+    assert prune(world, tmp_path / "both", method, "--json", ratio="0.25,0.5") == 0
+    walks = len(starts)
+    answer = json.loads(capsys.readouterr().out)
+    assert [Path(one["out"]).name for one in answer["outputs"]] == ["ratio-0.25", "ratio-0.5"]
+    for ratio in ("0.25", "0.5"):
+        assert prune(world, tmp_path / ratio, method, ratio=ratio) == 0
+        assert files(tmp_path / ratio) == files(tmp_path / "both" / f"ratio-{ratio}")
+    depends = method in ("wanda", "sparsegpt", "wanda-sp", "minitron-depth")
+    assert walks == (2 if depends else 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "phi3"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "minitron-width", "shortened-llama", "minitron-depth"])
+def test_bfloat16_forwards_score_nearly_alike(family: str, method: str, tmp_path: Path) -> None:
+    directory = tiny_family(tmp_path, family)
+    np.save(tmp_path / "ids.npy", windows(6).numpy())
+    plans = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        line = ["prune", str(directory), str(out), "--method", method, "--ratio", "0.5", "--dtype", dtype]
+        assert main([*line, "--calibration", f"tokens:{tmp_path / 'ids.npy'}"]) == 0
+        plans[dtype] = load_file(out / "plan.safetensors")
+        assert json.loads((out / "plan.json").read_text())["calibration"].get("dtype") == (
+            None if dtype == "float32" else dtype
+        )
+    for name, wanted in plans["float32"].items():
+        found = plans["bfloat16"][name]
+        if name.startswith("mask."):
+            assert (found == wanted).float().mean() > 0.9
+        elif name.startswith("score."):
+            assert torch.corrcoef(torch.stack([found, wanted]))[0, 1] > 0.9
+
+
+def test_without_another_process_at_it(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import fcntl
+
+    (tmp_path / "out.partial").mkdir()
+    with (tmp_path / "out.partial" / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert prune(world, tmp_path / "out", "magnitude") == 2
+    assert "another process" in capsys.readouterr().err
+    assert prune(world, tmp_path / "out", "magnitude") == 0
+
+
+LIMITED = """
+import resource, sys
+import secateur.cli, secateur.verbs.pruning, transformers.models.llama.modeling_llama
+data = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData:"))
+limit = 1024 * data + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+sys.exit(secateur.cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 0.4 GB in shards, of blocks of 13 MB."""
+    from transformers import LlamaConfig
+
+    out = tmp_path_factory.mktemp("large")
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 32, "vocab_size": 2000}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
+    config = LlamaConfig(**sizes, **heads, tie_word_embeddings=False)
+    shape, generator = Shape.of_config(config, where="config"), torch.Generator().manual_seed(0)
+
+    def stored(name: str, size: tuple[int, ...]) -> Stored:
+        def make() -> tuple[torch.Tensor]:
+            values = torch.randn(size, generator=generator) * 0.05 if len(size) > 1 else torch.ones(size)
+            return (values.to(torch.bfloat16),)
+
+        return Stored(name, torch.bfloat16, size, make)
+
+    tensors = [stored(name, shape.tensor_size(axes)) for name, axes in shape.family.outer.items()]
+    for layer in range(shape.layers):
+        for name, axes in shape.block_tensors().items():
+            tensors.append(stored(shape.family.block_tensor(layer, name), shape.tensor_size(axes)))
+    content = config.to_diff_dict() | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    write_checkpoint(out, content, tensors, provenance={}, card="", shard_bytes=2**26)
+    np.save(out / "ids.npy", np.random.default_rng(0).integers(0, 2000, (4, 64)))
+    return out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "minitron-width", "shortgpt"])
+def test_a_checkpoint_is_pruned_in_a_fraction_of_its_size(method: str, large: Path, tmp_path: Path) -> None:
+    """The process may take 140 MB more than after its imports; the whole model in float32 is five times that."""
+    checkpoint = Checkpoint(large)
+    limit = 140 * 2**20
+    assert 4 * checkpoint.shape.total > 5 * limit and checkpoint.stored_bytes > 2.5 * limit
+    line = ["prune", str(large), str(tmp_path / "out"), "--method", method, "--ratio", "0.5", "--states", "disk"]
+    line += ["--calibration", f"tokens:{large / 'ids.npy'}", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), *line], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Checkpoint(tmp_path / "out").shape.layers == (16 if method == "shortgpt" else 32)
