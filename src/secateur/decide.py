@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -234,21 +235,25 @@ def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Dec
     updates = type(method).prune is not WeightMethod.prune
     wanted: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
     for block, stats in walk.observed(wanted):
-        for linear in family.linears:
-            name = family.block_tensor(block.index, linear)
-            found = stats.get(family.site_of(linear), {})
-            if not all(torch.isfinite(value).all() for value in found.values()):
+        for site, linears in itertools.groupby(family.linears, family.site_of):
+            found = stats.pop(site, {})
+            names = {linear: family.block_tensor(block.index, linear) for linear in linears}
+            if not all(_is_finite(value) for value in found.values()):
+                read = next(iter(names.values()))
                 raise UserError(
-                    f"{walk.checkpoint.directory}: what {name} reads is too large: a sum of squares is infinite"
+                    f"{walk.checkpoint.directory}: what {read} reads is too large: a sum of squares is infinite"
                 )
-            weight, keep = method.prune(block.weight(linear), found, select)
-            if not torch.isfinite(weight).all():
-                raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
-            if updates:  # as it will be stored, so that the next block sees what is written
-                weights[name] = weight.to(walk.checkpoint.tensor(name).dtype).cpu()
-                weight = weights[name].to(walk.device, torch.float32)
-            block.set_weight(linear, weight)
-            masks[name] = keep.cpu()
+            shared = method.prepare(found)
+            del found  # matrices of all pairs of channels among them
+            for linear, name in names.items():
+                weight, keep = method.prune(block.weight(linear), shared, select)
+                if not _is_finite(weight):
+                    raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
+                if updates:  # as it will be stored, so that the next block sees what is written
+                    weights[name] = weight.to(walk.checkpoint.tensor(name).dtype).cpu()
+                    weight = weights[name].to(walk.device, torch.float32)
+                block.set_weight(linear, weight)
+                masks[name] = keep.cpu()
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     total = sum(mask.numel() for mask in masks.values())
     summary = {
@@ -257,3 +262,8 @@ def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Dec
         "sparsity": {name: 1 - float(mask.float().mean()) for name, mask in masks.items()},
     }
     return {"masks": masks, "weights": weights, "summary": summary}
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, without a copy of large tensors."""
+    return bool(torch.isfinite(torch.stack(values.aminmax())).all())
