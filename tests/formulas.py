@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from helpers import FAMILIES, hf, tiny_family, windows
+from secateur.calibrate.stats import Statistic
 from secateur.checkpoint import Checkpoint
+from secateur.methods import WeightMethod
+from secateur.select import Selector
 
 VARIANTS = ("llama-tied", "llama-biased", "llama-bf16", "qwen3-biased", "gemma3-untied")
 NAMES = (*FAMILIES, *VARIANTS)
@@ -206,6 +209,13 @@ def agrees(found: Tensor, wanted: list[float] | Tensor, rel: float = 1e-5, sprea
     """Equal to ``rel``; where a score is a difference, rounding is relative to the scores' ``spread``."""
     wanted = torch.as_tensor(wanted, dtype=torch.float64)
     torch.testing.assert_close(found.double().cpu(), wanted, rtol=rel, atol=rel * spread)
+
+
+def pruned(
+    method: WeightMethod, weight: Tensor, stats: Mapping[type[Statistic], Tensor], select: Selector
+) -> tuple[Tensor, Tensor]:
+    """One linear pruned: the weight, and what is kept of it."""
+    return method.prune(weight, method.prepare(stats), select)
 
 
 def naive_obs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -254,27 +255,31 @@ def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Dec
 
     for block, stats in () if walk.journal.complete else walk.observed(wanted, replay=put_back):
         found: dict[str, Tensor] = {}
-        for linear in family.linears:
-            name = family.block_tensor(block.index, linear)
-            statistics = stats.get(family.site_of(linear), {})
+        for site, linears in itertools.groupby(family.linears, family.site_of):
+            statistics = stats.pop(site, {})
+            names = {linear: family.block_tensor(block.index, linear) for linear in linears}
             if not all(is_finite(value) for value in statistics.values()):
+                read = next(iter(names.values()))
                 raise UserError(
-                    f"{walk.checkpoint.directory}: what {name} reads is too large: a sum of squares is infinite"
+                    f"{walk.checkpoint.directory}: what {read} reads is too large: a sum of squares is infinite"
                 )
-            weight, keep = method.prune(block.weight(linear), statistics, select)
-            if not is_finite(weight):
-                raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
-            if updates:  # as it will be stored, so that the next block sees what is written
-                weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name)).cpu()
-            block.set_weight(linear, weight)
-            found[f"mask.{name}"] = keep.cpu()
-            found[f"zeros.{name}"] = (~keep).sum().cpu()
+            shared = method.prepare(statistics)
+            del statistics  # matrices of all pairs of channels among them
+            for linear, name in names.items():
+                weight, keep = method.prune(block.weight(linear), shared, select)
+                if not is_finite(weight):
+                    raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
+                if updates:  # as it will be stored, so that the next block sees what is written
+                    weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name)).cpu()
+                block.set_weight(linear, weight)
+                found[f"mask.{name}"] = keep.cpu()
+                found[f"zeros.{name}"] = (~keep).sum().cpu()
         walk.journal.put(block.index, found)
     zeros = {name: int(count) for name, count in walk.journal.below("zeros.").items()}
-    pruned, total = sum(zeros.values()), walk.checkpoint.shape.block_weights
-    axes = walk.checkpoint.shape.block_tensors()
-    sizes = {linear: math.prod(walk.checkpoint.shape.tensor_size(axes[linear])) for linear in family.linears}
-    names = [(family.block_tensor(i, n), n) for i in range(walk.checkpoint.shape.layers) for n in family.linears]
+    shape = walk.checkpoint.shape
+    pruned, total = sum(zeros.values()), shape.block_weights
+    sizes = {linear: math.prod(shape.tensor_size(shape.block_tensors()[linear])) for linear in family.linears}
+    names = [(family.block_tensor(layer, linear), linear) for layer in range(shape.layers) for linear in family.linears]
     summary = {
         "detail": f"{pruned:,} of {total:,} block weights zeroed ({100 * pruned / total:.1f}%)"
         + (f", pattern {target.pattern}" if target.pattern else ""),

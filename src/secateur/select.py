@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,11 +36,24 @@ class Selector:
         prune = math.floor(Fraction(self.sparsity).limit_denominator(10**9) * groups.shape[1])
         if not prune:
             return torch.ones_like(scores, dtype=torch.bool)
-        threshold = groups.kthvalue(prune, dim=1, keepdim=True).values  # a sort would take ten times as long
-        below, equal = groups < threshold, groups == threshold
-        spare = prune - below.sum(dim=1, keepdim=True)
-        gone = below | (equal & (equal.cumsum(dim=1) <= spare))
-        return ~gone.reshape(scores.shape)
+        threshold = _lowest(groups, prune)
+        gone = groups <= threshold
+        if gone.count_nonzero() > prune * len(groups):  # of those equal to a threshold, the last stay
+            stay = gone.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32) - prune
+            tied = stay.flatten() > 0
+            equal = groups[tied] == threshold[tied]
+            place = equal.cumsum(dim=1, dtype=torch.int32)
+            gone[tied] &= ~(equal & (place > place[:, -1:] - stay[tied]))
+        return gone.logical_not_().reshape(scores.shape)
+
+
+def _lowest(groups: Tensor, count: int) -> Tensor:
+    """The highest of the ``count`` lowest in each group: [groups, members] -> [groups, 1]."""
+    if groups.device.type == "cpu" and groups.dtype in (torch.float32, torch.float64):
+        # A third of the time of kthvalue, and no index for each value. A sort would take ten times as long.
+        lowest = np.partition(groups.detach().numpy(), count - 1, axis=1)[:, count - 1 : count]
+        return torch.from_numpy(lowest.copy())
+    return groups.kthvalue(count, dim=1, keepdim=True).values
 
 
 def keep_channels(scores: Tensor, count: int) -> Tensor:

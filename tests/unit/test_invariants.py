@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from formulas import Subject
+from formulas import Subject, pruned
 from helpers import FAMILIES, calibration, hf, logits, windows
 from secateur.calibrate.stats import Gram
 from secateur.checkpoint import Checkpoint
@@ -118,14 +118,25 @@ def test_the_count_is_exact_for_the_largest_linears(monkeypatch: pytest.MonkeyPa
     """The count alone: such a tensor need not be made."""
     counted: list[int] = []
 
-    def stop(_scores: Tensor, k: int, **_: Any) -> None:
-        counted.append(k)
+    def stop(_groups: Tensor, count: int) -> None:
+        counted.append(count)
         raise StopIteration
 
-    monkeypatch.setattr(Tensor, "kthvalue", stop)
+    monkeypatch.setattr("secateur.select._lowest", stop)
     with pytest.raises(StopIteration):
         Selector(0.29, "linear")(torch.zeros(1).expand(10**4, 10**4))
     assert counted == [29 * 10**6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_selectors_whatever_the_type_and_layout(dtype: torch.dtype) -> None:
+    """bfloat16 takes the way that other devices take; a transposed matrix is what SparseGPT shows."""
+    scores = torch.randint(0, 40, (64, 48), generator=torch.Generator().manual_seed(0))
+    for within, span in (("row", None), ("linear", None), ("row", 4), ("row", 16)):
+        select = Selector(0.5, within, span)
+        wanted = select(scores.long())
+        assert torch.equal(select(scores.to(dtype)), wanted)
+        assert torch.equal(select(scores.to(dtype).T.contiguous().T), wanted)
 
 
 @settings(deadline=None, max_examples=50)
@@ -351,11 +362,11 @@ def test_sparsegpt_s_counts(seed: int, rows: int, spans: int, ratio: float) -> N
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(n, spans * 4, generator=generator) for n in (30, rows))
     stats: dict[type, Tensor] = {Gram: x.T @ x / 30}
-    found, keep = SparseGPT(block=24).prune(weight, stats, Selector(ratio, "linear"))
+    found, keep = pruned(SparseGPT(block=24), weight, stats, Selector(ratio, "linear"))
     for mask in keep.split(24, dim=1):
         assert int((~mask).sum()) == math.floor(Fraction(str(ratio)) * mask.numel())
     assert not found[~keep].any() and torch.isfinite(found).all()
-    found, keep = SparseGPT(block=24).prune(weight, stats, Selector(0.5, "linear", 4))
+    found, keep = pruned(SparseGPT(block=24), weight, stats, Selector(0.5, "linear", 4))
     assert (keep.reshape(-1, 4).sum(dim=1) == 2).all() and not found[~keep].any()
 
 

@@ -76,6 +76,48 @@ def test_half_precision_is_summed_in_more(kind: type[Statistic]) -> None:
     torch.testing.assert_close(of(kind, x, 3, 2), of(kind, x.float(), 40, 2), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 8, 9, 21])
+def test_gram_in_tiles_and_pieces(channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gram, "tile", 8)
+    monkeypatch.setattr(Gram, "tokens", 5)
+    x = torch.randn(7, 6, channels).to(dtype)
+    wanted = (x.double().flatten(0, 1).T @ x.double().flatten(0, 1)) / 42
+    for batch in (1, 2, 7):
+        found = of(Gram, x, batch)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found, found.T)
+
+
+def test_a_gram_has_one_matrix() -> None:
+    statistic, x = Gram(), torch.randn(4, 100, 700)  # two rows of tiles
+    statistic.update(x[:2])
+    first = statistic.value()
+    before = first.clone()
+    assert torch.equal(statistic.value(), before)  # asked again
+    statistic.update(x[2:])
+    assert statistic.value() is first
+    torch.testing.assert_close(first, x.flatten(0, 1).T @ x.flatten(0, 1) / 400, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_wide_batches_are_taken_in_pieces_and_left_alone(kind: type[Statistic], dtype: torch.dtype) -> None:
+    x = (3 + torch.randn(3, 90, 1024)).to(dtype)  # more than 2^18 values: the second piece begins within a window
+    kept = x.clone()
+    found = of(kind, x, 3)
+    assert torch.equal(x, kept) and found.dtype == torch.float32
+    tokens = x.double().flatten(0, 1)
+    wanted = {
+        Mean: tokens.mean(dim=0),
+        MeanSquare: tokens.square().mean(dim=0),
+        Variance: tokens.var(dim=0),
+        Gram: tokens.T @ tokens / len(tokens),
+        NormByPosition: x.double().abs().mean(dim=0),
+    }[kind]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
 @pytest.mark.parametrize("batch", [1, 7, 50])
 def test_variance_does_not_cancel(offset: float, batch: int) -> None:

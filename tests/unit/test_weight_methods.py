@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from formulas import NAMES, Subject, capture, follow, linears, naive_obs
+from formulas import NAMES, Subject, capture, follow, linears, naive_obs, pruned
 from helpers import calibration, hf, tiny_family, windows
 from secateur.calibrate.stats import Gram, MeanSquare
 from secateur.checkpoint import Checkpoint
@@ -143,7 +143,7 @@ def test_sparsegpt_on_wide_matrices(pattern: str, tokens: int) -> None:
     select, x = SELECTORS[pattern], correlated(tokens, 300)
     x[:, [7, 130, 299]] = 0
     weight = torch.randn(6, 300)
-    found, keep = SparseGPT().prune(weight, gram(x), select)
+    found, keep = pruned(SparseGPT(), weight, gram(x), select)
     # 125 is the largest multiple of 5 in a block; within it, a mask is chosen for each 5 columns.
     mask_of = follow(keep, select.sparsity, select.span)
     wanted = naive_obs(weight, x, mask_of, select.span or 128)
@@ -156,8 +156,8 @@ def test_sparsegpt_leaves_a_smaller_error_than_wanda(pattern: str) -> None:
     for seed in range(5):
         x = correlated(600, 256, seed)
         weight, stats = torch.randn(32, 256), gram(x)
-        updated, keep = SparseGPT().prune(weight, stats, SELECTORS[pattern])
-        zeroed, _ = Wanda().prune(weight, stats, Selector(0.5, "row", SELECTORS[pattern].span))
+        updated, keep = pruned(SparseGPT(), weight, stats, SELECTORS[pattern])
+        zeroed, _ = pruned(Wanda(), weight, stats, Selector(0.5, "row", SELECTORS[pattern].span))
         error = [float((x @ (weight - w).T).square().sum()) for w in (updated, zeroed)]
         assert error[0] < 0.6 * error[1]
         assert float((updated[keep] - weight[keep]).abs().mean()) > 0.01  # what stays makes up for what goes
@@ -168,9 +168,37 @@ def test_sparsegpt_score_is_that_of_its_first_step() -> None:
     hessian = 2 * x.double().T @ x.double()
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(12)
     ranks = [(weight.double()[:, k] ** 2 / torch.linalg.inv(hessian[k:, k:])[0, 0]) for k in range(12)]
-    scores = SparseGPT().score(weight, gram(x)).double()
+    method = SparseGPT()
+    scores = method.score(weight, method.prepare(gram(x))).double()
     factor = scores / torch.stack(ranks, dim=1)
     torch.testing.assert_close(factor, factor.mean().expand_as(factor), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("pattern", SELECTORS)
+def test_linears_that_share_an_input_are_pruned_each_for_itself(pattern: str) -> None:
+    """Blocks of 16 columns; nothing that the method is shown, and may show again, is changed."""
+    x, method, select = correlated(400, 60), SparseGPT(block=16), SELECTORS[pattern]
+    stats, weights = gram(x), [torch.randn(rows, 60) for rows in (3, 7, 5)]
+    kept_stats, kept_weights = stats[Gram].clone(), [weight.clone() for weight in weights]
+    shared = method.prepare(stats)
+    for weight in weights:
+        for found, wanted in zip(
+            method.prune(weight, shared, select), pruned(method, weight, stats, select), strict=True
+        ):
+            assert torch.equal(found, wanted)
+    assert torch.equal(stats[Gram], kept_stats)
+    assert all(torch.equal(weight, kept) for weight, kept in zip(weights, kept_weights, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "olmo2"])
+def test_the_hessian_is_factored_once_for_each_input(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, sizes = Checkpoint(tiny_family(tmp_path, name, num_hidden_layers=2)), []
+    factor = SparseGPT._factor
+    monkeypatch.setattr(SparseGPT, "_factor", lambda self, gram: (sizes.append(len(gram)), factor(self, gram))[1])
+    plan = make_plan(checkpoint, "sparsegpt", HALF, calibration(windows()))
+    assert len(sizes) == 2 * 4 and len(plan.masks) == 2 * len(checkpoint.family.linears)
 
 
 def extremes() -> dict[str, Tensor]:
@@ -199,7 +227,7 @@ def extremes() -> dict[str, Tensor]:
 @pytest.mark.parametrize("damping", [0.01, 1e-6])
 def test_sparsegpt_on_extreme_inputs(name: str, pattern: str, damping: float) -> None:
     x, weight = extremes()[name], torch.randn(4, 160)
-    found, keep = SparseGPT(damping=damping).prune(weight, gram(x), SELECTORS[pattern])
+    found, keep = pruned(SparseGPT(damping=damping), weight, gram(x), SELECTORS[pattern])
     assert torch.isfinite(found).all() and not found[~keep].any()
     assert not found[:, (x == 0).all(dim=0)].any()
     assert int((~keep[:, :128]).sum()) == 256 and int((~keep[:, 128:]).sum()) == 64
@@ -208,9 +236,9 @@ def test_sparsegpt_on_extreme_inputs(name: str, pattern: str, damping: float) ->
 
 def test_sparsegpt_does_not_mind_the_size_of_its_inputs() -> None:
     x, weight = correlated(300, 160), torch.randn(4, 160)
-    usual, keep = SparseGPT().prune(weight, gram(x), SELECTORS["0.5"])
+    usual, keep = pruned(SparseGPT(), weight, gram(x), SELECTORS["0.5"])
     for factor in (2.0**40, 2.0**-40):
-        other, mask = SparseGPT().prune(weight, gram(x * factor), SELECTORS["0.5"])
+        other, mask = pruned(SparseGPT(), weight, gram(x * factor), SELECTORS["0.5"])
         assert torch.equal(other, usual) and torch.equal(mask, keep)
 
 
@@ -218,10 +246,10 @@ def test_sparsegpt_does_not_mind_the_size_of_its_inputs() -> None:
 def test_sparsegpt_gives_up_where_damping_cannot_help(damping: float) -> None:
     weight = torch.randn(4, 160)
     with pytest.raises(UserError, match=r"--option damping=.*too small"):
-        SparseGPT(damping=damping).prune(weight, gram(extremes()["repeated"]), SELECTORS["0.5"])
+        pruned(SparseGPT(damping=damping), weight, gram(extremes()["repeated"]), SELECTORS["0.5"])
     for bad in (torch.nan, torch.inf):
         with pytest.raises(UserError):
-            SparseGPT().prune(weight, {Gram: torch.full((160, 160), bad)}, SELECTORS["0.5"])
+            pruned(SparseGPT(), weight, {Gram: torch.full((160, 160), bad)}, SELECTORS["0.5"])
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

@@ -152,7 +152,7 @@ class BlockWalk:
                 yield block, stats
                 if runs and replay is None:
                     states = left
-            if runs and (again or replay):
+            if runs and (again or replay) and block.index + 1 < len(self.layers):
                 states = block.run(states, key=block.index + 1, consume=True)
             if not again:
                 self.journal.finish(block.index)

@@ -52,24 +52,31 @@ class Statistic(ABC):
         self.count += count
 
 
+def _pieces(x: Tensor, values: int = 2**18) -> tuple[Tensor, ...]:
+    """A batch as [tokens, channels], so many values at a time that copies in float64 are small and stay in a cache."""
+    return x.flatten(0, 1).split(max(values // x.shape[-1], 1))
+
+
 class Mean(Statistic):
     """Mean over all tokens of ``x``, for each channel: [channels]."""
 
     def update(self, x: Tensor) -> None:
-        self._add(x.sum(dim=(0, 1), dtype=torch.float64), x.shape[0] * x.shape[1])
+        for tokens in _pieces(x):
+            self._add(tokens.double().sum(dim=0), len(tokens))
 
 
 class MeanSquare(Statistic):
     """Mean over all tokens of ``x^2``, for each channel: [channels]."""
 
     def update(self, x: Tensor) -> None:
-        self._add(x.float().square().sum(dim=(0, 1), dtype=torch.float64), x.shape[0] * x.shape[1])
+        for tokens in _pieces(x):
+            self._add(tokens.double().square().sum(dim=0), len(tokens))
 
 
 class Variance(Statistic):
     """Variance over all N tokens, with ``1/(N-1)``, for each channel: [channels].
 
-    Batches are merged by their means and squared deviations (Chan et al., 1979), which does not cancel.
+    Pieces of batches are merged by their means and squared deviations (Chan et al., 1979), which does not cancel.
     """
 
     def __init__(self, width: int = 1) -> None:
@@ -77,12 +84,13 @@ class Variance(Statistic):
         self.mean: Tensor | float = 0.0
 
     def update(self, x: Tensor) -> None:
-        tokens = x.double().flatten(0, 1)
-        count, mean = tokens.shape[0], tokens.mean(dim=0)
-        shift = mean - self.mean
-        between = shift.square() * (self.count * count / (self.count + count))
-        self.mean = self.mean + shift * (count / (self.count + count))
-        self._add((tokens - mean).square().sum(dim=0) + between, count)
+        for piece in _pieces(x):
+            tokens = piece.double()
+            count, mean = len(tokens), tokens.mean(dim=0)
+            shift = mean - self.mean
+            between = shift.square() * (self.count * count / (self.count + count))
+            self.mean = self.mean + shift * (count / (self.count + count))
+            self._add((tokens - mean).square_().sum(dim=0) + between, count)
 
     def value(self) -> Tensor:
         assert self.total is not None, "no batch has been seen"
@@ -90,19 +98,49 @@ class Variance(Statistic):
 
 
 class Gram(Statistic):
-    """Mean over all tokens of ``x x^T``: [channels, channels]."""
+    """Mean over all tokens of ``x x^T``: [channels, channels].
+
+    There is one matrix from the first batch to the value: it always holds the mean so far, and only the tiles on and
+    above its diagonal are worked out.
+    """
+
+    tile = 512  #: rows of the matrix that are updated at once
+    tokens = 512  #: tokens that are taken in at once, so that a float32 copy is needed of no more
 
     def update(self, x: Tensor) -> None:
-        tokens = x.float().flatten(0, 1)
-        self._add(tokens.T @ tokens, tokens.shape[0])
+        if self.total is None:
+            self.total = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32)
+        for piece in x.flatten(0, 1).split(self.tokens):
+            tokens = piece.float()
+            before, self.count = self.count, self.count + len(tokens)
+            for rows in self._rows():
+                self.total[rows, rows.start :].addmm_(
+                    tokens[:, rows].T, tokens[:, rows.start :], beta=before / self.count, alpha=1 / self.count
+                )
+
+    def value(self) -> Tensor:
+        """The statistic over all batches so far, float32: the matrix itself, which a later batch changes."""
+        assert self.total is not None, "no batch has been seen"
+        for rows in self._rows():
+            tile = self.total[rows, rows]
+            tile.copy_(tile.triu() + tile.triu(1).T)
+            self.total[rows.stop :, rows] = self.total[rows, rows.stop :].T
+        return self.total
+
+    def _rows(self) -> list[slice]:
+        assert self.total is not None
+        return [slice(first, first + self.tile) for first in range(0, len(self.total), self.tile)]
 
 
 class NormByPosition(Statistic):
     """Mean over all windows of a unit's L2 norm, ``|x|`` for a channel, at each position: [positions, units]."""
 
     def update(self, x: Tensor) -> None:
-        units = x.float().unflatten(-1, (-1, self.width))
-        self._add(units.norm(dim=-1).sum(dim=0), x.shape[0])
+        if self.total is None:
+            self.total = x.new_zeros(x.shape[1], x.shape[2] // self.width, dtype=torch.float32)
+        for window in x:  # one by one, since the norms take as much room as what they are of
+            self.total += window.float().unflatten(-1, (-1, self.width)).norm(dim=-1)
+        self.count += len(x)
 
 
 class StateStatistic(ABC):
@@ -124,9 +162,9 @@ class MeanCosine(StateStatistic):
         self.total, self.tokens = 0.0, 0
 
     def update(self, before: Tensor, after: Tensor) -> None:
-        cosines = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
-        self.total += float(cosines.sum())
-        self.tokens += cosines.numel()
+        for h, g in zip(_pieces(before), _pieces(after), strict=True):
+            self.total += float(torch.nn.functional.cosine_similarity(h.double(), g.double(), dim=-1).sum())
+            self.tokens += len(h)
 
     def value(self) -> Tensor:
         return torch.tensor(self.total / self.tokens, dtype=torch.float64)  # 1 - cosine must not cancel

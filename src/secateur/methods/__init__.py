@@ -131,15 +131,33 @@ class WeightMethod(Method):
     needs: ClassVar[Sequence[type[Statistic]]] = ()  #: statistics of the linear's input
     compare: ClassVar[Literal["row", "linear"]]  #: the group within which scores compete
 
-    @abstractmethod
-    def score(self, weight: Tensor, stats: Statistics) -> Tensor:
-        """Score each weight: [out, in] -> [out, in]."""
-
-    def prune(self, weight: Tensor, stats: Statistics, select: Selector) -> tuple[Tensor, Tensor]:
-        """Prune a linear; a method that also updates the weights that stay does so here.
+    def prepare(self, stats: Statistics) -> Any:
+        """Work out, once for each input, what all linears that read it share.
 
         Returns:
-            The weight that stays, [out, in], and bool of the same size, True where it is kept.
+            What :meth:`score` and :meth:`prune` are shown as ``stats``: the statistics, unless a method says otherwise.
+        """
+        return stats
+
+    @abstractmethod
+    def score(self, weight: Tensor, stats: Any) -> Tensor:
+        """Score each weight: [out, in] -> [out, in].
+
+        Args:
+            weight: of a linear; it is left as it is.
+            stats: of its input, as :meth:`prepare` returns them.
+        """
+
+    def prune(self, weight: Tensor, stats: Any, select: Selector) -> tuple[Tensor, Tensor]:
+        """Prune a linear; a method that also updates the weights that stay does so here.
+
+        Args:
+            weight: [out, in]; it is left as it is.
+            stats: of its input, as :meth:`prepare` returns them.
+            select: marks what stays among scores [out, in], or those of some columns.
+
+        Returns:
+            The weight that stays, [out, in], and bool of the same size, True where it is kept: new tensors.
         """
         keep = select(self.score(weight, stats))
         return weight.masked_fill(~keep, 0), keep

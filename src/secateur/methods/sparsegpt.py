@@ -16,11 +16,14 @@ from secateur.spec import Positive, spec
 
 @spec
 class SparseGPT(WeightMethod):
-    r"""``S_ij = W_ij^2 / [U_jj]^2`` with ``U^T U = H^-1`` and ``H = 2 X X^T + damping`` (arXiv:2301.00774, alg. 1).
+    r"""``S_ij = W_ij^2 R_jj^2`` with ``R R^T = H``, R upper triangular, and ``H = 2 X X^T + damping``.
 
-    Columns are pruned from left to right. The error ``E_:j = W_:j / U_jj`` of a column's pruned weights is spread over
-    the columns behind it, ``W_:k -= E_:j U_jk``: at once within a block of columns, in one product behind it. The mask
-    is chosen once for each block from the weights as they are by then; for N:M, once for each M columns.
+    This is algorithm 1 of arXiv:2301.00774, whose factor of the inverse, ``U^T U = H^-1``, is ``U = R^-1``. A change D
+    of the weights leaves the error ``||D X||^2 = ||D R||^2``, and column j of ``D R`` rests on the columns up to j
+    alone. So they are settled from left to right: a pruned weight has ``D_ij = -W_ij``, and a kept one makes its own
+    term zero, ``D_ij = -(sum over k < j of D_ik R_kj) / R_jj``. That is what the paper's updates ``W_:k -= E_:j U_jk``
+    add up to, with no inverse. The mask is chosen once for each block of columns, from the weights as they are when
+    all before it are settled; for N:M, once for each M columns.
     """
 
     source = "arXiv:2301.00774"
@@ -29,42 +32,71 @@ class SparseGPT(WeightMethod):
     block: Positive = 128  #: columns in a block
     damping: Annotated[float, Field(gt=0)] = 0.01  #: added to the diagonal of H, as a share of its mean
 
-    def score(self, weight: Tensor, stats: Statistics) -> Tensor:
-        return weight.square() / self._factor(2 * stats[Gram]).diagonal().square()
+    def prepare(self, stats: Statistics) -> tuple[Tensor, Tensor]:
+        """The factor R, back to front as :func:`_columns` reads it, and which inputs are always zero."""
+        return self._factor(stats[Gram]), stats[Gram].diagonal() == 0
 
-    def prune(self, weight: Tensor, stats: Statistics, select: Selector) -> tuple[Tensor, Tensor]:
-        hessian = 2 * stats[Gram]
-        factor = self._factor(hessian)
-        dead = hessian.diagonal() == 0  # an input that is always zero needs no weight
-        columns = weight.masked_fill(dead, 0).T.contiguous()  # transposed, so that a column lies in one piece
-        kept = torch.ones_like(columns, dtype=torch.bool)
+    def score(self, weight: Tensor, stats: tuple[Tensor, Tensor]) -> Tensor:
+        return (weight * stats[0].diagonal().flip(0)).square()
+
+    def prune(self, weight: Tensor, stats: tuple[Tensor, Tensor], select: Selector) -> tuple[Tensor, Tensor]:
+        factor, dead = stats
+        change, kept = torch.zeros_like(weight), torch.ones_like(weight, dtype=torch.bool)
         span = select.span or self.block
         width = max(self.block // span, 1) * span
-        for start in range(0, len(columns), width):
-            stop = min(start + width, len(columns))
-            errors = torch.zeros_like(columns[start:stop])
-            for j in range(start, stop):
-                if (j - start) % span == 0:
-                    chosen = slice(j, min(j + span, stop))
-                    kept[chosen] = select(columns[chosen].T.square() / factor.diagonal()[chosen].square()).T
-                errors[j - start] = columns[j].masked_fill(kept[j], 0) / factor[j, j]
-                columns[j:stop].addr_(factor[j, j:stop], errors[j - start], alpha=-1)
-            columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        return columns.masked_fill(~kept, 0).T.contiguous(), kept.T.contiguous()
+        for start in range(0, weight.shape[1], width):
+            block = slice(start, min(start + width, weight.shape[1]))
+            root = _columns(factor, block)
+            columns = weight[:, block].masked_fill(dead[block], 0)  # an input that is always zero needs no weight
+            error = change[:, :start] @ root[:start]
+            change[:, block], kept[:, block] = _settle(columns, error, root[start:], span, select)
+        return change.add_(weight).masked_fill_(dead, 0).masked_fill_(~kept, 0), kept
 
-    def _factor(self, hessian: Tensor) -> Tensor:
-        """The upper Cholesky factor U of the damped Hessian's inverse, ``H^-1 = U^T U``: [in, in].
+    def _factor(self, gram: Tensor) -> Tensor:
+        """R, back to front: the lower Cholesky factor of H back to front, [in, in].
 
-        It is that of the Hessian divided by its mean diagonal, which changes no score's rank and no update.
+        It is that of H divided by its mean diagonal, which changes no score's rank and no update.
         """
-        mean = hessian.diagonal().mean()
-        scaled = hessian / torch.where(mean > 0, mean, 1.0)
-        dead = (hessian.diagonal() == 0).to(scaled)
-        for power in range(8):  # float32 may still see a singular matrix: damp more until it does not
-            damped = scaled + torch.diag(dead + self.damping * 10**power)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and torch.isfinite(factor).all():
-                    return factor
+        size = gram.diagonal()
+        mean = size.mean()
+        for power in range(8):  # float32 may see a singular matrix: damp more until it does not
+            factor = gram.flip(0, 1).div_(torch.where(mean > 0, mean, 1.0))
+            factor.diagonal().add_((size == 0).to(gram).flip(0) + self.damping * 10**power)
+            least = 8 * torch.finfo(gram.dtype).eps * factor.diagonal()  # below, a pivot is made of rounding
+            failed = gram.new_empty((), dtype=torch.int32)
+            torch.linalg.cholesky_ex(factor.T, out=(factor.T, failed))  # in its place: such a matrix is large
+            if not failed and (factor.diagonal().square() > least).all():
+                return factor.T
         raise UserError(f"--option damping={self.damping:g}: too small to invert the Hessian of this calibration text")
+
+
+def _columns(factor: Tensor, block: slice) -> Tensor:
+    """Some columns of R, as far down as they are not zero: [stop, columns]."""
+    size = len(factor)
+    return factor[size - block.stop :, size - block.stop : size - block.start].flip(0, 1)
+
+
+def _settle(columns: Tensor, error: Tensor, root: Tensor, span: int, select: Selector) -> tuple[Tensor, Tensor]:
+    """Prune a block of columns.
+
+    Args:
+        columns: their weights [out, columns].
+        error: columns of ``D R`` as far as the settled columns before the block make them up, [out, columns].
+        root: ``R`` within the block.
+        span: columns whose mask is chosen at once.
+        select: chooses it.
+
+    Returns:
+        The change of the weights, and what is kept.
+    """
+    columns, error = columns.T.contiguous(), error.T.contiguous()  # a column in one piece
+    change, kept = -columns, torch.ones_like(columns, dtype=torch.bool)
+    for first in range(0, len(columns), span):
+        now = slice(first, first + span)
+        error[now].addmm_(root[:first, now].T, change[:first])
+        weight = columns[now] - torch.linalg.solve_triangular(root[now, now].T, error[now], upper=False)
+        kept[now] = select((weight.T * root.diagonal()[now]).square()).T
+        for j in range(first, min(first + span, len(columns))):
+            error[j].addmv_(change[first:j].T, root[first:j, j])
+            change[j] = torch.where(kept[j], error[j] / -root[j, j], change[j])
+    return change.T, kept.T
