@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from benchmarks.reference.common import Kept, entering, highest, narrow, through, watching
+from torch import Tensor, nn
 
 
 class _Moments:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from benchmarks.reference.common import Kept, linears
+from torch import Tensor
 
 
 def prune(model: Any, windows: Tensor, ratio: float) -> Kept:

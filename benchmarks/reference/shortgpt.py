@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from benchmarks.reference.common import Kept, drop_layers, highest
+from torch import Tensor, nn
 
 
 @torch.no_grad()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from benchmarks.reference.common import Kept, entering, linears, through, watching
+from torch import Tensor
 
 BLOCK = 128  #: columns whose mask is chosen at once
 DAMPING = 0.01  #: of the Hessian's mean diagonal

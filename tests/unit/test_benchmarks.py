@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for benchmarks/
 
 from benchmarks.reference.sparsegpt import prune as sparsegpt
+
 from helpers import calibration, hf, tiny_llama, windows
 from secateur.checkpoint import Checkpoint
 from secateur.plan import Plan
