@@ -8,6 +8,9 @@ start, imports, loading, pruning and writing are all counted; what imports alone
 taken off in the columns "net" and in ratios. Prints Markdown tables. With --memory a checkpoint of 3 GB is pruned under
 a limit on memory instead.
 
+Memory is given twice. "anon" leaves out mapped files, which is where a float32 checkpoint stays for whoever maps it;
+"RSS" counts them as far as they were in memory at the peak.
+
 For --peers, llmcompressor and nvidia-modelopt need an environment of their own (they pin other versions):
 
     python -m venv peers && peers/bin/pip install llmcompressor nvidia-modelopt torch==2.13.0
@@ -88,7 +91,8 @@ class Row:
     def best(self) -> Measured:
         """The run of the fewest CPU-seconds, with the highest peaks of all runs."""
         best = min(self.runs, key=lambda run: run.cpu)
-        return dataclasses.replace(best, anonymous=max(r.anonymous for r in self.runs))
+        anonymous, resident = (max(getattr(run, name) for run in self.runs) for name in ("anonymous", "resident"))
+        return dataclasses.replace(best, anonymous=anonymous, resident=resident)
 
 
 class Benchmark:
@@ -184,13 +188,15 @@ class Benchmark:
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         return kept | threads | calm | path | {"HF_HUB_OFFLINE": "1"}
 
-    def above(self, row: Row) -> tuple[float, float, int]:
-        """CPU-seconds, wall seconds and peak anonymous bytes above what imports alone take."""
+    def above(self, row: Row) -> Measured:
+        """What a row takes above imports alone."""
         best, base = row.best, self.base[row.tool]
-        return (
-            max(best.cpu - base.cpu, 0.01),
-            max(best.wall - base.wall, 0.01),
-            max(best.anonymous - base.anonymous, 1 << 20),
+        return dataclasses.replace(
+            best,
+            cpu=max(best.cpu - base.cpu, 0.01),
+            wall=max(best.wall - base.wall, 0.01),
+            anonymous=max(best.anonymous - base.anonymous, 1 << 20),
+            resident=max(best.resident - base.resident, 1 << 20),
         )
 
 
@@ -237,8 +243,8 @@ def _says_dtype(environment: Mapping[str, str]) -> bool:
 def _table(benchmark: Benchmark) -> str:
     """Every row, with ratios to secateur's float32 row of the method."""
     device = benchmark.asked.device != "cpu"
-    head = ["method", "contender", "tokens", "CPU s", "net", "wall s", "tokens/s", "peak anon MB", "net", "RSS MB"]
-    head += ["device MB"] * device + ["CPU ratio", "memory ratio", "same as secateur"]
+    head = ["method", "contender", "tokens", "CPU s", "net", "wall s", "tokens/s", "anon MB", "net", "RSS MB", "net"]
+    head += ["device MB"] * device + ["CPU ratio", "anon ratio", "RSS ratio", "same as secateur"]
     lines = [f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 3) + "---|"]
     ours = {row.method: row for row in benchmark.rows if row.contender == "secateur" and not row.best.failure}
     for row in benchmark.rows:
@@ -247,15 +253,16 @@ def _table(benchmark: Benchmark) -> str:
         if best.failure:
             lines.append(f"{start} failed: {best.failure} |" + " |" * (len(head) - 4))
             continue
-        cpu, wall, memory = benchmark.above(row)
-        cells = [f"{best.cpu:.1f}", f"{cpu:.1f}", f"{best.wall:.1f}", f"{row.tokens / wall:,.0f}" if row.tokens else ""]
-        cells += [_mb(best.anonymous), _mb(memory), _mb(best.resident)]
+        net = benchmark.above(row)
+        cells = [f"{best.cpu:.1f}", f"{net.cpu:.1f}", f"{best.wall:.1f}"]
+        cells += [f"{row.tokens / net.wall:,.0f}" if row.tokens else ""]
+        cells += [_mb(best.anonymous), _mb(net.anonymous), _mb(best.resident), _mb(net.resident)]
         cells += [_mb(best.device or 0)] * device
         if row.method in ours:
             base = benchmark.above(ours[row.method])
-            cells += [f"{cpu / base[0]:.2f}", f"{memory / base[2]:.2f}"]
+            cells += [f"{getattr(net, name) / getattr(base, name):.2f}" for name in ("cpu", "anonymous", "resident")]
         else:
-            cells += ["", ""]
+            cells += [""] * 3
         lines.append(f"{start} {' | '.join(cells)} | {row.agreement} |")
     return "\n".join(lines)
 
@@ -263,27 +270,29 @@ def _table(benchmark: Benchmark) -> str:
 def _reached(benchmark: Benchmark) -> str:
     """Secateur against the fastest other contender of each method, and its memory against that one's."""
     lines = [
-        "| method | row | fastest other | its CPU s / secateur's | asked | secateur's memory / its | asked |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| method | row | fastest other | its CPU s / secateur's | asked | secateur's anon / its | RSS / its | asked |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     done = [row for row in benchmark.rows if not row.best.failure]
     for row in done:
         others = [other for other in done if other.method == row.method and other.tool != "secateur"]
         if row.tool != "secateur" or not others:
             continue
-        fastest = min(others, key=lambda other: benchmark.above(other)[0])
-        cpu, _, memory = benchmark.above(row)
-        other_cpu, _, other_memory = benchmark.above(fastest)
+        fastest = min(others, key=lambda other: benchmark.above(other).cpu)
+        ours, its = benchmark.above(row), benchmark.above(fastest)
         lines.append(
-            f"| {row.method} | {row.contender} | {fastest.contender} | {other_cpu / cpu:.2f}x "
-            f"| {'4x' if 'bfloat16' in row.contender else '2x'} | {memory / other_memory:.2f} | 0.33 |"
+            f"| {row.method} | {row.contender} | {fastest.contender} | {its.cpu / ours.cpu:.2f}x "
+            f"| {'4x' if 'bfloat16' in row.contender else '2x'} | {ours.anonymous / its.anonymous:.2f} "
+            f"| {ours.resident / its.resident:.2f} | 0.33 |"
         )
     return "\n".join(lines)
 
 
 def _imports_table(benchmark: Benchmark) -> str:
-    lines = ["| imports alone | CPU s | wall s | anon MB |", "|---|---:|---:|---:|"]
-    lines += [f"| {t} | {m.cpu:.1f} | {m.wall:.1f} | {_mb(m.anonymous)} |" for t, m in benchmark.base.items()]
+    lines = ["| imports alone | CPU s | wall s | anon MB | RSS MB |", "|---|---:|---:|---:|---:|"]
+    for tool, took in benchmark.base.items():
+        memory = f"{_mb(took.anonymous)} | {_mb(took.resident)}"
+        lines.append(f"| {tool} | {took.cpu:.1f} | {took.wall:.1f} | {memory} |")
     return "\n".join(lines)
 
 
