@@ -147,7 +147,9 @@ class Benchmark:
         method = case.method or name
 
         def row(contender: str, *command: str) -> Row:
-            out = self.work / f"out-{contender.replace(' ', '-')}"
+            out = (
+                self.work / f"out-{os.getpid()}-{contender.replace(' ', '-')}"
+            )  # another run may go on beside this one
             filled = [str(out) if part == "OUT" else part for part in command]
             return Row(name, contender, windows * self.seqlen * (name != "magnitude"), filled, out)
 
