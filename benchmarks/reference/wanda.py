@@ -1,0 +1,34 @@
+"""Wanda: weights by magnitude times the norm of their input, compared within a row (arXiv:2306.11695)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from benchmarks.reference.common import Kept, entering, linears, through, watching
+from torch import Tensor
+
+
+@torch.no_grad()
+def prune(model: Any, windows: Tensor, ratio: float) -> Kept:
+    """Prune block after block; each sees what the pruned ones before it put out."""
+    kept: Kept = {}
+    states, arguments = entering(model, windows)
+    for i, block in enumerate(model.model.layers):
+        found = linears(block)
+        squares = {name: torch.zeros_like(linear.weight[0]) for name, linear in found.items()}
+
+        def see(name: str, x: Tensor, squares: dict[str, Tensor] = squares) -> None:
+            squares[name] += x.flatten(0, 1).norm(dim=0).square()
+
+        with watching(found, see):
+            through(block, states, arguments)
+        for name, linear in found.items():
+            weight = linear.weight.data
+            scores = weight.abs() * squares[name].sqrt()
+            lowest = scores.sort(dim=1, stable=True).indices[:, : int(ratio * weight.shape[1])]
+            mask = torch.ones_like(weight, dtype=torch.bool).scatter_(1, lowest, False)
+            weight[~mask] = 0
+            kept[f"mask.model.layers.{i}.{name}.weight"] = mask
+        states = through(block, states, arguments)
+    return kept
