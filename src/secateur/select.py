@@ -39,7 +39,7 @@ class Selector:
         threshold = _lowest(groups, prune)
         gone = groups <= threshold
         if gone.count_nonzero() > prune * len(groups):  # of those equal to a threshold, the last stay
-            stay = gone.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32) - prune
+            stay = _counts(gone) - prune
             tied = stay.flatten() > 0
             equal = groups[tied] == threshold[tied]
             place = equal.cumsum(dim=1, dtype=torch.int32)
@@ -50,10 +50,19 @@ class Selector:
 def _lowest(groups: Tensor, count: int) -> Tensor:
     """The highest of the ``count`` lowest in each group: [groups, members] -> [groups, 1]."""
     if groups.device.type == "cpu" and groups.dtype in (torch.float32, torch.float64):
+        least = groups.amin(dim=1, keepdim=True)
+        equal = groups == least  # scores of what was pruned before are all zero: partition is slow among equals
+        if equal.count_nonzero() >= count * len(groups) and (_counts(equal) >= count).all():
+            return least
         # A third of the time of kthvalue, and no index for each value. A sort would take ten times as long.
         lowest = np.partition(groups.detach().numpy(), count - 1, axis=1)[:, count - 1 : count]
         return torch.from_numpy(lowest.copy())
     return groups.kthvalue(count, dim=1, keepdim=True).values
+
+
+def _counts(marks: Tensor) -> Tensor:
+    """How many of each group are marked: bool [groups, members] -> int32 [groups, 1]."""
+    return marks.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32)  # bool itself takes seven times as long
 
 
 def keep_channels(scores: Tensor, count: int) -> Tensor:
