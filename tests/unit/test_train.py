@@ -421,6 +421,8 @@ def test_new_models() -> None:
     tokenizer: Any = SimpleNamespace(bos_token_id=0, eos_token_id=1)
     config = llama_config(shape, context=32, tokenizer=tokenizer)
     assert Shape.of_config(config, where="x") == shape
+    with_biases = shape.switched_on(["attention_bias", "mlp_bias"])  # what FLAP leaves behind, and its twin has
+    assert Shape.of_config(llama_config(with_biases, context=32, tokenizer=tokenizer), where="x") == with_biases
     assert (config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (0, 1, 32)
     torch.manual_seed(1)
     model = new_model(config, std=0.02, seed=3)

@@ -182,15 +182,22 @@ def _check_llm_pruner(subject: Subject, order: str, aggregate: str) -> None:
     plan = plan_of(subject, "llm-pruner", ALL, order=order, aggregate=aggregate)
     saliences, magnitudes = _saliences(subject, order), 0.0
 
-    def score(parts: list[Piece]) -> float:
+    def score(parts: list[Piece], space: str = "") -> float:
         nonlocal magnitudes
-        values = [saliences[name][where] for name, where in parts]
-        magnitudes = max(magnitudes, *(float(v.abs().sum()) for v in values))
-        return sum(float(v.abs().sum()) if aggregate == "element" else abs(float(v.sum())) for v in values)
+        values = [(name, saliences[name][where]) for name, where in parts]
+        magnitudes = max(magnitudes, *(float(v.abs().sum()) for _, v in values))
+        if aggregate == "element":
+            return sum(float(v.abs().sum()) for _, v in values)
+        return sum(abs(float(c.sum())) for name, v in values for c in channels(name, v, space))
+
+    def channels(name: str, values: Tensor, space: str) -> list[Tensor]:
+        """A unit's values in one weight, channel by channel; of these a KV head has several."""
+        count = 1 if space != "kv" else len(values) if "norm" in name else len(values) // subject.hidden
+        return list(values.reshape(-1, count).T if "o_proj" in name else values.reshape(count, -1))
 
     for layer in range(subject.layers):
         for space, units in (("ffn", subject.ffn), ("kv", subject.kv_heads)):
-            scores = [score(list(pieces(subject, layer, space, u))) for u in range(units)]
+            scores = [score(list(pieces(subject, layer, space, u)), space) for u in range(units)]
             agrees(plan.scores[f"{space}.{layer}"], scores, spread=magnitudes if aggregate == "vector" else 0)
             fits_units(plan, f"{space}.{layer}", scores)
     hidden = [score(list(hidden_pieces(subject, c))) for c in range(subject.hidden)]

@@ -382,7 +382,7 @@ def _map_large_tensors() -> None:
     It would raise the size from which it does so with each tensor that is freed, and then carve tensors out of one
     heap, which grows around small objects to a multiple of what is in use.
     """
-    _libc("mallopt", _M_MMAP_THRESHOLD, 2**22)
+    _libc("mallopt", _M_MMAP_THRESHOLD, 2**20)
 
 
 _M_MMAP_THRESHOLD = -3  # malloc.h

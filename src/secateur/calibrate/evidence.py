@@ -35,6 +35,12 @@ class Place:
     tensors: Tensors = field(default_factory=dict)
     tensor_gradients: Gradients = field(default_factory=dict)
 
+    _channels: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # of a unit, by weight
+
+    def by_channel(self, name: str, values: Tensor) -> Tensor:
+        """Lay one of :attr:`weights`, or values like it, out by channel: [units, channels of a unit, values]."""
+        return values.unflatten(1, (self._channels[name], -1))
+
     def by_unit(self, channels: Tensor) -> Tensor:
         """Lay values of channels out by unit: [channels] -> [units, channels of a unit]."""
         return channels.reshape(self.units, -1)
@@ -55,6 +61,7 @@ class Place:
                 continue
             if self.space == "layer":
                 found[name] = tensor.reshape(1, -1)
+                self._channels[name] = 1
                 continue
             for dimension, axis in enumerate(self.tensors[name][1]):
                 start = 0
@@ -62,7 +69,9 @@ class Place:
                     size = self.shape.axis_size(space)
                     if space == self.space or (self.space == "kv" and space == "query"):
                         cut = tensor.narrow(dimension, start, size).movedim(dimension, 0)
-                        found[f"{name}[{part}]" if isinstance(axis, tuple) else name] = cut.reshape(self.units, -1)
+                        key = f"{name}[{part}]" if isinstance(axis, tuple) else name
+                        found[key] = cut.reshape(self.units, -1)
+                        self._channels[key] = size // self.units
                     start += size
         return found
 

@@ -23,7 +23,8 @@ class LLMPruner(WidthMethod):
     - second: ``s = W H W`` (eq. 5, second term)
     - mixed:  ``s = g W - 1/2 W H W`` (eq. 5)
 
-    Element-wise, a unit's importance in W is ``sum |s|`` over its weights; as a vector, it is ``|sum s|``.
+    Element-wise, a unit's importance in W is ``sum |s|`` over its weights. As a vector, it is ``|sum s|`` for each of
+    its channels (a head has several), and the channels' are summed.
     """
 
     source = "arXiv:2305.11627"
@@ -32,11 +33,15 @@ class LLMPruner(WidthMethod):
     aggregate: Literal["element", "vector"] = "element"
 
     def score(self, place: Place) -> Tensor:
-        gradient, fisher = place.gradient(MeanGradient), place.gradient(MeanSquareGradient)
-        return torch.stack([self._unit(w, gradient[n], fisher[n]) for n, w in place.weights.items()]).sum(dim=0)
+        first, second = place.gradient(MeanGradient), place.gradient(MeanSquareGradient)
+        found = []
+        for name, weight in place.weights.items():
+            salience = self._salience(weight, first[name], second[name])
+            if self.aggregate == "vector":
+                salience = place.by_channel(name, salience).sum(dim=2)
+            found.append(salience.abs().sum(dim=1))
+        return torch.stack(found).sum(dim=0)
 
-    def _unit(self, weight: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
-        """The units' importance in one weight: [units, values] -> [units]."""
+    def _salience(self, weight: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
         first, second = gradient * weight, fisher * weight.square()
-        salience = {"first": first, "second": second, "mixed": first - second / 2}[self.order]
-        return salience.abs().sum(dim=1) if self.aggregate == "element" else salience.sum(dim=1).abs()
+        return {"first": first, "second": second, "mixed": first - second / 2}[self.order]

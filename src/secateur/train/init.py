@@ -15,9 +15,11 @@ __all__ = ["llama_config", "new_model"]
 
 def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     """The configuration of a Llama of this shape, in float32."""
+    biases: dict[str, Any] = dict.fromkeys(shape.switches, True)  # of a pruned model, which its twin has as well
     special: Any = tokenizer  # whose ids the library types as int, str or list
     return LlamaConfig(
         **shape.config_changes(),
+        **biases,
         vocab_size=shape.vocabulary,
         max_position_embeddings=context,
         tie_word_embeddings=shape.tied,

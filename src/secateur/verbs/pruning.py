@@ -12,6 +12,7 @@ import torch
 
 from secateur.calibrate.journal import Workspace
 from secateur.checkpoint import Checkpoint
+from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
 from secateur.files import check_free, resumable_directory
@@ -44,10 +45,11 @@ def prune(arguments: Namespace) -> Answer:
         )
     device = pick_device(arguments.device)
     out = Path(arguments.out)
-    check_free(out)
     checkpoint = Checkpoint(arguments.model)
     for target in targets:
         target.shape(checkpoint.shape, method, arguments.method)
+    check_free(out)
+    _check_tokenizer(checkpoint)
     calibration = _calibration(arguments, checkpoint, method)
     dtype = pick_dtype(arguments.dtype, device)
     on_disk = _announce(arguments, checkpoint, method, calibration, len(targets), device, dtype)
@@ -83,6 +85,17 @@ def prune(arguments: Namespace) -> Answer:
             content = write_pruned(checkpoint, plan, fresh / name, base=Path(arguments.model).name)
             done.append((out / name, plan, content))
     return _answer(arguments, done, use)
+
+
+def _check_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuse a tokenizer with more ids than the embedding has rows, even where it is only copied."""
+    if any((checkpoint.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        try:
+            tokenizer = load_tokenizer(checkpoint.directory)
+        except UserError as error:
+            say(f"{error}; it is copied as it is")
+            return
+        check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
 
 
 def _targets(arguments: Namespace) -> list[Target]:
