@@ -481,7 +481,14 @@ def test_a_tokenizer_larger_than_the_embedding(call: Callable[..., Call], world:
     for path in (world / "model").glob("token*"):
         shutil.copy(path, small)
     line = "prune {m} {o} --method wanda --ratio 0.5 --calibration "
-    refused(call(line + "text:{w}/text.txt", small), "the tokenizer gives ids up to 261, but the embedding has 61 rows")
+    for asked in (
+        line + "text:{w}/text.txt",
+        line + "tokens:{w}/ids.npy",
+        "prune {m} {o} --method magnitude --ratio 0.5",
+    ):
+        refused(call(asked, small), "the tokenizer gives ids up to 261, but the embedding has 61 rows")
+    for path in small.glob("token*"):
+        path.unlink()
     refused(call(line + "tokens:{w}/ids.npy", small), "holds the id 95, but the model's ids are 0 to 60")
     assert list(tmp_path.iterdir()) == [small]
 
