@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -198,11 +199,11 @@ sys.exit(secateur.cli.main(sys.argv[2:]))
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 0.4 GB in shards, of blocks of 13 MB."""
+    """A checkpoint of 0.56 GB in shards, of blocks of 13 MB."""
     from transformers import LlamaConfig
 
     out = tmp_path_factory.mktemp("large")
-    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 32, "vocab_size": 2000}
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 44, "vocab_size": 2000}
     heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
     config = LlamaConfig(**sizes, **heads, tie_word_embeddings=False)
     shape, generator = Shape.of_config(config, where="config"), torch.Generator().manual_seed(0)
@@ -227,14 +228,18 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "minitron-width", "shortgpt"])
 def test_a_checkpoint_is_pruned_in_a_fraction_of_its_size(method: str, large: Path, tmp_path: Path) -> None:
-    """The process may take 140 MB more than after its imports; the whole model in float32 is five times that."""
+    """The process may take 170 MB more than after its imports; the whole model in float32 is six times that."""
     checkpoint = Checkpoint(large)
-    limit = 140 * 2**20
-    assert 4 * checkpoint.shape.total > 5 * limit and checkpoint.stored_bytes > 2.5 * limit
+    limit = 170 * 2**20
+    assert 4 * checkpoint.shape.total > 6 * limit and checkpoint.stored_bytes > 2.5 * limit
     line = ["prune", str(large), str(tmp_path / "out"), "--method", method, "--ratio", "0.5", "--states", "disk"]
     line += ["--calibration", f"tokens:{large / 'ids.npy'}", "--device", "cpu"]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), *line], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LIMITED, str(limit), *line],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # each thread has memory of its own
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert Checkpoint(tmp_path / "out").shape.layers == (16 if method == "shortgpt" else 32)
+    assert Checkpoint(tmp_path / "out").shape.layers == (22 if method == "shortgpt" else 44)
