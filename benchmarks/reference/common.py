@@ -66,6 +66,20 @@ def watching(modules: dict[str, Any], see: Callable[[str, Tensor], None], *, out
         handle.remove()
 
 
+def squared_norms(
+    modules: dict[str, Any], block: nn.Module, states: list[Tensor], arguments: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Each module's squared norm of every input channel over all tokens, as the states go through the block."""
+    squares = {name: torch.zeros_like(module.weight[0]) for name, module in modules.items()}
+
+    def see(name: str, x: Tensor) -> None:
+        squares[name] += x.flatten(0, 1).norm(dim=0).square()
+
+    with watching(modules, see):
+        through(block, states, arguments)
+    return squares
+
+
 def mean_loss(model: Any, windows: Iterable[Tensor]) -> float:
     """Mean over windows of the mean next-token loss."""
     losses = [float(model(input_ids=w[None], labels=w[None], use_cache=False).loss) for w in windows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from benchmarks.reference.common import Kept, entering, linears, through, watching
+from benchmarks.reference.common import Kept, entering, linears, squared_norms, through
 from torch import Tensor
 
 
@@ -16,13 +16,7 @@ def prune(model: Any, windows: Tensor, ratio: float) -> Kept:
     states, arguments = entering(model, windows)
     for i, block in enumerate(model.model.layers):
         found = linears(block)
-        squares = {name: torch.zeros_like(linear.weight[0]) for name, linear in found.items()}
-
-        def see(name: str, x: Tensor, squares: dict[str, Tensor] = squares) -> None:
-            squares[name] += x.flatten(0, 1).norm(dim=0).square()
-
-        with watching(found, see):
-            through(block, states, arguments)
+        squares = squared_norms(found, block, states, arguments)
         for name, linear in found.items():
             weight = linear.weight.data
             scores = weight.abs() * squares[name].sqrt()

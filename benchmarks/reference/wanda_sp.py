@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from benchmarks.reference.common import Kept, entering, highest, narrow, through, watching
+from benchmarks.reference.common import Kept, entering, highest, narrow, squared_norms, through
 from torch import Tensor
 
 
@@ -17,13 +17,7 @@ def prune(model: Any, windows: Tensor, ratio: float) -> Kept:
     states, arguments = entering(model, windows)
     for i, block in enumerate(model.model.layers):
         readers = {"kv": block.self_attn.o_proj, "ffn": block.mlp.down_proj}
-        squares = {space: torch.zeros_like(reader.weight[0]) for space, reader in readers.items()}
-
-        def see(space: str, x: Tensor, squares: dict[str, Tensor] = squares) -> None:
-            squares[space] += x.flatten(0, 1).norm(dim=0).square()
-
-        with watching(readers, see):
-            through(block, states, arguments)
+        squares = squared_norms(readers, block, states, arguments)
         for space, reader in readers.items():
             weight = reader.weight.data
             scores = weight.abs().sum(dim=0) * squares[space].sqrt()

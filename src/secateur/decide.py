@@ -51,7 +51,7 @@ def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task
 def decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decision:
     """Score the layers one by one; take out those of the lowest scores."""
     layers = walk.checkpoint.shape.layers
-    for block, places in () if walk.journal.complete else evidence(walk, method.needs, ("layer",)):
+    for block, places in evidence(walk, method.needs, ("layer",)):
         assert block is not None
         walk.journal.put(block.index, {f"score.{block.index}": method.score(places["layer"][0]).cpu()})
     scores = torch.stack([walk.journal[f"score.{layer}"] for layer in range(layers)])
@@ -102,8 +102,7 @@ def decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: Sh
             columns = gone.repeat_interleave(weight.shape[1] // len(score))
             block.set_weight(reader, weight * ~columns.to(walk.device))
 
-    shown = evidence(walk, method.needs, spaces, replay=cut if cutting else None)
-    for block, places in () if walk.journal.complete else shown:
+    for block, places in evidence(walk, method.needs, spaces, replay=cut if cutting else None):
         step = len(walk.layers) if block is None else block.index
         found: dict[str, Tensor] = {}
         for place in places.get("hidden", ()):
@@ -244,16 +243,17 @@ def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Dec
     """Prune block after block, each seeing what the pruned ones before it put out."""
     family = walk.family
     select = Selector(target.sparsity, method.compare, target.pattern.of if target.pattern else None)
-    updates = type(method).prune is not WeightMethod.prune
     wanted: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
     masks, weights = walk.journal.below("mask."), walk.journal.below("weight.")
 
     def put_back(block: Block) -> None:
         for linear in family.linears:
             name = family.block_tensor(block.index, linear)
-            block.set_weight(linear, weights[name] if updates else block.weight(linear) * masks[name].to(walk.device))
+            block.set_weight(
+                linear, weights[name] if method.updates else block.weight(linear) * masks[name].to(walk.device)
+            )
 
-    for block, stats in () if walk.journal.complete else walk.observed(wanted, replay=put_back):
+    for block, stats in walk.observed(wanted, replay=put_back):
         found: dict[str, Tensor] = {}
         for site, linears in itertools.groupby(family.linears, family.site_of):
             statistics = stats.pop(site, {})
@@ -269,7 +269,7 @@ def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Dec
                 weight, keep = method.prune(block.weight(linear), shared, select)
                 if not is_finite(weight):
                     raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
-                if updates:  # as it will be stored, so that the next block sees what is written
+                if method.updates:  # as it will be stored, so that the next block sees what is written
                     weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name)).cpu()
                 block.set_weight(linear, weight)
                 found[f"mask.{name}"] = keep.cpu()

@@ -105,10 +105,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: cannot be created: {error.strerror}") from None
     try:
         yield work
-        sync_tree(work)
-        if out.is_dir():
-            out.rmdir()
-        os.rename(work, out)
+        _put_in_place(work, out)
     except BaseException:
         _remove(work, made)
         raise
@@ -157,10 +154,7 @@ def resumable_directory(out: Path, asked: dict[str, Any], *, resume: bool) -> It
         fresh.mkdir()
         try:
             yield fresh, work
-            sync_tree(fresh)
-            if out.is_dir():
-                out.rmdir()
-            os.rename(fresh, out)
+            _put_in_place(fresh, out)
         except BaseException as error:
             if isinstance(error, UserError) or not _begun(work):
                 _remove(partial, made)
@@ -188,6 +182,13 @@ def _take_up(partial: Path, asked: dict[str, Any], resume: bool) -> None:
 
 def _begun(work: Path) -> bool:
     return next(work.glob("*/finished"), None) is not None
+
+
+def _put_in_place(work: Path, out: Path) -> None:
+    sync_tree(work)
+    if out.is_dir():
+        out.rmdir()
+    os.rename(work, out)
 
 
 def _remove(partial: Path, made: list[Path]) -> None:

@@ -73,7 +73,7 @@ def estimate(
         states = max(min(states * (shape.layers + 1), GROUP_BYTES), states // max(windows // max(batch, 1), 1))
     kept = 0
     if isinstance(method, WeightMethod):
-        kept = shape.block_weights * (1 + (2 if type(method).prune is not WeightMethod.prune else 0))
+        kept = shape.block_weights * (1 + (2 if method.updates else 0))
     return Estimate(block, states, kept * outputs, stored * outputs)
 
 

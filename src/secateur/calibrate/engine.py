@@ -113,7 +113,6 @@ class BlockWalk:
         table = self.checkpoint.tensor(self.family.embedding)
         present, renumbered = ids.unique(return_inverse=True)
         rows = table[present]
-        self.checkpoint.check_finite(self.family.embedding, rows)
         self._place(self.family.embedding, rows.to(self.dtype))
         at = (present == self._padding).nonzero() if self._padding is not None else present[:0]
         self.embedding.padding_idx = int(at[0]) if at.numel() else None  # type: ignore[assignment]
@@ -128,12 +127,16 @@ class BlockWalk:
     ) -> Iterator[tuple[Block, dict[str, dict[type, Tensor]]]]:
         """Yield the blocks in order, each with statistics of what goes through it; finished ones are left out.
 
+        Where the journal is complete there are none.
+
         Args:
             wanted: site -> kinds of statistics to gather there.
             state_kinds: statistics of the states that enter and leave a block, told under the site ``states``.
             replay: given where blocks are changed while they are out, each of which is then run again, so that the next
                 one sees its new outputs: does to a block that was finished before what was done to it then.
         """
+        if self.journal.complete:
+            return
         runs = bool(self.batches) and bool(wanted or state_kinds)
         finished = self.journal.finished
         states = self.start() if runs else []
@@ -195,7 +198,12 @@ class BlockWalk:
     def loss(self, states: States) -> float:
         """Mean next-token loss (nats) of states that left the last block."""
         (total,) = self.head().losses(self.batches, [states])
-        return total / sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self.batches)
+        return total / self.targets
+
+    @property
+    def targets(self) -> int:
+        """Tokens that a loss is measured on: all but each window's first."""
+        return sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self.batches)
 
     @property
     def norm(self) -> nn.Module:
@@ -350,7 +358,7 @@ def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
             walk.journal.put(step, {f"losses.{step}": _removal_losses(walk, length, group, part)})
             walk.journal.finish(step)
     total = torch.stack([walk.journal[f"losses.{step}"] for step in range(len(groups))]).sum(dim=0)
-    full, *without = (total / sum(b.shape[0] * (b.shape[1] - 1) for b in walk.batches)).tolist()
+    full, *without = (total / walk.targets).tolist()
     return full, without
 
 

@@ -95,6 +95,8 @@ def evidence(
         spaces: of which to show places: ``hidden``, ``ffn``, ``kv``, or ``layer``.
         replay: as in :meth:`BlockWalk.observed`.
     """
+    if walk.journal.complete:  # all was shown before, and what came of it was kept
+        return
     activations = [kind for kind in needs if issubclass(kind, Statistic)]
     gradient_kinds = [kind for kind in needs if issubclass(kind, GradientStatistic)]
     state_kinds = [kind for kind in needs if issubclass(kind, StateStatistic)]

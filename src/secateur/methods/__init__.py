@@ -131,6 +131,11 @@ class WeightMethod(Method):
     needs: ClassVar[Sequence[type[Statistic]]] = ()  #: statistics of the linear's input
     compare: ClassVar[Literal["row", "linear"]]  #: the group within which scores compete
 
+    @property
+    def updates(self) -> bool:
+        """Whether the weights that stay are changed as well."""
+        return type(self).prune is not WeightMethod.prune
+
     def prepare(self, stats: Statistics) -> Any:
         """Work out, once for each input, what all linears that read it share.
 
