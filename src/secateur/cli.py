@@ -68,7 +68,9 @@ def _verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | None =
 
 def _computing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--batch", type=_positive, default=8, help="windows at once: lower it to save memory")
+    parser.add_argument(
+        "--batch", type=_positive, help="windows at once; execution only (default: about 512 tokens, 16384 on a GPU)"
+    )
 
 
 def _windows(parser: argparse.ArgumentParser, most: str) -> None:

@@ -27,7 +27,7 @@ __all__ = ["decide_layers", "decide_runs", "decide_weights", "decide_width"]
 Decision = dict[str, Any]  #: fields of a plan
 
 
-def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None, batch: int) -> Decision:
+def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None, batch: int | None) -> Decision:
     """Try each candidate's removal; take out the run, or the layers, that the model misses least."""
     layers = walk.checkpoint.shape.layers
     gone = layers - after.layers

@@ -94,7 +94,7 @@ def make_plan(
     *,
     options: Mapping[str, Any] | None = None,
     task: Task | None = None,
-    batch: int = 8,
+    batch: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     workspace: Workspace | None = None,
@@ -108,7 +108,7 @@ def make_plan(
         calibration: what to score on; None for methods that do not read text (:func:`reads_text`).
         options: of the method.
         task: how to measure the task that the method's options name; None for its defaults.
-        batch: windows at once.
+        batch: windows at once; None for what suits the device.
         device: where to compute.
         dtype: of the forward pass; statistics and scores are float32 or better.
         workspace: where to keep what is found block by block; scores that are there already are not computed again.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["calm_environment", "environment", "pick_device", "pick_dtype", "quiet"]
+__all__ = ["calm_environment", "environment", "pick_batch", "pick_device", "pick_dtype", "quiet"]
 
 
 def calm_environment(threads: int) -> None:
@@ -60,6 +60,14 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.startswith("cuda") else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def pick_batch(seqlen: int, device: str) -> int:
+    """Windows at once where none are asked for: as many as fill the device's units, and no more.
+
+    On a CPU larger batches are slower, because what passes between two operations no longer lies in a cache.
+    """
+    return max(1, (2**14 if device.startswith("cuda") else 2**9) // seqlen)
 
 
 def environment() -> dict[str, str]:

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from secateur.calibrate.stats import StateStatistic, Statistic
 from secateur.checkpoint import Checkpoint, is_finite, skeleton
 from secateur.errors import UserError
 from secateur.progress import task
+from secateur.runtime import pick_batch
 
 __all__ = ["Block", "BlockWalk", "States", "removal_losses"]
 
@@ -48,7 +50,8 @@ class BlockWalk:
     Args:
         checkpoint: where the weights lie.
         windows: token ids [windows, positions], int64; None to visit weights alone.
-        batch: windows that go through a block at once; execution only, but sums are rounded in another order.
+        batch: windows that go through a block at once; execution only, but sums are rounded in another order. None for
+            what suits the device.
         device: where blocks run.
         label: what progress is shown as.
         dtype: of the forward pass and the states; statistics and weights to be scored are float32 or better.
@@ -61,7 +64,7 @@ class BlockWalk:
         checkpoint: Checkpoint,
         windows: Tensor | None,
         *,
-        batch: int = 8,
+        batch: int | None = None,
         device: str = "cpu",
         label: str = "calibrate",
         dtype: torch.dtype = torch.float32,
@@ -70,12 +73,14 @@ class BlockWalk:
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
-        self.batches = list(windows.split(batch)) if windows is not None else []
+        self.batches: list[Tensor] = []
+        if windows is not None:
+            self.batches = list(windows.split(batch or pick_batch(windows.shape[1], device)))
         self.device, self.dtype = device, dtype
         self.label = label
         self.store = store or StateStore()
         self.journal = Journal() if journal is None else journal  # an empty one is false
-        _map_large_tensors()
+        _map_tensors()
         self.model: nn.Module = skeleton(checkpoint.config, checkpoint.directory)
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers)  # type: ignore[assignment]
         self._padding: int | None = getattr(self.embedding, "padding_idx", None)  # a token without a gradient
@@ -151,7 +156,8 @@ class BlockWalk:
                 stats: dict[str, dict[type, Tensor]] = {}
                 left: States = []
                 if runs:
-                    stats, left = block.observe(states, wanted, state_kinds, keep=replay is None)
+                    onwards = replay is None and block.index + 1 < len(self.layers)
+                    stats, left = block.observe(states, wanted, state_kinds, keep=onwards)
                 yield block, stats
                 if runs and replay is None:
                     states = left
@@ -264,19 +270,21 @@ class Block:
             UserError: if what comes out is not finite.
         """
         left: States = []
-        for i in range(len(states)):
-            out = self.forward(states[i])
-            if not is_finite(out):
-                where = f"{self.walk.checkpoint.directory}: block {self.index}"
-                raise UserError(f"{where} puts out NaN or infinity on this calibration text")
-            for statistic in watch:
-                statistic.update(states[i].to(out.device), out)
-            if keep:
-                left.append(self.walk.store.hold(out, None if key is None else _state_name(key, i)))
-            if consume:
-                states[i] = out.new_empty(0)
+        with _heap_for(states, self._widest):
+            for i in range(len(states)):
+                out = self.forward(states[i])
+                if not is_finite(out):
+                    where = f"{self.walk.checkpoint.directory}: block {self.index}"
+                    raise UserError(f"{where} puts out NaN or infinity on this calibration text")
+                for statistic in watch:
+                    statistic.update(states[i].to(out.device), out)
+                if keep:
+                    left.append(self.walk.store.hold(out, None if key is None else _state_name(key, i)))
+                if consume:
+                    states[i] = out.new_empty(0)
         return left
 
+    @torch.no_grad()
     def observe(
         self,
         states: States,
@@ -291,7 +299,7 @@ class Block:
             states: what enters the block; given up where ``keep``.
             wanted: site -> the kinds of statistics to gather there.
             state_kinds: of statistics of what enters and leaves.
-            keep: whether what leaves the block is wanted.
+            keep: whether what leaves the block is wanted; else each batch goes no further than the last site.
 
         Returns:
             site -> kind -> value, and the states that leave the block.
@@ -302,20 +310,38 @@ class Block:
             site: [kind(widths.get(family.sites[site].space, 1)) for kind in kinds] for site, kinds in wanted.items()
         }
         watch = [kind() for kind in state_kinds]
+        pending: set[str] = set()
+        left: States = []
         with contextlib.ExitStack() as hooks:
             for name, statistics in gathered.items():
                 site = family.sites[name]
                 module = self.module.get_submodule(site.module)
-                hook = _hook(statistics, site.output)
-                register = module.register_forward_hook if site.output else module.register_forward_pre_hook
-                hooks.callback(register(hook).remove)
-            left = self.run(states, key=self.index + 1, keep=keep, consume=keep, watch=watch)
+                see = _Observer(name, statistics, pending if not (keep or watch) else None)
+                hook = (
+                    module.register_forward_hook(see.output)
+                    if site.output
+                    else module.register_forward_pre_hook(see.input)
+                )
+                hooks.callback(hook.remove)
+            if keep or watch:
+                left = self.run(states, key=self.index + 1, keep=keep, consume=keep, watch=watch)
+            else:
+                hooks.enter_context(_heap_for(states, self._widest))
+                for batch in states:
+                    pending.update(wanted)
+                    with contextlib.suppress(_SeenAll):
+                        self.forward(batch)
         found: dict[str, dict[type, Tensor]] = {}
         for site, statistics in gathered.items():
             found[site] = {type(s): s.value() for s in statistics}
         if watch:
             found["states"] = {type(s): s.value() for s in watch}
         return found, left
+
+    @property
+    def _widest(self) -> int:
+        """Channels of the largest activation, for each token."""
+        return max(self.walk.checkpoint.shape.hidden, self.walk.checkpoint.shape.ffn)
 
     def weight(self, linear: str) -> Tensor:
         """A linear's weight [out, in], or another tensor of the block, as stored but in float32."""
@@ -329,14 +355,37 @@ class Block:
         self.module.get_parameter(linear).data = weight.to(self.walk.device, self.walk.dtype)
 
 
-def _hook(statistics: Sequence[Statistic], output: bool) -> Callable[..., None]:
-    def observe(_module: nn.Module, arguments: tuple[Tensor, ...], result: Tensor | None = None) -> None:
-        values = result if output else arguments[0]
-        assert values is not None
-        for statistic in statistics:
-            statistic.update(values)
+class _SeenAll(Exception):
+    """All that is wanted of a batch has been seen; what the block does next is not needed."""
 
-    return observe
+
+@dataclass
+class _Observer:
+    """Shows a site's activations to its statistics.
+
+    Args:
+        site: its name.
+        statistics: of its activations.
+        pending: sites of this batch that have not been seen yet; None where the block runs to its end.
+    """
+
+    site: str
+    statistics: Sequence[Statistic]
+    pending: set[str] | None
+
+    def input(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._see(arguments[0])
+
+    def output(self, _module: nn.Module, _arguments: tuple[Tensor, ...], result: Tensor) -> None:
+        self._see(result)
+
+    def _see(self, values: Tensor) -> None:
+        for statistic in self.statistics:
+            statistic.update(values)
+        if self.pending is not None:
+            self.pending.discard(self.site)
+            if not self.pending:
+                raise _SeenAll
 
 
 def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
@@ -384,16 +433,33 @@ def release_memory() -> None:
     _libc("malloc_trim", 0)
 
 
-def _map_large_tensors() -> None:
-    """Have glibc take each large tensor's memory from the system, and give it back, by itself.
+def _map_tensors(larger_than: int = 2**20) -> None:
+    """Have glibc take the memory of tensors of more bytes from the system, one by one, and give it back at once.
 
-    It would raise the size from which it does so with each tensor that is freed, and then carve tensors out of one
+    It would raise the size from which it does so with each tensor that is freed, and then carve weights out of one
     heap, which grows around small objects to a multiple of what is in use.
     """
-    _libc("mallopt", _M_MMAP_THRESHOLD, 2**20)
+    _libc("mallopt", _M_MMAP_THRESHOLD, larger_than + 1)
+    _libc("mallopt", _M_TRIM_THRESHOLD, 16 * larger_than)
 
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+@contextlib.contextmanager
+def _heap_for(states: States, width: int) -> Iterator[None]:
+    """Let what a block makes of a batch lie in the heap, which keeps its room from one batch to the next.
+
+    Each page that is given back must be zeroed when it is taken again: a fifth of the time of a small model's walk.
+    """
+    widest = max((batch[..., 0].numel() * width * batch.itemsize for batch in states), default=0)
+    if widest <= _HEAP:
+        _map_tensors(max(widest, 2**20))
+    try:
+        yield
+    finally:
+        _map_tensors()
+
+
+_HEAP = 2**23  #: bytes of a tensor that may lie in the heap; pages matter little to products as large as its
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def _libc(function: str, *arguments: int) -> None:

@@ -1,12 +1,14 @@
 """Statistics, gathered batch by batch and merged without order mattering beyond rounding.
 
 Three kinds: of activations ``x`` [windows, positions, channels] at a site, of the states that enter and leave a block,
-and of gradients of the loss with respect to weights. Sums are kept in float32 or better whatever the input's type.
+and of gradients of the loss with respect to weights. Within a piece of a batch sums are taken in float32, over pieces
+in float64; Gram matrices are float32 throughout.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -52,9 +54,10 @@ class Statistic(ABC):
         self.count += count
 
 
-def _pieces(x: Tensor, values: int = 2**18) -> tuple[Tensor, ...]:
-    """A batch as [tokens, channels], so many values at a time that copies in float64 are small and stay in a cache."""
-    return x.flatten(0, 1).split(max(values // x.shape[-1], 1))
+def _pieces(x: Tensor, values: int = 2**18) -> Iterator[Tensor]:
+    """A batch as [tokens, channels] in float32, so many values at a time that copies are small and stay in a cache."""
+    for piece in x.flatten(0, 1).split(max(values // x.shape[-1], 1)):
+        yield piece.float()
 
 
 class Mean(Statistic):
@@ -62,7 +65,7 @@ class Mean(Statistic):
 
     def update(self, x: Tensor) -> None:
         for tokens in _pieces(x):
-            self._add(tokens.double().sum(dim=0), len(tokens))
+            self._add(tokens.sum(dim=0).double(), len(tokens))
 
 
 class MeanSquare(Statistic):
@@ -70,7 +73,7 @@ class MeanSquare(Statistic):
 
     def update(self, x: Tensor) -> None:
         for tokens in _pieces(x):
-            self._add(tokens.double().square().sum(dim=0), len(tokens))
+            self._add(tokens.square().sum(dim=0).double(), len(tokens))
 
 
 class Variance(Statistic):
@@ -84,13 +87,14 @@ class Variance(Statistic):
         self.mean: Tensor | float = 0.0
 
     def update(self, x: Tensor) -> None:
-        for piece in _pieces(x):
-            tokens = piece.double()
-            count, mean = len(tokens), tokens.mean(dim=0)
-            shift = mean - self.mean
+        for tokens in _pieces(x):
+            near = tokens[0]  # the difference from a token of the piece is exact where a large mean would drown it
+            apart = tokens - near
+            count, mean = len(tokens), apart.mean(dim=0)
+            shift = near.double() + mean - self.mean
             between = shift.square() * (self.count * count / (self.count + count))
             self.mean = self.mean + shift * (count / (self.count + count))
-            self._add((tokens - mean).square_().sum(dim=0) + between, count)
+            self._add(apart.sub_(mean).square_().sum(dim=0).double() + between, count)
 
     def value(self) -> Tensor:
         assert self.total is not None, "no batch has been seen"
@@ -156,18 +160,27 @@ class StateStatistic(ABC):
 
 
 class MeanCosine(StateStatistic):
-    """Mean over all tokens of the cosine between a state before and after the block: a scalar."""
+    """Mean over all tokens of the cosine between a state before and after the block: a scalar.
+
+    What is summed is one minus the cosine, by the change ``d = g - h`` of the state:
+    ``(d.d - (d.(g + h) / (|g| + |h|))^2) / (2 |g| |h|)``. Where a block changes little, the cosine itself would be
+    rounded to 1.
+    """
 
     def __init__(self) -> None:
         self.total, self.tokens = 0.0, 0
 
     def update(self, before: Tensor, after: Tensor) -> None:
         for h, g in zip(_pieces(before), _pieces(after), strict=True):
-            self.total += float(torch.nn.functional.cosine_similarity(h.double(), g.double(), dim=-1).sum())
+            change, both = g - h, g + h
+            lengths = [torch.linalg.vector_norm(v, dim=-1).double() for v in (h, g)]
+            longer = torch.linalg.vecdot(change, both).double() / sum(lengths)
+            square = torch.linalg.vecdot(change, change).double() - longer.square()
+            self.total += float((square / (2 * lengths[0] * lengths[1])).sum())
             self.tokens += len(h)
 
     def value(self) -> Tensor:
-        return torch.tensor(self.total / self.tokens, dtype=torch.float64)  # 1 - cosine must not cancel
+        return 1 - torch.tensor(self.total / self.tokens, dtype=torch.float64)
 
 
 class GradientStatistic(ABC):

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
+from secateur.runtime import pick_batch
 from secateur.spec import fingerprint
 
 __all__ = ["Protocol", "evaluate", "token_losses"]
@@ -70,14 +71,18 @@ def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, protocol: Protocol, *, batch: int = 8, advance: Callable[[int], None] | None = None
+    model: PreTrainedModel,
+    protocol: Protocol,
+    *,
+    batch: int | None = None,
+    advance: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure a model.
 
     Args:
         model: it is put into evaluation mode for the time.
         protocol: the windows.
-        batch: windows at once.
+        batch: windows at once; None for what suits the device.
         advance: told the number of tokens after each batch.
 
     Returns:
@@ -91,7 +96,7 @@ def evaluate(
     sums: list[float] = []
     lengths: list[int] = []
     for part in protocol.windows:
-        for ids in part.split(batch):
+        for ids in part.split(batch or pick_batch(part.shape[1], str(model.device))):
             losses = token_losses(model, ids.to(model.device)).double().sum(dim=1)
             sums += losses.tolist()
             lengths += [ids.shape[1] - 1] * ids.shape[0]

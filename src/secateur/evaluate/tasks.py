@@ -115,7 +115,7 @@ class Requests:
 
 
 def removal_accuracies(
-    checkpoint: Checkpoint, length: int, task: Task, *, device: str, batch: int = 8
+    checkpoint: Checkpoint, length: int, task: Task, *, device: str, batch: int | None = None
 ) -> tuple[float, list[float]]:
     """The accuracy with each contiguous run of ``length`` blocks bypassed.
 
@@ -126,7 +126,7 @@ def removal_accuracies(
         length: of the runs, in blocks.
         task: what to measure.
         device: where to compute.
-        batch: requests at once; execution only, but sums are rounded in another order.
+        batch: requests at once (8 unless told); execution only, but sums are rounded in another order.
 
     Returns:
         The full model's accuracy, and that of each candidate, by the index of the run's first block.
@@ -136,7 +136,7 @@ def removal_accuracies(
             the harness cannot use, or the model's log-likelihoods are NaN or infinite.
     """
     requests = task.requests
-    language_model = _language_model(checkpoint, device, batch)
+    language_model = _language_model(checkpoint, device, batch or 8)
     layers: nn.ModuleList = language_model.model.get_submodule(checkpoint.family.layers)
     candidates = range(len(layers) - length + 1)
     _warn_of_truncation(language_model, requests, task.name)

@@ -22,7 +22,7 @@ from secateur.plan import Plan
 from secateur.progress import clock, say
 from secateur.prune import Calibration, achieved, asked_words, make_plan, reads_text, task_of, write_pruned
 from secateur.report.words import points, share
-from secateur.runtime import environment, pick_device, pick_dtype
+from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
 from secateur.target import Target
 from secateur.verbs.answer import Answer
 from secateur.verbs.ids import calibration_of
@@ -132,7 +132,14 @@ def _announce(
     """
     windows, seqlen = calibration.windows.shape if calibration else (0, 0)
     needs = estimate(
-        method, checkpoint.shape, windows, seqlen, arguments.batch, dtype, checkpoint.stored_bytes, outputs
+        method,
+        checkpoint.shape,
+        windows,
+        seqlen,
+        arguments.batch or pick_batch(seqlen or 1, device),
+        dtype,
+        checkpoint.stored_bytes,
+        outputs,
     )
     free = free_memory()
     on_disk = arguments.states == "disk"
