@@ -140,6 +140,8 @@ def make_plan(
         store=workspace.store(key),
         journal=workspace.journal(key),
     )
+    if found.draws:
+        walk.journal.finished = 0  # what is drawn first belongs to the first block
     if isinstance(found, RemovalMethod):
         decided = decide_runs(found, walk, after, task, batch)
     elif isinstance(found, LayerMethod):

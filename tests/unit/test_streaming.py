@@ -137,6 +137,26 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("method", ["random-depth", "random-width", "random-weight"])
+def test_a_killed_run_that_draws_draws_the_same_again(
+    method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["prune", str(world / "model"), "--method", method, "--ratio", "0.5"]
+    assert main([*line, str(tmp_path / "whole")]) == 0
+    finish = Journal.finish
+
+    def killed(self: Journal, step: int) -> None:
+        finish(self, step)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", killed)
+        assert main([*line, str(tmp_path / "out")]) != 0
+    assert main([*line, str(tmp_path / "out"), "--resume"]) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_several_ratios_give_what_each_gives_alone(
     method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
