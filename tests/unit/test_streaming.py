@@ -79,6 +79,20 @@ def test_a_journal_forgets_steps_that_were_not_finished(tmp_path: Path) -> None:
     assert Journal(tmp_path).complete and len(Journal(tmp_path).below("mask.")) == 2
 
 
+def test_a_damaged_journal_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for damage in (b"", b"\x10", b"\xff" * 64, None):
+        journal = Journal(tmp_path)
+        for step in range(2):
+            journal.put(step, {f"mask.{step}": torch.ones(2)})
+            journal.finish(step)
+        file = tmp_path / "step-00000.safetensors"
+        file.unlink() if damage is None else file.write_bytes(damage)
+        again = Journal(tmp_path)
+        assert (again.finished, again.complete, len(again)) == (0, False, 0)
+        assert "damaged" in capsys.readouterr().err
+        assert Journal(tmp_path).finished == 0 and "damaged" not in capsys.readouterr().err
+
+
 def test_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     store, states = StateStore(tmp_path), torch.randn(2, 3, 4).to(torch.bfloat16)
     unnamed, named = store.hold(states), store.hold(states, "1-00000")
