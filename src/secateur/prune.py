@@ -31,6 +31,7 @@ __all__ = [
     "asked_words",
     "make_plan",
     "reads_text",
+    "scores_identity",
     "scoring_flops",
     "task_of",
     "write_pruned",
@@ -140,6 +141,8 @@ def make_plan(
         store=workspace.store(key),
         journal=workspace.journal(key),
     )
+    if found.draws:
+        walk.journal.finished = 0  # what is drawn first belongs to the first block
     if isinstance(found, RemovalMethod):
         decided = decide_runs(found, walk, after, task, batch)
     elif isinstance(found, LayerMethod):
@@ -155,6 +158,41 @@ def make_plan(
     asked = target.record(found) | ({"options": identity(found)} if identity(found) else {})
     fields = {"after": after, "calibration": {**record, "method_source": found.source}, **decided}
     return Plan.keeping_all(method, found.granularity, asked, checkpoint.shape, source=checkpoint.digest, **fields)
+
+
+def scores_identity(
+    checkpoint: Checkpoint,
+    method: str,
+    target: Target,
+    calibration: Calibration | None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    batch: int = 8,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any] | None:
+    """What the scores depend on that :func:`make_plan` finds for the same arguments, to the last bit.
+
+    Returns:
+        Plain values, equal where one journal serves; None where keeping it would not pay: masks and weights are as
+        large as the model and serve one plan, and accuracies on a task are in no journal.
+
+    Raises:
+        UserError: as :func:`make_plan`.
+    """
+    found = get_method(method, options)
+    if isinstance(found, WeightMethod) or task_of(found):
+        return None
+    return {
+        "source": checkpoint.digest,
+        "method": method,
+        "options": identity(found),
+        "journal": _journal_key(found, target, checkpoint.shape, target.shape(checkpoint.shape, found, method)),
+        "calibration": calibration.record()["hash"] if calibration and reads_text(found) else None,
+        "batch": batch,  # decides how sums are rounded, as the device does
+        "device": torch.device(device).type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def _journal_key(method: Method, target: Target, before: Shape, after: Shape) -> str:

@@ -79,6 +79,20 @@ def test_a_journal_forgets_steps_that_were_not_finished(tmp_path: Path) -> None:
     assert Journal(tmp_path).complete and len(Journal(tmp_path).below("mask.")) == 2
 
 
+def test_a_damaged_journal_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for damage in (b"", b"\x10", b"\xff" * 64, None):
+        journal = Journal(tmp_path)
+        for step in range(2):
+            journal.put(step, {f"mask.{step}": torch.ones(2)})
+            journal.finish(step)
+        file = tmp_path / "step-00000.safetensors"
+        file.unlink() if damage is None else file.write_bytes(damage)
+        again = Journal(tmp_path)
+        assert (again.finished, again.complete, len(again)) == (0, False, 0)
+        assert "damaged" in capsys.readouterr().err
+        assert Journal(tmp_path).finished == 0 and "damaged" not in capsys.readouterr().err
+
+
 def test_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     store, states = StateStore(tmp_path), torch.randn(2, 3, 4).to(torch.bfloat16)
     unnamed, named = store.hold(states), store.hold(states, "1-00000")
@@ -135,6 +149,26 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         assert method == "shortened-llama"  # whose gradients come from a walk that is done anew
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("method", ["random-depth", "random-width", "random-weight"])
+def test_a_killed_run_that_draws_draws_the_same_again(
+    method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["prune", str(world / "model"), "--method", method, "--ratio", "0.5"]
+    assert main([*line, str(tmp_path / "whole")]) == 0
+    finish = Journal.finish
+
+    def killed(self: Journal, step: int) -> None:
+        finish(self, step)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", killed)
+        assert main([*line, str(tmp_path / "out")]) != 0
+    assert main([*line, str(tmp_path / "out"), "--resume"]) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("method", METHODS)

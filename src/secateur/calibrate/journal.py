@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from secateur.files import write_text
+from secateur.progress import say
 from secateur.tensor_files import Stored, TensorFile, write_tensors
 
 __all__ = ["Journal", "StateStore", "Workspace"]
@@ -19,7 +22,7 @@ class Journal(Mapping[str, Tensor]):
     """Tensors that were found, by name; on disk they are read when they are asked for.
 
     A step (a block, or a group of windows) is *finished* once all that comes of it is there. A run that was killed goes
-    on behind the last finished one.
+    on behind the last finished one. Where a file is damaged, all begins anew, which is said.
 
     Args:
         directory: where the tensors of each step are kept; None for memory.
@@ -30,14 +33,23 @@ class Journal(Mapping[str, Tensor]):
         self.finished = 0  #: steps that need not be done again
         self.complete = False  #: whether the walk came to its end
         self._held: dict[str, Tensor | TensorFile] = {}
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            marker = directory / "finished"
-            self.finished = int(marker.read_text()) if marker.exists() else 0
-            self.complete = (directory / "complete").exists()
-            for path in sorted(directory.glob("step-*.safetensors")):
-                if self.complete or int(path.stem.removeprefix("step-")) < self.finished:
-                    self._index(path)
+        if directory is None:
+            return
+        try:
+            self._take_up(directory)
+        except (FileNotFoundError, ValueError, SafetensorError) as error:
+            say(f"{directory}: begun anew, because what was kept there is damaged ({error})")
+            shutil.rmtree(directory)
+            self.finished, self.complete, self._held = 0, False, {}
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def _take_up(self, directory: Path) -> None:
+        marker = directory / "finished"
+        self.finished = int(marker.read_text()) if marker.exists() else 0
+        self.complete = (directory / "complete").exists()
+        every = sorted(directory.glob("step-*.safetensors"))
+        for path in every if self.complete else map(self._file, range(self.finished)):
+            self._index(path)
 
     def put(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep what was found in a step."""

@@ -71,6 +71,7 @@ class Method(ABC):
     calibrated: ClassVar[bool] = True  #: whether it looks at calibration text
     axes: ClassVar[Sequence[str]] = ()  #: spaces that a width method narrows unless told otherwise
     scores: ClassVar[Sequence[str]] = ()  #: spaces that a width method has scores for
+    draws: ClassVar[bool] = False  #: whether scores are drawn one after the other, so that none can be left out
 
     def switches(self, shape: Shape, spaces: Sequence[str]) -> list[str]:
         """The config keys that pruning these spaces to ``shape`` switches on: those of biases, where it makes any."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Seeded:
+    draws: ClassVar[bool] = True
     seed: int
 
     @cached_property

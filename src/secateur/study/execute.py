@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from secateur.calibrate.journal import Workspace
 from secateur.checkpoint import Checkpoint, model_card, model_tensors, write_checkpoint
 from secateur.data.corpus import CorpusSpec, build_corpus
 from secateur.data.shards import TokenStore
@@ -18,7 +20,7 @@ from secateur.errors import UserError
 from secateur.evaluate.loss import Protocol, evaluate
 from secateur.plan import load_masks
 from secateur.progress import task
-from secateur.prune import Calibration, make_plan, write_pruned
+from secateur.prune import Calibration, make_plan, scores_identity, write_pruned
 from secateur.shapes import Shape
 from secateur.spec import parse
 from secateur.study.stages import Stage
@@ -47,7 +49,10 @@ def _prune(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(store.folder(stage.inputs["model"]) / "model")
     windows = _calibration_windows(stage, store)
     calibration = Calibration(windows, "the parent's training slice")
-    plan = make_plan(checkpoint, asked["method"], Target(ratio=asked["ratio"]), calibration)
+    pruning = (checkpoint, asked["method"], Target(ratio=asked["ratio"]), calibration)
+    scores = scores_identity(*pruning)
+    with store.scores(stage, scores) if scores else nullcontext(work / "checkpoints") as journals:
+        plan = make_plan(*pruning, workspace=Workspace(journals))
     (work / "model").mkdir(exist_ok=True)
     content = write_pruned(checkpoint, plan, work / "model")
     return {key: content[key] for key in ("ratio", "before", "after", "calibration", "summary", "fingerprint")}

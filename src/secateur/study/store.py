@@ -2,17 +2,23 @@
 
 ``<out>/stages/<folder>`` is a finished stage; ``record.json`` in it holds what was asked and what came out, and no
 time, host or path, so that an interrupted study's records are those of an uninterrupted one. ``runtime.json`` beside it
-holds the rest. ``<folder>.partial`` is an unfinished stage, whose training checkpoints are used when it is run again.
+holds the rest. ``<folder>.partial`` is an unfinished stage, whose checkpoints are used when it is run again.
+``<out>/scores/<folder>`` holds what pruning stages that differ in the ratio alone share.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from secateur.files import locked, read_json, sync_tree, write_json
+from secateur.errors import UserError
+from secateur.files import locked, read_json, sha256_file, sync_tree, write_json
+from secateur.progress import say
+from secateur.spec import fingerprint
 from secateur.study.stages import VERSIONS, Stage
 
 __all__ = ["Store"]
@@ -51,6 +57,30 @@ class Store:
         """Hold the stage against other processes, e.g. one that a killed study left behind."""
         return locked(self.out / "locks" / stage.fingerprint[:12])
 
+    @contextlib.contextmanager
+    def scores(self, stage: Stage, identity: Mapping[str, Any]) -> Iterator[Path]:
+        """Hold a folder of scores against other stages that want the same ones; yield it with what is there.
+
+        Once the block succeeds they are complete, and ``scores.json`` tells what they are of and the hashes of their
+        files. Scores that are damaged are thrown away, which is said.
+
+        Args:
+            stage: which wants them.
+            identity: what they depend on, besides the version of its kind.
+        """
+        name = f"{identity['method']}-{fingerprint([VERSIONS[stage.kind], identity])[:12]}"
+        folder, seal = self.out / "scores" / name, self.out / "scores" / name / "scores.json"
+        waiting = f"{stage.name}: waits for its scores, which another stage is computing"
+        with locked(self.out / "locks" / f"scores-{name}", lambda: say(waiting)):
+            if seal.exists() and not _intact(seal):
+                say(f"{stage.name}: the scores in {folder} are damaged and computed again")
+                shutil.rmtree(folder)
+            yield folder
+            if not seal.exists():
+                sync_tree(folder)
+                files = {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.glob("*/*"))}
+                write_json(seal, {"of": identity, "files": files})
+
     def begin(self, stage: Stage) -> int:
         """Count an attempt at the stage; return how many there have been."""
         attempts = self.runtime(stage).get("attempts", 0) + 1
@@ -81,3 +111,11 @@ class Store:
         write_json(work / "record.json", record)
         sync_tree(work)
         os.rename(work, self.stages / stage.folder)
+
+
+def _intact(seal: Path) -> bool:
+    """Whether the files are those that the seal was written for."""
+    try:
+        return all(sha256_file(seal.parent / name) == known for name, known in read_json(seal)["files"].items())
+    except (UserError, OSError, LookupError, AttributeError, TypeError):
+        return False

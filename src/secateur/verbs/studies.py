@@ -89,7 +89,7 @@ def study_status(arguments: Namespace) -> Answer:
     rows = []
     for stage in unique(stages):
         error = store.runtime(stage).get("error", "")
-        under_way = any(store.partial(stage).glob("checkpoints/step-*"))
+        under_way = any(store.partial(stage).glob("checkpoints/**/step-*"))
         state = "done" if store.done(stage) else "failed" if error else "interrupted" if under_way else "to do"
         rows.append({"kind": stage.kind, "name": stage.name, "state": state, "error": error})
     done = sum(row["state"] == "done" for row in rows)
