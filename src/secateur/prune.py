@@ -20,6 +20,7 @@ from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
 from secateur.methods import LayerMethod, Method, RemovalMethod, WeightMethod, WidthMethod, get_method
 from secateur.plan import Plan
+from secateur.runtime import pick_batch
 from secateur.shapes import Shape
 from secateur.spec import identity
 from secateur.surgery import cut_config, cut_tensors
@@ -167,7 +168,7 @@ def scores_identity(
     calibration: Calibration | None,
     *,
     options: Mapping[str, Any] | None = None,
-    batch: int = 8,
+    batch: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any] | None:
@@ -183,12 +184,15 @@ def scores_identity(
     found = get_method(method, options)
     if isinstance(found, WeightMethod) or task_of(found):
         return None
+    windows = calibration.windows if calibration and reads_text(found) else None
+    if windows is not None:
+        batch = batch or pick_batch(windows.shape[1], device)
     return {
         "source": checkpoint.digest,
         "method": method,
         "options": identity(found),
         "journal": _journal_key(found, target, checkpoint.shape, target.shape(checkpoint.shape, found, method)),
-        "calibration": calibration.record()["hash"] if calibration and reads_text(found) else None,
+        "calibration": token_hash(windows.numpy()) if windows is not None else None,
         "batch": batch,  # decides how sums are rounded, as the device does
         "device": torch.device(device).type,
         "dtype": str(dtype).removeprefix("torch."),
