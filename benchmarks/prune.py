@@ -117,13 +117,13 @@ class Benchmark:
                     self.base[row.tool] = self._imports(row.tool)
             for turn in range(self.asked.repeat):
                 for row in rows:
-                    shutil.rmtree(row.out, ignore_errors=True)
+                    _clear(row.out)
                     row.runs.append(run(row.command, self._environment(row.tool), device=self.asked.device))
                     print(f"{row.method}, {row.contender}, run {turn + 1}: {_said(row.runs[-1])}", file=sys.stderr)
             for row in rows[1:]:
                 row.agreement = _agreement(rows[0].out, row.out)
             for row in rows:
-                shutil.rmtree(row.out, ignore_errors=True)
+                _clear(row.out)
             self.rows += rows
 
     def confined(self, methods: Sequence[str]) -> None:
@@ -132,10 +132,10 @@ class Benchmark:
         self.base["secateur"] = self._imports("secateur")
         for name in methods:
             row = next(self._contenders(name, bfloat16=False))
-            shutil.rmtree(row.out, ignore_errors=True)
+            _clear(row.out)
             row.runs.append(run(row.command, self._environment("secateur"), limit=LIMIT))
             print(f"{row.method}: {_said(row.runs[-1])}", file=sys.stderr)
-            shutil.rmtree(row.out, ignore_errors=True)
+            _clear(row.out)
             self.rows.append(row)
 
     def _contenders(self, name: str, *, bfloat16: bool) -> Iterator[Row]:
@@ -234,6 +234,12 @@ def main() -> None:
         print(f"{_table(benchmark)}\n\n{_reached(benchmark)}\n\n{_imports_table(benchmark)}")
     if asked.json:
         asked.json.write_text(json.dumps(_record(benchmark), indent=1))
+
+
+def _clear(out: Path) -> None:
+    """Remove an output, and what a run that failed left of one."""
+    for directory in (out, out.with_name(f"{out.name}.partial")):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _says_dtype(environment: Mapping[str, str]) -> bool:

@@ -254,27 +254,7 @@ def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Dec
             )
 
     for block, stats in walk.observed(wanted, replay=put_back):
-        found: dict[str, Tensor] = {}
-        for site, linears in itertools.groupby(family.linears, family.site_of):
-            statistics = stats.pop(site, {})
-            names = {linear: family.block_tensor(block.index, linear) for linear in linears}
-            if not all(is_finite(value) for value in statistics.values()):
-                read = next(iter(names.values()))
-                raise UserError(
-                    f"{walk.checkpoint.directory}: what {read} reads is too large: a sum of squares is infinite"
-                )
-            shared = method.prepare(statistics)
-            del statistics  # matrices of all pairs of channels among them
-            for linear, name in names.items():
-                weight, keep = method.prune(block.weight(linear), shared, select)
-                if not is_finite(weight):
-                    raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
-                if method.updates:  # as it will be stored, so that the next block sees what is written
-                    weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name)).cpu()
-                block.set_weight(linear, weight)
-                found[f"mask.{name}"] = keep.cpu()
-                found[f"zeros.{name}"] = (~keep).sum().cpu()
-        walk.journal.put(block.index, found)
+        walk.journal.put(block.index, _prune_block(method, block, stats, select))
     zeros = {name: int(count) for name, count in walk.journal.below("zeros.").items()}
     shape = walk.checkpoint.shape
     pruned, total = sum(zeros.values()), shape.block_weights
@@ -286,3 +266,34 @@ def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Dec
         "sparsity": {name: zeros[name] / sizes[linear] for name, linear in names},
     }
     return {"masks": masks, "weights": weights, "zeroed": pruned, "summary": summary}
+
+
+def _prune_block(
+    method: WeightMethod, block: Block, stats: dict[str, dict[type, Tensor]], select: Selector
+) -> dict[str, Tensor]:
+    """Prune a block's linears in place and return what becomes of them: masks, how many zeros, and changed weights.
+
+    The statistics are given up on the way: there are matrices of all pairs of channels among them.
+    """
+    walk, found = block.walk, dict[str, Tensor]()
+    for site, linears in itertools.groupby(walk.family.linears, walk.family.site_of):
+        names = {linear: walk.family.block_tensor(block.index, linear) for linear in linears}
+        statistics = stats.pop(site, {})
+        if not all(is_finite(value) for value in statistics.values()):
+            read = next(iter(names.values()))
+            raise UserError(
+                f"{walk.checkpoint.directory}: what {read} reads is too large: a sum of squares is infinite"
+            )
+        shared = method.prepare(statistics)
+        del statistics
+        for linear, name in names.items():
+            weight, keep = method.prune(block.weight(linear), shared, select)
+            if not is_finite(weight):
+                raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
+            if method.updates:  # as it will be stored, so that the next block sees what is written
+                weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name)).cpu()
+            block.set_weight(linear, weight)
+            found[f"mask.{name}"] = keep.cpu()
+            found[f"zeros.{name}"] = (keep.numel() - keep.count_nonzero()).cpu()  # a sum of bool copies it to int64
+        del shared
+    return found

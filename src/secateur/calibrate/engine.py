@@ -433,7 +433,7 @@ def release_memory() -> None:
     _libc("malloc_trim", 0)
 
 
-def _map_tensors(larger_than: int = 2**20) -> None:
+def _map_tensors(larger_than: int = 2**17) -> None:
     """Have glibc take the memory of tensors of more bytes from the system, one by one, and give it back at once.
 
     It would raise the size from which it does so with each tensor that is freed, and then carve weights out of one
@@ -451,7 +451,7 @@ def _heap_for(states: States, width: int) -> Iterator[None]:
     """
     widest = max((batch[..., 0].numel() * width * batch.itemsize for batch in states), default=0)
     if widest <= _HEAP:
-        _map_tensors(max(widest, 2**20))
+        _map_tensors(max(widest, 2**17))
     try:
         yield
     finally:
