@@ -27,6 +27,7 @@ class Estimate:
     """Bytes, above what the process holds already."""
 
     block: int  #: one block's weights, statistics and activations, where it is computed
+    coming: int  #: the next block's weights, which a GPU gets meanwhile
     states: int  #: the states between blocks, in memory or on disk
     kept: int  #: what is found block by block, on disk until the output is written
     output: int  #: the checkpoint to be written, on disk
@@ -74,7 +75,7 @@ def estimate(
     kept = 0
     if isinstance(method, WeightMethod):
         kept = shape.block_weights * (1 + (2 if method.updates else 0))
-    return Estimate(block, states, kept * outputs, stored * outputs)
+    return Estimate(block, weights * dtype.itemsize, states, kept * outputs, stored * outputs)
 
 
 @dataclass

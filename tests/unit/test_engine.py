@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from helpers import VARIANTS, calibration, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
+from secateur.calibrate import weights
 from secateur.calibrate.engine import Block, BlockWalk, removal_losses
 from secateur.calibrate.stats import MeanCosine, MeanSquare, NormByPosition
 from secateur.checkpoint import Checkpoint
+from secateur.errors import UserError
 from secateur.families import LLAMA
 from secateur.methods import METHODS, get_method
 from secateur.prune import make_plan, scoring_flops
@@ -160,3 +162,31 @@ def test_a_block_that_is_changed_runs_again_for_the_next(tmp_path: Path) -> None
             with torch.no_grad():
                 model.model.layers[block.index].mlp.up_proj.weight.mul_(-2)
     assert len(cosines) == 5
+
+
+def test_weights_that_are_read_ahead_are_those_read_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tiny_llama(tmp_path))
+    found = {}
+    for way in ("in_turn", "ahead"):
+        monkeypatch.setattr("secateur.calibrate.engine.in_turn", getattr(weights, way))
+        walk = BlockWalk(checkpoint, windows(3), batch=1)
+        found[way] = [stats for _, stats in walk.observed({site: [MeanSquare] for site in walk.family.sites})]
+    for one, other in zip(*found.values(), strict=True):
+        assert all(torch.equal(one[site][MeanSquare], other[site][MeanSquare]) for site in one)
+
+
+def test_reading_ahead_holds_two_blocks_and_tells_of_a_bad_one_in_its_turn() -> None:
+    read, shown = [], []
+
+    def block(index: int) -> dict[str, torch.Tensor]:
+        read.append(index)
+        if index == 3:
+            raise UserError("block 3 is bad")
+        return {"weight": torch.full((2,), float(index))}
+
+    with pytest.raises(UserError, match="block 3"):
+        for tensors in weights.ahead([1, 2, 3, 4], block, "cpu", torch.bfloat16):
+            shown.append((float(tensors["weight"][0]), tensors["weight"].dtype))
+            assert len(read) <= len(shown) + 1
+    assert shown == [(1.0, torch.bfloat16), (2.0, torch.bfloat16)] and read == [1, 2, 3]
+    assert list(weights.ahead([], block, "cpu", torch.float32)) == []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from secateur.calibrate.head import Head
 from secateur.calibrate.journal import Journal, StateStore
 from secateur.calibrate.stats import StateStatistic, Statistic
+from secateur.calibrate.weights import ahead, in_turn
 from secateur.checkpoint import Checkpoint, is_finite, skeleton
 from secateur.errors import UserError
 from secateur.progress import task
@@ -185,21 +186,24 @@ class BlockWalk:
             part: what progress is told besides.
         """
         order = list(enumerate(self.layers))[start:]
-        with task(f"{self.label}{part}", len(self.layers)) as progress:
+        with contextlib.ExitStack() as held, task(f"{self.label}{part}", len(self.layers)) as progress:
             progress.advance(start)
-            for index, module in reversed(order) if backwards else order:
-                tensors = self.checkpoint.block(index)
-                for name, tensor in tensors.items():
-                    self.checkpoint.check_finite(self.family.block_tensor(index, name), tensor)
-                # A copy, because a stored tensor is a view into the mapped file and blocks are pruned in place.
-                loaded = {n: t.to(self.device, self.dtype, copy=True) for n, t in tensors.items()}
-                del tensors
-                module.load_state_dict(loaded, assign=True)
-                del loaded
+            order = order[::-1] if backwards else order
+            load = ahead if self.device.startswith("cuda") else in_turn
+            weights = load([index for index, _ in order], self._read_block, self.device, self.dtype)
+            held.enter_context(contextlib.closing(weights))
+            for index, module in order:
+                module.load_state_dict(next(weights), assign=True)
                 yield Block(self, index, module)
                 module.to("meta")
                 release_memory()
                 progress.advance(1, f"block {index + 1} of {len(self.layers)}")
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        tensors = self.checkpoint.block(index)
+        for name, tensor in tensors.items():
+            self.checkpoint.check_finite(self.family.block_tensor(index, name), tensor)
+        return tensors
 
     def loss(self, states: States) -> float:
         """Mean next-token loss (nats) of states that left the last block."""

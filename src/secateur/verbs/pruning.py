@@ -149,7 +149,7 @@ def _announce(
     room, disk = shutil.disk_usage(parent).free, needs.disk(on_disk=on_disk)
     said = [f"{size(needs.host(device, on_disk=on_disk))} of memory above the program's own"]
     if device != "cpu":
-        said.append(f"{size(needs.block)} on the device")
+        said.append(f"{size(needs.block + needs.coming)} on the device")
     said.append(f"{size(disk)} of disk (free: {size(room)})")
     states = f"; states ({size(needs.states)}) {'on disk' if on_disk else 'in memory'}" if windows else ""
     say(f"estimate: {', '.join(said)}{states}; the time shows after the first block")
