@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -122,16 +123,27 @@ def end(code: int, message: str) -> int:
     if _group is None:
         print(message, file=sys.stderr)
         return code
+    store = _group.store
     try:
-        if _group.store.add("ended", 1) == 1:
+        if store.add("ended", 1) == 1:
             print(message, file=sys.stderr, flush=True)
-            _group.store.set("told", "")
-        else:  # torchrun may end the one that tells as soon as this one is gone
-            _group.store.wait(["told"], timedelta(seconds=10))
+            store.set("told", "")
+        # As soon as one is gone torchrun ends the others: let the one that tells do so, and the first one tidy up.
+        _await("told", 10)
+        if first():
+            store.set("first", "")
+        _await("first", 3)  # in vain if that one is elsewhere
     except RuntimeError:  # the store has gone with the process that held it
         pass
     sys.stdout.flush()
     os._exit(code)
+
+
+def _await(key: str, seconds: float) -> None:
+    assert _group is not None
+    over = time.monotonic() + seconds
+    while not _group.store.check([key]) and time.monotonic() < over:
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
