@@ -7,10 +7,11 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from secateur import manual
+from secateur import manual, ranks
 from secateur.errors import UserError, did_you_mean
 from secateur.version import __version__
 
@@ -283,24 +284,31 @@ def _study(verbs: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     try:
-        arguments = _parser().parse_args(argv)
-        # Imported late: --help must not wait for torch.
-        from secateur import verbs
+        with ranks.together():
+            arguments = _parser().parse_args(argv)
+            if ranks.world() > 1 and arguments.verb != "prune":
+                raise UserError(f"{arguments.verb}: runs in one process; of all verbs only prune takes several")
+            # Imported late: --help must not wait for torch.
+            from secateur import verbs
 
-        action = f"study_{arguments.action}" if arguments.verb == "study" else arguments.verb
-        answer, text, code = getattr(verbs, action.replace("eval", "evaluate"))(arguments)
-        print(json.dumps(answer, ensure_ascii=False) if arguments.json else text, flush=True)
-        return code
+            action = f"study_{arguments.action}" if arguments.verb == "study" else arguments.verb
+            answer, text, code = getattr(verbs, action.replace("eval", "evaluate"))(arguments)
+            print(json.dumps(answer, ensure_ascii=False) if arguments.json else text, flush=True)
+            return code
     except UserError as error:
-        print(f"secateur: error: {error}", file=sys.stderr)
-        return 2
+        return ranks.end(2, f"secateur: error: {error}")
+    except ranks.Lost as lost:
+        return ranks.end(1, f"secateur: error: {lost}")
     except BrokenPipeError:
         # The reader of our output, e.g. head, has enough; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("\nsecateur: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return ranks.end(130, "\nsecateur: interrupted; run the same command again to go on")
+    except Exception:
+        if ranks.world() == 1:
+            raise
+        return ranks.end(1, traceback.format_exc())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from secateur import ranks
 from secateur.calibrate.engine import Block, BlockWalk, removal_losses
 from secateur.calibrate.evidence import evidence
 from secateur.calibrate.stats import Mean
@@ -33,7 +34,11 @@ def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task
     gone = layers - after.layers
     length = gone if method.runs else 1
     if task:
-        full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
+        found = torch.zeros(layers - length + 2, dtype=torch.float64)
+        if ranks.first():  # on the whole task, while the others wait
+            full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
+            found = torch.tensor([full, *without], dtype=torch.float64)
+        full, *without = ranks.from_first(found).tolist()
     else:
         full, without = removal_losses(walk, length)  # which asks the journal first
     scores = method.score(full, torch.tensor(without, dtype=torch.float64))

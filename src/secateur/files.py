@@ -19,6 +19,7 @@ __all__ = [
     "atomic_directory",
     "check_free",
     "locked",
+    "partial_directories",
     "read_json",
     "resumable_directory",
     "sha256_file",
@@ -121,9 +122,15 @@ def check_free(out: Path) -> None:
         raise UserError(f"{out}: already exists and is not empty; name a new directory")
 
 
+def partial_directories(out: Path) -> tuple[Path, Path]:
+    """Where ``out`` is written until it is whole, and where a run keeps what it goes on with after a kill."""
+    partial = out.with_name(f"{out.name}.partial")
+    return partial / "out", partial / "work"
+
+
 @contextlib.contextmanager
 def resumable_directory(out: Path, asked: dict[str, Any], *, resume: bool) -> Iterator[tuple[Path, Path]]:
-    """Yield ``<out>.partial/out``, which becomes ``out`` if the block succeeds, and ``<out>.partial/work``.
+    """Make and yield :func:`partial_directories`; the first becomes ``out`` if the block succeeds.
 
     What is bad input leaves nothing behind. A run that was interrupted or killed after a step (a file ``finished`` in a
     folder of ``work`` tells) leaves its work, and one with the same ``asked`` and ``resume`` finds it as it was.
@@ -133,7 +140,8 @@ def resumable_directory(out: Path, asked: dict[str, Any], *, resume: bool) -> It
             or another process is at it.
     """
     check_free(out)
-    partial = out.with_name(f"{out.name}.partial")
+    fresh, work = partial_directories(out)
+    partial = work.parent
     made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -147,7 +155,6 @@ def resumable_directory(out: Path, asked: dict[str, Any], *, resume: bool) -> It
             raise UserError(
                 f"{partial}: another process is writing it; wait for it, or name another directory"
             ) from None
-        work, fresh = partial / "work", partial / "out"
         _take_up(partial, asked, resume)
         shutil.rmtree(fresh, ignore_errors=True)
         work.mkdir(exist_ok=True)

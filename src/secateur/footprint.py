@@ -24,7 +24,7 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, above what the process holds already."""
+    """Bytes, above what the process holds already; of several processes, what the first one needs."""
 
     block: int  #: one block's weights, statistics and activations, where it is computed
     coming: int  #: the next block's weights, which a GPU gets meanwhile
@@ -36,9 +36,9 @@ class Estimate:
         """Memory on the host."""
         return (self.block if device == "cpu" else 0) + (0 if on_disk else self.states)
 
-    def disk(self, *, on_disk: bool) -> int:
-        """Room for files."""
-        return self.kept + self.output + (self.states if on_disk else 0)
+    def disk(self, *, on_disk: bool, processes: int = 1) -> int:
+        """Room for files, of all processes together."""
+        return self.kept + self.output + (processes * self.states if on_disk else 0)
 
 
 def estimate(

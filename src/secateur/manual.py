@@ -84,6 +84,10 @@ examples:
   secateur prune DIR OUT --method minitron-width --ratio 0.5,0.6,0.7 --calibration text:FILE    three outputs
   secateur prune DIR OUT --method sparsegpt --ratio 0.5 --calibration text:FILE --states disk --resume
   secateur prune DIR OUT --method magnitude --ratio 0.5
+  torchrun --nproc-per-node 8 -m secateur prune DIR OUT --method wanda --ratio 0.5 --calibration text:FILE
+
+Under torchrun the processes, each on a GPU of its own, share the calibration windows; the result is the same up to
+rounding. The first one decides and writes: OUT must lie where all can read it. Resume with as many processes.
 """
 
 SHAPES = """\

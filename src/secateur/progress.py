@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Listener", "Task", "clock", "close", "listener", "say", "set_listener", "task"]
+__all__ = ["Listener", "Nobody", "Task", "clock", "close", "listener", "say", "set_listener", "task"]
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -88,6 +88,19 @@ class Lines:
 
     def message(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
+
+
+class Nobody:
+    """Shows nothing."""
+
+    def update(self, key: str, done: float, total: float, note: str) -> None:
+        pass
+
+    def finish(self, key: str) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
 
 
 _listener: Listener | None = None

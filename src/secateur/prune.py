@@ -103,6 +103,8 @@ def make_plan(
 ) -> Plan:
     """Score a checkpoint with a method and select what to keep.
 
+    Of several processes (:mod:`secateur.ranks`) each calls this with the same arguments, except for the device.
+
     Args:
         checkpoint: the model; it is read block by block.
         method: a name from the registry.
@@ -114,6 +116,7 @@ def make_plan(
         device: where to compute.
         dtype: of the forward pass; statistics and scores are float32 or better.
         workspace: where to keep what is found block by block; scores that are there already are not computed again.
+            Several processes need a directory that they all see.
 
     Raises:
         UserError: on an unknown method or option, a target that this model has no shape for, or values that are not

@@ -35,22 +35,31 @@ def quiet() -> None:
 
 
 def pick_device(name: str) -> str:
-    """Resolve ``auto`` to a CUDA device where there is one.
+    """Resolve ``auto`` to a CUDA device where there is one; each of several processes gets one of its own.
 
     Raises:
         UserError: if a device was named that is not there.
     """
     import torch
 
+    from secateur import ranks
     from secateur.errors import UserError
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: is not known; name auto, cpu, cuda, cuda:1 ... or mps")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
-    return name
+    if ranks.world() == 1 or name == "cpu":
+        return name
+    if name != "cuda":
+        raise UserError(f"--device {name}: several processes compute on cpu, or on cuda, each on a device of its own")
+    number, devices = ranks.local()[0], torch.cuda.device_count()
+    if number >= devices:
+        raise UserError(f"--nproc-per-node: there are {devices} CUDA devices; start as many processes, or --device cpu")
+    torch.cuda.set_device(number)  # where nccl computes
+    return f"cuda:{number}"
 
 
 def pick_dtype(name: str, device: str) -> torch.dtype:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from secateur import ranks
 from secateur.calibrate.head import Head
 from secateur.calibrate.journal import Journal, StateStore
-from secateur.calibrate.stats import StateStatistic, Statistic
+from secateur.calibrate.stats import StateStatistic, Statistic, join
 from secateur.calibrate.weights import ahead, in_turn
 from secateur.checkpoint import Checkpoint, is_finite, skeleton
 from secateur.errors import UserError
@@ -31,6 +33,7 @@ __all__ = ["Block", "BlockWalk", "States", "removal_losses"]
 GROUP_BYTES = 2**29  #: states that the candidates of :func:`removal_losses` may hold together
 
 States = list[Tensor]  #: hidden states, one tensor [windows of the batch, positions, hidden] for each batch
+_Shown = TypeVar("_Shown")
 
 
 class _Recorder(nn.Module):
@@ -46,7 +49,7 @@ class _Recorder(nn.Module):
 
 
 class BlockWalk:
-    """One pass over the decoder blocks of a checkpoint.
+    """One pass over the decoder blocks of a checkpoint; of several processes each sends its share of the windows.
 
     Args:
         checkpoint: where the weights lie.
@@ -74,9 +77,14 @@ class BlockWalk:
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
-        self.batches: list[Tensor] = []
+        self.calibrated = windows is not None
+        self.batches: list[Tensor] = []  #: of this process
+        self.most: list[Tensor] = []  #: of the first process; none has more, and one may have none
+        self.targets = 0  #: tokens that a loss is measured on, in all processes: all but each window's first
         if windows is not None:
-            self.batches = list(windows.split(batch or pick_batch(windows.shape[1], device)))
+            batch = batch or pick_batch(windows.shape[1], device)
+            self.batches, self.most = _batches(ranks.share(windows), batch), _batches(ranks.share(windows, 0), batch)
+            self.targets = windows.shape[0] * (windows.shape[1] - 1)
         self.device, self.dtype = device, dtype
         self.label = label
         self.store = store or StateStore()
@@ -133,22 +141,23 @@ class BlockWalk:
     ) -> Iterator[tuple[Block, dict[str, dict[type, Tensor]]]]:
         """Yield the blocks in order, each with statistics of what goes through it; finished ones are left out.
 
-        Where the journal is complete there are none.
+        Where the journal is complete there are none. Only the first process is shown any, as by :meth:`show`.
 
         Args:
             wanted: site -> kinds of statistics to gather there.
             state_kinds: statistics of the states that enter and leave a block, told under the site ``states``.
             replay: given where blocks are changed while they are out, each of which is then run again, so that the next
-                one sees its new outputs: does to a block that was finished before what was done to it then.
+                one sees its new outputs: does to a block, by what the journal says, what was done to it when it was
+                finished before, or by the first process.
         """
         if self.journal.complete:
             return
-        runs = bool(self.batches) and bool(wanted or state_kinds)
+        runs = self.calibrated and bool(wanted or state_kinds)
         finished = self.journal.finished
         states = self.start() if runs else []
         found = self._kept_states(finished) if runs and finished else None
-        for block in self.blocks(start=finished if found or not runs else 0):
-            if found:
+        for block in self.blocks(start=finished if found is not None or not runs else 0):
+            if found is not None:
                 states, found = found, None
             again = block.index < finished
             if again and replay:
@@ -159,7 +168,9 @@ class BlockWalk:
                 if runs:
                     onwards = replay is None and block.index + 1 < len(self.layers)
                     stats, left = block.observe(states, wanted, state_kinds, keep=onwards)
-                yield block, stats
+                yield from self.show(block.index, (block, stats))
+                if runs and replay and not ranks.first():
+                    replay(block)
                 if runs and replay is None:
                     states = left
             if runs and (again or replay) and block.index + 1 < len(self.layers):
@@ -167,15 +178,23 @@ class BlockWalk:
             if not again:
                 self.journal.finish(block.index)
 
+    def show(self, step: int, shown: _Shown) -> Iterator[_Shown]:
+        """Yield to the first process what is to be decided on; the others take up what it then put into the journal."""
+        if ranks.first():
+            yield shown
+        ranks.wait()
+        if not ranks.first():
+            self.journal.take_up(step)
+
     def _kept_states(self, index: int) -> States | None:
-        """The states that enter a block, as an earlier run left them on disk."""
+        """The states that enter a block, as an earlier run left them on disk; None if a process lacks some."""
         hidden = self.checkpoint.shape.hidden
         found = [
             self.store.find(_state_name(index, i), torch.Size([*batch.shape, hidden]), self.dtype)
             for i, batch in enumerate(self.batches)
         ]
         held = [states for states in found if states is not None]
-        return held if held and len(held) == len(found) else None
+        return held if ranks.every(len(held) == len(found)) else None
 
     def blocks(self, *, start: int = 0, backwards: bool = False, part: str = "") -> Iterator[Block]:
         """Yield the blocks in order, each with its weights loaded; they are freed when the next one is asked for.
@@ -207,13 +226,8 @@ class BlockWalk:
 
     def loss(self, states: States) -> float:
         """Mean next-token loss (nats) of states that left the last block."""
-        (total,) = self.head().losses(self.batches, [states])
-        return total / self.targets
-
-    @property
-    def targets(self) -> int:
-        """Tokens that a loss is measured on: all but each window's first."""
-        return sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self.batches)
+        losses = torch.tensor(self.head().losses(self.batches, [states]), dtype=torch.float64)
+        return float(ranks.add(losses)) / self.targets
 
     @property
     def norm(self) -> nn.Module:
@@ -233,6 +247,10 @@ class BlockWalk:
         self.checkpoint.check_finite(name, tensor)
         module = self.model.get_submodule(name.rpartition(".")[0])
         module.register_parameter(name.rpartition(".")[2], nn.Parameter(tensor.to(self.device), requires_grad=False))
+
+
+def _batches(windows: Tensor, batch: int) -> list[Tensor]:
+    return list(windows.split(batch)) if len(windows) else []
 
 
 def _state_name(block: int, batch: int) -> str:
@@ -335,6 +353,7 @@ class Block:
                     pending.update(wanted)
                     with contextlib.suppress(_SeenAll):
                         self.forward(batch)
+        join([*itertools.chain(*gathered.values()), *watch], self.walk.device)
         found: dict[str, dict[type, Tensor]] = {}
         for site, statistics in gathered.items():
             found[site] = {type(s): s.value() for s in statistics}
@@ -403,12 +422,13 @@ def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
     """
     candidates = len(walk.layers) - length + 1
     width = walk.checkpoint.shape.hidden * walk.dtype.itemsize
-    together = max(1, GROUP_BYTES // ((candidates + 1) * walk.batches[0].numel() * width))
-    groups = [walk.batches[i : i + together] for i in range(0, len(walk.batches), together)]
+    together = max(1, GROUP_BYTES // ((candidates + 1) * walk.most[0].numel() * width))
+    groups = [walk.batches[i : i + together] for i in range(0, len(walk.most), together)]  # as many in each process
     for step, group in enumerate(groups):
         if step >= walk.journal.finished:
             part = f", part {step + 1} of {len(groups)}" if len(groups) > 1 else ""
-            walk.journal.put(step, {f"losses.{step}": _removal_losses(walk, length, group, part)})
+            for losses in walk.show(step, ranks.add(_removal_losses(walk, length, group, part))):
+                walk.journal.put(step, {f"losses.{step}": losses})
             walk.journal.finish(step)
     total = torch.stack([walk.journal[f"losses.{step}"] for step in range(len(groups))]).sum(dim=0)
     full, *without = (total / walk.targets).tolist()

@@ -87,7 +87,8 @@ def evidence(
 
     Activations come block by block from the first to the last. Where a block's weights are changed while it is shown,
     the blocks behind it see what the changed one puts out. Gradients come from the last block to the first; then, and
-    for needs without activations, a last item without a block shows the tensors outside the blocks.
+    for needs without activations, a last item without a block shows the tensors outside the blocks. Of several
+    processes only the first is shown anything, as by :meth:`BlockWalk.show`.
 
     Args:
         walk: over the blocks.
@@ -110,7 +111,7 @@ def evidence(
     for block, stats in walk.observed(wanted, state_kinds, replay=replay):
         yield block, _places(walk, block, spaces, stats, {})
     if not activations and "hidden" in spaces:
-        yield None, _places(walk, None, spaces, {}, {})
+        yield from walk.show(len(walk.layers), (None, _places(walk, None, spaces, {}, {})))
 
 
 def _places(

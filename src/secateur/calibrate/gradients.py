@@ -6,13 +6,14 @@ each run again with its gradient. What is held is one block, its gradients, and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from secateur.calibrate.engine import Block, BlockWalk, States
-from secateur.calibrate.stats import GradientStatistic
+from secateur.calibrate.stats import GradientStatistic, join
 from secateur.checkpoint import is_finite
 from secateur.errors import UserError
 
@@ -25,6 +26,8 @@ def gradients_of(
     walk: BlockWalk, kinds: Sequence[type[GradientStatistic]], *, outer: bool = False
 ) -> Iterator[tuple[Block | None, Gradients]]:
     """Visit the blocks from the last to the first, each with statistics of its tensors' gradients.
+
+    Several processes go this way together, and only the first is shown anything, as by :meth:`BlockWalk.show`.
 
     The loss is the mean over windows of a window's mean next-token loss, and a statistic sees one window at a time: the
     walk must have batches of one.
@@ -43,9 +46,10 @@ def gradients_of(
         found = {name: [kind() for kind in kinds] for name, _ in block.module.named_parameters()}
         windows = zip(entering.pop(), upstream, strict=True)
         upstream = [walk.store.hold(_through(block, states, behind, found)) for states, behind in windows]
-        yield block, _values(found, kinds)
+        yield from walk.show(block.index, (block, _values(found, kinds, walk.device)))
     if outer:
-        yield None, _values(_outside(walk, leaving, upstream, kinds), kinds)
+        values = _values(_outside(walk, leaving, upstream, kinds), kinds, walk.device)
+        yield from walk.show(len(walk.layers), (None, values))
 
 
 def _through(block: Block, states: Tensor, behind: Tensor, found: Mapping[str, list[GradientStatistic]]) -> Tensor:
@@ -96,5 +100,8 @@ def _outside(
     return found
 
 
-def _values(found: Mapping[str, list[GradientStatistic]], kinds: Sequence[type[GradientStatistic]]) -> Gradients:
+def _values(
+    found: Mapping[str, list[GradientStatistic]], kinds: Sequence[type[GradientStatistic]], device: str
+) -> Gradients:
+    join(itertools.chain(*found.values()), device)
     return {kind: {name: s[i].value() for name, s in found.items()} for i, kind in enumerate(kinds)}

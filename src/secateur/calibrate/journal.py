@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from secateur import ranks
 from secateur.files import write_text
 from secateur.progress import say
 from secateur.tensor_files import Stored, TensorFile, write_tensors
@@ -22,7 +23,8 @@ class Journal(Mapping[str, Tensor]):
     """Tensors that were found, by name; on disk they are read when they are asked for.
 
     A step (a block, or a group of windows) is *finished* once all that comes of it is there. A run that was killed goes
-    on behind the last finished one. Where a file is damaged, all begins anew, which is said.
+    on behind the last finished one. Where a file is damaged, all begins anew, which is said. Of several processes only
+    the first puts something in; a journal that the others shall read is a directory that they all see.
 
     Args:
         directory: where the tensors of each step are kept; None for memory.
@@ -35,13 +37,17 @@ class Journal(Mapping[str, Tensor]):
         self._held: dict[str, Tensor | TensorFile] = {}
         if directory is None:
             return
-        try:
+        if ranks.first():
+            try:
+                self._take_up(directory)
+            except (FileNotFoundError, ValueError, SafetensorError) as error:
+                say(f"{directory}: begun anew, because what was kept there is damaged ({error})")
+                shutil.rmtree(directory)
+                self.finished, self.complete, self._held = 0, False, {}
+            directory.mkdir(parents=True, exist_ok=True)
+        ranks.wait()  # until the first process has looked at what is there
+        if not ranks.first():
             self._take_up(directory)
-        except (FileNotFoundError, ValueError, SafetensorError) as error:
-            say(f"{directory}: begun anew, because what was kept there is damaged ({error})")
-            shutil.rmtree(directory)
-            self.finished, self.complete, self._held = 0, False, {}
-        directory.mkdir(parents=True, exist_ok=True)
 
     def _take_up(self, directory: Path) -> None:
         marker = directory / "finished"
@@ -62,16 +68,21 @@ class Journal(Mapping[str, Tensor]):
         fresh.replace(path)
         self._index(path)
 
+    def take_up(self, step: int) -> None:
+        """Find here what the first process has put in, after it has."""
+        self._index(self._file(step))
+
     def finish(self, step: int) -> None:
-        """Note that all that comes of a step is there."""
+        """Note that all that comes of a step is there, once it is in every process."""
+        ranks.wait()
         self.finished = step + 1
-        if self.directory is not None:
+        if self.directory is not None and ranks.first():
             write_text(self.directory / "finished", str(self.finished))
 
     def close(self) -> None:
         """Note that the walk came to its end: what was found serves whoever asks for it again."""
         self.complete = True
-        if self.directory is not None:
+        if self.directory is not None and ranks.first():
             write_text(self.directory / "complete", "")
 
     def _file(self, step: int) -> Path:
@@ -117,7 +128,7 @@ class Workspace:
 
     def store(self, key: str) -> StateStore:
         """Where the states of the walk under this key are held."""
-        return StateStore(self.states / key if self.states else None)
+        return StateStore(self.states / key / str(ranks.rank()) if self.states else None)
 
 
 class _Below(Mapping[str, Tensor]):

@@ -8,10 +8,12 @@ in float64; Gram matrices are float32 throughout.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+
+from secateur import ranks
 
 __all__ = [
     "GradientStatistic",
@@ -25,6 +27,7 @@ __all__ = [
     "StateStatistic",
     "Statistic",
     "Variance",
+    "join",
 ]
 
 
@@ -48,6 +51,11 @@ class Statistic(ABC):
         """The statistic over all batches so far, float32."""
         assert self.total is not None, "no batch has been seen"
         return (self.total / self.count).float()
+
+    def join(self, device: str) -> None:
+        """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
+        self.total = ranks.add(ranks.like_first(self.total, device))
+        self.count = ranks.add_count(self.count)
 
     def _add(self, total: Tensor, count: int) -> None:
         self.total = total if self.total is None else self.total + total
@@ -100,6 +108,14 @@ class Variance(Statistic):
         assert self.total is not None, "no batch has been seen"
         return (self.total / max(self.count - 1, 1)).float()
 
+    def join(self, device: str) -> None:
+        own = self.count
+        super().join(device)  # the squared deviations within each process; now those between them
+        assert self.total is not None
+        mean = self.mean + torch.zeros_like(self.total)
+        self.mean = ranks.add(mean * own) / self.count
+        self.total += ranks.add((mean - self.mean).square() * own)
+
 
 class Gram(Statistic):
     """Mean over all tokens of ``x x^T``: [channels, channels].
@@ -131,6 +147,10 @@ class Gram(Statistic):
             self.total[rows.stop :, rows] = self.total[rows, rows.stop :].T
         return self.total
 
+    def join(self, device: str) -> None:
+        own, self.count = self.count, ranks.add_count(self.count)
+        self.total = ranks.add(ranks.like_first(self.total, device).mul_(own / self.count))
+
     def _rows(self) -> list[slice]:
         assert self.total is not None
         return [slice(first, first + self.tile) for first in range(0, len(self.total), self.tile)]
@@ -158,6 +178,10 @@ class StateStatistic(ABC):
     def value(self) -> Tensor:
         """The statistic over all batches so far."""
 
+    @abstractmethod
+    def join(self, device: str) -> None:
+        """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
+
 
 class MeanCosine(StateStatistic):
     """Mean over all tokens of the cosine between a state before and after the block: a scalar.
@@ -182,6 +206,10 @@ class MeanCosine(StateStatistic):
     def value(self) -> Tensor:
         return 1 - torch.tensor(self.total / self.tokens, dtype=torch.float64)
 
+    def join(self, device: str) -> None:
+        self.total = float(ranks.add(torch.tensor([self.total], dtype=torch.float64)))
+        self.tokens = ranks.add_count(self.tokens)
+
 
 class GradientStatistic(ABC):
     """An accumulator over windows of the gradient of a window's mean loss with respect to one tensor."""
@@ -205,6 +233,11 @@ class GradientStatistic(ABC):
         assert self.total is not None, "no window has been seen"
         return self.total / self.windows
 
+    def join(self, device: str) -> None:
+        """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
+        self.total = ranks.add(ranks.like_first(self.total, device))
+        self.windows = ranks.add_count(self.windows)
+
 
 class MeanGradient(GradientStatistic):
     """The gradient of the calibration loss, ``dL/dW``."""
@@ -218,3 +251,9 @@ class MeanSquareGradient(GradientStatistic):
 
     def term(self, gradient: Tensor) -> Tensor:
         return gradient.square()
+
+
+def join(statistics: Iterable[Statistic | StateStatistic | GradientStatistic], device: str) -> None:
+    """Merge each statistic over all processes; with one it stays as it is, to the last bit."""
+    for statistic in statistics if ranks.world() > 1 else ():
+        statistic.join(device)

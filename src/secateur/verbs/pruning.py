@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from secateur import ranks
 from secateur.calibrate.journal import Workspace
 from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
-from secateur.files import check_free, resumable_directory
+from secateur.files import check_free, partial_directories, resumable_directory
 from secateur.footprint import Use, estimate, free_memory, size, watched
 from secateur.methods import Method, get_method
 from secateur.plan import Plan
@@ -23,6 +25,7 @@ from secateur.progress import clock, say
 from secateur.prune import Calibration, achieved, asked_words, make_plan, reads_text, task_of, write_pruned
 from secateur.report.words import points, share
 from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
+from secateur.spec import fingerprint
 from secateur.target import Target
 from secateur.verbs.answer import Answer
 from secateur.verbs.ids import calibration_of
@@ -60,11 +63,12 @@ def prune(arguments: Namespace) -> Answer:
         "targets": [target.record(method) for target in targets],
         "calibration": calibration.record() if calibration else None,
         "batch": arguments.batch,
-        "device": device,
+        "device": device.partition(":")[0] if ranks.world() > 1 else device,
         "dtype": str(dtype),
+        "processes": ranks.world(),
         "versions": environment(),
     }
-    with watched(device) as use, resumable_directory(out, asked, resume=arguments.resume) as (fresh, work):
+    with watched(device) as use, _directories(out, asked, arguments.resume) as (fresh, work):
         workspace = Workspace(work, work / "states" if on_disk else None)
         done: list[tuple[Path, Plan, dict[str, Any]]] = []
         for target in targets:
@@ -80,11 +84,24 @@ def prune(arguments: Namespace) -> Answer:
                 dtype=dtype,
                 workspace=workspace,
             )
+            if not ranks.first():
+                continue
             name = "" if len(targets) == 1 else f"ratio-{target.ratio:g}"
             (fresh / name).mkdir(exist_ok=True)
             content = write_pruned(checkpoint, plan, fresh / name, base=Path(arguments.model).name)
             done.append((out / name, plan, content))
-    return _answer(arguments, done, use)
+    return _answer(arguments, done, use) if ranks.first() else ({}, "", 0)
+
+
+@contextlib.contextmanager
+def _directories(out: Path, asked: dict[str, Any], resume: bool) -> Iterator[tuple[Path, Path]]:
+    """Those of :func:`resumable_directory`, made and put in place by the first process; the others read in them."""
+    ranks.same("what to prune, and how", fingerprint(asked))
+    theirs = contextlib.nullcontext(partial_directories(out))
+    with resumable_directory(out, asked, resume=resume) if ranks.first() else theirs as found:
+        ranks.wait()  # until they are there
+        yield found
+        ranks.wait()  # until none reads in them any more
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -130,7 +147,7 @@ def _announce(
     Raises:
         UserError: if the disk has not that much room.
     """
-    windows, seqlen = calibration.windows.shape if calibration else (0, 0)
+    windows, seqlen = ranks.share(calibration.windows, 0).shape if calibration else (0, 0)
     needs = estimate(
         method,
         checkpoint.shape,
@@ -141,13 +158,15 @@ def _announce(
         checkpoint.stored_bytes,
         outputs,
     )
-    free = free_memory()
+    free, here = free_memory(), ranks.local()[1]
     on_disk = arguments.states == "disk"
     if arguments.states == "auto" and free is not None:
-        on_disk = needs.host(device, on_disk=False) > 0.6 * free
+        on_disk = here * needs.host(device, on_disk=False) > 0.6 * free
     parent = next(folder for folder in Path(arguments.out).absolute().parents if folder.exists())
-    room, disk = shutil.disk_usage(parent).free, needs.disk(on_disk=on_disk)
+    room, disk = shutil.disk_usage(parent).free, needs.disk(on_disk=on_disk, processes=ranks.world())
     said = [f"{size(needs.host(device, on_disk=on_disk))} of memory above the program's own"]
+    if ranks.world() > 1:
+        said[0] += f" in each of {ranks.world()} processes"
     if device != "cpu":
         said.append(f"{size(needs.block + needs.coming)} on the device")
     said.append(f"{size(disk)} of disk (free: {size(room)})")
@@ -200,12 +219,13 @@ def _calibration(arguments: Namespace, checkpoint: Checkpoint, method: Method) -
 
 def _answer(arguments: Namespace, done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: Use) -> Answer:
     told = [_told(arguments, *one) for one in done]
-    used = {"seconds": use.seconds, "memory": use.memory, "device": use.device}
+    used = {"seconds": use.seconds, "memory": use.memory, "device": use.device, "processes": ranks.world()}
     answer = {**told[0][0], "used": used}
     if len(told) > 1:
         answer = {"out": str(arguments.out), "outputs": [one for one, _ in told], "used": used}
     said = f"{clock(use.seconds)}" + (f", at most {size(use.memory)} of memory" if use.memory is not None else "")
     said += f", {size(use.device)} on the device" if use.device is not None else ""
+    said += f" (the first of {ranks.world()} processes)" if ranks.world() > 1 else ""
     lines = [line for _, lines in told for line in [*lines, ""]]
     lines[-1] = f"used         {said}"
     lines.append(f"next         secateur eval {done[0][0]} --data text:FILE")

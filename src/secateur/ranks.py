@@ -1,0 +1,234 @@
+"""Several processes that prune together, as torchrun starts them, each with its share of the calibration windows.
+
+What they see is summed. The first one alone decides and writes; the others find what it decided in its journal. In one
+process all of this does nothing, and torch.distributed is not imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from secateur.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Lost",
+    "add",
+    "add_count",
+    "end",
+    "every",
+    "first",
+    "from_first",
+    "like_first",
+    "local",
+    "rank",
+    "same",
+    "share",
+    "together",
+    "wait",
+    "world",
+]
+
+_PATIENCE = timedelta(days=7)  # the others wait while the first one writes; torchrun ends them should it die
+
+
+class Lost(Exception):
+    """Another process has ended, and with it the run."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    rank: int
+    world: int
+    store: Any  # a key-value store that all processes reach, even while others are in a collective operation
+
+
+_group: _Group | None = None
+
+
+def world() -> int:
+    """How many processes there are."""
+    return _group.world if _group else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return _group.rank if _group else 0
+
+
+def first() -> bool:
+    """Whether this is the process that decides and writes."""
+    return rank() == 0
+
+
+def local() -> tuple[int, int]:
+    """Which of the processes on this machine this is, and how many there are."""
+    if world() == 1:
+        return 0, 1
+    return int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Join the processes that torchrun started beside this one while the block runs; all but the first keep quiet.
+
+    Tensors on a GPU are summed by nccl, all others by gloo. After an exception the group is left as it is: to take it
+    down would wait for processes that are elsewhere. :func:`end` is the way out then.
+    """
+    global _group
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if _group or not all(name in os.environ for name in names) or int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    import torch
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    on_gpu = torch.cuda.is_available() and distributed.is_nccl_available()
+    store, number, count = next(rendezvous("env://", timeout=_PATIENCE))
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
+    _group = _Group(number, count, store)
+    with contextlib.nullcontext() if first() else _quiet():
+        yield
+        wait()
+    distributed.destroy_process_group()
+    _group = None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from secateur import progress
+
+    progress.set_listener(progress.Nobody())
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+    progress.close()
+
+
+def end(code: int, message: str) -> int:
+    """Say on standard error why the run ends, unless another process has said why, and return the exit code.
+
+    Of several processes each ends here and now, and torchrun ends those that wait for it.
+    """
+    if _group is None:
+        print(message, file=sys.stderr)
+        return code
+    store = _group.store
+    try:
+        if store.add("ended", 1) == 1:
+            print(message, file=sys.stderr, flush=True)
+            store.set("told", "")
+        # As soon as one is gone torchrun ends the others: let the one that tells do so, and the first one tidy up.
+        _await("told", 10)
+        if first():
+            store.set("first", "")
+        _await("first", 3)  # in vain if that one is elsewhere
+    except RuntimeError:  # the store has gone with the process that held it
+        pass
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _await(key: str, seconds: float) -> None:
+    assert _group is not None
+    over = time.monotonic() + seconds
+    while not _group.store.check([key]) and time.monotonic() < over:
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def _all_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise Lost(f"process {rank()} has lost another one: {' '.join(str(error).split())[:200]}") from error
+
+
+def share(windows: Tensor, of: int | None = None) -> Tensor:
+    """A process's part of the windows [windows, positions], maybe empty; none has more than the first one.
+
+    Args:
+        windows: of all processes.
+        of: whose part; None for this one's.
+    """
+    return windows.tensor_split(world())[rank() if of is None else of]
+
+
+def add(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in its own place if it is contiguous."""
+    if _group is None:
+        return tensor
+    from torch import distributed
+
+    tensor = tensor.contiguous()
+    with _all_there():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def add_count(count: int) -> int:
+    """Sum a number over all processes."""
+    import torch
+
+    return int(add(torch.tensor([count])))
+
+
+def every(true: bool) -> bool:
+    """Whether something holds in all processes."""
+    return add_count(int(true)) == world()
+
+
+def wait() -> None:
+    """Wait until all processes have come here."""
+    if _group:
+        add_count(0)
+
+
+def from_first(tensor: Tensor) -> Tensor:
+    """Give a contiguous tensor the values that it has in the first process."""
+    if _group is None:
+        return tensor
+    from torch import distributed
+
+    with _all_there():
+        distributed.broadcast(tensor, 0)
+    return tensor
+
+
+def like_first(tensor: Tensor | None, device: str) -> Tensor:
+    """The tensor, or, in a process that has none, zeros of the size and type that it has in the first one."""
+    import torch
+
+    types, told = (torch.float32, torch.float64), torch.zeros(8, dtype=torch.int64)
+    if tensor is not None:
+        seen = [types.index(tensor.dtype), tensor.dim(), *tensor.shape]
+        told[: len(seen)] = torch.tensor(seen)
+    kind, dimensions, *size = from_first(told).tolist()
+    return torch.zeros(size[:dimensions], dtype=types[kind], device=device) if tensor is None else tensor
+
+
+def same(what: str, digest: str) -> None:
+    """Refuse to go on where another process was given something else.
+
+    Args:
+        what: it is.
+        digest: in hexadecimal, of what this process was given.
+
+    Raises:
+        UserError: in every process.
+    """
+    import torch
+
+    mine = torch.tensor(list(bytes.fromhex(digest)))
+    if not every(torch.equal(from_first(mine.clone()), mine)):
+        raise UserError(f"{what} is not the same in all processes; give each the same files")

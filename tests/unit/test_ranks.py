@@ -1,0 +1,194 @@
+"""Pruning in several processes, on the CPU, against one process: every method, after a kill, and with errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import files, tiny_llama, windows
+from secateur import ranks
+from secateur.cli import main
+from secateur.errors import UserError
+from secateur.runtime import pick_device
+
+#: method -> what it is asked for besides
+METHODS = {
+    "wanda": [],
+    "sparsegpt": [],
+    "magnitude": [],
+    "minitron-width": ["--axes", "hidden,ffn,kv"],
+    "flap": ["--allocation", "global"],
+    "wanda-sp": ["--states", "disk"],
+    "llm-pruner": ["--option", "order=mixed", "--axes", "hidden,ffn,kv"],
+    "shortgpt": ["--states", "disk"],
+    "minitron-depth": [],
+    "shortened-llama": [],
+}
+
+# Every process merges statistics, prunes one job after the other, and then does what is to go wrong.
+DRIVER = """
+import json, os, signal, sys
+import torch
+from secateur import ranks
+from secateur.calibrate import engine, stats
+from secateur.calibrate.journal import Journal
+from secateur.cli import main
+from secateur.errors import UserError
+
+def value(statistic, samples):
+    for sample in samples:
+        statistic.update(*sample)
+    return statistic
+
+def check_statistics(windows):
+    torch.manual_seed(0)
+    x, gradients = 3 + torch.randn(windows, 6, 8), torch.randn(windows, 5, 4)
+    states = [(x[i : i + 1], x[i : i + 1] + torch.randn(1, 6, 8)) for i in range(windows)]
+    mine = ranks.share(torch.arange(windows)).tolist()
+    cases = [(kind, (2,), [(x[i : i + 1],) for i in range(windows)])
+             for kind in (stats.Mean, stats.MeanSquare, stats.Variance, stats.Gram, stats.NormByPosition)]
+    cases += [(kind, (), [(g,) for g in gradients]) for kind in (stats.MeanGradient, stats.MeanSquareGradient)]
+    for kind, arguments, samples in [*cases, (stats.MeanCosine, (), states)]:
+        whole, part = value(kind(*arguments), samples), value(kind(*arguments), [samples[i] for i in mine])
+        stats.join([part], "cpu")
+        torch.testing.assert_close(part.value(), whole.value(), rtol=1e-5, atol=1e-6, msg=lambda m: f"{kind}: {m}")
+
+def kill_the_first(self, step, real=Journal.finish):
+    real(self, step)
+    if step == 1 and ranks.first():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def fail_in_the_second(self, *arguments, real=engine.Block.run, **options):
+    if ranks.rank() == 1 and self.index == 2:
+        raise UserError("these windows alone")
+    return real(self, *arguments, **options)
+
+jobs = json.load(open(sys.argv[1]))
+with ranks.together():
+    check_statistics(7)
+    check_statistics(2)
+    for job in jobs["prune"]:
+        assert main(job) == 0
+    if jobs["then"] == "kill":
+        Journal.finish = kill_the_first
+    if jobs["then"] == "fail":
+        engine.Block.run = fail_in_the_second
+    main(jobs["last"])
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    tiny_llama(tmp_path).rename(tmp_path / "model")
+    for count in (2, 5):
+        np.save(tmp_path / f"ids-{count}.npy", windows(count).numpy())
+    return tmp_path
+
+
+def line(world: Path, out: str, method: str, count: int = 5, *more: str) -> list[str]:
+    calibration = ["--calibration", f"tokens:{world / f'ids-{count}.npy'}", "--batch", "2", "--json"]
+    return ["prune", str(world / "model"), str(world / out), "--method", method, "--ratio", "0.5", *calibration, *more]
+
+
+def torchrun(world: Path, processes: int, **jobs: Any) -> subprocess.CompletedProcess[str]:
+    (world / "jobs.json").write_text(json.dumps(jobs))
+    (world / "driver.py").write_text(DRIVER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*command, str(world / "driver.py"), str(world / "jobs.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def assert_alike(found: Path, wanted: Path) -> None:
+    """The same selection, and scores to 1e-4."""
+    plan, expected = load_file(found / "plan.safetensors"), load_file(wanted / "plan.safetensors")
+    assert plan.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name.startswith(("score.", "bias.")):
+            assert torch.allclose(plan[name], tensor, rtol=1e-4, atol=1e-6), f"{found}: {name}"
+        else:
+            assert torch.equal(plan[name], tensor), f"{found}: {name}"
+    ours, theirs = load_file(found / "model.safetensors"), load_file(wanted / "model.safetensors")
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), f"{found}: {name}"
+
+
+def test_three_processes_prune_as_one_does(world: Path, capfd: pytest.CaptureFixture) -> None:
+    """Five windows give the last process one, two windows give it none. After a kill the same three go on."""
+    few = ("wanda", "flap", "llm-pruner", "shortgpt", "minitron-depth")  # whatever is gathered, and losses
+    cases = {f"{method}-5": (method, 5) for method in METHODS} | {f"{method}-2": (method, 2) for method in few}
+    lines = {name: line(world, f"one/{name}", m, c, *METHODS[m]) for name, (m, c) in cases.items()}
+    assert all(main(each) == 0 for each in lines.values())
+    jobs = [line(world, f"three/{name}", m, c, *METHODS[m]) for name, (m, c) in cases.items()]
+    killed = line(world, "out", "wanda", 5, "--states", "disk")
+    done = torchrun(world, 3, prune=jobs, then="kill", last=killed)
+    assert "SIGKILL" in done.stderr
+    answers = [json.loads(each) for each in done.stdout.splitlines()]
+    assert [Path(each["out"]).name for each in answers] == list(cases)  # each once
+    for name in cases:
+        assert_alike(world / "three" / name, world / "one" / name)
+
+    assert {p.name for p in (world / "out.partial" / "work" / "states").glob("*/*")} == {"0", "1", "2"}
+    capfd.readouterr()
+    assert main([*killed, "--resume"]) == 2
+    assert "(processes)" in capfd.readouterr().err
+    last = line(world, "failed", "flap", 5)
+    done = torchrun(world, 3, prune=[[*killed, "--resume"]], then="fail", last=last)
+    assert files(world / "out") == files(world / "three" / "wanda-5") and not (world / "out.partial").exists()
+    errors = [each for each in done.stderr.splitlines() if each.startswith("secateur: ")]
+    assert errors == ["secateur: error: these windows alone"] and done.returncode != 0
+    assert not (world / "failed").exists()
+
+
+def test_two_processes_prune_and_complain_once(world: Path) -> None:
+    two = line(world, "two", "minitron-width", 5, "--states", "disk")
+    two[two.index("0.5")] = "0.25,0.5"
+    assert main([str(each).replace(str(world / "two"), str(world / "one")) for each in two]) == 0
+    done = torchrun(world, 2, prune=[two], then="", last=line(world, "bad", "no-such-method"))
+    for ratio in ("0.25", "0.5"):
+        assert_alike(world / "two" / f"ratio-{ratio}", world / "one" / f"ratio-{ratio}")
+    errors = [each for each in done.stderr.splitlines() if each.startswith("secateur: ")]
+    assert len(errors) == 1 and "no-such-method" in errors[0]
+    assert "exitcode  : 2" in done.stderr and not (world / "bad.partial").exists()
+
+
+def be(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    monkeypatch.setattr(ranks, "_group", ranks._Group(rank, world, None))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(7, [3, 2, 2]), (3, [1, 1, 1]), (2, [1, 1, 0]), (1, [1, 0, 0])])
+def test_windows_are_shared_out(count: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+    for rank in range(3):
+        be(monkeypatch, rank, 3)
+        parts.append(ranks.share(windows(count)))
+    assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), windows(count))
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    be(monkeypatch, 1, 2)
+    assert pick_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    assert pick_device("auto") == pick_device("cuda") == "cuda:1" and pick_device("cpu") == "cpu"
+    with pytest.raises(UserError, match="--device cuda:0"):
+        pick_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="there are 1 CUDA devices"):
+        pick_device("auto")
