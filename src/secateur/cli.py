@@ -305,10 +305,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return ranks.end(130, "\nsecateur: interrupted; run the same command again to go on")
-    except Exception:
+    except Exception as error:
+        if _out_of_memory(error):
+            return ranks.end(1, f"secateur: error: out of memory; {manual.MEMORY} ({_first_line(error)})")
         if ranks.world() == 1:
             raise
         return ranks.end(1, traceback.format_exc())
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether the system or a GPU had no more memory to give; torch has a type of its own for the latter alone."""
+    told = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from secateur import ranks
-from secateur.calibrate.engine import Block, BlockWalk, removal_losses
+from secateur.calibrate.engine import Block, BlockWalk
 from secateur.calibrate.evidence import evidence
+from secateur.calibrate.removals import removal_losses
 from secateur.calibrate.stats import Mean
 from secateur.checkpoint import is_finite
 from secateur.errors import UserError

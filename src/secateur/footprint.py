@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.calibrate.engine import GROUP_BYTES
+from secateur.calibrate.removals import GROUP_BYTES
 from secateur.calibrate.stats import GradientStatistic, Gram
 from secateur.methods import Method, RemovalMethod, WeightMethod
 from secateur.shapes import Shape

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["EPILOG", "METHODS", "PRUNE", "SHAPES", "SOURCES"]
+__all__ = ["EPILOG", "MEMORY", "METHODS", "PRUNE", "SHAPES", "SOURCES"]
+
+MEMORY = "lower --batch or --windows; prune also takes --states disk and --dtype bfloat16"
 
 EPILOG = """\
 examples:

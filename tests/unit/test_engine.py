@@ -10,7 +10,8 @@ from torch import Tensor
 
 from helpers import VARIANTS, calibration, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
 from secateur.calibrate import weights
-from secateur.calibrate.engine import Block, BlockWalk, removal_losses
+from secateur.calibrate.engine import Block, BlockWalk
+from secateur.calibrate.removals import removal_losses
 from secateur.calibrate.stats import MeanCosine, MeanSquare, NormByPosition
 from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from helpers import FAMILIES, FAMILY_CONFIGS, hf, naive_loss, seen_at, tiny_family, windows
-from secateur.calibrate.engine import BlockWalk, removal_losses
+from secateur.calibrate.engine import BlockWalk
 from secateur.calibrate.gradients import gradients_of
+from secateur.calibrate.removals import removal_losses
 from secateur.calibrate.stats import MeanGradient, MeanSquare, MeanSquareGradient
 from secateur.checkpoint import Checkpoint
 

@@ -123,10 +123,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.calibrate.engine.GROUP_BYTES", 1)  # so that removals have several steps
+        patch.setattr("secateur.calibrate.removals.GROUP_BYTES", 1)  # so that removals have several steps
         patch.setattr(Journal, "finish", killed)
         whole_run_without_steps = prune(world, tmp_path / "out", method, "--states", states) == 0
-    monkeypatch.setattr("secateur.calibrate.engine.GROUP_BYTES", 1)
+    monkeypatch.setattr("secateur.calibrate.removals.GROUP_BYTES", 1)
     if not whole_run_without_steps:
         assert (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
         capsys.readouterr()
@@ -277,3 +277,17 @@ def test_a_checkpoint_is_pruned_in_a_fraction_of_its_size(method: str, large: Pa
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert Checkpoint(tmp_path / "out").shape.layers == (22 if method == "shortgpt" else 44)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_too_little_memory_is_told_in_one_line(large: Path, tmp_path: Path) -> None:
+    line = ["prune", str(large), str(tmp_path / "out"), "--method", "sparsegpt", "--ratio", "0.5", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(40 * 2**20), *line, "--calibration", f"tokens:{large / 'ids.npy'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "out of memory; lower --batch" in done.stderr.splitlines()[-1]

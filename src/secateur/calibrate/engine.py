@@ -7,10 +7,7 @@ said by the caller.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from secateur import ranks
 from secateur.calibrate.head import Head
 from secateur.calibrate.journal import Journal, StateStore
+from secateur.calibrate.memory import heap_for, map_tensors, release_memory
 from secateur.calibrate.stats import StateStatistic, Statistic, join
 from secateur.calibrate.weights import ahead, in_turn
 from secateur.checkpoint import Checkpoint, is_finite, skeleton
@@ -28,9 +26,7 @@ from secateur.errors import UserError
 from secateur.progress import task
 from secateur.runtime import pick_batch
 
-__all__ = ["Block", "BlockWalk", "States", "removal_losses"]
-
-GROUP_BYTES = 2**29  #: states that the candidates of :func:`removal_losses` may hold together
+__all__ = ["Block", "BlockWalk", "States"]
 
 States = list[Tensor]  #: hidden states, one tensor [windows of the batch, positions, hidden] for each batch
 _Shown = TypeVar("_Shown")
@@ -89,7 +85,7 @@ class BlockWalk:
         self.label = label
         self.store = store or StateStore()
         self.journal = Journal() if journal is None else journal  # an empty one is false
-        _map_tensors()
+        map_tensors()
         self.model: nn.Module = skeleton(checkpoint.config, checkpoint.directory)
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers)  # type: ignore[assignment]
         self._padding: int | None = getattr(self.embedding, "padding_idx", None)  # a token without a gradient
@@ -292,7 +288,7 @@ class Block:
             UserError: if what comes out is not finite.
         """
         left: States = []
-        with _heap_for(states, self._widest):
+        with heap_for(self._activation(states)):
             for i in range(len(states)):
                 out = self.forward(states[i])
                 if not is_finite(out):
@@ -348,7 +344,7 @@ class Block:
             if keep or watch:
                 left = self.run(states, key=self.index + 1, keep=keep, consume=keep, watch=watch)
             else:
-                hooks.enter_context(_heap_for(states, self._widest))
+                hooks.enter_context(heap_for(self._activation(states)))
                 for batch in states:
                     pending.update(wanted)
                     with contextlib.suppress(_SeenAll):
@@ -361,10 +357,10 @@ class Block:
             found["states"] = {type(s): s.value() for s in watch}
         return found, left
 
-    @property
-    def _widest(self) -> int:
-        """Channels of the largest activation, for each token."""
-        return max(self.walk.checkpoint.shape.hidden, self.walk.checkpoint.shape.ffn)
+    def _activation(self, states: States) -> int:
+        """Bytes of the largest activation that a batch becomes."""
+        channels = max(self.walk.checkpoint.shape.hidden, self.walk.checkpoint.shape.ffn)
+        return max((batch[..., 0].numel() * channels * batch.itemsize for batch in states), default=0)
 
     def weight(self, linear: str) -> Tensor:
         """A linear's weight [out, in], or another tensor of the block, as stored but in float32."""
@@ -409,84 +405,3 @@ class _Observer:
             self.pending.discard(self.site)
             if not self.pending:
                 raise _SeenAll
-
-
-def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
-    """The loss with each contiguous run of ``length`` blocks bypassed.
-
-    The states before a run are those of the full model, so candidate ``i`` costs only the blocks after its run. Groups
-    of windows take their turns, so that the states of all candidates fit into memory.
-
-    Returns:
-        The full model's loss, and the loss of each candidate, by the index of the run's first block.
-    """
-    candidates = len(walk.layers) - length + 1
-    width = walk.checkpoint.shape.hidden * walk.dtype.itemsize
-    together = max(1, GROUP_BYTES // ((candidates + 1) * walk.most[0].numel() * width))
-    groups = [walk.batches[i : i + together] for i in range(0, len(walk.most), together)]  # as many in each process
-    for step, group in enumerate(groups):
-        if step >= walk.journal.finished:
-            part = f", part {step + 1} of {len(groups)}" if len(groups) > 1 else ""
-            for losses in walk.show(step, ranks.add(_removal_losses(walk, length, group, part))):
-                walk.journal.put(step, {f"losses.{step}": losses})
-            walk.journal.finish(step)
-    total = torch.stack([walk.journal[f"losses.{step}"] for step in range(len(groups))]).sum(dim=0)
-    full, *without = (total / walk.targets).tolist()
-    return full, without
-
-
-def _removal_losses(walk: BlockWalk, length: int, batches: Sequence[Tensor], part: str) -> Tensor:
-    """Summed losses over some windows, float64: of the full model, then with each run bypassed."""
-    full = walk.start(batches)
-    candidates: dict[int, States] = {}  # first bypassed block -> states so far
-    last = len(walk.layers) - length
-    for block in walk.blocks(part=part):
-        if block.index <= last:
-            candidates[block.index] = full
-        full = block.run(full)
-        for first in candidates:
-            if block.index >= first + length:
-                candidates[first] = block.run(candidates[first], consume=True)
-    losses = walk.head().losses(batches, [full, *(candidates[first] for first in range(last + 1))])
-    return torch.tensor(losses, dtype=torch.float64)
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system; glibc keeps it otherwise and a long walk would creep upwards."""
-    gc.collect(1)  # what became garbage since the last block; all objects would take seconds in a short walk
-    _libc("malloc_trim", 0)
-
-
-def _map_tensors(larger_than: int = 2**17) -> None:
-    """Have glibc take the memory of tensors of more bytes from the system, one by one, and give it back at once.
-
-    It would raise the size from which it does so with each tensor that is freed, and then carve weights out of one
-    heap, which grows around small objects to a multiple of what is in use.
-    """
-    _libc("mallopt", _M_MMAP_THRESHOLD, larger_than + 1)
-    _libc("mallopt", _M_TRIM_THRESHOLD, 16 * larger_than)
-
-
-@contextlib.contextmanager
-def _heap_for(states: States, width: int) -> Iterator[None]:
-    """Let what a block makes of a batch lie in the heap, which keeps its room from one batch to the next.
-
-    Each page that is given back must be zeroed when it is taken again: a fifth of the time of a small model's walk.
-    """
-    widest = max((batch[..., 0].numel() * width * batch.itemsize for batch in states), default=0)
-    if widest <= _HEAP:
-        _map_tensors(max(widest, 2**17))
-    try:
-        yield
-    finally:
-        _map_tensors()
-
-
-_HEAP = 2**23  #: bytes of a tensor that may lie in the heap; pages matter little to products as large as its
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-def _libc(function: str, *arguments: int) -> None:
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
