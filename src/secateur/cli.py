@@ -80,17 +80,10 @@ def _windows(parser: argparse.ArgumentParser, most: str) -> None:
     )
 
 
-def _amount(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    if several:
-        parser.add_argument(
-            "--ratio",
-            type=_ratios,
-            metavar="R[,R...]",
-            help="share to remove, between 0 and 1; several give one checkpoint each, OUT/ratio-R, scored "
-            "once where the scores do not depend on it",
-        )
-    else:
-        parser.add_argument("--ratio", type=_ratio, help="share to remove, between 0 and 1")
+def _amount(parser: argparse.ArgumentParser, several: str) -> None:
+    parser.add_argument(
+        "--ratio", type=_ratios, metavar="R[,R...]", help=f"share to remove, between 0 and 1; several {several}"
+    )
     parser.add_argument(
         "--of",
         choices=("total", "non-embedding"),
@@ -117,7 +110,10 @@ def _positive(text: str) -> int:
 
 
 def _ratios(text: str) -> list[float]:
-    return [_ratio(part.strip()) for part in text.split(",")]
+    ratios = [_ratio(part.strip()) for part in text.split(",")]
+    if len(set(ratios)) < len(ratios):
+        raise argparse.ArgumentTypeError(f"{text!r} names a ratio twice")
+    return ratios
 
 
 def _ratio(text: str) -> float:
@@ -181,7 +177,7 @@ def _shapes(verbs: Any) -> None:
         manual.SHAPES,
     )
     shapes.add_argument("model", metavar="CONFIG_OR_DIR", help="config.json, or a directory that has one")
-    _amount(shapes)
+    _amount(shapes, "are shown one after the other")
     shapes.add_argument("--method", help="the shape that this method would reach")
     _context(shapes)
 
@@ -199,7 +195,7 @@ def _prune(verbs: Any) -> None:
     prune.add_argument("model", help="Hugging Face checkpoint directory")
     prune.add_argument("out", help="new directory to write")
     prune.add_argument("--method", required=True, help="one of the methods below")
-    _amount(prune, several=True)
+    _amount(prune, "give one checkpoint each, OUT/ratio-R, scored once where the scores do not depend on it")
     prune.add_argument(
         "--pattern",
         metavar="N:M",

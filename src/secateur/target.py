@@ -243,4 +243,6 @@ def _parse_axes(text: str) -> tuple[str, ...]:
     for axis in axes:
         if axis not in SPACES:
             raise UserError(f"--axes: {axis!r} is not one of {', '.join(SPACES)} (kv: KV heads with their query heads)")
+    if len(set(axes)) < len(axes):
+        raise UserError(f"--axes {text}: names an axis twice")
     return axes

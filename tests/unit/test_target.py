@@ -62,6 +62,7 @@ def test_sizes_and_axes_are_read() -> None:
         ({"shape": "ffn=3,ffn=3"}, "--shape: ffn is given twice"),
         ({"axes": "kv,heads"}, "--axes: 'heads' is not one of hidden, ffn, kv (kv: KV heads with their query heads)"),
         ({"axes": ""}, "--axes: '' is not one of"),
+        ({"axes": "kv, ffn,kv"}, "--axes kv, ffn,kv: names an axis twice"),
     ],
 )
 def test_what_cannot_be_read(said: dict[str, str], part: str) -> None:

@@ -79,10 +79,15 @@ def shapes(arguments: Namespace) -> Answer:
     """``secateur shapes CONFIG_OR_DIR``: what a model comes to, from its configuration alone.
 
     The answer has the keys of ``inspect`` that a shape has. With one target they are those of the resulting shape, and
-    ``before`` has the model's own, beside ``removed``, ``asked``, ``of``, ``drift`` and ``note``. With a ratio and
-    neither a method nor axes they are the model's own, and ``targets`` has each way to the ratio.
+    ``before`` has the model's own, beside ``removed``, ``asked`` (the ratio, or the sizes), ``of``, ``drift`` and
+    ``note``. With a ratio and neither a method nor axes they are the model's own, and ``targets`` has each way to the
+    ratio. With several ratios, ``outputs`` has for each what it would give alone.
     """
-    target = Target.parse(ratio=arguments.ratio, of=arguments.of, shape=arguments.shape, axes=arguments.axes)
+    targets = [
+        Target.parse(ratio=ratio, of=arguments.of, shape=arguments.shape, axes=arguments.axes)
+        for ratio in arguments.ratio or [None]
+    ]
+    target = targets[0]
     target.check_amount()
     if target.ratio is None and not target.sizes and (arguments.method or target.axes):
         raise UserError(f"{'--method' if arguments.method else '--axes'}: goes with a --ratio; say how much to remove")
@@ -97,32 +102,32 @@ def shapes(arguments: Namespace) -> Answer:
     title = f"{arguments.model}  ({before.family.name})"
     if target.ratio is None and not target.sizes:
         return {**head, **own}, "\n".join([title, "", *_table({"": own}), "", _BASIS.format(context)]), 0
+    told = [_section(before, own, target, method, arguments.method, context) for target in targets]
+    lines = [title, *(line for _, section in told for line in ["", *section]), _BASIS.format(context)]
+    answer = told[0][0] if len(told) == 1 else {"outputs": [found for found, _ in told]}
+    return {**head, **answer}, "\n".join(lines), 0
+
+
+def _section(
+    before: Shape, own: dict[str, Any], target: Target, method: Method | None, name: str, context: int
+) -> tuple[dict[str, Any], list[str]]:
+    """What one target comes to, or each way to it where several are open: for programs and for people."""
     if target.sizes or target.axes or method is not None:
-        found = _single(before, target, method, arguments.method, context)
-        lines = [
-            title,
-            "",
-            *_table({"before": own, "after": found}),
-            "",
-            *_footer([found], target),
-            _BASIS.format(context),
-        ]
-        return {**head, **found, "before": own}, "\n".join(lines), 0
-    targets = _candidates(before, target, context)
-    columns = {"own": own} | {name: found for name, found in targets.items() if "error" not in found}
-    lines = [title, "", *_table(columns), "", *_footer(list(columns.values())[1:], target)]
-    lines += [f"{name}: {found['error']}" for name, found in targets.items() if "error" in found]
-    lines.append(_BASIS.format(context))
-    asked = {"asked": target.ratio, "of": target.of or "non_embedding"}
-    return {**head, **own, **asked, "targets": targets}, "\n".join(lines), 0
+        found = _single(before, target, method, name, context)
+        return {**found, "before": own}, [*_table({"before": own, "after": found}), "", *_footer([found], target)]
+    ways = _candidates(before, target, context)
+    columns = {"own": own} | {way: found for way, found in ways.items() if "error" not in found}
+    lines = [*_table(columns), "", *_footer(list(columns.values())[1:], target)]
+    lines += [f"{way}: {found['error']}" for way, found in ways.items() if "error" in found]
+    return {**own, "asked": target.ratio, "of": target.of or "non_embedding", "targets": ways}, lines
 
 
 def _single(before: Shape, target: Target, method: Method | None, name: str, context: int) -> dict[str, Any]:
     """What one target comes to."""
-    if method is not None and method.granularity == "sparse":
-        return _zeroed(before, target, context)
     if method is not None:
-        return _result(before, target.shape(before, method, name), target, context)
+        after = target.shape(before, method, name)
+        sparse = method.granularity == "sparse"
+        return _zeroed(before, target, context) if sparse else _result(before, after, target, context)
     if target.sizes:
         return _result(before, target.reached(before), target, context)
     assert target.ratio is not None
@@ -146,7 +151,7 @@ def _result(before: Shape, after: Shape, target: Target, context: int) -> dict[s
     return {
         **describe(opened, context),
         "removed": gone,
-        "asked": target.ratio,
+        "asked": target.ratio if of else dict(target.sizes),
         "of": of,
         "drift": gone[of] - target.ratio if of and target.ratio is not None else None,
         "note": note,

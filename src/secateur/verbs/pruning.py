@@ -100,9 +100,6 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
 
 def _targets(arguments: Namespace) -> list[Target]:
     """What pruning should come to; several ratios give one each."""
-    ratios = arguments.ratio or [None]
-    if len(set(ratios)) < len(ratios):
-        raise UserError(f"--ratio {','.join(f'{r:g}' for r in ratios)}: names a ratio twice")
     return [
         Target.parse(
             ratio=ratio,
@@ -112,7 +109,7 @@ def _targets(arguments: Namespace) -> list[Target]:
             axes=arguments.axes,
             allocation=arguments.allocation,
         )
-        for ratio in ratios
+        for ratio in arguments.ratio or [None]
     ]
 
 
