@@ -136,6 +136,10 @@ class WeightMethod(Method):
         """Whether the weights that stay are changed as well."""
         return type(self).prune is not WeightMethod.prune
 
+    def competing(self, out: int, width: int) -> int:
+        """How many weights of a linear [out, width] make up a group, the largest, where no pattern does."""
+        return width if self.compare == "row" else out * width
+
     def prepare(self, stats: Statistics) -> Any:
         """Work out, once for each input, what all linears that read it share.
 
