@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from secateur import manual
@@ -19,6 +19,13 @@ __all__ = ["main"]
 
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, with the nearest name."""
+
+    write_epilog: Callable[[], str] | None = None  #: for an epilog that it takes a moment to write
+
+    def format_help(self) -> str:
+        if self.write_epilog is not None:
+            self.epilog = self.write_epilog()
+        return super().format_help()
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         # The parser of the verb tells what is left over, since it knows the options; argparse lets the outermost one.
@@ -53,7 +60,7 @@ class _Formatter(argparse.HelpFormatter):
         return f"{action.help} (default: %(default)s)" if told else action.help
 
 
-def _verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | None = None) -> argparse.ArgumentParser:
+def _verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | None = None) -> _Parser:
     parser = verbs.add_parser(
         name,
         help=summary,
@@ -190,8 +197,8 @@ def _prune(verbs: Any) -> None:
         "It scores the model block by block, most methods on calibration text, decides what to keep (plan.json, "
         "plan.safetensors) and writes a checkpoint that plain transformers opens. Shapes are rounded to steps; what "
         "was removed is printed beside what was asked.",
-        manual.PRUNE,
     )
+    prune.write_epilog = manual.prune
     prune.add_argument("model", help="Hugging Face checkpoint directory")
     prune.add_argument("out", help="new directory to write")
     prune.add_argument("--method", required=True, help="one of the methods below")

@@ -12,7 +12,6 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from secateur.calibrate.evidence import Place
 from secateur.calibrate.stats import GradientStatistic, StateStatistic, Statistic
 from secateur.errors import UserError, did_you_mean
+from secateur.plugins import announced
 from secateur.select import Selector
 from secateur.shapes import Shape
 from secateur.spec import parse, parse_value
@@ -58,8 +58,6 @@ METHODS = {
     "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
     "random-weight": "secateur.methods.random:RandomWeight",
 }
-
-ENTRY_POINTS = "secateur.methods"  #: where installed packages announce methods of their own
 
 
 class Method(ABC):
@@ -183,7 +181,7 @@ _SHOWN: dict[type, tuple[type, ...]] = {
 
 @functools.cache
 def _plugins() -> dict[str, Callable[[], Any]]:
-    return {entry.name: entry.load for entry in entry_points(group=ENTRY_POINTS) if entry.name not in METHODS}
+    return {name: entry.load for name, entry in announced(METHODS).items()}
 
 
 def known_methods() -> list[str]:
