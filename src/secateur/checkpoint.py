@@ -270,7 +270,7 @@ def write_checkpoint(
     """Write a checkpoint into the existing directory ``out``, one tensor, or part of one, at a time.
 
     Args:
-        out: an existing directory, usually from :func:`secateur.files.atomic_directory`.
+        out: an existing directory, usually from :func:`secateur.files.resumable_directory`.
         config: the content of config.json.
         tensors: in any order.
         provenance: how the checkpoint came about, for ``secateur.json``.

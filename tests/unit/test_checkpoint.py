@@ -13,7 +13,7 @@ from helpers import VARIANTS, edit_config, files, hf, logits, tiny_llama, window
 from secateur.calibrate.engine import BlockWalk
 from secateur.checkpoint import INDEX, Checkpoint, model_card, model_tensors, skeleton, write_checkpoint
 from secateur.errors import UserError
-from secateur.files import atomic_directory
+from secateur.files import resumable_directory
 
 
 def edit_index(directory: Path, edit: Callable[[dict[str, str]], object]) -> None:
@@ -110,9 +110,9 @@ def test_round_trip(variant: str, tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path, **VARIANTS[variant])
     model, out = hf(directory), tmp_path / "out"
     config = {**Checkpoint(directory).raw_config, "dtype": "float32", "auto_map": {"AutoConfig": "evil.py"}}
-    with atomic_directory(out) as work:
+    with resumable_directory(out, {}, resume=False) as (fresh, _):
         write_checkpoint(
-            work, config, model_tensors(model), provenance={"kind": "copy"}, card="# card\n", shard_bytes=5000
+            fresh, config, model_tensors(model), provenance={"kind": "copy"}, card="# card\n", shard_bytes=5000
         )
     index = json.loads((out / INDEX).read_text())
     shards = sorted(out.glob("*.safetensors"))
@@ -139,15 +139,28 @@ def test_one_shard_needs_no_index(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path)
-    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out") as work:
-        write_checkpoint(work, {}, model_tensors(hf(directory)), provenance={}, card="x")
+    out = tmp_path / "new" / "out"
+    with pytest.raises(ZeroDivisionError), resumable_directory(out, {}, resume=False) as (fresh, _):
+        write_checkpoint(fresh, {}, model_tensors(hf(directory)), provenance={}, card="x")
         raise ZeroDivisionError
     assert sorted(p.name for p in tmp_path.iterdir()) == [directory.name]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("precious")
-    with pytest.raises(UserError, match="not empty"), atomic_directory(tmp_path / "full"):
+    with pytest.raises(UserError, match="not empty"), resumable_directory(tmp_path / "full", {}, resume=False):
         pass
     assert (tmp_path / "full" / "mine").read_text() == "precious"
+
+
+def test_what_is_no_directory_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with (
+            pytest.raises(UserError, match=f"{name}: is a {name}; name a new directory"),
+            resumable_directory(tmp_path / name, {}, resume=False),
+        ):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 @pytest.mark.parametrize("name", [Q, NORM, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])

@@ -49,6 +49,8 @@ def prune(arguments: Namespace) -> Answer:
     for target in targets:
         target.shape(checkpoint.shape, method, arguments.method)
     check_free(out)
+    if out.resolve().is_relative_to(checkpoint.directory.resolve()):
+        raise UserError(f"{out}: lies in the model's directory {arguments.model}; name one outside it")
     _check_tokenizer(checkpoint)
     calibration = _calibration(arguments, checkpoint, method)
     dtype = pick_dtype(arguments.dtype, device)
