@@ -36,6 +36,33 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def edit_header(directory: Path, edit: Callable[[dict[str, dict[str, object]]], object]) -> None:
+    """Rewrite what the weight file says of its tensors, and leave their bytes as they are."""
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def overwrite(directory: Path, start: int, data: bytes) -> None:
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.seek(start)
+        file.write(data)
+
+
+def store_as(directory: Path, dtype: torch.dtype) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({Q: tensors[Q].to(dtype)}))
+
+
+def point_beyond(header: dict[str, dict[str, object]]) -> None:
+    last = max(header, key=lambda name: header[name].get("data_offsets", [0, 0])[1])  # type: ignore[index]
+    size, (start, stop) = header[last]["shape"], header[last]["data_offsets"]  # type: ignore[misc]
+    header[last].update(shape=[2 * size[0], *size[1:]], data_offsets=[start, 2 * stop - start])  # type: ignore[index]
+
+
 def only_pickles(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
@@ -71,6 +98,32 @@ BAD: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
         "plain",
         lambda d: edit_tensors(d, lambda t: t.update({Q: t[Q][:-1]})),
         [Q, "(31, 32)", "(32, 32)"],
+    ),
+    "type unknown": ("plain", lambda d: store_as(d, torch.float8_e4m3fn), [Q, "F8_E4M3", "convert", "bfloat16"]),
+    "type of whole numbers": ("plain", lambda d: store_as(d, torch.int8), [Q, "int8", "convert", "bfloat16"]),
+    "type misspelt": ("plain", lambda d: edit_header(d, lambda h: h[Q].update(dtype="F31")), ["model.safetensors"]),
+    "offsets beyond": ("plain", lambda d: edit_header(d, point_beyond), ["model.safetensors", "cannot be read"]),
+    "offsets negative": (
+        "plain",
+        lambda d: edit_header(d, lambda h: h[Q].update(data_offsets=[-4, 0])),
+        ["model.safetensors", "cannot be read"],
+    ),
+    "offsets of another size": (
+        "plain",
+        lambda d: edit_header(d, lambda h: h[Q].update(shape=[16, 16])),
+        ["model.safetensors", "cannot be read"],
+    ),
+    "header longer than the file": (
+        "plain",
+        lambda d: overwrite(d, 0, b"\xff" * 8),
+        ["model.safetensors", "cannot be"],
+    ),
+    "header not JSON": ("plain", lambda d: overwrite(d, 8, b"!!!"), ["model.safetensors", "cannot be read"]),
+    "header not text": ("plain", lambda d: overwrite(d, 20, b"\xff\xfe"), ["model.safetensors", "cannot be read"]),
+    "header cut": (
+        "plain",
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:40]),
+        ["model.safetensors", "cannot be read"],
     ),
     "tied no more": ("tied", lambda d: edit_config(d, tie_word_embeddings=False), ["lm_head.weight", "lacks"]),
     "more layers": ("plain", lambda d: edit_config(d, num_hidden_layers=6), ["model.layers.5."]),
@@ -114,6 +167,7 @@ def test_round_trip(variant: str, tmp_path: Path) -> None:
         write_checkpoint(
             fresh, config, model_tensors(model), provenance={"kind": "copy"}, card="# card\n", shard_bytes=5000
         )
+    assert not out.with_name("out.partial").exists()
     index = json.loads((out / INDEX).read_text())
     shards = sorted(out.glob("*.safetensors"))
     assert len(shards) > 5 and set(index["weight_map"].values()) == {p.name for p in shards}
