@@ -17,6 +17,7 @@ from secateur.errors import UserError
 
 __all__ = [
     "check_free",
+    "is_locked",
     "locked",
     "read_json",
     "resumable_directory",
@@ -174,6 +175,18 @@ def _remove(partial: Path, made: list[Path]) -> None:
     for parent in made:
         with contextlib.suppress(OSError):
             parent.rmdir()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on ``path``."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from secateur.files import locked, read_json, sync_tree, write_json
+from secateur.files import is_locked, locked, read_json, sync_tree, write_json
 from secateur.study.stages import VERSIONS, Stage
 
 __all__ = ["Store"]
@@ -49,7 +49,14 @@ class Store:
 
     def lock(self, stage: Stage) -> Any:
         """Hold the stage against other processes, e.g. one that a killed study left behind."""
-        return locked(self.out / "locks" / stage.fingerprint[:12])
+        return locked(self._lock(stage))
+
+    def held(self, stage: Stage) -> bool:
+        """Whether a process is at the stage."""
+        return is_locked(self._lock(stage))
+
+    def _lock(self, stage: Stage) -> Path:
+        return self.out / "locks" / stage.fingerprint[:12]
 
     def begin(self, stage: Stage) -> int:
         """Count an attempt at the stage; return how many there have been."""
