@@ -169,7 +169,12 @@ def _context(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(verbs: Any) -> None:
-    inspect = _verb(verbs, "inspect", "describe a checkpoint", "It reads the weights to count zeros; nothing is run.")
+    inspect = _verb(
+        verbs,
+        "inspect",
+        "describe a checkpoint",
+        "It reads the weights to count zeros and to look for NaN; nothing is run.",
+    )
     inspect.add_argument("model", help="Hugging Face checkpoint directory")
     _context(inspect)
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint import Checkpoint, positions, read_config
+from secateur.checkpoint import Checkpoint, is_finite, positions, read_config
 from secateur.errors import UserError
 from secateur.methods import Method, get_method
-from secateur.progress import say
+from secateur.progress import say, task
 from secateur.prune import asked_words
 from secateur.report.words import count, points, scientific, share
 from secateur.shapes import SPACES, Shape, removed, solve_depth, solve_width
@@ -49,10 +49,12 @@ def inspect(arguments: Namespace) -> Answer:
     shape = checkpoint.shape
     context = _context(arguments.context, checkpoint.config)
     provenance = checkpoint.provenance
+    broken = _not_finite(checkpoint)
     answer = {
         "model": str(arguments.model),
         **describe(shape, context),
         "sparsity": sparsity(checkpoint),
+        "not_finite": broken,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "digest": checkpoint.digest,
         "provenance": provenance,
@@ -72,7 +74,22 @@ def inspect(arguments: Namespace) -> Answer:
         f"digest       {checkpoint.digest}",
         f"provenance   {origin}",
     ]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        lines.append(f"damaged      {broken[0]}{more}: NaN or infinity among the weights; prune refuses them")
     return answer, "\n".join(lines), 0
+
+
+def _not_finite(checkpoint: Checkpoint) -> list[str]:
+    """The tensors that hold NaN or infinity."""
+    names = checkpoint.tensors()
+    with task("look for NaN", len(names)) as progress:
+        found = []
+        for name in names:
+            if not is_finite(checkpoint.tensor(name)):
+                found.append(name)
+            progress.advance()
+    return found
 
 
 def shapes(arguments: Namespace) -> Answer:
