@@ -27,7 +27,7 @@ from secateur.families import Axis, Family, family_of
 from secateur.files import read_json, sha256_file, write_json, write_text
 from secateur.progress import task
 from secateur.shapes import Shape
-from secateur.tensor_files import Stored, TensorFile, write_tensors
+from secateur.tensor_files import CONVERT, Stored, TensorFile, write_tensors
 from secateur.version import __version__
 
 __all__ = [
@@ -87,7 +87,8 @@ class Checkpoint:
 
     Raises:
         UserError: when opened, if the directory is no checkpoint of a known family, its index points outside it, a
-            shard is missing or truncated, or a tensor that its configuration promises is absent or of another size.
+            shard is missing or truncated, or a tensor that its configuration promises is absent, of another size, or
+            of a type that is not read here.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -142,6 +143,9 @@ class Checkpoint:
         for name, axes in self.tensors().items():
             if name not in self._files:
                 raise UserError(f"{self.directory}: lacks the tensor {name}")
+            dtype = self._files[name].dtype(name)
+            if not dtype.is_floating_point:  # before the size, which quantised weights have another of
+                raise UserError(f"{self.directory}: {name} is stored as {dtype}, a type of whole numbers; {CONVERT}")
             size, want = self._files[name].size(name), self.shape.tensor_size(axes)
             if size != want:
                 raise UserError(f"{self.directory}: {name} has size {size}, but config.json implies {want}")
@@ -270,7 +274,7 @@ def write_checkpoint(
     """Write a checkpoint into the existing directory ``out``, one tensor, or part of one, at a time.
 
     Args:
-        out: an existing directory, usually from :func:`secateur.files.atomic_directory`.
+        out: an existing directory, usually from :func:`secateur.files.resumable_directory`.
         config: the content of config.json.
         tensors: in any order.
         provenance: how the checkpoint came about, for ``secateur.json``.

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from secateur import manual, ranks
@@ -20,6 +20,13 @@ __all__ = ["main"]
 
 class _Parser(argparse.ArgumentParser):
     """Errors in one line, with the nearest name."""
+
+    write_epilog: Callable[[], str] | None = None  #: for an epilog that it takes a moment to write
+
+    def format_help(self) -> str:
+        if self.write_epilog is not None:
+            self.epilog = self.write_epilog()
+        return super().format_help()
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         # The parser of the verb tells what is left over, since it knows the options; argparse lets the outermost one.
@@ -54,7 +61,7 @@ class _Formatter(argparse.HelpFormatter):
         return f"{action.help} (default: %(default)s)" if told else action.help
 
 
-def _verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | None = None) -> argparse.ArgumentParser:
+def _verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | None = None) -> _Parser:
     parser = verbs.add_parser(
         name,
         help=summary,
@@ -83,17 +90,10 @@ def _windows(parser: argparse.ArgumentParser, most: str) -> None:
     )
 
 
-def _amount(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    if several:
-        parser.add_argument(
-            "--ratio",
-            type=_ratios,
-            metavar="R[,R...]",
-            help="share to remove, between 0 and 1; several give one checkpoint each, OUT/ratio-R, scored "
-            "once where the scores do not depend on it",
-        )
-    else:
-        parser.add_argument("--ratio", type=_ratio, help="share to remove, between 0 and 1")
+def _amount(parser: argparse.ArgumentParser, several: str) -> None:
+    parser.add_argument(
+        "--ratio", type=_ratios, metavar="R[,R...]", help=f"share to remove, between 0 and 1; several {several}"
+    )
     parser.add_argument(
         "--of",
         choices=("total", "non-embedding"),
@@ -120,7 +120,10 @@ def _positive(text: str) -> int:
 
 
 def _ratios(text: str) -> list[float]:
-    return [_ratio(part.strip()) for part in text.split(",")]
+    ratios = [_ratio(part.strip()) for part in text.split(",")]
+    if len(set(ratios)) < len(ratios):
+        raise argparse.ArgumentTypeError(f"{text!r} names a ratio twice")
+    return ratios
 
 
 def _ratio(text: str) -> float:
@@ -169,7 +172,12 @@ def _context(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(verbs: Any) -> None:
-    inspect = _verb(verbs, "inspect", "describe a checkpoint", "It reads the weights to count zeros; nothing is run.")
+    inspect = _verb(
+        verbs,
+        "inspect",
+        "describe a checkpoint",
+        "It reads the weights to count zeros and to look for NaN; nothing is run.",
+    )
     inspect.add_argument("model", help="Hugging Face checkpoint directory")
     _context(inspect)
 
@@ -184,7 +192,7 @@ def _shapes(verbs: Any) -> None:
         manual.SHAPES,
     )
     shapes.add_argument("model", metavar="CONFIG_OR_DIR", help="config.json, or a directory that has one")
-    _amount(shapes)
+    _amount(shapes, "are shown one after the other")
     shapes.add_argument("--method", help="the shape that this method would reach")
     _context(shapes)
 
@@ -197,12 +205,12 @@ def _prune(verbs: Any) -> None:
         "It scores the model block by block, most methods on calibration text, decides what to keep (plan.json, "
         "plan.safetensors) and writes a checkpoint that plain transformers opens. Shapes are rounded to steps; what "
         "was removed is printed beside what was asked.",
-        manual.PRUNE,
     )
+    prune.write_epilog = manual.prune
     prune.add_argument("model", help="Hugging Face checkpoint directory")
     prune.add_argument("out", help="new directory to write")
     prune.add_argument("--method", required=True, help="one of the methods below")
-    _amount(prune, several=True)
+    _amount(prune, "give one checkpoint each, OUT/ratio-R, scored once where the scores do not depend on it")
     prune.add_argument(
         "--pattern",
         metavar="N:M",

@@ -13,9 +13,17 @@ class UserError(Exception):
 
 
 def did_you_mean(name: object, options: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or the list of options."""
+    """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or the list of options.
+
+    Case does not count, nor whether words are joined by ``_`` or ``-``.
+    """
     known = sorted(options)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    alike = {_alike(option): option for option in known}
+    near = difflib.get_close_matches(_alike(name), alike, n=1, cutoff=0.5)
     if near:
-        return f"; did you mean {near[0]!r}?"
+        return f"; did you mean {alike[near[0]]!r}?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def _alike(name: object) -> str:
+    return str(name).lower().replace("_", "-")

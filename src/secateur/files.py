@@ -16,8 +16,8 @@ from typing import Any
 from secateur.errors import UserError
 
 __all__ = [
-    "atomic_directory",
     "check_free",
+    "is_locked",
     "locked",
     "partial_directories",
     "read_json",
@@ -89,36 +89,15 @@ def sync_tree(directory: Path) -> None:
                 os.close(descriptor)
 
 
-@contextlib.contextmanager
-def atomic_directory(out: Path) -> Iterator[Path]:
-    """Yield a new directory beside ``out`` that becomes ``out`` if the block succeeds, and vanishes if it does not.
-
-    Raises:
-        UserError: if ``out`` exists and is not an empty directory, or its parent cannot be written.
-    """
-    check_free(out)
-    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        os.chmod(work, 0o755)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be created: {error.strerror}") from None
-    try:
-        yield work
-        _put_in_place(work, out)
-    except BaseException:
-        _remove(work, made)
-        raise
-
-
 def check_free(out: Path) -> None:
     """Refuse a directory to be written that is there already.
 
     Raises:
         UserError: if ``out`` exists and is not an empty directory.
     """
-    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out}: is a {'link' if out.is_symlink() else 'file'}; name a new directory")
+    if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: already exists and is not empty; name a new directory")
 
 
@@ -203,6 +182,18 @@ def _remove(partial: Path, made: list[Path]) -> None:
     for parent in made:
         with contextlib.suppress(OSError):
             parent.rmdir()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on ``path``."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

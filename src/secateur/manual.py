@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["EPILOG", "MEMORY", "METHODS", "PRUNE", "SHAPES", "SOURCES"]
+from secateur.errors import UserError
+from secateur.plugins import announced
+
+__all__ = ["EPILOG", "MEMORY", "METHODS", "SHAPES", "SOURCES", "prune"]
 
 MEMORY = "lower --batch or --windows; prune also takes --states disk and --dtype bfloat16"
 
@@ -71,9 +74,21 @@ def _methods() -> str:
     return "\n".join(lines)
 
 
-PRUNE = f"""\
+def _of_packages() -> str:
+    """The methods of installed packages; they are not loaded, so that none can stand in the way."""
+    built_in = {name for methods in METHODS.values() for name in methods}
+    try:
+        lines = [f"    {name}  ({found.value.strip()})" for name, found in sorted(announced(built_in).items())]
+    except UserError as error:
+        lines = [f"    {error}"]
+    return "\n".join(["", "  of installed packages", *lines]) if lines else ""
+
+
+def prune() -> str:
+    """The methods, those of installed packages among them, which it takes a moment to find; and examples."""
+    return f"""\
 methods, by what they remove (packages may bring more):
-{_methods()}
+{_methods()}{_of_packages()}
 
 Of these, magnitude and the random ones, the controls, read no calibration text.
 
@@ -91,6 +106,7 @@ examples:
 Under torchrun the processes, each on a GPU of its own, share the calibration windows; the result is the same up to
 rounding. The first one decides and writes: OUT must lie where all can read it. Resume with as many processes.
 """
+
 
 SHAPES = """\
 examples:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Selector", "keep_channels", "keep_globally", "lowest"]
+__all__ = ["Selector", "keep_channels", "keep_globally", "lowest", "pruned_of"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Selector:
         """Mark what is kept: scores [out, in] -> bool [out, in]. Pruned first among equals is the lower index."""
         groups = scores.reshape(-1, self.span) if self.span else scores
         groups = groups.reshape(1, -1) if self.within == "linear" and not self.span else groups
-        # In binary, 0.29 * 100 is 28.999999999999996 and (1 - 3/7) * 7 is 3.9999999999999996.
-        prune = math.floor(Fraction(self.sparsity).limit_denominator(10**9) * groups.shape[1])
+        prune = pruned_of(groups.shape[1], self.sparsity)
         if not prune:
             return torch.ones_like(scores, dtype=torch.bool)
         threshold = _lowest(groups, prune)
@@ -45,6 +44,12 @@ class Selector:
             place = equal.cumsum(dim=1, dtype=torch.int32)
             gone[tied] &= ~(equal & (place > place[:, -1:] - stay[tied]))
         return gone.logical_not_().reshape(scores.shape)
+
+
+def pruned_of(size: int, sparsity: float) -> int:
+    """How many weights a group of so many loses: ``floor(sparsity * size)``, reckoned in decimals."""
+    # In binary, 0.29 * 100 is 28.999999999999996 and (1 - 3/7) * 7 is 3.9999999999999996.
+    return math.floor(Fraction(sparsity).limit_denominator(10**9) * size)
 
 
 def _lowest(groups: Tensor, count: int) -> Tensor:

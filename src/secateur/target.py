@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from secateur.errors import UserError, did_you_mean
+from secateur.select import pruned_of
 from secateur.shapes import SIZES, SPACES, Shape, Share, explicit, solve_depth, solve_width
 
 if TYPE_CHECKING:
-    from secateur.methods import Method
+    from secateur.methods import Method, WeightMethod
 
 __all__ = ["Allocation", "Pattern", "Target"]
 
@@ -186,7 +188,7 @@ class Target:
         """
         self.check(method, name)
         if method.granularity == "sparse":
-            self._check_rows(before)
+            self._check_groups(before, cast("WeightMethod", method), name)
             return before
         if self.sizes:
             after = self.reached(before).openable(where="--shape")
@@ -209,14 +211,25 @@ class Target:
             raise UserError("--shape: is the model's own shape; nothing would be removed")
         return after
 
-    def _check_rows(self, shape: Shape) -> None:
-        """Every row of every linear has to consist of whole groups."""
-        for name in shape.family.linears if self.pattern else ():
-            row = shape.tensor_size(shape.family.block[name])[1]
-            assert self.pattern is not None
-            if row % self.pattern.of:
-                of = self.pattern.of
-                raise UserError(f"--pattern {self.pattern}: the rows of {name} have {row} weights, no multiple of {of}")
+    def _check_groups(self, shape: Shape, method: WeightMethod, name: str) -> None:
+        """A pattern has to divide the rows of every linear, and without one some group has to lose a weight."""
+        sizes = {linear: shape.tensor_size(shape.family.block[linear]) for linear in shape.family.linears}
+        if self.pattern:
+            of = self.pattern.of
+            for linear, (_, row) in sizes.items():
+                if row % of:
+                    raise UserError(
+                        f"--pattern {self.pattern}: the rows of {linear} have {row} weights, no multiple of {of}"
+                    )
+            return
+        most = max(method.competing(out, row) for out, row in sizes.values())
+        if not pruned_of(most, self.sparsity):
+            digits = 10 ** (len(str(most)) + 2)
+            least = math.ceil(digits / most) / digits  # rounded up, so that it is one that removes something
+            raise UserError(
+                f"--ratio {self.ratio:g}: removes nothing: {name} chooses among {most:,} weights at a time, so it "
+                f"takes {least:g} or more"
+            )
 
 
 _OTHER = {"sparse": "--pattern N:M", "depth": "--shape layers=N", "width": "--shape hidden=N,ffn=N"}
@@ -243,4 +256,6 @@ def _parse_axes(text: str) -> tuple[str, ...]:
     for axis in axes:
         if axis not in SPACES:
             raise UserError(f"--axes: {axis!r} is not one of {', '.join(SPACES)} (kv: KV heads with their query heads)")
+    if len(set(axes)) < len(axes):
+        raise UserError(f"--axes {text}: names an axis twice")
     return axes

@@ -18,7 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ["Stored", "TensorFile", "write_tensors"]
+from secateur.errors import UserError
+
+__all__ = ["CONVERT", "Stored", "TensorFile", "write_tensors"]
 
 _NAMES = {
     torch.float64: "F64",
@@ -36,6 +38,8 @@ _NAMES = {
 
 _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 
+CONVERT = "convert the checkpoint to bfloat16, float16 or float32 first"
+
 
 class TensorFile:
     """A safetensors file whose tensors are views into the mapped file, not to be written to.
@@ -45,6 +49,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with safe_open(path, framework="np"):  # which checks the header against the file
             pass
         with path.open("rb") as file:
@@ -68,9 +73,12 @@ class TensorFile:
         """A tensor's type.
 
         Raises:
-            KeyError: if it is none that weights come in here.
+            UserError: if it is one that is not read here, such as eight-bit floats.
         """
-        return _TYPES[self._header[name]["dtype"]]
+        stored = self._header[name]["dtype"]
+        if stored not in _TYPES:
+            raise UserError(f"{self._path}: {name} is stored as {stored}, which is not read here; {CONVERT}")
+        return _TYPES[stored]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """A tensor from index ``start`` to before ``stop`` of its first dimension."""

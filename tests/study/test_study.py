@@ -20,7 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from secateur.cli import main
 from secateur.data.shards import TokenStore
+from secateur.data.sources import open_source
 from secateur.plan import load_masks
+from secateur.study.spec import load_study
+from secateur.study.stages import stages_of
+from secateur.study.store import Store
 
 WORDS = [f"{a}{b}" for a in ("ba", "de", "fi", "go", "lu", "mo") for b in ("n", "rk", "st", "ll", "m")]
 
@@ -190,6 +194,30 @@ def test_a_failed_stage_is_told_and_never_zero(text: Path, tmp_path: Path, capsy
     assert "give more text, or lower parent.tokens" in answer["failed"]["minitron-depth-0.5/P-R"]
     assert all(v["winner"] == "not measured" and v["difference"] is None for v in answer["verdicts"])
     assert "not measured" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_status_tells_where_each_stage_stands(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, store = study_file(tmp_path, text), Store(tmp_path / "out")
+
+    def states() -> dict[str, str]:
+        assert main(["study", "status", str(file), "--out", str(store.out), "--json"]) == 0
+        return {row["name"]: row["state"] for row in json.loads(capsys.readouterr().out)["stages"]}
+
+    found = states()
+    assert set(found.values()) == {"to do"} and not store.out.exists()
+    study = load_study(file)
+    source = open_source(study.corpus.source, field=study.corpus.field, split=study.corpus.split)
+    stages = {stage.name: stage for stage in stages_of(study, source.digest())}
+    begun, failed, running = (stages[name] for name in ("parent", "wanda-0.5/S_R", "corpus"))
+    for stage in (begun, failed, running):
+        store.begin(stage)  # long before the first checkpoint of a training run
+    store.fail(failed, "no")
+    with store.lock(running):
+        told = {begun.name: "interrupted", failed.name: "failed", running.name: "running"}
+        assert states() == found | told
+    with store.lock(failed):  # once more
+        assert states()[failed.name] == "running"
+    assert states() == found | told | {running.name: "interrupted"}
 
 
 def test_plan_is_pure(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

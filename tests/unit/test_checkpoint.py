@@ -13,7 +13,7 @@ from helpers import VARIANTS, edit_config, files, hf, logits, tiny_llama, window
 from secateur.calibrate.engine import BlockWalk
 from secateur.checkpoint import INDEX, Checkpoint, model_card, model_tensors, skeleton, write_checkpoint
 from secateur.errors import UserError
-from secateur.files import atomic_directory
+from secateur.files import resumable_directory
 
 
 def edit_index(directory: Path, edit: Callable[[dict[str, str]], object]) -> None:
@@ -34,6 +34,33 @@ def first_shard(directory: Path) -> Path:
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_header(directory: Path, edit: Callable[[dict[str, dict[str, object]]], object]) -> None:
+    """Rewrite what the weight file says of its tensors, and leave their bytes as they are."""
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def overwrite(directory: Path, start: int, data: bytes) -> None:
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.seek(start)
+        file.write(data)
+
+
+def store_as(directory: Path, dtype: torch.dtype) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({Q: tensors[Q].to(dtype)}))
+
+
+def point_beyond(header: dict[str, dict[str, object]]) -> None:
+    last = max(header, key=lambda name: header[name].get("data_offsets", [0, 0])[1])  # type: ignore[index]
+    size, (start, stop) = header[last]["shape"], header[last]["data_offsets"]  # type: ignore[misc]
+    header[last].update(shape=[2 * size[0], *size[1:]], data_offsets=[start, 2 * stop - start])  # type: ignore[index]
 
 
 def only_pickles(directory: Path) -> None:
@@ -71,6 +98,32 @@ BAD: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
         "plain",
         lambda d: edit_tensors(d, lambda t: t.update({Q: t[Q][:-1]})),
         [Q, "(31, 32)", "(32, 32)"],
+    ),
+    "type unknown": ("plain", lambda d: store_as(d, torch.float8_e4m3fn), [Q, "F8_E4M3", "convert", "bfloat16"]),
+    "type of whole numbers": ("plain", lambda d: store_as(d, torch.int8), [Q, "int8", "convert", "bfloat16"]),
+    "type misspelt": ("plain", lambda d: edit_header(d, lambda h: h[Q].update(dtype="F31")), ["model.safetensors"]),
+    "offsets beyond": ("plain", lambda d: edit_header(d, point_beyond), ["model.safetensors", "cannot be read"]),
+    "offsets negative": (
+        "plain",
+        lambda d: edit_header(d, lambda h: h[Q].update(data_offsets=[-4, 0])),
+        ["model.safetensors", "cannot be read"],
+    ),
+    "offsets of another size": (
+        "plain",
+        lambda d: edit_header(d, lambda h: h[Q].update(shape=[16, 16])),
+        ["model.safetensors", "cannot be read"],
+    ),
+    "header longer than the file": (
+        "plain",
+        lambda d: overwrite(d, 0, b"\xff" * 8),
+        ["model.safetensors", "cannot be"],
+    ),
+    "header not JSON": ("plain", lambda d: overwrite(d, 8, b"!!!"), ["model.safetensors", "cannot be read"]),
+    "header not text": ("plain", lambda d: overwrite(d, 20, b"\xff\xfe"), ["model.safetensors", "cannot be read"]),
+    "header cut": (
+        "plain",
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:40]),
+        ["model.safetensors", "cannot be read"],
     ),
     "tied no more": ("tied", lambda d: edit_config(d, tie_word_embeddings=False), ["lm_head.weight", "lacks"]),
     "more layers": ("plain", lambda d: edit_config(d, num_hidden_layers=6), ["model.layers.5."]),
@@ -110,10 +163,11 @@ def test_round_trip(variant: str, tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path, **VARIANTS[variant])
     model, out = hf(directory), tmp_path / "out"
     config = {**Checkpoint(directory).raw_config, "dtype": "float32", "auto_map": {"AutoConfig": "evil.py"}}
-    with atomic_directory(out) as work:
+    with resumable_directory(out, {}, resume=False) as (fresh, _):
         write_checkpoint(
-            work, config, model_tensors(model), provenance={"kind": "copy"}, card="# card\n", shard_bytes=5000
+            fresh, config, model_tensors(model), provenance={"kind": "copy"}, card="# card\n", shard_bytes=5000
         )
+    assert not out.with_name("out.partial").exists()
     index = json.loads((out / INDEX).read_text())
     shards = sorted(out.glob("*.safetensors"))
     assert len(shards) > 5 and set(index["weight_map"].values()) == {p.name for p in shards}
@@ -139,15 +193,28 @@ def test_one_shard_needs_no_index(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path)
-    with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out") as work:
-        write_checkpoint(work, {}, model_tensors(hf(directory)), provenance={}, card="x")
+    out = tmp_path / "new" / "out"
+    with pytest.raises(ZeroDivisionError), resumable_directory(out, {}, resume=False) as (fresh, _):
+        write_checkpoint(fresh, {}, model_tensors(hf(directory)), provenance={}, card="x")
         raise ZeroDivisionError
     assert sorted(p.name for p in tmp_path.iterdir()) == [directory.name]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("precious")
-    with pytest.raises(UserError, match="not empty"), atomic_directory(tmp_path / "full"):
+    with pytest.raises(UserError, match="not empty"), resumable_directory(tmp_path / "full", {}, resume=False):
         pass
     assert (tmp_path / "full" / "mine").read_text() == "precious"
+
+
+def test_what_is_no_directory_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with (
+            pytest.raises(UserError, match=f"{name}: is a {name}; name a new directory"),
+            resumable_directory(tmp_path / name, {}, resume=False),
+        ):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 @pytest.mark.parametrize("name", [Q, NORM, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])

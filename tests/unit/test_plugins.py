@@ -18,6 +18,7 @@ from formulas import fits
 from helpers import hf, tiny_llama
 from secateur import methods
 from secateur.checkpoint import Checkpoint
+from secateur.cli import main
 from secateur.errors import UserError
 from secateur.methods import METHODS, get_method, known_methods
 from secateur.methods.wanda import Wanda
@@ -142,10 +143,33 @@ def test_a_broken_package_is_told_in_one_line(code: str, site: Path, monkeypatch
     monkeypatch.delitem(sys.modules, "broken", raising=False)
 
 
-def test_a_broken_package_is_in_nobody_s_way(site: Path) -> None:
+def test_a_broken_package_is_in_nobody_s_way(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(site, {"broken": "broken:It"}, broken="raise ImportError")
     assert isinstance(get_method("wanda"), Wanda)
     assert "broken" in known_methods()
+    assert "\n  of installed packages\n    broken  (broken:It)\n\nOf these, " in shown(capsys)
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    return capsys.readouterr().out
+
+
+def test_help_lists_the_methods_of_packages(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "of installed packages" not in shown(capsys)
+    install(site, {"mine": "it:Mine", "also-mine": "it:AlsoMine", "wanda": "it:Other"}, it="raise ImportError")
+    assert "\n  of installed packages\n    also-mine  (it:AlsoMine)\n    mine  (it:Mine)\n\nOf these, " in shown(capsys)
+
+
+def test_an_announcement_that_cannot_be_read(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(site, {})
+    (site / "example-1.0.dist-info" / "entry_points.txt").write_text("[secateur.methods]\nno equals sign\n")
+    part = "the entry points of an installed package cannot be read: "
+    assert f"\n  of installed packages\n    {part}" in shown(capsys)
+    assert isinstance(get_method("wanda"), Wanda)
+    with pytest.raises(UserError, match=part):
+        get_method("mine")
 
 
 def test_built_in_names_cannot_be_taken(site: Path) -> None:

@@ -315,6 +315,14 @@ def test_a_truncated_file_and_an_archive(call: Callable[..., Call], world: Path,
 # What is asked for, and what the error names.
 REFUSED: list[tuple[str, str]] = [
     ("--method wandaa --ratio 0.5", "'wandaa' is not a known method; did you mean 'wanda'?"),
+    ("--method WANDA --ratio 0.5", "'WANDA' is not a known method; did you mean 'wanda'?"),
+    ("--method Minitron_Width --ratio 0.5", "did you mean 'minitron-width'?"),
+    ("--method wanda --ratio 0.5 --of non_embedding", "'non_embedding' is not known; did you mean 'non-embedding'?"),
+    ("--method flap --ratio 0.5 --axes ffn,ffn", "--axes ffn,ffn: names an axis twice"),
+    ("--method wanda --ratio 0.5,0.5", "--ratio: '0.5,0.5' names a ratio twice"),
+    ("--method wanda --ratio 0.02", "--ratio 0.02: removes nothing: wanda chooses among 48 weights at a time, so it"),
+    ("--method magnitude --ratio 0.5,1e-9", "--ratio 1e-09: removes nothing: magnitude chooses among 1,536 weights"),
+    ("--method sparsegpt --ratio 1e-3 --option block=8", "sparsegpt chooses among 384 weights at a time"),
     ("--method wanda --ratio 0.5 --option bias=none", "--option bias: wanda has no such option (it has none)"),
     (
         "--method sparsegpt --ratio 0.5 --option blok=3",
@@ -396,6 +404,46 @@ def test_the_cheapest_check_comes_first(line: str, part: str, call: Callable[...
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("inside", ["out", "deep/er/out", "../model/out"])
+def test_nothing_is_written_into_the_model(inside: str, call: Callable[..., Call], world: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    before = files(model)
+    refused(
+        call(f"prune {{m}} {model}/{inside} --method magnitude --ratio 0.5", model), "lies in the model's directory"
+    )
+    (tmp_path / "link").symlink_to(model)
+    refused(call(f"prune {{m}} {tmp_path}/link/{inside} --method magnitude --ratio 0.5", model), "lies in the model's")
+    refused(call("prune {m} {m} --method magnitude --ratio 0.5", model), "already exists and is not empty")
+    assert files(model) == before and sorted(p.name for p in tmp_path.iterdir()) == ["link", "model"]
+
+
+def test_an_output_that_is_a_file(call: Callable[..., Call], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    refused(call("prune {w}/model {o} --method magnitude --ratio 0.5"), "out: is a file; name a new directory")
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_a_loss_of_few_tokens_says_so(call: Callable[..., Call], tmp_path: Path) -> None:
+    line = "eval {w}/model --data text:{w}/text.txt --json --seqlen 16 "
+    few = call(line + "--windows 6").answer
+    assert few["note"] == "90 predicted tokens are few: the figure may be far off; measure on more text"
+    enough = call(line + "--windows 67").answer
+    assert (enough["tokens"], enough["note"]) == (1005, None)
+    assert f"\nnote         {few['note']}\n" in call((line + "--windows 6").replace("--json", "")).out
+    assert "note  " not in call((line + "--windows 67").replace("--json", "")).out
+
+
+def test_a_loss_of_less_than_a_window_says_so(call: Callable[..., Call], world: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    edit_config(model, max_position_embeddings=4096)
+    line = "eval {m} --data text:{w}/text.txt --json --windows 1 --seqlen "
+    whole = call(line + "1024", model).answer
+    assert (whole["tokens"], whole["note"]) == (1023, None)
+    short = call(line + "4096", model).answer
+    assert 1000 < short["tokens"] < 4095
+    assert short["note"] == "the text is shorter than one window of 4,096 tokens; measure on more text"
+
+
 def test_a_text_shorter_than_a_window(call: Callable[..., Call], tmp_path: Path) -> None:
     line = "prune {w}/model {o}/deep/er --method wanda --ratio 0.5 --calibration text:{w}/short.txt --seqlen 64"
     refused(call(line), "less than one calibration window of 64; give more text or a smaller --seqlen")
@@ -440,6 +488,17 @@ def test_weights_that_are_not_finite(
     text = "" if method in UNCALIBRATED else TEXT_AT
     refused(call(f"prune {{m}} {{o}} --method {method} --ratio 0.4{text}", model), f"{model}: {name} holds NaN or inf")
     assert list(tmp_path.iterdir()) == [model]
+
+
+def test_inspecting_weights_that_are_not_finite(call: Callable[..., Call], world: Path, tmp_path: Path) -> None:
+    assert call("inspect {w}/model --json").answer["not_finite"] == []
+    assert "damaged" not in call("inspect {w}/model").out
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    names = ["model.layers.2.mlp.up_proj.weight", "model.norm.weight"]
+    for name in names:
+        edit_tensors(model, name, float("nan"))
+    assert sorted(call("inspect {m} --json", model).answer["not_finite"]) == names
+    assert " and 1 more: NaN or infinity among the weights; prune refuses them" in call("inspect {m}", model).out
 
 
 def truncate(path: Path) -> None:
@@ -530,7 +589,9 @@ def test_help_teaches_and_does_not_wait_for_torch() -> None:
 
 def test_examples_of_the_manual_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Every example gets as far as the checkpoint, which is not there."""
-    examples = [line.strip() for line in (manual.PRUNE + manual.SHAPES).splitlines() if line.startswith("  secateur ")]
+    examples = [
+        line.strip() for line in (manual.prune() + manual.SHAPES).splitlines() if line.startswith("  secateur ")
+    ]
     assert len(examples) == 12
     for line in examples:
         parts = line.partition("   ")[0].split()[1:]

@@ -108,7 +108,8 @@ def test_the_published_shapes(
     # Half a unit of the last printed digit, and a hair: 0.9374994 is printed as .938 there.
     assert found["removed"]["total"] == pytest.approx(total, abs=0.00051)
     assert found["removed"]["non_embedding"] == pytest.approx(non_embedding, abs=0.00051)
-    assert (found["asked"], found["of"], found["drift"]) == (None, None, None)
+    assert found["asked"] == {name: int(size) for name, size in (part.split("=") for part in asked.split(","))}
+    assert (found["of"], found["drift"]) == (None, None)
     own = call(capsys, config)
     assert found["before"] == {key: value for key, value in own.items() if key != "model"}
     if heads == 20:
@@ -168,6 +169,18 @@ def test_the_ways_to_a_ratio(config: Path, capsys: pytest.CaptureFixture[str]) -
     assert "asked: 50% of the parameters outside the embeddings" in shown
 
 
+@pytest.mark.parametrize("how", [(), ("--axes", "kv,ffn"), ("--method", "shortgpt"), ("--method", "wanda")])
+def test_several_ratios(how: tuple[str, ...], config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = ("0.25", "0.5", "0.75")
+    alone = [call(capsys, config, "--ratio", ratio, *how) for ratio in ratios]
+    assert all(found.pop("model") == str(config) for found in alone)
+    assert call(capsys, config, "--ratio", ",".join(ratios), *how) == {"model": str(config), "outputs": alone}
+    shown = text(capsys, config, "--ratio", ",".join(ratios), *how)
+    title, *_, basis = shown.splitlines()
+    sections = [text(capsys, config, "--ratio", ratio, *how).splitlines()[1:-1] for ratio in ratios]
+    assert shown.splitlines() == [title, *(line for section in sections for line in section), basis]
+
+
 def test_a_way_that_is_closed_does_not_close_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": 1}))
@@ -219,7 +232,17 @@ def test_the_context(context: int, used: int, config: Path, capsys: pytest.Captu
         (["--method", "flap", "--ratio", "0.5", "--axes", "hidden"], "--axes: flap scores ffn, kv, not hidden"),
         (["--method", "wanda", "--ratio", "0.5", "--of", "total"], "--of: a ratio for wanda always counts"),
         (["--ratio", "1.5"], "--ratio: '1.5' is not a ratio between 0 and 1"),
+        (["--ratio", "0.5,"], "--ratio: '' is not a ratio between 0 and 1"),
+        (["--ratio", "0.5,0.50"], "--ratio: '0.5,0.50' names a ratio twice"),
+        (["--ratio", "0.5,0.999"], "--ratio 0.999: depth: of 32 layers it would keep 0"),
+        (["--ratio", "1e-9"], "--ratio 1e-09: depth: of 32 layers it would keep 32; possible: 0.0312"),
+        (
+            ["--ratio", "1e-9", "--method", "wanda"],
+            "--ratio 1e-09: removes nothing: wanda chooses among 14,336 weights",
+        ),
+        (["--ratio", "0.5", "--axes", "ffn,ffn"], "--axes ffn,ffn: names an axis twice"),
         (["--of", "all", "--ratio", "0.5"], "--of: 'all' is not known"),
+        (["--of", "non_embedding", "--ratio", "0.5"], "'non_embedding' is not known; did you mean 'non-embedding'?"),
         (["--context", "0"], "--context: '0' is not a whole number above zero"),
     ],
 )

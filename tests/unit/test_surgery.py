@@ -13,7 +13,7 @@ from reference import assert_same_logits, silenced
 from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
-from secateur.files import atomic_directory, sha256_file
+from secateur.files import sha256_file
 from secateur.plan import JSON_FILE, TENSOR_FILE, Plan, load_masks
 from secateur.prune import make_plan, write_pruned
 from secateur.surgery import cut_config
@@ -31,8 +31,8 @@ def prune(directory: Path, out: Path, method: str, ratio: float) -> Plan:
 
 
 def cut(directory: Path, out: Path, plan: Plan) -> None:
-    with atomic_directory(out) as work:
-        write_pruned(Checkpoint(directory), plan, work, base="base/model")
+    out.mkdir()
+    write_pruned(Checkpoint(directory), plan, out, base="base/model")
 
 
 def by_hand(directory: Path, **fields: object) -> Plan:

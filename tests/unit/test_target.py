@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -62,6 +63,7 @@ def test_sizes_and_axes_are_read() -> None:
         ({"shape": "ffn=3,ffn=3"}, "--shape: ffn is given twice"),
         ({"axes": "kv,heads"}, "--axes: 'heads' is not one of hidden, ffn, kv (kv: KV heads with their query heads)"),
         ({"axes": ""}, "--axes: '' is not one of"),
+        ({"axes": "kv, ffn,kv"}, "--axes kv, ffn,kv: names an axis twice"),
     ],
 )
 def test_what_cannot_be_read(said: dict[str, str], part: str) -> None:
@@ -129,6 +131,8 @@ def test_a_shape_that_the_family_refuses_goes_to_its_sibling() -> None:
             {"pattern": "3:7"},
             "--pattern 3:7: the rows of self_attn.q_proj.weight have 4096 weights, no multiple",
         ),
+        ("shortgpt", {"ratio": 1e-9}, "--ratio 1e-09: of 32 layers it would keep 32; possible: 0.0312"),
+        ("flap", {"ratio": 1e-9}, "--ratio 1e-09: too small; narrowing this model in steps of"),
         ("shortgpt", {"ratio": 0.999}, "--ratio 0.999: of 32 layers it would keep 0; possible: 0.0312"),
         ("flap", {"ratio": 0.999}, "--ratio 0.999: too large; narrowing this model in steps of 128 FFN channels, 1 KV"),
     ],
@@ -137,6 +141,25 @@ def test_what_cannot_be_asked_for(method: str, said: dict[str, Any], part: str) 
     with pytest.raises(UserError) as caught:
         ask(method, **said)
     assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        ("wanda", 14336),
+        ("random-weight", 14336),
+        ("magnitude", 14336 * 4096),
+        ("sparsegpt", 14336 * 128),  # the rows of the FFN, in blocks of columns
+    ],
+)
+def test_a_ratio_that_removes_nothing(method: str, most: int) -> None:
+    with pytest.raises(UserError, match=rf"--ratio 1e-09: removes nothing: {method} chooses among {most:,}") as caught:
+        ask(method, ratio=1e-9)
+    least = re.search(r"it takes (\S+) or more$", str(caught.value))
+    assert least and float(least[1]) == pytest.approx(1 / most, rel=0.01)
+    assert ask(method, ratio=float(least[1])) == PARENT
+    with pytest.raises(UserError, match="removes nothing"):
+        ask(method, ratio=0.99 / most)
 
 
 def test_a_pattern_has_to_divide_the_rows_of_every_linear() -> None:

@@ -12,7 +12,6 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from secateur.calibrate.evidence import Place
 from secateur.calibrate.stats import GradientStatistic, StateStatistic, Statistic
 from secateur.errors import UserError, did_you_mean
+from secateur.plugins import announced
 from secateur.select import Selector
 from secateur.shapes import Shape
 from secateur.spec import parse, parse_value
@@ -58,8 +58,6 @@ METHODS = {
     "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
     "random-weight": "secateur.methods.random:RandomWeight",
 }
-
-ENTRY_POINTS = "secateur.methods"  #: where installed packages announce methods of their own
 
 
 class Method(ABC):
@@ -137,6 +135,10 @@ class WeightMethod(Method):
         """Whether the weights that stay are changed as well."""
         return type(self).prune is not WeightMethod.prune
 
+    def competing(self, out: int, width: int) -> int:
+        """How many weights of a linear [out, width] make up a group, the largest, where no pattern does."""
+        return width if self.compare == "row" else out * width
+
     def prepare(self, stats: Statistics) -> Any:
         """Work out, once for each input, what all linears that read it share.
 
@@ -180,7 +182,7 @@ _SHOWN: dict[type, tuple[type, ...]] = {
 
 @functools.cache
 def _plugins() -> dict[str, Callable[[], Any]]:
-    return {entry.name: entry.load for entry in entry_points(group=ENTRY_POINTS) if entry.name not in METHODS}
+    return {name: entry.load for name, entry in announced(METHODS).items()}
 
 
 def known_methods() -> list[str]:

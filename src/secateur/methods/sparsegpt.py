@@ -32,6 +32,9 @@ class SparseGPT(WeightMethod):
     block: Positive = 128  #: columns in a block
     damping: Annotated[float, Field(gt=0)] = 0.01  #: added to the diagonal of H, as a share of its mean
 
+    def competing(self, out: int, width: int) -> int:
+        return out * min(self.block, width)
+
     def prepare(self, stats: Statistics) -> tuple[Tensor, Tensor]:
         """The factor R, back to front as :func:`_columns` reads it, and which inputs are always zero."""
         return self._factor(stats[Gram]), stats[Gram].diagonal() == 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import UserError
-from secateur.files import locked, read_json, sha256_file, sync_tree, write_json
+from secateur.files import is_locked, locked, read_json, sha256_file, sync_tree, write_json
 from secateur.progress import say
 from secateur.spec import fingerprint
 from secateur.study.stages import VERSIONS, Stage
@@ -55,7 +55,14 @@ class Store:
 
     def lock(self, stage: Stage) -> Any:
         """Hold the stage against other processes, e.g. one that a killed study left behind."""
-        return locked(self.out / "locks" / stage.fingerprint[:12])
+        return locked(self._lock(stage))
+
+    def held(self, stage: Stage) -> bool:
+        """Whether a process is at the stage."""
+        return is_locked(self._lock(stage))
+
+    def _lock(self, stage: Stage) -> Path:
+        return self.out / "locks" / stage.fingerprint[:12]
 
     @contextlib.contextmanager
     def scores(self, stage: Stage, identity: Mapping[str, Any]) -> Iterator[Path]:

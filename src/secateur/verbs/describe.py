@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint import Checkpoint, positions, read_config
+from secateur.checkpoint import Checkpoint, is_finite, positions, read_config
 from secateur.errors import UserError
 from secateur.methods import Method, get_method
-from secateur.progress import say
+from secateur.progress import say, task
 from secateur.prune import asked_words
 from secateur.report.words import count, points, scientific, share
 from secateur.shapes import SPACES, Shape, removed, solve_depth, solve_width
@@ -49,10 +49,12 @@ def inspect(arguments: Namespace) -> Answer:
     shape = checkpoint.shape
     context = _context(arguments.context, checkpoint.config)
     provenance = checkpoint.provenance
+    broken = _not_finite(checkpoint)
     answer = {
         "model": str(arguments.model),
         **describe(shape, context),
         "sparsity": sparsity(checkpoint),
+        "not_finite": broken,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         "digest": checkpoint.digest,
         "provenance": provenance,
@@ -72,17 +74,37 @@ def inspect(arguments: Namespace) -> Answer:
         f"digest       {checkpoint.digest}",
         f"provenance   {origin}",
     ]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        lines.append(f"damaged      {broken[0]}{more}: NaN or infinity among the weights; prune refuses them")
     return answer, "\n".join(lines), 0
+
+
+def _not_finite(checkpoint: Checkpoint) -> list[str]:
+    """The tensors that hold NaN or infinity."""
+    names = checkpoint.tensors()
+    with task("look for NaN", len(names)) as progress:
+        found = []
+        for name in names:
+            if not is_finite(checkpoint.tensor(name)):
+                found.append(name)
+            progress.advance()
+    return found
 
 
 def shapes(arguments: Namespace) -> Answer:
     """``secateur shapes CONFIG_OR_DIR``: what a model comes to, from its configuration alone.
 
     The answer has the keys of ``inspect`` that a shape has. With one target they are those of the resulting shape, and
-    ``before`` has the model's own, beside ``removed``, ``asked``, ``of``, ``drift`` and ``note``. With a ratio and
-    neither a method nor axes they are the model's own, and ``targets`` has each way to the ratio.
+    ``before`` has the model's own, beside ``removed``, ``asked`` (the ratio, or the sizes), ``of``, ``drift`` and
+    ``note``. With a ratio and neither a method nor axes they are the model's own, and ``targets`` has each way to the
+    ratio. With several ratios, ``outputs`` has for each what it would give alone.
     """
-    target = Target.parse(ratio=arguments.ratio, of=arguments.of, shape=arguments.shape, axes=arguments.axes)
+    targets = [
+        Target.parse(ratio=ratio, of=arguments.of, shape=arguments.shape, axes=arguments.axes)
+        for ratio in arguments.ratio or [None]
+    ]
+    target = targets[0]
     target.check_amount()
     if target.ratio is None and not target.sizes and (arguments.method or target.axes):
         raise UserError(f"{'--method' if arguments.method else '--axes'}: goes with a --ratio; say how much to remove")
@@ -97,32 +119,32 @@ def shapes(arguments: Namespace) -> Answer:
     title = f"{arguments.model}  ({before.family.name})"
     if target.ratio is None and not target.sizes:
         return {**head, **own}, "\n".join([title, "", *_table({"": own}), "", _BASIS.format(context)]), 0
+    told = [_section(before, own, target, method, arguments.method, context) for target in targets]
+    lines = [title, *(line for _, section in told for line in ["", *section]), _BASIS.format(context)]
+    answer = told[0][0] if len(told) == 1 else {"outputs": [found for found, _ in told]}
+    return {**head, **answer}, "\n".join(lines), 0
+
+
+def _section(
+    before: Shape, own: dict[str, Any], target: Target, method: Method | None, name: str, context: int
+) -> tuple[dict[str, Any], list[str]]:
+    """What one target comes to, or each way to it where several are open: for programs and for people."""
     if target.sizes or target.axes or method is not None:
-        found = _single(before, target, method, arguments.method, context)
-        lines = [
-            title,
-            "",
-            *_table({"before": own, "after": found}),
-            "",
-            *_footer([found], target),
-            _BASIS.format(context),
-        ]
-        return {**head, **found, "before": own}, "\n".join(lines), 0
-    targets = _candidates(before, target, context)
-    columns = {"own": own} | {name: found for name, found in targets.items() if "error" not in found}
-    lines = [title, "", *_table(columns), "", *_footer(list(columns.values())[1:], target)]
-    lines += [f"{name}: {found['error']}" for name, found in targets.items() if "error" in found]
-    lines.append(_BASIS.format(context))
-    asked = {"asked": target.ratio, "of": target.of or "non_embedding"}
-    return {**head, **own, **asked, "targets": targets}, "\n".join(lines), 0
+        found = _single(before, target, method, name, context)
+        return {**found, "before": own}, [*_table({"before": own, "after": found}), "", *_footer([found], target)]
+    ways = _candidates(before, target, context)
+    columns = {"own": own} | {way: found for way, found in ways.items() if "error" not in found}
+    lines = [*_table(columns), "", *_footer(list(columns.values())[1:], target)]
+    lines += [f"{way}: {found['error']}" for way, found in ways.items() if "error" in found]
+    return {**own, "asked": target.ratio, "of": target.of or "non_embedding", "targets": ways}, lines
 
 
 def _single(before: Shape, target: Target, method: Method | None, name: str, context: int) -> dict[str, Any]:
     """What one target comes to."""
-    if method is not None and method.granularity == "sparse":
-        return _zeroed(before, target, context)
     if method is not None:
-        return _result(before, target.shape(before, method, name), target, context)
+        after = target.shape(before, method, name)
+        sparse = method.granularity == "sparse"
+        return _zeroed(before, target, context) if sparse else _result(before, after, target, context)
     if target.sizes:
         return _result(before, target.reached(before), target, context)
     assert target.ratio is not None
@@ -146,7 +168,7 @@ def _result(before: Shape, after: Shape, target: Target, context: int) -> dict[s
     return {
         **describe(opened, context),
         "removed": gone,
-        "asked": target.ratio,
+        "asked": target.ratio if of else dict(target.sizes),
         "of": of,
         "drift": gone[of] - target.ratio if of and target.ratio is not None else None,
         "note": note,

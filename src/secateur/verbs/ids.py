@@ -15,7 +15,7 @@ from secateur.evaluate.loss import Protocol
 from secateur.progress import say
 from secateur.prune import Calibration
 
-__all__ = ["WINDOWS", "calibration_of", "protocol_of"]
+__all__ = ["WINDOWS", "calibration_of", "protocol_of", "window_length"]
 
 SEQLEN = 2048  #: tokens in a window, unless told otherwise
 WINDOWS = 128  #: calibration windows at most, unless told otherwise
@@ -58,19 +58,23 @@ def protocol_of(
     return Protocol.of_stream(ids, length, source)
 
 
+def window_length(checkpoint: Checkpoint, seqlen: int | None) -> int:
+    """Tokens in a window of text: what was asked, unless the model's positions end before."""
+    length = seqlen or SEQLEN
+    return min(length, positions(checkpoint.config) or length)
+
+
 def _encoded(
     checkpoint: Checkpoint, source: str, field: str | None, windows: int | None, seqlen: int | None
 ) -> tuple[NDArray[np.int64], int]:
     """The ids of a text, as many as the windows hold, and the length of a window.
 
-    It is what was asked, unless the model's positions end before; what is used is said aloud, once nothing else is
-    wrong.
+    If that is not what was asked, it is said aloud, once nothing else is wrong.
     """
     length = seqlen or SEQLEN
-    most = positions(checkpoint.config) or length
     if length < 2:
         raise UserError("--seqlen: a window needs two tokens or more, one to see and one to predict")
-    used = min(length, most)
+    used = window_length(checkpoint, seqlen)
     opened = open_source(source, field=field or "text", besides="tokens:FILE.npy")
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))

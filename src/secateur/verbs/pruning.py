@@ -52,6 +52,8 @@ def prune(arguments: Namespace) -> Answer:
     for target in targets:
         target.shape(checkpoint.shape, method, arguments.method)
     check_free(out)
+    if out.resolve().is_relative_to(checkpoint.directory.resolve()):
+        raise UserError(f"{out}: lies in the model's directory {arguments.model}; name one outside it")
     _check_tokenizer(checkpoint)
     calibration = _calibration(arguments, checkpoint, method)
     dtype = pick_dtype(arguments.dtype, device)
@@ -117,9 +119,6 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
 
 def _targets(arguments: Namespace) -> list[Target]:
     """What pruning should come to; several ratios give one each."""
-    ratios = arguments.ratio or [None]
-    if len(set(ratios)) < len(ratios):
-        raise UserError(f"--ratio {','.join(f'{r:g}' for r in ratios)}: names a ratio twice")
     return [
         Target.parse(
             ratio=ratio,
@@ -129,7 +128,7 @@ def _targets(arguments: Namespace) -> list[Target]:
             axes=arguments.axes,
             allocation=arguments.allocation,
         )
-        for ratio in ratios
+        for ratio in arguments.ratio or [None]
     ]
 
 

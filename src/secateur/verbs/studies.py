@@ -89,14 +89,20 @@ def study_status(arguments: Namespace) -> Answer:
     rows = []
     for stage in unique(stages):
         error = store.runtime(stage).get("error", "")
-        under_way = any(store.partial(stage).glob("checkpoints/**/step-*"))
-        state = "done" if store.done(stage) else "failed" if error else "interrupted" if under_way else "to do"
-        rows.append({"kind": stage.kind, "name": stage.name, "state": state, "error": error})
+        rows.append({"kind": stage.kind, "name": stage.name, "state": _state(store, stage, error), "error": error})
     done = sum(row["state"] == "done" for row in rows)
     answer = {"study": study.name, "out": str(store.out), "done": done, "stages": rows}
     lines = [f"{study.name} in {store.out}: {done} of {len(rows)} stages done"]
     lines += [f"{row['state']:11}  {row['kind']:8}  {row['name']}  {row['error']}".rstrip() for row in rows]
     return answer, "\n".join(lines), 0
+
+
+def _state(store: Store, stage: Stage, error: str) -> str:
+    if store.done(stage):
+        return "done"
+    if store.held(stage):
+        return "running"
+    return "failed" if error else "interrupted" if store.partial(stage).is_dir() else "to do"
 
 
 def study_report(arguments: Namespace) -> Answer:
