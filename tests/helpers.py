@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from secateur.data.shards import ShardWriter, Split, write_manifest
 from secateur.prune import Calibration
 
 #: name -> what to give :func:`tiny_llama`
@@ -192,3 +194,18 @@ def without_layers(model: PreTrainedModel, gone: Iterable[int]) -> PreTrainedMod
 
 def calibration(ids: Tensor, source: str = "test") -> Calibration:
     return Calibration(ids, source)
+
+
+def token_corpus(folder: Path, *, tokens: int, vocabulary: int, seed: int = 0) -> Path:
+    """A store of random documents of 5 to 60 tokens, in which a token is near the one before it."""
+    generator = np.random.default_rng(seed)
+
+    def split(name: str, least: int) -> Split:
+        writer = ShardWriter(folder, name, "uint16", 5000)
+        while writer.tokens < least:
+            steps = generator.integers(0, 3, generator.integers(5, 60))
+            writer.append(np.cumsum(steps) % vocabulary)
+        return writer.close()
+
+    write_manifest(folder, vocabulary, {"train": split("train", tokens), "heldout": split("heldout", 1000)})
+    return folder

@@ -27,11 +27,13 @@ from secateur.families import Axis, Family, family_of
 from secateur.files import read_json, sha256_file, write_json, write_text
 from secateur.progress import task
 from secateur.shapes import Shape
-from secateur.tensor_files import CONVERT, Stored, TensorFile, write_tensors
+from secateur.tensor_files import CONVERT, Stored, TensorFile, write_tensors, written_order
 from secateur.version import __version__
 
 __all__ = [
     "Checkpoint",
+    "copy_tokenizer",
+    "in_writing_order",
     "is_finite",
     "model_card",
     "model_tensors",
@@ -44,6 +46,7 @@ __all__ = [
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PROVENANCE = "secateur.json"
+SHARD_BYTES = 4 * 2**30
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -230,11 +233,12 @@ class Checkpoint:
                 self.directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             ).eval()
 
-    def copy_tokenizer(self, out: Path) -> None:
-        """Copy what the tokenizer consists of into ``out``."""
-        for name in TOKENIZER_FILES:
-            if (self.directory / name).is_file():
-                shutil.copyfile(self.directory / name, out / name)
+
+def copy_tokenizer(directory: Path, out: Path) -> None:
+    """Copy what the tokenizer in ``directory`` consists of into ``out``."""
+    for name in TOKENIZER_FILES:
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, out / name)
 
 
 @contextlib.contextmanager
@@ -269,7 +273,7 @@ def write_checkpoint(
     *,
     provenance: dict[str, Any],
     card: str,
-    shard_bytes: int = 4 * 2**30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a checkpoint into the existing directory ``out``, one tensor, or part of one, at a time.
 
@@ -294,6 +298,12 @@ def write_checkpoint(
     write_json(out / "config.json", {k: v for k, v in config.items() if k != "auto_map"})
     write_json(out / PROVENANCE, {"secateur": __version__, **provenance})
     write_text(out / "README.md", card)
+
+
+def in_writing_order(tensors: Iterable[Stored], shard_bytes: int = SHARD_BYTES) -> Iterator[Stored]:
+    """The tensors in the order in which :func:`write_checkpoint` makes them."""
+    for shard in _shards(tensors, shard_bytes):
+        yield from written_order(shard)
 
 
 def _shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from secateur import manual, ranks
-from secateur.errors import UserError, did_you_mean
+from secateur.errors import RunError, UserError, did_you_mean
 from secateur.version import __version__
 
 __all__ = ["main"]
@@ -119,6 +119,19 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    from secateur.spec import parse_count
+
+    try:
+        return parse_count(text) or _positive(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text.strip() == "0" else _count(text)
+
+
 def _ratios(text: str) -> list[float]:
     ratios = [_ratio(part.strip()) for part in text.split(",")]
     if len(set(ratios)) < len(ratios):
@@ -146,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"secateur {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-    for add in (_demo, _inspect, _shapes, _prune, _eval, _study):
+    for add in (_demo, _inspect, _shapes, _prune, _train, _eval, _study):
         add(verbs)
     return parser
 
@@ -246,6 +259,43 @@ def _prune(verbs: Any) -> None:
     prune.add_argument("--resume", action="store_true", help="go on with a run that was killed, at its last block")
 
 
+def _train(verbs: Any) -> None:
+    train = _verb(
+        verbs,
+        "train",
+        "train a model on an exact number of tokens",
+        "It reads a slice of the data once, to the last token, in an order that a seed fixes, whatever the number of "
+        "processes. A sparse model keeps its masks. After a kill, the same command goes on from its last checkpoint.",
+        manual.TRAIN,
+    )
+    train.add_argument("out", help="new directory to write")
+    train.add_argument("--init", required=True, metavar="scratch|DIR", help="fresh weights, or those of a checkpoint")
+    train.add_argument("--like", metavar="DIR", help="checkpoint or config.json of the shape, for --init scratch")
+    train.add_argument("--tokens", required=True, type=_count, help="budget: 700k, 7e5, 50B ...")
+    train.add_argument("--data", required=True, metavar="shards:DIR", help="what `secateur data` has written")
+    train.add_argument("--skip", type=_count_or_none, default=0, metavar="TOKENS", help="tokens to leave out before")
+    train.add_argument("--recipe", metavar="FILE", help="YAML with the keys below")
+    train.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable"
+    )
+    train.add_argument("--points", type=_positive, default=8, help="measurements of the held-out loss along the run")
+    train.add_argument("--heldout-windows", type=_positive, default=256, help="windows that it is measured on, at most")
+    train.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    train.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of what is computed; weights, moments and sums stay float32 (auto: bfloat16 on a GPU)",
+    )
+    train.add_argument("--micro-batch", type=_positive, metavar="N", help="windows at once in a process (default: 8)")
+    train.add_argument("--recompute", action="store_true", help="hold no activations within blocks: a third more time")
+    train.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
+    train.add_argument("--replicas", type=_positive, default=1, help="groups of processes that each hold the model")
+    train.add_argument("--save-every", type=_positive, default=100, metavar="STEPS", help="steps between checkpoints")
+    train.add_argument("--keep", type=_positive, default=2, metavar="N", help="checkpoints of the run that stay")
+    train.add_argument("--track", action="append", choices=("tensorboard", "wandb"), help="send the metrics there too")
+
+
 def _eval(verbs: Any) -> None:
     evaluate = _verb(
         verbs,
@@ -294,8 +344,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ranks.together():
             arguments = _parser().parse_args(argv)
-            if ranks.world() > 1 and arguments.verb != "prune":
-                raise UserError(f"{arguments.verb}: runs in one process; of all verbs only prune takes several")
+            if ranks.world() > 1 and arguments.verb not in ("prune", "train"):
+                raise UserError(
+                    f"{arguments.verb}: runs in one process; of all verbs only prune and train take several"
+                )
             # Imported late: --help must not wait for torch.
             from secateur import verbs
 
@@ -305,6 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except UserError as error:
         return ranks.end(2, f"secateur: error: {error}")
+    except RunError as error:
+        return ranks.end(error.code, f"secateur: error: {error}")
     except ranks.Lost as lost:
         return ranks.end(1, f"secateur: error: {lost}")
     except BrokenPipeError:
@@ -315,10 +369,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ranks.end(130, "\nsecateur: interrupted; run the same command again to go on")
     except Exception as error:
         if _out_of_memory(error):
-            return ranks.end(1, f"secateur: error: out of memory; {manual.MEMORY} ({_first_line(error)})")
+            return ranks.end(
+                1, f"secateur: error: out of memory; {manual.memory(_verb_of(argv))} ({_first_line(error)})"
+            )
         if ranks.world() == 1:
             raise
         return ranks.end(1, traceback.format_exc())
+
+
+def _verb_of(argv: Sequence[str] | None) -> str:
+    return next(iter(sys.argv[1:] if argv is None else argv), "")
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -1,15 +1,27 @@
-"""Errors that a user can mend: one line, the fix named, no traceback (exit code 2)."""
+"""Errors in one line, without a traceback: bad input, whose fix is named (exit code 2), and runs that end early."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "did_you_mean"]
+__all__ = ["RunError", "UserError", "did_you_mean"]
 
 
 class UserError(Exception):
     """Bad input. The message is one line that says what is wrong, where, and how to mend it."""
+
+
+class RunError(Exception):
+    """A run that cannot go on, or was told to stop, through no fault of its input. The message is one line.
+
+    Attributes:
+        code: the exit code: 1 for a failure, 75 (``EX_TEMPFAIL``) where the same command goes on.
+    """
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def did_you_mean(name: object, options: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from secateur.errors import UserError
 
 __all__ = [
+    "BLOCKS",
     "check_free",
     "is_locked",
     "locked",
@@ -28,6 +29,9 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+
+
+BLOCKS = "*/finished"  #: what a folder of work has once a block has been pruned
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -108,11 +112,13 @@ def partial_directories(out: Path) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def resumable_directory(out: Path, asked: dict[str, Any], *, resume: bool) -> Iterator[tuple[Path, Path]]:
+def resumable_directory(
+    out: Path, asked: dict[str, Any], *, resume: bool, begun: str = BLOCKS
+) -> Iterator[tuple[Path, Path]]:
     """Make and yield :func:`partial_directories`; the first becomes ``out`` if the block succeeds.
 
-    What is bad input leaves nothing behind. A run that was interrupted or killed after a step (a file ``finished`` in a
-    folder of ``work`` tells) leaves its work, and one with the same ``asked`` and ``resume`` finds it as it was.
+    What is bad input leaves nothing behind. A run that was interrupted or killed after a step (a file ``begun`` below
+    ``work`` tells) leaves its work, and one with the same ``asked`` and ``resume`` finds it as it was.
 
     Raises:
         UserError: if ``out`` exists; an unfinished run is there and is not to be resumed, or asked for something else;
@@ -134,7 +140,7 @@ def resumable_directory(out: Path, asked: dict[str, Any], *, resume: bool) -> It
             raise UserError(
                 f"{partial}: another process is writing it; wait for it, or name another directory"
             ) from None
-        _take_up(partial, asked, resume)
+        _take_up(partial, asked, resume, begun)
         shutil.rmtree(fresh, ignore_errors=True)
         work.mkdir(exist_ok=True)
         fresh.mkdir()
@@ -142,16 +148,16 @@ def resumable_directory(out: Path, asked: dict[str, Any], *, resume: bool) -> It
             yield fresh, work
             _put_in_place(fresh, out)
         except BaseException as error:
-            if isinstance(error, UserError) or not _begun(work):
+            if isinstance(error, UserError) or not _begun(work, begun):
                 _remove(partial, made)
             raise
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _take_up(partial: Path, asked: dict[str, Any], resume: bool) -> None:
+def _take_up(partial: Path, asked: dict[str, Any], resume: bool, begun: str) -> None:
     """Decide what becomes of an earlier run's work; leave the folder with this run's ``asked.json``."""
     work = partial / "work"
-    if _begun(work):
+    if _begun(work, begun):
         if not resume:
             raise UserError(f"{partial}: holds an unfinished run; go on with --resume, or delete it")
         before = read_json(partial / "asked.json")
@@ -166,8 +172,8 @@ def _take_up(partial: Path, asked: dict[str, Any], resume: bool) -> None:
     write_json(partial / "asked.json", asked)
 
 
-def _begun(work: Path) -> bool:
-    return next(work.glob("*/finished"), None) is not None
+def _begun(work: Path, begun: str) -> bool:
+    return next(work.glob(begun), None) is not None
 
 
 def _put_in_place(work: Path, out: Path) -> None:

@@ -5,9 +5,18 @@ from __future__ import annotations
 from secateur.errors import UserError
 from secateur.plugins import announced
 
-__all__ = ["EPILOG", "MEMORY", "METHODS", "SHAPES", "SOURCES", "prune"]
+__all__ = ["EPILOG", "METHODS", "SHAPES", "SOURCES", "TRAIN", "memory", "prune"]
 
-MEMORY = "lower --batch or --windows; prune also takes --states disk and --dtype bfloat16"
+_MEMORY = {
+    "train": "lower --micro-batch, or take --recompute, --dtype bfloat16 or more processes",
+    "prune": "lower --batch or --windows, or take --states disk or --dtype bfloat16",
+}
+
+
+def memory(verb: str) -> str:
+    """What a verb offers to someone who ran out of memory."""
+    return _MEMORY.get(verb, "lower --batch or --windows")
+
 
 EPILOG = """\
 examples:
@@ -15,10 +24,12 @@ examples:
   secateur inspect DIR                           shape, parameters, sparsity, FLOPs, provenance
   secateur shapes DIR --ratio 0.5                what half of it would be, from config.json alone
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
+  secateur train OUT --init DIR --tokens 1M --data shards:DIR     retrain it, or train from scratch
   secateur eval OUT --data text:FILE             held-out loss and perplexity
   secateur study plan studies/demo.yaml          what a study will run, with tokens and FLOPs
 
-`secateur VERB --help` explains a verb. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130 interrupted.
+`secateur VERB --help` explains a verb. Exit codes: 0 done, 1 a stage or run failed, 2 bad input, 75 told to
+stop and saved (the same command goes on), 130 interrupted.
 """
 
 SOURCES = (
@@ -114,4 +125,26 @@ examples:
   secateur shapes DIR --ratio 0.5                          fewer layers, narrower, or fewer heads: side by side
   secateur shapes DIR --ratio 0.5 --of total --axes kv,ffn
   secateur shapes DIR --shape layers=16,ffn=9216           any shape, before any method is chosen
+"""
+
+
+TRAIN = """\
+keys of the recipe (--recipe FILE, --set KEY=VALUE), with their defaults:
+  sequence=8192            tokens in a window           tokens_per_step=4194304  a multiple of sequence
+  peak_rate=3e-4           learning rate after warm-up  warmup=0.05              share of the steps
+  schedule=cosine|wsd      to final_share at the end    final_share=0.1          of the peak
+  decay=0.2                share of the steps, wsd      weight_decay=0.1         on matrices only
+  beta1=0.9 beta2=0.95 epsilon=1e-8                     clip=1.0                 largest norm of the gradient
+  seed=0 init_std=0.02     of fresh weights             data_seed=0              order of the windows
+  attention=window|document    how far attention reaches back: over the whole window, or within the document
+
+examples:
+  secateur data text:FOLDER CORPUS --tokenizer DIR
+  secateur train OUT --init PRUNED --tokens 50M --data shards:CORPUS --skip 200M --set peak_rate=1e-4
+  secateur train OUT --init scratch --like PRUNED --tokens 50M --data shards:CORPUS    its twin, masks kept
+  torchrun --nproc-per-node 8 -m secateur train OUT --init DIR --tokens 50e9 --data shards:CORPUS --dtype bfloat16
+
+Killed, the same command goes on from its last checkpoint, on as many processes as you like. SIGTERM and SIGUSR1 make
+it save and stop with exit code 75. OUT holds the checkpoint, train.json (what was asked, tokens, curve, FLOPs) and
+metrics.jsonl (a line for each step).
 """

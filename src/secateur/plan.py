@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from secateur.errors import UserError
@@ -19,7 +18,7 @@ from secateur.files import read_json, sha256_file, write_json
 from secateur.methods import Granularity
 from secateur.runtime import environment
 from secateur.shapes import Shape
-from secateur.tensor_files import Stored, write_tensors
+from secateur.tensor_files import Stored, TensorFile, write_tensors
 
 __all__ = ["JSON_FILE", "TENSOR_FILE", "Plan", "load_masks"]
 
@@ -160,6 +159,8 @@ class Plan:
 def load_masks(directory: Path) -> dict[str, Tensor]:
     """Read the masks of a saved plan: tensor name -> bool; empty where it has none.
 
+    They are views into the mapped file, not to be written to.
+
     Raises:
         UserError: if the plan is missing or its tensors are not those that were saved with it.
     """
@@ -168,8 +169,8 @@ def load_masks(directory: Path) -> dict[str, Tensor]:
         raise UserError(f"{directory / JSON_FILE}: is not a plan")
     if not file.is_file() or sha256_file(file) != content["tensors"]:
         raise UserError(f"{file}: is not the file that {JSON_FILE} was written with")
-    tensors = load_file(file)
-    return {name.removeprefix("mask."): t for name, t in tensors.items() if name.startswith("mask.")}
+    tensors = TensorFile(file)
+    return {name.removeprefix("mask."): tensors.tensor(name) for name in tensors.names if name.startswith("mask.")}
 
 
 def _unless_all(kept: Tensor, size: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from secateur.calibrate.engine import BlockWalk
 from secateur.calibrate.journal import Workspace
 from secateur.calibrate.stats import GradientStatistic
-from secateur.checkpoint import Checkpoint, model_card, write_checkpoint
+from secateur.checkpoint import Checkpoint, copy_tokenizer, model_card, write_checkpoint
 from secateur.data.tokenizer import token_hash
 from secateur.decide import decide_layers, decide_runs, decide_weights, decide_width
 from secateur.errors import UserError
@@ -298,5 +298,5 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
         },
         card=model_card(f"Pruned with {plan.method}", base, lines),
     )
-    checkpoint.copy_tokenizer(out)
+    copy_tokenizer(checkpoint.directory, out)
     return content

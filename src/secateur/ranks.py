@@ -1,4 +1,4 @@
-"""Several processes that prune together, as torchrun starts them, each with its share of the calibration windows.
+"""Several processes that prune or train together, as torchrun starts them, each with its share of the windows.
 
 What they see is summed. The first one alone decides and writes; the others find what it decided in its journal. In one
 process all of this does nothing, and torch.distributed is not imported.
@@ -6,6 +6,7 @@ process all of this does nothing, and torch.distributed is not imported.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -24,6 +25,7 @@ __all__ = [
     "Lost",
     "add",
     "add_count",
+    "alone",
     "end",
     "every",
     "first",
@@ -103,6 +105,17 @@ def together() -> Iterator[None]:
         wait()
     distributed.destroy_process_group()
     _group = None
+
+
+def alone() -> None:
+    """Where there are no others, be a group of one: what is sharded needs a group."""
+    from torch import cuda, distributed
+
+    if not distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda.is_available() and distributed.is_nccl_available() else "gloo"
+        store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        atexit.register(distributed.destroy_process_group)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.errors import UserError
 
-__all__ = ["CONVERT", "Stored", "TensorFile", "write_tensors"]
+__all__ = ["CONVERT", "Stored", "TensorFile", "write_tensors", "written_order"]
 
 _NAMES = {
     torch.float64: "F64",
@@ -125,6 +125,11 @@ class Stored:
         return torch.Size(self.size).numel() * self.dtype.itemsize
 
 
+def written_order(tensors: Iterable[Stored]) -> list[Stored]:
+    """The widest types first, so that each tensor lies at a multiple of its type's size; names are sorted."""
+    return sorted(tensors, key=lambda stored: (-stored.dtype.itemsize, stored.name))
+
+
 def write_tensors(
     path: Path,
     tensors: Iterable[Stored],
@@ -132,8 +137,6 @@ def write_tensors(
     written: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write a safetensors file; one tensor, or one part of it, is in memory at a time.
-
-    The widest types come first, so that each tensor lies at a multiple of its type's size, and names are sorted.
 
     Args:
         path: of the new file.
@@ -144,7 +147,7 @@ def write_tensors(
     Raises:
         ValueError: if a tensor turns out to be of another type or size than was said.
     """
-    ordered = sorted(tensors, key=lambda stored: (-stored.dtype.itemsize, stored.name))
+    ordered = written_order(tensors)
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     start = 0
     for stored in ordered:

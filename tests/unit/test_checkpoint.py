@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import VARIANTS, edit_config, files, hf, logits, tiny_llama, windows
 from secateur.calibrate.engine import BlockWalk
-from secateur.checkpoint import INDEX, Checkpoint, model_card, model_tensors, skeleton, write_checkpoint
+from secateur.checkpoint import INDEX, Checkpoint, copy_tokenizer, model_card, model_tensors, skeleton, write_checkpoint
 from secateur.errors import UserError
 from secateur.files import resumable_directory
 
@@ -266,7 +266,7 @@ def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
     out.mkdir()
     (directory / "tokenizer.json").write_text("{}")
     (directory / "modeling_evil.py").write_text("raise SystemExit")
-    Checkpoint(directory).copy_tokenizer(out)
+    copy_tokenizer(directory, out)
     assert set(files(out)) >= {"tokenizer.json"} and "modeling_evil.py" not in files(out)
     assert (out / "tokenizer.json").read_text() == "{}"
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,16 +17,20 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from helpers import SIZES, naive_loss, randomise, windows
-from secateur.checkpoint import Checkpoint, model_tensors, write_checkpoint
-from secateur.errors import UserError
+from secateur.checkpoint import Checkpoint, model_tensors, skeleton, write_checkpoint
+from secateur.errors import RunError, UserError
 from secateur.shapes import Shape
 from secateur.spec import fingerprint, parse
-from secateur.train.init import llama_config, new_model
-from secateur.train.loop import Slice, train
+from secateur.train.batches import Slice
+from secateur.train.init import fresh_weights, llama_config
+from secateur.train.loop import Housekeeping, train
 from secateur.train.masks import Masks
+from secateur.train.metrics import Metrics
 from secateur.train.optim import Recipe, learning_rate, make_optimizer
-from secateur.train.state import load_latest, save_state
+from secateur.train.parallel import Execution, Trainee, place
+from secateur.train.state import Saver
 
+DOCUMENT = 13  # tokens in one
 TOKENS = 5 * 32 + 2 * 8 + 5  # five whole steps, then two windows and five tokens
 RECIPE = Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-3, warmup=0.4, micro_batch=3)
 
@@ -36,6 +41,15 @@ class Store:
     def __init__(self, fail_at: int | None = None) -> None:
         self.reads: list[tuple[str, int, int]] = []
         self.fail_at = fail_at
+
+    def positions(self, split: str, start: int, stop: int) -> np.ndarray:
+        return np.arange(start, stop) % DOCUMENT  # every document has as many tokens
+
+    def documents_in(self, split: str, start: int, stop: int) -> range:
+        return range(start // DOCUMENT, (stop - 1) // DOCUMENT + 1)
+
+    def document_name(self, split: str, index: int) -> str:
+        return f"document {index}"
 
     def read(self, split: str, start: int, stop: int) -> np.ndarray:
         if self.fail_at is not None and len(self.reads) >= self.fail_at:
@@ -63,19 +77,26 @@ def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: torch.rand(model.get_parameter(n).shape, generator=draw) > 0.5 for n in names}
 
 
-def held_out(model: PreTrainedModel) -> float:
-    model.eval()
-    loss = naive_loss(model, windows(2, 8))
-    model.train()
+def held_out(trainee: Trainee) -> float:
+    trainee.eval()
+    loss = naive_loss(trainee.model, windows(2, 8))
+    trainee.train()
     return loss
 
 
-def run(model: PreTrainedModel, folder: Path, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "data": Slice(Store(), 100, 100 + TOKENS), "recipe": RECIPE, "masks": {}, "measure": held_out, "points": 3,
-        "folder": folder, "label": "test", **changes,
-    }  # fmt: skip
-    return train(model, options.pop("data"), options.pop("recipe"), **options)
+def run(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    store: Store | None = None,
+    recipe: Recipe = RECIPE,
+    tokens: int = TOKENS,
+    house: dict[str, Any] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"masks": {}, "measure": held_out, "points": 3, **changes}
+    data = Slice(store or Store(), 100, 100 + tokens, recipe)
+    return train(Trainee(model), data, house=Housekeeping(folder, "test", **(house or {})), **options)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -150,14 +171,12 @@ def read_order(seed: int = 0) -> list[int]:
 def test_every_token_is_read_once_in_an_order_of_its_seed(seed: int, tmp_path: Path) -> None:
     store = Counting()
     model, seen = tiny(vocab_size=400), []
-    model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
-    data = Slice(store, 100, 100 + TOKENS)
-    result = run(
-        model, tmp_path, data=data, recipe=Recipe(sequence=8, tokens_per_step=32, data_seed=seed), measure=lambda _: 1.0
-    )
+    model.model.register_forward_pre_hook(lambda _m, _a, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    recipe = Recipe(sequence=8, tokens_per_step=32, data_seed=seed)
+    result = run(model, tmp_path, store=store, recipe=recipe, measure=lambda _: 1.0)
     starts = [100 + 8 * window for window in read_order(seed)]
     assert store.reads == [("train", at, min(at + 8, 100 + TOKENS)) for at in starts]
-    assert data.tokens == result["tokens"] == TOKENS and result["steps"] == 6
+    assert TOKENS == result["tokens"] == TOKENS and result["steps"] == 6
     assert result["targets"] == 22 * 7 + 4
     ids = torch.cat([ids.reshape(-1) for ids in seen]).tolist()
     assert ids != sorted(ids) and sorted(ids) == list(range(100, 100 + TOKENS))
@@ -166,7 +185,7 @@ def test_every_token_is_read_once_in_an_order_of_its_seed(seed: int, tmp_path: P
 
 
 def test_a_lone_last_token_counts_as_consumed(tmp_path: Path) -> None:
-    result = run(tiny(), tmp_path, data=Slice(Store(), 0, 32 + 8 + 1))
+    result = run(tiny(), tmp_path, tokens=32 + 8 + 1)
     assert result["tokens"] == 41 and result["targets"] == 5 * 7 and result["steps"] == 2
 
 
@@ -242,7 +261,7 @@ def test_the_loop_against_one_by_hand(masked: bool, variant: dict[str, bool], cl
         )  # weights move by 1e-3
     moved = max(float((start[n] - p).abs().max()) for n, p in weights(model).items() if n not in masks)
     assert moved > 1e-3
-    assert result["curve"][-1]["loss"] == pytest.approx(held_out(reference), rel=1e-5)
+    assert result["curve"][-1]["loss"] == pytest.approx(held_out(Trainee(reference)), rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 64])
@@ -261,8 +280,8 @@ def test_masks_hold_exactly(tmp_path: Path) -> None:
     model = tiny()
     masks, points = masks_of(model), []
 
-    def measure(held: PreTrainedModel) -> float:
-        points.append(sum(int((held.get_parameter(n) != 0)[~m].sum()) for n, m in masks.items()))
+    def measure(held: Trainee) -> float:
+        points.append(sum(int((held.model.get_parameter(n) != 0)[~m].sum()) for n, m in masks.items()))
         return 1.0
 
     run(model, tmp_path / "a", masks=masks, measure=measure, points=6)
@@ -307,10 +326,10 @@ def test_revived_weights_are_found() -> None:
 # --- stopping and going on
 
 
-def stopping_measure(after: int) -> Callable[[PreTrainedModel], float]:
+def stopping_measure(after: int) -> Callable[[Trainee], float]:
     calls = []
 
-    def measure(model: PreTrainedModel) -> float:
+    def measure(model: Trainee) -> float:
         calls.append(0)
         if len(calls) > after:
             raise KeyboardInterrupt
@@ -322,11 +341,11 @@ def stopping_measure(after: int) -> Callable[[PreTrainedModel], float]:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "stop",
-    [{"measure": stopping_measure(2)}, {"data": Slice(Store(fail_at=18), 100, 100 + TOKENS)}],
+    [{"measure": stopping_measure(2)}, {"store": Store(fail_at=18)}],
     ids=["measure", "store"],
 )
 def test_a_run_goes_on_at_the_same_bits(stop: dict[str, Any], masked: bool, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"masks": masks_of(tiny()) if masked else {}, "points": 4, "save_every": 2}
+    options: dict[str, Any] = {"masks": masks_of(tiny()) if masked else {}, "points": 4, "house": {"save_every": 2}}
     whole = tiny(tie_word_embeddings=masked)
     wanted = run(whole, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
@@ -334,19 +353,28 @@ def test_a_run_goes_on_at_the_same_bits(stop: dict[str, Any], masked: bool, tmp_
     assert len(list((tmp_path / "cut").glob("step-*"))) >= 1
     store = Store()
     again = tiny(seed=9, tie_word_embeddings=masked)  # nothing of it may matter
-    got = run(again, tmp_path / "cut", **options, data=Slice(store, 100, 100 + TOKENS))
+    got = run(again, tmp_path / "cut", **options, store=store)
     assert 0 < len(store.reads) < 23  # it did not begin anew
     assert got == wanted and same(weights(again), weights(whole))
     assert [p.name for p in sorted((tmp_path / "cut").iterdir())] == ["step-00000004", "step-00000006"]
     once_more, store = tiny(seed=8, tie_word_embeddings=masked), Store()
-    assert run(once_more, tmp_path / "cut", **options, data=Slice(store, 100, 100 + TOKENS)) == wanted
+    assert run(once_more, tmp_path / "cut", **options, store=store) == wanted
     assert same(weights(once_more), weights(whole)) and store.reads == []
 
 
 def stop_again(stop: dict[str, Any]) -> dict[str, Any]:
     if "measure" in stop:
         return {"measure": stopping_measure(3)}
-    return {"data": Slice(Store(fail_at=18), 100, 100 + TOKENS)}
+    return {"store": Store(fail_at=18)}
+
+
+def restored(folder: Path, model: PreTrainedModel) -> dict[str, Any] | None:
+    return Saver(folder, model, make_optimizer(model, RECIPE)).load()
+
+
+def shard(step: Path) -> Path:
+    (found,) = step.glob("*.safetensors")
+    return found
 
 
 def flip(path: Path) -> None:
@@ -358,38 +386,37 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda step: flip(step / "weights.safetensors"),
-        lambda step: flip(step / "moments.safetensors"),
-        lambda step: (step / "moments.safetensors").write_bytes(b""),
-        lambda step: (step / "weights.safetensors").unlink(),
+        lambda step: flip(shard(step)),
+        lambda step: shard(step).write_bytes(b""),
+        lambda step: shard(step).unlink(),
+        lambda step: shutil.copyfile(shard(step.with_name("step-00000004")), shard(step)),
         lambda step: (step / "state.json").unlink(),
         lambda step: (step / "state.json").write_text("{"),
         lambda step: (step / "state.json").write_text("{}"),
         lambda step: (step / "state.json").write_text("[]"),
     ],
-    ids=["weights", "moments", "empty", "no weights", "no state", "half a state", "blank state", "list"],
+    ids=["flipped", "empty", "no shard", "shard of another save", "no state", "half a state", "blank state", "list"],
 )
 def test_a_damaged_checkpoint_is_passed_over(damage: Callable[[Path], object], tmp_path: Path) -> None:
     whole = tiny()
-    wanted = run(whole, tmp_path, save_every=2)
+    wanted = run(whole, tmp_path, house={"save_every": 2})
     newest, older = sorted(tmp_path.glob("step-*"), reverse=True)
     damage(newest)
-    model = tiny(seed=9)
-    state = load_latest(tmp_path, model, make_optimizer(model, RECIPE))
+    state = restored(tmp_path, tiny(seed=9))
     assert state is not None and state["step"] == 4
     store, again = Store(), tiny(seed=9)
-    assert run(again, tmp_path, save_every=2, data=Slice(store, 100, 100 + TOKENS)) == wanted
+    assert run(again, tmp_path, house={"save_every": 2}, store=store) == wanted
     assert [r[1] for r in store.reads] == [100 + 8 * window for window in read_order()[16:]]
     assert same(weights(again), weights(whole))
     assert json.loads((newest / "state.json").read_text())["step"] == 6  # repaired on the way
     damage(newest)
-    damage(older)
-    assert load_latest(tmp_path, model, make_optimizer(model, RECIPE)) is None
+    shutil.rmtree(older)
+    assert restored(tmp_path, tiny(seed=9)) is None
 
 
 def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer = tiny(), make_optimizer(tiny(), RECIPE)
-    run(model, tmp_path, save_every=2)
+    model = tiny()
+    run(model, tmp_path, house={"save_every": 2})
     before = sorted(p.name for p in tmp_path.iterdir())
 
     def killed(*_: object) -> None:
@@ -398,22 +425,49 @@ def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr("secateur.train.state.sync_tree", killed)
         with pytest.raises(KeyboardInterrupt):
-            save_state(tmp_path, model, optimizer, {"step": 7})
+            Saver(tmp_path, model, make_optimizer(model, RECIPE)).save({"step": 7})
     assert sorted(p.name for p in tmp_path.glob("step-*")) == before
-    state = load_latest(tmp_path, model, make_optimizer(model, RECIPE))
+    state = restored(tmp_path, model)
     assert state is not None and state["step"] == 6
 
 
-def test_nan_stops_the_run(tmp_path: Path) -> None:
+def test_nan_stops_the_run_and_names_the_documents(tmp_path: Path) -> None:
     model = tiny()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(UserError, match=r"test: loss nan, .* at step 0; lower recipe\.peak_rate"):
+    with pytest.raises(RunError, match=r"test: loss nan, .* at step 0 in document \d+; .*no checkpoint yet; lower"):
         run(model, tmp_path, measure=lambda _: 1.0)
     assert not list(tmp_path.glob("step-*"))
 
 
+def test_a_bad_window_is_found_among_good_ones(tmp_path: Path) -> None:
+    """The window holds a token that no other does; what it becomes in the second block is not finite."""
+    model, metrics = tiny(vocab_size=62), Metrics(tmp_path / "metrics.jsonl")
+    bad = read_order()[4 * 3 + 1]  # the second window of the fourth step
+
+    class Poisoned(Store):
+        def read(self, split: str, start: int, stop: int) -> np.ndarray:
+            ids = super().read(split, start, stop)
+            return np.full_like(ids, 61) if start == 100 + 8 * bad else ids
+
+    def poison(_m: object, arguments: tuple[Tensor], out: Tensor) -> Tensor:
+        return out.masked_fill((arguments[0] == 61)[..., None], float("inf"))
+
+    model.get_input_embeddings().register_forward_hook(poison)
+    with pytest.raises(RunError, match=r"at step 3 in document \d+.*the last good checkpoint is .*step-00000002"):
+        run(model, tmp_path, store=Poisoned(), house={"save_every": 2, "metrics": metrics})
+    told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, last = (100 + 8 * bad) // DOCUMENT, (107 + 8 * bad) // DOCUMENT
+    assert told[-1]["documents"] == [f"document {i}" for i in range(first, last + 1)]
+    assert [t["step"] for t in told if "loss" in t] == [1, 2, 3]
+
+
 # --- fresh models
+
+
+def fresh(config: Any, *, std: float, seed: int) -> PreTrainedModel:
+    model = skeleton(config, Path("x"))
+    return place(model, fresh_weights(model, std=std, seed=seed), Execution()).model
 
 
 def test_new_models() -> None:
@@ -425,10 +479,10 @@ def test_new_models() -> None:
     assert Shape.of_config(llama_config(with_biases, context=32, tokenizer=tokenizer), where="x") == with_biases
     assert (config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (0, 1, 32)
     torch.manual_seed(1)
-    model = new_model(config, std=0.02, seed=3)
+    model = fresh(config, std=0.02, seed=3)
     torch.manual_seed(2)
-    assert same(weights(model), weights(new_model(config, std=0.02, seed=3)))
-    assert not same(weights(model), weights(new_model(config, std=0.02, seed=4)))
+    assert same(weights(model), weights(fresh(config, std=0.02, seed=3)))
+    assert not same(weights(model), weights(fresh(config, std=0.02, seed=4)))
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             assert (parameter == 1).all(), name
@@ -440,7 +494,7 @@ def test_new_models() -> None:
 
 def test_biases_of_new_models_are_zero_and_tied_heads_stay_tied() -> None:
     config = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, dtype="bfloat16")
-    model = new_model(config, std=0.02, seed=0)
+    model = fresh(config, std=0.02, seed=0)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not any(p.any() for n, p in model.named_parameters() if n.endswith("bias"))
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from secateur.calibrate.journal import Workspace
-from secateur.checkpoint import Checkpoint, model_card, model_tensors, write_checkpoint
+from secateur.checkpoint import Checkpoint, model_card, model_tensors, skeleton, write_checkpoint
 from secateur.data.corpus import CorpusSpec, build_corpus
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import load_tokenizer
@@ -26,10 +25,13 @@ from secateur.spec import parse
 from secateur.study.stages import Stage
 from secateur.study.store import Store
 from secateur.target import Target
-from secateur.train.init import llama_config, new_model
-from secateur.train.loop import Slice, train
+from secateur.train.batches import Slice
+from secateur.train.init import fresh_weights, llama_config, stored_weights
+from secateur.train.loop import Housekeeping, train
 from secateur.train.masks import Masks
+from secateur.train.measure import held_out_loss
 from secateur.train.optim import Recipe
+from secateur.train.parallel import Execution, Trainee, place
 
 __all__ = ["run_stage"]
 
@@ -76,32 +78,31 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     recipe = parse(Recipe, {**asked["recipe"], **stage.runtime}, origin="recipe")
     corpus = store.folder(stage.inputs["corpus"])
     tokens = TokenStore(corpus)
-    if tokens.tokens("train") < asked["slice"][1]:
+    start, stop = asked["slice"]
+    if tokens.tokens("train") < stop:
         raise UserError(
-            f"the corpus has {tokens.tokens('train'):,} training tokens, but the budgets need {asked['slice'][1]:,}; "
+            f"the corpus has {tokens.tokens('train'):,} training tokens, but the budgets need {stop:,}; "
             "give more text, or lower parent.tokens or retrain.tokens"
         )
     protocol = _protocol(tokens, asked["evaluation"]["windows"], recipe.sequence)
-    model, masks = _initial(stage, store, recipe)
+    trainee, masks = _initial(stage, store, recipe)
     result = train(
-        model,
-        Slice(tokens, *asked["slice"]),
-        recipe,
+        trainee,
+        Slice(tokens, start, stop, recipe),
         masks=masks,
-        measure=lambda m: evaluate(m, protocol, batch=recipe.micro_batch)["loss"],
+        measure=lambda model: held_out_loss(model, protocol, recipe.micro_batch),
         points=asked["evaluation"]["points"],
-        folder=work / "checkpoints",
-        label=stage.name,
+        house=Housekeeping(folder=work / "checkpoints", label=stage.name),
     )
-    Masks(model, masks).check()
+    Masks(trainee.model, masks).check()
     out = work / "model"
     out.mkdir(exist_ok=True)
-    model.config.dtype = torch.float32
     line = f"Trained by secateur on {result['tokens']:,} tokens from {asked['init']} weights ({stage.name})."
+    config = trainee.model.config
     write_checkpoint(
         out,
-        model.config.to_diff_dict() | {"model_type": model.config.model_type, "dtype": "float32"},
-        model_tensors(model),
+        config.to_diff_dict() | {"model_type": config.model_type, "dtype": "float32"},
+        model_tensors(trainee.model),
         provenance={"kind": "trained", "init": asked["init"], "tokens": result["tokens"], "stage": stage.fingerprint},
         card=model_card(stage.name, None, [line]),
     )
@@ -110,17 +111,20 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     return {**result, "parameters": {"total": shape.total, "non_embedding": shape.non_embedding}}
 
 
-def _initial(stage: Stage, store: Store, recipe: Recipe) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+def _initial(stage: Stage, store: Store, recipe: Recipe) -> tuple[Trainee, dict[str, Tensor]]:
     """The model before its first step, and the masks that it must keep."""
     asked = stage.identity
     source = store.folder(stage.inputs["model"]) / "model" if "model" in stage.inputs else None
     if source and asked["init"] == "pruned":
-        return Checkpoint(source).load(), load_masks(source)
+        checkpoint = Checkpoint(source)
+        model = skeleton(checkpoint.config, source)
+        return place(model, stored_weights(checkpoint), Execution()), load_masks(source)
     shape = Shape(**{**asked["shape"], "switches": tuple(asked["shape"]["switches"])})
-    tokenizer = load_tokenizer(store.folder(stage.inputs["corpus"]) / "tokenizer")
-    config = llama_config(shape, context=recipe.sequence, tokenizer=tokenizer)
-    model = new_model(config, std=recipe.init_std, seed=recipe.seed)
-    return model, load_masks(source) if source else {}
+    corpus = store.folder(stage.inputs["corpus"])
+    config = llama_config(shape, context=recipe.sequence, tokenizer=load_tokenizer(corpus / "tokenizer"))
+    model = skeleton(config, corpus)
+    weights = fresh_weights(model, std=recipe.init_std, seed=recipe.seed)
+    return place(model, weights, Execution()), load_masks(source) if source else {}
 
 
 def _evaluate(stage: Stage, store: Store, work: Path) -> dict[str, Any]:

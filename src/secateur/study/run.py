@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur import progress
-from secateur.errors import UserError
+from secateur.errors import RunError, UserError
 from secateur.runtime import calm_environment, environment, quiet
 from secateur.study.execute import run_stage
 from secateur.study.stages import Stage, unique
@@ -129,7 +129,7 @@ def _work(stage: Stage, out: Path) -> str | None:
         started = time.monotonic()
         try:
             result = run_stage(stage, store, work)
-        except UserError as error:
+        except (UserError, RunError) as error:
             store.fail(stage, str(error))
             return str(error)
         except Exception as error:

@@ -1,16 +1,20 @@
-"""Fresh models: the same weights from the same seed, whatever the library's own initialisation does."""
+"""Where a run's first weights come from: a seed, or a checkpoint."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.checkpoint import Checkpoint
+from secateur.families import family_of
 from secateur.shapes import Shape
 
-__all__ = ["llama_config", "new_model"]
+__all__ = ["fresh_weights", "llama_config", "stored_weights"]
 
 
 def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
@@ -31,13 +35,40 @@ def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def new_model(config: Any, *, std: float, seed: int) -> PreTrainedModel:
-    """A model with fresh weights: matrices from a normal truncated at two deviations, norms one, biases zero."""
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
-            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
-        else:
-            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
-    return model
+def fresh_weights(model: PreTrainedModel, *, std: float, seed: int) -> Callable[[str], Tensor]:
+    """Draw weights: matrices from a normal truncated at two deviations, norms that scale by one, biases zero.
+
+    Args:
+        model: whose parameters' sizes count; it may be without weights.
+        std: of the normal, before it is truncated.
+        seed: the same one gives the same weights, whatever the library's own initialisation does.
+
+    Returns:
+        name of a parameter -> float32, which follows from the name, the size and the seed alone.
+    """
+    norm = 1.0 - family_of(model.config.model_type, where="the model").norm_offset
+
+    def draw(name: str) -> Tensor:
+        value = torch.empty(model.get_parameter(name).shape)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        if value.dim() >= 2:
+            return nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
+        return value.fill_(0.0 if name.endswith("bias") else norm)
+
+    return draw
+
+
+def stored_weights(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
+    """A checkpoint's weights: name of a parameter -> its value as stored.
+
+    Raises:
+        UserError: when called, if the tensor holds NaN or infinity.
+    """
+
+    def read(name: str) -> Tensor:
+        tensor = checkpoint.tensor(name)
+        checkpoint.check_finite(name, tensor)
+        return tensor
+
+    return read

@@ -1,152 +1,187 @@
 """The training loop, to be read downward: exact tokens in, a curve of held-out losses out.
 
 The data order is a pure function of the slice, its seed and the step, so the whole state of a run is its weights, its
-moments and its step. A run that was killed goes on from its last checkpoint and ends, on a CPU with as many threads, at
-the same bits.
+moments and its step. A run that was killed goes on from its last checkpoint and ends, on a CPU with as many threads and
+processes, at the same bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel
 
-from secateur.errors import UserError
-from secateur.evaluate.loss import token_losses
-from secateur.progress import task
+from secateur import ranks
+from secateur.errors import RunError
+from secateur.progress import Task, task
+from secateur.train.batches import Slice, micro_batches
 from secateur.train.masks import Masks
-from secateur.train.optim import Recipe, learning_rate, make_optimizer
-from secateur.train.state import load_latest, save_state
+from secateur.train.metrics import Metrics
+from secateur.train.optim import learning_rate, make_optimizer
+from secateur.train.parallel import Trainee, whole
+from secateur.train.speed import Meter
+from secateur.train.state import Saver
+from secateur.train.watch import Stop, Watch
 
-__all__ = ["Slice", "train"]
+__all__ = ["Housekeeping", "train"]
 
-
-class Tokens(Protocol):
-    """A split of a corpus that can be read by token index."""
-
-    def read(self, split: str, start: int, stop: int) -> np.ndarray: ...
+REQUEUE = 75  #: exit code of a run that saved and stopped because it was told to; the same command goes on
 
 
 @dataclass(frozen=True)
-class Slice:
-    """The tokens ``[start, stop)`` of a corpus's training split."""
+class Housekeeping:
+    """What a run does besides training."""
 
-    store: Tokens
-    start: int
-    stop: int
-
-    @property
-    def tokens(self) -> int:
-        """How many there are."""
-        return self.stop - self.start
-
-    def order(self, recipe: Recipe) -> list[int]:
-        """The slice's whole windows in the order in which they are read: neighbours in a document end up far apart."""
-        generator = torch.Generator().manual_seed(recipe.data_seed)
-        return torch.randperm(self.tokens // recipe.sequence, generator=generator).tolist()
-
-    def step(self, step: int, order: list[int], recipe: Recipe) -> list[Tensor]:
-        """The windows of one step: [windows, sequence], and, in the last, what is left of the slice as [1, rest]."""
-        each = recipe.tokens_per_step // recipe.sequence
-        parts = []
-        if chosen := order[step * each : (step + 1) * each]:
-            starts = [self.start + window * recipe.sequence for window in chosen]
-            parts.append(np.stack([self.store.read("train", at, at + recipe.sequence) for at in starts]))
-        rest = self.tokens % recipe.sequence
-        if rest and step == recipe.steps(self.tokens) - 1:
-            parts.append(self.store.read("train", self.stop - rest, self.stop)[None])
-        return [torch.from_numpy(part) for part in parts]
+    folder: Path  #: where checkpoints lie; an earlier one found there is gone on from
+    label: str  #: what progress is shown as
+    save_every: int = 100  #: steps between checkpoints
+    keep: int = 2  #: checkpoints that stay
+    behind: bool = False  #: checkpoints are written while the run goes on
+    metrics: Metrics = field(default_factory=lambda: Metrics(None))
+    meter: Meter = field(default_factory=Meter)
+    stop: Stop = field(default_factory=Stop)
 
 
 def train(
-    model: PreTrainedModel,
+    trainee: Trainee,
     data: Slice,
-    recipe: Recipe,
     *,
     masks: Mapping[str, Tensor],
-    measure: Callable[[PreTrainedModel], float],
+    measure: Callable[[Trainee], float | None],
     points: int,
-    folder: Path,
-    label: str,
-    save_every: int = 100,
+    house: Housekeeping,
 ) -> dict[str, Any]:
-    """Train ``model`` in place on every token of ``data``, once.
+    """Train in place on every token of ``data``, once; all processes together.
 
     Args:
-        model: float32 parameters.
-        data: the exact slice; a window's first token is context, so a window of T tokens gives T - 1 targets.
-        recipe: optimiser, schedule and batch.
+        trainee: float32 parameters.
+        data: the exact slice, and the recipe; a window's first token is context, so a window of T tokens gives T - 1
+            targets.
         masks: parameter name -> bool, True where kept; empty for a dense model.
-        measure: gives the held-out loss.
+        measure: gives the held-out loss; None where there is nothing to measure it on.
         points: how many times it is measured after the start, evenly spread over the steps.
-        folder: where training checkpoints lie; an earlier one found there is gone on from.
-        label: what progress is shown as.
-        save_every: steps between checkpoints.
+        house: checkpoints, metrics, progress.
 
     Returns:
         ``curve`` (tokens, loss, training_loss, learning_rate of each point), ``tokens``, ``targets`` and ``steps``.
 
     Raises:
-        UserError: if the loss or the gradient is no longer finite.
+        RunError: if the loss or the gradient is no longer finite, or the run was told to stop.
     """
-    steps = recipe.steps(data.tokens)
+    recipe, steps = data.recipe, data.steps
     evaluate_after = {round(steps * (i + 1) / points) for i in range(points)} | {steps}
-    order = data.order(recipe)
-    held = Masks(model, masks)
-    optimizer = make_optimizer(model, recipe)
-    state = load_latest(folder, model, optimizer)
-    if state is None:
-        held.apply()
-        first = {"tokens": 0, "loss": measure(model), "training_loss": None, "learning_rate": None}
-        state = {"step": 0, "tokens": 0, "targets": 0, "curve": [first]}
-    model.train()
-    with task(label, data.tokens) as progress:
+    held = Masks(trainee.model, masks)
+    optimizer = make_optimizer(trainee.model, recipe)
+    saver = Saver(house.folder, trainee.model, optimizer, keep=house.keep, behind=house.behind)
+    state = saver.load() or _begin(trainee, held, measure, house)
+    house.metrics.resume(state["step"])
+    trainee.train()
+    watch = Watch(house.label, report=house.metrics.write)
+    with task(house.label, data.tokens) as progress, watch:
         progress.advance(state["tokens"], "resumed" if state["step"] else "")
         for step in range(state["step"], steps):
             rate = learning_rate(recipe, step, steps)
-            windows = data.step(step, order, recipe)
-            loss, targets = _accumulate(model, windows, recipe.micro_batch)
+            losses, stop = _gradients(trainee, data, step, house.stop)
             held.apply_to_gradients()
-            norm = float(clip_grad_norm_(model.parameters(), recipe.clip))
+            norm = float(whole(clip_grad_norm_(trainee.parameters(), recipe.clip)))
+            targets = sum(b - a - 1 for a, b in data.spans(step))
+            loss = math.fsum(losses) / max(targets, 1)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(f"{label}: loss {loss}, gradient norm {norm} at step {step}; lower recipe.peak_rate")
+                raise _not_finite(data, step, losses, norm, saver, house)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             held.apply()
-            consumed = sum(w.numel() for w in windows)
+            consumed = sum(b - a for a, b in data.spans(step))
             state["step"] = step + 1
             state["tokens"] += consumed
             state["targets"] += targets
+            house.meter.step(consumed, watch.step(step, loss))
+            _tell(house, progress, state, consumed, loss=loss, learning_rate=rate, grad_norm=norm)
             if step + 1 in evaluate_after:
                 held.check()
-                point = {"loss": measure(model), "training_loss": loss, "learning_rate": rate}
+                found = measure(trainee)
+                point = {"loss": found, "training_loss": loss, "learning_rate": rate}
                 state["curve"].append({"tokens": state["tokens"], **point})
-            if (step + 1) % save_every == 0 or step + 1 == steps:
-                save_state(folder, model, optimizer, state)
-            progress.advance(consumed, f"loss {loss:.3f}")
+                house.metrics.write({"step": step + 1, "tokens": state["tokens"], "heldout_loss": found})
+            if stop or (step + 1) % house.save_every == 0 or step + 1 == steps:
+                held.check()
+                saver.save(state)
+            if stop and step + 1 < steps:
+                saver.finish()
+                raise RunError(f"{house.label}: told to stop, saved {saver.last}; the same command goes on", REQUEUE)
+            watch.pause()
+    saver.finish()
     assert state["tokens"] == data.tokens, "the slice was not consumed to the token"
     return {key: state[key] for key in ("curve", "tokens", "targets")} | {"steps": steps}
 
 
-def _accumulate(model: PreTrainedModel, windows: list[Tensor], micro_batch: int) -> tuple[float, int]:
-    """Add up the gradient of a step's mean loss over micro-batches; return that loss and its number of targets."""
-    targets = sum(w.shape[0] * (w.shape[1] - 1) for w in windows)
-    total = 0.0
-    for part in windows:
-        for ids in part.split(micro_batch):
-            if ids.shape[1] < 2:
-                continue  # a lone last token has nothing to predict, but it counts as consumed
-            loss = token_losses(model, ids.to(model.device)).sum() / targets
-            loss.backward()
-            total += loss.item()
-    return total, targets
+def _begin(
+    trainee: Trainee, held: Masks, measure: Callable[[Trainee], float | None], house: Housekeeping
+) -> dict[str, Any]:
+    """The state of a run before its first step."""
+    held.apply()
+    loss = measure(trainee)
+    house.metrics.resume(-1)
+    house.metrics.write({"step": 0, "tokens": 0, "heldout_loss": loss})
+    first = {"tokens": 0, "loss": loss, "training_loss": None, "learning_rate": None}
+    return {"step": 0, "tokens": 0, "targets": 0, "curve": [first]}
+
+
+def _gradients(trainee: Trainee, data: Slice, step: int, stop: Stop) -> tuple[list[float], bool]:
+    """Add up the gradient of a step's mean loss over processes and micro-batches.
+
+    Returns:
+        The loss of each of the step's windows, summed over its tokens, in the order of ``data.spans``; and whether any
+        process was told to stop.
+    """
+    spans = data.spans(step)
+    targets = sum(b - a - 1 for a, b in spans)
+    place = {span: number for number, span in enumerate(spans)}
+    found = torch.zeros(len(spans) + 1, dtype=torch.float64)
+    seen: list[tuple[list[int], Tensor]] = []
+    for group in micro_batches(spans, data.recipe.micro_batch, rank=ranks.rank(), world=ranks.world()):
+        batch = data.batch(group)
+        loss, each = trainee(batch.ids, batch.positions, batch.targets)
+        (loss * (ranks.world() / max(targets, 1))).backward()  # sharding takes the mean over the processes
+        seen.append(([place[span] for span in group], each.sum(dim=1)))
+    for places, sums in seen:  # the one place in a step where the host waits for the device
+        found[places] = sums[: len(places)].double().cpu()
+    found[-1] = float(stop.told)
+    ranks.add(found)
+    return found[:-1].tolist(), bool(found[-1])
+
+
+def _tell(house: Housekeeping, progress: Task, state: dict[str, Any], consumed: int, **values: float) -> None:
+    """Show and write down a finished step."""
+    meter = house.meter
+    note = f"loss {values['loss']:.3f}  rate {values['learning_rate']:.2g}  norm {values['grad_norm']:.2g}"
+    shares = "" if meter.utilization is None else f"  MFU {meter.utilization:.0%}"
+    progress.advance(consumed, f"{note}  {meter.rate:,.0f} tokens/s{shares}")
+    entry = {"step": state["step"], "tokens": state["tokens"], **values, "tokens_per_second": meter.rate}
+    house.metrics.write(entry if meter.utilization is None else {**entry, "mfu": meter.utilization})
+
+
+def _not_finite(
+    data: Slice, step: int, losses: list[float], norm: float, saver: Saver, house: Housekeeping
+) -> RunError:
+    """Say where a run broke: the step, the documents of the windows at fault, and what to go on from."""
+    saver.finish()
+    spans = data.spans(step)
+    bad = [span for span, loss in zip(spans, losses, strict=True) if not math.isfinite(loss)] or spans
+    names = data.documents(bad)
+    house.metrics.write({"step": step, "event": "not finite", "grad_norm": str(norm), "documents": names})
+    shown = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    last = f"the last good checkpoint is {saver.last}" if saver.last else "there is no checkpoint yet"
+    total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
+    return RunError(
+        f"{house.label}: loss {total:g}, gradient norm {norm:g} at step {step} in {shown}; {last}; "
+        "lower recipe.peak_rate, or leave those documents out"
+    )

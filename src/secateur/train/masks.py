@@ -1,6 +1,7 @@
 """Masks that hold: a pruned weight is exactly zero before, during and after training.
 
-Masks are explicit bool tensors. They are never derived from ``weight == 0``: a kept weight may pass through zero.
+Masks are explicit bool tensors, sharded like their parameters. They are never derived from ``weight == 0``: a kept
+weight may pass through zero.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from secateur import ranks
+from secateur.train.parallel import local, part_like
+
 __all__ = ["Masks"]
 
 
 class Masks:
-    """The masks of a model's parameters.
+    """The masks of a model's parameters; each process keeps its part.
 
     Args:
         model: the model that they belong to.
@@ -26,29 +30,31 @@ class Masks:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameters = dict(model.named_parameters())
-        self.pairs = [(name, parameters[name], mask.to(parameters[name].device)) for name, mask in masks.items()]
+        self._pruned = [(name, parameters[name], part_like(parameters[name], ~masks[name])) for name in masks]
 
     @torch.no_grad()
     def apply(self) -> None:
         """Zero the pruned weights."""
-        for _, parameter, mask in self.pairs:
-            parameter.masked_fill_(~mask, 0.0)
+        for _, parameter, pruned in self._pruned:
+            local(parameter).masked_fill_(pruned, 0.0)
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Zero the pruned weights' gradients, so that neither the clipping norm nor the moments know of them."""
-        for _, parameter, mask in self.pairs:
+        for _, parameter, pruned in self._pruned:
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(~mask, 0.0)
+                local(parameter.grad).masked_fill_(pruned, 0.0)
 
     @torch.no_grad()
     def check(self) -> None:
-        """Assert that every pruned weight is exactly zero.
+        """Assert, in all processes together, that every pruned weight is exactly zero.
 
         Raises:
             RuntimeError: naming the first parameter where one is not.
         """
-        for name, parameter, mask in self.pairs:
-            revived = int((parameter[~mask] != 0).sum())
+        if not self._pruned:
+            return
+        found = torch.stack([(local(p) != 0).logical_and_(pruned).sum() for _, p, pruned in self._pruned]).cpu()
+        for (name, _, _), revived in zip(self._pruned, ranks.add(found).tolist(), strict=True):
             if revived:
                 raise RuntimeError(f"{name}: {revived} pruned weights are no longer zero")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import nn, optim
@@ -21,6 +21,8 @@ class Recipe:
     sequence: Positive = 8192  #: tokens in a window
     tokens_per_step: Count = 4_194_304
     peak_rate: Annotated[float, Field(gt=0)] = 3e-4
+    schedule: Literal["cosine", "wsd"] = "cosine"  #: after warm-up: a cosine; or the peak, then a linear decay
+    decay: Fraction = 0.2  #: share of the steps with a falling rate, for wsd
     final_share: Annotated[float, Field(ge=0, le=1)] = 0.1  #: the last step's rate, as a share of the peak
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  #: share of the steps with a rising rate
     beta1: Fraction = 0.9
@@ -31,6 +33,7 @@ class Recipe:
     init_std: Annotated[float, Field(gt=0)] = 0.02  #: of the truncated normal that fresh weights are drawn from
     seed: int = 0  #: of fresh weights
     data_seed: int = 0  #: of the order in which a slice's windows are read
+    attention: Literal["window", "document"] = "window"  #: how far it reaches back
     micro_batch: Annotated[Positive, RUNTIME] = 8  #: windows at once; memory, not the result beyond rounding
 
     def __post_init__(self) -> None:
@@ -45,13 +48,21 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The rate of ``step`` of ``steps``: linear warm-up, then a cosine that ends at ``final_share`` of the peak."""
+    """The rate of ``step`` of ``steps``: linear warm-up, then down to ``final_share`` of the peak at the last step.
+
+    A cosine falls from the end of the warm-up on. ``wsd`` (arXiv:2404.06395) stays at the peak, so that runs of several
+    lengths share their first part, and falls linearly over the last ``decay`` of the steps.
+    """
     warm = math.ceil(recipe.warmup * steps)
     if step < warm:
         return recipe.peak_rate * (step + 1) / warm
-    progress = (step - warm) / max(1, steps - 1 - warm)
-    cosine = (1 + math.cos(math.pi * progress)) / 2
-    return recipe.peak_rate * (recipe.final_share + (1 - recipe.final_share) * cosine)
+    if recipe.schedule == "cosine":
+        progress = (step - warm) / max(1, steps - 1 - warm)
+        height = (1 + math.cos(math.pi * progress)) / 2
+    else:
+        falling = max(1, min(math.ceil(recipe.decay * steps), steps - warm))
+        height = min(1.0, (steps - 1 - step) / falling)
+    return recipe.peak_rate * (recipe.final_share + (1 - recipe.final_share) * height)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> optim.AdamW:
@@ -62,4 +73,5 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> optim.AdamW:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (recipe.beta1, recipe.beta2)
-    return optim.AdamW([g for g in groups if g["params"]], lr=recipe.peak_rate, betas=betas, eps=recipe.epsilon)
+    groups = [group for group in groups if group["params"]]
+    return optim.AdamW(groups, lr=recipe.peak_rate, betas=betas, eps=recipe.epsilon, fused=True)

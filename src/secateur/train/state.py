@@ -1,77 +1,153 @@
-"""Training checkpoints: safetensors and JSON, whole or absent, the last two kept."""
+"""Training checkpoints: sharded safetensors through DCP, whole or absent, loadable by another number of processes.
+
+Each is a folder ``step-N`` with the processes' shards of weights and moments and, written last, ``state.json``: step,
+tokens, curve and the hash of every shard, since DCP would read shards of another save without a word. A checkpoint is
+written under another name and renamed when it is complete, so that a kill at any moment leaves the older one.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import warnings
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn, optim
+from torch import Tensor, distributed, nn, optim
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+from secateur import ranks
 from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, sync_tree, write_json
+from secateur.progress import say
 
-__all__ = ["load_latest", "save_state"]
+__all__ = ["FINISHED", "Saver"]
 
-_WEIGHTS, _MOMENTS, _STATE = "weights.safetensors", "moments.safetensors", "state.json"
-_KEEP = 2
-
-
-def save_state(folder: Path, model: nn.Module, optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
-    """Write weights, moments and ``state`` as ``folder/step-N``; a kill at any moment leaves the older one usable."""
-    work = folder / "writing"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    save_file({n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}, work / _WEIGHTS)
-    save_file(_moments(model, optimizer), work / _MOMENTS)
-    hashes = {name: sha256_file(work / name) for name in (_WEIGHTS, _MOMENTS)}
-    write_json(work / _STATE, {**state, "hashes": hashes})
-    sync_tree(work)
-    final = folder / f"step-{state['step']:08}"
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(work, final)
-    for old in sorted(folder.glob("step-*"))[:-_KEEP]:
-        shutil.rmtree(old)
+FINISHED = "checkpoints/step-*/state.json"  #: what a folder of work has once there is a checkpoint
+_STATE, _WRITING = "state.json", "writing"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def load_latest(folder: Path, model: nn.Module, optimizer: optim.Optimizer) -> dict[str, Any] | None:
-    """Restore the newest undamaged checkpoint into ``model`` and ``optimizer``; return its state, None without one."""
-    for found in sorted(folder.glob("step-*"), reverse=True):
-        state = _undamaged(found)
-        if state is None:
-            continue
-        with torch.no_grad():
-            weights = load_file(found / _WEIGHTS)
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-        moments = load_file(found / _MOMENTS)
-        for name, parameter in model.named_parameters():
-            optimizer.state[parameter] = {
-                "step": moments[f"step.{name}"],
-                "exp_avg": moments[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
-        return state
-    return None
+class Saver:
+    """Saves and restores a run.
+
+    Args:
+        folder: where checkpoints lie; all processes see it.
+        model: its parameters are saved under their names.
+        optimizer: AdamW.
+        keep: how many checkpoints stay, the newest.
+        behind: write while the run goes on; a checkpoint then counts from the next save, or :meth:`finish`, on.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: optim.Optimizer, *, keep: int = 2, behind: bool = False
+    ) -> None:
+        self.folder, self.optimizer, self.keep, self.behind = folder, optimizer, keep, behind
+        self.parameters = dict(model.named_parameters())
+        self.last: Path | None = None  #: the newest complete checkpoint
+        self._waiting: tuple[Future[Any], dict[str, Any]] | None = None
+        self._group: Any = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write weights, moments and ``state`` (plain values, among them ``step``); all processes together."""
+        self.finish()
+        work = self.folder / _WRITING
+        if ranks.first():
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        ranks.wait()
+        writer = HuggingFaceStorageWriter(str(work), save_distributed=True)
+        tensors, state = self._tensors(), {**state, "curve": list(state.get("curve", ()))}
+        if self.behind:
+            if self._group is None:  # of its own: the threads of a save must not meet the run's own messages
+                ranks.alone()
+                self._group = distributed.new_group(backend="gloo")
+            written: Any = async_save(tensors, storage_writer=writer, process_group=self._group)
+            self._waiting = (written, state)
+            return
+        with _quietly():
+            save(tensors, storage_writer=writer, no_dist=ranks.world() == 1)
+        self._complete(state)
+
+    def finish(self) -> None:
+        """Wait for what is being written behind the run."""
+        if self._waiting:
+            written, state = self._waiting
+            self._waiting = None
+            written.result()
+            self._complete(state)
+
+    def _complete(self, state: dict[str, Any]) -> None:
+        """Hash the shards and let the checkpoint appear."""
+        work, final = self.folder / _WRITING, self.folder / f"step-{state['step']:08}"
+        ranks.wait()
+        hashes = _hashes(work)
+        if ranks.first():
+            write_json(work / _STATE, {**state, "hashes": hashes})
+            sync_tree(work)
+            shutil.rmtree(final, ignore_errors=True)
+            os.rename(work, final)
+            sync_tree(self.folder)
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                shutil.rmtree(old)
+        ranks.wait()
+        self.last = final
+
+    def load(self) -> dict[str, Any] | None:
+        """Restore the newest undamaged checkpoint; return its state, None without one."""
+        ranks.wait()
+        for found in sorted(self.folder.glob("step-*"), reverse=True):
+            state = _undamaged(found)
+            if state is None:
+                say(f"{found}: this checkpoint is damaged and passed over")
+                continue
+            for parameter in self.parameters.values():
+                moments = {key: torch.zeros_like(parameter.detach()) for key in _MOMENTS}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(state["step"])), **moments}
+            reader = HuggingFaceStorageReader(str(found))
+            with _quietly():
+                load(self._tensors(), storage_reader=reader, no_dist=ranks.world() == 1)
+            self.last = found
+            return state
+        return None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {f"weight.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key in _MOMENTS:
+                if (moments := self.optimizer.state[parameter]) and key in moments:
+                    found[f"{key}.{name}"] = moments[key]
+        return found
 
 
 def _undamaged(found: Path) -> dict[str, Any] | None:
     """The state of a checkpoint whose files are those it was written with; None for any other."""
     try:
         state = read_json(found / _STATE)
-        hashes = state.pop("hashes")
-        whole = all(sha256_file(found / name) == hashes[name] for name in (_WEIGHTS, _MOMENTS))
-    except (UserError, OSError, LookupError, AttributeError, TypeError):
+        known, step = state.pop("hashes"), state["step"]
+        there = isinstance(step, int) and bool(known)
+    except (UserError, LookupError, AttributeError, TypeError):
+        there, state, known = False, {}, {}
+    if not ranks.every(there):
         return None
-    return state if whole else None
+    return state if _hashes(found) == known else None
 
 
-def _moments(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{key}.{name}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every shard: each process reads its part of them."""
+    files = sorted(folder.glob("*.safetensors"))
+    digests = torch.zeros(len(files), 32, dtype=torch.int64)
+    for number in range(ranks.rank(), len(files), ranks.world()):
+        digests[number] = torch.tensor(list(bytes.fromhex(sha256_file(files[number]))))
+    return {file.name: bytes(row).hex() for file, row in zip(files, ranks.add(digests).tolist(), strict=True)}
+
+
+def _quietly() -> warnings.catch_warnings:
+    """DCP warns that it saves in one process, which is meant, and of its own use of torch."""
+    caught = warnings.catch_warnings()
+    warnings.simplefilter("ignore")
+    return caught

@@ -5,6 +5,7 @@ from secateur.verbs.describe import inspect, shapes
 from secateur.verbs.evaluation import evaluate
 from secateur.verbs.pruning import prune
 from secateur.verbs.studies import demo, study_plan, study_report, study_run, study_status
+from secateur.verbs.training import train
 
 __all__ = [
     "demo",
@@ -16,6 +17,7 @@ __all__ = [
     "study_report",
     "study_run",
     "study_status",
+    "train",
 ]
 
 quiet()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
-from secateur.files import check_free, partial_directories, resumable_directory
+from secateur.files import check_free
 from secateur.footprint import Use, estimate, free_memory, size, watched
 from secateur.methods import Method, get_method
 from secateur.plan import Plan
@@ -25,9 +24,9 @@ from secateur.progress import clock, say
 from secateur.prune import Calibration, achieved, asked_words, make_plan, reads_text, task_of, write_pruned
 from secateur.report.words import points, share
 from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
-from secateur.spec import fingerprint
 from secateur.target import Target
 from secateur.verbs.answer import Answer
+from secateur.verbs.directories import shared_directory
 from secateur.verbs.ids import calibration_of
 
 __all__ = ["prune"]
@@ -70,7 +69,8 @@ def prune(arguments: Namespace) -> Answer:
         "processes": ranks.world(),
         "versions": environment(),
     }
-    with watched(device) as use, _directories(out, asked, arguments.resume) as (fresh, work):
+    directories = shared_directory(out, asked, "what to prune, and how", resume=arguments.resume)
+    with watched(device) as use, directories as (fresh, work):
         workspace = Workspace(work, work / "states" if on_disk else None)
         done: list[tuple[Path, Plan, dict[str, Any]]] = []
         for target in targets:
@@ -93,17 +93,6 @@ def prune(arguments: Namespace) -> Answer:
             content = write_pruned(checkpoint, plan, fresh / name, base=Path(arguments.model).name)
             done.append((out / name, plan, content))
     return _answer(arguments, done, use) if ranks.first() else ({}, "", 0)
-
-
-@contextlib.contextmanager
-def _directories(out: Path, asked: dict[str, Any], resume: bool) -> Iterator[tuple[Path, Path]]:
-    """Those of :func:`resumable_directory`, made and put in place by the first process; the others read in them."""
-    ranks.same("what to prune, and how", fingerprint(asked))
-    theirs = contextlib.nullcontext(partial_directories(out))
-    with resumable_directory(out, asked, resume=resume) if ranks.first() else theirs as found:
-        ranks.wait()  # until they are there
-        yield found
-        ranks.wait()  # until none reads in them any more
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

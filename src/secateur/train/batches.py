@@ -1,0 +1,125 @@
+"""What is read at each step: exact tokens, in an order that depends neither on processes nor on micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from secateur.token_loss import IGNORED
+from secateur.train.optim import Recipe
+
+__all__ = ["Batch", "Slice", "Span", "Tokens", "micro_batches"]
+
+Span = tuple[int, int]  #: the tokens [start, stop) of a split
+
+
+class Tokens(Protocol):
+    """A split of a corpus that can be read by token index."""
+
+    def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]: ...
+
+    def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]: ...
+
+    def documents_in(self, split: str, start: int, stop: int) -> range: ...
+
+    def document_name(self, split: str, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of one length; ``positions`` are those within documents, where attention stays within them."""
+
+    ids: Tensor  #: int64 [windows, positions]
+    positions: Tensor | None = None  #: int64 of the same size
+    targets: Tensor | None = None  #: int64 [windows, positions - 1]; None for the tokens that follow
+
+    @classmethod
+    def empty(cls) -> Batch:
+        """What a process without windows computes, so that it takes part in what all processes do: no loss."""
+        return cls(torch.zeros(1, 2, dtype=torch.int64), None, torch.full((1, 1), IGNORED))
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The tokens ``[start, stop)`` of a corpus's training split, read once each as ``recipe`` says."""
+
+    store: Tokens
+    start: int
+    stop: int
+    recipe: Recipe
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
+
+    @property
+    def steps(self) -> int:
+        """How many steps they take."""
+        return self.recipe.steps(self.tokens)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The slice's whole windows in the order in which they are read: neighbours in a document end up far apart."""
+        generator = torch.Generator().manual_seed(self.recipe.data_seed)
+        return torch.randperm(self.tokens // self.recipe.sequence, generator=generator)
+
+    def spans(self, step: int) -> list[Span]:
+        """The windows of a step, of all processes; the last step's last one is what is left, and may be shorter."""
+        length = self.recipe.sequence
+        each = self.recipe.tokens_per_step // length
+        starts = (self.start + self.order[step * each : (step + 1) * each] * length).tolist()
+        spans = [(at, at + length) for at in starts]
+        rest = self.tokens % length
+        if rest and step == self.steps - 1:
+            spans.append((self.stop - rest, self.stop))
+        return spans
+
+    def batch(self, spans: Sequence[Span]) -> Batch:
+        """Read windows of one length; none give the empty batch."""
+        if not spans:
+            return Batch.empty()
+        ids = torch.from_numpy(np.stack([self.store.read("train", *span) for span in spans]))
+        if self.recipe.attention == "window":
+            return Batch(ids)
+        return Batch(ids, torch.from_numpy(np.stack([self.store.positions("train", *span) for span in spans])))
+
+    def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]:
+        """The names of the documents, at most so many, that the windows lie in."""
+        found = {index: None for span in spans for index in self.store.documents_in("train", *span)}
+        return [self.store.document_name("train", index) for index in list(found)[:most]]
+
+
+def micro_batches(spans: Sequence[Span], size: int, *, rank: int, world: int) -> list[list[Span]]:
+    """This process's part of a step's windows, at most ``size`` of one length at once.
+
+    Every process gets as many lists, since all compute together; some may be empty. A window of one token predicts
+    nothing and is in none.
+    """
+    shares = [_groups(part, size) for part in _split([s for s in spans if s[1] - s[0] > 1], world)]
+    most = max(len(share) for share in shares)
+    return shares[rank] + [[]] * (most - len(shares[rank]))
+
+
+def _split(spans: Sequence[Span], parts: int) -> list[Sequence[Span]]:
+    each, more = divmod(len(spans), parts)
+    ends = [(i + 1) * each + min(i + 1, more) for i in range(parts)]
+    return [spans[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def _groups(spans: Sequence[Span], size: int) -> list[list[Span]]:
+    groups: list[list[Span]] = []
+    for span in spans:
+        last = groups[-1] if groups else []
+        if last and len(last) < size and last[0][1] - last[0][0] == span[1] - span[0]:
+            last.append(span)
+        else:
+            groups.append([span])
+    return groups

@@ -1,0 +1,153 @@
+"""How a model is spread over processes and computed: FSDP2, bfloat16 over float32 weights, recomputing, compiling.
+
+One process that computes in float32 needs none of it and holds a plain model. Otherwise each block, and what is left
+around the blocks, is sharded over the processes (``fully_shard``, arXiv:2304.11277): weights, gradients and moments
+are float32 and lie with the process that owns them, gradients are summed in float32, and what a block computes with is
+gathered, in bfloat16 if asked, when its turn comes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import PreTrainedModel
+
+from secateur import ranks
+from secateur.errors import UserError
+from secateur.families import family_of
+from secateur.token_loss import model_loss
+
+__all__ = ["Execution", "Trainee", "local", "part_like", "place", "whole"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run computes."""
+
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"  #: of what is computed; weights and sums are float32
+    replicas: int = 1  #: groups of processes that hold the model once each and share its gradients (HSDP)
+    recompute: bool = False  #: blocks run forward again in the backward pass, and hold no activations until then
+    compile: bool = False  #: blocks are compiled
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters become DTensors."""
+        return ranks.world() > 1 or self.dtype != "float32"
+
+    def mesh(self) -> DeviceMesh:
+        """All processes: those that shard the model, in as many groups as there are replicas.
+
+        Raises:
+            UserError: if the processes do not divide into the groups.
+        """
+        world = ranks.world()
+        if world % self.replicas:
+            raise UserError(f"--replicas: {world} processes do not divide into {self.replicas} groups of one size")
+        ranks.alone()
+        kind = self.device.partition(":")[0]
+        if self.replicas == 1:
+            return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+        return init_device_mesh(kind, (self.replicas, world // self.replicas), mesh_dim_names=("replicate", "shard"))
+
+
+class Trainee(nn.Module):
+    """A model as training sees it: token ids in, losses out."""
+
+    def __init__(self, model: PreTrainedModel, device: str = "cpu") -> None:
+        super().__init__()
+        self.model = model
+        self.device = torch.device(device)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor | None = None, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the losses (nats) and each one, as :func:`secateur.token_loss.model_loss` gives them.
+
+        Args:
+            ids: int64 [windows, positions].
+            positions: of each token in its document, int64 of the same size; attention stays within documents then.
+            targets: int64 [windows, positions - 1]; None for the token that follows.
+        """
+        sent = [None if t is None else t.to(self.device, non_blocking=True) for t in (ids, positions, targets)]
+        return model_loss(self.model, cast(Tensor, sent[0]), position_ids=sent[1], targets=sent[2])
+
+
+def place(model: PreTrainedModel, weights: Callable[[str], Tensor], execution: Execution) -> Trainee:
+    """Give a model without weights its weights; one block is whole in memory, then each process keeps its part.
+
+    Args:
+        model: parameters on the meta device, buffers real (:func:`secateur.checkpoint.skeleton`).
+        weights: name of a parameter -> its value, whole, the same in all processes.
+        execution: where and how to compute.
+    """
+    trainee = Trainee(model, execution.device)
+    shard = _sharder(execution)
+    layers = family_of(model.config.model_type, where="the model").layers
+    for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(layers))):
+        _fill(block, f"{layers}.{number}.", weights, execution.device)
+        inner: Any = block
+        if execution.recompute:
+            inner.forward = functools.partial(recomputed, inner.forward, use_reentrant=False)
+        if execution.compile:
+            inner.forward = torch.compile(inner.forward)
+        shard(block)
+    model.tie_weights()  # so that a head that is tied is not filled
+    _fill(model, "", weights, execution.device)
+    model.tie_weights()
+    shard(trainee)
+    return trainee
+
+
+def _fill(module: nn.Module, prefix: str, weights: Callable[[str], Tensor], device: str) -> None:
+    """Put what has no weights yet, and buffers, on the device."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            value = weights(prefix + name).to(device, torch.float32, copy=True)  # what is stored is not to be written
+            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+    for part in module.modules():
+        part._buffers.update({name: b.to(device) for name, b in part._buffers.items() if b is not None})
+
+
+def _sharder(execution: Execution) -> Callable[[nn.Module], object]:
+    """What spreads a module over the processes, if anything does."""
+    if not execution.sharded:
+        return lambda module: module
+    dtype = None if execution.dtype == "float32" else torch.bfloat16
+    mesh = execution.mesh()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    several = ranks.world() > execution.replicas  # whoever holds the whole model has nothing to free
+
+    def shard(module: nn.Module) -> None:
+        again = several and not isinstance(module, Trainee)  # the rest is used first and last: it stays gathered
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+
+    return shard
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in place: what is written to it is written to the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """This process's part of ``value``, which is whole and of the parameter's size, on the parameter's device."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):  # without a source each process cuts its own: nothing is sent
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return local(value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor; every process has to ask for it at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

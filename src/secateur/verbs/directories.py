@@ -1,0 +1,36 @@
+"""The directory that a verb writes, whole or unfinished, where several processes may work on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from secateur import ranks
+from secateur.files import BLOCKS, partial_directories, resumable_directory
+from secateur.spec import fingerprint
+
+__all__ = ["shared_directory"]
+
+
+@contextlib.contextmanager
+def shared_directory(
+    out: Path, asked: dict[str, Any], what: str, *, resume: bool, begun: str = BLOCKS
+) -> Iterator[tuple[Path, Path]]:
+    """Those of :func:`resumable_directory`, made and put in place by the first process; the others read in them.
+
+    Args:
+        out: to be written.
+        asked: for what, the same in all processes.
+        what: to call it in an error.
+        resume: whether to go on with an unfinished run.
+        begun: files by which one is known.
+    """
+    ranks.same(what, fingerprint(asked))
+    theirs = contextlib.nullcontext(partial_directories(out))
+    ours = resumable_directory(out, asked, resume=resume, begun=begun)
+    with ours if ranks.first() else theirs as found:
+        ranks.wait()  # until they are there
+        yield found
+        ranks.wait()  # until none reads in them any more

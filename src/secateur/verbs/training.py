@@ -1,0 +1,282 @@
+"""train: a model on an exact number of tokens, from fresh weights or a checkpoint's."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import ranks
+from secateur.checkpoint import (
+    Checkpoint,
+    copy_tokenizer,
+    in_writing_order,
+    model_card,
+    positions,
+    read_config,
+    skeleton,
+    write_checkpoint,
+)
+from secateur.data.shards import TokenStore
+from secateur.errors import UserError
+from secateur.evaluate.loss import Protocol
+from secateur.files import check_free, write_json
+from secateur.footprint import Use, size, watched
+from secateur.plan import JSON_FILE, TENSOR_FILE, load_masks
+from secateur.progress import clock, say
+from secateur.report.words import count, scientific
+from secateur.runtime import environment, pick_device, pick_dtype
+from secateur.shapes import Shape, train_flops
+from secateur.spec import identity, load_yaml, parse, parse_value
+from secateur.tensor_files import Stored
+from secateur.train.batches import Slice
+from secateur.train.init import fresh_weights, stored_weights
+from secateur.train.loop import Housekeeping
+from secateur.train.loop import train as run
+from secateur.train.measure import held_out_loss
+from secateur.train.metrics import Metrics, open_trackers
+from secateur.train.optim import Recipe
+from secateur.train.parallel import Execution, Trainee, place, whole
+from secateur.train.speed import Meter, Peak, peak_of
+from secateur.train.state import FINISHED
+from secateur.train.watch import stop_on_signals
+from secateur.verbs.answer import Answer
+from secateur.verbs.directories import shared_directory
+
+__all__ = ["train"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from."""
+
+    directory: Path  #: of the configuration and the tokenizer
+    raw_config: dict[str, Any]
+    config: Any
+    shape: Shape
+    checkpoint: Checkpoint | None  #: of the weights; None for fresh ones
+    masks: Mapping[str, Tensor]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it changes the result."""
+        plan = self.directory / JSON_FILE
+        weights = self.checkpoint.digest if self.checkpoint else "scratch"
+        return {"weights": weights, "config": self.raw_config, "masks": plan.read_text() if self.masks else None}
+
+
+def train(arguments: Namespace) -> Answer:
+    """``secateur train OUT``. What can fail without reading weights fails first, the cheapest first."""
+    out = Path(arguments.out)
+    recipe = _recipe(arguments)
+    device = pick_device(arguments.device)
+    dtype = "bfloat16" if pick_dtype(arguments.dtype, device) is torch.bfloat16 else "float32"
+    execution = Execution(device, dtype, arguments.replicas, arguments.recompute, arguments.compile)
+    store = _store(arguments.data)
+    start = _start(arguments)
+    data = _slice(arguments, store, recipe, start)
+    protocol = _protocol(store, arguments.heldout_windows, recipe.sequence)
+    check_free(out)
+    asked = {
+        **start.identity,
+        "data": store.fingerprint,
+        "slice": [data.start, data.stop],
+        "recipe": identity(recipe),
+        "dtype": dtype,
+        "evaluation": {"points": arguments.points, "protocol": protocol.record() if protocol else None},
+    }
+    peak = peak_of(device, dtype)
+    flops = train_flops(start.shape, data.tokens, recipe.sequence)
+    _announce(data, start, flops, execution, peak)
+    directories = shared_directory(out, asked, "what to train, and how", resume=True, begun=FINISHED)
+    with stop_on_signals() as stop, watched(device) as use, directories as (fresh, work):
+        trackers = open_trackers(arguments.track or (), work, out.name) if ranks.first() else ()
+        house = Housekeeping(
+            folder=work / "checkpoints",
+            label=f"train {out.name}",
+            save_every=arguments.save_every,
+            keep=arguments.keep,
+            behind=device.startswith("cuda"),
+            metrics=Metrics(work / "metrics.jsonl" if ranks.first() else None, trackers),
+            meter=Meter(flops / data.tokens, peak.flops * ranks.world()),
+            stop=stop,
+        )
+        trainee = place(skeleton(start.config, start.directory), _weights(start, recipe), execution)
+        result = run(
+            trainee,
+            data,
+            masks=start.masks,
+            measure=lambda model: held_out_loss(model, protocol, recipe.micro_batch) if protocol else None,
+            points=arguments.points,
+            house=house,
+        )
+        house.metrics.close()
+        facts = {"asked": asked, "result": result, "flops": flops, "protocol": asked["evaluation"]["protocol"]}
+        _write(fresh, start, trainee, facts, dtype)
+        if ranks.first():
+            for name in ("metrics.jsonl", *(arguments.track or ())):
+                if (work / name).exists():
+                    shutil.move(work / name, fresh / name)
+    return _answer(arguments, start, {**facts, "meter": house.meter}, use, peak) if ranks.first() else ({}, "", 0)
+
+
+def _recipe(arguments: Namespace) -> Recipe:
+    """The recipe of a file, with what was set besides."""
+    raw = dict(load_yaml(Path(arguments.recipe))) if arguments.recipe else {}
+    for text in arguments.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text}: should be KEY=VALUE, such as peak_rate=1e-3")
+        raw[key.strip()] = parse_value(value)
+    if arguments.micro_batch:
+        raw["micro_batch"] = arguments.micro_batch
+    return parse(Recipe, raw, origin="recipe")
+
+
+def _store(text: str) -> TokenStore:
+    scheme, _, path = text.partition(":")
+    if scheme != "shards" or not path:
+        raise UserError(f"--data {text}: name shards:DIR, a folder that `secateur data SOURCE DIR` has written")
+    return TokenStore(Path(path))
+
+
+def _start(arguments: Namespace) -> Start:
+    """The model that was asked for.
+
+    Raises:
+        UserError: if there is no such checkpoint, or a shape is missing or given twice.
+    """
+    if arguments.init != "scratch":
+        if arguments.like is not None:
+            raise UserError(
+                f"--like: the shape is that of --init {arguments.init}; leave it out, or use --init scratch"
+            )
+        checkpoint = Checkpoint(arguments.init)
+        found = (checkpoint.directory, checkpoint.raw_config, checkpoint.config, checkpoint.shape, checkpoint)
+        return Start(*found, _masks(checkpoint.directory))
+    if arguments.like is None:
+        raise UserError("--init scratch: a shape is needed; name a checkpoint or config.json of that shape with --like")
+    directory = Path(arguments.like)
+    directory = directory.parent if directory.name == "config.json" else directory
+    raw, config, shape = read_config(directory / "config.json")
+    return Start(directory, raw, config, shape, None, _masks(directory))
+
+
+def _masks(directory: Path) -> Mapping[str, Tensor]:
+    """The masks of a model that was pruned to a pattern or a share of its weights; they hold in training."""
+    return load_masks(directory) if (directory / JSON_FILE).is_file() else {}
+
+
+def _weights(start: Start, recipe: Recipe) -> Any:
+    if start.checkpoint:
+        return stored_weights(start.checkpoint)
+    return fresh_weights(skeleton(start.config, start.directory), std=recipe.init_std, seed=recipe.seed)
+
+
+def _slice(arguments: Namespace, store: TokenStore, recipe: Recipe, start: Start) -> Slice:
+    """The tokens of the run.
+
+    Raises:
+        UserError: if there are not enough, or the model cannot take them.
+    """
+    first, last, there = arguments.skip, arguments.skip + arguments.tokens, store.tokens("train")
+    if last > there:
+        raise UserError(
+            f"--tokens: tokens {first:,} to {last:,} were asked for, but {arguments.data} has {there:,}; "
+            f"lower --tokens by {last - there:,}, or build a larger corpus"
+        )
+    if store.vocabulary > start.shape.vocabulary:
+        raise UserError(
+            f"--data {arguments.data}: has ids up to {store.vocabulary - 1}, but the model's vocabulary is "
+            f"{start.shape.vocabulary}; build the data with the model's tokenizer"
+        )
+    limit = positions(start.config)
+    if limit and recipe.sequence > limit:
+        raise UserError(f"--set sequence={recipe.sequence}: the model has {limit} positions; set sequence={limit}")
+    return Slice(store, first, last, recipe)
+
+
+def _protocol(store: TokenStore, windows: int, seqlen: int) -> Protocol | None:
+    """The windows that the held-out loss is measured on; None where the data holds none out."""
+    if "heldout" not in store.manifest.splits:
+        say("the data has no held-out split: no held-out loss is measured")
+        return None
+    ids = store.read("heldout", 0, min(windows * seqlen, store.tokens("heldout")))
+    return Protocol.of_stream(ids, seqlen, "held-out documents")
+
+
+def _announce(data: Slice, start: Start, flops: float, execution: Execution, peak: Peak) -> None:
+    sparse = f", {len(start.masks)} masked matrices" if start.masks else ""
+    say(
+        f"{count(start.shape.total)} parameters{sparse}, {data.tokens:,} tokens in {data.steps:,} steps, "
+        f"{scientific(flops)} FLOPs; {ranks.world()} process(es) on {execution.device}, {execution.dtype}; "
+        f"MFU is of {scientific(peak.flops * ranks.world())} FLOPs a second ({peak.source})"
+    )
+
+
+def _write(out: Path, start: Start, trainee: Trainee, facts: dict[str, Any], dtype: str) -> None:
+    """The trained model as a checkpoint; all processes give their parts, the first one writes."""
+    target = getattr(torch, dtype)
+
+    def stored(name: str, parameter: Tensor) -> Stored:
+        return Stored(name, target, tuple(parameter.shape), lambda: (whole(parameter.detach()).to(target),))
+
+    tensors = [stored(name, parameter) for name, parameter in trainee.model.named_parameters()]
+    if not ranks.first():
+        for tensor in in_writing_order(tensors):
+            list(tensor.parts())
+        return
+    result = facts["result"]
+    origin = "fresh weights" if start.checkpoint is None else f"the weights of {start.directory.name}"
+    line = f"Trained by secateur on {result['tokens']:,} tokens from {origin}."
+    write_checkpoint(
+        out,
+        {**{k: v for k, v in start.raw_config.items() if k != "torch_dtype"}, "dtype": dtype},
+        tensors,
+        provenance={"kind": "trained", "init": "random" if start.checkpoint is None else "checkpoint", **result},
+        card=model_card(out.name, None, [line]),
+    )
+    copy_tokenizer(start.directory, out)
+    for name in (JSON_FILE, TENSOR_FILE) if start.masks else ():  # so that the masks hold in what follows as well
+        shutil.copyfile(start.directory / name, out / name)
+    write_json(out / "train.json", {**facts, "versions": environment()})
+
+
+def _answer(arguments: Namespace, start: Start, facts: dict[str, Any], use: Use, peak: Peak) -> Answer:
+    result, meter = facts["result"], facts["meter"]
+    first, last = result["curve"][0]["loss"], result["curve"][-1]["loss"]
+    speed = meter.tokens / meter.seconds if meter.seconds else None
+    mfu = speed * meter.flops_per_token / meter.peak if speed else None
+    answer = {
+        "out": arguments.out,
+        "tokens": result["tokens"],
+        "targets": result["targets"],
+        "steps": result["steps"],
+        "heldout_loss": {"before": first, "after": last},
+        "curve": result["curve"],
+        "flops": facts["flops"],
+        "tokens_per_second": speed,
+        "mfu": mfu,
+        "peak_flops": {"flops": peak.flops, "source": peak.source},
+        "seconds": use.seconds,
+        "memory": use.memory,
+        "device_memory": use.device,
+    }
+    lines = [
+        f"{arguments.out}: {result['tokens']:,} tokens in {result['steps']:,} steps, {result['targets']:,} targets"
+    ]
+    if last is not None:
+        lines.append(f"held-out loss  {first:.4f} -> {last:.4f} nats a token")
+    lines.append(f"FLOPs          {scientific(facts['flops'])}")
+    if speed:
+        lines.append(f"speed          {speed:,.0f} tokens/s, MFU {mfu:.1%} ({peak.source})")
+    told = [f"{size(use.memory)} of memory"] if use.memory else []
+    told += [f"{size(use.device)} on the device"] if use.device else []
+    lines.append(f"took           {', '.join([clock(use.seconds), *told])}")
+    return answer, "\n".join(lines), 0

@@ -1,0 +1,213 @@
+"""Training in several processes, on the CPU: against one process, killed and gone on with by another number of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import files, tiny_llama, token_corpus
+from secateur.cli import main
+
+RECIPE = ["--set", "sequence=16", "--set", "tokens_per_step=256", "--set", "peak_rate=3e-3", "--micro-batch", "5"]
+STEPS = 13
+TOKENS = (STEPS - 1) * 256 + 16 * 3 + 7  # whole steps, then three windows and seven tokens
+
+# Runs the jobs one after the other in processes that torchrun started, as the command line would.
+DRIVER = """
+import json, sys
+from secateur import ranks
+from secateur.cli import main
+
+with ranks.together():
+    for job in json.load(open(sys.argv[1])):
+        assert main(job) == 0, job
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return token_corpus(tmp_path_factory.mktemp("corpus"), tokens=TOKENS + 1000, vocabulary=61)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    found = {}
+    for name, options in MODELS.items():
+        (folder / name).mkdir()
+        found[name] = tiny_llama(folder / name, **options)
+    found["sparse"] = folder / "sparse"
+    prune = ["prune", str(found["plain"]), str(found["sparse"]), "--method", "magnitude", "--pattern", "2:4"]
+    assert main(prune) == 0
+    return found
+
+
+MODELS: dict[str, dict[str, Any]] = {"plain": {}, "tied": {"tie_word_embeddings": True}}
+
+
+def job(out: Path, corpus: Path, *options: str) -> list[str]:
+    data = ["--data", f"shards:{corpus}", "--tokens", str(TOKENS), "--points", "3", "--heldout-windows", "7"]
+    return ["train", str(out), *data, *RECIPE, *options]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+
+
+def torchrun(processes: int, jobs: list[list[str]], folder: Path) -> None:
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *run, str(folder / "driver.py"), str(folder / "jobs.json")]
+    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def losses(out: Path) -> list[float]:
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == list(range(1, STEPS + 1))
+    return [e["loss"] for e in entries if "loss" in e]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+CASES: dict[str, tuple[str, list[str]]] = {
+    "plain": ("plain", []),
+    "tied": ("tied", []),
+    "sparse": ("sparse", []),
+    "bfloat16": ("plain", ["--dtype", "bfloat16", "--recompute"]),
+    "documents": ("plain", ["--set", "attention=document", "--recompute"]),
+}
+
+
+def arguments(name: str, models: dict[str, Path]) -> list[str]:
+    model, options = CASES[name]
+    return ["--init", str(models[model]), *options]
+
+
+@pytest.mark.slow
+def test_processes_share_the_work(corpus: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """One, two and three processes: the same losses, the same model, the same tokens."""
+    jobs = {name: arguments(name, models) for name in CASES}
+    jobs["scratch"] = ["--init", "scratch", "--like", str(models["sparse"])]
+    several = {2: list(jobs), 3: ["tied"], 4: ["replicas"]}
+    jobs["replicas"] = [*arguments("sparse", models), "--replicas", "2"]
+    for processes, names in several.items():
+        torchrun(processes, [job(tmp_path / f"{n}-{processes}", corpus, *jobs[n]) for n in names], tmp_path)
+    for name, options in jobs.items():
+        alone = [o for o in options if o not in ("--replicas", "2")]
+        assert main(job(tmp_path / f"{name}-1", corpus, *alone)) == 0
+        for processes in [p for p, names in several.items() if name in names]:
+            check_alike(tmp_path / f"{name}-1", tmp_path / f"{name}-{processes}", exact=name != "bfloat16")
+
+
+def check_alike(one: Path, several: Path, *, exact: bool) -> None:
+    """bfloat16 has eight bits, so that sums in another order differ by 0.4%."""
+    tolerance = 1e-5 if exact else 4e-3
+    assert losses(several) == pytest.approx(losses(one), rel=tolerance), several.name
+    records = [json.loads((out / "train.json").read_text()) for out in (one, several)]
+    assert records[0]["asked"] == records[1]["asked"]
+    assert [r["result"]["tokens"] for r in records] == [TOKENS] * 2
+    found = [point["loss"] for point in records[1]["result"]["curve"]]
+    assert found == pytest.approx([p["loss"] for p in records[0]["result"]["curve"]], rel=tolerance)
+    for tensor, value in weights(one).items():
+        named = f"{several.name}: {tensor}"
+        torch.testing.assert_close(weights(several)[tensor], value, rtol=0, atol=1e-4 if exact else 2e-2, msg=named)
+
+
+@pytest.mark.slow
+def test_masks_hold_in_every_process(corpus: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """Of four weights in a row two stay zero, pruned or redrawn; without the mask they would not."""
+    jobs = [job(tmp_path / "kept", corpus, "--init", str(models["sparse"]))]
+    jobs += [job(tmp_path / "redrawn", corpus, "--init", "scratch", "--like", str(models["sparse"]))]
+    torchrun(2, jobs, tmp_path)
+    pruned = {n: t == 0 for n, t in weights(models["sparse"]).items() if n.endswith("_proj.weight")}
+    assert pruned
+    for name in ("kept", "redrawn"):
+        after = weights(tmp_path / name)
+        for tensor, zero in pruned.items():
+            assert torch.equal(after[tensor] == 0, zero), f"{name}: {tensor}"
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    for file in files(models["sparse"]):
+        if not file.startswith("plan"):
+            (dense / file).write_bytes(files(models["sparse"])[file])
+    assert main(job(tmp_path / "lost", corpus, "--init", str(dense))) == 0
+    lost = weights(tmp_path / "lost")
+    assert sum(int((lost[t][zero] != 0).sum()) for t, zero in pruned.items()) > 0.9 * sum(
+        int(z.sum()) for z in pruned.values()
+    )
+
+
+def start(processes: int, command: list[str], folder: Path) -> subprocess.Popen[str]:
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "secateur"]
+    prefix = [sys.executable, "-m", "secateur"] if processes == 1 else [sys.executable, *run]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*prefix, *command], env=environment(folder), **pipes)
+
+
+def kill_after(process: subprocess.Popen[str], partial: Path, checkpoints: int, number: int = signal.SIGKILL) -> str:
+    """End a run once it has so many checkpoints; return what it said on standard error."""
+    over = time.monotonic() + 200
+    steps = partial / "work" / "checkpoints"
+    seen: set[str] = set()
+    while len(seen) < checkpoints and process.poll() is None and time.monotonic() < over:
+        seen |= {p.parent.name for p in steps.glob("step-*/state.json")}
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[1][-4000:]
+    if number == signal.SIGKILL:
+        for found in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's workers are in sessions of their own
+            with contextlib.suppress(OSError):
+                if str(partial.with_suffix("")).encode() in found.read_bytes().split(b"\0"):
+                    os.kill(int(found.parent.name), number)
+    else:
+        process.send_signal(number)
+    return process.communicate(timeout=100)[1]
+
+
+@pytest.mark.slow
+def test_a_run_changes_hands(corpus: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """Two processes begin and are killed, one goes on and is killed, two end it: the losses of an uninterrupted run."""
+    sparse = ["--init", str(models["sparse"]), "--save-every", "2"]
+    assert main(job(tmp_path / "whole", corpus, *sparse)) == 0
+    out, partial = tmp_path / "cut", tmp_path / "cut.partial"
+    command = job(out, corpus, *sparse)
+    kill_after(start(2, command, tmp_path), partial, 2)
+    kill_after(start(1, command, tmp_path), partial, 4)
+    assert not out.exists()
+    torchrun(2, [command], tmp_path)
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    for tensor, value in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(out)[tensor], value, rtol=0, atol=1e-4, msg=tensor)
+    assert not partial.exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_at_the_same_bits(
+    corpus: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = ["--init", str(models["plain"]), "--save-every", "4"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(job(whole, corpus, *plain)) == 0
+    process = start(1, job(cut, corpus, *plain), tmp_path)
+    told = kill_after(process, tmp_path / "cut.partial", 1, signal.SIGTERM)
+    assert process.returncode == 75 and "the same command goes on" in told and "Traceback" not in told
+    done = start(1, job(cut, corpus, *plain), tmp_path)
+    assert done.communicate(timeout=200) and done.returncode == 0
+    assert losses(cut) == losses(whole)
+    for name, content in files(whole).items():
+        if name not in ("metrics.jsonl", "README.md"):  # times of steps; the directory's name
+            assert (cut / name).read_bytes() == content, name
