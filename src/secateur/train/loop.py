@@ -110,7 +110,7 @@ def train(
                 found = measure(trainee)
                 point = {"loss": found, "training_loss": loss, "learning_rate": rate}
                 state["curve"].append({"tokens": state["tokens"], **point})
-                house.metrics.write({"step": step + 1, "tokens": state["tokens"], "heldout_loss": found})
+                _tell_held_out(house, step + 1, state["tokens"], found)
             if stop or (step + 1) % house.save_every == 0 or step + 1 == steps:
                 held.check()
                 saver.save(state)
@@ -130,7 +130,7 @@ def _begin(
     held.apply()
     loss = measure(trainee)
     house.metrics.resume(-1)
-    house.metrics.write({"step": 0, "tokens": 0, "heldout_loss": loss})
+    _tell_held_out(house, 0, 0, loss)
     first = {"tokens": 0, "loss": loss, "training_loss": None, "learning_rate": None}
     return {"step": 0, "tokens": 0, "targets": 0, "curve": [first]}
 
@@ -167,6 +167,11 @@ def _tell(house: Housekeeping, progress: Task, state: dict[str, Any], consumed: 
     progress.advance(consumed, f"{note}  {meter.rate:,.0f} tokens/s{shares}")
     entry = {"step": state["step"], "tokens": state["tokens"], **values, "tokens_per_second": meter.rate}
     house.metrics.write(entry if meter.utilization is None else {**entry, "mfu": meter.utilization})
+
+
+def _tell_held_out(house: Housekeeping, step: int, tokens: int, loss: float | None) -> None:
+    if loss is not None:
+        house.metrics.write({"step": step, "tokens": tokens, "heldout_loss": loss})
 
 
 def _not_finite(

@@ -1,0 +1,300 @@
+"""The parts of training beside the loop: what is read, schedules, metrics, watchdogs, checkpoints behind the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import FAMILY_CONFIGS, hf, tiny_family, tiny_llama
+from secateur.checkpoint import Checkpoint, skeleton
+from secateur.errors import RunError, UserError
+from secateur.train.batches import Batch, Slice, micro_batches
+from secateur.train.init import fresh_weights, stored_weights
+from secateur.train.loop import Housekeeping, train
+from secateur.train.metrics import Metrics, open_trackers
+from secateur.train.optim import Recipe, learning_rate, make_optimizer
+from secateur.train.parallel import Execution, Trainee, place
+from secateur.train.speed import Meter, peak_of
+from secateur.train.state import Saver
+from secateur.train.watch import Stop, Watch, stop_on_signals
+
+# --- what is read
+
+
+@given(windows=st.integers(0, 20), rest=st.integers(0, 7), size=st.integers(1, 5), world=st.integers(1, 6))
+def test_processes_share_every_window_once(windows: int, rest: int, size: int, world: int) -> None:
+    spans = [(8 * i, 8 * i + 8) for i in range(windows)] + ([(8 * windows, 8 * windows + rest)] if rest else [])
+    shares = [micro_batches(spans, size, rank=rank, world=world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1  # all take part in as many passes
+    groups = [group for share in shares for group in share]
+    assert [span for group in groups for span in group] == [s for s in spans if s[1] - s[0] > 1]
+    assert all(len(group) <= size and len({b - a for a, b in group}) <= 1 for group in groups)
+    if spans and world == 1:
+        assert all(groups)
+
+
+class Documents:
+    """Random ids in documents of some lengths."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.starts = np.cumsum([0, *lengths])[:-1]
+        self.ids = np.random.default_rng(1).integers(2, 61, sum(lengths))
+
+    def read(self, split: str, start: int, stop: int) -> np.ndarray:
+        return self.ids[start:stop]
+
+    def positions(self, split: str, start: int, stop: int) -> np.ndarray:
+        at = np.arange(start, stop)
+        return at - np.maximum(self.starts[np.searchsorted(self.starts, at, side="right") - 1], start)
+
+    def documents_in(self, split: str, start: int, stop: int) -> range:
+        raise NotImplementedError
+
+    def document_name(self, split: str, index: int) -> str:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_attention_stays_within_documents(family: str, tmp_path: Path) -> None:
+    """In one window three documents lose as much as each does alone."""
+    model = hf(tiny_family(tmp_path, family))
+    store, recipe = Documents(9, 5, 10), Recipe(sequence=24, tokens_per_step=24, attention="document")
+    batch = Slice(store, 0, 24, recipe).batch([(0, 24)])
+    trainee = Trainee(model)
+    with torch.no_grad():
+        together = trainee(batch.ids, batch.positions)[1][0]
+        across = trainee(batch.ids)[1][0]
+        for start, stop in ((0, 9), (9, 14), (14, 24)):
+            alone = trainee(batch.ids[:, start:stop])[1][0]
+            torch.testing.assert_close(together[start : stop - 1], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[:8], across[:8], rtol=1e-4, atol=1e-5)
+    assert float((together[9:] - across[9:]).abs().max()) > 1e-3
+
+
+def test_the_empty_batch_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
+    model = hf(tiny_llama(tmp_path))
+    batch = Batch.empty()
+    loss, each = Trainee(model)(batch.ids, batch.positions, batch.targets)
+    loss.backward()
+    assert float(loss) == 0 and not each.any()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+# --- the schedule
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 400])
+def test_wsd(steps: int) -> None:
+    recipe = Recipe(schedule="wsd", peak_rate=1.0, warmup=0.1, decay=0.25, final_share=0.1)
+    rates = [learning_rate(recipe, step, steps) for step in range(steps)]
+    assert max(rates) == 1.0
+    if steps == 400:
+        assert rates[39:300] == [1.0] * 261  # so that a longer run shares them
+        assert rates[-1] == pytest.approx(0.1)
+        assert [a - b for a, b in pairwise(rates[300:])] == pytest.approx([0.9 / 100] * 99)
+
+
+# --- weights
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_models_are_placed_as_they_are_stored(family: str, tmp_path: Path) -> None:
+    directory = tiny_family(tmp_path, family)
+    checkpoint = Checkpoint(directory)
+    placed = place(skeleton(checkpoint.config, directory), stored_weights(checkpoint), Execution(recompute=True))
+    plain, ids = hf(directory), torch.arange(24).reshape(2, 12)
+    loss, _ = placed.train()(ids)
+    loss.backward()
+    logits = plain(input_ids=ids, use_cache=False).logits[:, :-1]
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    assert [n for n, _ in placed.model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(placed.model.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_fresh_weights_follow_from_seed_and_name(tmp_path: Path) -> None:
+    model = hf(tiny_llama(tmp_path))
+    draw, again, other = (fresh_weights(model, std=0.5, seed=seed) for seed in (1, 1, 2))
+    up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
+    wanted = draw(up)
+    assert not torch.equal(draw(gate), wanted) and not torch.equal(other(up), wanted)
+    assert torch.equal(again(up), wanted)  # whatever was drawn before
+    norm = fresh_weights(hf(tiny_family(tmp_path, "gemma3")), std=0.5, seed=1)("model.norm.weight")
+    assert not norm.any()  # Gemma's norms multiply by one plus their weight
+
+
+# --- metrics
+
+
+def test_metrics_go_on_where_the_run_does(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    for step in range(6):
+        metrics.write({"step": step, "loss": step / 2})
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    again = Metrics(path)
+    again.resume(3)
+    again.write({"step": 4, "loss": -1.0})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        *({"step": s, "loss": s / 2} for s in range(4)),
+        {"step": 4, "loss": -1.0},
+    ]
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.seen.append((step, values))
+
+    def close(self) -> None:
+        self.seen.append("closed")
+
+
+def test_trackers_get_the_numbers() -> None:
+    tracker = Recorder()
+    metrics = Metrics(None, [tracker])
+    metrics.write({"step": 3, "loss": 1.5, "event": "spike", "heldout_loss": None})
+    metrics.close()
+    assert tracker.seen == [(3, {"loss": 1.5}), "closed"]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, name, None)
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=f"--track {name}: the package is missing; pip install {name}"):
+        open_trackers([name], tmp_path, "run")
+
+
+def test_the_meter() -> None:
+    meter = Meter(flops_per_token=10.0, peak=1000.0, memory=2)
+    for tokens, seconds in ((100, 100.0), (30, 1.0), (90, 2.0)):
+        meter.step(tokens, seconds)
+    assert meter.rate == pytest.approx(40) and meter.utilization == pytest.approx(0.4)
+    assert (meter.tokens, meter.seconds) == (220, 103.0)
+    assert Meter().utilization is None and Meter().rate == 0
+    peak = peak_of("cpu", "float32")
+    assert peak.flops > 1e8 and peak.source == "measured, float32"
+
+
+# --- watchdogs
+
+
+def test_a_leap_of_the_loss_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[dict[str, Any]] = []
+    watch = Watch("run", report=told.append)
+    losses = [3 - 0.01 * i + 0.005 * (i % 3) for i in range(40)] + [4.0, 4.1, 2.6]
+    for step, loss in enumerate(losses):
+        watch.step(step, loss)
+    assert [(t["event"], t["step"], t["loss"]) for t in told] == [("spike", 40, 4.0)]
+    assert "run: step 40: the loss leapt to 4.000, from 2." in capsys.readouterr().err
+
+
+def test_a_stalled_step_is_told_while_it_lasts() -> None:
+    told: list[dict[str, Any]] = []
+    with Watch("run", least=0.2, report=told.append) as watch:
+        for step in range(5):
+            watch.step(step, 1.0)
+        over = time.monotonic() + 20
+        while not told and time.monotonic() < over:
+            time.sleep(0.02)
+        time.sleep(0.3)
+    assert [(t["event"], t["step"]) for t in told] == [("stall", 5)]
+    assert told[0]["seconds"] >= 0.2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_ask_the_run_to_stop(number: int) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signals() as stop:
+        assert not stop.told
+        os.kill(os.getpid(), number)
+        assert stop.told
+    assert signal.getsignal(number) is before
+
+
+def run(folder: Path, model: Any, **house: Any) -> dict[str, Any]:
+    store, recipe = Documents(*[20] * 20), Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-2)
+    data = Slice(store, 0, 320, recipe)
+    house = {"save_every": 3, **house}
+    options: dict[str, Any] = {"masks": {}, "measure": lambda _: None, "points": 2}
+    return train(Trainee(model), data, house=Housekeeping(folder, "run", **house), **options)
+
+
+def test_a_run_without_held_out_text_has_no_held_out_loss(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    result = run(tmp_path, hf(tiny_llama(tmp_path)), metrics=metrics)
+    assert [p["loss"] for p in result["curve"]] == [None] * 3
+    assert all("heldout_loss" not in line for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_stopped_run_saves_first(behind: bool, tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path)
+    whole, cut = hf(directory), hf(directory)
+    wanted = run(tmp_path / "whole", whole)
+    stop = Stop()
+
+    class Early(Meter):
+        def step(self, tokens: int, seconds: float) -> None:
+            super().step(tokens, seconds)
+            stop.told = self.tokens >= 4 * 32
+
+    with pytest.raises(RunError, match="the same command goes on") as told:
+        run(tmp_path / "cut", cut, stop=stop, meter=Early(), behind=behind)
+    assert told.value.code == 75
+    assert max((tmp_path / "cut").glob("step-*")).name == "step-00000005"
+    again = hf(tiny_llama(tmp_path, seed=5))
+    assert run(tmp_path / "cut", again, behind=behind) == wanted
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
+
+
+def test_what_is_saved_behind_the_run_is_what_was_there(tmp_path: Path) -> None:
+    """The run goes on changing weights while they are written; the last checkpoint counts when it is complete."""
+    model = hf(tiny_llama(tmp_path))
+    optimizer = make_optimizer(model, Recipe())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saver = Saver(tmp_path / "steps", model, optimizer, behind=True)
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    saver.save({"step": 1})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    saver.finish()
+    assert saver.last == tmp_path / "steps" / "step-00000001"
+    assert saver.load() == {"step": 1, "curve": []}
+    assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters())
+
+
+def test_moments_of_pruned_weights_stay_zero(tmp_path: Path) -> None:
+    model = hf(tiny_llama(tmp_path))
+    names = [n for n, _ in model.named_parameters() if n.endswith("_proj.weight")]
+    masks = {
+        n: torch.rand(model.get_parameter(n).shape, generator=torch.Generator().manual_seed(1)) > 0.5 for n in names
+    }
+    store, recipe = Documents(*[20] * 20), Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-2)
+    house = Housekeeping(tmp_path / "steps", "run")
+    options: dict[str, Any] = {"masks": masks, "measure": lambda _: None, "points": 1}
+    train(Trainee(model), Slice(store, 0, 320, recipe), house=house, **options)
+    optimizer = make_optimizer(model, recipe)
+    assert Saver(tmp_path / "steps", model, optimizer).load()
+    for name, mask in masks.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = optimizer.state[model.get_parameter(name)][key]
+            assert not moments[~mask].any() and (moments[mask] != 0).float().mean() > 0.9, (name, key)
