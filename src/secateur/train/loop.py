@@ -20,8 +20,8 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from secateur.errors import UserError
-from secateur.evaluate.loss import token_losses
 from secateur.progress import task
+from secateur.token_loss import model_loss
 from secateur.train.masks import Masks
 from secateur.train.optim import Recipe, learning_rate, make_optimizer
 from secateur.train.state import load_latest, save_state
@@ -146,7 +146,7 @@ def _accumulate(model: PreTrainedModel, windows: list[Tensor], micro_batch: int)
         for ids in part.split(micro_batch):
             if ids.shape[1] < 2:
                 continue  # a lone last token has nothing to predict, but it counts as consumed
-            loss = token_losses(model, ids.to(model.device)).sum() / targets
+            loss = model_loss(model, ids.to(model.device))[0] / targets
             loss.backward()
             total += loss.item()
     return total, targets
