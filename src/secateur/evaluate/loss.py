@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
 from secateur.runtime import pick_batch
 from secateur.spec import fingerprint
+from secateur.token_loss import model_loss
 
 __all__ = ["Protocol", "evaluate", "token_losses"]
 
@@ -63,10 +64,10 @@ class Protocol:
         return {**content, "fingerprint": fingerprint({k: v for k, v in content.items() if k != "source"})}
 
 
+@torch.no_grad()
 def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Next-token losses (nats): ids [windows, positions] -> float32 [windows, positions - 1]."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    """Next-token losses (nats): ids [windows, positions] -> float32 [windows, positions - 1], without gradients."""
+    return model_loss(model, ids)[1]
 
 
 @torch.no_grad()
