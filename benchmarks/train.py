@@ -292,7 +292,9 @@ def ranks() -> None:
             lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
             found.append([line["loss"] for line in lines if "loss" in line])
         worst = max(abs(a - b) / a for a, b in zip(*found, strict=True))
-        print(f"two gloo processes against one, {len(found[0])} steps, losses {found[0][0]:.4f} -> {found[0][-1]:.4f}: ")
+        print(
+            f"two gloo processes against one, {len(found[0])} steps, losses {found[0][0]:.4f} -> {found[0][-1]:.4f}: "
+        )
         print(f"largest relative difference {worst:.2g} (asked: 1e-5)")
 
 

@@ -120,16 +120,29 @@ def _positive(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    from secateur.spec import parse_count
+    from secateur.spec import parse_count  # imported late, since it loads pydantic
 
     try:
-        return parse_count(text) or _positive(text)
+        value = parse_count(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
+    return value
 
 
 def _count_or_none(text: str) -> int:
     return 0 if text.strip() == "0" else _count(text)
+
+
+def _holdout(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0, for no held-out split, to below 1")
+    return value
 
 
 def _ratios(text: str) -> list[float]:
@@ -159,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"secateur {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-    for add in (_demo, _inspect, _shapes, _prune, _train, _eval, _study):
+    for add in (_demo, _inspect, _shapes, _data, _prune, _train, _eval, _study):
         add(verbs)
     return parser
 
@@ -208,6 +221,35 @@ def _shapes(verbs: Any) -> None:
     _amount(shapes, "are shown one after the other")
     shapes.add_argument("--method", help="the shape that this method would reach")
     _context(shapes)
+
+
+def _data(verbs: Any) -> None:
+    data = _verb(
+        verbs,
+        "data",
+        "turn text into token shards for training",
+        "It encodes documents in several processes, leaves out those that repeat an earlier one, holds some out, and "
+        "writes the rest in a shuffled order. A document's side and place follow from the hash of its text and the "
+        "seed. Kill it at any moment and run it again to go on.",
+        manual.DATA,
+    )
+    data.add_argument("source", metavar="SOURCE", help=manual.DOCUMENTS)
+    data.add_argument("out", metavar="OUT", help="new directory to write")
+    data.add_argument("--tokenizer", required=True, metavar="DIR", help="directory with the tokenizer, or a checkpoint")
+    data.add_argument("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
+    data.add_argument("--split", help="split to read, for hf: and arrow: (default: train)")
+    data.add_argument(
+        "--domain",
+        metavar="FIELD",
+        help="field that names a document's domain (default: the first subfolder that its file lies in)",
+    )
+    data.add_argument(
+        "--holdout", type=_holdout, default=0.05, metavar="SHARE", help="share of the documents held out; 0 for none"
+    )
+    data.add_argument("--documents", type=_count, metavar="N", help="read at most so many, e.g. 200k (default: all)")
+    data.add_argument("--seed", type=int, default=0, help="of the order of documents")
+    data.add_argument("--workers", type=_positive, help="processes; execution only (default: one for each core)")
+    data.add_argument("--shard-tokens", type=_count, metavar="N", help="tokens in a file (default: 67108864)")
 
 
 def _prune(verbs: Any) -> None:

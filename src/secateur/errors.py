@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RunError", "UserError", "did_you_mean"]
+__all__ = ["Interruption", "RunError", "UserError", "did_you_mean"]
 
 
 class UserError(Exception):
     """Bad input. The message is one line that says what is wrong, where, and how to mend it."""
+
+
+class Interruption(UserError):
+    """No fault of what was asked: the network or the disk gave out. What is done stays, and a new run goes on."""
 
 
 class RunError(Exception):

@@ -9,11 +9,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import UserError
+from secateur.errors import Interruption, UserError
 
 __all__ = [
     "BLOCKS",
@@ -24,6 +24,7 @@ __all__ = [
     "read_json",
     "resumable_directory",
     "sha256_file",
+    "sha256_tree",
     "sync_tree",
     "write_bytes",
     "write_json",
@@ -80,6 +81,14 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(root: Path, files: Iterable[Path] | None = None) -> str:
+    """SHA-256, in hexadecimal, of the names below ``root`` and the contents of ``files``; of all there unless given."""
+    if files is None:
+        files = sorted((path for path in root.rglob("*") if path.is_file()), key=lambda path: path.as_posix())
+    pairs = [[path.relative_to(root).as_posix(), sha256_file(path)] for path in files]
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def sync_tree(directory: Path) -> None:
@@ -148,7 +157,8 @@ def resumable_directory(
             yield fresh, work
             _put_in_place(fresh, out)
         except BaseException as error:
-            if isinstance(error, UserError) or not _begun(work, begun):
+            bad_input = isinstance(error, UserError) and not isinstance(error, Interruption)
+            if bad_input or not _begun(work, begun):
                 _remove(partial, made)
             raise
         shutil.rmtree(partial, ignore_errors=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from secateur.errors import UserError
 from secateur.plugins import announced
 
-__all__ = ["EPILOG", "METHODS", "SHAPES", "SOURCES", "TRAIN", "memory", "prune"]
+__all__ = ["DATA", "DOCUMENTS", "EPILOG", "METHODS", "SHAPES", "SOURCES", "TRAIN", "memory", "prune"]
 
 _MEMORY = {
     "train": "lower --micro-batch, or take --recompute, --dtype bfloat16 or more processes",
@@ -23,6 +23,7 @@ examples:
   secateur demo                                  the whole journey in minutes, on any machine
   secateur inspect DIR                           shape, parameters, sparsity, FLOPs, provenance
   secateur shapes DIR --ratio 0.5                what half of it would be, from config.json alone
+  secateur data text:FOLDER OUT --tokenizer DIR  documents as token shards, to train on
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
   secateur train OUT --init DIR --tokens 1M --data shards:DIR     retrain it, or train from scratch
   secateur eval OUT --data text:FILE             held-out loss and perplexity
@@ -36,6 +37,23 @@ SOURCES = (
     "stdlib, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], "
     "or tokens:FILE.npy (ids [windows, tokens], used as they are)"
 )
+
+DOCUMENTS = (
+    "stdlib, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], or of ids: arrow:PATH[:column] "
+    "(what datasets saved), array_record:PATH[:feature]"
+)
+
+DATA = """\
+examples:
+  secateur data text:corpus OUT --tokenizer DIR
+  secateur data text:corpus OUT --tokenizer DIR --field content --domain source --workers 16
+  secateur data hf:NAME:config OUT --tokenizer DIR --documents 2M --holdout 0.001
+  secateur data arrow:DIR:input_ids OUT --tokenizer DIR    rows of ids; the tokenizer tells the vocabulary
+  secateur data array_record:DIR OUT --tokenizer DIR       records of ids, if the package array_record is installed
+
+Memory does not grow with the corpus. While it works it takes about twice the disk that the ids will, in OUT and
+OUT.partial. What decides order and sides, and what is in OUT, is told in docs/data.md.
+"""
 
 #: granularity -> method -> what goes, and its options
 METHODS: dict[str, dict[str, tuple[str, str]]] = {

@@ -24,7 +24,7 @@ def clock(seconds: float) -> str:
 
 
 class Listener(Protocol):
-    """What shows progress. ``key`` tells one running task from another."""
+    """What shows progress. ``key`` tells one running task from another; a ``total`` of 0 is one that nobody knows."""
 
     def update(self, key: str, done: float, total: float, note: str) -> None: ...
 
@@ -54,8 +54,8 @@ class Bars:
         if key not in self.tasks:
             if not self.tasks:
                 self.progress.start()
-            self.tasks[key] = self.progress.add_task(key, total=total, note=note)
-        self.progress.update(self.tasks[key], completed=done, total=total, note=note)
+            self.tasks[key] = self.progress.add_task(key, total=total or None, note=note)
+        self.progress.update(self.tasks[key], completed=done, total=total or None, note=note)
 
     def finish(self, key: str) -> None:
         found = self.tasks.pop(key, None)
@@ -78,7 +78,10 @@ class Lines:
     def update(self, key: str, done: float, total: float, note: str) -> None:
         now = time.monotonic()
         start, first, last = self.seen.setdefault(key, (now, done, now))
-        if now - last >= self.interval and done > first:
+        if now - last >= self.interval and not total:
+            self.seen[key] = (start, first, now)
+            self.message(f"{key}: {note}")
+        elif now - last >= self.interval and done > first:
             eta = (now - start) * (total - done) / (done - first)
             self.seen[key] = (start, first, now)
             self.message(f"{key}: {100 * done / max(total, 1e-9):.0f}%  {note}  ETA {clock(eta)}")
@@ -147,7 +150,7 @@ class Task:
 
 @contextlib.contextmanager
 def task(key: str, total: float) -> Iterator[Task]:
-    """Show progress named ``key`` until the block ends."""
+    """Show progress named ``key`` until the block ends; ``total`` is 0 where nobody knows it."""
     listener().update(key, 0.0, total, "")
     try:
         yield Task(key, total)

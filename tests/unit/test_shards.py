@@ -142,7 +142,7 @@ def test_the_manifest_cannot_point_elsewhere(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.update(version=2), "format 2, but this secateur reads 1"),
+        (lambda raw: raw.update(version=1), "format 1, but this secateur reads 2"),
         (lambda raw: raw.update(extra=1), "extra: unknown key"),
         (lambda raw: raw.update(dtype="object"), "dtype: 'object' is not known"),
         (lambda raw: raw.pop("vocabulary"), "vocabulary: this key is required"),

@@ -1,128 +1,160 @@
 """Token shards on disk: plain ``.npy`` files, memory-mapped, and a manifest that says what there must be.
 
-A folder holds ``manifest.json`` and for each split ``<split>-00000.npy``, ... (the ids) and ``documents.<split>.npy``
-(int64 offset of each document's first token). The manifest is written last: a folder without one is not a store.
+A folder holds ``manifest.json`` and for each split ``<split>-00000.npy``, ... (the ids), ``documents.<split>.npy``
+(int64 offset of each document's first token), ``hashes.<split>.npy`` (uint64, the first eight bytes of each document's
+SHA-256) and, where documents are of several domains, ``domains.<split>.npy`` (uint16 index into the manifest's names).
+The tokenizer lies in ``tokenizer/``. The manifest is written last: a folder without one is not a store.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.data.columns import ColumnWriter
+from secateur.data.encode import hash_of_ids
+from secateur.data.manifest import FORMAT, Column, Manifest, Shard, Split, smallest_dtype, write_manifest
 from secateur.errors import UserError, did_you_mean
-from secateur.files import read_json, sha256_file, write_json
-from secateur.spec import Positive, identity, parse, spec
+from secateur.files import read_json, sha256_file, sha256_tree
+from secateur.spec import fingerprint, parse
 
-__all__ = ["Manifest", "Shard", "ShardWriter", "Split", "TokenStore", "smallest_dtype", "write_manifest"]
+__all__ = [
+    "FORMAT",
+    "SHARD_TOKENS",
+    "Column",
+    "Manifest",
+    "Shard",
+    "ShardWriter",
+    "Split",
+    "TokenStore",
+    "smallest_dtype",
+    "write_manifest",
+]
 
-_VERSION = 1
+SHARD_TOKENS = 2**26  #: in a shard, unless told otherwise
 
-
-@spec
-class Shard:
-    """One file of ids; ``tokens`` is its length."""
-
-    file: str
-    tokens: Positive
-    sha256: str
-
-
-@spec
-class Split:
-    """The shards of one split in order, and the file of its documents' offsets."""
-
-    tokens: Positive
-    documents: Positive
-    offsets: str
-    offsets_sha256: str
-    shards: tuple[Shard, ...]
-
-
-@spec
-class Manifest:
-    """What a folder of shards holds; every id is below ``vocabulary``."""
-
-    version: int = _VERSION
-    dtype: Literal["uint16", "uint32"]
-    vocabulary: Positive
-    splits: dict[str, Split]
-
-
-def smallest_dtype(vocabulary: int) -> Literal["uint16", "uint32"]:
-    """The dtype of ids below ``vocabulary``."""
-    return "uint16" if vocabulary <= 2**16 else "uint32"
+_MAPS = 256  #: files that a store holds open at once; a corpus may have more shards than a process may have files
 
 
 class ShardWriter:
-    """Write one split: ``append`` each document's ids, then ``close``."""
+    """Write one split, ``append`` or ``extend`` by documents, then ``close``; nothing written stays in memory.
 
-    def __init__(self, folder: Path, split: str, dtype: Literal["uint16", "uint32"], shard_tokens: int = 2**26) -> None:
+    Args:
+        folder: to write to.
+        split: name of the split.
+        dtype: of the ids.
+        shard_tokens: tokens in each file but the last.
+        domains: whether documents have a domain.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: Literal["uint16", "uint32"],
+        shard_tokens: int = SHARD_TOKENS,
+        *,
+        domains: bool = False,
+    ) -> None:
         if shard_tokens < 1:
             raise ValueError(f"a shard holds at least one token, not {shard_tokens}")
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
-        self._parts: list[NDArray[np.unsignedinteger]] = []  # what the next shard holds so far
-        self._waiting = 0  # tokens in _parts
-        self.tokens = 0
-        self._starts: list[int] = []
+        self.tokens = self.documents = 0
+        kinds = {"documents": "i8", "hashes": "u8", **({"domains": "u2"} if domains else {})}
+        self._columns = {kind: ColumnWriter(folder / f"{kind}.{split}.npy", size) for kind, size in kinds.items()}
+        self._shard: ColumnWriter | None = None  # the one that is not full
         self._shards: list[Shard] = []
 
-    def append(self, ids: NDArray[np.integer]) -> None:
-        """Add one document, ids of shape [tokens]; it may go on in the next shard.
+    def append(self, ids: NDArray[np.integer], *, digest: bytes | None = None, domain: int = 0) -> None:
+        """Add one document; it may go on in the next shard.
+
+        Args:
+            ids: of shape [tokens].
+            digest: SHA-256 of the document's text; that of its ids unless given.
+            domain: index of its domain's name.
 
         Raises:
             ValueError: if an id does not fit the dtype, or ``ids`` is not one-dimensional.
         """
         if ids.ndim != 1 or (ids.size and (ids.min() < 0 or ids.max() > np.iinfo(self.dtype).max)):
             raise ValueError(f"{self.split}: ids must be a line of numbers that fit {self.dtype}")
-        self._starts.append(self.tokens)
+        known = int.from_bytes((digest or hash_of_ids(ids))[:8], "big")
+        self.extend(ids.astype(self.dtype), [len(ids)], np.array([known], dtype=np.uint64), [domain])
+
+    def extend(
+        self,
+        ids: NDArray[np.unsignedinteger],
+        lengths: Sequence[int] | NDArray[np.integer],
+        hashes: NDArray[np.uint64],
+        domains: Sequence[int] | NDArray[np.integer],
+    ) -> None:
+        """Add documents that lie one after the other in ``ids``, which has the dtype of the split.
+
+        Args:
+            ids: of shape [tokens].
+            lengths: tokens of each document, of shape [documents].
+            hashes: first eight bytes of each document's SHA-256, of shape [documents].
+            domains: index of each document's domain, of shape [documents]; not looked at where there are none.
+        """
+        ends = self.tokens + np.cumsum(np.asarray(lengths, dtype=np.int64))
+        self._columns["documents"].write(ends - lengths)
+        self._columns["hashes"].write(hashes)
+        if "domains" in self._columns:
+            self._columns["domains"].write(domains)
         self.tokens += len(ids)
-        rest = ids.astype(self.dtype)
-        while len(rest):
-            part, rest = np.split(rest, [self.shard_tokens - self._waiting])
-            self._parts.append(part)
-            self._waiting += len(part)
-            if self._waiting == self.shard_tokens:
-                self._flush()
+        self.documents += len(ends)
+        while len(ids):
+            self._shard = self._shard or ColumnWriter(self._path(), self.dtype)
+            part, ids = np.split(ids, [self.shard_tokens - self._shard.length])
+            self._shard.write(part)
+            if self._shard.length == self.shard_tokens:
+                self._finish_shard()
 
     def close(self) -> Split:
-        """Write what is left and the offsets; returns the manifest's entry.
+        """Complete the files; returns the manifest's entry.
 
         Raises:
             UserError: if the split holds no token.
         """
         if not self.tokens:
+            self.abandon()
             raise UserError(f"{self.folder}: split {self.split!r} has no tokens; name a source with more text")
-        if self._waiting:
-            self._flush()
-        offsets = self.folder / f"documents.{self.split}.npy"
-        np.save(offsets, np.array(self._starts, dtype="<i8"), allow_pickle=False)
+        if self._shard:
+            self._finish_shard()
+        columns = {kind: Column(file=c.path.name, sha256=c.close()) for kind, c in self._columns.items()}
         return Split(
             tokens=self.tokens,
-            documents=len(self._starts),
-            offsets=offsets.name,
-            offsets_sha256=sha256_file(offsets),
+            documents=self.documents,
+            offsets=columns["documents"],
+            hashes=columns["hashes"],
+            domains=columns.get("domains"),
             shards=tuple(self._shards),
         )
 
-    def _flush(self) -> None:
-        path = self.folder / f"{self.split}-{len(self._shards):05}.npy"
-        np.save(path, np.concatenate(self._parts).astype(self.dtype.newbyteorder("<")), allow_pickle=False)
-        self._shards.append(Shard(file=path.name, tokens=self._waiting, sha256=sha256_file(path)))
-        self._parts, self._waiting = [], 0
+    def abandon(self) -> None:
+        """Close the files as they are, e.g. after an error."""
+        for column in [*self._columns.values(), *([self._shard] if self._shard else [])]:
+            column.abandon()
 
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}-{len(self._shards):05}.npy"
 
-def write_manifest(folder: Path, vocabulary: int, splits: dict[str, Split]) -> None:
-    """Write the manifest, which makes ``folder`` a store; call it when every split is closed."""
-    manifest = Manifest(dtype=smallest_dtype(vocabulary), vocabulary=vocabulary, splits=splits)
-    write_json(folder / "manifest.json", identity(manifest))
+    def _finish_shard(self) -> None:
+        assert self._shard is not None
+        tokens, name = self._shard.length, self._shard.path.name
+        self._shards.append(Shard(file=name, tokens=tokens, sha256=self._shard.close()))
+        self._shard = None
 
 
 class TokenStore:
-    """Exact slices of the splits in ``folder``.
+    """Exact slices of the splits in ``folder``, and the documents that they lie in.
+
+    Opening reads the header of each file, no more. What is asked for is read from mapped files, never a whole one.
 
     Raises:
         UserError: if the manifest is missing or malformed, or a file is missing, damaged or not as the manifest says.
@@ -132,30 +164,53 @@ class TokenStore:
         self.folder = folder
         path = folder / "manifest.json"
         raw = read_json(path)
-        if isinstance(raw, dict) and raw.get("version", _VERSION) != _VERSION:
+        if isinstance(raw, dict) and raw.get("version", FORMAT) != FORMAT:
             raise UserError(
-                f"{path}: format {raw['version']!r}, but this secateur reads {_VERSION}; build the data again"
+                f"{path}: format {raw['version']!r}, but this secateur reads {FORMAT}; build the data again"
             )
         self.manifest = parse(Manifest, raw, origin=str(path))
-        self._shards = {name: self._open_split(name, split) for name, split in self.manifest.splits.items()}
+        self._map = functools.lru_cache(maxsize=_MAPS)(self._open)
+        for name, split in self.manifest.splits.items():
+            self._check(name, split)
         self._bounds = {
             name: np.cumsum([0, *(shard.tokens for shard in split.shards)])
             for name, split in self.manifest.splits.items()
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore, (self.folder,)  # another process maps the files itself
 
     @property
     def vocabulary(self) -> int:
         """Every id is below this."""
         return self.manifest.vocabulary
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the documents' domains; empty where there is only one."""
+        return self.manifest.domains
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer that made the ids."""
+        return self.folder / "tokenizer"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The identity of the data, in hexadecimal: ids, documents, domains and tokenizer, not how they came about."""
+        return fingerprint(self.manifest)
+
     def tokens(self, split: str) -> int:
         """How many tokens the split has."""
         return self._split(split).tokens
 
+    def documents(self, split: str) -> int:
+        """How many documents the split has."""
+        return self._split(split).documents
+
     def offsets(self, split: str) -> NDArray[np.int64]:
-        """Where each document starts: int64 of shape [documents]."""
-        entry = self._split(split)
-        return np.array(self._open(entry.offsets, "int64", entry.documents))
+        """Where each document starts: int64 of shape [documents], all of it in memory."""
+        return np.array(self._offsets(split))
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
         """The ids from ``start`` to ``stop``: int64 of shape [stop - start].
@@ -164,20 +219,69 @@ class TokenStore:
             UserError: if the split has fewer than ``stop`` tokens.
             ValueError: if not ``0 <= start <= stop``.
         """
-        if not 0 <= start <= stop:
-            raise ValueError(f"not a slice of tokens: {start} to {stop}")
-        total = self.tokens(split)
-        if stop > total:
-            raise UserError(
-                f"{self.folder}: {split!r} has {total} tokens, but tokens {start} to {stop} were asked for; "
-                f"lower the token budget by {stop - total}, or build a larger corpus"
-            )
+        self._check_slice(split, start, stop)
         out, filled = np.empty(stop - start, dtype=np.int64), 0
-        for shard, (first, last) in zip(self._shards[split], pairwise(self._bounds[split].tolist()), strict=True):
-            part = shard[max(start - first, 0) : max(min(stop, last) - first, 0)]
+        bounds, shards = self._bounds[split], self.manifest.splits[split].shards
+        at = int(np.searchsorted(bounds, start, side="right")) - 1
+        while filled < len(out):
+            shard = self._map(shards[at].file, self.manifest.dtype, shards[at].tokens)
+            first = start + filled - int(bounds[at])
+            part = shard[first : first + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
+            at += 1
         return out
+
+    def chunks(self, split: str, tokens: int = 2**20) -> Iterator[NDArray[np.int64]]:
+        """All ids of a split in order, ``tokens`` at a time."""
+        total = self.tokens(split)
+        for start in range(0, total, tokens):
+            yield self.read(split, start, min(start + tokens, total))
+
+    def documents_in(self, split: str, start: int, stop: int) -> range:
+        """Indices of the documents that have tokens between ``start`` and ``stop``, and of empty ones between them.
+
+        Raises:
+            UserError: if the split has fewer than ``stop`` tokens.
+            ValueError: if not ``0 <= start <= stop``.
+        """
+        self._check_slice(split, start, stop)
+        if start == stop:
+            return range(0)
+        offsets = self._offsets(split)
+        first = int(np.searchsorted(offsets, np.int64(start), side="right")) - 1
+        return range(first, int(np.searchsorted(offsets, np.int64(stop), side="left")))
+
+    def document_name(self, split: str, index: int) -> str:
+        """What to call a document of the split, e.g. ``document 3 (sha256 0123456789abcdef, domain books)``.
+
+        The hash is that of its text, its first 16 digits.
+
+        Raises:
+            IndexError: if there is no such document.
+        """
+        entry = self._split(split)
+        if not 0 <= index < entry.documents:
+            raise IndexError(f"{split!r} has {entry.documents} documents; there is no document {index}")
+        told = f"sha256 {int(self._map(entry.hashes.file, 'uint64', entry.documents)[index]):016x}"
+        if entry.domains is not None:
+            domain = int(self._map(entry.domains.file, "uint16", entry.documents)[index])
+            told += f", domain {self.domains[domain] if domain < len(self.domains) else f'{domain} (unknown)'}"
+        return f"document {index} ({told})"
+
+    def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
+        """The place of each token in its document: int64 of shape [stop - start].
+
+        It is counted from the document's first token, or from ``start`` where the document began before.
+
+        Raises:
+            UserError: if the split has fewer than ``stop`` tokens.
+            ValueError: if not ``0 <= start <= stop``.
+        """
+        within = self.documents_in(split, start, stop)
+        begins = np.maximum(self._offsets(split)[within.start : within.stop], start)
+        lengths = np.diff(begins, append=stop)
+        return np.arange(start, stop, dtype=np.int64) - np.repeat(np.asarray(begins, dtype=np.int64), lengths)
 
     def verify(self) -> None:
         """Read every file and compare its hash.
@@ -186,21 +290,45 @@ class TokenStore:
             UserError: at the first file that has changed.
         """
         for split in self.manifest.splits.values():
-            pairs = [(shard.file, shard.sha256) for shard in split.shards]
-            for name, expected in [*pairs, (split.offsets, split.offsets_sha256)]:
-                if sha256_file(self.folder / name) != expected:
-                    raise UserError(f"{self.folder / name}: has changed since it was written; build the data again")
+            columns = [column for column in (split.offsets, split.hashes, split.domains) if column]
+            for entry in [*split.shards, *columns]:
+                if sha256_file(self.folder / entry.file) != entry.sha256:
+                    self._changed(entry.file)
+        if self.manifest.tokenizer_sha256 not in (None, sha256_tree(self.tokenizer)):
+            self._changed("tokenizer")
+
+    def _changed(self, name: str) -> None:
+        raise UserError(f"{self.folder / name}: has changed since it was written; build the data again")
 
     def _split(self, split: str) -> Split:
         if split not in self.manifest.splits:
             raise UserError(f"{self.folder}: no split {split!r}{did_you_mean(split, self.manifest.splits)}")
         return self.manifest.splits[split]
 
-    def _open_split(self, name: str, split: Split) -> list[NDArray[np.unsignedinteger]]:
+    def _offsets(self, split: str) -> NDArray[np.int64]:
+        entry = self._split(split)
+        return self._map(entry.offsets.file, "int64", entry.documents)
+
+    def _check_slice(self, split: str, start: int, stop: int) -> None:
+        if not 0 <= start <= stop:
+            raise ValueError(f"not a slice of tokens: {start} to {stop}")
+        total = self.tokens(split)
+        if stop > total:
+            raise UserError(
+                f"{self.folder}: {split!r} has {total} tokens, but tokens {start} to {stop} were asked for; "
+                f"lower the token budget by {stop - total}, or build a larger corpus"
+            )
+
+    def _check(self, name: str, split: Split) -> None:
+        """Look at the header of each file of a split."""
         if sum(shard.tokens for shard in split.shards) != split.tokens:
             raise UserError(f"{self.folder}: the shards of {name!r} do not add up to its tokens; build the data again")
-        self._open(split.offsets, "int64", split.documents)
-        return [self._open(shard.file, self.manifest.dtype, shard.tokens) for shard in split.shards]
+        self._open(split.offsets.file, "int64", split.documents)
+        self._open(split.hashes.file, "uint64", split.documents)
+        if split.domains is not None:
+            self._open(split.domains.file, "uint16", split.documents)
+        for shard in split.shards:
+            self._open(shard.file, self.manifest.dtype, shard.tokens)
 
     def _open(self, name: str, dtype: str, length: int) -> NDArray:
         if Path(name).name != name or name == "..":

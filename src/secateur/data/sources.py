@@ -12,20 +12,32 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from secateur import progress
-from secateur.data.readers import TEXT_EXTENSIONS, Document, read_jsonl, read_lossy, read_parquet, read_plain, text_of
-from secateur.errors import UserError, did_you_mean
+from secateur.data.readers import (
+    TEXT_EXTENSIONS,
+    Document,
+    Fields,
+    parquet_bytes,
+    read_jsonl,
+    read_lossy,
+    read_parquet,
+    read_plain,
+)
+from secateur.errors import Interruption, UserError, did_you_mean
 from secateur.files import sha256_file
 
-__all__ = ["Document", "Source", "open_source"]
+__all__ = ["Document", "FileSource", "Source", "folder_domain", "open_source", "walk"]
 
 # Left out of the standard library: what other packages put there, and the tests, which some distributions do not ship.
 _FOREIGN = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+
+_HASHES = 4  # files hashed at once; the disk is the limit
 
 
 class Source(Protocol):
@@ -53,7 +65,9 @@ class Source(Protocol):
         ...
 
 
-def open_source(source: str, *, field: str = "text", split: str = "train", besides: str = "") -> Source:
+def open_source(
+    source: str, *, field: str = "text", split: str = "train", domain: str | None = None, besides: Sequence[str] = ()
+) -> Source:
     """Open the text source named ``source``.
 
     Local sources must exist. A dataset of the Hub is looked up when its documents are first read, so that its digest
@@ -64,6 +78,8 @@ def open_source(source: str, *, field: str = "text", split: str = "train", besid
             .parquet files) or ``hf:NAME[:config]`` (a dataset of the Hugging Face Hub, or a local folder of one).
         field: the key or column with the text, where records have keys.
         split: the split of an ``hf:`` dataset.
+        domain: the key or column that names a document's domain; else that is the first subfolder, see
+            ``folder_domain``.
         besides: what else the caller takes and reads by itself, e.g. ``tokens:FILE.npy``, for the error.
 
     Raises:
@@ -72,34 +88,39 @@ def open_source(source: str, *, field: str = "text", split: str = "train", besid
     scheme, _, rest = source.partition(":")
     if scheme not in _SCHEMES or bool(rest) != (scheme != "stdlib"):
         if Path(source).exists():
-            form = besides if besides and source.endswith(besides[-4:]) else "text:"
+            suffix = Path(source).suffix
+            form = next((form for form in besides if suffix and form.endswith(suffix)), "text:")
             raise UserError(f"{source}: is a path; write '{form.partition(':')[0]}:{source}' to read it")
-        forms = ["stdlib", "text:PATH", "hf:NAME", *([besides] if besides else [])]
+        forms = ["stdlib", "text:PATH", "hf:NAME", *besides]
         meant = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
         raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{meant}")
-    return _SCHEMES[scheme](rest, field, split)
+    return _SCHEMES[scheme](rest, Fields(field, domain), split)
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """Local files, read one after the other: ``files`` lie below ``root`` and are sorted by relative path."""
+    """Local files, read one after the other: ``files`` lie below ``root`` and are sorted by relative path.
+
+    ``read`` takes a file and its relative path; ``measure`` says about how many bytes a file gives.
+    """
 
     name: str
     root: Path
     files: tuple[Path, ...]
     read: Callable[[Path, str], Iterator[Document]]
+    measure: Callable[[Path], int] = lambda path: path.stat().st_size
 
     def digest(self) -> str:
         return _hash_files(self.root, self.files)
 
     def size(self) -> int | None:
-        return sum(path.stat().st_size for path in self.files)
+        return sum(self.measure(path) for path in self.files)
 
     def documents(self) -> Iterator[Document]:
         found = False
         for path in self.files:
             for document in self.read(path, path.relative_to(self.root).as_posix()):
-                if document.text.strip():
+                if len(document.ids) if document.ids is not None else document.text.strip():
                     found = True
                     yield document
         if not found:
@@ -113,13 +134,13 @@ class HubSource:
     name: str
     path: str
     config: str | None
-    field: str
+    fields: Fields
     split: str
     local: Path | None
 
     def digest(self) -> str:
         # A local folder is what it holds, wherever it lies; a dataset of the Hub is its name.
-        content = _hash_files(self.local, tuple(_walk(self.local, set(), ()))) if self.local else self.path
+        content = _hash_files(self.local, tuple(walk(self.local))) if self.local else self.path
         return hashlib.sha256(json.dumps(["hf", content, self.config, self.split]).encode()).hexdigest()
 
     def size(self) -> int | None:
@@ -141,10 +162,11 @@ class HubSource:
     def documents(self) -> Iterator[Document]:
         found = False
         for number, row in enumerate(self._rows()):
-            text = text_of(row, self.field, f"{self.name}: {self.split} row {number}")
-            if text.strip():
+            at = f"{self.name}: {self.split} row {number}"
+            document = self.fields.document(row, f"{self.split}:{number}", at, "")
+            if document.text.strip():
                 found = True
-                yield Document(f"{self.split}:{number}", text)
+                yield document
         if not found:
             raise UserError(f"{self.name}: split {self.split!r} holds no text; name another split or field")
 
@@ -159,27 +181,30 @@ class HubSource:
 
     @contextlib.contextmanager
     def _mended(self) -> Iterator[None]:
-        """Turn what ``datasets`` raises into one line."""
+        """Turn what ``datasets`` raises into one line. What fails on the way from the Hub may succeed the next time."""
+        kind = UserError if self.local else Interruption
         try:
             yield
         except UserError:
             raise
         except ConnectionError:
             hint = "connect to the network, or name a local folder of .jsonl or .parquet files"
-            raise UserError(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None
+            raise kind(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None
         except Exception as error:  # `datasets` raises what its readers raise, of any class
             told = (str(error).strip() or type(error).__name__).splitlines()
             reason = " ... ".join(dict.fromkeys([told[0], told[-1]])).rstrip(".")
             hint = f"check the dataset's name, its configuration ({self.config or 'none'}) and split {self.split!r}"
-            raise UserError(f"{self.name}: {reason}; {hint}") from None
+            raise kind(f"{self.name}: {reason}; {hint}") from None
 
 
-def _open_stdlib(rest: str, field: str, split: str) -> Source:
+def _open_stdlib(rest: str, fields: Fields, split: str) -> Source:
+    if fields.domain is not None:
+        raise UserError(f"--domain {fields.domain}: the standard library's sources have no fields; leave it out")
     root = Path(sysconfig.get_paths()["stdlib"])
     # The files that say how and where this Python was built are not its library.
     files = [
         path
-        for path in _walk(root, _FOREIGN, (".py",))
+        for path in walk(root, (".py",), _FOREIGN)
         if not path.name.startswith("_sysconfigdata") and not path.parent.name.startswith("config-")
     ]
     if not files:
@@ -187,51 +212,64 @@ def _open_stdlib(rest: str, field: str, split: str) -> Source:
     return FileSource("stdlib", root, tuple(files), read_lossy)
 
 
-def _open_text(rest: str, field: str, split: str) -> Source:
+def _open_text(rest: str, fields: Fields, split: str) -> Source:
     path = Path(rest).expanduser()
-    name = f"text:{path.resolve().name}"
-    readers: dict[str, Callable[[Path, str], Iterator[Document]]] = {
-        ".jsonl": lambda path, where: read_jsonl(path, where, field),
-        ".parquet": lambda path, where: read_parquet(path, where, field),
-    }
-
-    def read(path: Path, where: str) -> Iterator[Document]:
-        return readers.get(path.suffix.lower(), read_plain)(path, where)
-
+    readers = {".jsonl": read_jsonl, ".parquet": read_parquet}
     if not path.exists():
         raise UserError(f"text:{rest}: no such file or folder; relative paths start at {Path.cwd()}")
     root = path if path.is_dir() else path.parent
-    files = _walk(path, set(), TEXT_EXTENSIONS) if path.is_dir() else [path]
+    files = walk(path, TEXT_EXTENSIONS) if path.is_dir() else [path]
     if not files:
         raise UserError(f"text:{rest}: the folder has no {', '.join(TEXT_EXTENSIONS)} file; name a folder with one")
     unreadable = next((file for file in files if not os.access(file, os.R_OK)), None)
     if unreadable:
         raise UserError(f"{unreadable}: cannot be read; mend its permissions, or its link, or remove it")
-    return FileSource(name, root, tuple(files), read)
+    domain_of = folder_domain(root, files)
+
+    def read(file: Path, where: str) -> Iterator[Document]:
+        return readers.get(file.suffix.lower(), read_plain)(file, where, fields, domain_of(file))
+
+    def measure(file: Path) -> int:
+        return parquet_bytes(file, fields.text) if file.suffix.lower() == ".parquet" else file.stat().st_size
+
+    return FileSource(f"text:{path.resolve().name}", root, tuple(files), read, measure)
 
 
-def _open_hub(rest: str, field: str, split: str) -> Source:
+def folder_domain(root: Path, files: Sequence[Path]) -> Callable[[Path], str]:
+    """What domain a file's documents are of: the first folder below ``root`` on the way to it.
+
+    Files beside such folders are of the domain ``.``; where there are no folders, all are of one without a name.
+    """
+    if not any(file.parent != root for file in files):
+        return lambda file: ""
+    return lambda file: file.relative_to(root).parts[0] if file.parent != root else "."
+
+
+def _open_hub(rest: str, fields: Fields, split: str) -> Source:
     path, _, config = rest.partition(":")
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise UserError(f"hf:{rest}: no such folder; relative paths start at {Path.cwd()}")
-        return HubSource(f"hf:{rest}", path, config or None, field, split, None)
+        return HubSource(f"hf:{rest}", path, config or None, fields, split, None)
     name = f"hf:{folder.resolve().name}" + (f":{config}" if config else "")
-    source = HubSource(name, str(folder), config or None, field, split, folder)
+    source = HubSource(name, str(folder), config or None, fields, split, folder)
     source.load()
     return source
 
 
-_SCHEMES: dict[str, Callable[[str, str, str], Source]] = {
+_SCHEMES: dict[str, Callable[[str, Fields, str], Source]] = {
     "stdlib": _open_stdlib,
     "text": _open_text,
     "hf": _open_hub,
 }
 
 
-def _walk(root: Path, skip: set[str], extensions: tuple[str, ...]) -> list[Path]:
-    """The files below ``root`` that end so (any, if none is given), sorted by relative path; hidden ones left out."""
+def walk(root: Path, extensions: tuple[str, ...] = (), skip: Set[str] = frozenset()) -> list[Path]:
+    """The files below ``root`` that end so (any, if none is given), sorted by relative path; hidden ones left out.
+
+    Folders named in ``skip`` are left out, wherever they lie.
+    """
     found: list[Path] = []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in skip and not name.startswith(".")]
@@ -243,6 +281,11 @@ def _walk(root: Path, skip: set[str], extensions: tuple[str, ...]) -> list[Path]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _hash_files(root: Path, files: tuple[Path, ...]) -> str:
-    pairs = [[path.relative_to(root).as_posix(), sha256_file(path)] for path in files]
+def _hash_files(root: Path, files: Sequence[Path]) -> str:
+    pairs = []
+    sizes = [path.stat().st_size for path in files]
+    with progress.task("hash the source", sum(sizes)) as task, ThreadPoolExecutor(_HASHES) as pool:
+        for path, size, digest in zip(files, sizes, pool.map(sha256_file, files), strict=True):
+            pairs.append([path.relative_to(root).as_posix(), digest])
+            task.advance(size)
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

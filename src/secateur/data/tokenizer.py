@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secateur import progress
+from secateur.data.encode import encode
 from secateur.data.readers import Document
 from secateur.errors import UserError
 
@@ -30,6 +31,7 @@ __all__ = [
     "id_bound",
     "load_tokenizer",
     "token_hash",
+    "token_hash_of",
     "train_tokenizer",
 ]
 
@@ -119,23 +121,6 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-    """Encode documents by the rule above: for each, int64 ids of shape [tokens]."""
-    if not texts:
-        return []
-    rows = tokenizer(
-        list(texts),
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # no warning that a document is longer than the model's context: it is cut into windows
-    )["input_ids"]
-    end = tokenizer.eos_token_id if tokenizer.num_special_tokens_to_add() == 0 else None
-    close = [] if end is None else [end]
-    return [np.array([*row, *close], dtype=np.int64) for row in rows]
-
-
 def encode_stream(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> NDArray[np.int64]:
@@ -171,6 +156,12 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def token_hash(ids: NDArray[np.integer]) -> str:
     """SHA-256, in hexadecimal, of the shape and the ids as little-endian int64, whatever their dtype is."""
-    digest = hashlib.sha256(f"{list(ids.shape)}".encode())
-    digest.update(np.ascontiguousarray(ids, dtype="<i8").data)
+    return token_hash_of([ids], ids.shape)
+
+
+def token_hash_of(parts: Iterable[NDArray[np.integer]], shape: Sequence[int]) -> str:
+    """The ``token_hash`` of ids that come in parts and together have this shape."""
+    digest = hashlib.sha256(f"{list(shape)}".encode())
+    for ids in parts:
+        digest.update(np.ascontiguousarray(ids, dtype="<i8").data)
     return digest.hexdigest()

@@ -20,7 +20,7 @@ __all__ = ["PATHS", "Stage", "stages_of", "unique"]
 Kind = Literal["corpus", "train", "prune", "evaluate"]
 
 #: Raised when a stage of the kind would give other results from the same identity.
-VERSIONS: dict[Kind, int] = {"corpus": 1, "train": 3, "prune": 3, "evaluate": 1}
+VERSIONS: dict[Kind, int] = {"corpus": 2, "train": 3, "prune": 3, "evaluate": 1}
 
 #: What a cell is called in records and reports, and the settings that need it.
 PATHS = {

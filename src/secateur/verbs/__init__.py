@@ -1,6 +1,7 @@
 """What each verb does: arguments in; a JSON-able answer, its text for people, and the exit code out."""
 
 from secateur.runtime import quiet
+from secateur.verbs.data import data
 from secateur.verbs.describe import inspect, shapes
 from secateur.verbs.evaluation import evaluate
 from secateur.verbs.pruning import prune
@@ -8,6 +9,7 @@ from secateur.verbs.studies import demo, study_plan, study_report, study_run, st
 from secateur.verbs.training import train
 
 __all__ = [
+    "data",
     "demo",
     "evaluate",
     "inspect",

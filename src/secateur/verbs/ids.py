@@ -75,7 +75,7 @@ def _encoded(
     if length < 2:
         raise UserError("--seqlen: a window needs two tokens or more, one to see and one to predict")
     used = window_length(checkpoint, seqlen)
-    opened = open_source(source, field=field or "text", besides="tokens:FILE.npy")
+    opened = open_source(source, field=field or "text", besides=("tokens:FILE.npy",))
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     ids = encode_stream(opened.documents(), tokenizer, windows * used if windows else None)

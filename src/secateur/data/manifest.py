@@ -1,0 +1,94 @@
+"""What a folder of token shards holds, as it stands in ``manifest.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from secateur.files import sha256_tree, write_json
+from secateur.spec import RUNTIME, Positive, spec
+
+__all__ = ["FORMAT", "Column", "Manifest", "Shard", "Split", "smallest_dtype", "write_manifest"]
+
+FORMAT = 2  #: of the folder; another one is not read
+
+
+@spec
+class Shard:
+    """One file of ids; ``tokens`` is its length."""
+
+    file: str
+    tokens: Positive
+    sha256: str
+
+
+@spec
+class Column:
+    """A file with one number for each document."""
+
+    file: str
+    sha256: str
+
+
+@spec
+class Split:
+    """The shards of one split in order, and what is known of its documents."""
+
+    tokens: Positive
+    documents: Positive
+    offsets: Column  #: int64, each document's first token
+    hashes: Column  #: uint64, the first eight bytes of each document's SHA-256, the most significant first
+    domains: Column | None = None  #: uint16, index into the manifest's ``domains``
+    shards: tuple[Shard, ...]
+
+
+@spec
+class Manifest:
+    """What a folder of shards holds; every id is below ``vocabulary``.
+
+    ``provenance`` tells how the folder came about; it is not part of the data's identity.
+    """
+
+    version: int = FORMAT
+    dtype: Literal["uint16", "uint32"]
+    vocabulary: Positive
+    splits: dict[str, Split]
+    domains: tuple[str, ...] = ()  #: names; empty where all documents are of one domain
+    tokenizer_sha256: str | None = None  #: of the files in ``tokenizer/``; None where there are none
+    provenance: Annotated[dict[str, Any], RUNTIME] = dataclasses.field(default_factory=dict)
+
+
+def smallest_dtype(vocabulary: int) -> Literal["uint16", "uint32"]:
+    """The dtype of ids below ``vocabulary``."""
+    return "uint16" if vocabulary <= 2**16 else "uint32"
+
+
+def write_manifest(
+    folder: Path,
+    vocabulary: int,
+    splits: dict[str, Split],
+    *,
+    domains: Sequence[str] = (),
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write the manifest, which makes ``folder`` a store; call it when every split is closed.
+
+    Args:
+        folder: with the files of the splits, and the tokenizer in ``tokenizer/`` if there is one.
+        vocabulary: every id is below it.
+        splits: what their writers gave.
+        domains: names of the documents' domains; none where there is only one.
+        provenance: how the data came about, as plain values.
+    """
+    tokenizer = folder / "tokenizer"
+    manifest = Manifest(
+        dtype=smallest_dtype(vocabulary),
+        vocabulary=vocabulary,
+        splits=splits,
+        domains=tuple(domains),
+        tokenizer_sha256=sha256_tree(tokenizer) if tokenizer.is_dir() else None,
+        provenance=provenance or {},
+    )
+    write_json(folder / "manifest.json", dataclasses.asdict(manifest))
