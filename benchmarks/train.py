@@ -6,9 +6,10 @@
 
 Both train the same random Llama on the same windows with fused AdamW, in a process of its own each, in turn. The first
 two steps are left out; figures are medians over the rest and over the repeats. CPU-seconds count all threads of the
-process. Memory is what the process alone holds above its imports ("anon"), at its peak. Ratios are Trainer's cost by
-secateur's: above 1, secateur is cheaper. With --ranks, two gloo processes train beside one at the same global batch, and
-the largest difference between their losses over 50 steps is told. Prints Markdown.
+process. Memory is what the process alone holds above its imports ("anon"), at its peak. "cost" and "memory ratio" are
+the row's by plain secateur's, in CPU-seconds (on a GPU in wall seconds): above 1 is dearer. With --ranks, two gloo
+processes train beside one at the same global batch, and the largest difference between their losses over 50 steps is
+told. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -267,7 +268,8 @@ def compare(size: str, dtype: str, arguments: argparse.Namespace) -> None:
 
 def ranks() -> None:
     """Train by one process and by two, 50 steps each, and print the largest difference between their losses."""
-    from secateur.data.shards import ShardWriter, write_manifest
+    from secateur.data.manifest import write_manifest
+    from secateur.data.shards import ShardWriter
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

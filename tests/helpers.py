@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from secateur.data.shards import ShardWriter, Split, write_manifest
+from secateur.data.manifest import Split, write_manifest
+from secateur.data.shards import ShardWriter
 from secateur.prune import Calibration
 
 #: name -> what to give :func:`tiny_llama`

@@ -87,7 +87,7 @@ def test_the_empty_batch_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
     batch = Batch.empty()
     loss, each = Trainee(model)(batch.ids, batch.positions, batch.targets)
     loss.backward()
-    assert float(loss) == 0 and not each.any()
+    assert loss.item() == 0 and not each.any()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 

@@ -87,6 +87,7 @@ def train(
         progress.advance(state["tokens"], "resumed" if state["step"] else "")
         for step in range(state["step"], steps):
             rate = learning_rate(recipe, step, steps)
+            torch.manual_seed(recipe.seed + step)  # for models with dropout: nothing else draws numbers
             losses, stop = _gradients(trainee, data, step, house.stop)
             held.apply_to_gradients()
             norm = float(whole(clip_grad_norm_(trainee.parameters(), recipe.clip)))

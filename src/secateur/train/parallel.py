@@ -53,8 +53,10 @@ class Execution:
         world = ranks.world()
         if world % self.replicas:
             raise UserError(f"--replicas: {world} processes do not divide into {self.replicas} groups of one size")
-        ranks.alone()
         kind = self.device.partition(":")[0]
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)  # or a mesh of one would take the first
+        ranks.alone()
         if self.replicas == 1:
             return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
         return init_device_mesh(kind, (self.replicas, world // self.replicas), mesh_dim_names=("replicate", "shard"))
