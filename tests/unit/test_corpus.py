@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from secateur.data import runs
 from secateur.data.corpus import CorpusSpec, build_corpus
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import encode, load_tokenizer, token_hash
@@ -25,8 +26,8 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def build(out: Path, folder: Path, **options: Any) -> dict[str, Any]:
-    out.mkdir()
+def build(out: Path, folder: Path, *, exist_ok: bool = False, **options: Any) -> dict[str, Any]:
+    out.mkdir(exist_ok=exist_ok)
     spec = {"source": f"text:{folder}", "vocabulary": 270, "holdout": 0.2, **options}
     return build_corpus(parse(CorpusSpec, spec, origin="test"), out)
 
@@ -116,6 +117,27 @@ def test_the_standard_library(tmp_path: Path):
     record = build(tmp_path / "out", tmp_path, source="stdlib", documents=40, vocabulary=512)
     assert record["source"] == "stdlib"
     assert record["bytes_per_token"]["train"] > 2
+
+
+def test_a_build_that_was_killed_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wanted = build(tmp_path / "1", folder)
+    monkeypatch.setattr(runs, "BYTES", 2000)
+    monkeypatch.setattr("secateur.data.build._BATCH_DOCUMENTS", 10)
+    real, left = runs._save, [7]
+
+    def dying(*given: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        real(*given)
+
+    monkeypatch.setattr(runs, "_save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "2", folder)
+    assert len(list((tmp_path / "2" / "checkpoints" / "runs").glob("run-*/finished"))) == 2
+    monkeypatch.setattr(runs, "_save", real)
+    assert build(tmp_path / "2", folder, exist_ok=True) == wanted
+    assert files(tmp_path / "2") == files(tmp_path / "1")
 
 
 @pytest.mark.parametrize(

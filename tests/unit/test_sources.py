@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from secateur import progress
 from secateur.data.sources import Document, open_source
 from secateur.errors import UserError
 
@@ -147,6 +148,43 @@ def test_broken_parquet(tmp_path: Path):
     assert "data.parquet: row 1: the field 'text' is NoneType" in failure(f"text:{path}")
 
 
+def domains(source: str, **options: str) -> list[str]:
+    return [document.domain for document in open_source(source, **options).documents()]
+
+
+def test_domains_are_the_first_folders_or_a_field(tmp_path: Path):
+    for name in ("b/x.txt", "a/deep/x.txt", "z.txt"):
+        (tmp_path / "c" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "c" / name).write_text("text")
+    assert domains(f"text:{tmp_path / 'c'}") == ["a", "b", "."]
+    assert domains(f"text:{tmp_path / 'c' / 'b'}") == domains(f"text:{tmp_path / 'c' / 'z.txt'}") == [""]
+    rows = [{"text": "one", "kind": "k"}, {"text": "two", "kind": "l"}]
+    (tmp_path / "d").mkdir()
+    path = lines(tmp_path / "d" / "a.jsonl", *rows)
+    pq.write_table(pa.table({"kind": ["p"], "text": ["three"]}), tmp_path / "d" / "b.parquet")
+    assert domains(f"text:{tmp_path / 'd'}", domain="kind") == ["k", "l", "p"]
+    assert domains(f"text:{tmp_path / 'd'}") == ["", "", ""]
+    assert "a.jsonl:1: no field 'sort'" in failure(f"text:{path}", domain="sort")
+    assert "no column 'sort'" in failure(f"text:{tmp_path / 'd' / 'b.parquet'}", domain="sort")
+    assert "plain text has no field 'kind'" in failure(f"text:{tmp_path / 'c'}", domain="kind")
+    assert "have no fields" in failure("stdlib", domain="kind")
+
+
+@pytest.mark.usefixtures("offline")
+def test_domains_of_a_dataset(tmp_path: Path):
+    (tmp_path / "set").mkdir()
+    lines(tmp_path / "set" / "train.jsonl", {"text": "one", "kind": "k"}, {"text": "two", "kind": "l"})
+    assert domains(f"hf:{tmp_path / 'set'}", domain="kind") == ["k", "l"]
+    assert "no field 'sort'" in failure(f"hf:{tmp_path / 'set'}", domain="sort")
+
+
+def test_the_size_is_that_of_the_text_within(tmp_path: Path):
+    texts = [f"{n} " * 400 for n in range(500)]
+    pq.write_table(pa.table({"text": texts, "other": ["x" * 999] * 500}), tmp_path / "a.parquet", compression="zstd")
+    size = open_source(f"text:{tmp_path}").size()
+    assert size is not None and 0.9 < size / sum(map(len, texts)) < 1.1
+
+
 def test_broken_text(tmp_path: Path):
     assert "no such file or folder" in failure(f"text:{tmp_path / 'nowhere'}")
     (tmp_path / "only.md").write_text("x")
@@ -248,3 +286,14 @@ def test_the_hub_out_of_reach(tmp_path: Path):
     assert "hf:someone/something: the Hugging Face Hub cannot be reached" in failure("hf:someone/something")
     assert "no such folder" in failure(f"hf:{tmp_path / 'nowhere'}")
     assert "no such folder" in failure("hf:./nowhere")
+
+
+def test_progress_without_a_known_end_tells_how_far(capsys: pytest.CaptureFixture[str]):
+    shown = progress.Lines(interval=0.0)
+    for done in (0.0, 0.0, 0.0):
+        shown.update("read hf:x", done, 0, "1,000 documents")
+    shown.update("read text:x", 0.0, 10, "")
+    shown.update("read text:x", 5.0, 10, "7 documents")
+    said = capsys.readouterr().err.splitlines()
+    assert set(said[:-1]) == {"read hf:x: 1,000 documents"}
+    assert said[-1].startswith("read text:x: 50%  7 documents  ETA")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,7 @@ class Runs:
         while count < FENCES and size / count > BYTES:
             count *= 2
         for first in range(0, FENCES, FENCES // count):
-            parts = [run.read(first, first + FENCES // count) for run in runs]
-            yield _sorted([rows for rows, _ in parts], [ids for _, ids in parts])
+            yield _sorted(run.read(first, first + FENCES // count) for run in runs)
 
     def _write(self) -> None:
         """Make a run of the blocks that wait."""
@@ -122,7 +121,7 @@ class Runs:
         index = {name: i for i, name in enumerate(names)}
         for block in self._blocks:
             block.rows["domain"] = np.array([index[name] for name in block.domains], dtype="<u2")[block.rows["domain"]]
-        run = _sorted([block.rows for block in self._blocks], [block.ids for block in self._blocks], distinct=False)
+        run = _sorted(((block.rows, block.ids) for block in self._blocks), distinct=False)
         name = f"run-{len(self._told):06}"
         told = {
             "name": name,
@@ -139,7 +138,7 @@ class Runs:
         tokens = np.concatenate([[0], np.cumsum(run.rows["tokens"])])
         _save(half / "fences", np.stack([fences, tokens[fences]], axis=1).astype(_FENCE))
         _save(half / "rows", run.rows)
-        _save(half / "ids", run.ids.astype(self.dtype))
+        _save(half / "ids", run.ids.astype(self.dtype, copy=False))
         (half / "finished").write_text(json.dumps(told), encoding="utf-8")
         sync_tree(half)
         os.rename(half, self.folder / name)
@@ -171,9 +170,11 @@ class _Run:
         return values
 
 
-def _sorted(rows: list[NDArray[np.void]], ids: list[NDArray[np.unsignedinteger]], *, distinct: bool = True) -> Bucket:
-    """Documents in order, and their ids; ``distinct`` leaves only the first of those that repeat each other."""
+def _sorted(parts: Iterable[tuple[NDArray[np.void], NDArray[np.unsignedinteger]]], *, distinct: bool = True) -> Bucket:
+    """Documents in order, of rows and their ids; ``distinct`` leaves only the first of those that repeat each other."""
+    rows, ids = map(list, zip(*parts, strict=True))
     known, flat = np.concatenate(rows), np.concatenate(ids)
+    del rows, ids  # as large as what was made of them
     starts = np.cumsum(known["tokens"]).astype(np.int64) - known["tokens"].astype(np.int64)
     hashes = known["order"]
     order = np.lexsort((known["place"], hashes[:, 1], hashes[:, 0]))
