@@ -5,22 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["Interruption", "RunError", "UserError", "did_you_mean"]
+__all__ = ["RunError", "UserError", "did_you_mean"]
 
 
 class UserError(Exception):
     """Bad input. The message is one line that says what is wrong, where, and how to mend it."""
 
 
-class Interruption(UserError):
-    """No fault of what was asked: the network or the disk gave out. What is done stays, and a new run goes on."""
-
-
 class RunError(Exception):
-    """A run that cannot go on, or was told to stop, through no fault of its input. The message is one line.
+    """A run that cannot go on, or was told to stop, through no fault of its input: what it has done stays.
+
+    The message is one line.
 
     Attributes:
-        code: the exit code: 1 for a failure, 75 (``EX_TEMPFAIL``) where the same command goes on.
+        code: the exit code: 1 for a failure, 75 (``EX_TEMPFAIL``) where the run was told to stop and the same command
+            goes on, 2 where the input may be at fault all the same.
     """
 
     def __init__(self, message: str, code: int = 1) -> None:

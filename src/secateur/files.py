@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import Interruption, UserError
+from secateur.errors import UserError
 
 __all__ = [
     "BLOCKS",
@@ -157,8 +157,7 @@ def resumable_directory(
             yield fresh, work
             _put_in_place(fresh, out)
         except BaseException as error:
-            bad_input = isinstance(error, UserError) and not isinstance(error, Interruption)
-            if bad_input or not _begun(work, begun):
+            if isinstance(error, UserError) or not _begun(work, begun):
                 _remove(partial, made)
             raise
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from secateur.data.encode import Block, Encoder
 from secateur.data.readers import Document
-from secateur.errors import Interruption, UserError
+from secateur.errors import RunError, UserError
 
 __all__ = ["encoded"]
 
@@ -36,7 +36,7 @@ def encoded(batches: Iterable[Sequence[Document]], encoder: Encoder, workers: in
 
     Raises:
         UserError: what the batches or the encoder raise.
-        Interruption: if a worker was killed.
+        RunError: if a worker was killed.
     """
     if workers == 1:
         yield from map(encoder, batches)
@@ -78,7 +78,7 @@ class _Workers:
             answer = pipe.recv()
         except (EOFError, OSError):
             pipe.close()  # and back it goes, so that the next one that takes it fails in its turn and does not wait
-            raise Interruption(
+            raise RunError(
                 "a worker process was killed, perhaps for want of memory; run the same command again to go on, "
                 "with fewer --workers"
             ) from None

@@ -29,7 +29,7 @@ from secateur.data.readers import (
     read_parquet,
     read_plain,
 )
-from secateur.errors import Interruption, UserError, did_you_mean
+from secateur.errors import RunError, UserError, did_you_mean
 from secateur.files import sha256_file
 
 __all__ = ["Document", "FileSource", "Source", "folder_domain", "open_source", "walk"]
@@ -182,19 +182,22 @@ class HubSource:
     @contextlib.contextmanager
     def _mended(self) -> Iterator[None]:
         """Turn what ``datasets`` raises into one line. What fails on the way from the Hub may succeed the next time."""
-        kind = UserError if self.local else Interruption
+
+        def fault(text: str) -> Exception:
+            return UserError(text) if self.local else RunError(text, 2)  # it may be the name, or the network
+
         try:
             yield
         except UserError:
             raise
         except ConnectionError:
             hint = "connect to the network, or name a local folder of .jsonl or .parquet files"
-            raise kind(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None
+            raise fault(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None
         except Exception as error:  # `datasets` raises what its readers raise, of any class
             told = (str(error).strip() or type(error).__name__).splitlines()
             reason = " ... ".join(dict.fromkeys([told[0], told[-1]])).rstrip(".")
             hint = f"check the dataset's name, its configuration ({self.config or 'none'}) and split {self.split!r}"
-            raise kind(f"{self.name}: {reason}; {hint}") from None
+            raise fault(f"{self.name}: {reason}; {hint}") from None
 
 
 def _open_stdlib(rest: str, fields: Fields, split: str) -> Source:

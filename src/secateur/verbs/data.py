@@ -18,7 +18,7 @@ from secateur.data.shards import SHARD_TOKENS, TokenStore
 from secateur.data.sources import Source, open_source
 from secateur.data.token_sources import FORMS, is_tokenized, open_tokenized
 from secateur.data.tokenizer import id_bound, load_tokenizer
-from secateur.errors import Interruption, UserError
+from secateur.errors import RunError, UserError
 from secateur.files import check_free, partial_directories, resumable_directory, sha256_tree
 from secateur.footprint import size
 from secateur.progress import clock, say
@@ -110,7 +110,7 @@ def _disk(out: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         work = partial_directories(out)[0].parent
-        raise Interruption(
+        raise RunError(
             f"{work}: the disk is full; make room, about twice what is there, and run the same command again to go on"
         ) from None
 
