@@ -64,8 +64,8 @@ def call(world: Path, out: Path, *options: object, capsys: pytest.CaptureFixture
     return json.loads(capsys.readouterr().out)
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert main([*map(str, arguments)]) == 2
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    assert main([*map(str, arguments)]) == code
     said = capsys.readouterr()
     assert not said.out
     line = said.err.strip().splitlines()[-1]
@@ -279,7 +279,7 @@ def test_a_full_disk_keeps_what_is_done(
         real(path, values)
 
     monkeypatch.setattr(runs, "_save", full)
-    assert "the disk is full; make room" in refusal(capsys, *command(world, tmp_path / "out"))
+    assert "the disk is full; make room" in refusal(capsys, *command(world, tmp_path / "out"), code=1)
     monkeypatch.setattr(runs, "_save", real)
     assert len(list((tmp_path / "out.partial" / "work").glob("run-*/finished"))) == 3
     assert main(command(world, tmp_path / "out")) == 0

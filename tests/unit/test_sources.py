@@ -13,7 +13,7 @@ import pytest
 
 from secateur import progress
 from secateur.data.sources import Document, open_source
-from secateur.errors import UserError
+from secateur.errors import RunError, UserError
 
 
 def lines(path: Path, *rows: object) -> Path:
@@ -26,7 +26,7 @@ def texts(source: str, **options: str) -> list[str]:
 
 
 def failure(source: str, **options: str) -> str:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises((UserError, RunError)) as caught:
         list(open_source(source, **options).documents())
     message = str(caught.value)
     assert "\n" not in message

@@ -188,7 +188,7 @@ class HubSource:
 
         try:
             yield
-        except UserError:
+        except (UserError, RunError):
             raise
         except ConnectionError:
             hint = "connect to the network, or name a local folder of .jsonl or .parquet files"

@@ -114,6 +114,8 @@ class Store:
             "result": result,
         }
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
+        for begun in work.glob(".*"):  # files that a kill left half written
+            begun.unlink()
         write_json(work / "runtime.json", runtime)
         write_json(work / "record.json", record)
         sync_tree(work)
