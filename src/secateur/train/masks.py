@@ -30,20 +30,22 @@ class Masks:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameters = dict(model.named_parameters())
-        self._pruned = [(name, parameters[name], part_like(parameters[name], ~masks[name])) for name in masks]
+        self._kept = [(name, parameters[name], part_like(parameters[name], masks[name]).clone()) for name in masks]
 
     @torch.no_grad()
     def apply(self) -> None:
         """Zero the pruned weights."""
-        for _, parameter, pruned in self._pruned:
-            local(parameter).masked_fill_(pruned, 0.0)
+        for _, parameter, kept in self._kept:
+            local(parameter).mul_(kept).add_(0.0)  # of a negative weight times zero a sign would stay
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Zero the pruned weights' gradients, so that neither the clipping norm nor the moments know of them."""
-        for _, parameter, pruned in self._pruned:
+        for _, parameter, kept in self._kept:
             if parameter.grad is not None:
-                local(parameter.grad).masked_fill_(pruned, 0.0)
+                local(parameter.grad).mul_(
+                    kept
+                )  # what is not finite stays so, and is found
 
     @torch.no_grad()
     def check(self) -> None:
@@ -52,9 +54,9 @@ class Masks:
         Raises:
             RuntimeError: naming the first parameter where one is not.
         """
-        if not self._pruned:
+        if not self._kept:
             return
-        found = torch.stack([(local(p) != 0).logical_and_(pruned).sum() for _, p, pruned in self._pruned]).cpu()
-        for (name, _, _), revived in zip(self._pruned, ranks.add(found).tolist(), strict=True):
+        found = torch.stack([(local(p) != 0).logical_and_(~kept).sum() for _, p, kept in self._kept]).cpu()
+        for (name, _, _), revived in zip(self._kept, ranks.add(found).tolist(), strict=True):
             if revived:
                 raise RuntimeError(f"{name}: {revived} pruned weights are no longer zero")
