@@ -12,6 +12,7 @@ they say more than seconds. Readers take windows at random places from a store o
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -157,28 +158,13 @@ def forget(folder: Path) -> None:
 
 def readers(arguments: argparse.Namespace, folder: Path) -> None:
     """Measure reading windows at random places; print a table."""
-    store = make_store(folder, arguments.store)
-    total = store.tokens("train")
-    maps = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("train-*.npy"))]
-    whole = len(maps[0])
-
-    def mapped(start: int) -> Any:
-        shard, at = divmod(start, whole)
-        return maps[shard][at : at + WINDOW].astype(np.int64)
-
-    contenders: dict[str, Callable[[int], Any]] = {
-        "read": lambda start: store.read("train", start, start + WINDOW),
-        "read and positions": lambda start: (
-            store.read("train", start, start + WINDOW),
-            store.positions("train", start, start + WINDOW),
-        ),
-        "plain memory map": mapped,
-    }
+    total = make_store(folder, arguments.store).tokens("train")
     print(f"\n{total:,} tokens in {total * 2 / 1e6:,.0f} MB, windows of {WINDOW} at random places\n")
     print("| reader | first time, tokens/s | again, tokens/s |")
     print("|---|---:|---:|")
-    for number, (name, read) in enumerate(contenders.items()):
-        forget(folder)
+    for number, (name, reader) in enumerate(READERS.items()):
+        forget(folder)  # what is mapped stays, so that each reader maps the files itself and lets go of them
+        read = reader(folder)
         starts = np.random.default_rng(number).integers(0, total - WINDOW, arguments.windows).tolist()
         rates = []
         for _ in range(2):
@@ -186,7 +172,39 @@ def readers(arguments: argparse.Namespace, folder: Path) -> None:
             for start in starts:
                 read(start)
             rates.append(len(starts) * WINDOW / (time.perf_counter() - began))
+        del read
+        gc.collect()
         print(f"| {name} | {rates[0]:,.0f} | {rates[1]:,.0f} |")
+
+
+def mapped(folder: Path) -> Callable[[int], Any]:
+    """What numpy does by itself."""
+    maps = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("train-*.npy"))]
+    whole = len(maps[0])
+
+    def read(start: int) -> Any:
+        shard, at = divmod(start, whole)
+        return maps[shard][at : at + WINDOW].astype(np.int64)
+
+    return read
+
+
+def stored(folder: Path) -> Callable[[int], Any]:
+    """Ids alone."""
+    store = TokenStore(folder)
+    return lambda start: store.read("train", start, start + WINDOW)
+
+
+def positioned(folder: Path) -> Callable[[int], Any]:
+    """Ids and each one's place in its document."""
+    store = TokenStore(folder)
+    return lambda start: (
+        store.read("train", start, start + WINDOW),
+        store.positions("train", start, start + WINDOW),
+    )
+
+
+READERS = {"plain memory map": mapped, "read": stored, "read and positions": positioned}
 
 
 def main() -> None:

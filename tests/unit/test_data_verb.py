@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from secateur.cli import main
 from secateur.data import runs
-from secateur.data.build import Order, write_splits
+from secateur.data.build import Holdout, write_splits
 from secateur.data.encode import Encoder, encode
 from secateur.data.readers import Document
 from secateur.data.shards import TokenStore
@@ -294,7 +294,7 @@ def test_a_worker_that_dies_is_told(world: Path, tmp_path: Path, capsys: pytest.
     source = open_source(f"text:{world / 'corpus'}", field="body")
     encoder = Deadly(load_tokenizer(world / "tokenizer"), 300, "uint16", 0)
     with pytest.raises(Exception, match="a worker process was killed"):
-        write_splits(source, encoder, tmp_path, tmp_path / "work", order=Order(), workers=2)
+        write_splits(source, encoder, tmp_path, tmp_path / "work", holdout=Holdout(), workers=2)
 
 
 def test_domains_by_folder_and_by_field(world: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -371,7 +371,7 @@ def test_memory_does_not_grow_with_the_corpus(world: Path, tmp_path: Path, monke
         tracemalloc.start()
         folder = tmp_path / str(count)
         folder.mkdir()
-        built = write_splits(Endless(count), encoder, folder, folder / "work", order=Order())
+        built = write_splits(Endless(count), encoder, folder, folder / "work", holdout=Holdout())
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert sum(split.documents for split in built.splits.values()) + built.duplicates == count

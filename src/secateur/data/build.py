@@ -8,7 +8,7 @@ killed, the second starts again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,7 +29,7 @@ from secateur.data.sources import Source
 from secateur.data.tokenizer import token_hash_of
 from secateur.errors import UserError
 
-__all__ = ["HELDOUT", "TRAIN", "Built", "Order", "batched", "hash_splits", "is_heldout", "text_bytes", "write_splits"]
+__all__ = ["HELDOUT", "TRAIN", "Built", "Holdout", "counted", "hash_splits", "is_heldout", "write_splits"]
 
 TRAIN, HELDOUT = "train", "heldout"
 
@@ -38,24 +38,22 @@ _BATCH_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
-class Order:
-    """What decides a document's side and place.
+class Holdout:
+    """How much is held out.
 
     Attributes:
-        seed: of the order.
-        holdout: share of the documents held out, by hash; with 0 there is no such split.
+        share: of the documents, by hash; with 0 there is no such split.
         option: what the share is called where it was set, for errors.
     """
 
-    seed: int = 0
-    holdout: float = 0.05
+    share: float = 0.05
     option: str = "--holdout"
 
     def empty(self, side: str, documents: int) -> UserError:
         """That of so many distinct documents none is on a side."""
         way = "lower" if side == TRAIN else "raise"
         return UserError(
-            f"{self.option}: {self.holdout} of {documents} documents leaves no {side} document; "
+            f"{self.option}: {self.share} of {documents} documents leaves no {side} document; "
             f"{way} it or name a source with more documents"
         )
 
@@ -93,7 +91,7 @@ def write_splits(
     out: Path,
     work: Path,
     *,
-    order: Order,
+    holdout: Holdout,
     documents: int | None = None,
     workers: int = 1,
     shard_tokens: int = SHARD_TOKENS,
@@ -102,10 +100,10 @@ def write_splits(
 
     Args:
         source: of the documents.
-        encoder: how they become ids; its seed is that of the order.
+        encoder: how they become ids; its seed is that of their order.
         out: what an earlier run left there is written over.
         work: keeps what the first pass has; a run that was killed goes on from there.
-        order: sides and places.
+        holdout: how much is held out.
         documents: at most so many are read, in the source's order.
         workers: processes that encode; the bytes written do not depend on it.
         shard_tokens: tokens in a shard.
@@ -117,28 +115,33 @@ def write_splits(
     runs = Runs(work, encoder.dtype)
     if not runs.complete:
         _encode(source, encoder, runs, documents, workers)
-    return _write(runs, out, order, shard_tokens)
+    return _write(runs, out, holdout, shard_tokens)
 
 
 def _encode(source: Source, encoder: Encoder, runs: Runs, limit: int | None, workers: int) -> None:
     """The first pass: what the runs do not have yet is read and encoded."""
-    total = limit or source.size() or 0
-    with progress.task(f"read {source.name}", total) as task:
-
-        def counted(documents: Iterable[Document]) -> Iterator[Document]:
-            for number, document in enumerate(documents, start=1):
-                # The size is an estimate, so the bar stops at its end and waits there.
-                amount = 1.0 if limit else min(text_bytes(document), task.total - task.done)
-                task.advance(amount if total else 0.0, f"{number:,} documents, {runs.tokens:,} tokens")
-                yield document
-
-        stream = counted(islice(source.documents(), limit))
+    with progress.task(f"read {source.name}", limit or source.size() or 0) as task:
+        stream = counted(source.documents(), task, limit, lambda: f", {runs.tokens:,} tokens")
         if runs.documents:
             progress.say(f"{source.name}: {runs.documents:,} documents are encoded already")
             next(islice(stream, runs.documents - 1, runs.documents), None)  # read, and not looked at
         for block in encoded(batched(stream), encoder, workers):
             runs.add(block)
         runs.finish()
+
+
+def counted(
+    documents: Iterable[Document], task: progress.Task, limit: int | None, note: Callable[[], str] = str
+) -> Iterator[Document]:
+    """At most ``limit`` documents, whose progress is told: out of so many, or of the bytes that the task expects."""
+    amount = 0
+    for number, document in enumerate(islice(documents, limit), start=1):
+        amount += 1 if limit else text_bytes(document)
+        if number % 64 == 0 or (amount >= _BATCH_BYTES and not limit):
+            # The size is an estimate, so the bar stops at its end and waits there.
+            task.advance(min(amount, task.total - task.done), f"{number:,} documents{note()}")
+            amount = 0
+        yield document
 
 
 def text_bytes(document: Document) -> int:
@@ -162,10 +165,10 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write(runs: Runs, out: Path, order: Order, shard_tokens: int) -> Built:
+def _write(runs: Runs, out: Path, holdout: Holdout, shard_tokens: int) -> Built:
     """The second pass: the runs, in order, become shards."""
     domains = runs.domains
-    sides = [TRAIN, *([HELDOUT] if order.holdout else [])]
+    sides = [TRAIN, *([HELDOUT] if holdout.share else [])]
     counts = {side: np.zeros((len(domains), 3), dtype=np.int64) for side in sides}
     with ExitStack() as stack, progress.task("bring into order", runs.tokens) as task:
         writers = {}
@@ -174,7 +177,7 @@ def _write(runs: Runs, out: Path, order: Order, shard_tokens: int) -> Built:
             stack.callback(writers[side].abandon)
         read = 0
         for bucket in runs.buckets():
-            held = is_heldout(bucket.rows["hash"], order.holdout)
+            held = is_heldout(bucket.rows["hash"], holdout.share)
             for side, chosen in ((TRAIN, ~held), (HELDOUT, held)):
                 if side in writers:
                     _take(writers[side], bucket, chosen, counts[side])
@@ -182,7 +185,7 @@ def _write(runs: Runs, out: Path, order: Order, shard_tokens: int) -> Built:
             task.advance(len(bucket.ids), f"{read:,} documents")
         for side, writer in writers.items():
             if not writer.documents:
-                raise order.empty(side, read)
+                raise holdout.empty(side, read)
         splits = {side: writer.close() for side, writer in writers.items()}
     return Built(splits, domains if len(domains) > 1 else [], runs.documents - read, counts)
 

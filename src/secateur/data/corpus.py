@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from secateur import progress
-from secateur.data.build import HELDOUT, TRAIN, Order, hash_splits, is_heldout, text_bytes, write_splits
+from secateur.data.build import HELDOUT, TRAIN, Holdout, counted, hash_splits, is_heldout, write_splits
 from secateur.data.encode import Encoder
 from secateur.data.shards import TokenStore, smallest_dtype, write_manifest
 from secateur.data.sources import Source, open_source
@@ -70,7 +69,7 @@ def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
         Encoder(tokenizer, vocabulary, smallest_dtype(vocabulary), spec.seed),
         out,
         work / "runs",
-        order=_order(spec),
+        holdout=_holdout(spec),
         documents=spec.documents,
     )
     write_manifest(out, vocabulary, built.splits, domains=built.domains, provenance={"source": source.name})
@@ -93,15 +92,12 @@ def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
 
 def _learn(source: Source, spec: CorpusSpec) -> PreTrainedTokenizerFast:
     """The tokenizer that the distinct train documents give."""
-    total = spec.documents or source.size() or 0
-    with progress.task("train the tokenizer", total) as task:
+    with progress.task("train the tokenizer", spec.documents or source.size() or 0) as task:
 
         def texts() -> Iterator[str]:
             seen: set[bytes] = set()
             learned = False
-            for number, document in enumerate(islice(source.documents(), spec.documents), start=1):
-                amount = 1.0 if spec.documents else min(text_bytes(document), task.total - task.done)
-                task.advance(amount if total else 0.0, f"{number:,} documents")
+            for document in counted(source.documents(), task, spec.documents):
                 key = hashlib.sha256(document.text.encode()).digest()
                 if key[:16] in seen:
                     continue
@@ -110,10 +106,10 @@ def _learn(source: Source, spec: CorpusSpec) -> PreTrainedTokenizerFast:
                     learned = True
                     yield document.text
             if not learned:
-                raise _order(spec).empty(TRAIN, len(seen))
+                raise _holdout(spec).empty(TRAIN, len(seen))
 
         return train_tokenizer(texts(), spec.vocabulary)
 
 
-def _order(spec: CorpusSpec) -> Order:
-    return Order(spec.seed, spec.holdout, "corpus.holdout")
+def _holdout(spec: CorpusSpec) -> Holdout:
+    return Holdout(spec.holdout, "corpus.holdout")

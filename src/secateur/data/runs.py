@@ -62,14 +62,15 @@ class Runs:
         self._told = [read_json(path) for path in sorted(folder.glob("run-*/finished"))]
         self.documents = self._taken = sum(told["documents"] for told in self._told)
         self.complete = (folder / "complete.json").is_file()
+        self._tokens = sum(told["tokens"] for told in self._told)
         self._blocks: list[Block] = []
         self._bytes = 0
         self._names: dict[str, int] = {name: i for i, name in enumerate(self.domains)}
 
     @property
     def tokens(self) -> int:
-        """On disk, those of repeated documents included."""
-        return sum(told["tokens"] for told in self._told)
+        """Taken so far, those of repeated documents included."""
+        return self._tokens
 
     @property
     def domains(self) -> list[str]:
@@ -85,6 +86,7 @@ class Runs:
         rows = block.rows.copy()
         rows["place"] = self._taken + np.arange(len(rows))
         self._taken += len(rows)
+        self._tokens += len(block.ids)
         for name in block.domains:
             self._names.setdefault(name, len(self._names))
         if len(self._names) > _MOST_DOMAINS:

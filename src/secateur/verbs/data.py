@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from secateur.data.build import Built, Order, hash_splits, write_splits
+from secateur.data.build import Built, Holdout, hash_splits, write_splits
 from secateur.data.encode import Encoder
 from secateur.data.manifest import FORMAT, smallest_dtype, write_manifest
 from secateur.data.shards import SHARD_TOKENS, TokenStore
@@ -49,7 +49,7 @@ def data(arguments: Namespace) -> Answer:
             encoder,
             fresh,
             work,
-            order=Order(arguments.seed, arguments.holdout),
+            holdout=Holdout(arguments.holdout),
             documents=arguments.documents,
             workers=arguments.workers or default_jobs(),
             shard_tokens=asked["shard_tokens"],
