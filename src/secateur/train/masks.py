@@ -43,9 +43,7 @@ class Masks:
         """Zero the pruned weights' gradients, so that neither the clipping norm nor the moments know of them."""
         for _, parameter, kept in self._kept:
             if parameter.grad is not None:
-                local(parameter.grad).mul_(
-                    kept
-                )  # what is not finite stays so, and is found
+                local(parameter.grad).mul_(kept)  # what is not finite stays so, and is found
 
     @torch.no_grad()
     def check(self) -> None:
