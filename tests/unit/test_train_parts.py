@@ -177,7 +177,7 @@ def test_a_tracker_that_is_not_installed_is_named(name: str, tmp_path: Path, mon
     monkeypatch.setitem(__import__("sys").modules, name, None)
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=f"--track {name}: the package is missing; pip install {name}"):
-        open_trackers([name], tmp_path, "run")
+        open_trackers([name], tmp_path, "run", "1")
 
 
 def test_the_meter() -> None:

@@ -63,17 +63,17 @@ class Metrics:
             tracker.close()
 
 
-def open_trackers(names: Sequence[str], folder: Path, title: str) -> list[Tracker]:
-    """The trackers of these names; their files lie below ``folder``.
+def open_trackers(names: Sequence[str], folder: Path, title: str, identity: str) -> list[Tracker]:
+    """The trackers of these names; their files lie below ``folder``, and a run is the same one by its ``identity``.
 
     Raises:
         UserError: if one's package is not installed.
     """
-    return [TRACKERS[name](folder / name, title) for name in names]
+    return [TRACKERS[name](folder / name, title, identity) for name in names]
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path, title: str) -> None:
+    def __init__(self, folder: Path, title: str, identity: str) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -89,14 +89,13 @@ class _TensorBoard:
 
 
 class _WandB:
-    def __init__(self, folder: Path, title: str) -> None:
+    def __init__(self, folder: Path, title: str, identity: str) -> None:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError("--track wandb: the package is missing; pip install wandb") from None
-        folder.mkdir(parents=True, exist_ok=True)
         # A run that goes on after a kill is the same run there.
-        self._run = wandb.init(project="secateur", name=title, id=title, dir=str(folder), resume="allow")
+        self._run = wandb.init(project="secateur", name=title, id=identity, dir=str(folder.parent), resume="allow")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)

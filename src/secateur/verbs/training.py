@@ -33,7 +33,7 @@ from secateur.progress import clock, say
 from secateur.report.words import count, scientific
 from secateur.runtime import environment, pick_device, pick_dtype
 from secateur.shapes import Shape, train_flops
-from secateur.spec import identity, load_yaml, parse, parse_value
+from secateur.spec import fingerprint, identity, load_yaml, parse, parse_value
 from secateur.tensor_files import Stored
 from secateur.train.batches import Slice
 from secateur.train.init import fresh_weights, stored_weights
@@ -96,7 +96,8 @@ def train(arguments: Namespace) -> Answer:
     _announce(data, start, flops, execution, peak)
     directories = shared_directory(out, asked, "what to train, and how", resume=True, begun=FINISHED)
     with stop_on_signals() as stop, watched(device) as use, directories as (fresh, work):
-        trackers = open_trackers(arguments.track or (), work, out.name) if ranks.first() else ()
+        named = (out.name, fingerprint(asked)[:16])
+        trackers = open_trackers(arguments.track or (), work, *named) if ranks.first() else ()
         house = Housekeeping(
             folder=work / "checkpoints",
             label=f"train {out.name}",
