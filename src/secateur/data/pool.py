@@ -61,11 +61,17 @@ class _Workers:
         self.threads = ThreadPoolExecutor(count)
         for _ in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, encoder), daemon=True)
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
-            self.idle.put(ours)
+            self.threads.submit(self._equip, ours, encoder)
+
+    def _equip(self, pipe: Connection, encoder: Encoder) -> None:
+        """Hand over the encoder; as an argument of the process it would make each start wait for the one before."""
+        with contextlib.suppress(OSError):  # whoever asks next is told
+            pipe.send(encoder)
+        self.idle.put(pipe)
 
     def submit(self, batch: Sequence[Document]) -> Any:
         """A future of the batch's block."""
@@ -103,10 +109,11 @@ class _Workers:
                 self.idle.get_nowait().close()
 
 
-def _work(pipe: Connection, encoder: Encoder) -> None:
-    """Encode what comes through the pipe until it ends."""
+def _work(pipe: Connection) -> None:
+    """Encode what comes through the pipe until it ends; first comes the encoder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one tells
     with contextlib.suppress(EOFError, OSError):
+        encoder = pipe.recv()
         while True:
             batch = pipe.recv()
             try:
