@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import files, tiny_family, tiny_llama, windows
+from secateur.calibrate import evidence
 from secateur.calibrate.engine import BlockWalk
+from secateur.calibrate.evidence import Place
 from secateur.calibrate.journal import Journal, StateStore
+from secateur.calibrate.memory import heap_for
 from secateur.checkpoint import Checkpoint, write_checkpoint
 from secateur.cli import main
+from secateur.footprint import estimate
+from secateur.methods import get_method
 from secateur.shapes import Shape
+from secateur.target import Target
 from secateur.tensor_files import Stored, TensorFile, write_tensors
 
 METHODS = ["shortgpt", "minitron-depth", "shortened-llama", "minitron-width", "wanda-sp", "flap", "wanda", "sparsegpt"]
@@ -277,6 +286,58 @@ def test_a_checkpoint_is_pruned_in_a_fraction_of_its_size(method: str, large: Pa
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert Checkpoint(tmp_path / "out").shape.layers == (22 if method == "shortgpt" else 44)
+
+
+@pytest.mark.parametrize(("method", "masks"), [("shortgpt", 0), ("minitron-width", 0), ("magnitude", 2)])
+def test_the_room_on_disk_is_that_of_what_is_written(method: str, masks: int, large: Path) -> None:
+    checkpoint, found, target = Checkpoint(large), get_method(method), Target(ratio=0.5)
+    after = target.shape(checkpoint.shape, found, method)
+    needs = estimate(found, checkpoint.shape, 4, 64, 4, torch.float32, checkpoint.stored_bytes, [after])
+    assert needs.disk(on_disk=False) == pytest.approx(
+        2 * after.total + masks * checkpoint.shape.block_weights, rel=0.01
+    )
+
+
+@pytest.mark.parametrize("method", ["llm-pruner", "shortened-llama", "shortgpt", "wanda-sp"])
+def test_what_a_method_was_shown_of_a_block_is_gone_when_the_next_is_read(
+    method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[weakref.ref[Place]] = []
+    places, read = evidence._places, BlockWalk._read_block
+
+    def remembered(*arguments: Any) -> dict[str, list[Place]]:
+        found = places(*arguments)
+        shown.extend(weakref.ref(place) for several in found.values() for place in several)
+        return found
+
+    def looked(self: BlockWalk, index: int) -> dict[str, torch.Tensor]:
+        assert all(place() is None for place in shown)
+        return read(self, index)
+
+    monkeypatch.setattr(evidence, "_places", remembered)
+    monkeypatch.setattr(BlockWalk, "_read_block", looked)
+    assert prune(world, tmp_path / "out", method) == 0 and shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the heap is glibc's")
+def test_under_a_limit_activations_stay_out_of_the_heap() -> None:
+    """Whose holes a limit counts, so that a model of many layers would not fit where one of few does."""
+
+    def in_heap() -> bool:
+        with heap_for(2**22):
+            activation = torch.ones(2**19)
+        line = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        return first <= activation.data_ptr() < last
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if before[0] == resource.RLIM_INFINITY == resource.getrlimit(resource.RLIMIT_AS)[0]:
+        assert in_heap()
+    resource.setrlimit(resource.RLIMIT_DATA, (2**50, before[1]))
+    try:
+        assert not in_heap()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")

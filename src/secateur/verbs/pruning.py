@@ -25,6 +25,7 @@ from secateur.progress import clock, say
 from secateur.prune import Calibration, achieved, asked_words, make_plan, reads_text, task_of, write_pruned
 from secateur.report.words import points, share
 from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
+from secateur.shapes import Shape
 from secateur.spec import fingerprint
 from secateur.target import Target
 from secateur.verbs.answer import Answer
@@ -49,15 +50,14 @@ def prune(arguments: Namespace) -> Answer:
     device = pick_device(arguments.device)
     out = Path(arguments.out)
     checkpoint = Checkpoint(arguments.model)
-    for target in targets:
-        target.shape(checkpoint.shape, method, arguments.method)
+    outputs = [target.shape(checkpoint.shape, method, arguments.method) for target in targets]
     check_free(out)
     if out.resolve().is_relative_to(checkpoint.directory.resolve()):
         raise UserError(f"{out}: lies in the model's directory {arguments.model}; name one outside it")
     _check_tokenizer(checkpoint)
     calibration = _calibration(arguments, checkpoint, method)
     dtype = pick_dtype(arguments.dtype, device)
-    on_disk = _announce(arguments, checkpoint, method, calibration, len(targets), device, dtype)
+    on_disk = _announce(arguments, checkpoint, method, calibration, outputs, device, dtype)
     asked = {
         "model": checkpoint.digest,
         "method": arguments.method,
@@ -137,7 +137,7 @@ def _announce(
     checkpoint: Checkpoint,
     method: Method,
     calibration: Calibration | None,
-    outputs: int,
+    outputs: Sequence[Shape],
     device: str,
     dtype: torch.dtype,
 ) -> bool:
