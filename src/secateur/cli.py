@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -238,10 +239,11 @@ def _prune(verbs: Any) -> None:
     )
     prune.add_argument(
         "--states",
-        choices=("auto", "ram", "disk"),
+        choices=("auto", "device", "ram", "disk"),
         default="auto",
-        help="where hidden states between blocks lie (auto: on disk where memory is short); on disk, a resumed run "
-        "need not run finished blocks again",
+        help="where hidden states between blocks lie: on the device that computes them, which saves copies; in memory; "
+        "or on disk, where a resumed run need not run finished blocks again (auto: on a GPU if it then needs at most "
+        "8 GB and half of what is free there; else in memory, or on disk where that is short)",
     )
     prune.add_argument("--resume", action="store_true", help="go on with a run that was killed, at its last block")
 
@@ -316,6 +318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _out_of_memory(error):
             return ranks.end(1, f"secateur: error: out of memory; {manual.MEMORY} ({_first_line(error)})")
+        if _disk_full(error):
+            return ranks.end(
+                1, f"secateur: error: the disk is full; make room, then run the same again ({_first_line(error)})"
+            )
         if ranks.world() == 1:
             raise
         return ranks.end(1, traceback.format_exc())
@@ -325,6 +331,12 @@ def _out_of_memory(error: Exception) -> bool:
     """Whether the system or a GPU had no more memory to give; torch has a type of its own for the latter alone."""
     told = ("can't allocate memory", "out of memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
+
+
+def _disk_full(error: Exception) -> bool:
+    """Whether a file could not be written to its end; numpy raises an error without a number then."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and (error.errno in full or "requested and" in str(error))
 
 
 def _first_line(error: Exception) -> str:

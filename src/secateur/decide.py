@@ -24,12 +24,41 @@ from secateur.select import Selector, keep_channels, keep_globally, lowest
 from secateur.shapes import Shape
 from secateur.target import Target
 
-__all__ = ["decide_layers", "decide_runs", "decide_weights", "decide_width"]
+__all__ = ["decide"]
 
 Decision = dict[str, Any]  #: fields of a plan
 
 
-def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None, batch: int | None) -> Decision:
+def decide(
+    method: LayerMethod | RemovalMethod | WidthMethod | WeightMethod,
+    walk: BlockWalk,
+    target: Target,
+    after: Shape,
+    task: Task | None,
+    batch: int | None,
+) -> Decision:
+    """Score, and select what to keep.
+
+    Args:
+        method: how.
+        walk: over the blocks.
+        target: how much to remove, and of what.
+        after: the shape that this comes to.
+        task: what removals are measured by; None for the loss.
+        batch: examples of the task at once.
+    """
+    if isinstance(method, RemovalMethod):
+        return _decide_runs(method, walk, after, task, batch)
+    if isinstance(method, LayerMethod):
+        return _decide_layers(method, walk, after)
+    if isinstance(method, WidthMethod):
+        return _decide_width(method, walk, target, after)
+    return _decide_weights(method, walk, target)
+
+
+def _decide_runs(
+    method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None, batch: int | None
+) -> Decision:
     """Try each candidate's removal; take out the run, or the layers, that the model misses least."""
     layers = walk.checkpoint.shape.layers
     gone = layers - after.layers
@@ -54,7 +83,7 @@ def decide_runs(method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task
     return {"keep_layers": kept, "scores": {"layers": scores}, "summary": summary}
 
 
-def decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decision:
+def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decision:
     """Score the layers one by one; take out those of the lowest scores."""
     layers = walk.checkpoint.shape.layers
     for block, places in evidence(walk, method.needs, ("layer",)):
@@ -92,7 +121,7 @@ def _removed_layers(layers: int, kept: Tensor) -> str:
     return f"layers {named} of 0-{layers - 1} removed"
 
 
-def decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: Shape) -> Decision:
+def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: Shape) -> Decision:
     """Score the units of each space; keep as many in every layer, or let layers compete."""
     spaces = target.spaces(method)
     layered = [space for space in spaces if space != "hidden"]
@@ -254,7 +283,7 @@ def _compensate(
     return biases, refused
 
 
-def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Decision:
+def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Decision:
     """Prune block after block, each seeing what the pruned ones before it put out."""
     family = walk.family
     select = Selector(target.sparsity, method.compare, target.pattern.of if target.pattern else None)
@@ -306,9 +335,9 @@ def _prune_block(
             if not is_finite(weight):
                 raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
             if method.updates:  # as it will be stored, so that the next block sees what is written
-                weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name)).cpu()
+                weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name))
             block.set_weight(linear, weight)
-            found[f"mask.{name}"] = keep.cpu()
-            found[f"zeros.{name}"] = (keep.numel() - keep.count_nonzero()).cpu()  # a sum of bool copies it to int64
+            found[f"mask.{name}"] = keep
+            found[f"zeros.{name}"] = keep.numel() - keep.count_nonzero()  # a sum of bool copies it to int64
         del shared
     return found

@@ -17,7 +17,7 @@ from secateur.calibrate.stats import GradientStatistic, Gram
 from secateur.methods import Method, RemovalMethod, WeightMethod
 from secateur.shapes import Shape
 
-__all__ = ["Estimate", "Use", "estimate", "free_memory", "size", "watched"]
+__all__ = ["Estimate", "Use", "estimate", "free_device_memory", "free_memory", "size", "watched"]
 
 _STATUS = Path("/proc/self/status")
 
@@ -28,17 +28,22 @@ class Estimate:
 
     block: int  #: one block's weights, statistics and activations, where it is computed
     coming: int  #: the next block's weights, which a GPU gets meanwhile
-    states: int  #: the states between blocks, in memory or on disk
-    kept: int  #: what is found block by block, on disk until the output is written
+    leaving: int  #: what is found in one block, which leaves a GPU meanwhile
+    states: int  #: the states between blocks
+    kept: int  #: what is found in all blocks, for all outputs, on disk until they are written
     output: int  #: the checkpoint to be written, on disk
 
-    def host(self, device: str, *, on_disk: bool) -> int:
-        """Memory on the host."""
-        return (self.block if device == "cpu" else 0) + (0 if on_disk else self.states)
+    def host(self, device: str, states: str) -> int:
+        """Memory on the host, where states lie in ``ram``, on the ``device`` or on ``disk``."""
+        return (self.block if device == "cpu" else self.leaving) + (self.states if states == "ram" else 0)
 
-    def disk(self, *, on_disk: bool, processes: int = 1) -> int:
+    def device(self, states: str) -> int:
+        """Memory on a GPU."""
+        return self.block + self.coming + self.leaving + (self.states if states == "device" else 0)
+
+    def disk(self, states: str, processes: int = 1) -> int:
         """Room for files, of all processes together."""
-        return self.kept + self.output + (processes * self.states if on_disk else 0)
+        return self.kept + self.output + (processes * self.states if states == "disk" else 0)
 
 
 def estimate(
@@ -84,9 +89,10 @@ def estimate(
         states = max(min(states * (shape.layers + 1), GROUP_BYTES), states // max(windows // max(batch, 1), 1))
     kept, output = 0, sum(round(stored * after.total / shape.total) for after in outputs)
     if isinstance(method, WeightMethod):  # masks are in the journal and in the plan, a byte for each weight
-        kept = shape.block_weights * (1 + (2 if method.updates else 0)) * len(outputs)
+        kept = shape.block_weights * (1 + (2 if method.updates else 0))
         output += shape.block_weights * len(outputs)
-    return Estimate(block, weights * dtype.itemsize, states, kept, output)
+    leaving = kept // shape.layers
+    return Estimate(block, weights * dtype.itemsize, leaving, states, kept * len(outputs), output)
 
 
 def _outer(shape: Shape, kinds: int) -> int:
@@ -145,6 +151,11 @@ def _anonymous() -> int | None:
 def free_memory() -> int | None:
     """Bytes that the system could give; None where it does not tell."""
     return _field(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def free_device_memory(device: str) -> int:
+    """Bytes that a GPU could give."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _field(path: Path, key: str) -> int | None:

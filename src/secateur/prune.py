@@ -15,10 +15,10 @@ from secateur.calibrate.journal import Workspace
 from secateur.calibrate.stats import GradientStatistic
 from secateur.checkpoint import Checkpoint, model_card, write_checkpoint
 from secateur.data.tokenizer import token_hash
-from secateur.decide import decide_layers, decide_runs, decide_weights, decide_width
+from secateur.decide import decide
 from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
-from secateur.methods import LayerMethod, Method, RemovalMethod, WeightMethod, WidthMethod, get_method
+from secateur.methods import Method, RemovalMethod, WeightMethod, WidthMethod, get_method
 from secateur.plan import Plan
 from secateur.runtime import pick_batch
 from secateur.shapes import Shape
@@ -147,14 +147,8 @@ def make_plan(
     )
     if found.draws:
         walk.journal.finished = 0  # what is drawn first belongs to the first block
-    if isinstance(found, RemovalMethod):
-        decided = decide_runs(found, walk, after, task, batch)
-    elif isinstance(found, LayerMethod):
-        decided = decide_layers(found, walk, after)
-    elif isinstance(found, WidthMethod):
-        decided = decide_width(found, walk, target, after)
-    else:
-        decided = decide_weights(found, walk, target)
+    with walk.journal.behind(device):
+        decided = decide(found, walk, target, after, task, batch)
     walk.journal.close()
     record: dict[str, Any] = calibration.record() if windows is not None and calibration else {"source": None}
     if windows is not None and dtype != torch.float32:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from secateur import ranks
 from secateur.calibrate.head import Head
 from secateur.calibrate.journal import Journal, StateStore
 from secateur.calibrate.memory import heap_for, map_tensors, release_memory
+from secateur.calibrate.observer import Observer, SeenAll
 from secateur.calibrate.stats import StateStatistic, Statistic, join
 from secateur.calibrate.weights import ahead, in_turn
 from secateur.checkpoint import Checkpoint, is_finite, skeleton
@@ -170,9 +170,12 @@ class BlockWalk:
                 if runs and replay is None:
                     states = left
             if runs and (again or replay) and block.index + 1 < len(self.layers):
-                states = block.run(states, key=block.index + 1, consume=True)
+                # No name for what a resumed run must not go on with: it is beyond a block that was finished before.
+                states = block.run(states, key=None if again else block.index + 1, consume=True)
             if not again:
                 self.journal.finish(block.index)
+                if self.store.directory:  # the next block writes over the states that an older note asks for
+                    self.journal.settle()
 
     def show(self, step: int, shown: _Shown) -> Iterator[_Shown]:
         """Yield to the first process what is to be decided on; the others take up what it then put into the journal."""
@@ -334,7 +337,7 @@ class Block:
             for name, statistics in gathered.items():
                 site = family.sites[name]
                 module = self.module.get_submodule(site.module)
-                see = _Observer(name, statistics, pending if not (keep or watch) else None)
+                see = Observer(name, statistics, pending if not (keep or watch) else None)
                 hook = (
                     module.register_forward_hook(see.output)
                     if site.output
@@ -347,7 +350,7 @@ class Block:
                 hooks.enter_context(heap_for(self._activation(states)))
                 for batch in states:
                     pending.update(wanted)
-                    with contextlib.suppress(_SeenAll):
+                    with contextlib.suppress(SeenAll):
                         self.forward(batch)
         join([*itertools.chain(*gathered.values()), *watch], self.walk.device)
         found: dict[str, dict[type, Tensor]] = {}
@@ -372,36 +375,3 @@ class Block:
     def set_weight(self, linear: str, weight: Tensor) -> None:
         """Replace a linear's weight for the rest of this block's life."""
         self.module.get_parameter(linear).data = weight.to(self.walk.device, self.walk.dtype)
-
-
-class _SeenAll(Exception):
-    """All that is wanted of a batch has been seen; what the block does next is not needed."""
-
-
-@dataclass
-class _Observer:
-    """Shows a site's activations to its statistics.
-
-    Args:
-        site: its name.
-        statistics: of its activations.
-        pending: sites of this batch that have not been seen yet; None where the block runs to its end.
-    """
-
-    site: str
-    statistics: Sequence[Statistic]
-    pending: set[str] | None
-
-    def input(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._see(arguments[0])
-
-    def output(self, _module: nn.Module, _arguments: tuple[Tensor, ...], result: Tensor) -> None:
-        self._see(result)
-
-    def _see(self, values: Tensor) -> None:
-        for statistic in self.statistics:
-            statistic.update(values)
-        if self.pending is not None:
-            self.pending.discard(self.site)
-            if not self.pending:
-                raise _SeenAll

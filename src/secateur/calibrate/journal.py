@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from secateur import ranks
+from secateur.calibrate.behind import Behind, pays
 from secateur.files import write_text
 from secateur.progress import say
 from secateur.tensor_files import Stored, TensorFile, write_tensors
@@ -34,7 +38,8 @@ class Journal(Mapping[str, Tensor]):
         self.directory = directory
         self.finished = 0  #: steps that need not be done again
         self.complete = False  #: whether the walk came to its end
-        self._held: dict[str, Tensor | TensorFile] = {}
+        self._held: dict[str, Tensor | TensorFile | Future[TensorFile]] = {}
+        self._behind: Behind | None = None
         if directory is None:
             return
         if ranks.first():
@@ -57,16 +62,46 @@ class Journal(Mapping[str, Tensor]):
         for path in every if self.complete else map(self._file, range(self.finished)):
             self._index(path)
 
-    def put(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what was found in a step."""
-        if self.directory is None:
-            self._held |= tensors
+    @contextlib.contextmanager
+    def behind(self, device: str) -> Iterator[None]:
+        """Let a thread write what is put in, behind what is computed on the device, where that pays.
+
+        When the block ends all is on disk. What goes wrong in the thread is raised when the next step is put in, when
+        what it should have written is asked for, or at the end.
+        """
+        if self.directory is None or not pays(device):
+            yield
             return
+        self._behind = Behind(device)
+        try:
+            yield
+            self.settle()
+        finally:  # the thread is at rest before anyone tidies up
+            self._behind.close()
+            self._behind = None
+
+    def settle(self) -> None:
+        """Wait until all that was put in or noted is on disk."""
+        if self._behind:
+            self._behind.settle()
+
+    def put(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what was found in a step; no one may change it any more."""
+        if self.directory is None:
+            self._held |= {name: tensor.cpu() for name, tensor in tensors.items()}
+        elif self._behind is None:
+            self._held |= dict.fromkeys(tensors, self._write(step, tensors))
+        else:
+            self.settle()  # so that at most one step waits, and the memory that it takes is bounded
+            sent = self._behind.sent(tensors)
+            self._held |= dict.fromkeys(tensors, self._behind.do(lambda: self._write(step, sent())))
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor]) -> TensorFile:
         path = self._file(step)
         fresh = path.with_suffix(".new")
         write_tensors(fresh, [Stored.of(name, tensor) for name, tensor in tensors.items()])
         fresh.replace(path)
-        self._index(path)
+        return TensorFile(path)
 
     def take_up(self, step: int) -> None:
         """Find here what the first process has put in, after it has."""
@@ -77,10 +112,12 @@ class Journal(Mapping[str, Tensor]):
         ranks.wait()
         self.finished = step + 1
         if self.directory is not None and ranks.first():
-            write_text(self.directory / "finished", str(self.finished))
+            note = partial(write_text, self.directory / "finished", str(self.finished))
+            self._behind.do(note) if self._behind else note()
 
     def close(self) -> None:
         """Note that the walk came to its end: what was found serves whoever asks for it again."""
+        self.settle()
         self.complete = True
         if self.directory is not None and ranks.first():
             write_text(self.directory / "complete", "")
@@ -99,6 +136,7 @@ class Journal(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         held = self._held[name]
+        held = held.result() if isinstance(held, Future) else held
         return held if isinstance(held, Tensor) else held.tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -113,10 +151,10 @@ class Workspace:
 
     Args:
         directory: of the journals; None for memory. What is there already is taken up.
-        states: directory of the states between blocks; None for memory.
+        states: where the states between blocks lie: ``ram``, ``disk``, which needs a directory, or ``device``.
     """
 
-    def __init__(self, directory: Path | None = None, states: Path | None = None) -> None:
+    def __init__(self, directory: Path | None = None, states: str = "ram") -> None:
         self.directory, self.states = directory, states
         self._journals: dict[str, Journal] = {}
 
@@ -128,7 +166,12 @@ class Workspace:
 
     def store(self, key: str) -> StateStore:
         """Where the states of the walk under this key are held."""
-        return StateStore(self.states / key / str(ranks.rank()) if self.states else None)
+        files = self.directory / "states" / key / str(ranks.rank()) if self.directory else None
+        if self.states == "disk":
+            return StateStore(files)
+        if files:
+            shutil.rmtree(files, ignore_errors=True)  # the walk goes on without them, and a later one must not
+        return StateStore(on_device=self.states == "device")
 
 
 class _Below(Mapping[str, Tensor]):
@@ -149,23 +192,24 @@ class _Below(Mapping[str, Tensor]):
 
 
 class StateStore:
-    """Holds hidden states on the host: in memory, or in files that are mapped into it.
+    """Holds hidden states: in the host's memory, in files that are mapped into it, or where they were computed.
 
     Mapped files are no anonymous memory: the system may drop them from memory whenever it needs room.
 
     Args:
         directory: of the files; None for memory.
+        on_device: whether they stay where they were computed, which saves copies.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path | None = None, *, on_device: bool = False) -> None:
+        self.directory, self.on_device = directory, on_device
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
 
     def hold(self, states: Tensor, name: str | None = None) -> Tensor:
         """Keep a batch of states; a named file stays for :meth:`find`, one without a name goes with its tensor."""
         if self.directory is None:
-            return states.cpu()
+            return states if self.on_device else states.cpu()
         path = self.directory / (name or uuid.uuid4().hex)
         held = self._map(path, states.shape, states.dtype)
         held.copy_(states)

@@ -18,7 +18,7 @@ from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
 from secateur.files import check_free, partial_directories, resumable_directory
-from secateur.footprint import Use, estimate, free_memory, size, watched
+from secateur.footprint import Estimate, Use, estimate, free_device_memory, free_memory, size, watched
 from secateur.methods import Method, get_method
 from secateur.plan import Plan
 from secateur.progress import clock, say
@@ -48,6 +48,8 @@ def prune(arguments: Namespace) -> Answer:
             "stdlib, text:PATH, hf:NAME[:config] or tokens:FILE.npy"
         )
     device = pick_device(arguments.device)
+    if arguments.states == "device" and device == "cpu":
+        raise UserError("--states device: blocks are computed on the CPU here; its memory is --states ram")
     out = Path(arguments.out)
     checkpoint = Checkpoint(arguments.model)
     outputs = [target.shape(checkpoint.shape, method, arguments.method) for target in targets]
@@ -57,7 +59,7 @@ def prune(arguments: Namespace) -> Answer:
     _check_tokenizer(checkpoint)
     calibration = _calibration(arguments, checkpoint, method)
     dtype = pick_dtype(arguments.dtype, device)
-    on_disk = _announce(arguments, checkpoint, method, calibration, outputs, device, dtype)
+    states = _announce(arguments, checkpoint, method, calibration, outputs, device, dtype)
     asked = {
         "model": checkpoint.digest,
         "method": arguments.method,
@@ -71,7 +73,7 @@ def prune(arguments: Namespace) -> Answer:
         "versions": environment(),
     }
     with watched(device) as use, _directories(out, asked, arguments.resume) as (fresh, work):
-        workspace = Workspace(work, work / "states" if on_disk else None)
+        workspace = Workspace(work, states)
         done: list[tuple[Path, Plan, dict[str, Any]]] = []
         for target in targets:
             plan = make_plan(
@@ -140,8 +142,8 @@ def _announce(
     outputs: Sequence[Shape],
     device: str,
     dtype: torch.dtype,
-) -> bool:
-    """Say what the run will need; decide whether states go to disk.
+) -> str:
+    """Say what the run will need; decide where states lie: ``device``, ``ram`` or ``disk``.
 
     Raises:
         UserError: if the disk has not that much room.
@@ -157,25 +159,34 @@ def _announce(
         checkpoint.stored_bytes,
         outputs,
     )
-    free, here = free_memory(), ranks.local()[1]
-    on_disk = arguments.states == "disk"
-    if arguments.states == "auto" and free is not None:
-        on_disk = here * needs.host(device, on_disk=False) > 0.6 * free
+    where = _place_of_states(needs, device) if arguments.states == "auto" else arguments.states
     parent = next(folder for folder in Path(arguments.out).absolute().parents if folder.exists())
-    room, disk = shutil.disk_usage(parent).free, needs.disk(on_disk=on_disk, processes=ranks.world())
-    said = [f"{size(needs.host(device, on_disk=on_disk))} of memory above the program's own"]
+    room, disk = shutil.disk_usage(parent).free, needs.disk(where, ranks.world())
+    said = [f"{size(needs.host(device, where))} of memory above the program's own"]
     if ranks.world() > 1:
         said[0] += f" in each of {ranks.world()} processes"
     if device != "cpu":
-        said.append(f"{size(needs.block + needs.coming)} on the device")
+        said.append(f"{size(needs.device(where))} on the device")
     said.append(f"{size(disk)} of disk (free: {size(room)})")
-    states = f"; states ({size(needs.states)}) {'on disk' if on_disk else 'in memory'}" if windows else ""
+    states = f"; states ({size(needs.states)}) {_PLACES[where]}" if windows else ""
     say(f"estimate: {', '.join(said)}{states}; the time shows after the first block")
     if disk > room:
         raise UserError(
             f"{arguments.out}: needs about {size(disk)} of disk, and {size(room)} are free; write elsewhere"
         )
-    return on_disk
+    return where
+
+
+_PLACES = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
+_SMALL = 8e9  #: bytes on a GPU; 128 windows of 2048 tokens are 2.1 GB of states of a model with 8B parameters
+
+
+def _place_of_states(needs: Estimate, device: str) -> str:
+    """On a GPU, where they are computed, if all stays small there; else in memory, or on disk where that is short."""
+    if device.startswith("cuda") and needs.device("device") <= min(free_device_memory(device) / 2, _SMALL):
+        return "device"
+    free, here = free_memory(), ranks.local()[1]
+    return "disk" if free is not None and here * needs.host(device, "ram") > 0.6 * free else "ram"
 
 
 def _options(pairs: Sequence[str]) -> dict[str, str]:
