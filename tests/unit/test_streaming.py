@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from secateur.calibrate.engine import BlockWalk
 from secateur.calibrate.evidence import Place
 from secateur.calibrate.journal import Journal, StateStore
 from secateur.calibrate.memory import heap_for
+from secateur.calibrate.sums import SIZE, checksum
 from secateur.checkpoint import Checkpoint, write_checkpoint
 from secateur.cli import main
 from secateur.footprint import estimate
@@ -100,6 +102,69 @@ def test_a_damaged_journal_begins_anew(tmp_path: Path, capsys: pytest.CaptureFix
         assert (again.finished, again.complete, len(again)) == (0, False, 0)
         assert "damaged" in capsys.readouterr().err
         assert Journal(tmp_path).finished == 0 and "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("marker", ["-1", "9", "", "x"])
+def test_a_note_that_cannot_be_begins_anew(marker: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    journal.put(0, {"mask": torch.ones(2)})
+    journal.finish(0)
+    (tmp_path / "finished").write_text(marker)
+    again = Journal(tmp_path)
+    assert (again.finished, len(again)) == (0, 0) and "begun anew" in capsys.readouterr().err
+
+
+def test_a_checksum_knows_any_change() -> None:
+    for count in (0, 5, 2**20, 2**20 + 3, 3 * 2**20 + 8):
+        data = torch.randint(0, 256, (count,), dtype=torch.uint8)
+        known = checksum(data)
+        assert len(known) == SIZE and checksum(data.clone()) == known != checksum(torch.cat([data, data[:1] * 0]))
+        for at in {0, count // 2, count - 1} if count else ():
+            data[at] ^= 16
+            assert checksum(data) != known
+            data[at] ^= 16
+        if count:
+            assert checksum(data[:-1].clone()) != known
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "states truncated": ("states/*/0/0-*", lambda path: path.write_bytes(path.read_bytes()[:-40])),
+    "states empty": ("states/*/0/0-*", lambda path: path.write_bytes(b"")),
+    "states flipped": ("states/*/0/0-*", lambda path: flip(path, 100)),
+    "states of others": ("states/*/0/0-*", lambda path: path.write_bytes(os.urandom(path.stat().st_size))),
+    "step flipped": ("*/step-00001.safetensors", lambda path: flip(path, -3)),
+    "step of others": ("*/step-00001.safetensors", lambda path: shutil.copy(path.with_stem("step-00000"), path)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_does_not_go_on_with_what_is_damaged(
+    damage: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert prune(world, tmp_path / "whole", "wanda") == 0
+    finish = Journal.finish
+
+    def killed(self: Journal, step: int) -> None:
+        finish(self, step)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", killed)
+        assert prune(world, tmp_path / "out", "wanda", "--states", "disk") == 130
+    pattern, damaging = DAMAGE[damage]
+    damaging(next((tmp_path / "out.partial" / "work").glob(pattern)))
+    capsys.readouterr()
+    assert prune(world, tmp_path / "out", "wanda", "--states", "disk", "--resume") == 0
+    said = "run once more" if damage.startswith("states") else "begun anew"
+    assert said in capsys.readouterr().err
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
 def test_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
