@@ -317,7 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ranks.end(130, "\nsecateur: interrupted; run the same command again to go on")
     except Exception as error:
         if _out_of_memory(error):
-            return ranks.end(1, f"secateur: error: out of memory; {manual.MEMORY} ({_first_line(error)})")
+            offer = manual.memory(argv or sys.argv[1:])
+            return ranks.end(1, f"secateur: error: out of memory; {offer} ({_first_line(error)})")
         if _disk_full(error):
             return ranks.end(
                 1, f"secateur: error: the disk is full; make room, then run the same again ({_first_line(error)})"

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from secateur.errors import UserError
 from secateur.plugins import announced
 
-__all__ = ["EPILOG", "MEMORY", "METHODS", "SHAPES", "SOURCES", "prune"]
+__all__ = ["EPILOG", "METHODS", "SHAPES", "SOURCES", "memory", "prune"]
 
-MEMORY = "lower --batch or --windows; prune also takes --states disk and --dtype bfloat16"
+
+def memory(given: Sequence[str]) -> str:
+    """What is offered to someone who ran out of memory with these arguments: nothing that they have taken already."""
+    said = f"{' '.join(given)} ".replace("=", " ")
+    lower = [option for option in ("--batch", "--windows") if f"{option} 1 " not in said]
+    if " tokens:" in said:  # all its windows are used
+        lower = [option for option in lower if option != "--windows"]
+    more = [option for option in ("--states disk", "--dtype bfloat16") if given[0] == "prune" and option not in said]
+    offers = [f"{verb} {' or '.join(options)}" for verb, options in (("lower", lower), ("take", more)) if options]
+    return ", or ".join(offers) or "take a machine with more"
+
 
 EPILOG = """\
 examples:
@@ -90,7 +102,9 @@ def prune() -> str:
 methods, by what they remove (packages may bring more):
 {_methods()}{_of_packages()}
 
-Of these, magnitude and the random ones, the controls, read no calibration text.
+Of these, magnitude and the random ones, the controls, read no calibration text. Several ratios take about as long as
+one, except with wanda, sparsegpt, wanda-sp and minitron-depth: their scores follow from what was cut before, or from
+how much is to go, so that each ratio takes as long as alone.
 
 examples:
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE

@@ -27,6 +27,6 @@ def checksum(data: Tensor) -> bytes:
     whole = len(flat) // (8 * _PIECE) * (8 * _PIECE)
     sums = flat[:whole].view(torch.int64).reshape(-1, _PIECE).sum(dim=1)
     found = hashlib.sha256(len(flat).to_bytes(8, "little"))
-    found.update(sums.numpy())
-    found.update(flat[whole:].numpy())
+    found.update(sums.numpy().tobytes())
+    found.update(flat[whole:].numpy().tobytes())
     return found.digest()

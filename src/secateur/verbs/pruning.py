@@ -97,12 +97,27 @@ def prune(arguments: Namespace) -> Answer:
     return _answer(arguments, done, use) if ranks.first() else ({}, "", 0)
 
 
+#: what an unfinished run was asked for, as the command line has it
+_WORDS = {
+    "model": "another MODEL",
+    "method": "--method",
+    "options": "--option",
+    "targets": "--ratio, --shape, --pattern or what goes with them",
+    "calibration": "--calibration, --windows or --seqlen",
+    "batch": "--batch",
+    "device": "--device",
+    "dtype": "--dtype",
+    "processes": "another number of processes",
+    "versions": "other versions of Python's packages",
+}
+
+
 @contextlib.contextmanager
 def _directories(out: Path, asked: dict[str, Any], resume: bool) -> Iterator[tuple[Path, Path]]:
     """Those of :func:`resumable_directory`, made and put in place by the first process; the others read in them."""
     ranks.same("what to prune, and how", fingerprint(asked))
     theirs = contextlib.nullcontext(partial_directories(out))
-    with resumable_directory(out, asked, resume=resume) if ranks.first() else theirs as found:
+    with resumable_directory(out, asked, resume=resume, words=_WORDS) if ranks.first() else theirs as found:
         ranks.wait()  # until they are there
         yield found
         ranks.wait()  # until none reads in them any more
@@ -215,15 +230,22 @@ def _task(arguments: Namespace, method: Method) -> Task | None:
 
 
 def _calibration(arguments: Namespace, checkpoint: Checkpoint, method: Method) -> Calibration | None:
-    """What to score on; None where the method reads no text, which is said aloud if some was given."""
+    """What to score on; None where the method reads no text, which is said aloud if any was given."""
     source = arguments.calibration
     if reads_text(method):
         return calibration_of(
             checkpoint, source, field=arguments.field, windows=arguments.windows, seqlen=arguments.seqlen
         )
+    reason = f"{arguments.method} " + (f"goes by the task {task_of(method)}" if task_of(method) else "looks at no text")
     if source is not None:
-        reason = f"goes by the task {task_of(method)}" if task_of(method) else "looks at no text"
-        say(f"--calibration {source}: is not read, since {arguments.method} {reason}")
+        say(f"--calibration {source}: is not read, since {reason}")
+    given = {"--states": arguments.states != "auto", "--dtype": arguments.dtype != "auto"}
+    if not task_of(method):
+        given["--batch"] = arguments.batch
+    if source is None:  # else they go with it
+        given |= {"--windows": arguments.windows, "--seqlen": arguments.seqlen, "--field": arguments.field}
+    if unused := [option for option, is_given in given.items() if is_given]:
+        say(f"{', '.join(unused)}: without effect, since {reason}")
     return None
 
 
