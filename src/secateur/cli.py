@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ranks.end(130, "\nsecateur: interrupted; run the same command again to go on")
     except Exception as error:
         if _out_of_memory(error):
-            hint = manual.memory(_verb_of(argv))
-            return ranks.end(1, f"secateur: error: out of memory; {hint} ({_first_line(error)})")
+            offer = manual.memory(argv or sys.argv[1:])
+            return ranks.end(1, f"secateur: error: out of memory; {offer} ({_first_line(error)})")
         if _disk_full(error):
             return ranks.end(
                 1, f"secateur: error: the disk is full; make room, then run the same again ({_first_line(error)})"
@@ -55,10 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks.world() == 1:
             raise
         return ranks.end(1, traceback.format_exc())
-
-
-def _verb_of(argv: Sequence[str] | None) -> str:
-    return next(iter(sys.argv[1:] if argv is None else argv), "")
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur import ranks
 from secateur.calibrate.engine import Block, BlockWalk
-from secateur.calibrate.evidence import evidence
+from secateur.calibrate.evidence import Place, evidence
 from secateur.calibrate.removals import removal_losses
 from secateur.calibrate.stats import Mean
 from secateur.checkpoint import is_finite
@@ -89,6 +89,7 @@ def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decisi
     for block, places in evidence(walk, method.needs, ("layer",)):
         assert block is not None
         walk.journal.put(block.index, {f"score.{block.index}": method.score(places["layer"][0]).cpu()})
+        del places
     scores = torch.stack([walk.journal[f"score.{layer}"] for layer in range(layers)])
     _check_finite(walk, {"layers": scores[scores != torch.inf]})  # infinity spares a layer
     scored, gone = torch.isfinite(scores), layers - after.layers
@@ -139,16 +140,8 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
 
     for block, places in evidence(walk, method.needs, spaces, replay=cut if cutting else None):
         step = len(walk.layers) if block is None else block.index
-        found: dict[str, Tensor] = {}
-        for place in places.get("hidden", ()):
-            score = method.score(place).cpu()
-            found[f"hidden.{step}"] = found[f"hidden.{step}"] + score if f"hidden.{step}" in found else score
-        for space in layered if block is not None else ():
-            place = places[space][0]
-            found[f"score.{space}.{step}"] = method.score(place).cpu()
-            if Mean in place.stats:
-                found[f"mean.{space}.{step}"] = place.stats[Mean].cpu()
-        walk.journal.put(step, found)
+        walk.journal.put(step, _score_units(method, places, layered if block is not None else (), step))
+        del places
         if cutting:
             assert block is not None
             cut(block)
@@ -163,6 +156,22 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
         after = _padded(walk.checkpoint.shape, kept)
         after = after.switched_on(method.switches(after, spaces))
     return _width_decision(method, walk, scores, kept, means, after)
+
+
+def _score_units(
+    method: WidthMethod, places: Mapping[str, Sequence[Place]], layered: Sequence[str], step: int
+) -> dict[str, Tensor]:
+    """What one block says of the units of each space, by the names that the journal has for it."""
+    found: dict[str, Tensor] = {}
+    for place in places.get("hidden", ()):
+        score = method.score(place).cpu()
+        found[f"hidden.{step}"] = found[f"hidden.{step}"] + score if f"hidden.{step}" in found else score
+    for space in layered:
+        place = places[space][0]
+        found[f"score.{space}.{step}"] = method.score(place).cpu()
+        if Mean in place.stats:
+            found[f"mean.{space}.{step}"] = place.stats[Mean].cpu()
+    return found
 
 
 def _by_layer(item: tuple[str, Tensor]) -> tuple[int, str]:

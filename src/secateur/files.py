@@ -9,11 +9,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import UserError
+from secateur.progress import say
 
 __all__ = [
     "BLOCKS",
@@ -122,12 +123,24 @@ def partial_directories(out: Path) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def resumable_directory(
-    out: Path, asked: dict[str, Any], *, resume: bool, begun: str = BLOCKS
+    out: Path,
+    asked: dict[str, Any],
+    *,
+    resume: bool | None,
+    begun: str = BLOCKS,
+    words: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Path, Path]]:
     """Make and yield :func:`partial_directories`; the first becomes ``out`` if the block succeeds.
 
     What is bad input leaves nothing behind. A run that was interrupted or killed after a step (a file ``begun`` below
     ``work`` tells) leaves its work, and one with the same ``asked`` and ``resume`` finds it as it was.
+
+    Args:
+        out: what is to be written.
+        asked: what it is to be made of, and how.
+        resume: whether to go on with an unfinished run; None to do so where there is one.
+        begun: files below ``work`` by which an unfinished run is known.
+        words: what a key of ``asked`` is called before people.
 
     Raises:
         UserError: if ``out`` exists; an unfinished run is there and is not to be resumed, or asked for something else;
@@ -149,7 +162,7 @@ def resumable_directory(
             raise UserError(
                 f"{partial}: another process is writing it; wait for it, or name another directory"
             ) from None
-        _take_up(partial, asked, resume, begun)
+        _take_up(partial, asked, resume, begun, words or {})
         shutil.rmtree(fresh, ignore_errors=True)
         work.mkdir(exist_ok=True)
         fresh.mkdir()
@@ -163,22 +176,34 @@ def resumable_directory(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _take_up(partial: Path, asked: dict[str, Any], resume: bool, begun: str) -> None:
+def _take_up(partial: Path, asked: dict[str, Any], resume: bool | None, begun: str, words: Mapping[str, str]) -> None:
     """Decide what becomes of an earlier run's work; leave the folder with this run's ``asked.json``."""
     work = partial / "work"
     if _begun(work, begun):
-        if not resume:
+        if resume is False:
             raise UserError(f"{partial}: holds an unfinished run; go on with --resume, or delete it")
-        before = read_json(partial / "asked.json")
+        before = _asked_before(partial)
         if before != asked:
             differs = sorted(k for k in {*before, *asked} if before.get(k) != asked.get(k))
             raise UserError(
-                f"{partial}: the unfinished run there was asked for something else ({', '.join(differs)}); "
-                "ask for the same, or delete it"
+                f"{partial}: the unfinished run there was asked for something else: "
+                f"{'; '.join(words.get(key, key) for key in differs)}; ask for the same, or delete it"
             )
     else:
+        if resume:
+            say(f"--resume: there is no unfinished run in {partial}; this one starts from the beginning")
         shutil.rmtree(work, ignore_errors=True)
     write_json(partial / "asked.json", asked)
+
+
+def _asked_before(partial: Path) -> dict[str, Any]:
+    try:
+        before = read_json(partial / "asked.json")
+        if isinstance(before, dict):
+            return before
+        raise UserError(f"{partial / 'asked.json'}: should hold a mapping")
+    except UserError as error:
+        raise UserError(f"{error}; delete {partial} and start again") from None
 
 
 def _begun(work: Path, begun: str) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,14 @@ class Estimate:
 
 
 def estimate(
-    method: Method, shape: Shape, windows: int, seqlen: int, batch: int, dtype: torch.dtype, stored: int, outputs: int
+    method: Method,
+    shape: Shape,
+    windows: int,
+    seqlen: int,
+    batch: int,
+    dtype: torch.dtype,
+    stored: int,
+    outputs: Sequence[Shape],
 ) -> Estimate:
     """Reckon what scoring ``windows`` of ``seqlen`` tokens and cutting will need.
 
@@ -59,7 +66,7 @@ def estimate(
         batch: windows at once.
         dtype: of the forward pass.
         stored: bytes of the checkpoint.
-        outputs: checkpoints to be written.
+        outputs: the shapes of the checkpoints to be written.
     """
     sizes = [math.prod(shape.tensor_size(axes)) for axes in shape.block_tensors().values()]
     weights, largest = sum(sizes), max(sizes)
@@ -73,15 +80,28 @@ def estimate(
         widths = [shape.axis_size(site.space) for site in shape.family.sites.values()]
         block += 4 * (sum(width**2 for width in widths) + 3 * max(widths) ** 2)
     if gradients:
-        block += weights * 4 * (1 + len(gradients)) + 2 * activations
+        # On the way back activations make room for gradients; then the method sees float32 weights.
+        block += weights * 4 * len(gradients) + max(activations, weights * 4)
         states *= shape.layers + 2
+        if any(after.hidden != shape.hidden for after in outputs):
+            block = max(block, _outer(shape, len(gradients)))
     if isinstance(method, RemovalMethod):
         states = max(min(states * (shape.layers + 1), GROUP_BYTES), states // max(windows // max(batch, 1), 1))
-    kept = 0
-    if isinstance(method, WeightMethod):
+    kept, output = 0, sum(round(stored * after.total / shape.total) for after in outputs)
+    if isinstance(method, WeightMethod):  # masks are in the journal and in the plan, a byte for each weight
         kept = shape.block_weights * (1 + (2 if method.updates else 0))
+        output += shape.block_weights * len(outputs)
     leaving = kept // shape.layers
-    return Estimate(block, weights * dtype.itemsize, leaving, states, kept * outputs, stored * outputs)
+    return Estimate(block, weights * dtype.itemsize, leaving, states, kept * len(outputs), output)
+
+
+def _outer(shape: Shape, kinds: int) -> int:
+    """Bytes for scoring hidden channels by gradients of the embedding and the head, whole and in float32.
+
+    Of each there are the weights and ``kinds`` statistics, and of one of them four products of these.
+    """
+    matrix = 4 * shape.vocabulary * shape.hidden
+    return matrix * ((1 if shape.tied else 2) * (1 + kinds) + 4)
 
 
 @dataclass

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from secateur.errors import UserError
 from secateur.plugins import announced
 
 __all__ = ["DATA", "DOCUMENTS", "EPILOG", "METHODS", "SHAPES", "SOURCES", "TRAIN", "memory", "prune"]
 
+#: verb -> what needs less memory if it is lowered, or taken
 _MEMORY = {
-    "train": "lower --micro-batch, or take --recompute, --dtype bfloat16 or more processes",
-    "prune": "lower --batch or --windows, or take --states disk or --dtype bfloat16",
+    "prune": (("--batch", "--windows"), ("--states disk", "--dtype bfloat16")),
+    "train": (("--micro-batch",), ("--recompute", "--dtype bfloat16")),
 }
 
 
-def memory(verb: str) -> str:
-    """What a verb offers to someone who ran out of memory."""
-    return _MEMORY.get(verb, "lower --batch or --windows")
+def memory(given: Sequence[str]) -> str:
+    """What is offered to someone who ran out of memory with these arguments: nothing that they have taken already."""
+    said = f"{' '.join(given)} ".replace("=", " ")
+    lower, take = _MEMORY.get(given[0] if given else "", (("--batch", "--windows"), ()))
+    lower = [option for option in lower if f"{option} 1 " not in said]
+    if " tokens:" in said:  # all its windows are used
+        lower = [option for option in lower if option != "--windows"]
+    more = [option for option in take if option not in said]
+    offers = [f"{verb} {' or '.join(options)}" for verb, options in (("lower", lower), ("take", more)) if options]
+    return ", or ".join(offers) or "take a machine with more"
 
 
 EPILOG = """\
@@ -119,7 +129,9 @@ def prune() -> str:
 methods, by what they remove (packages may bring more):
 {_methods()}{_of_packages()}
 
-Of these, magnitude and the random ones, the controls, read no calibration text.
+Of these, magnitude and the random ones, the controls, read no calibration text. Several ratios take about as long as
+one, except with wanda, sparsegpt, wanda-sp and minitron-depth: their scores follow from what was cut before, or from
+how much is to go, so that each ratio takes as long as alone.
 
 examples:
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE

@@ -61,6 +61,13 @@ class TensorFile:
         self._header = header
 
     @property
+    def bytes(self) -> Tensor:
+        """The whole file, header and all."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            return torch.frombuffer(self._map, dtype=torch.uint8)
+
+    @property
     def names(self) -> list[str]:
         """Of all tensors."""
         return list(self._header)

@@ -257,7 +257,7 @@ def test_what_is_encoded_is_not_encoded_again(
     capsys.readouterr()
 
     message = refusal(capsys, *command(world, out, "--seed", 7, "--holdout", 0.1))
-    assert "asked for something else (holdout, seed); ask for the same, or delete it" in message
+    assert "asked for something else: --holdout; --seed; ask for the same, or delete it" in message
     taken.clear()
     monkeypatch.setattr(Encoder, "__call__", lambda self, batch: taken.append(len(batch)) or real(self, batch))
     assert main(command(world, out)) == 0

@@ -201,6 +201,15 @@ def test_calibration_that_is_not_read(method: str, call: Callable[..., Call]) ->
     assert f"none.txt: is not read, since {method} looks at no text" in found.err
 
 
+def test_options_that_do_nothing_are_told(call: Callable[..., Call], tmp_path: Path) -> None:
+    found = call(PRUNE + "--method magnitude --ratio 0.4 --states disk --dtype bfloat16 --windows 3")
+    assert found.err.splitlines()[0] == (
+        "--states, --dtype, --windows: without effect, since magnitude looks at no text"
+    )
+    shutil.rmtree(tmp_path / "out")
+    assert "without effect" not in call(PRUNE + "--method wanda --ratio 0.4 --states disk" + TEXT_AT).err
+
+
 def test_seeds_of_random_methods(call: Callable[..., Call], tmp_path: Path) -> None:
     plans = []
     for seed in (1, 1, 2):

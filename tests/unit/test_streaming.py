@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import files, tiny_family, tiny_llama, windows
+from secateur import manual
+from secateur.calibrate import evidence
 from secateur.calibrate.engine import BlockWalk
+from secateur.calibrate.evidence import Place
 from secateur.calibrate.journal import Journal, StateStore
+from secateur.calibrate.memory import heap_for
+from secateur.calibrate.sums import SIZE, checksum
 from secateur.checkpoint import Checkpoint, write_checkpoint
 from secateur.cli import main
+from secateur.footprint import estimate
+from secateur.methods import get_method
 from secateur.shapes import Shape
+from secateur.target import Target
 from secateur.tensor_files import Stored, TensorFile, write_tensors
 
 METHODS = ["shortgpt", "minitron-depth", "shortened-llama", "minitron-width", "wanda-sp", "flap", "wanda", "sparsegpt"]
@@ -93,6 +105,69 @@ def test_a_damaged_journal_begins_anew(tmp_path: Path, capsys: pytest.CaptureFix
         assert Journal(tmp_path).finished == 0 and "damaged" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("marker", ["-1", "9", "", "x"])
+def test_a_note_that_cannot_be_begins_anew(marker: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    journal.put(0, {"mask": torch.ones(2)})
+    journal.finish(0)
+    (tmp_path / "finished").write_text(marker)
+    again = Journal(tmp_path)
+    assert (again.finished, len(again)) == (0, 0) and "begun anew" in capsys.readouterr().err
+
+
+def test_a_checksum_knows_any_change() -> None:
+    for count in (0, 5, 2**20, 2**20 + 3, 3 * 2**20 + 8):
+        data = torch.randint(0, 256, (count,), dtype=torch.uint8)
+        known = checksum(data)
+        assert len(known) == SIZE and checksum(data.clone()) == known != checksum(torch.nn.functional.pad(data, (0, 1)))
+        for at in {0, count // 2, count - 1} if count else ():
+            data[at] ^= 16
+            assert checksum(data) != known
+            data[at] ^= 16
+        if count:
+            assert checksum(data[:-1].clone()) != known
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "states truncated": ("states/*/0/0-*", lambda path: path.write_bytes(path.read_bytes()[:-40])),
+    "states empty": ("states/*/0/0-*", lambda path: path.write_bytes(b"")),
+    "states flipped": ("states/*/0/0-*", lambda path: flip(path, 100)),
+    "states of others": ("states/*/0/0-*", lambda path: path.write_bytes(os.urandom(path.stat().st_size))),
+    "step flipped": ("*/step-00001.safetensors", lambda path: flip(path, -3)),
+    "step of others": ("*/step-00001.safetensors", lambda path: shutil.copy(path.with_stem("step-00000"), path)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_does_not_go_on_with_what_is_damaged(
+    damage: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert prune(world, tmp_path / "whole", "wanda") == 0
+    finish = Journal.finish
+
+    def killed(self: Journal, step: int) -> None:
+        finish(self, step)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", killed)
+        assert prune(world, tmp_path / "out", "wanda", "--states", "disk") == 130
+    pattern, damaging = DAMAGE[damage]
+    damaging(next((tmp_path / "out.partial" / "work").glob(pattern)))
+    capsys.readouterr()
+    assert prune(world, tmp_path / "out", "wanda", "--states", "disk", "--resume") == 0
+    said = "run once more" if damage.startswith("states") else "begun anew"
+    assert said in capsys.readouterr().err
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     store, states = StateStore(tmp_path), torch.randn(2, 3, 4).to(torch.bfloat16)
     unnamed, named = store.hold(states), store.hold(states, "1-00000")
@@ -133,7 +208,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         assert prune(world, tmp_path / "out", method) == 2
         assert "--resume" in capsys.readouterr().err
         assert prune(world, tmp_path / "out", method, "--resume", ratio="0.25") == 2
-        assert "targets" in capsys.readouterr().err
+        assert "was asked for something else: --ratio, --shape, --pattern" in capsys.readouterr().err
         visited, blocks = [], BlockWalk.blocks
 
         def counted(self: BlockWalk, **options: object) -> Iterator[object]:
@@ -279,6 +354,56 @@ def test_a_checkpoint_is_pruned_in_a_fraction_of_its_size(method: str, large: Pa
     assert Checkpoint(tmp_path / "out").shape.layers == (22 if method == "shortgpt" else 44)
 
 
+@pytest.mark.parametrize(("method", "masks"), [("shortgpt", 0), ("minitron-width", 0), ("magnitude", 2)])
+def test_the_room_on_disk_is_that_of_what_is_written(method: str, masks: int, large: Path) -> None:
+    checkpoint, found, target = Checkpoint(large), get_method(method), Target(ratio=0.5)
+    after = target.shape(checkpoint.shape, found, method)
+    needs = estimate(found, checkpoint.shape, 4, 64, 4, torch.float32, checkpoint.stored_bytes, [after])
+    assert needs.disk("ram") == pytest.approx(2 * after.total + masks * checkpoint.shape.block_weights, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["llm-pruner", "shortened-llama", "shortgpt", "wanda-sp"])
+def test_what_a_method_was_shown_of_a_block_is_gone_when_the_next_is_read(
+    method: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[weakref.ref[Place]] = []
+    places, read = evidence._places, BlockWalk._read_block
+
+    def remembered(*arguments: Any) -> dict[str, list[Place]]:
+        found = places(*arguments)
+        shown.extend(weakref.ref(place) for several in found.values() for place in several)
+        return found
+
+    def looked(self: BlockWalk, index: int) -> dict[str, torch.Tensor]:
+        assert all(place() is None for place in shown)
+        return read(self, index)
+
+    monkeypatch.setattr(evidence, "_places", remembered)
+    monkeypatch.setattr(BlockWalk, "_read_block", looked)
+    assert prune(world, tmp_path / "out", method) == 0 and shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the heap is glibc's")
+def test_under_a_limit_activations_stay_out_of_the_heap() -> None:
+    """Whose holes a limit counts, so that a model of many layers would not fit where one of few does."""
+
+    def in_heap() -> bool:
+        with heap_for(2**22):
+            activation = torch.ones(2**19)
+        line = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        return first <= activation.data_ptr() < last
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    if before[0] == resource.RLIM_INFINITY == resource.getrlimit(resource.RLIMIT_AS)[0]:
+        assert in_heap()
+    resource.setrlimit(resource.RLIMIT_DATA, (2**50, before[1]))
+    try:
+        assert not in_heap()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
 def test_too_little_memory_is_told_in_one_line(large: Path, tmp_path: Path) -> None:
     line = ["prune", str(large), str(tmp_path / "out"), "--method", "sparsegpt", "--ratio", "0.5", "--device", "cpu"]
@@ -290,4 +415,42 @@ def test_too_little_memory_is_told_in_one_line(large: Path, tmp_path: Path) -> N
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "out of memory; lower --batch" in done.stderr.splitlines()[-1]
+    assert "out of memory; lower --batch, or take --states disk or --dtype" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "offered"),
+    [
+        ("eval", "lower --batch or --windows"),
+        ("eval --data tokens:x.npy --batch=1", "take a machine with more"),
+        ("prune", "lower --batch or --windows, or take --states disk or --dtype bfloat16"),
+        ("prune --calibration tokens:x --states disk", "lower --batch, or take --dtype bfloat16"),
+        ("prune --batch 1 --dtype bfloat16", "lower --windows, or take --states disk"),
+        ("prune --batch 1 --windows 1 --states ram", "take --states disk or --dtype bfloat16"),
+        ("prune --batch 16 --dtype=bfloat16 --states disk", "lower --batch or --windows"),
+    ],
+)
+def test_what_is_offered_where_memory_is_short_is_not_done_already(given: str, offered: str) -> None:
+    assert manual.memory(given.split()) == offered
+
+
+def test_where_the_note_of_what_was_asked_is_gone_the_way_out_is_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    work, note = tmp_path / "out.partial" / "work" / "layers", tmp_path / "out.partial" / "asked.json"
+    work.mkdir(parents=True)
+    (work / "finished").write_text("1")
+    for content in (None, "{", "[]"):
+        if content is not None:
+            note.write_text(content)
+        assert prune(world, tmp_path / "out", "shortgpt", "--resume") == 2
+        assert capsys.readouterr().err.endswith(f"; delete {tmp_path / 'out.partial'} and start again\n")
+
+
+def test_with_nothing_to_go_on_with_a_run_starts_and_says_so(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert prune(world, tmp_path / "out", "shortgpt", "--resume") == 0
+    assert "--resume: there is no unfinished run" in capsys.readouterr().err
+    assert prune(world, tmp_path / "other", "shortgpt") == 0
+    assert "--resume" not in capsys.readouterr().err

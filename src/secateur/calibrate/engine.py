@@ -23,7 +23,7 @@ from secateur.calibrate.stats import StateStatistic, Statistic, join
 from secateur.calibrate.weights import ahead, in_turn
 from secateur.checkpoint import Checkpoint, is_finite, skeleton
 from secateur.errors import UserError
-from secateur.progress import task
+from secateur.progress import say, task
 from secateur.runtime import pick_batch
 
 __all__ = ["Block", "BlockWalk", "States"]
@@ -186,14 +186,25 @@ class BlockWalk:
             self.journal.take_up(step)
 
     def _kept_states(self, index: int) -> States | None:
-        """The states that enter a block, as an earlier run left them on disk; None if a process lacks some."""
+        """The states that enter a block, as an earlier run left them on disk; None if a process lacks some.
+
+        Where some are damaged, which is said, all are as good as lost.
+        """
         hidden = self.checkpoint.shape.hidden
-        found = [
-            self.store.find(_state_name(index, i), torch.Size([*batch.shape, hidden]), self.dtype)
-            for i, batch in enumerate(self.batches)
-        ]
-        held = [states for states in found if states is not None]
-        return held if ranks.every(len(held) == len(found)) else None
+        held: States = []
+        damage = ""
+        for i, batch in enumerate(self.batches):
+            try:
+                states = self.store.find(_state_name(index, i), torch.Size([*batch.shape, hidden]), self.dtype)
+            except ValueError as error:
+                damage = str(error)
+                break
+            if states is None:
+                break
+            held.append(states)
+        if not ranks.every(not damage):
+            say(f"{damage or 'states of another process are damaged'}; blocks that were finished are run once more")
+        return held if ranks.every(len(held) == len(self.batches)) else None
 
     def blocks(self, *, start: int = 0, backwards: bool = False, part: str = "") -> Iterator[Block]:
         """Yield the blocks in order, each with its weights loaded; they are freed when the next one is asked for.

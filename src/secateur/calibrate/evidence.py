@@ -88,7 +88,8 @@ def evidence(
     Activations come block by block from the first to the last. Where a block's weights are changed while it is shown,
     the blocks behind it see what the changed one puts out. Gradients come from the last block to the first; then, and
     for needs without activations, a last item without a block shows the tensors outside the blocks. Of several
-    processes only the first is shown anything, as by :meth:`BlockWalk.show`.
+    processes only the first is shown anything, as by :meth:`BlockWalk.show`. Places hold weights and gradients: whoever
+    is shown them should give them up before the next ones.
 
     Args:
         walk: over the blocks.
@@ -104,6 +105,7 @@ def evidence(
     if gradient_kinds:
         for block, gradients in gradients_of(walk, gradient_kinds, outer="hidden" in spaces):
             yield block, _places(walk, block, spaces, {}, gradients)
+            del gradients  # as large as the block, twice; not beside the next block's
         return
     family = walk.family
     sites = {"hidden": family.hidden_sites, "ffn": (family.ffn_site,), "kv": (family.kv_site,)}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secateur import ranks
 from secateur.calibrate.behind import Behind, pays
+from secateur.calibrate.sums import SIZE, checksum
 from secateur.files import write_text
 from secateur.progress import say
 from secateur.tensor_files import Stored, TensorFile, write_tensors
@@ -27,8 +28,9 @@ class Journal(Mapping[str, Tensor]):
     """Tensors that were found, by name; on disk they are read when they are asked for.
 
     A step (a block, or a group of windows) is *finished* once all that comes of it is there. A run that was killed goes
-    on behind the last finished one. Where a file is damaged, all begins anew, which is said. Of several processes only
-    the first puts something in; a journal that the others shall read is a directory that they all see.
+    on behind the last finished one. Where a file is damaged, as its checksum tells, all begins anew, which is said. Of
+    several processes only the first puts something in; a journal that the others shall read is a directory that they
+    all see.
 
     Args:
         directory: where the tensors of each step are kept; None for memory.
@@ -57,10 +59,14 @@ class Journal(Mapping[str, Tensor]):
     def _take_up(self, directory: Path) -> None:
         marker = directory / "finished"
         self.finished = int(marker.read_text()) if marker.exists() else 0
+        if self.finished < 0:
+            raise ValueError(f"{marker.name}: {self.finished}")
         self.complete = (directory / "complete").exists()
         every = sorted(directory.glob("step-*.safetensors"))
         for path in every if self.complete else map(self._file, range(self.finished)):
-            self._index(path)
+            file = self._index(path)
+            if ranks.first() and path.with_suffix(".sum").read_text() != checksum(file.bytes).hex():
+                raise ValueError(f"{path.name} is not as it was written")
 
     @contextlib.contextmanager
     def behind(self, device: str) -> Iterator[None]:
@@ -101,7 +107,9 @@ class Journal(Mapping[str, Tensor]):
         fresh = path.with_suffix(".new")
         write_tensors(fresh, [Stored.of(name, tensor) for name, tensor in tensors.items()])
         fresh.replace(path)
-        return TensorFile(path)
+        file = TensorFile(path)
+        path.with_suffix(".sum").write_text(checksum(file.bytes).hex())
+        return file
 
     def take_up(self, step: int) -> None:
         """Find here what the first process has put in, after it has."""
@@ -126,9 +134,10 @@ class Journal(Mapping[str, Tensor]):
         assert self.directory is not None
         return self.directory / f"step-{step:05}.safetensors"
 
-    def _index(self, path: Path) -> None:
+    def _index(self, path: Path) -> TensorFile:
         file = TensorFile(path)
         self._held |= dict.fromkeys(file.names, file)
+        return file
 
     def below(self, prefix: str) -> Mapping[str, Tensor]:
         """The tensors whose names begin with ``prefix``, by the rest of their names."""
@@ -215,13 +224,28 @@ class StateStore:
         held.copy_(states)
         if name is None:
             path.unlink()
+        else:
+            with path.open("r+b") as file:
+                file.seek(held.nbytes)
+                file.write(checksum(held))
         return held
 
     def find(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """The states that were kept under a name; None where there are none."""
+        """The states that were kept under a name; None where there are none.
+
+        Raises:
+            ValueError: if they are not what was kept: the file is damaged.
+        """
         if self.directory is None or not (self.directory / name).exists():
             return None
-        return self._map(self.directory / name, size, dtype)
+        path, bytes_ = self.directory / name, size.numel() * dtype.itemsize
+        if path.stat().st_size == bytes_ + SIZE:  # else to map it would lengthen it
+            held = self._map(path, size, dtype)
+            with path.open("rb") as file:
+                file.seek(bytes_)
+                if file.read() == checksum(held):
+                    return held
+        raise ValueError(f"{path} is damaged")
 
     @staticmethod
     def _map(path: Path, size: torch.Size, dtype: torch.dtype) -> Tensor:

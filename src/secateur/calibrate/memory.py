@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import resource
 import sys
 from collections.abc import Iterator
 
@@ -32,8 +33,11 @@ def heap_for(activation: int) -> Iterator[None]:
     """Let activations of so many bytes lie in the heap, which keeps their room from one batch to the next.
 
     Each page that is given back must be zeroed when it is taken again: a fifth of the time of a small model's walk.
+    Not where the process has a limit (``ulimit -d``, ``-v``): what outlives a block lies between its activations, so
+    that the next block's larger ones find no hole and the heap grows, and a limit counts the holes, though they are
+    given back.
     """
-    if activation <= _HEAP:
+    if activation <= _HEAP and not _limited():
         map_tensors(max(activation, 2**17))
     try:
         yield
@@ -43,6 +47,12 @@ def heap_for(activation: int) -> Iterator[None]:
 
 _HEAP = 2**23  #: bytes of a tensor that may lie in the heap; pages matter little to products as large as its
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def _limited() -> bool:
+    """Whether the system counts what the process has reserved, used or not."""
+    limits = (resource.RLIMIT_DATA, resource.RLIMIT_AS)
+    return any(resource.getrlimit(limit)[0] != resource.RLIM_INFINITY for limit in limits)
 
 
 def _libc(function: str, *arguments: int) -> None:

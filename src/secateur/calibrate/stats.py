@@ -229,9 +229,11 @@ class GradientStatistic(ABC):
         """What is averaged: a new tensor."""
 
     def value(self) -> Tensor:
-        """The mean over all windows so far, of the tensor's size."""
+        """The mean over all windows, of the tensor's size; it takes the place of the sum, and no window may follow."""
         assert self.total is not None, "no window has been seen"
-        return self.total / self.windows
+        self.total.div_(self.windows)
+        self.windows = 1
+        return self.total
 
     def join(self, device: str) -> None:
         """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ __all__ = ["shared_directory"]
 
 @contextlib.contextmanager
 def shared_directory(
-    out: Path, asked: dict[str, Any], what: str, *, resume: bool, begun: str = BLOCKS
+    out: Path,
+    asked: dict[str, Any],
+    what: str,
+    *,
+    resume: bool | None,
+    begun: str = BLOCKS,
+    words: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Path, Path]]:
     """Those of :func:`resumable_directory`, made and put in place by the first process; the others read in them.
 
@@ -24,12 +30,13 @@ def shared_directory(
         out: to be written.
         asked: for what, the same in all processes.
         what: to call it in an error.
-        resume: whether to go on with an unfinished run.
+        resume: whether to go on with an unfinished run; None to do so where there is one.
         begun: files by which one is known.
+        words: what a key of ``asked`` is called before people.
     """
     ranks.same(what, fingerprint(asked))
     theirs = contextlib.nullcontext(partial_directories(out))
-    ours = resumable_directory(out, asked, resume=resume, begun=begun)
+    ours = resumable_directory(out, asked, resume=resume, begun=begun, words=words)
     with ours if ranks.first() else theirs as found:
         ranks.wait()  # until they are there
         yield found

@@ -24,6 +24,7 @@ from secateur.progress import clock, say
 from secateur.prune import Calibration, achieved, asked_words, make_plan, reads_text, task_of, write_pruned
 from secateur.report.words import points, share
 from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
+from secateur.shapes import Shape
 from secateur.target import Target
 from secateur.verbs.answer import Answer
 from secateur.verbs.directories import shared_directory
@@ -50,15 +51,14 @@ def prune(arguments: Namespace) -> Answer:
         raise UserError("--states device: blocks are computed on the CPU here; its memory is --states ram")
     out = Path(arguments.out)
     checkpoint = Checkpoint(arguments.model)
-    for target in targets:
-        target.shape(checkpoint.shape, method, arguments.method)
+    outputs = [target.shape(checkpoint.shape, method, arguments.method) for target in targets]
     check_free(out)
     if out.resolve().is_relative_to(checkpoint.directory.resolve()):
         raise UserError(f"{out}: lies in the model's directory {arguments.model}; name one outside it")
     _check_tokenizer(checkpoint)
     calibration = _calibration(arguments, checkpoint, method)
     dtype = pick_dtype(arguments.dtype, device)
-    states = _announce(arguments, checkpoint, method, calibration, len(targets), device, dtype)
+    states = _announce(arguments, checkpoint, method, calibration, outputs, device, dtype)
     asked = {
         "model": checkpoint.digest,
         "method": arguments.method,
@@ -71,7 +71,7 @@ def prune(arguments: Namespace) -> Answer:
         "processes": ranks.world(),
         "versions": environment(),
     }
-    directories = shared_directory(out, asked, "what to prune, and how", resume=arguments.resume)
+    directories = shared_directory(out, asked, "what to prune, and how", resume=arguments.resume, words=_WORDS)
     with watched(device) as use, directories as (fresh, work):
         workspace = Workspace(work, states)
         done: list[tuple[Path, Plan, dict[str, Any]]] = []
@@ -95,6 +95,21 @@ def prune(arguments: Namespace) -> Answer:
             content = write_pruned(checkpoint, plan, fresh / name, base=Path(arguments.model).name)
             done.append((out / name, plan, content))
     return _answer(arguments, done, use) if ranks.first() else ({}, "", 0)
+
+
+#: what an unfinished run was asked for, as the command line has it
+_WORDS = {
+    "model": "another MODEL",
+    "method": "--method",
+    "options": "--option",
+    "targets": "--ratio, --shape, --pattern or what goes with them",
+    "calibration": "--calibration, --windows or --seqlen",
+    "batch": "--batch",
+    "device": "--device",
+    "dtype": "--dtype",
+    "processes": "another number of processes",
+    "versions": "other versions of Python's packages",
+}
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:
@@ -128,7 +143,7 @@ def _announce(
     checkpoint: Checkpoint,
     method: Method,
     calibration: Calibration | None,
-    outputs: int,
+    outputs: Sequence[Shape],
     device: str,
     dtype: torch.dtype,
 ) -> str:
@@ -204,15 +219,22 @@ def _task(arguments: Namespace, method: Method) -> Task | None:
 
 
 def _calibration(arguments: Namespace, checkpoint: Checkpoint, method: Method) -> Calibration | None:
-    """What to score on; None where the method reads no text, which is said aloud if some was given."""
+    """What to score on; None where the method reads no text, which is said aloud if any was given."""
     source = arguments.calibration
     if reads_text(method):
         return calibration_of(
             checkpoint, source, field=arguments.field, windows=arguments.windows, seqlen=arguments.seqlen
         )
+    reason = f"{arguments.method} " + (f"goes by the task {task_of(method)}" if task_of(method) else "looks at no text")
     if source is not None:
-        reason = f"goes by the task {task_of(method)}" if task_of(method) else "looks at no text"
-        say(f"--calibration {source}: is not read, since {arguments.method} {reason}")
+        say(f"--calibration {source}: is not read, since {reason}")
+    given = {"--states": arguments.states != "auto", "--dtype": arguments.dtype != "auto"}
+    if not task_of(method):
+        given["--batch"] = arguments.batch
+    if source is None:  # else they go with it
+        given |= {"--windows": arguments.windows, "--seqlen": arguments.seqlen, "--field": arguments.field}
+    if unused := [option for option, is_given in given.items() if is_given]:
+        say(f"{', '.join(unused)}: without effect, since {reason}")
     return None
 
 

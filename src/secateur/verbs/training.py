@@ -94,7 +94,7 @@ def train(arguments: Namespace) -> Answer:
     peak = peak_of(device, dtype)
     flops = train_flops(start.shape, data.tokens, recipe.sequence)
     _announce(data, start, flops, execution, peak)
-    directories = shared_directory(out, asked, "what to train, and how", resume=True, begun=FINISHED)
+    directories = shared_directory(out, asked, "what to train, and how", resume=None, begun=FINISHED, words=_WORDS)
     with stop_on_signals() as stop, watched(device) as use, directories as (fresh, work):
         named = (out.name, fingerprint(asked)[:16])
         trackers = open_trackers(arguments.track or (), work, *named) if ranks.first() else ()
@@ -125,6 +125,19 @@ def train(arguments: Namespace) -> Answer:
                 if (work / name).exists():
                     shutil.move(work / name, fresh / name)
     return _answer(arguments, start, {**facts, "meter": house.meter}, use, peak) if ranks.first() else ({}, "", 0)
+
+
+#: what an unfinished run was asked for, as the command line has it
+_WORDS = {
+    "weights": "--init",
+    "config": "--init or --like",
+    "masks": "the masks of --init or --like",
+    "data": "--data",
+    "slice": "--tokens or --skip",
+    "recipe": "--recipe or --set",
+    "dtype": "--dtype",
+    "evaluation": "--points or --heldout-windows",
+}
 
 
 def _recipe(arguments: Namespace) -> Recipe:
