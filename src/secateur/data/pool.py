@@ -23,7 +23,7 @@ from secateur.errors import RunError, UserError
 
 __all__ = ["encoded"]
 
-_AHEAD = 2  # batches for each worker that are read before their turn, so that none waits for the source
+_AHEAD = 8  # batches for each worker that are read before their turn: one long document holds up no other worker
 
 
 def encoded(batches: Iterable[Sequence[Document]], encoder: Encoder, workers: int) -> Iterator[Block]:
