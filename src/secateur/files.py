@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import UserError
-from secateur.progress import say
 
 __all__ = [
     "check_free",
@@ -171,8 +170,6 @@ def _take_up(partial: Path, asked: dict[str, Any], resume: bool, words: Mapping[
                 f"{'; '.join(words.get(key, key) for key in differs)}; ask for the same, or delete it"
             )
     else:
-        if resume:
-            say(f"--resume: there is no unfinished run in {partial}; this one starts from the beginning")
         shutil.rmtree(work, ignore_errors=True)
     write_json(partial / "asked.json", asked)
 

@@ -117,6 +117,9 @@ def _directories(out: Path, asked: dict[str, Any], resume: bool) -> Iterator[tup
     """Those of :func:`resumable_directory`, made and put in place by the first process; the others read in them."""
     ranks.same("what to prune, and how", fingerprint(asked))
     theirs = contextlib.nullcontext(partial_directories(out))
+    work = partial_directories(out)[1]
+    if resume and not any(work.glob("*/finished")):
+        say(f"--resume: there is no unfinished run in {work.parent}; this one starts from the beginning")
     with resumable_directory(out, asked, resume=resume, words=_WORDS) if ranks.first() else theirs as found:
         ranks.wait()  # until they are there
         yield found
