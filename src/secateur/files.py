@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import UserError
-from secateur.progress import say
 
 __all__ = [
     "BLOCKS",
@@ -132,8 +131,8 @@ def resumable_directory(
 ) -> Iterator[tuple[Path, Path]]:
     """Make and yield :func:`partial_directories`; the first becomes ``out`` if the block succeeds.
 
-    What is bad input leaves nothing behind. A run that was interrupted or killed after a step (a file ``begun`` below
-    ``work`` tells) leaves its work, and one with the same ``asked`` and ``resume`` finds it as it was.
+    Bad input leaves nothing behind that was not there. A run that was interrupted or killed after a step (a file
+    ``begun`` below ``work`` tells) leaves its work, and one with the same ``asked`` and ``resume`` finds it as it was.
 
     Args:
         out: what is to be written.
@@ -162,6 +161,7 @@ def resumable_directory(
             raise UserError(
                 f"{partial}: another process is writing it; wait for it, or name another directory"
             ) from None
+        before = _begun(work, begun)
         _take_up(partial, asked, resume, begun, words or {})
         shutil.rmtree(fresh, ignore_errors=True)
         work.mkdir(exist_ok=True)
@@ -170,7 +170,8 @@ def resumable_directory(
             yield fresh, work
             _put_in_place(fresh, out)
         except BaseException as error:
-            if isinstance(error, UserError) or not _begun(work, begun):
+            # What an earlier run has done is never lost, not even to bad input: an option may be all that is wrong.
+            if (isinstance(error, UserError) and not before) or not _begun(work, begun):
                 _remove(partial, made)
             raise
         shutil.rmtree(partial, ignore_errors=True)
@@ -184,16 +185,25 @@ def _take_up(partial: Path, asked: dict[str, Any], resume: bool | None, begun: s
             raise UserError(f"{partial}: holds an unfinished run; go on with --resume, or delete it")
         before = _asked_before(partial)
         if before != asked:
-            differs = sorted(k for k in {*before, *asked} if before.get(k) != asked.get(k))
             raise UserError(
                 f"{partial}: the unfinished run there was asked for something else: "
-                f"{'; '.join(words.get(key, key) for key in differs)}; ask for the same, or delete it"
+                f"{'; '.join(_differences(before, asked, words))}; ask for the same, or delete it"
             )
     else:
-        if resume:
-            say(f"--resume: there is no unfinished run in {partial}; this one starts from the beginning")
         shutil.rmtree(work, ignore_errors=True)
     write_json(partial / "asked.json", asked)
+
+
+def _differences(before: dict[str, Any], asked: dict[str, Any], words: Mapping[str, str]) -> Iterator[str]:
+    """What differs, in words, and how, where that is short."""
+    for key in sorted(k for k in {*before, *asked} if before.get(k) != asked.get(k)):
+        old, new = before.get(key), asked.get(key)
+        parts = []
+        if isinstance(old, dict) and isinstance(new, dict):
+            names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            parts = [f"{name} was {old.get(name)}, is now {new.get(name)}" for name in names]
+        told = ", ".join(parts)
+        yield words.get(key, key) + (f" ({told})" if 0 < len(told) < 120 else "")
 
 
 def _asked_before(partial: Path) -> dict[str, Any]:

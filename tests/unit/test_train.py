@@ -436,7 +436,7 @@ def test_nan_stops_the_run_and_names_the_documents(tmp_path: Path) -> None:
     model = tiny()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(RunError, match=r"test: loss nan, .* at step 0 in document \d+; .*no checkpoint yet; lower"):
+    with pytest.raises(RunError, match=r"test: loss nan, .* at step 1 in document \d+; .*no checkpoint yet; lower"):
         run(model, tmp_path, measure=lambda _: 1.0)
     assert not list(tmp_path.glob("step-*"))
 
@@ -455,7 +455,7 @@ def test_a_bad_window_is_found_among_good_ones(tmp_path: Path) -> None:
         return out.masked_fill((arguments[0] == 61)[..., None], float("inf"))
 
     model.get_input_embeddings().register_forward_hook(poison)
-    with pytest.raises(RunError, match=r"at step 3 in document \d+.*the last good checkpoint is .*step-00000002"):
+    with pytest.raises(RunError, match=r"at step 4 in document \d+.*the last good checkpoint is .*step-00000002"):
         run(model, tmp_path, store=Poisoned(), house={"save_every": 2, "metrics": metrics})
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first, last = (100 + 8 * bad) // DOCUMENT, (107 + 8 * bad) // DOCUMENT

@@ -15,14 +15,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from helpers import FAMILY_CONFIGS, hf, tiny_family, tiny_llama
+from helpers import FAMILY_CONFIGS, hf, tiny_family, tiny_llama, token_corpus
 from secateur.checkpoint import Checkpoint, skeleton
+from secateur.cli import main
 from secateur.errors import RunError, UserError
 from secateur.train.batches import Batch, Slice, micro_batches
 from secateur.train.init import fresh_weights, stored_weights
 from secateur.train.loop import Housekeeping, train
-from secateur.train.metrics import Metrics, open_trackers
+from secateur.train.metrics import Metrics, check_trackers
 from secateur.train.optim import Recipe, learning_rate, make_optimizer
 from secateur.train.parallel import Execution, Trainee, place
 from secateur.train.speed import Meter, peak_of
@@ -173,11 +175,10 @@ def test_trackers_get_the_numbers() -> None:
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, name, None)
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+def test_a_tracker_that_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=f"--track {name}: the package is missing; pip install {name}"):
-        open_trackers([name], tmp_path, "run", "1")
+        check_trackers([name])
 
 
 def test_the_meter() -> None:
@@ -298,3 +299,100 @@ def test_moments_of_pruned_weights_stay_zero(tmp_path: Path) -> None:
         for key in ("exp_avg", "exp_avg_sq"):
             moments = optimizer.state[model.get_parameter(name)][key]
             assert not moments[~mask].any() and (moments[mask] != 0).float().mean() > 0.9, (name, key)
+
+
+# --- the verb
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> tuple[Path, Path]:
+    (tmp_path / "corpus").mkdir()
+    return tiny_llama(tmp_path), token_corpus(tmp_path / "corpus", tokens=3000, vocabulary=61)
+
+
+def command(world: tuple[Path, Path], out: Path, *options: str) -> list[str]:
+    recipe = ["--set", "sequence=16", "--set", "tokens_per_step=256", "--points", "1", "--heldout-windows", "3"]
+    start = [] if "--init" in options else ["--init", str(world[0])]
+    tokens = [] if "--tokens" in options else ["--tokens", "2000"]
+    return ["train", str(out), *start, *tokens, "--data", f"shards:{world[1]}", *recipe, *options]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--tokens", "1"], "one token predicts nothing"),
+        (["--tokens", "5M"], "lower --tokens by"),
+        (["--skip", "2900"], "lower --tokens by"),
+        (["--set", "sequence=1"], "sequence: should be greater than or equal to 2"),
+        (["--set", "sequence=128"], "the model has 64 positions; set sequence=64"),
+        (["--set", "seed=99999999999999999999"], "recipe: seed"),
+        (["--set", "peak_rat=1"], "did you mean 'peak_rate'"),
+        (["--set", "peak_rate"], "should be KEY=VALUE"),
+        (["--set", "=3"], "should be KEY=VALUE"),
+        (["--replicas", "2"], "do not divide into so many groups"),
+        (["--like", "DIR"], "leave it out, or use --init scratch"),
+        (["--init", "scratch"], "name a checkpoint or config.json of that shape with --like"),
+        (["--init", "scratch", "--like", "nowhere"], "no config.json there"),
+        (["--data", "text:x"], "name shards:DIR"),
+        (["--data", "shards:nowhere"], "holds no token shards; write them with `secateur data"),
+        (["--recipe", "EMPTY"], "expected a mapping"),
+        (["--recipe", "LIST"], "expected a mapping"),
+        (["--track", "tensorbored"], "did you mean 'tensorboard'"),
+    ],
+)
+def test_bad_input_of_train(
+    options: list[str], told: str, world: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("EMPTY", ""), ("LIST", "- a\n- b\n")):
+        (tmp_path / name).write_text(text)
+        options = [str(tmp_path / name) if option == name else option for option in options]
+    before = sorted(tmp_path.iterdir())
+    assert main(command(world, tmp_path / "out", *options)) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("secateur: error: ") and told in line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("where", ["corpus/out", "llama-0/out"])
+def test_train_writes_nowhere_that_it_reads(
+    where: str, world: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(world, tmp_path / where)) == 2
+    assert "which is read; name a directory outside it" in capsys.readouterr().err
+
+
+def test_nothing_that_is_asked_for_loses_what_a_run_has_done(
+    world: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, every = tmp_path / "out", ["--save-every", "2"]
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.verbs.training._write", killed)
+        assert main(command(world, out, *every)) == 130
+    kept = sorted((tmp_path / "out.partial").rglob("*"))
+    capsys.readouterr()
+    assert main(command(world, out, "--set", "peak_rate=1e-2")) == 2
+    assert "--recipe or --set (peak_rate was 0.0003, is now 0.01); ask for the same" in capsys.readouterr().err
+    for late in ("place", "run"):  # before and after the run is taken up again
+        with monkeypatch.context() as patch:
+
+            def refused(*_: object, **__: object) -> None:
+                raise UserError("what is found late")
+
+            patch.setattr(f"secateur.verbs.training.{late}", refused)
+            assert main(command(world, out, *every)) == 2
+    assert sorted((tmp_path / "out.partial").rglob("*")) == kept
+    assert main(command(world, out)) == 0
+    assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 61
+
+
+def test_damaged_shards_are_told(world: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = world[1] / "train-00000.npy"
+    data = bytearray(shard.read_bytes())
+    data[200:240] = b"\xff" * 40
+    shard.write_bytes(bytes(data))
+    assert main(command(world, tmp_path / "out")) == 2
+    assert "the files are damaged; build the data again" in capsys.readouterr().err.splitlines()[-1]

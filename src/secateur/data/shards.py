@@ -216,7 +216,7 @@ class TokenStore:
         """The ids from ``start`` to ``stop``: int64 of shape [stop - start].
 
         Raises:
-            UserError: if the split has fewer than ``stop`` tokens.
+            UserError: if the split has fewer than ``stop`` tokens, or an id is none of the vocabulary.
             ValueError: if not ``0 <= start <= stop``.
         """
         self._check_slice(split, start, stop)
@@ -230,6 +230,11 @@ class TokenStore:
             out[filled : filled + len(part)] = part
             filled += len(part)
             at += 1
+        if len(out) and out.max() >= self.vocabulary:
+            raise UserError(
+                f"{self.folder}: an id of {int(out.max())} among tokens {start} to {stop} of {split!r}, beyond the "
+                f"vocabulary of {self.vocabulary}: the files are damaged; build the data again"
+            )
         return out
 
     def chunks(self, split: str, tokens: int = 2**20) -> Iterator[NDArray[np.int64]]:

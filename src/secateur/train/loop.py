@@ -104,7 +104,7 @@ def train(
             state["step"] = step + 1
             state["tokens"] += consumed
             state["targets"] += targets
-            house.meter.step(consumed, watch.step(step, loss))
+            house.meter.step(consumed, watch.step(step + 1, loss))
             _tell(house, progress, state, consumed, loss=loss, learning_rate=rate, grad_norm=norm)
             if step + 1 in evaluate_after:
                 held.check()
@@ -183,11 +183,12 @@ def _not_finite(
     spans = data.spans(step)
     bad = [span for span, loss in zip(spans, losses, strict=True) if not math.isfinite(loss)] or spans
     names = data.documents(bad)
-    house.metrics.write({"step": step, "event": "not finite", "grad_norm": str(norm), "documents": names})
-    shown = "; ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    house.metrics.write({"step": step + 1, "event": "not finite", "grad_norm": str(norm), "documents": names})
+    most = 3 if saver.last else len(names)  # without a checkpoint the metrics do not stay
+    shown = "; ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     last = f"the last good checkpoint is {saver.last}" if saver.last else "there is no checkpoint yet"
     total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
     return RunError(
-        f"{house.label}: loss {total:g}, gradient norm {norm:g} at step {step} in {shown}; {last}; "
-        "lower recipe.peak_rate, or leave those documents out"
+        f"{house.label}: loss {total:g}, gradient norm {norm:g} at step {step + 1} in {shown}; {last}; "
+        "lower peak_rate, or leave those documents out, in a new directory"
     )

@@ -42,5 +42,5 @@ def held_out_loss(trainee: Trainee, protocol: Protocol, batch: int) -> float:
     trainee.train()
     loss = math.fsum(sums) / protocol.tokens
     if not math.isfinite(loss):
-        raise RunError(f"{protocol.source}: the held-out loss is {loss}; lower recipe.peak_rate")
+        raise RunError(f"{protocol.source}: the held-out loss is {loss}; lower peak_rate")
     return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 from secateur.errors import UserError
 
-__all__ = ["TRACKERS", "Metrics", "Tracker", "open_trackers"]
+__all__ = ["TRACKERS", "Metrics", "Tracker", "check_trackers", "open_trackers"]
 
 
 class Tracker(Protocol):
@@ -63,21 +64,26 @@ class Metrics:
             tracker.close()
 
 
-def open_trackers(names: Sequence[str], folder: Path, title: str, identity: str) -> list[Tracker]:
-    """The trackers of these names; their files lie below ``folder``, and a run is the same one by its ``identity``.
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that the packages of these trackers are installed.
 
     Raises:
-        UserError: if one's package is not installed.
+        UserError: if one is not.
     """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--track {name}: the package is missing; pip install {name}")
+
+
+def open_trackers(names: Sequence[str], folder: Path, title: str, identity: str) -> list[Tracker]:
+    """The trackers of these names; their files lie below ``folder``, and a run is the same one by its ``identity``."""
     return [TRACKERS[name](folder / name, title, identity) for name in names]
 
 
 class _TensorBoard:
     def __init__(self, folder: Path, title: str, identity: str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--track tensorboard: the package is missing; pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder))
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -90,10 +96,8 @@ class _TensorBoard:
 
 class _WandB:
     def __init__(self, folder: Path, title: str, identity: str) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError("--track wandb: the package is missing; pip install wandb") from None
+        import wandb  # pyright: ignore[reportMissingImports]
+
         # A run that goes on after a kill is the same run there.
         self._run = wandb.init(project="secateur", name=title, id=identity, dir=str(folder.parent), resume="allow")
 

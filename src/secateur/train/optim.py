@@ -14,11 +14,14 @@ from secateur.spec import RUNTIME, Count, Fraction, Positive, spec
 __all__ = ["Recipe", "learning_rate", "make_optimizer"]
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+
+
 @spec
 class Recipe:
     """How every model of a study is trained."""
 
-    sequence: Positive = 8192  #: tokens in a window
+    sequence: Annotated[int, Field(ge=2)] = 8192  #: tokens in a window, the first of which is context only
     tokens_per_step: Count = 4_194_304
     peak_rate: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["cosine", "wsd"] = "cosine"  #: after warm-up: a cosine; or the peak, then a linear decay
@@ -31,8 +34,8 @@ class Recipe:
     weight_decay: Annotated[float, Field(ge=0)] = 0.1  #: on matrices only
     clip: Annotated[float, Field(gt=0)] = 1.0  #: largest norm of the gradient
     init_std: Annotated[float, Field(gt=0)] = 0.02  #: of the truncated normal that fresh weights are drawn from
-    seed: int = 0  #: of fresh weights
-    data_seed: int = 0  #: of the order in which a slice's windows are read
+    seed: Seed = 0  #: of fresh weights
+    data_seed: Seed = 0  #: of the order in which a slice's windows are read
     attention: Literal["window", "document"] = "window"  #: how far it reaches back
     micro_batch: Annotated[Positive, RUNTIME] = 8  #: windows at once; memory, not the result beyond rounding
 

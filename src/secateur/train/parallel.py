@@ -31,7 +31,11 @@ __all__ = ["Execution", "Trainee", "local", "part_like", "place", "whole"]
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run computes."""
+    """How a run computes.
+
+    Raises:
+        UserError: if the processes do not divide into ``replicas`` groups.
+    """
 
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"  #: of what is computed; weights and sums are float32
@@ -44,15 +48,16 @@ class Execution:
         """Whether parameters become DTensors."""
         return ranks.world() > 1 or self.dtype != "float32"
 
-    def mesh(self) -> DeviceMesh:
-        """All processes: those that shard the model, in as many groups as there are replicas.
+    def __post_init__(self) -> None:
+        if ranks.world() % self.replicas:
+            raise UserError(
+                f"--replicas {self.replicas}: {ranks.world()} process(es) do not divide into so many groups; "
+                "start a multiple of it with torchrun, or leave it out"
+            )
 
-        Raises:
-            UserError: if the processes do not divide into the groups.
-        """
+    def mesh(self) -> DeviceMesh:
+        """All processes: those that shard the model, in as many groups as there are replicas."""
         world = ranks.world()
-        if world % self.replicas:
-            raise UserError(f"--replicas: {world} processes do not divide into {self.replicas} groups of one size")
         kind = self.device.partition(":")[0]
         if kind == "cuda":
             torch.cuda.set_device(self.device)  # or a mesh of one would take the first

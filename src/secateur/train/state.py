@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = ["FINISHED", "Saver"]
 
 FINISHED = "checkpoints/step-*/state.json"  #: what a folder of work has once there is a checkpoint
 _STATE, _WRITING = "state.json", "writing"
+_FILE_BYTES, _FILES = 2**26, 64  #: a file of a shard holds so much, or more where there would be more of them
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -60,8 +62,8 @@ class Saver:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
         ranks.wait()
-        writer = HuggingFaceStorageWriter(str(work), save_distributed=True)
         tensors, state = self._tensors(), {**state, "curve": list(state.get("curve", ()))}
+        writer = HuggingFaceStorageWriter(str(work), _files(tensors), save_distributed=True)
         if self.behind:
             if self._group is None:  # of its own: the threads of a save must not meet the run's own messages
                 ranks.alone()
@@ -135,6 +137,16 @@ def _undamaged(found: Path) -> dict[str, Any] | None:
     if not ranks.every(there):
         return None
     return state if _hashes(found) == known else None
+
+
+def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of the file that each tensor goes to: a file is made in memory before it is written."""
+    most = max(_FILE_BYTES, sum(tensor.nbytes for tensor in tensors.values()) // _FILES)
+    numbers, held = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + held // most
+        held += tensor.nbytes
+    return numbers
 
 
 def _hashes(folder: Path) -> dict[str, str]:

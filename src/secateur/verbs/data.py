@@ -31,6 +31,17 @@ from secateur.version import __version__
 __all__ = ["data"]
 
 
+#: what an unfinished run was asked for, as the command line has it
+_WORDS = {
+    "format": "another version of secateur",
+    "source": "SOURCE",
+    "source_sha256": "what SOURCE holds",
+    "tokenizer_sha256": "--tokenizer",
+    **{key: f"--{key}" for key in ("field", "split", "domain", "documents", "holdout", "seed")},
+    "shard_tokens": "--shard-tokens",
+}
+
+
 def data(arguments: Namespace) -> Answer:
     """``secateur data SOURCE OUT``."""
     started = time.perf_counter()
@@ -42,7 +53,7 @@ def data(arguments: Namespace) -> Answer:
     calm_environment(threads=1)  # a worker is a process; threads inside would only fight the other workers
     vocabulary = id_bound(tokenizer)
     encoder = Encoder(tokenizer, vocabulary, smallest_dtype(vocabulary), arguments.seed)
-    with _disk(out), resumable_directory(out, asked, resume=None) as (fresh, work):
+    with _disk(out), resumable_directory(out, asked, resume=None, words=_WORDS) as (fresh, work):
         tokenizer.save_pretrained(fresh / "tokenizer")
         built = write_splits(
             source,

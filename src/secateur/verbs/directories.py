@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur import ranks
 from secateur.files import BLOCKS, partial_directories, resumable_directory
+from secateur.progress import say
 from secateur.spec import fingerprint
 
 __all__ = ["shared_directory"]
@@ -35,6 +36,9 @@ def shared_directory(
         words: what a key of ``asked`` is called before people.
     """
     ranks.same(what, fingerprint(asked))
+    work = partial_directories(out)[1]
+    if resume and not any(work.glob(begun)):
+        say(f"--resume: there is no unfinished run in {work.parent}; this one starts from the beginning")
     theirs = contextlib.nullcontext(partial_directories(out))
     ours = resumable_directory(out, asked, resume=resume, begun=begun, words=words)
     with ours if ranks.first() else theirs as found:

@@ -24,7 +24,7 @@ from secateur.checkpoint import (
     write_checkpoint,
 )
 from secateur.data.shards import TokenStore
-from secateur.errors import UserError
+from secateur.errors import RunError, UserError
 from secateur.evaluate.loss import Protocol
 from secateur.files import check_free, write_json
 from secateur.footprint import Use, size, watched
@@ -40,7 +40,7 @@ from secateur.train.init import fresh_weights, stored_weights
 from secateur.train.loop import Housekeeping
 from secateur.train.loop import train as run
 from secateur.train.measure import held_out_loss
-from secateur.train.metrics import Metrics, open_trackers
+from secateur.train.metrics import Metrics, check_trackers, open_trackers
 from secateur.train.optim import Recipe
 from secateur.train.parallel import Execution, Trainee, place, whole
 from secateur.train.speed import Meter, Peak, peak_of
@@ -64,6 +64,11 @@ class Start:
     masks: Mapping[str, Tensor]
 
     @property
+    def kind(self) -> str:
+        """Where the weights come from, in a word."""
+        return "checkpoint" if self.checkpoint else "redrawn" if self.masks else "random"
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What of it changes the result."""
         plan = self.directory / JSON_FILE
@@ -83,6 +88,10 @@ def train(arguments: Namespace) -> Answer:
     data = _slice(arguments, store, recipe, start)
     protocol = _protocol(store, arguments.heldout_windows, recipe.sequence)
     check_free(out)
+    for inside in (store.folder, *([start.directory] if start.checkpoint else [])):
+        if out.resolve().is_relative_to(inside.resolve()):
+            raise UserError(f"{out}: lies in {inside}, which is read; name a directory outside it")
+    check_trackers(arguments.track or ())
     asked = {
         **start.identity,
         "data": store.fingerprint,
@@ -109,14 +118,17 @@ def train(arguments: Namespace) -> Answer:
             stop=stop,
         )
         trainee = place(skeleton(start.config, start.directory), _weights(start, recipe), execution)
-        result = run(
-            trainee,
-            data,
-            masks=start.masks,
-            measure=lambda model: held_out_loss(model, protocol, recipe.micro_batch) if protocol else None,
-            points=arguments.points,
-            house=house,
-        )
+        try:
+            result = run(
+                trainee,
+                data,
+                masks=start.masks,
+                measure=lambda model: held_out_loss(model, protocol, recipe.micro_batch) if protocol else None,
+                points=arguments.points,
+                house=house,
+            )
+        except UserError as error:  # such as shards that are damaged further on: what has been done stays
+            raise RunError(str(error), 2) from None
         house.metrics.close()
         facts = {"asked": asked, "result": result, "flops": flops, "protocol": asked["evaluation"]["protocol"]}
         _write(fresh, start, trainee, facts, dtype)
@@ -142,10 +154,12 @@ _WORDS = {
 
 def _recipe(arguments: Namespace) -> Recipe:
     """The recipe of a file, with what was set besides."""
-    raw = dict(load_yaml(Path(arguments.recipe))) if arguments.recipe else {}
+    raw = load_yaml(Path(arguments.recipe)) if arguments.recipe else {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{arguments.recipe}: expected a mapping of keys to values, such as peak_rate: 1e-3")
     for text in arguments.set:
         key, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not key.strip():
             raise UserError(f"--set {text}: should be KEY=VALUE, such as peak_rate=1e-3")
         raw[key.strip()] = parse_value(value)
     if arguments.micro_batch:
@@ -157,6 +171,8 @@ def _store(text: str) -> TokenStore:
     scheme, _, path = text.partition(":")
     if scheme != "shards" or not path:
         raise UserError(f"--data {text}: name shards:DIR, a folder that `secateur data SOURCE DIR` has written")
+    if not (Path(path) / "manifest.json").is_file():
+        raise UserError(f"--data {text}: holds no token shards; write them with `secateur data SOURCE {path}`")
     return TokenStore(Path(path))
 
 
@@ -178,6 +194,8 @@ def _start(arguments: Namespace) -> Start:
         raise UserError("--init scratch: a shape is needed; name a checkpoint or config.json of that shape with --like")
     directory = Path(arguments.like)
     directory = directory.parent if directory.name == "config.json" else directory
+    if not (directory / "config.json").is_file():
+        raise UserError(f"--like {arguments.like}: no config.json there; name a checkpoint or its config.json")
     raw, config, shape = read_config(directory / "config.json")
     return Start(directory, raw, config, shape, None, _masks(directory))
 
@@ -200,6 +218,8 @@ def _slice(arguments: Namespace, store: TokenStore, recipe: Recipe, start: Start
         UserError: if there are not enough, or the model cannot take them.
     """
     first, last, there = arguments.skip, arguments.skip + arguments.tokens, store.tokens("train")
+    if arguments.tokens < 2:
+        raise UserError("--tokens: one token predicts nothing; train on two or more")
     if last > there:
         raise UserError(
             f"--tokens: tokens {first:,} to {last:,} were asked for, but {arguments.data} has {there:,}; "
@@ -253,7 +273,7 @@ def _write(out: Path, start: Start, trainee: Trainee, facts: dict[str, Any], dty
         out,
         {**{k: v for k, v in start.raw_config.items() if k != "torch_dtype"}, "dtype": dtype},
         tensors,
-        provenance={"kind": "trained", "init": "random" if start.checkpoint is None else "checkpoint", **result},
+        provenance={"kind": "trained", "init": start.kind, **{k: v for k, v in result.items() if k != "curve"}},
         card=model_card(out.name, None, [line]),
     )
     copy_tokenizer(start.directory, out)
