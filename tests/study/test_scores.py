@@ -152,7 +152,7 @@ def test_a_killed_pruning_goes_on_at_the_last_finished_block(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Journal, "finish", killed)
         _work(stage, out)
-    large = list(out.glob("stages/prune-*.partial/checkpoints/*/step-*"))
+    large = list(out.glob("stages/prune-*.partial/checkpoints/*/step-*.safetensors"))
     assert len(large) == (5 if method == "wanda" else 0)
     observed, observe = [], Block.observe
     monkeypatch.setattr(
