@@ -125,7 +125,7 @@ def resumable_directory(
     out: Path,
     asked: dict[str, Any],
     *,
-    resume: bool | None,
+    resume: bool,
     begun: str = BLOCKS,
     words: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Path, Path]]:
@@ -137,7 +137,7 @@ def resumable_directory(
     Args:
         out: what is to be written.
         asked: what it is to be made of, and how.
-        resume: whether to go on with an unfinished run; None to do so where there is one.
+        resume: whether to go on with an unfinished run.
         begun: files below ``work`` by which an unfinished run is known.
         words: what a key of ``asked`` is called before people.
 
@@ -177,11 +177,11 @@ def resumable_directory(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _take_up(partial: Path, asked: dict[str, Any], resume: bool | None, begun: str, words: Mapping[str, str]) -> None:
+def _take_up(partial: Path, asked: dict[str, Any], resume: bool, begun: str, words: Mapping[str, str]) -> None:
     """Decide what becomes of an earlier run's work; leave the folder with this run's ``asked.json``."""
     work = partial / "work"
     if _begun(work, begun):
-        if resume is False:
+        if not resume:
             raise UserError(f"{partial}: holds an unfinished run; go on with --resume, or delete it")
         before = _asked_before(partial)
         if before != asked:

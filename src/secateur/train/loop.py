@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from secateur import ranks
 from secateur.errors import RunError
 from secateur.progress import Task, task
-from secateur.train.batches import Slice, micro_batches
+from secateur.train.batches import Slice, Span, micro_batches
 from secateur.train.masks import Masks
 from secateur.train.metrics import Metrics
 from secateur.train.optim import learning_rate, make_optimizer
@@ -88,19 +88,20 @@ def train(
         for step in range(state["step"], steps):
             rate = learning_rate(recipe, step, steps)
             torch.manual_seed(recipe.seed + step)  # for models with dropout: nothing else draws numbers
-            losses, stop = _gradients(trainee, data, step, house.stop)
+            spans = data.spans(step)
+            targets = sum(b - a - 1 for a, b in spans)
+            losses, stop = _gradients(trainee, data, spans, targets, house.stop)
             held.apply_to_gradients()
             norm = float(whole(clip_grad_norm_(trainee.parameters(), recipe.clip)))
-            targets = sum(b - a - 1 for a, b in data.spans(step))
             loss = math.fsum(losses) / max(targets, 1)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise _not_finite(data, step, losses, norm, saver, house)
+                raise _not_finite(data, spans, step, losses, norm, saver, house)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             held.apply()
-            consumed = sum(b - a for a, b in data.spans(step))
+            consumed = sum(b - a for a, b in spans)
             state["step"] = step + 1
             state["tokens"] += consumed
             state["targets"] += targets
@@ -136,15 +137,20 @@ def _begin(
     return {"step": 0, "tokens": 0, "targets": 0, "curve": [first]}
 
 
-def _gradients(trainee: Trainee, data: Slice, step: int, stop: Stop) -> tuple[list[float], bool]:
+def _gradients(trainee: Trainee, data: Slice, spans: list[Span], targets: int, stop: Stop) -> tuple[list[float], bool]:
     """Add up the gradient of a step's mean loss over processes and micro-batches.
 
+    Args:
+        trainee: whose gradients.
+        data: where the windows are read.
+        spans: the step's windows.
+        targets: tokens that they predict, all together.
+        stop: whether this process was told to stop.
+
     Returns:
-        The loss of each of the step's windows, summed over its tokens, in the order of ``data.spans``; and whether any
+        The loss of each of the step's windows, summed over its tokens, in the order of ``spans``; and whether any
         process was told to stop.
     """
-    spans = data.spans(step)
-    targets = sum(b - a - 1 for a, b in spans)
     place = {span: number for number, span in enumerate(spans)}
     found = torch.zeros(len(spans) + 1, dtype=torch.float64)
     seen: list[tuple[list[int], Tensor]] = []
@@ -176,11 +182,10 @@ def _tell_held_out(house: Housekeeping, step: int, tokens: int, loss: float | No
 
 
 def _not_finite(
-    data: Slice, step: int, losses: list[float], norm: float, saver: Saver, house: Housekeeping
+    data: Slice, spans: list[Span], step: int, losses: list[float], norm: float, saver: Saver, house: Housekeeping
 ) -> RunError:
     """Say where a run broke: the step, the documents of the windows at fault, and what to go on from."""
     saver.finish()
-    spans = data.spans(step)
     bad = [span for span, loss in zip(spans, losses, strict=True) if not math.isfinite(loss)] or spans
     names = data.documents(bad)
     house.metrics.write({"step": step + 1, "event": "not finite", "grad_norm": str(norm), "documents": names})

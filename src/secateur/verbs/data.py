@@ -53,7 +53,7 @@ def data(arguments: Namespace) -> Answer:
     calm_environment(threads=1)  # a worker is a process; threads inside would only fight the other workers
     vocabulary = id_bound(tokenizer)
     encoder = Encoder(tokenizer, vocabulary, smallest_dtype(vocabulary), arguments.seed)
-    with _disk(out), resumable_directory(out, asked, resume=None, words=_WORDS) as (fresh, work):
+    with _disk(out), resumable_directory(out, asked, resume=True, words=_WORDS) as (fresh, work):
         tokenizer.save_pretrained(fresh / "tokenizer")
         built = write_splits(
             source,

@@ -9,7 +9,6 @@ from typing import Any
 
 from secateur import ranks
 from secateur.files import BLOCKS, partial_directories, resumable_directory
-from secateur.progress import say
 from secateur.spec import fingerprint
 
 __all__ = ["shared_directory"]
@@ -21,7 +20,7 @@ def shared_directory(
     asked: dict[str, Any],
     what: str,
     *,
-    resume: bool | None,
+    resume: bool,
     begun: str = BLOCKS,
     words: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Path, Path]]:
@@ -31,14 +30,11 @@ def shared_directory(
         out: to be written.
         asked: for what, the same in all processes.
         what: to call it in an error.
-        resume: whether to go on with an unfinished run; None to do so where there is one.
+        resume: whether to go on with an unfinished run.
         begun: files by which one is known.
         words: what a key of ``asked`` is called before people.
     """
     ranks.same(what, fingerprint(asked))
-    work = partial_directories(out)[1]
-    if resume and not any(work.glob(begun)):
-        say(f"--resume: there is no unfinished run in {work.parent}; this one starts from the beginning")
     theirs = contextlib.nullcontext(partial_directories(out))
     ours = resumable_directory(out, asked, resume=resume, begun=begun, words=words)
     with ours if ranks.first() else theirs as found:

@@ -16,7 +16,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
-from secateur.files import check_free
+from secateur.files import BLOCKS, check_free, partial_directories
 from secateur.footprint import Estimate, Use, estimate, free_device_memory, free_memory, size, watched
 from secateur.methods import Method, get_method
 from secateur.plan import Plan
@@ -71,6 +71,9 @@ def prune(arguments: Namespace) -> Answer:
         "processes": ranks.world(),
         "versions": environment(),
     }
+    work = partial_directories(out)[1]
+    if arguments.resume and not any(work.glob(BLOCKS)):
+        say(f"--resume: there is no unfinished run in {work.parent}; this one starts from the beginning")
     directories = shared_directory(out, asked, "what to prune, and how", resume=arguments.resume, words=_WORDS)
     with watched(device) as use, directories as (fresh, work):
         workspace = Workspace(work, states)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def train(arguments: Namespace) -> Answer:
     peak = peak_of(device, dtype)
     flops = train_flops(start.shape, data.tokens, recipe.sequence)
     _announce(data, start, flops, execution, peak)
-    directories = shared_directory(out, asked, "what to train, and how", resume=None, begun=FINISHED, words=_WORDS)
+    directories = shared_directory(out, asked, "what to train, and how", resume=True, begun=FINISHED, words=_WORDS)
     with stop_on_signals() as stop, watched(device) as use, directories as (fresh, work):
         named = (out.name, fingerprint(asked)[:16])
         trackers = open_trackers(arguments.track or (), work, *named) if ranks.first() else ()
@@ -117,7 +117,8 @@ def train(arguments: Namespace) -> Answer:
             meter=Meter(flops / data.tokens, peak.flops * ranks.world()),
             stop=stop,
         )
-        trainee = place(skeleton(start.config, start.directory), _weights(start, recipe), execution)
+        model = skeleton(start.config, start.directory)
+        trainee = place(model, _weights(start, model, recipe), execution)
         try:
             result = run(
                 trainee,
@@ -205,10 +206,10 @@ def _masks(directory: Path) -> Mapping[str, Tensor]:
     return load_masks(directory) if (directory / JSON_FILE).is_file() else {}
 
 
-def _weights(start: Start, recipe: Recipe) -> Any:
+def _weights(start: Start, model: Any, recipe: Recipe) -> Callable[[str], Tensor]:
     if start.checkpoint:
         return stored_weights(start.checkpoint)
-    return fresh_weights(skeleton(start.config, start.directory), std=recipe.init_std, seed=recipe.seed)
+    return fresh_weights(model, std=recipe.init_std, seed=recipe.seed)
 
 
 def _slice(arguments: Namespace, store: TokenStore, recipe: Recipe, start: Start) -> Slice:
