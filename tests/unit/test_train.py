@@ -147,7 +147,7 @@ def test_the_recipe() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_weight_decay_is_on_matrices_only(tied: bool) -> None:
     model = tiny(attention_bias=True, tie_word_embeddings=tied)
-    before, optimizer = weights(model), make_optimizer(model, Recipe(weight_decay=0.25))
+    before, optimizer = weights(model), make_optimizer(model.parameters(), Recipe(weight_decay=0.25))
     for group in optimizer.param_groups:
         group["lr"] = 0.5
     for parameter in model.parameters():
@@ -370,7 +370,7 @@ def stop_again(stop: dict[str, Any]) -> dict[str, Any]:
 
 
 def restored(folder: Path, model: PreTrainedModel) -> dict[str, Any] | None:
-    return Saver(folder, model, make_optimizer(model, RECIPE)).load()
+    return Saver(folder, dict(model.named_parameters()), make_optimizer(model.parameters(), RECIPE)).load()
 
 
 def shard(step: Path) -> Path:
@@ -426,7 +426,8 @@ def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr("secateur.train.state.sync_tree", killed)
         with pytest.raises(KeyboardInterrupt):
-            Saver(tmp_path, model, make_optimizer(model, RECIPE)).save({"step": 7})
+            optimizer = make_optimizer(model.parameters(), RECIPE)
+            Saver(tmp_path, dict(model.named_parameters()), optimizer).save({"step": 7})
     assert sorted(p.name for p in tmp_path.glob("step-*")) == before
     state = restored(tmp_path, model)
     assert state is not None and state["step"] == 6

@@ -87,7 +87,7 @@ def test_attention_stays_within_documents(family: str, tmp_path: Path) -> None:
 def test_the_empty_batch_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
     model = hf(tiny_llama(tmp_path))
     batch = Batch.empty()
-    loss, each = Trainee(model)(batch.ids, batch.positions, batch.targets)
+    loss, each, _ = Trainee(model)(batch.ids, batch.positions, batch.targets)
     loss.backward()
     assert loss.item() == 0 and not each.any()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -116,7 +116,7 @@ def test_models_are_placed_as_they_are_stored(family: str, tmp_path: Path) -> No
     checkpoint = Checkpoint(directory)
     placed = place(skeleton(checkpoint.config, directory), stored_weights(checkpoint), Execution(recompute=True))
     plain, ids = hf(directory), torch.arange(24).reshape(2, 12)
-    loss, _ = placed.train()(ids)
+    loss, _, _ = placed.train()(ids)
     loss.backward()
     logits = plain(input_ids=ids, use_cache=False).logits[:, :-1]
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
@@ -267,11 +267,11 @@ def test_a_stopped_run_saves_first(behind: bool, tmp_path: Path) -> None:
 def test_what_is_saved_behind_the_run_is_what_was_there(tmp_path: Path) -> None:
     """The run goes on changing weights while they are written; the last checkpoint counts when it is complete."""
     model = hf(tiny_llama(tmp_path))
-    optimizer = make_optimizer(model, Recipe())
+    optimizer = make_optimizer(model.parameters(), Recipe())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    saver = Saver(tmp_path / "steps", model, optimizer, behind=True)
+    saver = Saver(tmp_path / "steps", dict(model.named_parameters()), optimizer, behind=True)
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
     saver.save({"step": 1})
     with torch.no_grad():
@@ -293,8 +293,8 @@ def test_moments_of_pruned_weights_stay_zero(tmp_path: Path) -> None:
     house = Housekeeping(tmp_path / "steps", "run")
     options: dict[str, Any] = {"masks": masks, "measure": lambda _: None, "points": 1}
     train(Trainee(model), Slice(store, 0, 320, recipe), house=house, **options)
-    optimizer = make_optimizer(model, recipe)
-    assert Saver(tmp_path / "steps", model, optimizer).load()
+    optimizer = make_optimizer(model.parameters(), recipe)
+    assert Saver(tmp_path / "steps", dict(model.named_parameters()), optimizer).load()
     for name, mask in masks.items():
         for key in ("exp_avg", "exp_avg_sq"):
             moments = optimizer.state[model.get_parameter(name)][key]

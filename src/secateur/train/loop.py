@@ -23,7 +23,7 @@ from secateur.progress import Task, task
 from secateur.train.batches import Slice, Span, micro_batches
 from secateur.train.masks import Masks
 from secateur.train.metrics import Metrics
-from secateur.train.optim import learning_rate, make_optimizer
+from secateur.train.optim import learning_rate, make_optimizer, set_rate
 from secateur.train.parallel import Trainee, whole
 from secateur.train.speed import Meter
 from secateur.train.state import Saver
@@ -60,7 +60,7 @@ def train(
     """Train in place on every token of ``data``, once; all processes together.
 
     Args:
-        trainee: float32 parameters.
+        trainee: float32 parameters; what its objective gives is minimised.
         data: the exact slice, and the recipe; a window's first token is context, so a window of T tokens gives T - 1
             targets.
         masks: parameter name -> bool, True where kept; empty for a dense model.
@@ -77,8 +77,12 @@ def train(
     recipe, steps = data.recipe, data.steps
     evaluate_after = {round(steps * (i + 1) / points) for i in range(points)} | {steps}
     held = Masks(trainee.model, masks)
-    optimizer = make_optimizer(trainee.model, recipe)
-    saver = Saver(house.folder, trainee.model, optimizer, keep=house.keep, behind=house.behind)
+    objective, learned = trainee.objective, trainee.learned()
+    own = objective.groups()
+    theirs = {id(parameter) for group in own for parameter in group["params"]}
+    weights = [parameter for parameter in learned.values() if id(parameter) not in theirs]
+    optimizer = make_optimizer(weights, recipe, own)
+    saver = Saver(house.folder, learned, optimizer, keep=house.keep, behind=house.behind)
     state = saver.load() or _begin(trainee, held, measure, house)
     house.metrics.resume(state["step"])
     trainee.train()
@@ -88,16 +92,16 @@ def train(
         for step in range(state["step"], steps):
             rate = learning_rate(recipe, step, steps)
             torch.manual_seed(recipe.seed + step)  # for models with dropout: nothing else draws numbers
+            objective.begin(step, steps)
             spans = data.spans(step)
             targets = sum(b - a - 1 for a, b in spans)
             losses, stop = _gradients(trainee, data, spans, targets, house.stop)
             held.apply_to_gradients()
-            norm = float(whole(clip_grad_norm_(trainee.parameters(), recipe.clip)))
+            norm = float(whole(clip_grad_norm_(weights, recipe.clip)))
             loss = math.fsum(losses) / max(targets, 1)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _not_finite(data, spans, step, losses, norm, saver, house)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, rate)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             held.apply()
@@ -106,7 +110,8 @@ def train(
             state["tokens"] += consumed
             state["targets"] += targets
             house.meter.step(consumed, watch.step(step + 1, loss))
-            _tell(house, progress, state, consumed, loss=loss, learning_rate=rate, grad_norm=norm)
+            shown = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **objective.figures()}
+            _tell(house, progress, state, consumed, shown)
             if step + 1 in evaluate_after:
                 held.check()
                 found = measure(trainee)
@@ -154,10 +159,12 @@ def _gradients(trainee: Trainee, data: Slice, spans: list[Span], targets: int, s
     place = {span: number for number, span in enumerate(spans)}
     found = torch.zeros(len(spans) + 1, dtype=torch.float64)
     seen: list[tuple[list[int], Tensor]] = []
-    for group in micro_batches(spans, data.recipe.micro_batch, rank=ranks.rank(), world=ranks.world()):
+    groups = micro_batches(spans, data.recipe.micro_batch, rank=ranks.rank(), world=ranks.world())
+    for group in groups:
         batch = data.batch(group)
-        loss, each = trainee(batch.ids, batch.positions, batch.targets)
-        (loss * (ranks.world() / max(targets, 1))).backward()  # sharding takes the mean over the processes
+        total, each, once = trainee(batch.ids, batch.positions, batch.targets)
+        loss = total * (ranks.world() / max(targets, 1))  # sharding takes the mean over the processes
+        (loss if once is None else loss + once / len(groups)).backward()
         seen.append(([place[span] for span in group], each.sum(dim=1)))
     for places, sums in seen:  # the one place in a step where the host waits for the device
         found[places] = sums[: len(places)].double().cpu()
@@ -166,7 +173,9 @@ def _gradients(trainee: Trainee, data: Slice, spans: list[Span], targets: int, s
     return found[:-1].tolist(), bool(found[-1])
 
 
-def _tell(house: Housekeeping, progress: Task, state: dict[str, Any], consumed: int, **values: float) -> None:
+def _tell(
+    house: Housekeeping, progress: Task, state: dict[str, Any], consumed: int, values: Mapping[str, float]
+) -> None:
     """Show and write down a finished step."""
     meter = house.meter
     note = f"loss {values['loss']:.3f}  rate {values['learning_rate']:.2g}  norm {values['grad_norm']:.2g}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn, optim
@@ -11,7 +12,7 @@ from torch import nn, optim
 from secateur.errors import UserError
 from secateur.spec import RUNTIME, Count, Fraction, Positive, spec
 
-__all__ = ["Recipe", "learning_rate", "make_optimizer"]
+__all__ = ["Recipe", "learning_rate", "make_optimizer", "set_rate"]
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
@@ -50,6 +51,12 @@ class Recipe:
         return math.ceil(tokens / self.tokens_per_step)
 
 
+def set_rate(optimizer: optim.Optimizer, rate: float) -> None:
+    """Give the schedule's rate to all groups but those that have their own."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("own_rate", rate)
+
+
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     """The rate of ``step`` of ``steps``: linear warm-up, then down to ``final_share`` of the peak at the last step.
 
@@ -68,13 +75,22 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     return recipe.peak_rate * (recipe.final_share + (1 - recipe.final_share) * height)
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> optim.AdamW:
-    """AdamW with weight decay on matrices only: norms and biases are not drawn to zero."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+def make_optimizer(
+    weights: Iterable[nn.Parameter], recipe: Recipe, own: Sequence[Mapping[str, Any]] = ()
+) -> optim.AdamW:
+    """AdamW with weight decay on matrices only: norms and biases are not drawn to zero.
+
+    Args:
+        weights: what the recipe's schedule is for.
+        recipe: of the training.
+        own: groups besides, with a learning rate ``own_rate`` of their own and without decay.
+    """
+    parameters = list(weights)
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (recipe.beta1, recipe.beta2)
     groups = [group for group in groups if group["params"]]
+    groups += [{"weight_decay": 0.0, "lr": group["own_rate"], **group} for group in own]
     return optim.AdamW(groups, lr=recipe.peak_rate, betas=betas, eps=recipe.epsilon, fused=True)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from secateur import ranks
 from secateur.errors import UserError
 from secateur.families import family_of
-from secateur.token_loss import model_loss
+from secateur.train.objective import LanguageModel, Losses, Objective
 
 __all__ = ["Execution", "Trainee", "local", "part_like", "place", "whole"]
 
@@ -70,15 +70,19 @@ class Execution:
 class Trainee(nn.Module):
     """A model as training sees it: token ids in, losses out."""
 
-    def __init__(self, model: PreTrainedModel, device: str = "cpu") -> None:
+    def __init__(self, model: PreTrainedModel, device: str = "cpu", objective: Objective | None = None) -> None:
         super().__init__()
         self.model = model
+        self.objective = objective or LanguageModel()
         self.device = torch.device(device)
 
-    def forward(
-        self, ids: Tensor, positions: Tensor | None = None, targets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The sum of the losses (nats) and each one, as :func:`secateur.token_loss.model_loss` gives them.
+    def learned(self) -> dict[str, nn.Parameter]:
+        """What is trained: the model's parameters under their names, and the objective's own behind a prefix."""
+        found = {name.removeprefix("model."): parameter for name, parameter in self.named_parameters()}
+        return {name: parameter for name, parameter in found.items() if parameter.requires_grad}
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Losses:
+        """The losses of a batch.
 
         Args:
             ids: int64 [windows, positions].
@@ -86,18 +90,24 @@ class Trainee(nn.Module):
             targets: int64 [windows, positions - 1]; None for the token that follows.
         """
         sent = [None if t is None else t.to(self.device, non_blocking=True) for t in (ids, positions, targets)]
-        return model_loss(self.model, cast(Tensor, sent[0]), position_ids=sent[1], targets=sent[2])
+        return self.objective(self.model, cast(Tensor, sent[0]), sent[1], sent[2])
 
 
-def place(model: PreTrainedModel, weights: Callable[[str], Tensor], execution: Execution) -> Trainee:
+def place(
+    model: PreTrainedModel,
+    weights: Callable[[str], Tensor],
+    execution: Execution,
+    objective: Objective | None = None,
+) -> Trainee:
     """Give a model without weights its weights; one block is whole in memory, then each process keeps its part.
 
     Args:
         model: parameters on the meta device, buffers real (:func:`secateur.checkpoint.skeleton`).
         weights: name of a parameter -> its value, whole, the same in all processes.
         execution: where and how to compute.
+        objective: what is minimised; None for the language-model loss.
     """
-    trainee = Trainee(model, execution.device)
+    trainee = Trainee(model, execution.device, objective)
     shard = _sharder(execution)
     layers = family_of(model.config.model_type, where="the model").layers
     for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(layers))):

@@ -39,17 +39,23 @@ class Saver:
 
     Args:
         folder: where checkpoints lie; all processes see it.
-        model: its parameters are saved under their names.
+        parameters: what is trained, by the names that it is saved under.
         optimizer: AdamW.
         keep: how many checkpoints stay, the newest.
         behind: write while the run goes on; a checkpoint then counts from the next save, or :meth:`finish`, on.
     """
 
     def __init__(
-        self, folder: Path, model: nn.Module, optimizer: optim.Optimizer, *, keep: int = 2, behind: bool = False
+        self,
+        folder: Path,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: optim.Optimizer,
+        *,
+        keep: int = 2,
+        behind: bool = False,
     ) -> None:
         self.folder, self.optimizer, self.keep, self.behind = folder, optimizer, keep, behind
-        self.parameters = dict(model.named_parameters())
+        self.parameters = dict(parameters)
         self.last: Path | None = None  #: the newest complete checkpoint
         self._waiting: tuple[Future[Any], dict[str, Any]] | None = None
         self._group: Any = None
