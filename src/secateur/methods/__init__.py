@@ -28,6 +28,7 @@ __all__ = [
     "METHODS",
     "Granularity",
     "LayerMethod",
+    "LearnedMethod",
     "Method",
     "Place",
     "RemovalMethod",
@@ -39,7 +40,7 @@ __all__ = [
     "known_methods",
 ]
 
-Granularity = Literal["depth", "width", "sparse"]
+Granularity = Literal["depth", "width", "depth+width", "sparse"]
 Statistics = Mapping[type[Statistic], Tensor]  #: kind of statistic -> its value at one site
 
 METHODS = {
@@ -169,6 +170,20 @@ class WeightMethod(Method):
         """
         keep = select(self.score(weight, stats))
         return weight.masked_fill(~keep, 0), keep
+
+
+class LearnedMethod(Method):
+    """Learns what to cut, by training masks over the units of several spaces until they have the shape asked for."""
+
+    granularity = "depth+width"
+    axes: ClassVar[Sequence[str]] = ("hidden", "ffn")
+    scores: ClassVar[Sequence[str]] = ("layers", "hidden", "ffn", "kv")
+    steps: int  #: of training
+    windows: int  #: that a step reads
+
+    def tokens(self, seqlen: int) -> int:
+        """How many tokens it trains on, in windows of ``seqlen``: a part of what the pipeline costs."""
+        return self.steps * self.windows * seqlen
 
 
 #: what each kind of method can need: statistics of one of these kinds, since each kind takes a walk of its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.token_loss import IGNORED
 from secateur.train.optim import Recipe
 
-__all__ = ["Batch", "Slice", "Span", "Tokens", "micro_batches"]
+__all__ = ["Batch", "Data", "Slice", "Span", "Tokens", "micro_batches"]
 
 Span = tuple[int, int]  #: the tokens [start, stop) of a split
 
@@ -44,6 +44,30 @@ class Batch:
     def empty(cls) -> Batch:
         """What a process without windows computes, so that it takes part in what all processes do: no loss."""
         return cls(torch.zeros(1, 2, dtype=torch.int64), None, torch.full((1, 1), IGNORED))
+
+
+class Data(Protocol):
+    """What a run reads, step by step: :class:`Slice`, or what chooses its windows otherwise."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def spans(self, step: int) -> list[Span]: ...
+
+    def batch(self, spans: Sequence[Span]) -> Batch: ...
+
+    def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]: ...
+
+    def state(self) -> Any:
+        """What the next steps depend on besides their number, as plain values; it is saved with a checkpoint."""
+
+    def restore(self, state: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,12 @@ class Slice:
         if self.recipe.attention == "window":
             return Batch(ids)
         return Batch(ids, torch.from_numpy(np.stack([self.store.positions("train", *span) for span in spans])))
+
+    def state(self) -> None:
+        """Nothing: what a step reads follows from its number."""
+
+    def restore(self, state: None) -> None:
+        """Nothing is to be restored."""
 
     def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]:
         """The names of the documents, at most so many, that the windows lie in."""

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from secateur import ranks
 from secateur.errors import RunError
 from secateur.progress import Task, task
-from secateur.train.batches import Slice, Span, micro_batches
+from secateur.train.batches import Data, Span, micro_batches
 from secateur.train.masks import Masks
 from secateur.train.metrics import Metrics
 from secateur.train.optim import learning_rate, make_optimizer, set_rate
@@ -50,7 +50,7 @@ class Housekeeping:
 
 def train(
     trainee: Trainee,
-    data: Slice,
+    data: Data,
     *,
     masks: Mapping[str, Tensor],
     measure: Callable[[Trainee], float | None],
@@ -61,7 +61,7 @@ def train(
 
     Args:
         trainee: float32 parameters; what its objective gives is minimised.
-        data: the exact slice, and the recipe; a window's first token is context, so a window of T tokens gives T - 1
+        data: the exact tokens, and the recipe; a window's first token is context, so a window of T tokens gives T - 1
             targets.
         masks: parameter name -> bool, True where kept; empty for a dense model.
         measure: gives the held-out loss; None where there is nothing to measure it on.
@@ -84,6 +84,7 @@ def train(
     optimizer = make_optimizer(weights, recipe, own)
     saver = Saver(house.folder, learned, optimizer, keep=house.keep, behind=house.behind)
     state = saver.load() or _begin(trainee, held, measure, house)
+    data.restore(state.get("data"))
     house.metrics.resume(state["step"])
     trainee.train()
     watch = Watch(house.label, report=house.metrics.write)
@@ -120,7 +121,7 @@ def train(
                 _tell_held_out(house, step + 1, state["tokens"], found)
             if stop or (step + 1) % house.save_every == 0 or step + 1 == steps:
                 held.check()
-                saver.save(state)
+                saver.save({**state, "data": data.state()})
             if stop and step + 1 < steps:
                 saver.finish()
                 raise RunError(f"{house.label}: told to stop, saved {saver.last}; the same command goes on", REQUEUE)
@@ -142,7 +143,7 @@ def _begin(
     return {"step": 0, "tokens": 0, "targets": 0, "curve": [first]}
 
 
-def _gradients(trainee: Trainee, data: Slice, spans: list[Span], targets: int, stop: Stop) -> tuple[list[float], bool]:
+def _gradients(trainee: Trainee, data: Data, spans: list[Span], targets: int, stop: Stop) -> tuple[list[float], bool]:
     """Add up the gradient of a step's mean loss over processes and micro-batches.
 
     Args:
@@ -191,7 +192,7 @@ def _tell_held_out(house: Housekeeping, step: int, tokens: int, loss: float | No
 
 
 def _not_finite(
-    data: Slice, spans: list[Span], step: int, losses: list[float], norm: float, saver: Saver, house: Housekeeping
+    data: Data, spans: list[Span], step: int, losses: list[float], norm: float, saver: Saver, house: Housekeeping
 ) -> RunError:
     """Say where a run broke: the step, the documents of the windows at fault, and what to go on from."""
     saver.finish()
