@@ -56,6 +56,7 @@ class Family:
     final_norm: str = "model.norm.weight"
     hidden_sites: tuple[str, ...] = ("attention_input", "ffn_input")  #: norm outputs: hidden channels' importance
     ffn_site: str = "ffn_hidden"  #: the input of the down-projection
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  #: what adds its output to the residual stream
     kv_site: str = "attention_output"  #: the input of the output projection, query heads in order
     optional: Mapping[str, str] = field(default_factory=dict)  #: block tensor -> config key that switches it on
     config_keys: Mapping[str, str] = field(default_factory=lambda: _CONFIG_KEYS)  #: field of Shape -> config key
@@ -148,6 +149,8 @@ def _pre_norm(attention: tuple[str, ...], ffn: tuple[str, ...], ffn_norm: str) -
     }
 
 
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+
 _LLAMA_SITES = _pre_norm(_QKV, ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm")
 
 LLAMA = Family(
@@ -196,6 +199,7 @@ GEMMA3 = Family(
     },
     optional=_ATTENTION_SWITCH,
     sites=_pre_norm(_QKV, ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
+    writers=_POST_NORMS,
     heads_divide_hidden=True,
     embedding_grows=True,
     norm_offset=1.0,
@@ -224,6 +228,7 @@ OLMO2 = Family(
         **_OUTPUTS,
     },
     hidden_sites=("attention_norm", "ffn_norm"),
+    writers=_POST_NORMS,
 )
 
 PHI3 = Family(

@@ -27,7 +27,7 @@ __all__ = [
     "train_flops",
 ]
 
-SPACES = ("hidden", "ffn", "kv")  #: the spaces that can be narrowed
+SPACES = ("layers", "hidden", "ffn", "kv")  #: what a shape can be narrowed in: its layers, or a space of channels
 SIZES = ("hidden", "ffn", "layers", "heads", "kv_heads")  #: the sizes that a shape can be asked for by
 Share = Literal["non_embedding", "total"]  #: which parameters a ratio counts
 
@@ -87,8 +87,8 @@ class Shape:
         }[axis]
 
     def units(self, space: str) -> int:
-        """How many units of a space can be kept or dropped: channels, or KV heads with the query heads on them."""
-        return {"hidden": self.hidden, "ffn": self.ffn, "kv": self.kv_heads}[space]
+        """How many units of a space can be kept or dropped: layers, channels, or KV heads with their query heads."""
+        return {"layers": self.layers, "hidden": self.hidden, "ffn": self.ffn, "kv": self.kv_heads}[space]
 
     def unit_parameters(self, space: str) -> int:
         """Parameters that go with one unit of ``ffn`` or ``kv`` in one layer."""
@@ -243,7 +243,7 @@ def solve_depth(shape: Shape, ratio: float, of: Share = "non_embedding") -> Shap
 def solve_width(
     shape: Shape, ratio: float, spaces: Sequence[str] = ("hidden", "ffn"), of: Share = "non_embedding"
 ) -> Shape:
-    """The narrower shape nearest to the ratio; layers and the spaces that are not named stay.
+    """The smaller shape nearest to the ratio; what is not named stays.
 
     Channels go in steps of :func:`multiple_of`, heads in whole KV groups, and the named spaces shrink alike as far as
     the steps allow: of the shapes that come within a hundredth of all parameters, and within a tenth of those that are
@@ -252,7 +252,7 @@ def solve_width(
     Args:
         shape: the shape to narrow.
         ratio: the share of parameters to remove.
-        spaces: which of ``hidden``, ``ffn`` and ``kv`` may be narrowed.
+        spaces: which of ``layers``, ``hidden``, ``ffn`` and ``kv`` may shrink.
         of: which parameters the ratio counts.
 
     Raises:
@@ -283,7 +283,7 @@ def solve_width(
 def _steps(shape: Shape, spaces: Sequence[str]) -> dict[str, int]:
     """In what steps each of the spaces is narrowed."""
     divisor = shape.heads if shape.family.heads_divide_hidden and "kv" not in spaces else 1
-    steps = {"hidden": multiple_of(shape.hidden, divisor), "ffn": multiple_of(shape.ffn), "kv": 1}
+    steps = {"layers": 1, "hidden": multiple_of(shape.hidden, divisor), "ffn": multiple_of(shape.ffn), "kv": 1}
     return {space: steps[space] for space in spaces}
 
 
@@ -296,7 +296,7 @@ def _most(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 def _reach(gone: NDArray[np.float64], ratio: float, steps: Mapping[str, int]) -> str:
     """What narrowing can remove, for an error; ``gone`` has each candidate's share, NaN where one is not legal."""
-    units = {"hidden": "hidden channel", "ffn": "FFN channel", "kv": "KV head"}
+    units = {"layers": "layer", "hidden": "hidden channel", "ffn": "FFN channel", "kv": "KV head"}
     named = ", ".join(f"{step} {units[space]}{'s' if step > 1 else ''}" for space, step in steps.items())
     legal = gone[gone > 0]
     if not legal.size:

@@ -54,7 +54,7 @@ class Target:
         of: which parameters the ratio counts; None for those outside the embeddings.
         sizes: sizes of the shape to reach, instead of a ratio.
         pattern: of the zeros, sparse methods only; it says the ratio by itself.
-        axes: the spaces that a width method narrows; empty for the method's own choice.
+        axes: what a method shrinks that scores several spaces; empty for the method's own choice.
         allocation: ``uniform``: every layer keeps as many units; ``global``: layers compete.
     """
 
@@ -126,13 +126,13 @@ class Target:
             raise UserError("--axes: --shape says already what is narrowed; leave it out")
 
     def _check_width(self, method: Method, name: str) -> None:
-        if method.granularity != "width":
+        if not method.scores:
             for option, given in (("--axes", bool(self.axes)), ("--allocation", self.allocation != "uniform")):
                 if given:
                     raise UserError(f"{option}: {name} prunes no channels; leave it out")
             foreign = set(self.sizes) - {"layers"}
         else:
-            foreign = {"layers"} & set(self.sizes)
+            foreign = {"layers"} & set(self.sizes) - set(method.scores)
             for axis in self.axes:
                 if axis not in method.scores:
                     raise UserError(f"--axes: {name} scores {', '.join(method.scores)}, not {axis}")
@@ -141,6 +141,8 @@ class Target:
                     raise UserError(f"--shape: {name} scores {', '.join(method.scores)}, so it cannot narrow {space}")
         if foreign:
             raise UserError(f"--shape: {name} does not change {', '.join(sorted(foreign))}")
+        if self.allocation == "global" and "layers" in method.scores:
+            raise UserError(f"--allocation global: {name} learns as many units in every layer; leave it out")
         if self.allocation == "global" and (self.sizes or "hidden" in self.spaces(method)):
             raise UserError("--allocation global: needs a --ratio, and --axes of ffn and kv alone")
 
@@ -165,7 +167,7 @@ class Target:
         return said
 
     def spaces(self, method: Method) -> tuple[str, ...]:
-        """The spaces that a width method narrows, in the order of :data:`secateur.shapes.SPACES`."""
+        """The spaces that shrink, in the order of :data:`secateur.shapes.SPACES`."""
         if self.sizes:
             named = {"kv" if name in ("heads", "kv_heads") else name for name in self.sizes}
         else:
@@ -232,7 +234,12 @@ class Target:
             )
 
 
-_OTHER = {"sparse": "--pattern N:M", "depth": "--shape layers=N", "width": "--shape hidden=N,ffn=N"}
+_OTHER = {
+    "sparse": "--pattern N:M",
+    "depth": "--shape layers=N",
+    "width": "--shape hidden=N,ffn=N",
+    "depth+width": "--shape layers=N,hidden=N,ffn=N,heads=N",
+}
 
 
 def _parse_sizes(text: str) -> dict[str, int]:

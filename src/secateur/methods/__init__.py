@@ -54,6 +54,7 @@ METHODS = {
     "wanda-sp": "secateur.methods.wanda_sp:WandaSP",
     "flap": "secateur.methods.flap:FLAP",
     "random-width": "secateur.methods.random:RandomWidth",
+    "sheared": "secateur.methods.sheared:Sheared",
     "magnitude": "secateur.methods.magnitude:Magnitude",
     "wanda": "secateur.methods.wanda:Wanda",
     "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
@@ -173,17 +174,50 @@ class WeightMethod(Method):
 
 
 class LearnedMethod(Method):
-    """Learns what to cut, by training masks over the units of several spaces until they have the shape asked for."""
+    """Learns what to cut by training a gate on each unit, until as many are open as the shape asked for has.
+
+    It says what a gate is, by a parameter ``a`` of its own, and what draws their number to the target.
+    """
 
     granularity = "depth+width"
     axes: ClassVar[Sequence[str]] = ("hidden", "ffn")
     scores: ClassVar[Sequence[str]] = ("layers", "hidden", "ffn", "kv")
+    START: ClassVar[float]  #: the parameter of every gate at first
+    LIMIT: ClassVar[float]  #: it stays between this and its negative
+    PHI: float
     steps: int  #: of training
     windows: int  #: that a step reads
+    rate: float  #: peak learning rate of the weights; 0 leaves them as they are
+    mask_rate: float  #: learning rate of the gates
+    multiplier_rate: float  #: learning rate of the multipliers
+    warmup: float  #: share of the steps in which the target comes down to the shape
+    seed: int  #: of the gates' noise and of the order of the windows
 
     def tokens(self, seqlen: int) -> int:
         """How many tokens it trains on, in windows of ``seqlen``: a part of what the pipeline costs."""
         return self.steps * self.windows * seqlen
+
+    @abstractmethod
+    def draw(self, a: Tensor, u: Tensor) -> Tensor:
+        """Gates for uniform noise ``u`` in (0, 1), of the same size as ``a``."""
+
+    @abstractmethod
+    def settled(self, a: Tensor) -> Tensor:
+        """Gates without noise."""
+
+    @abstractmethod
+    def open(self, a: Tensor) -> Tensor:
+        """The probability that a gate is not zero."""
+
+    @abstractmethod
+    def penalty(self, d: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
+        """What is added to the loss, a scalar.
+
+        Args:
+            d: the share of open gates expected under each constraint less the share that is to stay, [constraints].
+            linear: multipliers, of the same size; they are trained to make the penalty as large as can be.
+            quadratic: others.
+        """
 
 
 #: what each kind of method can need: statistics of one of these kinds, since each kind takes a walk of its own
@@ -192,6 +226,7 @@ _SHOWN: dict[type, tuple[type, ...]] = {
     RemovalMethod: (),
     WidthMethod: (Statistic, GradientStatistic),
     WeightMethod: (Statistic,),
+    LearnedMethod: (),
 }
 
 
@@ -241,7 +276,7 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Any:
 def _fault(found: Any) -> str:
     """What keeps an object from being a method; empty where nothing does."""
     if not (isinstance(found, type) and issubclass(found, tuple(_SHOWN))):
-        return "which is no subclass of LayerMethod, RemovalMethod, WidthMethod or WeightMethod"
+        return f"which is no subclass of {', '.join(kind.__name__ for kind in _SHOWN)}"
     return "" if dataclasses.is_dataclass(found) else "which is not decorated with secateur.spec.spec"
 
 

@@ -116,7 +116,7 @@ def train(
             if step + 1 in evaluate_after:
                 held.check()
                 found = measure(trainee)
-                point = {"loss": found, "training_loss": loss, "learning_rate": rate}
+                point = {"loss": found, "training_loss": loss, "learning_rate": rate, **objective.figures()}
                 state["curve"].append({"tokens": state["tokens"], **point})
                 _tell_held_out(house, step + 1, state["tokens"], found)
             if stop or (step + 1) % house.save_every == 0 or step + 1 == steps:

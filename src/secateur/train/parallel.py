@@ -108,6 +108,7 @@ def place(
         objective: what is minimised; None for the language-model loss.
     """
     trainee = Trainee(model, execution.device, objective)
+    trainee.objective.to(execution.device)
     shard = _sharder(execution)
     layers = family_of(model.config.model_type, where="the model").layers
     for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(layers))):
@@ -131,7 +132,7 @@ def _fill(module: nn.Module, prefix: str, weights: Callable[[str], Tensor], devi
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
             value = weights(prefix + name).to(device, torch.float32, copy=True)  # what is stored is not to be written
-            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, parameter.requires_grad)
     for part in module.modules():
         part._buffers.update({name: b.to(device) for name, b in part._buffers.items() if b is not None})
 
