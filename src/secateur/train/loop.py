@@ -157,18 +157,18 @@ def _gradients(trainee: Trainee, data: Data, spans: list[Span], targets: int, st
         The loss of each of the step's windows, summed over its tokens, in the order of ``spans``; and whether any
         process was told to stop.
     """
-    place = {span: number for number, span in enumerate(spans)}
+    place = {span: number for number, span in enumerate(spans)}  # a window that is read twice has its sum at the last
     found = torch.zeros(len(spans) + 1, dtype=torch.float64)
-    seen: list[tuple[list[int], Tensor]] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     groups = micro_batches(spans, data.recipe.micro_batch, rank=ranks.rank(), world=ranks.world())
     for group in groups:
         batch = data.batch(group)
         total, each, once = trainee(batch.ids, batch.positions, batch.targets)
         loss = total * (ranks.world() / max(targets, 1))  # sharding takes the mean over the processes
         (loss if once is None else loss + once / len(groups)).backward()
-        seen.append(([place[span] for span in group], each.sum(dim=1)))
+        seen.append((torch.tensor([place[span] for span in group], dtype=torch.int64), each.sum(dim=1)))
     for places, sums in seen:  # the one place in a step where the host waits for the device
-        found[places] = sums[: len(places)].double().cpu()
+        found.index_add_(0, places, sums[: len(places)].double().cpu())
     found[-1] = float(stop.told)
     ranks.add(found)
     return found[:-1].tolist(), bool(found[-1])
