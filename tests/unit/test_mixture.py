@@ -422,12 +422,13 @@ def test_losses_without_domains_or_held_out_documents(tmp_path: Path) -> None:
 
 
 def run(folder: Path, model: Any, store: TokenStore, references: dict[str, float], **house: Any) -> Any:
-    """Twelve steps; shares follow the held-out losses at each of six points."""
+    """Twelve steps; shares follow the held-out losses at the start and at each of six points."""
     view = ByDomain(store, "train", 0, 1200, SEQUENCE)
     data = Mixture(view, view.ranges, RECIPE, 12, references)
-    protocols = domain_protocols(store, SEQUENCE, 3)
+    protocols, shares = domain_protocols(store, SEQUENCE, 3), list[dict[str, float]]()
 
     def measure(trainee: Trainee) -> float:
+        shares.append(data.weights)
         losses = domain_losses(trainee, protocols, batch=2)
         data.update(losses)
         return sum(losses.values()) / len(losses)
@@ -436,7 +437,7 @@ def run(folder: Path, model: Any, store: TokenStore, references: dict[str, float
     result = train(
         Trainee(model), data, masks={}, measure=measure, points=6, house=Housekeeping(folder, "run", **house)
     )
-    return result, data
+    return result, data, shares
 
 
 def test_a_killed_run_ends_at_the_same_bits(tmp_path: Path) -> None:
@@ -445,8 +446,9 @@ def test_a_killed_run_ends_at_the_same_bits(tmp_path: Path) -> None:
     protocols = domain_protocols(store, SEQUENCE, 3)
     start = domain_losses(Trainee(whole), protocols, batch=2)
     references = {name: loss - 0.4 * number for number, (name, loss) in enumerate(start.items())}
-    result, data = run(tmp_path / "whole", whole, store, references)
+    result, data, shares = run(tmp_path / "whole", whole, store, references)
     natural = Mixture(data.store, data.ranges, RECIPE, 12).weights
+    assert shares[0] == natural != shares[1]  # what is measured before the first step counts
     assert result["tokens"] == data.tokens == 12 * RECIPE.tokens_per_step
     assert data.weights["web"] > 1.5 * natural["web"] and data.weights["books"] < natural["books"]
     stop = Stop()
@@ -459,7 +461,8 @@ def test_a_killed_run_ends_at_the_same_bits(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="the same command goes on"):
         run(tmp_path / "cut", cut, store, references, stop=stop, meter=Early())
     again = hf(tiny_llama(tmp_path, seed=5))
-    resumed, data_again = run(tmp_path / "cut", again, store, references)
+    resumed, data_again, shares_again = run(tmp_path / "cut", again, store, references)
+    assert shares_again == shares[-len(shares_again) :] and len(shares_again) < len(shares)
     assert resumed == result and data_again.state() == data.state()
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
 

@@ -83,8 +83,9 @@ def train(
     weights = [parameter for parameter in learned.values() if id(parameter) not in theirs]
     optimizer = make_optimizer(weights, recipe, own)
     saver = Saver(house.folder, learned, optimizer, keep=house.keep, behind=house.behind)
-    state = saver.load() or _begin(trainee, held, measure, house)
-    data.restore(state.get("data"))
+    found = saver.load()
+    data.restore(found.get("data") if found else None)  # before anything is measured: data may follow what is found
+    state = found or _begin(trainee, held, measure, house)
     house.metrics.resume(state["step"])
     trainee.train()
     watch = Watch(house.label, report=house.metrics.write)
@@ -115,10 +116,10 @@ def train(
             _tell(house, progress, state, consumed, shown)
             if step + 1 in evaluate_after:
                 held.check()
-                found = measure(trainee)
-                point = {"loss": found, "training_loss": loss, "learning_rate": rate}
+                measured = measure(trainee)
+                point = {"loss": measured, "training_loss": loss, "learning_rate": rate}
                 state["curve"].append({"tokens": state["tokens"], **point})
-                _tell_held_out(house, step + 1, state["tokens"], found)
+                _tell_held_out(house, step + 1, state["tokens"], measured)
             if stop or (step + 1) % house.save_every == 0 or step + 1 == steps:
                 held.check()
                 saver.save({**state, "data": data.state()})
