@@ -208,9 +208,27 @@ class TokenStore:
         """How many documents the split has."""
         return self._split(split).documents
 
-    def offsets(self, split: str) -> NDArray[np.int64]:
-        """Where each document starts: int64 of shape [documents], all of it in memory."""
-        return np.array(self._offsets(split))
+    def offsets(self, split: str, documents: range | None = None) -> NDArray[np.int64]:
+        """Where each document starts, or each of a range of them: int64 of shape [documents], all of it in memory."""
+        part = slice(documents.start, documents.stop) if documents is not None else slice(None)
+        return np.array(self._offsets(split)[part])
+
+    def domains_of(self, split: str, documents: range) -> NDArray[np.uint16]:
+        """The domain of each document of a range, an index into :attr:`domains`; zeros where there is only one.
+
+        Raises:
+            UserError: if one has no name.
+        """
+        column = self._split(split).domains
+        if column is None:
+            return np.zeros(len(documents), dtype=np.uint16)
+        found = np.array(self._map(column.file, "uint16", self.documents(split))[documents.start : documents.stop])
+        if len(found) and found.max() >= len(self.domains):
+            raise UserError(
+                f"{self.folder / column.file}: a document of domain {found.max()}, but the manifest names "
+                f"{len(self.domains)}: the files are damaged; build the data again"
+            )
+        return found
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
         """The ids from ``start`` to ``stop``: int64 of shape [stop - start].

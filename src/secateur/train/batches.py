@@ -15,7 +15,7 @@ from torch import Tensor
 from secateur.token_loss import IGNORED
 from secateur.train.optim import Recipe
 
-__all__ = ["Batch", "Data", "Slice", "Span", "Tokens", "micro_batches"]
+__all__ = ["Batch", "Data", "Slice", "Span", "Tokens", "WindowTokens", "document_names", "micro_batches", "read_batch"]
 
 Span = tuple[int, int]  #: the tokens [start, stop) of a split
 
@@ -108,12 +108,7 @@ class Slice:
 
     def batch(self, spans: Sequence[Span]) -> Batch:
         """Read windows of one length; none give the empty batch."""
-        if not spans:
-            return Batch.empty()
-        ids = torch.from_numpy(np.stack([self.store.read("train", *span) for span in spans]))
-        if self.recipe.attention == "window":
-            return Batch(ids)
-        return Batch(ids, torch.from_numpy(np.stack([self.store.positions("train", *span) for span in spans])))
+        return read_batch(self.store, self.recipe, spans)
 
     def state(self) -> None:
         """Nothing: what a step reads follows from its number."""
@@ -123,8 +118,63 @@ class Slice:
 
     def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]:
         """The names of the documents, at most so many, that the windows lie in."""
-        found = {index: None for span in spans for index in self.store.documents_in("train", *span)}
-        return [self.store.document_name("train", index) for index in list(found)[:most]]
+        return document_names(self.store, spans, most)
+
+
+class WindowTokens:
+    """Windows of ids in memory, end to end, as :class:`Tokens`: each is a document of its own, whatever the split.
+
+    Args:
+        ids: int64 [windows, length].
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.length = ids.numpy().reshape(-1), ids.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.ids)
+
+    def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
+        """The ids from ``start`` to ``stop``: int64 [stop - start]."""
+        self._check(start, stop)
+        return self.ids[start:stop].copy()
+
+    def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
+        """The place of each token in its window, or from ``start`` where the window began before."""
+        self._check(start, stop)
+        at = np.arange(start, stop, dtype=np.int64)
+        return at - np.maximum(at // self.length * self.length, start)
+
+    def documents_in(self, split: str, start: int, stop: int) -> range:
+        """The windows that have tokens between ``start`` and ``stop``."""
+        self._check(start, stop)
+        return range(start // self.length, -(-stop // self.length) if stop > start else start // self.length)
+
+    def document_name(self, split: str, index: int) -> str:
+        """E.g. ``window 17``."""
+        return f"window {index}"
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.tokens:
+            raise ValueError(f"not a slice of {self.tokens} tokens: {start} to {stop}")
+
+
+def read_batch(store: Tokens, recipe: Recipe, spans: Sequence[Span]) -> Batch:
+    """Read windows of one length, with positions where attention stays within documents; none give the empty batch."""
+    if not spans:
+        return Batch.empty()
+    ids = torch.from_numpy(np.stack([store.read("train", *span) for span in spans]))
+    if recipe.attention == "window":
+        return Batch(ids)
+    return Batch(ids, torch.from_numpy(np.stack([store.positions("train", *span) for span in spans])))
+
+
+def document_names(store: Tokens, spans: Sequence[Span], most: int) -> list[str]:
+    """The names of the documents, at most so many, that the windows lie in."""
+    found = {index: None for span in spans for index in store.documents_in("train", *span)}
+    return [store.document_name("train", index) for index in list(found)[:most]]
 
 
 def micro_batches(spans: Sequence[Span], size: int, *, rank: int, world: int) -> list[list[Span]]:

@@ -83,8 +83,9 @@ def train(
     weights = [parameter for parameter in learned.values() if id(parameter) not in theirs]
     optimizer = make_optimizer(weights, recipe, own)
     saver = Saver(house.folder, learned, optimizer, keep=house.keep, behind=house.behind)
-    state = saver.load() or _begin(trainee, held, measure, house)
-    data.restore(state.get("data"))
+    found = saver.load()
+    data.restore(found.get("data") if found else None)  # before anything is measured: data may follow what is found
+    state = found or _begin(trainee, held, measure, house)
     house.metrics.resume(state["step"])
     trainee.train()
     watch = Watch(house.label, report=house.metrics.write)
@@ -115,10 +116,10 @@ def train(
             _tell(house, progress, state, consumed, shown)
             if step + 1 in evaluate_after:
                 held.check()
-                found = measure(trainee)
-                point = {"loss": found, "training_loss": loss, "learning_rate": rate, **objective.figures()}
+                measured = measure(trainee)
+                point = {"loss": measured, "training_loss": loss, "learning_rate": rate, **objective.figures()}
                 state["curve"].append({"tokens": state["tokens"], **point})
-                _tell_held_out(house, step + 1, state["tokens"], found)
+                _tell_held_out(house, step + 1, state["tokens"], measured)
             if stop or (step + 1) % house.save_every == 0 or step + 1 == steps:
                 held.check()
                 saver.save({**state, "data": data.state()})
@@ -157,18 +158,18 @@ def _gradients(trainee: Trainee, data: Data, spans: list[Span], targets: int, st
         The loss of each of the step's windows, summed over its tokens, in the order of ``spans``; and whether any
         process was told to stop.
     """
-    place = {span: number for number, span in enumerate(spans)}
+    place = {span: number for number, span in enumerate(spans)}  # a window that is read twice has its sum at the last
     found = torch.zeros(len(spans) + 1, dtype=torch.float64)
-    seen: list[tuple[list[int], Tensor]] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     groups = micro_batches(spans, data.recipe.micro_batch, rank=ranks.rank(), world=ranks.world())
     for group in groups:
         batch = data.batch(group)
         total, each, once = trainee(batch.ids, batch.positions, batch.targets)
         loss = total * (ranks.world() / max(targets, 1))  # sharding takes the mean over the processes
         (loss if once is None else loss + once / len(groups)).backward()
-        seen.append(([place[span] for span in group], each.sum(dim=1)))
+        seen.append((torch.tensor([place[span] for span in group], dtype=torch.int64), each.sum(dim=1)))
     for places, sums in seen:  # the one place in a step where the host waits for the device
-        found[places] = sums[: len(places)].double().cpu()
+        found.index_add_(0, places, sums[: len(places)].double().cpu())
     found[-1] = float(stop.told)
     ranks.add(found)
     return found[:-1].tolist(), bool(found[-1])

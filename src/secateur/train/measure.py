@@ -1,18 +1,21 @@
-"""Held-out loss of a model in training, its windows shared by all processes."""
+"""Held-out loss of a model in training, whole or domain by domain, its windows shared by all processes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
 from secateur import ranks
+from secateur.data.domains import ByDomain
+from secateur.data.shards import TokenStore
 from secateur.errors import RunError
 from secateur.evaluate.loss import Protocol
 from secateur.train.batches import Batch
 from secateur.train.parallel import Trainee
 
-__all__ = ["held_out_loss"]
+__all__ = ["domain_losses", "domain_protocols", "held_out_loss"]
 
 
 @torch.no_grad()
@@ -44,3 +47,29 @@ def held_out_loss(trainee: Trainee, protocol: Protocol, batch: int) -> float:
     if not math.isfinite(loss):
         raise RunError(f"{protocol.source}: the held-out loss is {loss}; lower peak_rate")
     return loss
+
+
+def domain_losses(trainee: Trainee, protocols: Mapping[str, Protocol], batch: int) -> dict[str, float]:
+    """The mean loss of each domain (nats a predicted token), as :func:`held_out_loss` gives it; all processes together.
+
+    A domain without a protocol has no loss, which is not one of zero.
+    """
+    return {name: held_out_loss(trainee, protocol, batch) for name, protocol in protocols.items()}
+
+
+def domain_protocols(store: TokenStore, sequence: int, most: int) -> dict[str, Protocol]:
+    """The first whole held-out windows of each domain: at most ``most`` of ``sequence`` tokens.
+
+    A domain without a whole window is absent. So are all where nothing was held out.
+    """
+    split = "heldout"
+    if split not in store.manifest.splits:
+        return {}
+    view = ByDomain(store, split, 0, store.tokens(split), sequence)
+    found = {}
+    for name, (start, stop) in view.ranges.items():
+        windows = min(most, (stop - start) // sequence)
+        ids = torch.from_numpy(view.read(split, start, start + windows * sequence))
+        source = f"held-out documents of domain {name}" if name else "held-out documents"
+        found[name] = Protocol((ids.reshape(windows, sequence),), source)
+    return found

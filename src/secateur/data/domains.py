@@ -1,0 +1,105 @@
+"""A slice of a corpus by domain: its documents put end to end, one domain after the other, as tokens of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.data.shards import TokenStore
+
+__all__ = ["ByDomain"]
+
+
+class ByDomain:
+    """The tokens ``[start, stop)`` of a split under other indices: those of each domain lie together, ids as they were.
+
+    Within a domain documents keep the order of the corpus. One that the slice cuts counts with the part inside. A
+    domain with less than a window is left out. A few numbers are held for each document of the slice, none for each
+    token; what is read touches only the documents in it.
+
+    Args:
+        store: the corpus; where its documents have no domains, all are of the one named ``""``.
+        split: of the store; it is the only one that can be asked for.
+        start: first token, an index into the split.
+        stop: behind the last one.
+        sequence: tokens in a window.
+
+    Attributes:
+        ranges: domain -> its tokens [start, stop) under the new indices, in the manifest's order.
+        left_out: domain -> its tokens in the slice, fewer than a window; among them domains without any.
+
+    Raises:
+        UserError: if the split has fewer than ``stop`` tokens, or a document's domain has no name.
+    """
+
+    def __init__(self, store: TokenStore, split: str, start: int, stop: int, sequence: int) -> None:
+        self.store, self.split = store, split
+        within = store.documents_in(split, start, stop)
+        begins = np.maximum(store.offsets(split, within), start)
+        lengths = np.diff(begins, append=stop)
+        domains = store.domains_of(split, within)
+        names = store.domains if store.manifest.splits[split].domains else ("",)
+        totals = np.zeros(len(names), dtype=np.int64)
+        np.add.at(totals, domains, lengths)
+        kept = totals >= sequence
+        order = np.argsort(domains, kind="stable")
+        order = order[kept[domains[order]]]
+        self._documents = within.start + order  # each document's index in the split
+        self._sources = begins[order]  # where its first token inside the slice lies in the split
+        self._starts = np.concatenate(
+            [[0], np.cumsum(lengths[order])], dtype=np.int64
+        )  # and under the new indices; the end behind
+        ends = np.cumsum(np.where(kept, totals, 0))
+        sizes = list(zip(names, totals.tolist(), kept.tolist(), ends.tolist(), strict=True))
+        self.ranges = {name: (end - total, end) for name, total, inside, end in sizes if inside}
+        self.left_out = {name: total for name, total, inside, _ in sizes if not inside}
+
+    @property
+    def tokens(self) -> int:
+        """How many there are, without those of domains that are left out."""
+        return int(self._starts[-1])
+
+    def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
+        """The ids from ``start`` to ``stop``: int64 of shape [stop - start].
+
+        Raises:
+            UserError: if an id is none of the vocabulary.
+            ValueError: if not ``0 <= start <= stop <= tokens``, or for another split.
+        """
+        within = self.documents_in(split, start, stop)
+        starts = self._starts[within.start : within.stop + 1]
+        begins, ends = np.maximum(starts[:-1], start), np.minimum(starts[1:], stop)
+        moved = self._sources[within.start : within.stop] - starts[:-1]
+        pieces = [np.empty(0, dtype=np.int64)]
+        for begin, end in zip((begins + moved).tolist(), (ends + moved).tolist(), strict=True):
+            pieces.append(self.store.read(split, begin, end))
+        return np.concatenate(pieces)
+
+    def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
+        """The place of each token in its document: int64 of shape [stop - start].
+
+        It is counted from the document's first token inside the slice, or from ``start`` where that lies before.
+
+        Raises:
+            ValueError: if not ``0 <= start <= stop <= tokens``, or for another split.
+        """
+        within = self.documents_in(split, start, stop)
+        begins = np.maximum(self._starts[within.start : within.stop], start)
+        return np.arange(start, stop, dtype=np.int64) - np.repeat(begins, np.diff(begins, append=stop))
+
+    def documents_in(self, split: str, start: int, stop: int) -> range:
+        """Numbers, in the new order, of the documents with tokens in there, and of empty ones between them.
+
+        Raises:
+            ValueError: if not ``0 <= start <= stop <= tokens``, or for another split.
+        """
+        if split != self.split or not 0 <= start <= stop <= self.tokens:
+            raise ValueError(f"not a slice of the {self.tokens} tokens of {self.split!r}: {start} to {stop}, {split!r}")
+        if start == stop:
+            return range(0)
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        return range(first, int(np.searchsorted(self._starts, stop, side="left")))
+
+    def document_name(self, split: str, index: int) -> str:
+        """What the store calls the document of that number."""
+        return self.store.document_name(split, int(self._documents[index]))
