@@ -16,8 +16,9 @@ from secateur.calibrate.removals import GROUP_BYTES
 from secateur.calibrate.stats import GradientStatistic, Gram
 from secateur.methods import Method, RemovalMethod, WeightMethod
 from secateur.shapes import Shape
+from secateur.train.optim import Recipe
 
-__all__ = ["Estimate", "Use", "estimate", "free_device_memory", "free_memory", "size", "watched"]
+__all__ = ["Estimate", "Use", "estimate", "free_device_memory", "free_memory", "learning", "size", "watched"]
 
 _STATUS = Path("/proc/self/status")
 
@@ -93,6 +94,27 @@ def estimate(
         output += shape.block_weights * len(outputs)
     leaving = kept // shape.layers
     return Estimate(block, weights * dtype.itemsize, leaving, states, kept * len(outputs), output)
+
+
+def learning(shape: Shape, outputs: Sequence[Shape], recipe: Recipe, *, trained: bool, dtype: str) -> tuple[int, int]:
+    """Reckon what learning a shape will need, in all processes together.
+
+    Args:
+        shape: the model, whole.
+        outputs: the shapes of the checkpoints to be written.
+        recipe: of the training.
+        trained: whether weights are trained along.
+        dtype: of what is computed.
+
+    Returns:
+        Bytes of memory, and of disk besides a second copy of the model as it is stored.
+    """
+    held = 16 if trained else 4  # bytes of a float32 weight, with its gradient and its two moments
+    tokens = min(recipe.micro_batch * recipe.sequence, recipe.tokens_per_step)
+    # What a block keeps for the backward pass: its linears' inputs and what the gates multiply.
+    kept = tokens * shape.layers * (6 * shape.ffn + 16 * shape.hidden) * (2 if dtype == "bfloat16" else 4)
+    saved = 3 * 12 * shape.total if trained else 0  # two checkpoints of the run, and one that is being written
+    return held * shape.total + kept, saved + sum(4 * after.total for after in outputs)
 
 
 def _outer(shape: Shape, kinds: int) -> int:

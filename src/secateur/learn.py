@@ -10,47 +10,54 @@ import torch
 from torch import Tensor
 
 from secateur import ranks
-from secateur.checkpoint import Checkpoint, copy_tokenizer, in_writing_order, model_card, skeleton, write_checkpoint
+from secateur.checkpoint import Checkpoint, copy_tokenizer, skeleton
 from secateur.errors import RunError
-from secateur.methods import LearnedMethod, get_method
+from secateur.methods import LearnedMethod
 from secateur.plan import Plan
+from secateur.prune import check_config
 from secateur.select import keep_channels
 from secateur.shapes import Shape
 from secateur.spec import identity
 from secateur.target import Target
-from secateur.tensor_files import Stored
 from secateur.train.batches import Data
 from secateur.train.gates import Gates
 from secateur.train.init import stored_weights
 from secateur.train.loop import Housekeeping, train
 from secateur.train.optim import Recipe
-from secateur.train.parallel import Execution, Trainee, place, whole
+from secateur.train.output import write_trained
+from secateur.train.parallel import Execution, Trainee, place
 
-__all__ = ["learn", "learning_recipe"]
+__all__ = ["cut_plan", "gate_values", "learn", "learning_recipe", "write_gated"]
 
 _NEAR = 0.02  #: how far from its target, as a share of the units, a mean of expected sizes may end
 _POINTS = 16  #: of the curve
 
 
-def learning_recipe(method: LearnedMethod, sequence: int, micro_batch: int | None = None) -> Recipe:
-    """How weights train along with the gates: the gates' own rates do not follow its schedule."""
+def learning_recipe(method: LearnedMethod, sequence: int, micro_batch: int) -> Recipe:
+    """How weights train along with the gates, whose own rates do not follow its schedule.
+
+    Args:
+        method: with its options.
+        sequence: tokens in a window.
+        micro_batch: windows at once.
+    """
     return Recipe(
         sequence=sequence,
         tokens_per_step=method.windows * sequence,
         peak_rate=method.rate or 1.0,  # of no weight, where none is trained
         data_seed=method.seed,
         seed=method.seed,
-        **({"micro_batch": micro_batch} if micro_batch else {}),
+        micro_batch=micro_batch,
     )
 
 
 def learn(
     checkpoint: Checkpoint,
-    method: str,
+    name: str,
     target: Target,
     data: Data,
     *,
-    options: Mapping[str, Any] | None = None,
+    method: LearnedMethod,
     record: Mapping[str, Any],
     execution: Execution,
     house: Housekeeping,
@@ -61,10 +68,10 @@ def learn(
 
     Args:
         checkpoint: the model.
-        method: a name from the registry, of a :class:`LearnedMethod`.
+        name: of the method.
         target: the shape, or the ratio.
         data: what to train on, under :func:`learning_recipe`.
-        options: of the method.
+        method: it.
         record: what identifies the data, for the plan.
         execution: where and how to compute.
         house: checkpoints of the run, metrics, progress.
@@ -78,26 +85,87 @@ def learn(
         UserError: on a target that this model has no shape for.
         RunError: if the gates did not come near the target, or training ended early.
     """
-    found = get_method(method, options)
-    after = target.shape(checkpoint.shape, found, method)
+    after = target.shape(checkpoint.shape, method, name)
+    check_config(checkpoint, after)
     model = skeleton(checkpoint.config, checkpoint.directory)
-    model.requires_grad_(found.rate > 0)
-    gates = Gates(model, found, checkpoint.shape, after)
+    model.requires_grad_(method.rate > 0)
+    gates = Gates(model, method, checkpoint.shape, after)
     trainee = place(model, stored_weights(checkpoint), execution, gates)
     result = train(trainee, data, masks={}, measure=measure, points=_POINTS, house=house)
     scores = gates.scores()
-    _check_reached(found, scores, checkpoint.shape, after, result["curve"], house)
-    kept = {space: _kept(a, after, space) for space, a in scores.items()}
-    values = {space: _values(found, a, kept[space]) for space, a in scores.items()}
-    _write(checkpoint, trainee, values, out)
-    asked = target.record(found) | ({"options": identity(found)} if identity(found) else {})
-    fields = _fields(checkpoint.shape, after, scores, kept)
-    fields["summary"] |= {"curve": result["curve"], "steps": result["steps"], "targets": result["targets"]}
-    calibration = {**record, "tokens": result["tokens"], "method_source": found.source}
-    plan = Plan.keeping_all(
-        method, found.granularity, asked, checkpoint.shape, source=checkpoint.digest, calibration=calibration, **fields
+    _check_reached(method, scores, checkpoint.shape, after, result["curve"], house)
+    plan = cut_plan(
+        checkpoint,
+        name,
+        method,
+        scores,
+        after,
+        asked=target.record(method) | {"options": identity(method)},
+        calibration={**record, "tokens": result["tokens"], "method_source": method.source},
+        told={key: result[key] for key in ("steps", "targets", "curve")},
     )
-    return plan, Checkpoint(out)
+    return plan, write_gated(checkpoint, trainee, gate_values(method, scores, after), out)
+
+
+def cut_plan(
+    checkpoint: Checkpoint,
+    name: str,
+    method: LearnedMethod,
+    scores: Mapping[str, Tensor],
+    after: Shape,
+    *,
+    asked: dict[str, Any],
+    calibration: dict[str, Any],
+    told: Mapping[str, Any],
+) -> Plan:
+    """What stays: the units whose gates have the highest parameters, exactly as many as the shape has.
+
+    Args:
+        checkpoint: the model.
+        name: of the method.
+        method: it.
+        scores: space -> the gates' parameters, [rows, units] (:meth:`secateur.train.gates.Gates.scores`).
+        after: the shape.
+        asked: as it was asked for.
+        calibration: what the gates were learned on.
+        told: for the summary.
+    """
+    kept = {space: _kept(a, after, space) for space, a in scores.items()}
+    layers = kept["layers"][0] if "layers" in kept else torch.arange(checkpoint.shape.layers)
+    fields: dict[str, Any] = {"keep_layers": layers}
+    evidence: dict[str, Tensor] = {}
+    for space, a in scores.items():
+        if space in ("layers", "hidden"):
+            fields[f"keep_{space}"], evidence[space] = kept[space][0], a[0]
+        else:
+            fields[f"keep_{space}"] = {layer: kept[space][layer] for layer in layers.tolist()}
+            evidence |= {f"{space}.{layer}": a[layer] for layer in layers.tolist()}
+    before = checkpoint.shape
+    changed = [
+        f"{words} {before.units(space)} to {after.units(space)}" for space, words in _WORDS.items() if space in kept
+    ]
+    undecided = {space: _undecided(method, a, layers) for space, a in scores.items()}
+    return Plan.keeping_all(
+        name,
+        method.granularity,
+        asked,
+        before,
+        after=after,
+        source=checkpoint.digest,
+        calibration=calibration,
+        summary={"detail": ", ".join(changed), "undecided": undecided, **told},
+        scores=evidence,
+        **fields,
+    )
+
+
+_WORDS = {"layers": "layers", "hidden": "hidden channels", "ffn": "FFN channels", "kv": "KV heads"}
+
+
+def _undecided(method: LearnedMethod, a: Tensor, layers: Tensor) -> float:
+    """The share of gates, in the layers that stay, that are neither surely open nor surely shut."""
+    chance = method.open(a[layers] if len(a) > 1 else a)
+    return float(((chance > 0.1) & (chance < 0.9)).float().mean())
 
 
 def _check_reached(
@@ -128,87 +196,63 @@ def _kept(a: Tensor, after: Shape, space: str) -> Tensor:
     return torch.stack([keep_channels(row, after.units(space)) for row in a])
 
 
-def _values(method: LearnedMethod, a: Tensor, kept: Tensor) -> Tensor:
-    """What each unit is multiplied by when it is cut: its gate without noise.
+def gate_values(method: LearnedMethod, scores: Mapping[str, Tensor], after: Shape) -> dict[str, Tensor]:
+    """What each unit is multiplied by when the model is cut: its gate without noise, zero where it goes.
 
     A unit that stays only to make up the number may have a gate of zero. It gets the probability that it is open, so
     that it can still learn.
     """
-    gates = method.settled(a)
-    gates = gates.where(gates > 0, method.open(a))
-    return torch.zeros_like(a).scatter(1, kept, gates.gather(1, kept))
-
-
-def _fields(before: Shape, after: Shape, scores: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The plan's account of what stays, and of how sure the gates were."""
-    fields: dict[str, Any] = {"after": after, "scores": {}}
-    layers = kept["layers"][0] if "layers" in kept else torch.arange(before.layers)
-    fields["keep_layers"] = layers
+    values = {}
     for space, a in scores.items():
-        if space in ("layers", "hidden"):
-            fields[f"keep_{space}"], fields["scores"][space] = kept[space][0], a[0]
-            continue
-        fields[f"keep_{space}"] = {layer: kept[space][layer] for layer in layers.tolist()}
-        fields["scores"] |= {f"{space}.{layer}": a[layer] for layer in layers.tolist()}
-    changed = [f"{_WORDS[space]} {before.units(space)} to {after.units(space)}" for space in scores]
-    fields["summary"] = {"detail": ", ".join(changed)}
-    return fields
+        kept, gates = _kept(a, after, space), method.settled(a)
+        gates = gates.where(gates > 0, method.open(a))
+        values[space] = torch.zeros_like(a).scatter(1, kept, gates.gather(1, kept))
+    return values
 
 
-_WORDS = {"layers": "layers", "hidden": "hidden channels", "ffn": "FFN channels", "kv": "KV heads"}
+def write_gated(checkpoint: Checkpoint, trainee: Trainee, values: Mapping[str, Tensor], out: Path) -> Checkpoint:
+    """Write the trained model with its gates multiplied in, in the types of the checkpoint; all processes together.
 
-
-def _write(checkpoint: Checkpoint, trainee: Trainee, values: Mapping[str, Tensor], out: Path) -> None:
-    """The trained model, gates multiplied into it, in the types of the checkpoint; all processes give their parts."""
-
-    def stored(name: str, parameter: Tensor) -> Stored:
-        dtype = checkpoint.dtype_of(name)
-
-        def parts() -> tuple[Tensor]:
-            return (_gated(whole(parameter.detach()).float().cpu(), name, checkpoint.shape, values).to(dtype),)
-
-        return Stored(name, dtype, tuple(parameter.shape), parts)
-
-    tensors = [stored(name, parameter) for name, parameter in trainee.model.named_parameters()]
-    if not ranks.first():
-        for tensor in in_writing_order(tensors):
-            list(tensor.parts())
-    else:
-        provenance = {"kind": "trained", "init": "checkpoint", "source": checkpoint.digest}
-        line = "A model under learned gates, before it was cut."
-        write_checkpoint(
-            out, checkpoint.raw_config, tensors, provenance=provenance, card=model_card(out.name, None, [line])
-        )
+    Args:
+        checkpoint: what it was.
+        trainee: what it is now.
+        values: space -> the gates, [rows, units].
+        out: an existing folder.
+    """
+    write_trained(
+        out,
+        trainee,
+        checkpoint.raw_config,
+        checkpoint.dtype_of,
+        provenance={"kind": "trained", "init": "checkpoint", "source": checkpoint.digest},
+        line="A model with learned gates multiplied in, before it was cut.",
+        change=lambda name, tensor: _gated(tensor, name, checkpoint.shape, values),
+    )
+    if ranks.first():
         copy_tokenizer(checkpoint.directory, out)
     ranks.wait()
+    return Checkpoint(out)
 
 
 def _gated(tensor: Tensor, name: str, shape: Shape, values: Mapping[str, Tensor]) -> Tensor:
-    """A tensor with the gates multiplied into it that its module has in training."""
+    """A tensor with the gates multiplied into it that its module has in training (:mod:`secateur.train.gates`)."""
     family = shape.family
     if name == family.final_norm and "hidden" in values:
         return _scaled(tensor, values["hidden"][0], family.norm_offset)
     if not name.startswith(f"{family.layers}."):
         return tensor
-    layer, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
-    module, _, kind = rest.rpartition(".")
+    number, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
+    layer, module = int(number), rest.rpartition(".")[0]
     if rest in family.linears:
-        axis = str(family.block[rest][1])
-        gate = _gates_of(axis, int(layer), shape, values)
-        tensor = tensor if gate is None else tensor * gate
+        space = {"query": "kv"}.get(axis := str(family.block[rest][1]), axis)
+        if space in values:
+            gates = values[space][0 if space == "hidden" else layer].to(tensor.device)
+            tensor = tensor * gates.repeat_interleave(shape.axis_size(axis) // len(gates))
     if module in family.writers and "layers" in values:
-        offset = family.norm_offset if tensor.dim() == 1 and kind == "weight" else 0.0
-        tensor = _scaled(tensor, values["layers"][0, int(layer)], offset)
+        is_norm = tensor.dim() == 1 and f"{module}.weight" not in family.linears
+        tensor = _scaled(tensor, values["layers"][0, layer], family.norm_offset if is_norm else 0.0)
     return tensor
 
 
 def _scaled(weight: Tensor, gate: Tensor, offset: float) -> Tensor:
-    return (weight + offset) * gate - offset
-
-
-def _gates_of(axis: str, layer: int, shape: Shape, values: Mapping[str, Tensor]) -> Tensor | None:
-    space = "kv" if axis == "query" else axis
-    if space not in values:
-        return None
-    gates = values[space][0 if space == "hidden" else layer]
-    return gates.repeat_interleave(shape.axis_size(axis) // len(gates))
+    return (weight + offset) * gate.to(weight.device) - offset

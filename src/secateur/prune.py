@@ -18,7 +18,7 @@ from secateur.data.tokenizer import token_hash
 from secateur.decide import decide
 from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
-from secateur.methods import Method, RemovalMethod, WeightMethod, WidthMethod, get_method
+from secateur.methods import LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod, get_method
 from secateur.plan import Plan
 from secateur.runtime import pick_batch
 from secateur.shapes import Shape
@@ -30,6 +30,7 @@ __all__ = [
     "Calibration",
     "achieved",
     "asked_words",
+    "check_config",
     "make_plan",
     "reads_text",
     "scores_identity",
@@ -62,13 +63,16 @@ def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, conte
     """FLOPs of scoring: forward passes over the calibration tokens, in whole models' worth.
 
     A width method takes one pass, or two where each block runs before and after its own pruning, as it does for sparse
-    methods. A backward pass counts as two more, and one again for the second forward pass that it needs. Removals take
-    one pass and, for each candidate, the blocks behind it.
+    methods. Where scores are of gradients, a backward pass counts as two more, and one again for the second forward
+    pass that it needs. Removals take one pass and, for each candidate, the blocks behind it. Learning is training: a
+    backward pass counts as two more, or as one where the weights stay as they are.
     """
     if not method.calibrated:
         return 0.0
     passes = 1.0
-    if isinstance(method, RemovalMethod):
+    if isinstance(method, LearnedMethod):
+        passes += 2.0 if method.rate > 0 else 1.0
+    elif isinstance(method, RemovalMethod):
         length = shape.layers - after.layers if method.runs else 1
         passes += sum(range(shape.layers - length + 1)) / shape.layers
     elif any(issubclass(kind, GradientStatistic) for kind in method.needs):
@@ -124,7 +128,7 @@ def make_plan(
     """
     found = get_method(method, options)
     after = target.shape(checkpoint.shape, found, method)
-    _check_config(checkpoint, after)
+    check_config(checkpoint, after)
     if reads_text(found) and calibration is None:
         raise UserError(f"--calibration: {method} is scored on text; name some")
     if task_of(found) and task is None:
@@ -211,7 +215,7 @@ def _journal_key(method: Method, target: Target, before: Shape, after: Shape) ->
     return "layers"
 
 
-def _check_config(checkpoint: Checkpoint, after: Shape) -> None:
+def check_config(checkpoint: Checkpoint, after: Shape) -> None:
     """Refuse a shape that transformers will not open, before anything is scored."""
     kept = {"after": after, "keep_layers": torch.arange(after.layers)}
     cut_config(checkpoint, Plan.keeping_all("", "width", {}, checkpoint.shape, **kept))

@@ -184,12 +184,12 @@ class LearnedMethod(Method):
     scores: ClassVar[Sequence[str]] = ("layers", "hidden", "ffn", "kv")
     START: ClassVar[float]  #: the parameter of every gate at first
     LIMIT: ClassVar[float]  #: it stays between this and its negative
-    PHI: float
     steps: int  #: of training
     windows: int  #: that a step reads
     rate: float  #: peak learning rate of the weights; 0 leaves them as they are
     mask_rate: float  #: learning rate of the gates
     multiplier_rate: float  #: learning rate of the multipliers
+    phi: float  #: the quadratic multiplier at first
     warmup: float  #: share of the steps in which the target comes down to the shape
     seed: int  #: of the gates' noise and of the order of the windows
 

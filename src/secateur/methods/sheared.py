@@ -4,9 +4,9 @@ A gate ``z`` is drawn from a hard concrete distribution with a parameter ``a`` (
 (0, 1),  ``s = sigmoid((log u - log(1 - u) + a) / beta)``  and  ``z = clamp(s (zeta - gamma) + gamma, 0, 1)``, which is
 exactly zero with a probability of its own. ``P(z > 0) = sigmoid(a - beta log(-gamma / zeta))``.
 
-For each constraint, such as the FFN channels of a layer, ``d`` is the mean of ``P(z > 0)`` over its gates less the share
-that is to stay, and ``lambda d + phi d^2`` is added to the loss. Weights and gates go down its gradient, ``lambda`` and
-``phi`` up, until ``d`` is zero.
+For each constraint, such as that on the FFN channels of a layer, ``d`` is the mean of ``P(z > 0)`` over its gates less
+the share that is to stay, and ``lambda d + phi d^2`` is added to the loss. Weights and gates go down its gradient,
+``lambda`` and ``phi`` up, until ``d`` is zero.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ class Sheared(LearnedMethod):
     START: ClassVar[float] = 4.0  #: of ``a``: all but one gate in ten are one at first, and all but a hundredth open
     LIMIT: ClassVar[float] = math.log(100)
 
-    PHI: float = 0.0
     steps: Positive = 320  #: of training; the source takes 3200
     windows: Positive = 16  #: in a step
     rate: Annotated[float, Field(ge=0)] = 1e-4  #: peak learning rate of the weights; 0 leaves them as they are
     mask_rate: Annotated[float, Field(gt=0)] = 1.0  #: of the gates
     multiplier_rate: Annotated[float, Field(gt=0)] = 1.0  #: of lambda and phi
+    phi: Annotated[float, Field(ge=0)] = (
+        50.0  #: at first; from zero, as in the source, few steps swing and do not settle
+    )
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2  #: share of the steps in which the target comes down to the shape
     seed: Annotated[int, Field(ge=0)] = 42  #: of the gates' noise and of the order of the windows
 

@@ -12,7 +12,7 @@ A norm over channels of which some are shut divides by the root of a mean over t
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.methods import LearnedMethod
-from secateur.shapes import Shape
+from secateur.shapes import SPACES, Shape
 from secateur.train.objective import LanguageModel, Losses, Objective
 from secateur.train.parallel import local, whole
 
@@ -43,66 +43,73 @@ class Gates(Objective):
         super().__init__()
         self.method, self.before, self.after = method, before, after
         self.loss = LanguageModel()
-        self.spaces = [space for space in ("layers", "hidden", "ffn", "kv") if after.units(space) < before.units(space)]
-        sizes = {space: (before.layers if space in ("ffn", "kv") else 1, before.units(space)) for space in self.spaces}
-        self.logits = nn.ParameterDict({s: nn.Parameter(torch.full(size, method.START)) for s, size in sizes.items()})
-        self.linear = nn.ParameterDict({s: nn.Parameter(torch.zeros(rows)) for s, (rows, _) in sizes.items()})
-        self.quadratic = nn.ParameterDict({s: nn.Parameter(torch.full((rows,), self.method.PHI)) for s, (rows, _) in sizes.items()})
-        self.values: dict[str, Tensor] = {}  #: the gates that hooks apply, [rows, units]
-        self.share = 0.0  #: how far the target has come down to the shape
-        self.step = 0
+        self.spaces = [space for space in SPACES if after.units(space) < before.units(space)]
+        rows = {space: 1 if space in ("layers", "hidden") else before.layers for space in self.spaces}
+
+        def parameters(value: float, units: bool) -> nn.ParameterDict:
+            sizes = {space: (n, before.units(space)) if units else (n,) for space, n in rows.items()}
+            return nn.ParameterDict({space: nn.Parameter(torch.full(size, value)) for space, size in sizes.items()})
+
+        self.a = parameters(method.START, units=True)  #: of the gates, [rows, units]
+        self.linear = parameters(0.0, units=False)  #: the multiplier lambda of each constraint, [rows]
+        self.quadratic = parameters(method.phi, units=False)  #: phi, likewise
+        self.values: dict[str, Tensor] = {}  #: the gates that the hooks apply, [rows, units]
+        self._expected: dict[str, Tensor] = {}  # share of open gates, its mean over the rows
+        self._step, self._share = 0, 0.0  # how far the target has come down to the shape
         self._hang(model)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def begin(self, step: int, steps: int) -> None:
-        warm = max(1, math.ceil(self.method.warmup * steps))
-        self.step, self.share = step, min(1.0, (step + 1) / warm)
-        with torch.no_grad():
-            for a in self.logits.values():  # further out a gate no longer feels what it does to the loss
-                local(a).clamp_(-self.method.LIMIT, self.method.LIMIT)
+        self._step, self._share = step, min(1.0, (step + 1) / max(1.0, self.method.warmup * steps))
+        for a in self.a.values():  # further out a gate would no longer feel what it does to the loss
+            local(a).clamp_(-self.method.LIMIT, self.method.LIMIT)
 
     def groups(self) -> list[dict[str, Any]]:
         multipliers = [*self.linear.values(), *self.quadratic.values()]
         return [
-            {"params": list(self.logits.values()), "own_rate": self.method.mask_rate},
+            {"params": list(self.a.values()), "own_rate": self.method.mask_rate},
             {"params": multipliers, "own_rate": self.method.multiplier_rate, "maximize": True},
         ]
 
     def figures(self) -> Mapping[str, float]:
         """The mean expected size of each space, and the size that it is to have now."""
-        found: dict[str, float] = {}
-        for space in self.spaces:
-            found[space] = self.expected[space]
-            found[f"{space}_target"] = self._target(space) * self.before.units(space)
-        return found
+        if not self._expected:
+            return {}
+        units = {space: self.before.units(space) for space in self.spaces}
+        found = {space: float(self._expected[space]) * units[space] for space in self.spaces}
+        return found | {f"{space}_target": self._target(space) * units[space] for space in self.spaces}
+
+    def note(self) -> str:
+        found = self.figures()
+        return "  ".join(f"{space} {found[space]:.4g}/{found[f'{space}_target']:.4g}" for space in self.spaces)
 
     def forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None) -> Losses:
         """The losses under drawn gates, and the penalty; in evaluation mode those under settled gates."""
         draw = self._drawn if self.training else (lambda space, a: self.method.settled(a))
-        self.values = {space: draw(space, a) for space, a in self.logits.items()}
+        self.values = {space: draw(space, a) for space, a in self.a.items()}
         total, each, _ = self.loss(model, ids, positions, targets)
         return Losses(total, each, self._penalty() if self.training else None)
 
     def _drawn(self, space: str, a: Tensor) -> Tensor:
-        """Gates of this step, the same for all its batches and processes."""
-        seed = (self.method.seed * 4 + self.spaces.index(space)) * 2**32 + self.step
-        generator = torch.Generator().manual_seed(seed)
+        """Gates of this step, the same for all its batches and in all processes."""
+        seed = hashlib.sha256(f"{self.method.seed}:{space}:{self._step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
         u = torch.rand(a.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
         return self.method.draw(a, u.to(a.device))
 
     def _penalty(self) -> Tensor:
-        total = torch.zeros((), device=next(iter(self.logits.values())).device)
-        self.expected: dict[str, Any] = {}
-        for space, a in self.logits.items():
+        terms = []
+        for space, a in self.a.items():
             kept = self.method.open(a).mean(dim=1)
-            self.expected[space] = float(kept.detach().mean()) * a.shape[1]
-            total = total + self.method.penalty(kept - self._target(space), self.linear[space], self.quadratic[space])
-        return total
+            self._expected[space] = kept.detach().mean()
+            terms.append(self.method.penalty(kept - self._target(space), self.linear[space], self.quadratic[space]))
+        return torch.stack(terms).sum()
 
     def _target(self, space: str) -> float:
         gone = 1 - self.after.units(space) / self.before.units(space)
-        return 1 - self.share * gone
+        return 1 - self._share * gone
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
@@ -156,8 +163,10 @@ class Gates(Objective):
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
-        """``a`` of every gate, float32 [rows, units] on the CPU; all processes together."""
-        return {space: whole(a.detach()).float().cpu() for space, a in self.logits.items()}
+        """``a`` of every gate, [rows, units] on the CPU; all processes together."""
+        return {
+            space: whole(a.detach()).cpu().clamp(-self.method.LIMIT, self.method.LIMIT) for space, a in self.a.items()
+        }
 
 
 def _before(change: Callable[[Tensor], Tensor], _module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -113,7 +113,7 @@ def train(
             state["targets"] += targets
             house.meter.step(consumed, watch.step(step + 1, loss))
             shown = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **objective.figures()}
-            _tell(house, progress, state, consumed, shown)
+            _tell(house, progress, state, consumed, shown, objective.note())
             if step + 1 in evaluate_after:
                 held.check()
                 measured = measure(trainee)
@@ -176,13 +176,14 @@ def _gradients(trainee: Trainee, data: Data, spans: list[Span], targets: int, st
 
 
 def _tell(
-    house: Housekeeping, progress: Task, state: dict[str, Any], consumed: int, values: Mapping[str, float]
+    house: Housekeeping, progress: Task, state: dict[str, Any], consumed: int, values: Mapping[str, float], note: str
 ) -> None:
     """Show and write down a finished step."""
     meter = house.meter
-    note = f"loss {values['loss']:.3f}  rate {values['learning_rate']:.2g}  norm {values['grad_norm']:.2g}"
+    said = f"loss {values['loss']:.3f}  rate {values['learning_rate']:.2g}  norm {values['grad_norm']:.2g}"
+    said += f"  {note}" if note else ""
     shares = "" if meter.utilization is None else f"  MFU {meter.utilization:.0%}"
-    progress.advance(consumed, f"{note}  {meter.rate:,.0f} tokens/s{shares}")
+    progress.advance(consumed, f"{said}  {meter.rate:,.0f} tokens/s{shares}")
     entry = {"step": state["step"], "tokens": state["tokens"], **values, "tokens_per_second": meter.rate}
     house.metrics.write(entry if meter.utilization is None else {**entry, "mfu": meter.utilization})
 

@@ -36,8 +36,12 @@ class Objective(nn.Module):
         return []
 
     def figures(self) -> Mapping[str, float]:
-        """What is to be shown and written down after a step, besides the loss."""
+        """What is to be written down after a step, besides the loss."""
         return {}
+
+    def note(self) -> str:
+        """The same, to be shown."""
+        return ""
 
     def forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None) -> Losses:
         """The losses of a batch; see :meth:`secateur.train.parallel.Trainee.forward`."""

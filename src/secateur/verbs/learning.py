@@ -4,36 +4,244 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from secateur import ranks
 from secateur.checkpoint import Checkpoint, positions
+from secateur.data.domains import ByDomain
 from secateur.data.shards import TokenStore
-from secateur.errors import UserError
+from secateur.errors import RunError, UserError
 from secateur.evaluate.loss import Protocol
-from secateur.footprint import Use, learning_estimate, size, watched
+from secateur.footprint import Use, learning, size, watched
 from secateur.learn import learn, learning_recipe
 from secateur.methods import LearnedMethod
 from secateur.plan import Plan
 from secateur.progress import say
 from secateur.prune import scoring_flops, write_pruned
 from secateur.report.words import scientific
-from secateur.runtime import pick_batch
+from secateur.runtime import pick_batch, pick_dtype
 from secateur.shapes import Shape
+from secateur.spec import identity
 from secateur.target import Target
+from secateur.train.batches import Tokens, WindowTokens
 from secateur.train.loop import Housekeeping
-from secateur.train.measure import held_out_loss
+from secateur.train.measure import domain_losses, domain_protocols
 from secateur.train.metrics import Metrics
+from secateur.train.mixture import Mixture
+from secateur.train.optim import Recipe
 from secateur.train.parallel import Execution, Trainee
-from secateur.train.speed import Meter, peak_of
-from secateur.train.state import FINISHED
+from secateur.train.speed import Meter
 from secateur.train.watch import stop_on_signals
 from secateur.verbs.directories import shared_directory
 from secateur.verbs.ids import calibration_of, window_length
 
 __all__ = ["learned"]
+
+_BEGUN = "**/checkpoints/step-*/state.json"
+_HELD_OUT = 32  #: windows of each domain that a loss along the way is measured on
+
+
+@dataclass
+class Lesson:
+    """What is trained on."""
+
+    tokens: Tokens
+    ranges: Mapping[str, tuple[int, int]]  #: domain -> its tokens; of one name, the empty one, where there are none
+    record: dict[str, Any]  #: what identifies it
+    sequence: int
+    protocols: Mapping[str, Protocol] = field(default_factory=dict)  #: domain -> held-out windows
+
+    def mixture(self, recipe: Recipe, steps: int) -> Mixture:
+        """It, from the beginning."""
+        return Mixture(self.tokens, self.ranges, recipe, steps)
+
+
+def learned(
+    arguments: Namespace,
+    checkpoint: Checkpoint,
+    method: LearnedMethod,
+    targets: Sequence[Target],
+    outputs: Sequence[Shape],
+    device: str,
+) -> tuple[list[tuple[Path, Plan, dict[str, Any]]], Use]:
+    """Learn, cut and write one model for each target.
+
+    Returns:
+        Directory, plan and content of plan.json of each, none but in the first process; and what it took.
+
+    Raises:
+        UserError: on data that does not fit, or a target that the model has no shape for.
+        RunError: if the gates did not come near the target, or training ended early.
+    """
+    out = Path(arguments.out)
+    dtype = str(pick_dtype(arguments.dtype, device)).removeprefix("torch.")
+    execution = Execution(device, "bfloat16" if dtype == "bfloat16" else "float32")
+    lesson = _lesson(arguments, checkpoint, method)
+    recipe = learning_recipe(method, lesson.sequence, arguments.batch or pick_batch(lesson.sequence, device))
+    lesson.mixture(recipe, method.steps)  # which refuses what has no whole window
+    _announce(arguments, checkpoint, method, lesson, recipe, outputs, execution)
+    asked = {
+        "model": checkpoint.digest,
+        "method": arguments.method,
+        "options": identity(method),
+        "targets": [target.record(method) for target in targets],
+        "calibration": lesson.record,
+        "dtype": dtype,
+    }
+    directories = shared_directory(
+        out, asked, "what to prune, and how", resume=arguments.resume, begun=_BEGUN, words=_WORDS
+    )
+    done: list[tuple[Path, Plan, dict[str, Any]]] = []
+    with stop_on_signals() as stop, watched(device) as use, directories as (fresh, work):
+        for target, after in zip(targets, outputs, strict=True):
+            name = "" if len(targets) == 1 else f"ratio-{target.ratio:g}"
+            flops = scoring_flops(checkpoint.shape, after, method, method.tokens(lesson.sequence), lesson.sequence)
+            house = Housekeeping(
+                folder=work / name / "checkpoints",
+                label=f"learn {name or out.name}",
+                save_every=max(1, method.steps // 10),
+                behind=device.startswith("cuda"),
+                metrics=Metrics(work / name / "metrics.jsonl" if ranks.first() else None),
+                meter=Meter(flops / method.tokens(lesson.sequence)),
+                stop=stop,
+            )
+            plan, trained = _learn(arguments, checkpoint, method, target, lesson, recipe, execution, house)
+            if ranks.first():
+                (fresh / name).mkdir(exist_ok=True)
+                content = write_pruned(trained, plan, fresh / name, base=Path(arguments.model).name)
+                shutil.move(work / name / "metrics.jsonl", fresh / name)
+                done.append((out / name, plan, content))
+    return done, use
+
+
+#: what an unfinished run was asked for, as the command line has it
+_WORDS = {
+    "model": "another MODEL",
+    "method": "--method",
+    "options": "--option",
+    "targets": "--ratio, --shape or what goes with them",
+    "calibration": "--calibration, --windows or --seqlen",
+    "dtype": "--dtype",
+}
+
+
+def _learn(
+    arguments: Namespace,
+    checkpoint: Checkpoint,
+    method: LearnedMethod,
+    target: Target,
+    lesson: Lesson,
+    recipe: Recipe,
+    execution: Execution,
+    house: Housekeeping,
+) -> tuple[Plan, Checkpoint]:
+    """One target's training."""
+    mixture = lesson.mixture(recipe, method.steps)
+
+    def measure(trainee: Trainee) -> float | None:
+        losses = domain_losses(trainee, lesson.protocols, recipe.micro_batch)
+        if len(lesson.ranges) > 1:
+            if mixture.references:
+                mixture.update(losses)
+            mixture.references = mixture.references or losses  # those of the model before anything is cut
+            house.metrics.write({"domains": {"losses": losses, "shares": mixture.weights, "passes": mixture.passes}})
+        return _mean(losses, lesson.protocols)
+
+    trained = house.folder.with_name("trained")
+    if ranks.first():
+        shutil.rmtree(trained, ignore_errors=True)
+        trained.mkdir(parents=True)
+    try:
+        plan, dense = learn(
+            checkpoint,
+            arguments.method,
+            target,
+            mixture,
+            method=method,
+            record=lesson.record,
+            execution=execution,
+            house=house,
+            measure=measure,
+            out=trained,
+        )
+    except UserError as error:  # such as shards that are damaged further on: what has been done stays
+        raise RunError(str(error), 2) from None
+    house.metrics.close()
+    if len(lesson.ranges) > 1:
+        plan.summary["domains"] = {"shares": mixture.weights, "passes": mixture.passes}
+    return plan, dense
+
+
+def _mean(losses: Mapping[str, float], protocols: Mapping[str, Protocol]) -> float | None:
+    """The loss over all domains; None where nothing is held out."""
+    tokens = sum(protocol.tokens for protocol in protocols.values())
+    return sum(losses[name] * protocol.tokens for name, protocol in protocols.items()) / tokens if tokens else None
+
+
+def _lesson(arguments: Namespace, checkpoint: Checkpoint, method: LearnedMethod) -> Lesson:
+    """The text to train on: shards, by domain, or windows as other methods are calibrated on.
+
+    Raises:
+        UserError: if it cannot be read or does not fit the model.
+    """
+    source, sequence = arguments.calibration, window_length(checkpoint, arguments.seqlen)
+    windows = arguments.windows or method.steps * method.windows
+    if not source.startswith("shards:"):
+        found = calibration_of(checkpoint, source, field=arguments.field, windows=windows, seqlen=arguments.seqlen)
+        tokens = WindowTokens(found.windows)
+        return Lesson(tokens, {"": (0, tokens.tokens)}, found.record(), found.windows.shape[1])
+    store = TokenStore(Path(source.removeprefix("shards:")))
+    if store.vocabulary > checkpoint.shape.vocabulary:
+        raise UserError(
+            f"--calibration {source}: has ids up to {store.vocabulary - 1}, but the model's vocabulary is "
+            f"{checkpoint.shape.vocabulary}; build the data with the model's tokenizer"
+        )
+    stop = min(windows * sequence, store.tokens("train"))
+    view = ByDomain(store, "train", 0, stop, sequence)
+    for name, left in view.left_out.items():
+        say(f"domain {name!r}: its {left} tokens are less than a window of {sequence}, and are not read")
+    count = sum((end - start) // sequence for start, end in view.ranges.values())
+    record = {"source": source, "windows": count, "seqlen": sequence, "tokens": stop, "hash": store.fingerprint}
+    return Lesson(view, view.ranges, record, sequence, domain_protocols(store, sequence, _HELD_OUT))
+
+
+def _announce(
+    arguments: Namespace,
+    checkpoint: Checkpoint,
+    method: LearnedMethod,
+    lesson: Lesson,
+    recipe: Recipe,
+    outputs: Sequence[Shape],
+    execution: Execution,
+) -> None:
+    """Say what the run will need, and what of the command line does nothing here.
+
+    Raises:
+        UserError: if the disk has not that much room.
+    """
+    if arguments.states != "auto":
+        say(f"--states: without effect, since {arguments.method} trains the whole model and keeps no states")
+    tokens, shape = method.tokens(lesson.sequence), checkpoint.shape
+    if limit := positions(checkpoint.config):
+        assert lesson.sequence <= limit
+    memory, disk = learning(shape, outputs, recipe, trained=method.rate > 0, dtype=execution.dtype)
+    disk += checkpoint.stored_bytes
+    parent = next(folder for folder in Path(arguments.out).absolute().parents if folder.exists())
+    room = shutil.disk_usage(parent).free
+    passes = tokens / (lesson.record["windows"] * lesson.sequence)
+    flops = scoring_flops(shape, outputs[0], method, tokens, lesson.sequence)
+    again = f", the text read {passes:.1f} times" if passes > 1.05 else ""
+    say(
+        f"estimate: {tokens:,} tokens in {method.steps} steps{again}, {scientific(flops)} FLOPs"
+        + (" for each ratio" if len(outputs) > 1 else "")
+        + f"; {size(memory / ranks.world())} of memory above the program's own"
+        + (f" in each of {ranks.world()} processes" if ranks.world() > 1 else "")
+        + f", {size(disk)} of disk (free: {size(room)})"
+    )
+    if disk > room:
+        raise UserError(
+            f"{arguments.out}: needs about {size(disk)} of disk, and {size(room)} are free; write elsewhere"
+        )

@@ -18,7 +18,7 @@ from secateur.errors import UserError
 from secateur.evaluate.tasks import Task
 from secateur.files import BLOCKS, check_free, partial_directories
 from secateur.footprint import Estimate, Use, estimate, free_device_memory, free_memory, size, watched
-from secateur.methods import Method, get_method
+from secateur.methods import LearnedMethod, Method, get_method
 from secateur.plan import Plan
 from secateur.progress import clock, say
 from secateur.prune import Calibration, achieved, asked_words, make_plan, reads_text, task_of, write_pruned
@@ -29,6 +29,7 @@ from secateur.target import Target
 from secateur.verbs.answer import Answer
 from secateur.verbs.directories import shared_directory
 from secateur.verbs.ids import calibration_of
+from secateur.verbs.learning import learned
 
 __all__ = ["prune"]
 
@@ -56,6 +57,8 @@ def prune(arguments: Namespace) -> Answer:
     if out.resolve().is_relative_to(checkpoint.directory.resolve()):
         raise UserError(f"{out}: lies in the model's directory {arguments.model}; name one outside it")
     _check_tokenizer(checkpoint)
+    if isinstance(method, LearnedMethod):
+        return _answer(arguments, *learned(arguments, checkpoint, method, targets, outputs, device))
     calibration = _calibration(arguments, checkpoint, method)
     dtype = pick_dtype(arguments.dtype, device)
     states = _announce(arguments, checkpoint, method, calibration, outputs, device, dtype)
@@ -97,7 +100,7 @@ def prune(arguments: Namespace) -> Answer:
             (fresh / name).mkdir(exist_ok=True)
             content = write_pruned(checkpoint, plan, fresh / name, base=Path(arguments.model).name)
             done.append((out / name, plan, content))
-    return _answer(arguments, done, use) if ranks.first() else ({}, "", 0)
+    return _answer(arguments, done, use)
 
 
 #: what an unfinished run was asked for, as the command line has it
@@ -242,6 +245,8 @@ def _calibration(arguments: Namespace, checkpoint: Checkpoint, method: Method) -
 
 
 def _answer(arguments: Namespace, done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: Use) -> Answer:
+    if not ranks.first():
+        return {}, "", 0
     told = [_told(arguments, *one) for one in done]
     used = {"seconds": use.seconds, "memory": use.memory, "device": use.device, "processes": ranks.world()}
     answer = {**told[0][0], "used": used}
