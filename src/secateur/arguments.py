@@ -104,8 +104,8 @@ def _amount(parser: argparse.ArgumentParser, several: str) -> None:
     parser.add_argument(
         "--axes",
         metavar="AXES",
-        help="what a width method narrows: hidden, ffn, kv (KV heads with their query heads), e.g. kv,ffn "
-        "(default: the method's own choice)",
+        help="what a width method narrows: hidden, ffn, kv (KV heads with their query heads), e.g. kv,ffn; for sheared "
+        "also layers (default: the method's own choice)",
     )
 
 
@@ -279,7 +279,7 @@ def _prune(verbs: Any) -> None:
     )
     prune.add_argument("--tasks-data", metavar="DIR", help="minitron-depth: where the task's data lies")
     prune.add_argument("--task-limit", metavar="N", type=_positive, help="minitron-depth: examples of the task at most")
-    prune.add_argument("--calibration", metavar="SOURCE", help=manual.SOURCES)
+    prune.add_argument("--calibration", metavar="SOURCE", help=f"{manual.SOURCES}; for sheared also shards:DIR")
     _windows(prune, "128")
     _computing(prune)
     prune.add_argument(

@@ -87,6 +87,12 @@ METHODS: dict[str, dict[str, tuple[str, str]]] = {
         "flap": ("FFN channels and heads that fluctuate least; their mean becomes a bias", "bias=auto|require|none"),
         "random-width": ("hidden and FFN channels, heads if asked, at random", "seed=N"),
     },
+    "depth+width": {
+        "sheared": (
+            "layers, hidden and FFN channels and heads by gates that are learned in training",
+            "steps=N, windows=N, rate=X, mask_rate=X, multiplier_rate=X, phi=X, warmup=SHARE, seed=N",
+        ),
+    },
     "sparse": {
         "magnitude": ("the smallest weights of each linear", ""),
         "wanda": ("weights by magnitude times the norm of their input, in each row", ""),
@@ -98,6 +104,7 @@ METHODS: dict[str, dict[str, tuple[str, str]]] = {
 _HEADINGS = {
     "depth": "depth: whole layers go; --ratio or --shape layers=N",
     "width": "width: channels of every layer go; --ratio or --shape hidden=N,ffn=N,heads=N,kv_heads=N",
+    "depth+width": "depth+width: layers and channels go; --ratio or --shape layers=N,hidden=N,ffn=N,heads=N",
     "sparse": "sparse: single weights become zero; --ratio or --pattern N:M",
 }
 
@@ -130,8 +137,11 @@ methods, by what they remove (packages may bring more):
 {_methods()}{_of_packages()}
 
 Of these, magnitude and the random ones, the controls, read no calibration text. Several ratios take about as long as
-one, except with wanda, sparsegpt, wanda-sp and minitron-depth: their scores follow from what was cut before, or from
-how much is to go, so that each ratio takes as long as alone.
+one, except with wanda, sparsegpt, wanda-sp, minitron-depth and sheared: their scores follow from what was cut before,
+or from how much is to go, so that each ratio takes as long as alone.
+
+sheared trains the whole model for steps * windows * seqlen tokens, and can read them from shards:DIR. It stops with
+exit code 1 if its gates do not come to the shape asked for.
 
 examples:
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
@@ -142,6 +152,8 @@ examples:
   secateur prune DIR OUT --method minitron-width --ratio 0.5,0.6,0.7 --calibration text:FILE    three outputs
   secateur prune DIR OUT --method sparsegpt --ratio 0.5 --calibration text:FILE --states disk --resume
   secateur prune DIR OUT --method magnitude --ratio 0.5
+  secateur prune DIR OUT --method sheared --shape layers=24,hidden=2048,ffn=5504 --calibration shards:DIR
+  secateur prune DIR OUT --method sheared --ratio 0.5 --axes layers,hidden,ffn,kv --calibration text:FILE
   torchrun --nproc-per-node 8 -m secateur prune DIR OUT --method wanda --ratio 0.5 --calibration text:FILE
 
 Under torchrun the processes, each on a GPU of its own, share the calibration windows; the result is the same up to

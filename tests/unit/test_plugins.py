@@ -103,7 +103,7 @@ def test_it_is_known_by_its_name(site: Path, tmp_path: Path) -> None:
         get_method(NAME, {"powr": 1})
 
 
-NO_CLASS = "which is no subclass of LayerMethod, RemovalMethod, WidthMethod or WeightMethod"
+NO_CLASS = "which is no subclass of LayerMethod, RemovalMethod, WidthMethod, WeightMethod, LearnedMethod"
 BROKEN = {
     "import no_such_module_anywhere": "ModuleNotFoundError: No module named 'no_such_module_anywhere'",
     "raise RuntimeError('two\\nlines')": "RuntimeError: two lines",

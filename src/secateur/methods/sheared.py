@@ -38,8 +38,8 @@ class Sheared(LearnedMethod):
     steps: Positive = 320  #: of training; the source takes 3200
     windows: Positive = 16  #: in a step
     rate: Annotated[float, Field(ge=0)] = 1e-4  #: peak learning rate of the weights; 0 leaves them as they are
-    mask_rate: Annotated[float, Field(gt=0)] = 1.0  #: of the gates
-    multiplier_rate: Annotated[float, Field(gt=0)] = 1.0  #: of lambda and phi
+    mask_rate: Annotated[float, Field(gt=0)] = 0.5  #: of the gates
+    multiplier_rate: Annotated[float, Field(gt=0)] = 0.05  #: of lambda and phi
     phi: Annotated[float, Field(ge=0)] = (
         50.0  #: at first; from zero, as in the source, few steps swing and do not settle
     )
