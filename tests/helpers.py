@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from secateur.data.manifest import Split, write_manifest
@@ -210,3 +212,33 @@ def token_corpus(folder: Path, *, tokens: int, vocabulary: int, seed: int = 0) -
 
     write_manifest(folder, vocabulary, {"train": split("train", tokens), "heldout": split("heldout", 1000)})
     return folder
+
+
+def near(found: Tensor | None, wanted: Tensor, tolerance: float) -> None:
+    """Equal up to a share of the largest value."""
+    assert found is not None and found.shape == wanted.shape
+    error = float((found.detach().double() - wanted).abs().max())
+    assert error <= tolerance * max(1e-30, float(wanted.abs().max())), error
+
+
+class Sizes(TorchDispatchMode):
+    """The most values in a tensor that an operation puts out, and how many matrix products there are."""
+
+    def __init__(self, exempt: tuple[torch.Size, ...]) -> None:
+        super().__init__()
+        self.exempt, self.most, self.products = exempt, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm")
+        view = func.is_view  # of what has been seen, or was there before
+        for value in () if view else out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor) and value.shape not in self.exempt:
+                self.most = max(self.most, value.numel())
+        return out
+
+
+@contextmanager
+def largest(exempt: tuple[torch.Size, ...]) -> Iterator[Sizes]:
+    with Sizes(exempt) as sizes:
+        yield sizes

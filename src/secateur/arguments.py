@@ -318,6 +318,15 @@ def _train(verbs: Any) -> None:
     train.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable"
     )
+    train.add_argument("--teacher", metavar="DIR", help="checkpoint to distil from, of the model's vocabulary")
+    for name, reading, what in (
+        ("--temperature", float, "softens both distributions (default: 1)"),
+        ("--alpha", float, "share of the divergence from the teacher; the rest is the usual loss (default: 1)"),
+        ("--top-k", _positive, "compare the teacher's likeliest N ids, all others as one (default: all apart)"),
+    ):
+        train.add_argument(
+            name, type=reading, metavar="N" if reading is _positive else "X", help=f"with --teacher: {what}"
+        )
     train.add_argument("--points", type=_positive, default=8, help="measurements of the held-out loss along the run")
     train.add_argument("--heldout-windows", type=_positive, default=256, help="windows that it is measured on, at most")
     train.add_argument("--device", default="auto", help="auto, cpu or cuda")

@@ -184,7 +184,11 @@ examples:
   secateur data text:FOLDER CORPUS --tokenizer DIR
   secateur train OUT --init PRUNED --tokens 50M --data shards:CORPUS --skip 200M --set peak_rate=1e-4
   secateur train OUT --init scratch --like PRUNED --tokens 50M --data shards:CORPUS    its twin, masks kept
+  secateur train OUT --init PRUNED --teacher DIR --alpha 0.5 --tokens 50M --data shards:CORPUS    distil from DIR
   torchrun --nproc-per-node 8 -m secateur train OUT --init DIR --tokens 50e9 --data shards:CORPUS --dtype bfloat16
+
+With --teacher, a token's loss is alpha T^2 KL(teacher || student) + (1 - alpha) times the usual one, both at
+temperature T within the KL; held-out losses stay the usual ones. The teacher's forward passes count as FLOPs.
 
 Killed, the same command goes on from its last checkpoint, on as many processes as you like. SIGTERM and SIGUSR1 make
 it save and stop with exit code 75. OUT holds the checkpoint, train.json (what was asked, tokens, curve, FLOPs) and

@@ -24,6 +24,7 @@ __all__ = [
     "removed",
     "solve_depth",
     "solve_width",
+    "teacher_flops",
     "train_flops",
 ]
 
@@ -199,6 +200,11 @@ class Shape:
 def train_flops(shape: Shape, tokens: int, context: int) -> float:
     """FLOPs of training on ``tokens``: the backward pass costs twice the forward pass."""
     return 3.0 * tokens * shape.forward_flops(context)
+
+
+def teacher_flops(teacher: Shape, tokens: int, context: int) -> float:
+    """FLOPs of a teacher that reads ``tokens``, forwards only; they come on top of the student's training."""
+    return tokens * teacher.forward_flops(context)
 
 
 def removed(before: Shape, after: Shape) -> dict[str, float]:

@@ -16,8 +16,8 @@ and one of 4; with a cap, one of 4 more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from secateur.families import family_of
 
-__all__ = ["IGNORED", "model_loss", "summed_loss"]
+__all__ = ["IGNORED", "Readout", "chunked_sum", "model_loss", "readout", "summed_loss"]
 
 IGNORED = -100  #: a target that is not counted
 
@@ -41,8 +41,6 @@ def model_loss(
 ) -> tuple[Tensor, Tensor]:
     """The next-token losses (nats) of a causal language model of the known families.
 
-    The decoder and the head are called apart, so hooks on ``model`` itself do not run; those on the decoder do.
-
     Args:
         model: with or without tied embeddings.
         ids: int64 [windows, positions].
@@ -56,14 +54,39 @@ def model_loss(
     Raises:
         UserError: if the family is unknown.
     """
+    targets = ids[:, 1:] if targets is None else targets
+    hidden, weight, cap = readout(model, ids, position_ids)
+    total, losses = summed_loss(hidden, weight, targets.flatten(), cap=cap)
+    return total, losses.view(targets.shape)
+
+
+class Readout(NamedTuple):
+    """What logits are made of: ``hidden @ weight.T``, bent by the cap."""
+
+    hidden: Tensor  #: what the head reads, [tokens, hidden]
+    weight: Tensor  #: the head, [vocabulary, hidden]
+    cap: float | None = None
+
+
+def readout(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = None) -> Readout:
+    """What a model's logits at all positions but each window's last are made of.
+
+    The decoder and the head are called apart, so hooks on ``model`` itself do not run; those on the decoder do.
+
+    Args:
+        model: of a known family.
+        ids: int64 [windows, positions].
+        position_ids: of the same size; None for 0, 1, 2 ...
+
+    Raises:
+        UserError: if the family is unknown.
+    """
     family = family_of(model.config.model_type, where="the model")
     cap = getattr(model.config, family.logit_cap, None) if family.logit_cap else None
     states = model.get_decoder()(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    targets = ids[:, 1:] if targets is None else targets
     head: Any = model.get_output_embeddings()
     # The last state predicts nothing. To leave it out costs a copy of the states, which is less than its logits.
-    total, losses = summed_loss(states[:, :-1].flatten(0, 1), head.weight, targets.flatten(), cap=cap)
-    return total, losses.view(targets.shape)
+    return Readout(states[:, :-1].flatten(0, 1), head.weight, cap)
 
 
 def summed_loss(
@@ -90,17 +113,42 @@ def summed_loss(
         ValueError: if the shapes do not fit, or the chunk is not positive.
         RuntimeError: in a second backward pass, or in one with ``create_graph``.
     """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {[*hidden.shape]} and weight {[*weight.shape]} do not fit")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {[*targets.shape]} do not fit hidden {[*hidden.shape]}")
+    counted = targets != IGNORED
+    reached = targets.where(counted, 0)
+    return chunked_sum(hidden, weight, counted, lambda part, logits: _slopes(logits, reached[part], cap), chunk=chunk)
+
+
+#: of some tokens, and their logits [tokens, vocabulary], which it may overwrite: each one's loss, and the gradients by
+#: the logits as ``slopes * shares``, [tokens, vocabulary] and [tokens, 1]
+Slopes = Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def chunked_sum(
+    hidden: Tensor, weight: Tensor, counted: Tensor, slopes: Slopes, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum of a loss of the logits ``hidden @ weight.T``, a chunk of tokens at a time; see :func:`summed_loss`.
+
+    Args:
+        hidden: what the head reads, [tokens, hidden].
+        weight: the head, [vocabulary, hidden].
+        counted: bool [tokens].
+        slopes: gives a chunk's losses and gradients; it is called with autocast and gradients off.
+        chunk: tokens at once; None for what suits the device.
+
+    Raises:
+        ValueError: if the shapes do not fit, or the chunk is not positive.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {[*hidden.shape]} and weight {[*weight.shape]} do not fit")
     if chunk is None:
         chunk = _pick_chunk(len(hidden), len(weight), hidden.device.type)
     if chunk < 1:
         raise ValueError(f"chunk {chunk} is not positive")
     # Whether gradients are on cannot be seen inside of an autograd function, where they are always off.
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
-    return _SummedLoss.apply(hidden, weight, targets, cap, chunk, wanted)
+    return _SummedLoss.apply(hidden, weight, counted, slopes, chunk, wanted)
 
 
 def _pick_chunk(tokens: int, vocabulary: int, device: str) -> int:
@@ -115,17 +163,15 @@ class _SummedLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        targets: Tensor,
-        cap: float | None,
+        counted: Tensor,
+        slopes: Slopes,
         chunk: int,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
-        kind = hidden.device.type
         dtypes = hidden.dtype, weight.dtype
-        if torch.is_autocast_enabled(kind):
-            hidden, weight = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (hidden, weight))
-        with torch.autocast(kind, enabled=False):
-            losses, *found = _losses(hidden, weight, targets, cap, chunk, wanted)
+        hidden, weight = as_computed(hidden), as_computed(weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            losses, *found = _losses(hidden, weight, counted, slopes, chunk, wanted)
         ctx.gradients = [None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -141,32 +187,36 @@ class _SummedLoss(torch.autograd.Function):
         return (*(None if g is None else g.mul_(grad_outputs[0]) for g in found), None, None, None, None)
 
 
+def as_computed(tensor: Tensor) -> Tensor:
+    """The tensor in the type in which a product with it is computed: autocast's, where that is on."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
 def _losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None, chunk: int, wanted: tuple[bool, bool]
+    hidden: Tensor, weight: Tensor, counted: Tensor, slopes: Slopes, chunk: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Each token's loss, and the gradients of their sum: of ``hidden`` in its type, of ``weight`` in float32."""
-    counted = targets != IGNORED
-    reached = targets.where(counted, 0)
-    losses = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+    losses = torch.empty(counted.shape, dtype=torch.float32, device=hidden.device)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
     space = hidden.new_empty(min(chunk, len(hidden)), len(weight))
     for part in _slices(len(hidden), chunk):
         states = hidden[part]
-        logits = _logits(states, weight, space[: len(states)])
-        losses[part], slopes, shares = _slopes(logits, reached[part], cap)
+        logits = make_logits(states, weight, space[: len(states)])
+        losses[part], found, shares = slopes(part, logits)
         shares.masked_fill_(~counted[part, None], 0)
-        if slopes is not logits:
-            slopes = logits.copy_(slopes)
+        if found is not logits:
+            found = logits.copy_(found)
         if of_hidden is not None:
-            torch.mm(slopes, weight, out=of_hidden[part])
+            torch.mm(found, weight, out=of_hidden[part])
             of_hidden[part].mul_(shares)
         if of_weight is not None:
-            _add_product(of_weight, slopes, (states * shares).to(states.dtype))
+            _add_product(of_weight, found, (states * shares).to(states.dtype))
     return losses.masked_fill_(~counted, 0), of_hidden, of_weight
 
 
-def _logits(states: Tensor, weight: Tensor, space: Tensor) -> Tensor:
+def make_logits(states: Tensor, weight: Tensor, space: Tensor) -> Tensor:
     """``states @ weight.T`` [tokens, vocabulary], written into ``space``."""
     for rows in _tiles(weight):
         torch.mm(states, weight[rows].T, out=space[:, rows])
@@ -179,19 +229,32 @@ def _slopes(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor,
     The shares, one over the sum of exponentials, are kept apart: to scale a token's states is cheaper than to scale
     what it has for each id. Float32 logits are overwritten.
     """
+    z, bent = bend(logits.float(), cap)
+    losses, shares = entropy_slopes(z, targets)
+    return losses, unbend(z, bent), shares
+
+
+def entropy_slopes(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [tokens] and shares [tokens, 1] of the cross-entropy of float32 ``z``, which becomes its slopes."""
     targets = targets[:, None]
-    z = logits.float()
-    bent = None
-    if cap is not None:
-        bent = z.div_(cap).tanh_()
-        z = bent * cap
     z.sub_(z.amax(dim=1, keepdim=True))
     at_target = z.gather(1, targets)
     sums = z.exp_().sum(dim=1, keepdim=True)
     z.scatter_add_(1, targets, -sums)
-    if bent is not None:
-        z.mul_(bent.square_().neg_().add_(1))
-    return (sums.log() - at_target)[:, 0], z, sums.reciprocal()
+    return (sums.log() - at_target)[:, 0], sums.reciprocal()
+
+
+def bend(z: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """``cap * tanh(z / cap)``, and the tangent for :func:`unbend`; without a cap ``z`` itself. ``z`` is overwritten."""
+    if cap is None:
+        return z, None
+    bent = z.div_(cap).tanh_()
+    return bent * cap, bent
+
+
+def unbend(slopes: Tensor, bent: Tensor | None) -> Tensor:
+    """Take gradients by bent logits, in place, to those by the logits themselves; ``bent`` is overwritten."""
+    return slopes if bent is None else slopes.mul_(bent.square_().neg_().add_(1))
 
 
 def _add_product(total: Tensor, slopes: Tensor, states: Tensor) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import FAMILY_CONFIGS, hf, tiny_family, windows
+from helpers import FAMILY_CONFIGS, hf, largest, near, tiny_family, windows
 from secateur import token_loss
 from secateur.errors import UserError
 from secateur.evaluate.loss import token_losses
@@ -54,13 +52,6 @@ def naive(
     (every.sum() * factor).backward()
     assert h.grad is not None and w.grad is not None
     return every.detach(), h.grad, w.grad
-
-
-def near(found: Tensor | None, wanted: Tensor, tolerance: float) -> None:
-    """Equal up to a share of the largest value."""
-    assert found is not None and found.shape == wanted.shape
-    error = float((found.detach().double() - wanted).abs().max())
-    assert error <= tolerance * max(1e-30, float(wanted.abs().max())), error
 
 
 # --- against the formula
@@ -293,29 +284,6 @@ def test_shapes_that_do_not_fit() -> None:
 
 
 # --- memory
-
-
-class Sizes(TorchDispatchMode):
-    """The most values in a tensor that an operation puts out, and how many matrix products there are."""
-
-    def __init__(self, exempt: tuple[torch.Size, ...]) -> None:
-        super().__init__()
-        self.exempt, self.most, self.products = exempt, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm")
-        view = func.is_view  # of what has been seen, or was there before
-        for value in () if view else out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, Tensor) and value.shape not in self.exempt:
-                self.most = max(self.most, value.numel())
-        return out
-
-
-@contextmanager
-def largest(exempt: tuple[torch.Size, ...]) -> Iterator[Sizes]:
-    with Sizes(exempt) as sizes:
-        yield sizes
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])

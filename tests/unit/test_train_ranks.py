@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import files, tiny_llama, token_corpus
+from helpers import files, tiny_family, tiny_llama, token_corpus
 from secateur.cli import main
 
 RECIPE = ["--set", "sequence=16", "--set", "tokens_per_step=256", "--set", "peak_rate=3e-3", "--micro-batch", "5"]
@@ -50,6 +51,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["sparse"] = folder / "sparse"
     prune = ["prune", str(found["plain"]), str(found["sparse"]), "--method", "magnitude", "--pattern", "2:4"]
     assert main(prune) == 0
+    (folder / "teacher").mkdir()
+    found["teacher"] = tiny_family(folder / "teacher", "gemma3", seed=1)  # with a tied head
     return found
 
 
@@ -90,12 +93,16 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "sparse": ("sparse", []),
     "bfloat16": ("plain", ["--dtype", "bfloat16", "--recompute"]),
     "documents": ("plain", ["--set", "attention=document", "--recompute"]),
+    "distilled": ("tied", ["--teacher", "teacher", "--recompute"]),
+    "mixed": ("sparse", ["--teacher", "plain", "--alpha", "0.5", "--temperature", "2", "--top-k", "9"]),
+    "taught in bfloat16": ("plain", ["--teacher", "teacher", "--alpha", "0.5", "--dtype", "bfloat16"]),
 }
 
 
 def arguments(name: str, models: dict[str, Path]) -> list[str]:
     model, options = CASES[name]
-    return ["--init", str(models[model]), *options]
+    taught = [str(models[o]) if before == "--teacher" else o for before, o in pairwise(["", *options])]
+    return ["--init", str(models[model]), *taught]
 
 
 @pytest.mark.slow
@@ -103,15 +110,16 @@ def test_processes_share_the_work(corpus: Path, models: dict[str, Path], tmp_pat
     """One, two and three processes: the same losses, the same model, the same tokens."""
     jobs = {name: arguments(name, models) for name in CASES}
     jobs["scratch"] = ["--init", "scratch", "--like", str(models["sparse"])]
-    several = {2: list(jobs), 3: ["tied"], 4: ["replicas"]}
+    several = {2: [*jobs, "whole teachers"], 3: ["tied", "distilled"], 4: ["replicas", "pairs"]}
     jobs["replicas"] = [*arguments("sparse", models), "--replicas", "2"]
+    jobs["pairs"] = jobs["whole teachers"] = [*arguments("mixed", models), "--replicas", "2"]
     for processes, names in several.items():
         torchrun(processes, [job(tmp_path / f"{n}-{processes}", corpus, *jobs[n]) for n in names], tmp_path)
     for name, options in jobs.items():
-        alone = [o for o in options if o not in ("--replicas", "2")]
+        alone = options[: options.index("--replicas")] if "--replicas" in options else options
         assert main(job(tmp_path / f"{name}-1", corpus, *alone)) == 0
         for processes in [p for p, names in several.items() if name in names]:
-            check_alike(tmp_path / f"{name}-1", tmp_path / f"{name}-{processes}", exact=name != "bfloat16")
+            check_alike(tmp_path / f"{name}-1", tmp_path / f"{name}-{processes}", exact="bfloat16" not in name)
 
 
 def check_alike(one: Path, several: Path, *, exact: bool) -> None:

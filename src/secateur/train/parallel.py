@@ -8,6 +8,7 @@ gathered, in bfloat16 if asked, when its turn comes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from secateur.errors import UserError
 from secateur.families import family_of
 from secateur.train.objective import LanguageModel, Losses, Objective
 
-__all__ = ["Execution", "Trainee", "local", "part_like", "place", "whole"]
+__all__ = ["Execution", "Trainee", "local", "part_like", "place", "place_teacher", "whole"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Execution:
                 "start a multiple of it with torchrun, or leave it out"
             )
 
+    @property
+    def shares(self) -> bool:
+        """Whether no process holds a whole model."""
+        return ranks.world() > self.replicas
+
+    @functools.cached_property
     def mesh(self) -> DeviceMesh:
         """All processes: those that shard the model, in as many groups as there are replicas."""
         world = ranks.world()
@@ -105,14 +112,53 @@ def place(
         model: parameters on the meta device, buffers real (:func:`secateur.checkpoint.skeleton`).
         weights: name of a parameter -> its value, whole, the same in all processes.
         execution: where and how to compute.
-        objective: what is minimised; None for the language-model loss.
+        objective: what is minimised; None for the language-model loss. Of its parameters those that are not trained
+            stay as and where they are, and the others are spread as the model is, but stay float32 in computing.
     """
     trainee = Trainee(model, execution.device, objective)
-    trainee.objective.to(execution.device)
-    shard = _sharder(execution)
+    dtype = None if execution.dtype == "float32" else torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    read = {parameter for parameter in trainee.objective.parameters() if not parameter.requires_grad}
+    shard = _sharder(execution, policy, read) if execution.sharded else _leave
+    _fill_blocks(model, weights, execution, shard)
+    if any(parameter.requires_grad for parameter in trainee.objective.parameters()):
+        trainee.objective.to(execution.device)
+        if execution.sharded:
+            _sharder(execution, MixedPrecisionPolicy(), read)(trainee.objective)
+    shard(trainee)
+    return trainee
+
+
+def place_teacher(model: PreTrainedModel, weights: Callable[[str], Tensor], execution: Execution) -> PreTrainedModel:
+    """Give a model that is only read its weights, in the type that is computed in; in evaluation mode.
+
+    It is spread as one that is trained is, but where each process would hold all of it: then it is a plain model, which
+    needs no copies to be gathered.
+
+    Args:
+        model: as in :func:`place`.
+        weights: as there.
+        execution: where and how to compute; recomputing is left out, since nothing goes back through it.
+    """
+    shard = _sharder(execution, MixedPrecisionPolicy(), set()) if execution.shares else _leave
+    model.requires_grad_(False).eval()
+    reading = dataclasses.replace(execution, recompute=False)
+    _fill_blocks(model, weights, reading, shard, getattr(torch, execution.dtype))
+    shard(model)
+    return model
+
+
+def _fill_blocks(
+    model: PreTrainedModel,
+    weights: Callable[[str], Tensor],
+    execution: Execution,
+    shard: Callable[[nn.Module], object],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Give each block its weights and place it, then what is around the blocks its weights."""
     layers = family_of(model.config.model_type, where="the model").layers
     for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(layers))):
-        _fill(block, f"{layers}.{number}.", weights, execution.device)
+        _fill(block, f"{layers}.{number}.", weights, execution.device, dtype)
         inner: Any = block
         if execution.recompute:
             inner.forward = functools.partial(recomputed, inner.forward, use_reentrant=False)
@@ -120,35 +166,36 @@ def place(
             inner.forward = torch.compile(inner.forward)
         shard(block)
     model.tie_weights()  # so that a head that is tied is not filled
-    _fill(model, "", weights, execution.device)
+    _fill(model, "", weights, execution.device, dtype)
     model.tie_weights()
-    shard(trainee)
-    return trainee
 
 
-def _fill(module: nn.Module, prefix: str, weights: Callable[[str], Tensor], device: str) -> None:
+def _fill(module: nn.Module, prefix: str, weights: Callable[[str], Tensor], device: str, dtype: torch.dtype) -> None:
     """Put what has no weights yet, and buffers, on the device."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
-            value = weights(prefix + name).to(device, torch.float32, copy=True)  # what is stored is not to be written
-            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, parameter.requires_grad)
+            value = weights(prefix + name).to(device, dtype, copy=True)  # what is stored is not to be written
+            new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module.get_submodule(owner)._parameters[leaf] = new
     for part in module.modules():
         part._buffers.update({name: b.to(device) for name, b in part._buffers.items() if b is not None})
 
 
-def _sharder(execution: Execution) -> Callable[[nn.Module], object]:
-    """What spreads a module over the processes, if anything does."""
-    if not execution.sharded:
-        return lambda module: module
-    dtype = None if execution.dtype == "float32" else torch.bfloat16
-    mesh = execution.mesh()
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    several = ranks.world() > execution.replicas  # whoever holds the whole model has nothing to free
+def _leave(module: nn.Module) -> None:
+    """Leave a module plain."""
+
+
+def _sharder(
+    execution: Execution, policy: MixedPrecisionPolicy, left: set[nn.Parameter]
+) -> Callable[[nn.Module], object]:
+    """What spreads a module over the processes, but for parameters that are left as they are."""
 
     def shard(module: nn.Module) -> None:
-        again = several and not isinstance(module, Trainee)  # the rest is used first and last: it stays gathered
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
+        # Whoever holds the whole model has nothing to free. What is not a block is used first and last, so that it
+        # stays gathered; a teacher's is given back by whoever asks for it.
+        again = execution.shares and not isinstance(module, Trainee | PreTrainedModel)
+        fully_shard(module, mesh=execution.mesh, mp_policy=policy, reshard_after_forward=again, ignored_params=left)
 
     return shard
 

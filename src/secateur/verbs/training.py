@@ -32,17 +32,18 @@ from secateur.plan import JSON_FILE, TENSOR_FILE, load_masks
 from secateur.progress import clock, say
 from secateur.report.words import count, scientific
 from secateur.runtime import environment, pick_device, pick_dtype
-from secateur.shapes import Shape, train_flops
+from secateur.shapes import Shape, teacher_flops, train_flops
 from secateur.spec import fingerprint, identity, load_yaml, parse, parse_value
 from secateur.tensor_files import Stored
 from secateur.train.batches import Slice
+from secateur.train.distill import Distill, Distillation, check_teacher
 from secateur.train.init import fresh_weights, stored_weights
 from secateur.train.loop import Housekeeping
 from secateur.train.loop import train as run
 from secateur.train.measure import held_out_loss
 from secateur.train.metrics import Metrics, check_trackers, open_trackers
 from secateur.train.optim import Recipe
-from secateur.train.parallel import Execution, Trainee, place, whole
+from secateur.train.parallel import Execution, Trainee, place, place_teacher, whole
 from secateur.train.speed import Meter, Peak, peak_of
 from secateur.train.state import FINISHED
 from secateur.train.watch import stop_on_signals
@@ -76,6 +77,24 @@ class Start:
         return {"weights": weights, "config": self.raw_config, "masks": plan.read_text() if self.masks else None}
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """Whom a run distils from, and how."""
+
+    checkpoint: Checkpoint
+    spec: Distill
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it changes the result."""
+        return {**identity(self.spec), "teacher": self.checkpoint.digest}
+
+    def objective(self, execution: Execution) -> Distillation:
+        """What is minimised, with the teacher in its place."""
+        skin = skeleton(self.checkpoint.config, self.checkpoint.directory)
+        return Distillation(self.spec, place_teacher(skin, stored_weights(self.checkpoint), execution))
+
+
 def train(arguments: Namespace) -> Answer:
     """``secateur train OUT``. What can fail without reading weights fails first, the cheapest first."""
     out = Path(arguments.out)
@@ -86,9 +105,11 @@ def train(arguments: Namespace) -> Answer:
     store = _store(arguments.data)
     start = _start(arguments)
     data = _slice(arguments, store, recipe, start)
+    teacher = _teacher(arguments, start, recipe)
     protocol = _protocol(store, arguments.heldout_windows, recipe.sequence)
     check_free(out)
-    for inside in (store.folder, *([start.directory] if start.checkpoint else [])):
+    read = [c.directory for c in (start.checkpoint, teacher and teacher.checkpoint) if c]
+    for inside in (store.folder, *read):
         if out.resolve().is_relative_to(inside.resolve()):
             raise UserError(f"{out}: lies in {inside}, which is read; name a directory outside it")
     check_trackers(arguments.track or ())
@@ -99,10 +120,12 @@ def train(arguments: Namespace) -> Answer:
         "recipe": identity(recipe),
         "dtype": dtype,
         "evaluation": {"points": arguments.points, "protocol": protocol.record() if protocol else None},
+        **({"objective": teacher.identity} if teacher else {}),
     }
     peak = peak_of(device, dtype)
-    flops = train_flops(start.shape, data.tokens, recipe.sequence)
-    _announce(data, start, flops, execution, peak)
+    taught = teacher_flops(teacher.checkpoint.shape, data.tokens, recipe.sequence) if teacher else 0.0
+    flops = train_flops(start.shape, data.tokens, recipe.sequence) + taught
+    _announce(data, start, teacher, flops, execution, peak)
     directories = shared_directory(out, asked, "what to train, and how", resume=True, begun=FINISHED, words=_WORDS)
     with stop_on_signals() as stop, watched(device) as use, directories as (fresh, work):
         named = (out.name, fingerprint(asked)[:16])
@@ -118,7 +141,8 @@ def train(arguments: Namespace) -> Answer:
             stop=stop,
         )
         model = skeleton(start.config, start.directory)
-        trainee = place(model, _weights(start, model, recipe), execution)
+        objective = teacher.objective(execution) if teacher else None
+        trainee = place(model, _weights(start, model, recipe), execution, objective)
         try:
             result = run(
                 trainee,
@@ -132,6 +156,7 @@ def train(arguments: Namespace) -> Answer:
             raise RunError(str(error), 2) from None
         house.metrics.close()
         facts = {"asked": asked, "result": result, "flops": flops, "protocol": asked["evaluation"]["protocol"]}
+        facts |= {"teacher_flops": taught} if teacher else {}
         _write(fresh, start, trainee, facts, dtype)
         if ranks.first():
             for name in ("metrics.jsonl", *(arguments.track or ())):
@@ -150,6 +175,7 @@ _WORDS = {
     "recipe": "--recipe or --set",
     "dtype": "--dtype",
     "evaluation": "--points or --heldout-windows",
+    "objective": "--teacher, --temperature, --alpha or --top-k",
 }
 
 
@@ -237,6 +263,26 @@ def _slice(arguments: Namespace, store: TokenStore, recipe: Recipe, start: Start
     return Slice(store, first, last, recipe)
 
 
+def _teacher(arguments: Namespace, start: Start, recipe: Recipe) -> Teacher | None:
+    """Whom to distil from.
+
+    Raises:
+        UserError: if there is no such checkpoint, it cannot teach the model, or an option is out of range or alone.
+    """
+    given = {name: getattr(arguments, name) for name in ("temperature", "alpha", "top_k")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.teacher is None:
+        for name in given:
+            raise UserError(
+                f"--{name.replace('_', '-')}: says how to distil; name whom to distil from with --teacher DIR"
+            )
+        return None
+    spec = parse(Distill, given, origin="--teacher")
+    checkpoint = Checkpoint(arguments.teacher)
+    check_teacher(checkpoint, start.shape, start.directory, recipe.sequence)
+    return Teacher(checkpoint, spec)
+
+
 def _protocol(store: TokenStore, windows: int, seqlen: int) -> Protocol | None:
     """The windows that the held-out loss is measured on; None where the data holds none out."""
     if "heldout" not in store.manifest.splits:
@@ -246,10 +292,13 @@ def _protocol(store: TokenStore, windows: int, seqlen: int) -> Protocol | None:
     return Protocol.of_stream(ids, seqlen, "held-out documents")
 
 
-def _announce(data: Slice, start: Start, flops: float, execution: Execution, peak: Peak) -> None:
+def _announce(
+    data: Slice, start: Start, teacher: Teacher | None, flops: float, execution: Execution, peak: Peak
+) -> None:
     sparse = f", {len(start.masks)} masked matrices" if start.masks else ""
+    taught = f", distilled from {count(teacher.checkpoint.shape.total)}" if teacher else ""
     say(
-        f"{count(start.shape.total)} parameters{sparse}, {data.tokens:,} tokens in {data.steps:,} steps, "
+        f"{count(start.shape.total)} parameters{sparse}{taught}, {data.tokens:,} tokens in {data.steps:,} steps, "
         f"{scientific(flops)} FLOPs; {ranks.world()} process(es) on {execution.device}, {execution.dtype}; "
         f"MFU is of {scientific(peak.flops * ranks.world())} FLOPs a second ({peak.source})"
     )
@@ -269,12 +318,19 @@ def _write(out: Path, start: Start, trainee: Trainee, facts: dict[str, Any], dty
         return
     result = facts["result"]
     origin = "fresh weights" if start.checkpoint is None else f"the weights of {start.directory.name}"
-    line = f"Trained by secateur on {result['tokens']:,} tokens from {origin}."
+    objective = facts["asked"].get("objective")
+    taught = f", distilled at temperature {objective['temperature']:g}" if objective else ""
+    line = f"Trained by secateur on {result['tokens']:,} tokens from {origin}{taught}."
     write_checkpoint(
         out,
         {**{k: v for k, v in start.raw_config.items() if k != "torch_dtype"}, "dtype": dtype},
         tensors,
-        provenance={"kind": "trained", "init": start.kind, **{k: v for k, v in result.items() if k != "curve"}},
+        provenance={
+            "kind": "trained",
+            "init": start.kind,
+            **{k: v for k, v in result.items() if k != "curve"},
+            **({"objective": objective} if objective else {}),
+        },
         card=model_card(out.name, None, [line]),
     )
     copy_tokenizer(start.directory, out)
@@ -296,6 +352,7 @@ def _answer(arguments: Namespace, start: Start, facts: dict[str, Any], use: Use,
         "heldout_loss": {"before": first, "after": last},
         "curve": result["curve"],
         "flops": facts["flops"],
+        **{key: facts[key] for key in ("teacher_flops",) if key in facts},
         "tokens_per_second": speed,
         "mfu": mfu,
         "peak_flops": {"flops": peak.flops, "source": peak.source},
@@ -308,7 +365,8 @@ def _answer(arguments: Namespace, start: Start, facts: dict[str, Any], use: Use,
     ]
     if last is not None:
         lines.append(f"held-out loss  {first:.4f} -> {last:.4f} nats a token")
-    lines.append(f"FLOPs          {scientific(facts['flops'])}")
+    theirs = f", {scientific(facts['teacher_flops'])} of them the teacher's" if "teacher_flops" in facts else ""
+    lines.append(f"FLOPs          {scientific(facts['flops'])}{theirs}")
     if speed:
         lines.append(f"speed          {speed:,.0f} tokens/s, MFU {mfu:.1%} ({peak.source})")
     told = [f"{size(use.memory)} of memory"] if use.memory else []
