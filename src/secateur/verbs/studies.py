@@ -5,16 +5,17 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from secateur.data.sources import open_source
 from secateur.errors import UserError
 from secateur.progress import say
 from secateur.report.build import build_report
 from secateur.report.verdict import judge, text_table
 from secateur.report.words import count, scientific
+from secateur.study.build import stages_of
 from secateur.study.collect import collect
+from secateur.study.resolve import resolve
 from secateur.study.run import default_jobs, run_stages
 from secateur.study.spec import Study, load_study
-from secateur.study.stages import Stage, stages_of, unique
+from secateur.study.stages import Stage, unique
 from secateur.study.store import Store
 from secateur.verbs.answer import Answer
 
@@ -32,11 +33,9 @@ def demo(arguments: Namespace) -> Answer:
 def _open(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
     study = load_study(Path(arguments.file))
     try:
-        source = open_source(study.corpus.source, field=study.corpus.field, split=study.corpus.split)
-        stages = stages_of(study, source.digest())
+        stages = stages_of(study, resolve(study))
     except UserError as error:
-        told = str(error).replace("--ratio ", "ratio ")  # a target speaks of options; a study file has keys
-        raise UserError(f"{arguments.file}: {told}") from None
+        raise UserError(f"{arguments.file}: {error}") from None
     out = getattr(arguments, "out", None) or f"runs/{study.name}"
     return study, stages, Store(Path(out))
 
