@@ -130,10 +130,5 @@ def _applies(control: ControlKind, pruning: Pruning) -> bool:
 
 
 def _excluded(study: Study, told: dict[str, Any]) -> bool:
-    """Whether all that one of the exclusions names is said of a cell."""
-    for exclusion in study.exclude:
-        named = {f.name: getattr(exclusion, f.name) for f in dataclasses.fields(exclusion)}
-        named = {key: value for key, value in named.items() if value is not None}
-        if named and all(told.get(key) == value for key, value in named.items()):
-            return True
-    return False
+    """Whether an exclusion covers a cell."""
+    return any(exclusion.covers(told) for exclusion in study.exclude)

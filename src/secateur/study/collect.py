@@ -159,7 +159,10 @@ class _Records:
         """Parameters outside the embeddings that no mask drops."""
         if pruning is None or pruning.facts["granularity"] != "sparse":
             return shape.non_embedding
-        return shape.non_embedding - round(pruning.facts["ratio"] * shape.block_weights)
+        record = self.records[pruning.fingerprint]
+        if record is None:
+            return shape.non_embedding - round(pruning.facts["ratio"] * shape.block_weights)
+        return round(shape.non_embedding * (1 - record["ratio"]["non_embedding"]))
 
 
 def _seconds(runtime: Mapping[str, Any]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -241,15 +241,25 @@ class Compute:
 
 @spec
 class Exclude:
-    """Cells that are left out: those that have all that is named."""
+    """Cells that are left out: those that have, of all that is named, one of the values."""
 
-    method: str | None = None  #: an entry's name
-    target: str | None = None
-    tokens: Count | None = None  #: R
-    seed: Seed | None = None
-    objective: str | None = None
-    setting: SettingKind | None = None
-    control: ControlKind | None = None
+    method: Annotated[tuple[str, ...] | None, Listed()] = None  #: an entry's name
+    target: Annotated[tuple[str | float, ...] | None, Listed()] = None
+    tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: R
+    seed: Annotated[tuple[Seed, ...] | None, Listed()] = None
+    objective: Annotated[tuple[str, ...] | None, Listed()] = None
+    setting: Annotated[tuple[SettingKind, ...] | None, Listed()] = None
+    control: Annotated[tuple[ControlKind, ...] | None, Listed()] = None
+
+    def __post_init__(self) -> None:
+        if not any(getattr(self, f.name) for f in fields(self)):
+            raise UserError("exclude: an entry has to name something, such as {seed: 1, setting: equal_total_tokens}")
+
+    def covers(self, cell: Mapping[str, Any]) -> bool:
+        """Whether a cell has, of all that is named, one of the values."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        named |= {"target": [v if isinstance(v, str) else f"{v:g}" for v in self.target]} if self.target else {}
+        return all(cell.get(key) in values for key, values in named.items())
 
 
 @spec
