@@ -382,7 +382,10 @@ def _study(verbs: Any) -> None:
     for name, summary, detail in _STUDY_ACTIONS:
         action = _verb(actions, name, summary, detail)
         action.add_argument("file", help="study file")
-        if name != "plan":
+        if name == "plan":
+            help_ = "what a device does, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
+            action.add_argument("--flops-per-second", type=_count, metavar="X", help=help_)
+        else:
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
         if name == "run":
             action.add_argument("--jobs", type=_positive, help="worker processes (default: one for each core)")

@@ -9,7 +9,6 @@ from secateur.errors import UserError
 from secateur.progress import say
 from secateur.report.build import build_report
 from secateur.report.verdict import judge, text_table
-from secateur.report.words import count, scientific
 from secateur.study.build import stages_of
 from secateur.study.collect import collect
 from secateur.study.resolve import resolve
@@ -19,7 +18,7 @@ from secateur.study.stages import Stage, unique
 from secateur.study.store import Store
 from secateur.verbs.answer import Answer
 
-__all__ = ["demo", "study_plan", "study_report", "study_run", "study_status"]
+__all__ = ["demo", "opened", "study_report", "study_run", "study_status"]
 
 
 def demo(arguments: Namespace) -> Answer:
@@ -30,7 +29,8 @@ def demo(arguments: Namespace) -> Answer:
     return study_run(arguments)
 
 
-def _open(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
+def opened(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
+    """The study of a file, its stages, and where they lie."""
     study = load_study(Path(arguments.file))
     try:
         stages = stages_of(study, resolve(study))
@@ -40,30 +40,9 @@ def _open(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
     return study, stages, Store(Path(out))
 
 
-def study_plan(arguments: Namespace) -> Answer:
-    """``secateur study plan FILE``."""
-    study, stages, _ = _open(arguments)
-    stages = unique(stages)
-    rows = [
-        {"kind": s.kind, "name": s.name, "tokens": s.tokens, "flops": s.flops, "fingerprint": s.fingerprint}
-        for s in stages
-    ]
-    trained = sum(s.tokens for s in stages if s.kind == "train")
-    flops = sum(s.flops for s in stages)
-    answer = {"study": study.name, "stages": rows, "training_tokens": trained, "flops": flops}
-    width = max(len(s.name) for s in stages)
-    lines = [f"{study.name}: {len(stages)} stages", ""]
-    lines.append(f"{'kind':8}  {'stage':{width}}  {'tokens':>10}  {'FLOPs':>10}")
-    for s in stages:
-        tokens, cost = (count(s.tokens), f"{s.flops:.2e}") if s.tokens else ("-", "-")
-        lines.append(f"{s.kind:8}  {s.name:{width}}  {tokens:>10}  {cost:>10}")
-    lines += ["", f"{trained:,} training tokens, {scientific(flops)} FLOPs in all. Nothing has been run."]
-    return answer, "\n".join(lines), 0
-
-
 def study_run(arguments: Namespace) -> Answer:
     """``secateur study run FILE``."""
-    study, stages, store = _open(arguments)
+    study, stages, store = opened(arguments)
     runs = unique(stages)
     cells = sum(s.kind == "train" for s in runs)
     jobs = arguments.jobs or default_jobs()
@@ -84,7 +63,7 @@ def study_run(arguments: Namespace) -> Answer:
 
 def study_status(arguments: Namespace) -> Answer:
     """``secateur study status FILE``."""
-    study, stages, store = _open(arguments)
+    study, stages, store = opened(arguments)
     rows = []
     for stage in unique(stages):
         error = store.runtime(stage).get("error", "")
@@ -106,7 +85,7 @@ def _state(store: Store, stage: Stage, error: str) -> str:
 
 def study_report(arguments: Namespace) -> Answer:
     """``secateur study report FILE``."""
-    return _report(arguments, *_open(arguments))
+    return _report(arguments, *opened(arguments))
 
 
 def _report(arguments: Namespace, study: Study, stages: list[Stage], store: Store) -> Answer:
