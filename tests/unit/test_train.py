@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -376,6 +377,41 @@ def restored(folder: Path, model: PreTrainedModel) -> dict[str, Any] | None:
 def shard(step: Path) -> Path:
     (found,) = step.glob("*.safetensors")
     return found
+
+
+class InOrder(Slice):
+    """Windows as they lie, so that runs over parts of a slice read what one run over the whole does."""
+
+    @property
+    def order(self) -> Tensor:  # type: ignore[override]
+        return torch.arange(self.tokens // self.recipe.sequence)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_trunk_and_its_decay_are_one_run_with_both(masked: bool, tmp_path: Path) -> None:
+    recipe = Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-3, warmup=0.125, schedule="wsd", decay=0.25)
+    masks = masks_of(tiny()) if masked else {}
+
+    def part(model: PreTrainedModel, span: tuple[int, int], folder: str, **how: Any) -> Path | None:
+        house = Housekeeping(tmp_path / folder, "test", origin=how.pop("origin", None))
+        data = InOrder(Store(), *span, dataclasses.replace(recipe, **how))
+        train(Trainee(model), data, masks=masks, measure=held_out, points=1, house=house)
+        return max((tmp_path / folder).glob("step-*"))
+
+    whole, parts = tiny(), tiny()
+    part(whole, (0, 256), "whole")
+    first = part(parts, (0, 96), "first", schedule="constant", warmup=1 / 3)
+    second = part(parts, (96, 192), "second", schedule="constant", warmup=0.0, origin=first)
+    third = tiny(seed=9)  # its weights come from the trunk
+    part(third, (192, 256), "decay", schedule="linear", warmup=0.0, origin=second)
+    assert same(weights(third), weights(whole))
+    again = tiny(seed=9)
+    shutil.rmtree(max((tmp_path / "decay").glob("step-*")))
+    part(again, (192, 256), "decay", schedule="linear", warmup=0.0, origin=second)
+    assert same(weights(again), weights(whole))
+    flip(shard(second))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="this checkpoint is damaged"):
+        part(tiny(), (192, 256), "late", schedule="linear", origin=second)
 
 
 def flip(path: Path) -> None:
