@@ -12,13 +12,12 @@ from typing import Literal
 
 import numpy as np
 
-from secateur.errors import UserError
 from secateur.report.crossover import REACH, Crossover, Lead, NextRun, crossover, lead, next_runs
 from secateur.report.evidence import Evidence
 from secateur.report.fit import DEFAULT_FORM, Fit, fit_pair, pairs
 from secateur.report.law import CurvePoint
 
-__all__ = ["Account", "Advice", "Case", "Distance", "Question", "advise", "cases"]
+__all__ = ["Account", "Advice", "Case", "Distance", "Question", "advise", "bearing", "case_of"]
 
 Name = Literal["training", "total", "flops"]
 Winner = Literal["pruned", "scratch", "too close to call", "beyond what these runs can tell"]
@@ -44,6 +43,7 @@ class Question:
     must_train: bool = False  #: whether the parent has to be trained first
     parent_tokens: int | None = None  #: P; None where it is not known
     children: int = 1  #: pruned models that share the parent's training
+    dearer: float | None = None  #: FLOPs of a token of the parent over those of the target; by parameters unless given
 
     def target(self, granularity: str | None, parent: float | None = None, ratio: float | None = None) -> float:
         """Parameters of the pruned model, unless others are given: of this question's parent and ratio."""
@@ -74,8 +74,8 @@ class Distance:
 
     @property
     def outside(self) -> bool:
-        """Whether the question lies outside of what was run, by more than a hundredth."""
-        return not 0.99 <= self.factor <= 1.01
+        """Whether the question lies outside of what was run, by more than a tenth."""
+        return not 1 / 1.1 <= self.factor <= 1.1
 
 
 @dataclass(frozen=True)
@@ -107,33 +107,14 @@ class Case:
         return next(account for account in self.accounts if account.name == name)
 
 
-def cases(evidence: Evidence, question: Question, noise: float | None = None) -> tuple[list[Case], list[str]]:
-    """Fit what the evidence has of the methods in question, at the ratio nearest to theirs.
-
-    Args:
-        evidence: the runs.
-        question: what is asked.
-        noise: as for :func:`fit_pair`.
-
-    Returns:
-        The cases, and why others are not among them.
-
-    Raises:
-        UserError: if there are runs to go by and none of them can be fitted.
-    """
+def bearing(evidence: Evidence, question: Question) -> list[list[CurvePoint]]:
+    """The runs that bear on a question, method by method, each at the ratio nearest to the question's."""
     found = pairs(evidence.points)
-    chosen: list[Case] = []
-    refused: list[str] = []
-    for method in dict.fromkeys(method for method, _ in found):
-        if _fits(evidence, question, method):
-            ratio = min((r for m, r in found if m == method), key=lambda r: (abs(r - question.ratio), r))
-            try:
-                chosen.append(_case(evidence, question, found[method, ratio], noise))
-            except UserError as error:
-                refused.append(str(error))
-    if refused and not chosen:
-        raise UserError(f"{evidence.source}: {refused[0]}")
-    return chosen, refused
+    nearest: dict[str, float] = {}
+    for method, ratio in sorted(found, key=lambda pair: (abs(pair[1] - question.ratio), pair[1])):
+        nearest.setdefault(method, ratio)
+    methods = dict.fromkeys(method for method, _ in found)
+    return [found[method, nearest[method]] for method in methods if _fits(evidence, question, method)]
 
 
 def _fits(evidence: Evidence, question: Question, method: str) -> bool:
@@ -143,7 +124,18 @@ def _fits(evidence: Evidence, question: Question, method: str) -> bool:
     return question.granularity in (None, evidence.granularity[method])
 
 
-def _case(evidence: Evidence, question: Question, points: Sequence[CurvePoint], noise: float | None) -> Case:
+def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint], noise: float | None = None) -> Case:
+    """Fit the runs of one method and ratio, and ask them.
+
+    Args:
+        evidence: that the runs are from.
+        question: what is asked.
+        points: the runs.
+        noise: as for :func:`secateur.report.fit.fit_pair`.
+
+    Raises:
+        UserError: if the runs contradict one another, or are too few.
+    """
     method, ratio = points[0].method, points[0].ratio
     granularity = evidence.granularity[method]
     fit = fit_pair(points, DEFAULT_FORM, parent_loss=evidence.parent_loss, noise=noise)
@@ -153,7 +145,7 @@ def _case(evidence: Evidence, question: Question, points: Sequence[CurvePoint], 
     extras: dict[Name, float] = {"training": 0.0}
     if question.parent_tokens is not None:
         share = question.parent_tokens / question.children
-        extras |= {"total": share, "flops": share * question.parameters / target}
+        extras |= {"total": share, "flops": share * (question.dearer or question.parameters / target)}
     accounts = tuple(_account(fit, question.tokens, name, extra, scale) for name, extra in extras.items())
     decisive = next(a for a in accounts if a.name == question.decides)
     spread = np.log(np.minimum(decisive.crossover.draws, decisive.crossover.horizon))
@@ -204,13 +196,20 @@ def advise(evidence: Evidence, question: Question, found: Sequence[Case]) -> Adv
     """Sum up the cases; without any, what the source says in words."""
     if not found:
         said = [finding for finding in evidence.findings if finding.account == question.decides]
-        winner = next((finding.winner for finding in said if finding.winner), None)
+        winner: Winner | None = next((finding.winner for finding in said if finding.winner), None)
         why = "; ".join(finding.says for finding in said) or "no run of it is there"
         return Advice(_CHOICES[winner] if winner else "cannot be told", f"no losses to go by; {why}", True)
-    winners = {case.method: case.account(question.decides).winner for case in found}
-    kinds = set(winners.values())
+    winners: dict[str, Winner] = {case.method: case.account(question.decides).winner for case in found}
+    kinds: set[Winner] = set(winners.values())
     return Advice(
         _CHOICES[kinds.pop()] if len(kinds) == 1 else "depends on the method",
-        "; ".join(f"{method}: {winner}" for method, winner in winners.items()),
+        "; ".join(_told(case, question) for case in found),
         any(distance.outside for case in found for distance in case.distances),
     )
+
+
+def _told(case: Case, question: Question) -> str:
+    """The winner of the account that decides; where the parent counts, also that at equal FLOPs if it is another."""
+    winner = case.account(question.decides).winner
+    by_flops = case.account("flops").winner if question.must_train else winner
+    return f"{case.method}: {winner}" + (f" (at equal FLOPs: {by_flops})" if by_flops != winner else "")

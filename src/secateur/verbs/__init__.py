@@ -5,6 +5,7 @@ from secateur.verbs.data import data
 from secateur.verbs.describe import inspect, shapes
 from secateur.verbs.evaluation import evaluate
 from secateur.verbs.pruning import prune
+from secateur.verbs.recommend import recommend
 from secateur.verbs.studies import demo, study_plan, study_report, study_run, study_status
 from secateur.verbs.training import train
 
@@ -14,6 +15,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "prune",
+    "recommend",
     "shapes",
     "study_plan",
     "study_report",

@@ -83,8 +83,8 @@ def costs(question: Question, sizes: Sizes, price: Price | None) -> dict[str, An
     return {
         "formula": sizes.formula,
         "account": account,
-        "terms": [_row(*term, price) for term in terms],
-        "paths": [_row(*path, price) for path in paths],
+        "terms": [_row(name, t, flops, price) for name, t, flops in terms],
+        "paths": [_row(name, t, flops, price) for name, t, flops in paths],
     }
 
 
