@@ -125,12 +125,12 @@ class Problem:
 
     def curves(self, vector: Floats) -> Floats:
         """E and G in nats, alpha, and H over ``D_0``, of each path: ``[2, 4]``."""
-        values = np.exp(np.clip(vector, -50, 50))
+        values = np.exp(np.clip(vector, -50, 50))  # a search may try what a float cannot hold
         floor = 0.0 if self._form.floor == "zero" else self._parent_loss
         columns = [
             values[list(self._where["E"])] if "E" in self._where else [floor, floor],
             values[list(self._where["G"])],
-            values[list(self._where["alpha"])],
+            np.minimum(values[list(self._where["alpha"])], 20),
             [0.0, values[self._where["H"][1]]] if "H" in self._where else [0.0, 0.0],
         ]
         return np.array(columns, dtype=float).T

@@ -42,6 +42,8 @@ def _headline(answer: Mapping[str, Any]) -> list[str]:
         f"A parent of {count(asked['parameters'])} parameters, ratio {asked['ratio']:g}, R = {count(asked['tokens'])} "
         f"tokens. The parent {had}, so {_ACCOUNTS[advice['decided_by']]} decide."
     )
+    if asked["granularity"] == "sparse":
+        lines += _wrapped("Single weights become zero: parameters, and FLOPs of dense kernels, stay the parent's.")
     said = " (outside of what was run: see the distances)" if advice["extrapolates"] else ""
     return [*lines, "", *_wrapped(f"{advice['choice'].upper()}{said}. {advice['why'][0].upper()}{advice['why'][1:]}.")]
 
@@ -99,8 +101,8 @@ def _distances(distances: Sequence[Mapping[str, Any]]) -> list[str]:
 def _evidence(evidence: Mapping[str, Any]) -> list[str]:
     lines = _wrapped(
         f"Evidence: {evidence['source']}; {evidence['runs']} runs, parent of {count(evidence['parent_parameters'])} "
-        "parameters. Where the parent is of another size, curves are read at equal tokens a parameter, and losses are "
-        "those of the evidence's size."
+        f"parameters{_trained(evidence)}. Where the parent is of another size, curves are read at equal tokens a "
+        "parameter, and losses are those of the evidence's size."
     )
     if evidence["runs_without_a_loss"]:
         lines += _wrapped(f"{evidence['runs_without_a_loss']} runs have no held-out loss and are left out.", "  ")
@@ -110,6 +112,10 @@ def _evidence(evidence: Mapping[str, Any]) -> list[str]:
         told = "; ".join(f"{a['method']} {a['scratch']:g} and {a['pruned']:g}" for a in evidence["accuracies"])
         lines += _wrapped(f"Zero-shot accuracy, scratch and pruned, at equal total tokens, one seed: {told}.", "  ")
     return lines
+
+
+def _trained(evidence: Mapping[str, Any]) -> str:
+    return f", trained on {count(evidence['parent_tokens'])} tokens" if evidence["parent_tokens"] else ""
 
 
 def _costs(costs: Mapping[str, Any]) -> list[str]:
