@@ -26,6 +26,8 @@ __all__ = ["recommend"]
 
 def recommend(arguments: Namespace) -> Answer:
     """``secateur recommend``."""
+    if arguments.like is not None and arguments.pilot is None:
+        raise UserError("--like: goes with --pilot, which writes a study like that one")
     evidence = published() if arguments.study is None else of_study(Path(arguments.study))
     question, sizes = _question(arguments, evidence)
     price = _price(arguments)
@@ -35,8 +37,6 @@ def recommend(arguments: Namespace) -> Answer:
     if arguments.pilot is not None:
         like = None if arguments.like is None else Path(arguments.like)
         pilot = write_pilot(Path(arguments.pilot), question, found, like)
-    elif arguments.like is not None:
-        raise UserError("--like: goes with --pilot, which writes a study like that one")
     answer = {
         "question": _asked(question, sizes),
         "recommendation": {
