@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -148,6 +149,16 @@ def _ratios(text: str) -> list[float]:
     return ratios
 
 
+def _amount_above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return value
+
+
 def _ratio(text: str) -> float:
     try:
         value = float(text)
@@ -169,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     )
     outermost.add_argument("--version", action="version", version=f"secateur {__version__}")
     verbs = outermost.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-    for add in (_demo, _inspect, _shapes, _data, _prune, _train, _eval, _study):
+    for add in (_demo, _inspect, _shapes, _data, _prune, _train, _eval, _study, _recommend):
         add(verbs)
     return outermost
 
@@ -389,3 +400,46 @@ def _study(verbs: Any) -> None:
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
         if name == "run":
             action.add_argument("--jobs", type=_positive, help="worker processes (default: one for each core)")
+
+
+def _recommend(verbs: Any) -> None:
+    recommend = _verb(
+        verbs,
+        "recommend",
+        "say which path pays, by published figures or by a study's",
+        "It fits both paths' losses against tokens, and tells who is ahead at a budget and from where on the other "
+        "catches up, with intervals, how far the question lies from what was run, and what both paths cost.",
+        manual.RECOMMEND,
+    )
+    size = recommend.add_mutually_exclusive_group(required=True)
+    size.add_argument("--params", type=_count, metavar="N", help="parameters of the parent: 8e9, 8B ...")
+    size.add_argument("--model", metavar="CONFIG_OR_DIR", help="the parent's config.json instead, for exact FLOPs")
+    recommend.add_argument("--ratio", type=_ratio, required=True, metavar="R", help="share to remove, between 0 and 1")
+    recommend.add_argument("--tokens", type=_count, required=True, metavar="N", help="budget after pruning: 50B ...")
+    recommend.add_argument("--granularity", choices=tuple(manual.METHODS), help="what is removed (default: any)")
+    recommend.add_argument("--method", help="pruning method, as for prune (default: any)")
+    recommend.add_argument(
+        "--parent",
+        choices=("have", "must-train"),
+        default="have",
+        help="whether the parent is there, its cost sunk, or has to be trained",
+    )
+    recommend.add_argument("--parent-tokens", type=_count, metavar="N", help="tokens that the parent is trained on")
+    recommend.add_argument(
+        "--children", type=_positive, default=1, metavar="K", help="pruned models that share the parent's cost"
+    )
+    recommend.add_argument("--study", metavar="DIR", help="folder of a study of your own (default: published figures)")
+    recommend.add_argument(
+        "--noise",
+        type=_amount_above_zero,
+        metavar="NATS",
+        help="standard deviation of a run's loss between seeds (default: what the runs show, with 0.01 as a prior)",
+    )
+    recommend.add_argument("--cost-per-hour", type=_amount_above_zero, metavar="X", help="price of an accelerator")
+    recommend.add_argument(
+        "--flops-per-second", type=_amount_above_zero, metavar="F", help="what it sustains in training, e.g. 4e14"
+    )
+    recommend.add_argument("--pilot", metavar="FILE", help="write the study that would tell more")
+    recommend.add_argument(
+        "--like", metavar="STUDY", help="study file whose corpus, parent and recipe the pilot takes over"
+    )

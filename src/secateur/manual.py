@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from secateur.errors import UserError
 from secateur.plugins import announced
 
-__all__ = ["DATA", "DOCUMENTS", "EPILOG", "METHODS", "SHAPES", "SOURCES", "TRAIN", "memory", "prune"]
+__all__ = ["DATA", "DOCUMENTS", "EPILOG", "METHODS", "RECOMMEND", "SHAPES", "SOURCES", "TRAIN", "memory", "prune"]
 
 #: verb -> what needs less memory if it is lowered, or taken
 _MEMORY = {
@@ -38,6 +38,7 @@ examples:
   secateur train OUT --init DIR --tokens 1M --data shards:DIR     retrain it, or train from scratch
   secateur eval OUT --data text:FILE             held-out loss and perplexity
   secateur study plan studies/demo.yaml          what a study will run, with tokens and FLOPs
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B         which path pays, and how sure that is
 
 `secateur VERB --help` explains a verb. Exit codes: 0 done, 1 a stage or run failed, 2 bad input, 75 told to
 stop and saved (the same command goes on), 130 interrupted.
@@ -193,4 +194,24 @@ temperature T within the KL; held-out losses stay the usual ones. The teacher's 
 Killed, the same command goes on from its last checkpoint, on as many processes as you like. SIGTERM and SIGUSR1 make
 it save and stop with exit code 75. OUT holds the checkpoint, train.json (what was asked, tokens, curve, FLOPs) and
 metrics.jsonl (a line for each step).
+"""
+
+
+RECOMMEND = """\
+Which account decides: a parent that is there costs nothing more, so both paths get --tokens (equal training tokens).
+One that must be trained counts, so training from scratch gets its tokens as well, or its share of them (equal total
+tokens). Equal FLOPs is told beside them: a token of the parent costs more than one of the small model.
+
+examples:
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B --granularity width --parent must-train --parent-tokens 200B
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B --parent must-train --parent-tokens 200B --children 4
+  secateur recommend --params 8B --ratio 0.5 --tokens 100B --cost-per-hour 2.5 --flops-per-second 4e14
+  secateur recommend --model config.json --ratio 0.5 --tokens 20B --method minitron-depth
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B --pilot pilot.yaml
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B --study runs/mine
+  secateur recommend --params 2M --ratio 0.5 --tokens 1M --study runs/mine --like mine.yaml --pilot next.yaml
+
+The published figures are those of arXiv:2606.14150, for one parent at one ratio. What is assumed, what the intervals
+cover, and how far such fits were off: docs/prediction.md.
 """

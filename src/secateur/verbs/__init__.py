@@ -6,6 +6,7 @@ from secateur.verbs.describe import inspect, shapes
 from secateur.verbs.evaluation import evaluate
 from secateur.verbs.planning import study_plan
 from secateur.verbs.pruning import prune
+from secateur.verbs.recommend import recommend
 from secateur.verbs.studies import demo, study_report, study_run, study_status
 from secateur.verbs.training import train
 
@@ -15,6 +16,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "prune",
+    "recommend",
     "shapes",
     "study_plan",
     "study_report",

@@ -1,0 +1,70 @@
+"""The published figures, and how far forecasts from their first budgets are off, as docs/prediction.md has it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for benchmarks/
+
+from benchmarks import forecast
+
+from secateur.report.fit import DEFAULT_FORM
+from secateur.report.law import FORMS
+from secateur.report.published import exact, published
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8")
+
+
+def test_the_figures_are_those_of_the_paper() -> None:
+    evidence = published()
+    figures = {(p.method, p.path, p.tokens): p.loss for p in evidence.points}
+    assert len(figures) == 20 and {p.ratio for p in evidence.points} == {0.5}
+    assert figures["minitron-depth", "scratch", exact(10)] == 3.09
+    assert figures["minitron-depth", "pruned", exact(50)] == 2.54
+    assert figures["minitron-width", "scratch", exact(250)] == 2.46
+    assert figures["minitron-width", "pruned", exact(500)] == 2.35
+    assert sum(figures.values()) == pytest.approx(13.50 + 12.72 + 13.51 + 12.30)
+    assert (evidence.parent_loss, evidence.parent_tokens) == (2.40, exact(200))
+    accuracies = {a.method: (a.scratch, a.pruned) for a in evidence.accuracies}
+    assert accuracies == {
+        "minitron-depth": (66.2, 64.4),
+        "sheared": (65.3, 65.9),
+        "sparsegpt 2:4": (67.1, 66.7),
+        "sparsegpt": (66.3, 67.5),
+    }
+
+
+def test_tokens_are_counted_exactly() -> None:
+    """A step of 512 sequences of 8,192 tokens is counted as 4.0 million by the authors."""
+    assert exact(50) == 52_428_800_000 and exact(200) == 200_000 // 4 * 512 * 8192
+
+
+def numbers(row: str) -> list[float]:
+    return [float(n) for n in re.findall(r"(?<![\w-])[+-]?\d+\.\d+", row)]
+
+
+def rows(heading: str) -> list[str]:
+    section = PAGE.split(heading)[1].split("\n#")[0]
+    return [line for line in section.splitlines() if line.startswith("| `")]
+
+
+@pytest.mark.parametrize(("heading", "last"), [("## Forecasts of 250 and 500 B", 2), ("## Leave-last-out", 1)])
+def test_the_errors_of_all_forms_are_as_documented(heading: str, last: int) -> None:
+    told = {re.findall("`(.*?)`", row)[0]: numbers(row) for row in rows(heading)}
+    assert list(told) == list(FORMS)
+    for form, documented in told.items():
+        assert documented == pytest.approx(numbers(forecast.error_row(form, last)), abs=2e-3)
+    if last == 1:
+        assert min(told, key=lambda form: told[form][-1]) == DEFAULT_FORM
+
+
+def test_the_intervals_are_as_documented() -> None:
+    told = [line for line in PAGE.splitlines() if re.match(r"\| minitron-\w+, ", line)]
+    found = forecast.interval_rows(2)
+    assert len(told) == len(found) == 8
+    for documented, row in zip(told, found, strict=True):
+        assert numbers(documented) == pytest.approx(numbers(row), abs=0.011)
