@@ -125,6 +125,17 @@ def test_seeds_are_pooled_within_a_comparison():
     assert row.mean.high - row.mean.low > 0.1  # the seeds differ by far more than the windows
 
 
+def test_comparisons_without_a_common_seed_are_not_averaged():
+    cells = [c for seed in (0, 1) for c in comparison("wanda", 0.3, salt=9 * seed, seed=seed)]
+    cells += comparison("minitron-depth", 0.1, salt=30, seed=1)
+    cells += comparison("minitron-width", 0.2, salt=40, seed=2)
+    rows = {row.who: row for row in found(study(*cells), "equal-tokens").rows}
+    assert rows["Minitron-width"].answer == "holds"
+    everyone = rows["All methods"]
+    assert everyone.mean and (everyone.mean.value, everyone.comparisons) == (pytest.approx(0.2), 2)
+    assert "mean of 2 of 3 comparisons" in everyone.sentence
+
+
 def test_findings_that_the_grid_cannot_speak_to_are_not_told():
     assert [finding.key for finding in find(Index(study(*comparison("wanda", 0.3, 0.1))))] == ["equal-tokens"]
     assert find(Index(study())) == ()

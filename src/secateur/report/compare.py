@@ -169,21 +169,27 @@ def estimate(seeds: Sequence[Paired]) -> Estimate | None:
     return Estimate(float(np.mean([one.value for one in seeds])), low, high, len(seeds))
 
 
-def average(comparisons: Iterable[dict[int, Paired]]) -> list[Paired]:
-    """For each seed that all comparisons have, the mean of their differences; they are taken as given, not as a draw.
+def average(comparisons: Iterable[dict[int, Paired]]) -> tuple[list[Paired], int]:
+    """The mean over comparisons for each seed that they have in common, and over how many of them.
 
-    Empty where nothing is left, or where their protocols differ.
+    Comparisons are taken as given, not as a draw. Where no seed is common to all, those with the fewest are left out;
+    nothing is left where their protocols differ.
     """
-    found = [one for one in comparisons if one]
+    found = sorted((one for one in comparisons if one), key=len, reverse=True)
     if len({(pair.protocol, len(pair.windows)) for one in found for pair in one.values()}) > 1:
-        return []
-    common = sorted(set.intersection(*(set(one) for one in found))) if found else []
+        return [], 0
+    used: list[dict[int, Paired]] = []
+    common: set[int] = set()
+    for one in found:
+        shared = common & set(one) if used else set(one)
+        if shared:
+            used, common = [*used, one], shared
     means = []
-    for seed in common:
-        each = [one[seed] for one in found]
+    for seed in sorted(common):
+        each = [one[seed] for one in used]
         windows = np.mean([one.windows for one in each], axis=0)
         means.append(Paired(float(np.mean([one.value for one in each])), windows, each[0].protocol))
-    return means
+    return means, len(used)
 
 
 def settings_of(index: Index) -> tuple[Setting, ...]:

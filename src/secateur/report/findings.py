@@ -166,15 +166,15 @@ def _rows(contrasts: dict[Group, Contrast], everyone: str = "All methods") -> tu
 
 
 def _row(who: str, contrasts: dict[Group, Contrast]) -> Row:
-    measured = [contrast for contrast in contrasts.values() if contrast]
-    mean = estimate(average(measured))
+    means, used = average(contrasts.values())
+    mean = estimate(means)
     if mean is None:
         return Row(who, "not measured", None, 0, f"{who}: not measured.")
     answer: Answer = "holds" if mean.sign > 0 else "does not hold" if mean.sign < 0 else "too close to call"
     digits = decimals(mean.value, mean.low, mean.high)
-    over = [] if len(contrasts) == 1 else [f"mean of {len(measured)} comparisons"]
-    if len(measured) < len(contrasts):
-        over = [f"mean of {len(measured)} of {len(contrasts)} comparisons, the others not measured"]
+    over = [] if len(contrasts) == 1 else [f"mean of {used} comparisons"]
+    if used < len(contrasts):
+        over = [f"mean of {used} of {len(contrasts)} comparisons, those measured with the same seeds"]
     over += [f"{mean.seeds} seeds"] if mean.seeds > 1 else []
     notes = "; ".join([interval(mean.low, mean.high, digits), *over])
-    return Row(who, answer, mean, len(measured), f"{who}: {answer}, {number(mean.value, digits)} nats ({notes}).")
+    return Row(who, answer, mean, used, f"{who}: {answer}, {number(mean.value, digits)} nats ({notes}).")

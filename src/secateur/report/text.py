@@ -89,6 +89,11 @@ def _words(judgement: Judgement) -> int:
     return len(judgement.settings) if len(judgement.settings) <= 2 else 1
 
 
+def _has_before(judgement: Judgement) -> bool:
+    """Whether there is room for the losses before retraining; the page has them in any case."""
+    return len(_columns(judgement.index)) + len(judgement.settings) <= 7
+
+
 def _rows(judgement: Judgement) -> list[list[str]]:
     index, settings = judgement.index, judgement.settings
     columns = _columns(index)
@@ -98,11 +103,13 @@ def _rows(judgement: Judgement) -> list[list[str]]:
     }
     spelled = len(settings) <= 2
     heads = [f"equal {BUDGETS[s].removesuffix(' tokens')}" for s in settings] if spelled else ["verdicts"]
-    rows = [["method", *(head for head, _ in columns), "before", *names, *heads]]
+    early = ["before"] if _has_before(judgement) else []
+    rows = [["method", *(head for head, _ in columns), *early, *names, *heads]]
     for group in index.comparisons:
         pruned = index.pruned.get(group.model)
         before = _loss(pruned.evaluation) if pruned else None
-        shown = ["-" if before is None else loss(before), *(_mean(index.over_seeds(group, name)) for name in names)]
+        shown = ["-" if before is None else loss(before)] * len(early)
+        shown += [_mean(index.over_seeds(group, name)) for name in names]
         found: list[Winner] = [winners.get((group, setting), _UNPLANNED) for setting in settings]
         verdicts = [str(winner) for winner in found] if spelled else ["".join(_SIGNS[winner] for winner in found)]
         rows.append([group.method, *(read(group) for _, read in columns), *shown, *verdicts])
@@ -134,7 +141,8 @@ def _legend(judgement: Judgement) -> str:
     names = [SCRATCH[setting] for setting in settings]
     parts = [
         "Held-out loss in nats/token" + (", means over seeds." if index.several_seeds else "."),
-        f"before: pruned, not yet retrained. P-R: pruned, then retrained on R{known}.",
+        "before: pruned, not yet retrained." if _has_before(judgement) else "",
+        f"P-R: pruned, then retrained on R{known}.",
     ]
     if names:
         told = ", and ".join([", ".join(runs[name] for name in names[:-1]), runs[names[-1]]][len(names) == 1 :])
@@ -143,7 +151,7 @@ def _legend(judgement: Judgement) -> str:
     planned = len(judgement.verdicts) == len(settings) * len(index.comparisons)
     absent = "" if planned else ", or not in the study"
     star = "; a star: a mean of those seeds that were" if index.several_seeds else ""
-    return " ".join([*parts, f"A dash: not measured{absent}{star}."])
+    return " ".join([*filter(None, parts), f"A dash: not measured{absent}{star}."])
 
 
 def _verdict_columns(settings: Sequence[Setting]) -> str:
