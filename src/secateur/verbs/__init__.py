@@ -5,7 +5,15 @@ from secateur.verbs.data import data
 from secateur.verbs.describe import inspect, shapes
 from secateur.verbs.evaluation import evaluate
 from secateur.verbs.pruning import prune
-from secateur.verbs.studies import demo, study_plan, study_report, study_run, study_status
+from secateur.verbs.studies import (
+    demo,
+    study_explain,
+    study_plan,
+    study_report,
+    study_run,
+    study_stage,
+    study_status,
+)
 from secateur.verbs.training import train
 
 __all__ = [
@@ -15,9 +23,11 @@ __all__ = [
     "inspect",
     "prune",
     "shapes",
+    "study_explain",
     "study_plan",
     "study_report",
     "study_run",
+    "study_stage",
     "study_status",
     "train",
 ]
