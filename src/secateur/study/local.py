@@ -25,6 +25,7 @@ from secateur.study.work import Ended, do_stage, on_device
 
 __all__ = ["Local", "default_slots", "die_with"]
 
+START = "spawn"  #: how workers start: nothing of this process, a GPU's state above all, may come along
 _LOST = 77  # exit code of a worker whose stage another process has taken over
 
 
@@ -132,7 +133,7 @@ class Worker:
         self.slot = slot
         self.stage: Stage | None = None
         self.alive = True
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, out, device, os.getpid()))
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -171,8 +172,10 @@ class Worker:
         """End it."""
         if kill:
             self.process.kill()
-        self.connection.close()
+        with contextlib.suppress(BrokenPipeError, ConnectionError):
+            self.connection.send(None)
         self.process.join()
+        self.connection.close()
 
 
 class Group:
@@ -224,10 +227,10 @@ def _serve(connection: Connection, out: Path, device: str, parent: int) -> None:
     progress.set_listener(sender)
     store = Store(out)
     while True:
-        try:
-            stage, after = connection.recv()
-        except (EOFError, ConnectionError):
+        given = connection.recv()
+        if given is None:
             return
+        stage, after = given
         with _into(store.log(stage)):
             ended = do_stage(on_device(stage, device), store, after=after, lost=lambda: os._exit(_LOST))
         sender.send("ended", ended)

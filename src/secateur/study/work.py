@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import socket
 import time
 import traceback
@@ -104,6 +105,8 @@ def _attempt(stage: Stage, store: Store, claim: Claim) -> Ended:
             store.note(work, error=ended.text)
         elif ended.how == "stopped":
             store.note(work, stopped=True)
+        else:  # nobody else works in it, nor will
+            shutil.rmtree(work, ignore_errors=True)
         return ended
 
 
