@@ -396,8 +396,7 @@ def _running(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="each stage gets a core, or a GPU, of its own (auto: GPUs where there are any)",
+        help="each stage gets a core, or a GPU, of its own (default: the study's compute.device)",
     )
 
 

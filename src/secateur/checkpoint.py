@@ -31,6 +31,7 @@ from secateur.tensor_files import CONVERT, Stored, TensorFile, write_tensors, wr
 from secateur.version import __version__
 
 __all__ = [
+    "TOKENIZER_FILES",
     "Checkpoint",
     "copy_tokenizer",
     "in_writing_order",

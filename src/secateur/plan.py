@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,23 @@ class Plan:
                 "non_embedding": (zeros - embedding) / self.before.non_embedding,
             }
         return {"total": zeros / self.before.total, "non_embedding": zeros / self.before.non_embedding}
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """What is left of each layer of the old numbering: ``kept``; of a kept one ``ffn`` and ``kv``, the units that
+        stay, and ``sparsity``, the share of its linears' weights that a mask drops."""
+        kept, found = set(self.keep_layers.tolist()), []
+        for layer in range(self.before.layers):
+            if layer not in kept:
+                found.append({"kept": False})
+                continue
+            masks = [self.masks[n] for n in map(self._linear(layer), self.before.family.linears) if n in self.masks]
+            dropped = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks) if masks else 0.0
+            units = {"ffn": len(self.keep_ffn[layer]), "kv": len(self.keep_kv[layer])}
+            found.append({"kept": True, **units, "sparsity": dropped})
+        return found
+
+    def _linear(self, layer: int) -> Callable[[str], str]:
+        return lambda linear: self.before.family.block_tensor(layer, linear)
 
     def save(self, directory: Path) -> dict[str, Any]:
         """Write ``plan.json`` and ``plan.safetensors`` into ``directory`` and return the former's content."""

@@ -26,6 +26,7 @@ __all__ = [
     "RUNTIME",
     "Count",
     "Fraction",
+    "Listed",
     "Positive",
     "canonical_json",
     "fingerprint",
@@ -76,6 +77,23 @@ def spec(cls: type[T]) -> type[T]:
 RUNTIME = object()
 
 
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """Marks a tuple, as ``Annotated[tuple[int, ...], Listed()]``, of which a file may give one entry without a list.
+
+    With a ``key``, a word stands for an entry that is a mapping and says only that key.
+    """
+
+    key: str | None = None
+
+    def widen(self, value: Any) -> Any:
+        """The list that ``value`` stands for."""
+        items = value if isinstance(value, list) or value is None else [value]
+        if self.key is None or items is None:
+            return items
+        return [{self.key: item} if isinstance(item, str) else item for item in items]
+
+
 @functools.cache
 def _runtime_fields(cls: type) -> frozenset[str]:
     hints = get_type_hints(cls, include_extras=True)
@@ -124,6 +142,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A pattern such as 2:4 is a word, not a number to the base of 60, as it was in YAML 1.1.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith((":int", ":float"))]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*|[-+]?\.[0-9][0-9_]*|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
@@ -176,9 +207,30 @@ def parse(cls: type[T], raw: Any, *, origin: str) -> T:
     except (TypeError, ValueError) as error:
         raise UserError(f"{origin}: holds a value that is not plain data: {error}") from None
     try:
-        return TypeAdapter(cls).validate_json(text)
+        return TypeAdapter(cls).validate_json(json.dumps(_widened(cls, json.loads(text))))
     except ValidationError as error:
         raise UserError(f"{origin}: {_explain(cls, error)}") from None
+
+
+def _widened(hint: Any, raw: Any) -> Any:
+    """``raw`` with lists wherever :class:`Listed` says what stands for one."""
+    if get_origin(hint) is Annotated:
+        hint, *marks = get_args(hint)
+        for mark in marks:
+            raw = mark.widen(raw) if isinstance(mark, Listed) else raw
+        return _widened(hint, raw)
+    if dataclasses.is_dataclass(hint) and isinstance(raw, dict):
+        hints = get_type_hints(hint, include_extras=True)
+        return {key: _widened(hints.get(key), value) for key, value in raw.items()}
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        for argument in arguments:
+            raw = _widened(argument, raw)
+    elif origin is tuple and isinstance(raw, list):
+        return [_widened(arguments[0], item) for item in raw]
+    elif origin in (Mapping, dict) and isinstance(raw, dict):
+        return {key: _widened(arguments[1], value) for key, value in raw.items()}
+    return raw
 
 
 def _explain(cls: type, error: ValidationError) -> str:
@@ -224,6 +276,6 @@ def _keys_at(cls: Any, loc: list[Any]) -> list[str]:
 def _specs_in(hint: Any) -> list[Any]:
     if dataclasses.is_dataclass(hint):
         return [hint]
-    if get_origin(hint) in (Union, types.UnionType, tuple, list, dict, Annotated):
+    if get_origin(hint) in (Union, types.UnionType, tuple, list, dict, Mapping, Annotated):
         return [found for arg in get_args(hint) for found in _specs_in(arg)]
     return []

@@ -269,7 +269,7 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Any:
         if key not in names:
             near = did_you_mean(key, names).partition("; known")[0]  # all are listed anyway
             raise UserError(f"--option {key}: {name} has no such option (it has {', '.join(names) or 'none'}){near}")
-    raw = {key: parse_value(text) if isinstance(text, str) else text for key, text in (options or {}).items()}
+    raw = {key: parse_value(v) if isinstance(v, str) and v else v for key, v in (options or {}).items()}
     return parse(found, raw, origin=f"--option of {name}")
 
 

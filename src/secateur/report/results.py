@@ -5,7 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Cell", "Evaluation", "Parent", "Point", "Pruned", "Results", "StageNote"]
+__all__ = [
+    "Cell",
+    "Cost",
+    "Evaluation",
+    "Granularity",
+    "Init",
+    "Parent",
+    "Point",
+    "Pruned",
+    "Results",
+    "StageNote",
+]
+
+Granularity = Literal["depth", "width", "depth+width", "sparse"]
+Init = Literal[
+    "pruned",  # the parent's weights under the plan
+    "scratch",  # new weights; of a sparse cell, the parent's whole architecture
+    "redrawn",  # the parent's mask, new weights
+    "permuted",  # that mask with its rows and columns permuted, new weights
+    "random-mask",  # as many weights kept in each linear, at random, new weights
+    "shuffled-weights",  # the kept weights of the parent, permuted within each tensor
+    "dense-twin",  # new weights, and as many of them as the sparse model keeps, dense
+]
 
 
 @dataclass(frozen=True)
@@ -29,15 +51,29 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Parent:
-    """The model that is pruned."""
+class Cost:
+    """What a piece of work took."""
 
+    tokens: int
+    flops: float  #: by formula (:meth:`secateur.shapes.Shape.forward_flops`)
+    seconds: float | None = None  #: measured, times the devices (GPUs, or CPU cores) at work; None: not measured
+
+    def __add__(self, other: Cost) -> Cost:
+        seconds = None if self.seconds is None or other.seconds is None else self.seconds + other.seconds
+        return Cost(self.tokens + other.tokens, self.flops + other.flops, seconds)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model that is pruned."""
+
+    name: str  #: as the study file calls it
     shape: dict[str, Any]  #: hidden, ffn, layers, heads, kv_heads, head_dim, vocabulary, tied
     parameters: int
     non_embedding: int
-    tokens: int  #: P, the tokens that it was pretrained on
-    flops: float  #: of its pretraining
-    curve: tuple[Point, ...]
+    cost: Cost | None  #: of its pretraining, P tokens; None for a public checkpoint whose tokens the study does not say
+    children: int  #: pruned models that the study makes of it: they share its cost in the account "shared"
+    curve: tuple[Point, ...]  #: empty for a public checkpoint
     evaluation: Evaluation | None  #: None: not measured, or failed
 
 
@@ -45,34 +81,45 @@ class Parent:
 class Pruned:
     """One pruned model before any retraining."""
 
-    method: str
-    granularity: Literal["depth", "width", "sparse"]
-    ratio: float  #: as asked
+    parent: str
+    method: str  #: as the study file calls it: the method's name, or a label of its own
+    granularity: Granularity
+    target: str  #: what was asked for, e.g. "0.5", "4b-depth" or "2:4"
+    ratio: float  #: as asked; the achieved share (non-embedding, or of the blocks' weights) for shapes and patterns
     ratio_total: float  #: share of all parameters removed (zeroed, for sparse)
     ratio_non_embedding: float  #: the same without embeddings and head
     shape: dict[str, Any]
-    calibration_tokens: int
-    flops: float  #: of scoring
+    cost: Cost  #: of scoring, or of learning what to cut
     detail: str  #: one line, e.g. "layers 2-4 removed"
     evaluation: Evaluation | None
+    layers: tuple[dict[str, Any], ...] = ()  #: for each layer of the parent: kept (bool), ffn, kv, sparsity
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained model: a path (pruned or scratch) under a token budget."""
+    """One trained model: a path under a budget.
 
-    name: str  #: "P-R", "S_R" or "S_{P+R}"
-    path: Literal["pruned", "scratch"]
+    ``parent``, ``method``, ``target``, ``retrain_tokens``, ``objective`` and ``seed`` name the comparison that it
+    belongs to; a model that serves several comparisons is a cell of each.
+    """
+
+    name: str  #: "P-R"; "S_R", "S_{P+R}", "S_F" or "S_{P+F}"; a control's is its init
+    path: Literal["pruned", "scratch", "control"]
+    init: Init  #: where its weights are from
+    parent: str
     method: str
-    granularity: Literal["depth", "width", "sparse"]
+    granularity: Granularity
+    target: str
     ratio: float
+    retrain_tokens: int  #: R of its comparison
+    objective: str  #: of the comparison's pruned run: "" for the language-model loss
     seed: int
     parameters: int
-    non_embedding: int
-    train_tokens: int  #: tokens of this run alone (R, or P+R)
-    total_tokens: int  #: with the parent's, for the pruned path
-    train_flops: float
-    total_flops: float  #: with the parent's pretraining and the scoring, for the pruned path
+    non_embedding: int  #: those that are not zeroed, outside the embeddings
+    training: Cost  #: of this run alone, the teacher's forward passes counted
+    pruning: Cost | None  #: of the scoring that it rests on: the pruned model's, or that of the mask it took over
+    sweep: Cost | None  #: of the learning-rate sweep that chose its rate; None where there was none
+    peak_rate: float | None  #: None: not chosen yet
     curve: tuple[Point, ...]  #: begins at tokens = 0, before the first step
     evaluation: Evaluation | None  #: at the end; None: not measured, or failed
 
@@ -97,9 +144,7 @@ class Results:
     name: str
     title: str
     fingerprint: str  #: of the study's specification
-    parent_tokens: int  #: P
-    retrain_tokens: int  #: R
-    parent: Parent
+    parents: tuple[Parent, ...]  #: the first is the one that the study file calls its own
     pruned: tuple[Pruned, ...]
     cells: tuple[Cell, ...]
     corpus: dict[str, Any]  #: source, documents, tokens, hashes

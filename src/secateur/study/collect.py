@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from secateur.errors import UserError
-from secateur.report.results import Cell, Evaluation, Parent, Point, Pruned, Results, StageNote
+from secateur.report.results import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, StageNote
 from secateur.runtime import environment
-from secateur.shapes import removed
+from secateur.shapes import removed, train_flops
 from secateur.spec import fingerprint, identity
 from secateur.study.spec import Study
 from secateur.study.stages import Stage, unique
@@ -23,105 +23,151 @@ def collect(study: Study, stages: list[Stage], store: Store, study_yaml: str) ->
     Raises:
         UserError: if not even the corpus is there.
     """
-    corpus_stage = stages[0]
-    corpus = store.record(corpus_stage)
+    corpus = store.record(stages[0])
     if corpus is None:
         raise UserError(f"{store.out}: holds no finished stage of this study; run it first: secateur study run FILE")
-    evaluations = {s.facts["of"]: _evaluation(store.record(s)) for s in stages if s.kind == "evaluate"}
-    protocols = [r["protocol"] for s in stages if s.kind == "evaluate" and (r := store.record(s))]
-    parent_stage = next(s for s in stages if s.facts.get("path") == "parent")
+    found = _Records(study, stages, store)
     return Results(
         name=study.name,
         title=study.title or study.name,
         fingerprint=fingerprint(study),
-        parent_tokens=study.parent.tokens,
-        retrain_tokens=study.retrain.tokens,
-        parent=_parent(study, parent_stage, store, evaluations),
-        pruned=tuple(_pruned(s, store, evaluations) for s in stages if s.kind == "prune"),
-        cells=tuple(
-            _cell(study, s, parent_stage, store, evaluations)
-            for s in stages
-            if s.kind == "train" and s is not parent_stage
-        ),
+        parents=tuple(found.parent(stage) for stage in stages if stage.facts.get("path") == "parent"),
+        pruned=tuple(found.pruned(stage) for stage in stages if stage.kind == "prune"),
+        cells=tuple(found.cell(stage) for stage in stages if stage.facts.get("path") in _CELLS),
         corpus=corpus,
-        protocol=protocols[0] if protocols else {},
+        protocol=found.protocol(),
         recipe={**identity(study.recipe), "retrain_peak_rate": study.retrain.peak_rate or study.recipe.peak_rate},
-        stages=tuple(_note(s, store) for s in unique(stages)),
+        stages=tuple(_note(stage, store) for stage in unique(stages)),
         environment=_environment(stages, store),
         study_yaml=study_yaml,
     )
 
 
-def _evaluation(record: Mapping[str, Any] | None) -> Evaluation | None:
-    if record is None:
-        return None
-    return Evaluation(
-        loss=record["loss"],
-        perplexity=record["perplexity"],
-        tokens=record["tokens"],
-        protocol=record["protocol"]["fingerprint"],
-        windows=tuple(record["windows"]),
-        sparsity=record["sparsity"],
-    )
+_CELLS = ("P-R", "scratch", "control")
 
 
-def _curve(record: Mapping[str, Any] | None) -> tuple[Point, ...]:
-    return tuple(Point(p["tokens"], p["loss"]) for p in record["curve"]) if record else ()
+class _Records:
+    """The records of a study, each read once."""
+
+    def __init__(self, study: Study, stages: list[Stage], store: Store) -> None:
+        self.study, self.store = study, store
+        self.records = {stage.fingerprint: store.record(stage) for stage in unique(stages)}
+        self.seconds = {stage.fingerprint: _seconds(store.runtime(stage)) for stage in unique(stages)}
+        evaluations = [stage for stage in unique(stages) if stage.kind == "evaluate"]
+        self.measured = {stage.facts["of"]: self.records[stage.fingerprint] for stage in evaluations}
+        pruned = {(stage.facts["parent"], stage.fingerprint) for stage in stages if stage.kind == "prune"}
+        self.children = {name: sum(parent == name for parent, _ in pruned) for name in study.all_parents}
+
+    def protocol(self) -> dict[str, Any]:
+        return next((record["protocol"] for record in self.measured.values() if record), {})
+
+    def evaluation(self, stage: Stage) -> Evaluation | None:
+        record = self.measured.get(stage.fingerprint)
+        if record is None:
+            return None
+        return Evaluation(
+            loss=record["loss"],
+            perplexity=record["perplexity"],
+            tokens=record["tokens"],
+            protocol=record["protocol"]["fingerprint"],
+            windows=tuple(record["windows"]),
+            sparsity=record["sparsity"],
+        )
+
+    def curve(self, stage: Stage) -> tuple[Point, ...]:
+        """Of the run, and before it of those that it continues, end to end."""
+        points: list[Point] = []
+        for part in (*stage.facts.get("before", ()), stage):
+            record = self.records[part.fingerprint]
+            if record is None:
+                return ()
+            done = points[-1].tokens if points else 0
+            points += [Point(done + p["tokens"], p["loss"]) for p in record["curve"] if p["tokens"] or not points]
+        return tuple(points)
+
+    def cost(self, stages: Iterable[Stage]) -> Cost:
+        """Of stages together, as if each had been run for this alone."""
+        together = [Cost(s.tokens, s.flops, self.seconds[s.fingerprint]) for s in stages]
+        first, *others = together
+        return sum(others, first)
+
+    def parent(self, stage: Stage) -> Parent:
+        shape, name = stage.facts["shape"], stage.facts["parent"]
+        spec = self.study.all_parents[name]
+        if stage.kind == "train":
+            cost = self.cost([stage])
+        else:  # by the same formula, if its tokens are known
+            flops = train_flops(shape, spec.tokens or 0, self.study.recipe.sequence)
+            cost = Cost(spec.tokens, flops) if spec.tokens else None
+        return Parent(
+            name=name,
+            shape=shape.as_dict(),
+            parameters=shape.total,
+            non_embedding=shape.non_embedding,
+            cost=cost,
+            children=self.study.children or self.children[name],
+            curve=self.curve(stage) if stage.kind == "train" else (),
+            evaluation=self.evaluation(stage),
+        )
+
+    def pruned(self, stage: Stage) -> Pruned:
+        record, facts = self.records[stage.fingerprint], stage.facts
+        parent = stage.inputs["model"].facts["shape"]
+        share = record["ratio"] if record else removed(parent, facts["shape"])
+        return Pruned(
+            parent=facts["parent"],
+            method=facts["method"],
+            granularity=facts["granularity"],
+            target=facts["target"],
+            ratio=facts["ratio"],
+            ratio_total=share["total"],
+            ratio_non_embedding=share["non_embedding"],
+            shape=facts["shape"].as_dict(),
+            cost=self.cost([stage]),
+            detail=record["summary"]["detail"] if record else "not pruned yet",
+            evaluation=self.evaluation(stage),
+            layers=tuple(record["layers"]) if record else (),
+        )
+
+    def cell(self, stage: Stage) -> Cell:
+        shape, facts = stage.facts["shape"], stage.facts
+        record = self.records[stage.fingerprint]
+        pruning, sweep = facts.get("pruning"), facts.get("sweep")
+        return Cell(
+            name=facts["name"],
+            path="pruned" if facts["path"] == "P-R" else facts["path"],
+            init=facts["init"],
+            parent=facts["parent"],
+            method=facts["method"],
+            granularity=facts["granularity"],
+            target=facts["target"],
+            ratio=facts["ratio"],
+            retrain_tokens=facts["retrain_tokens"],
+            objective=facts["objective"],
+            seed=facts["seed"],
+            parameters=shape.total,
+            non_embedding=self._kept(shape, pruning),
+            training=self.cost((*facts["before"], stage)),
+            pruning=self.cost([pruning]) if pruning else None,
+            sweep=self.cost(sweep.facts["trials"]) if sweep else None,
+            peak_rate=record["peak_rate"] if record else facts["peak_rate"],
+            curve=self.curve(stage),
+            evaluation=self.evaluation(stage),
+        )
+
+    def _kept(self, shape: Any, pruning: Stage | None) -> int:
+        """Parameters outside the embeddings that no mask drops."""
+        if pruning is None or pruning.facts["granularity"] != "sparse":
+            return shape.non_embedding
+        record = self.records[pruning.fingerprint]
+        if record is None:
+            return shape.non_embedding - round(pruning.facts["ratio"] * shape.block_weights)
+        return round(shape.non_embedding * (1 - record["ratio"]["non_embedding"]))
 
 
-def _parent(study: Study, stage: Stage, store: Store, evaluations: Mapping[str, Evaluation | None]) -> Parent:
-    shape = stage.facts["shape"]
-    return Parent(
-        shape=shape.as_dict(),
-        parameters=shape.total,
-        non_embedding=shape.non_embedding,
-        tokens=study.parent.tokens,
-        flops=stage.flops,
-        curve=_curve(store.record(stage)),
-        evaluation=evaluations.get(stage.fingerprint),
-    )
-
-
-def _pruned(stage: Stage, store: Store, evaluations: Mapping[str, Evaluation | None]) -> Pruned:
-    record, facts = store.record(stage), stage.facts
-    parent = stage.inputs["model"].facts["shape"]
-    share = record["ratio"] if record else removed(parent, facts["shape"])
-    return Pruned(
-        method=facts["method"],
-        granularity=facts["granularity"],
-        ratio=facts["ratio"],
-        ratio_total=share["total"],
-        ratio_non_embedding=share["non_embedding"],
-        shape=facts["shape"].as_dict(),
-        calibration_tokens=stage.tokens,
-        flops=stage.flops,
-        detail=record["summary"]["detail"] if record else "not pruned yet",
-        evaluation=evaluations.get(stage.fingerprint),
-    )
-
-
-def _cell(
-    study: Study, stage: Stage, parent: Stage, store: Store, evaluations: Mapping[str, Evaluation | None]
-) -> Cell:
-    shape, facts = stage.facts["shape"], stage.facts
-    from_parent = facts["path"] == "P-R"
-    before = (parent.tokens, parent.flops + stage.inputs["model"].flops) if from_parent else (0, 0.0)
-    return Cell(
-        name=facts["path"],
-        path="pruned" if from_parent else "scratch",
-        method=facts["method"],
-        granularity=facts["granularity"],
-        ratio=facts["ratio"],
-        seed=study.recipe.seed,
-        parameters=shape.total,
-        non_embedding=shape.non_embedding,
-        train_tokens=stage.tokens,
-        total_tokens=stage.tokens + before[0],
-        train_flops=stage.flops,
-        total_flops=stage.flops + before[1],
-        curve=_curve(store.record(stage)),
-        evaluation=evaluations.get(stage.fingerprint),
-    )
+def _seconds(runtime: Mapping[str, Any]) -> float | None:
+    """Seconds times processes."""
+    return runtime["seconds"] * runtime.get("processes", 1) if "seconds" in runtime else None
 
 
 def _note(stage: Stage, store: Store) -> StageNote:

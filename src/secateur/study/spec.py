@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from secateur.data.corpus import CorpusSpec
 from secateur.errors import UserError, did_you_mean
-from secateur.methods import known_methods
+from secateur.methods import get_method, known_methods
 from secateur.shapes import Shape
-from secateur.spec import Count, Fraction, Positive, load_yaml, parse, spec
+from secateur.spec import RUNTIME, Count, Fraction, Listed, Positive, load_yaml, parse, spec
+from secateur.target import Target
+from secateur.train.distill import Distill
 from secateur.train.optim import Recipe
 
-__all__ = ["Calibrate", "Measure", "Parent", "Retrain", "Setting", "Study", "load_study"]
+__all__ = [
+    "CONTROLS",
+    "SETTINGS",
+    "Calibrate",
+    "Compute",
+    "Control",
+    "Entry",
+    "Measure",
+    "Objective",
+    "Parent",
+    "Retrain",
+    "Setting",
+    "Study",
+    "Sweep",
+    "load_study",
+]
 
-Setting = Literal["equal_training_tokens", "equal_total_tokens"]
+SettingKind = Literal["equal_training_tokens", "equal_total_tokens", "equal_training_flops", "equal_total_flops"]
+ControlKind = Literal["scratch", "redrawn", "permuted", "random-mask", "shuffled-weights", "dense-twin"]
+SETTINGS: tuple[SettingKind, ...] = SettingKind.__args__  # type: ignore[attr-defined]
+CONTROLS: tuple[ControlKind, ...] = ControlKind.__args__  # type: ignore[attr-defined]
+
+Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
 
 
 def _known_method(name: str) -> str:
@@ -25,37 +51,155 @@ def _known_method(name: str) -> str:
     return name
 
 
+Budgets = Annotated[tuple[Count, ...], Listed(), Field(min_length=1)]
+
+
 @spec
 class Parent:
-    """The model that is pretrained, then pruned: a Llama of this shape."""
+    """A model that is pruned: a Llama of this shape that the study pretrains, or a checkpoint that is there already.
 
-    tokens: Count  #: P
-    hidden: Positive
-    ffn: Positive
-    layers: Positive
-    heads: Positive
-    kv_heads: Positive
+    For a checkpoint in a directory all sizes may be left out, and are then read from its configuration; those of a
+    model of the Hub are wanted, to plan without a network. A checkpoint's ``tokens`` count in the ledger alone.
+    """
+
+    tokens: Count | None = None  #: P
+    checkpoint: str | None = None  #: a directory, or hf:NAME[@REVISION]
+    hidden: Positive | None = None
+    ffn: Positive | None = None
+    layers: Positive | None = None
+    heads: Positive | None = None
+    kv_heads: Positive | None = None
     head_dim: Positive | None = None  #: hidden / heads unless given
+    vocabulary: Positive | None = None  #: of a checkpoint; otherwise it is that of the corpus
     tied: bool = False
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads:
-            raise UserError(f"parent.hidden: {self.hidden} is no multiple of parent.heads {self.heads}")
-        if self.heads % self.kv_heads:
-            raise UserError(f"parent.heads: {self.heads} is no multiple of parent.kv_heads {self.kv_heads}")
+        sizes = {name: getattr(self, name) for name in ("hidden", "ffn", "layers", "heads", "kv_heads")}
+        missing = [name for name, size in sizes.items() if size is None]
+        if self.checkpoint is None:
+            for key in (*missing, *(["tokens"] if self.tokens is None else [])):
+                raise UserError(f"parent.{key}: this key is required, unless parent.checkpoint names a model")
+            if self.vocabulary is not None:
+                raise UserError("parent.vocabulary: is that of the corpus; set corpus.vocabulary")
+        elif missing and len(missing) < len(sizes):
+            raise UserError(f"parent.{missing[0]}: give all sizes of the checkpoint, or none")
+        if not missing:
+            assert self.hidden and self.heads and self.kv_heads
+            if self.hidden % self.heads and self.head_dim is None:
+                raise UserError(f"parent.hidden: {self.hidden} is no multiple of parent.heads {self.heads}")
+            if self.heads % self.kv_heads:
+                raise UserError(f"parent.heads: {self.heads} is no multiple of parent.kv_heads {self.kv_heads}")
 
-    def shape(self, vocabulary: int) -> Shape:
-        """The model's sizes."""
+    def shape(self, vocabulary: int) -> Shape | None:
+        """The model's sizes; None where they are in its configuration alone."""
+        if self.hidden is None:
+            return None
+        assert self.ffn and self.layers and self.heads and self.kv_heads
         head_dim = self.head_dim or self.hidden // self.heads
+        vocabulary = self.vocabulary or vocabulary
         return Shape(self.hidden, self.ffn, self.layers, self.heads, self.kv_heads, head_dim, vocabulary, self.tied)
+
+
+@spec
+class Objective(Distill):
+    """What a pruned model's retraining minimises: the language-model loss, or the divergence from its parent."""
+
+    kind: Literal["language-model", "distill"]  # type: ignore[assignment]
+    name: Label | None = None  #: in records and reports; the kind unless given
+    teacher: Literal["parent"] = "parent"
+    equal: Literal["tokens", "flops"] = "tokens"  #: to the language-model run on the same budget
+    settings: Annotated[tuple[SettingKind, ...] | None, Listed()] = None  #: instead of the study's
+
+    @property
+    def label(self) -> str:
+        """Empty for the language-model loss."""
+        return self.name or ("" if self.kind == "language-model" else self.kind)
+
+    @property
+    def distill(self) -> Distill | None:
+        """How to teach; None where nobody does."""
+        if self.kind == "language-model":
+            return None
+        return Distill(temperature=self.temperature, alpha=self.alpha, top_k=self.top_k)
 
 
 @spec
 class Retrain:
     """The training of pruned models. Their from-scratch twins see the same tokens under the study's recipe."""
 
-    tokens: Count  #: R
-    peak_rate: Annotated[float, Field(gt=0)] | None = None  #: of the pruned runs; the recipe's unless given
+    tokens: Budgets  #: R; several make a ladder, each with a schedule of its own
+    peak_rate: Rate | None = None  #: of the pruned runs; the recipe's unless given
+    objective: Annotated[tuple[Objective, ...], Listed("kind"), Field(min_length=1)] = (
+        Objective(kind="language-model"),
+    )
+    trunk: Literal["own", "shared"] = (
+        "own"  #: shared: the budgets of a ladder have one trunk, and only decays of their own
+    )
+
+
+@spec
+class Setting:
+    """What a from-scratch twin has in common with the pruned run."""
+
+    kind: SettingKind
+    tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: the budgets R it is for; all unless given
+
+
+@spec
+class Control:
+    """A run at equal training tokens that shares some of what a pruned model inherits."""
+
+    init: ControlKind
+    tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: as in a setting
+
+
+Settings = Annotated[tuple[Setting, ...], Listed("kind")]
+Controls = Annotated[tuple[Control, ...], Listed("init")]
+
+
+@spec
+class Entry:
+    """A method with how much it shall remove; what is not said is the study's own."""
+
+    method: Annotated[str, AfterValidator(_known_method)]
+    name: Label | None = None  #: in records and reports; the method's unless given
+    parent: str | None = None  #: which, of several; the first unless given
+    ratios: Annotated[tuple[Fraction, ...] | None, Listed()] = None
+    shapes: Mapping[Label, str] | None = None  #: name -> sizes, as in hidden=3072,ffn=9216
+    pattern: str | None = None  #: N:M
+    of: Literal["total", "non-embedding"] | None = None
+    axes: str | None = None
+    allocation: Literal["uniform", "global"] = "uniform"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: retrain.tokens
+    settings: Settings | None = None
+    seeds: Annotated[tuple[Seed, ...] | None, Listed()] = None
+    controls: Controls | None = None
+    objective: Annotated[tuple[Objective, ...] | None, Listed("kind")] = None  #: retrain.objective
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return self.name or self.method
+
+    def targets(self, ratios: tuple[float, ...]) -> dict[str, Target]:
+        """What it is asked for, by name.
+
+        Args:
+            ratios: the study's.
+
+        Raises:
+            UserError: if it is asked for in two ways, or one cannot be read.
+        """
+        given = [key for key in ("ratios", "shapes", "pattern") if getattr(self, key)]
+        if len(given) > 1:
+            raise UserError(f"{given[0]} and {given[1]}: say how much to remove in one way; make two entries of them")
+        common = {"of": self.of, "axes": self.axes, "allocation": self.allocation}
+        if self.pattern:
+            return {self.pattern: Target.parse(pattern=self.pattern, **common)}
+        if self.shapes:
+            return {name: Target.parse(shape=text, **common) for name, text in self.shapes.items()}
+        return {f"{ratio:g}": Target.parse(ratio=ratio, **common) for ratio in self.ratios or ratios}
 
 
 @spec
@@ -75,31 +219,123 @@ class Measure:
 
 
 @spec
+class Sweep:
+    """Learning rates that are tried, on tokens of the run's own slice, for each architecture and path."""
+
+    rates: Annotated[tuple[Rate, ...], Field(min_length=2)]
+    tokens: Count | None = None  #: of each trial; the smallest budget unless given
+    windows: Positive = 64  #: held-out windows that choose; they lie behind those of ``evaluation``
+
+
+@spec
+class Compute:
+    """How stages compute."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"  #: of the forward pass in training; weights and sums are float32
+    device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = "auto"
+    processes: Annotated[Positive, RUNTIME] = 1  #: that share a stage of training or pruning
+    replicas: Annotated[Positive, RUNTIME] = 1  #: groups of them that hold the model once each
+    recompute: Annotated[bool, RUNTIME] = False
+    compile: Annotated[bool, RUNTIME] = False
+
+
+@spec
+class Exclude:
+    """Cells that are left out: those that have, of all that is named, one of the values."""
+
+    method: Annotated[tuple[str, ...] | None, Listed()] = None  #: an entry's name
+    target: Annotated[tuple[str | float, ...] | None, Listed()] = None
+    tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: R
+    seed: Annotated[tuple[Seed, ...] | None, Listed()] = None
+    objective: Annotated[tuple[str, ...] | None, Listed()] = None
+    setting: Annotated[tuple[SettingKind, ...] | None, Listed()] = None
+    control: Annotated[tuple[ControlKind, ...] | None, Listed()] = None
+
+    def __post_init__(self) -> None:
+        if not any(getattr(self, f.name) for f in fields(self)):
+            raise UserError("exclude: an entry has to name something, such as {seed: 1, setting: equal_total_tokens}")
+
+    def covers(self, cell: Mapping[str, Any]) -> bool:
+        """Whether a cell has, of all that is named, one of the values."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        named |= {"target": [v if isinstance(v, str) else f"{v:g}" for v in self.target]} if self.target else {}
+        return all(cell.get(key) in values for key, values in named.items())
+
+
+@spec
 class Study:
     """A controlled comparison of pruning and training from scratch."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     title: str = ""
     corpus: CorpusSpec
-    parent: Parent
-    methods: Annotated[tuple[Annotated[str, AfterValidator(_known_method)], ...], Field(min_length=1)]
-    ratios: Annotated[tuple[Fraction, ...], Field(min_length=1)]
+    parent: Parent | None = None
+    parents: Mapping[Label, Parent] | None = None  #: instead of ``parent``, by name
+    methods: Annotated[tuple[Entry, ...], Listed("method"), Field(min_length=1)]
+    ratios: Annotated[tuple[Fraction, ...], Listed()] = ()
     retrain: Retrain
-    settings: Annotated[tuple[Setting, ...], Field(min_length=1)] = ("equal_training_tokens", "equal_total_tokens")
+    settings: Settings = (Setting(kind="equal_training_tokens"), Setting(kind="equal_total_tokens"))
+    controls: Controls = ()
+    seeds: Annotated[tuple[Seed, ...], Listed()] = ()  #: those of the recipe unless given
+    exclude: tuple[Exclude, ...] = ()
+    sweep: Sweep | None = None
     calibration: Calibrate = Calibrate()
     recipe: Recipe = Recipe()
     evaluation: Measure = Measure()
+    compute: Compute = Compute()
+    children: Positive | None = None  #: that share a parent's cost; the study's own pruned models unless given
 
     def __post_init__(self) -> None:
-        for key in ("methods", "ratios", "settings"):
-            values = getattr(self, key)
-            if len(set(values)) != len(values):
-                raise UserError(f"{key}: an entry appears twice")
-        if self.calibration.windows * self.recipe.sequence > self.parent.tokens:
+        if (self.parent is None) == (not self.parents):
+            raise UserError("parent: this key is required" if self.parent is None else "parents: leave out parent")
+        for key in ("ratios", "seeds"):
+            _once(key, getattr(self, key))
+        _once("settings", [setting.kind for setting in self.settings])
+        _once("retrain.tokens", self.retrain.tokens)
+        if self.retrain.trunk == "shared" and self.recipe.schedule != "wsd":
             raise UserError(
-                f"calibration.windows: {self.calibration.windows} windows of {self.recipe.sequence} tokens "
-                f"are more than parent.tokens {self.parent.tokens}"
+                "retrain.trunk: only runs with recipe.schedule wsd have a trunk; set it, or leave trunk out"
             )
+        if self.sweep and self.retrain.trunk == "shared":
+            raise UserError("sweep: is for runs with schedules of their own; leave out retrain.trunk")
+        self._check_entries()
+        for name, parent in self.all_parents.items():
+            asked = self.calibration.windows * self.recipe.sequence
+            if parent.checkpoint is None and parent.tokens and asked > parent.tokens:
+                raise UserError(
+                    f"calibration.windows: {self.calibration.windows} windows of {self.recipe.sequence} tokens "
+                    f"are more than {'parent' if self.parent else f'parents.{name}'}.tokens {parent.tokens}"
+                )
+
+    def _check_entries(self) -> None:
+        for number, entry in enumerate(self.methods):
+            where = f"methods[{number}]"
+            get_method(entry.method, entry.options)
+            if entry.parent is not None and entry.parent not in self.all_parents:
+                raise UserError(
+                    f"{where}.parent: {entry.parent!r} is no parent{did_you_mean(entry.parent, self.all_parents)}"
+                )
+            if not (entry.ratios or entry.shapes or entry.pattern or self.ratios):
+                raise UserError("ratios: this key is required, unless every method says itself how much to remove")
+        named = [(entry.label, target) for entry in self.methods for target in entry.targets(self.ratios)]
+        for label, target in named:
+            if named.count((label, target)) > 1:
+                raise UserError(f"methods: an entry appears twice: {label} at {target}; give one of them another name")
+
+    @property
+    def all_parents(self) -> Mapping[str, Parent]:
+        """Every parent by its name, the study's own first."""
+        return self.parents or {"parent": self.parent}  # type: ignore[dict-item]
+
+    def parent_of(self, entry: Entry) -> str:
+        """The name of the parent that an entry prunes."""
+        return entry.parent or next(iter(self.all_parents))
+
+
+def _once(key: str, values: Any) -> None:
+    for value in values:
+        if list(values).count(value) > 1:
+            raise UserError(f"{key}: an entry appears twice: {value}")
 
 
 def load_study(path: Path) -> Study:
@@ -111,5 +347,5 @@ def load_study(path: Path) -> Study:
     try:
         return parse(Study, load_yaml(path), origin=str(path))
     except UserError as error:
-        text = str(error)
+        text = str(error).replace("--option ", "options.").replace("--ratio ", "ratio ")  # a file has keys, not options
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None

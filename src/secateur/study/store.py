@@ -163,7 +163,9 @@ class Store:
         for begun in [path for path in work.rglob(".*") if path.is_file()]:  # what a kill left half written
             begun.unlink()
         write_json(work / _RECORD, record)
-        files = sorted(path for path in work.rglob("*") if path.is_file() and path.name not in (_RUNTIME, _FILES))
+        # What a link stands for is not of the stage, and may be larger than the study.
+        every = (path for path in work.rglob("*") if path.is_file() and not path.is_symlink())
+        files = sorted(path for path in every if path not in (work / _RUNTIME, work / _FILES))
         write_json(
             work / _FILES,
             {

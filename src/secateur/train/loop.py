@@ -40,6 +40,7 @@ class Housekeeping:
 
     folder: Path  #: where checkpoints lie; an earlier one found there is gone on from
     label: str  #: what progress is shown as
+    origin: Path | None = None  #: the checkpoint of another run, whose weights and moments a new run begins with
     save_every: int = 100  #: steps between checkpoints
     keep: int = 2  #: checkpoints that stay
     behind: bool = False  #: checkpoints are written while the run goes on
@@ -84,6 +85,8 @@ def train(
     optimizer = make_optimizer(weights, recipe, own)
     saver = Saver(house.folder, learned, optimizer, keep=house.keep, behind=house.behind)
     found = saver.load()
+    if found is None and house.origin:
+        saver.begin(house.origin)
     data.restore(found.get("data") if found else None)  # before anything is measured: data may follow what is found
     state = found or _begin(trainee, held, measure, house)
     house.metrics.resume(state["step"])

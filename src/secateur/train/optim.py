@@ -25,7 +25,8 @@ class Recipe:
     sequence: Annotated[int, Field(ge=2)] = 8192  #: tokens in a window, the first of which is context only
     tokens_per_step: Count = 4_194_304
     peak_rate: Annotated[float, Field(gt=0)] = 3e-4
-    schedule: Literal["cosine", "wsd"] = "cosine"  #: after warm-up: a cosine; or the peak, then a linear decay
+    #: after warm-up: a cosine; the peak, then a linear decay (wsd); the peak alone; or a linear decay alone
+    schedule: Literal["cosine", "wsd", "constant", "linear"] = "cosine"
     decay: Fraction = 0.2  #: share of the steps with a falling rate, for wsd
     final_share: Annotated[float, Field(ge=0, le=1)] = 0.1  #: the last step's rate, as a share of the peak
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  #: share of the steps with a rising rate
@@ -60,17 +61,21 @@ def set_rate(optimizer: optim.Optimizer, rate: float) -> None:
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     """The rate of ``step`` of ``steps``: linear warm-up, then down to ``final_share`` of the peak at the last step.
 
-    A cosine falls from the end of the warm-up on. ``wsd`` (arXiv:2404.06395) stays at the peak, so that runs of several
-    lengths share their first part, and falls linearly over the last ``decay`` of the steps.
+    A cosine falls from the end of the warm-up on. ``wsd`` (arXiv:2404.06395) stays at the peak and falls linearly over
+    the last ``decay`` of the steps; ``constant`` and ``linear`` are its two parts, as runs of their own, so that runs
+    of several lengths can share the first.
     """
     warm = math.ceil(recipe.warmup * steps)
     if step < warm:
         return recipe.peak_rate * (step + 1) / warm
-    if recipe.schedule == "cosine":
+    if recipe.schedule == "constant":
+        height = 1.0
+    elif recipe.schedule == "cosine":
         progress = (step - warm) / max(1, steps - 1 - warm)
         height = (1 + math.cos(math.pi * progress)) / 2
     else:
-        falling = max(1, min(math.ceil(recipe.decay * steps), steps - warm))
+        share = recipe.decay if recipe.schedule == "wsd" else 1.0
+        falling = max(1, min(math.ceil(share * steps), steps - warm))
         height = min(1.0, (steps - 1 - step) / falling)
     return recipe.peak_rate * (recipe.final_share + (1 - recipe.final_share) * height)
 

@@ -25,6 +25,7 @@ def write_trained(
     *,
     provenance: dict[str, Any],
     line: str,
+    title: str | None = None,
     change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
 ) -> None:
     """Write a model; all processes give their parts, the first one writes, tensor by tensor.
@@ -36,6 +37,7 @@ def write_trained(
         dtype: name of a parameter -> the type that it is stored in.
         provenance: for ``secateur.json``.
         line: what the card says.
+        title: of the card; the directory's name unless given.
         change: name of a parameter and its whole float32 value -> what is written.
     """
 
@@ -47,7 +49,7 @@ def write_trained(
 
     tensors = [stored(name, parameter) for name, parameter in trainee.model.named_parameters()]
     if ranks.first():
-        card = model_card(out.name, None, [line])
+        card = model_card(title or out.name, None, [line])
         write_checkpoint(out, config, tensors, provenance=provenance, card=card)
         return
     for tensor in in_writing_order(tensors):

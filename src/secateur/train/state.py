@@ -57,6 +57,7 @@ class Saver:
         self.folder, self.optimizer, self.keep, self.behind = folder, optimizer, keep, behind
         self.parameters = dict(parameters)
         self.last: Path | None = None  #: the newest complete checkpoint
+        self.before = 0  #: steps of the optimizer in the run that this one continues
         self._waiting: tuple[Future[Any], dict[str, Any]] | None = None
         self._group: Any = None
 
@@ -68,7 +69,8 @@ class Saver:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
         ranks.wait()
-        tensors, state = self._tensors(), {**state, "curve": list(state.get("curve", ()))}
+        tensors = self._tensors()
+        state = {**state, "curve": list(state.get("curve", ())), "before": self.before}
         writer = HuggingFaceStorageWriter(str(work), _files(tensors), save_distributed=True)
         if self.behind:
             if self._group is None:  # of its own: the threads of a save must not meet the run's own messages
@@ -113,15 +115,31 @@ class Saver:
             if state is None:
                 say(f"{found}: this checkpoint is damaged and passed over")
                 continue
-            for parameter in self.parameters.values():
-                moments = {key: torch.zeros_like(parameter.detach()) for key in _MOMENTS}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(state["step"])), **moments}
-            reader = HuggingFaceStorageReader(str(found))
-            with _quietly():
-                load(self._tensors(), storage_reader=reader, no_dist=ranks.world() == 1)
+            self.before = state.pop("before")
+            self._read(found, state["step"])
             self.last = found
             return state
         return None
+
+    def begin(self, found: Path) -> None:
+        """Take weights and moments, and nothing else, from the checkpoint of another run; all processes together.
+
+        Raises:
+            UserError: if it is damaged.
+        """
+        state = _undamaged(found)
+        if state is None:
+            raise UserError(f"{found}: this checkpoint is damaged; remove the folder of the run that made it")
+        self.before = state["before"] + state["step"]
+        self._read(found, 0)
+
+    def _read(self, found: Path, step: int) -> None:
+        """Weights and moments of a checkpoint, after so many steps of this run."""
+        for parameter in self.parameters.values():
+            moments = {key: torch.zeros_like(parameter.detach()) for key in _MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.before + step)), **moments}
+        with _quietly():
+            load(self._tensors(), storage_reader=HuggingFaceStorageReader(str(found)), no_dist=ranks.world() == 1)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {f"weight.{name}": parameter.detach() for name, parameter in self.parameters.items()}
@@ -137,7 +155,7 @@ def _undamaged(found: Path) -> dict[str, Any] | None:
     try:
         state = read_json(found / _STATE)
         known, step = state.pop("hashes"), state["step"]
-        there = isinstance(step, int) and bool(known)
+        there = isinstance(step, int) and isinstance(state["before"], int) and bool(known)
     except (UserError, LookupError, AttributeError, TypeError):
         there, state, known = False, {}, {}
     if not ranks.every(there):

@@ -8,19 +8,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from secateur import progress, ranks
-from secateur.data.sources import open_source
 from secateur.errors import RunError, UserError, did_you_mean
 from secateur.progress import say
 from secateur.report.build import build_report
 from secateur.report.verdict import judge, text_table
 from secateur.report.words import count, scientific
 from secateur.runtime import pick_device
+from secateur.study.build import stages_of
 from secateur.study.collect import collect
 from secateur.study.explain import why
 from secateur.study.local import die_with
+from secateur.study.resolve import resolve
 from secateur.study.run import Outcome, run_stages, survey, with_inputs
 from secateur.study.spec import Study, load_study
-from secateur.study.stages import Stage, stages_of, unique
+from secateur.study.stages import Stage, unique
 from secateur.study.status import rows, summary, watch
 from secateur.study.store import Store
 from secateur.study.work import do_stage, on_device
@@ -41,11 +42,9 @@ def demo(arguments: Namespace) -> Answer:
 def _open(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
     study = load_study(Path(arguments.file))
     try:
-        source = open_source(study.corpus.source, field=study.corpus.field, split=study.corpus.split)
-        stages = stages_of(study, source.digest())
+        stages = stages_of(study, resolve(study))
     except UserError as error:
-        told = str(error).replace("--ratio ", "ratio ")  # a target speaks of options; a study file has keys
-        raise UserError(f"{arguments.file}: {told}") from None
+        raise UserError(f"{arguments.file}: {error}") from None
     out = getattr(arguments, "out", None) or f"runs/{study.name}"
     return study, stages, Store(Path(out))
 
@@ -77,7 +76,7 @@ def study_run(arguments: Namespace) -> Answer:
     runs = _chosen(unique(stages), arguments.only)
     if arguments.dry_run:
         return _dry_run(study, runs, stages, store)
-    device = pick_device(arguments.device).partition(":")[0]
+    device = pick_device(arguments.device or study.compute.device).partition(":")[0]
     cells = sum(s.kind == "train" for s in runs)
     say(f"{study.name}: {len(runs)} stages ({cells} training runs) in {store.out}")
     outcome = run_stages(

@@ -1,0 +1,42 @@
+"""Checkpoints of the Hugging Face Hub as local directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from secateur.errors import UserError
+
+__all__ = ["local_checkpoint"]
+
+_WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.model",
+]
+_WANTED += ["vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+
+
+def local_checkpoint(name: str) -> Path:
+    """The directory that ``name`` stands for; a model of the Hub is downloaded into its cache, weights and tokenizer.
+
+    Args:
+        name: a directory, or ``hf:NAME`` with or without ``@REVISION``.
+
+    Raises:
+        UserError: if it cannot be had.
+    """
+    if not name.startswith("hf:"):
+        return Path(name)
+    repository, _, revision = name.removeprefix("hf:").partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED))
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(
+            f"{name}: cannot be downloaded ({text}); give the network, a token where it is needed, or a local directory"
+        ) from None

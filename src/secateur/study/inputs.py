@@ -1,0 +1,33 @@
+"""What stages read of those before them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from secateur.data.shards import TokenStore
+from secateur.evaluate.loss import Protocol
+from secateur.study.stages import Stage
+from secateur.study.store import Store
+
+__all__ = ["corpus_tokens", "held_out", "model_of"]
+
+
+def corpus_tokens(stage: Stage, store: Store) -> TokenStore:
+    """The tokens of the study's corpus."""
+    return TokenStore(store.folder(stage.inputs["corpus"]))
+
+
+def model_of(stage: Stage, store: Store, role: str = "model") -> Path:
+    """The checkpoint directory of an input."""
+    return store.folder(stage.inputs[role]) / "model"
+
+
+def held_out(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Protocol:
+    """The first held-out windows behind ``skip`` others.
+
+    Raises:
+        UserError: if there are none.
+    """
+    first, there = skip * seqlen, tokens.tokens("heldout")
+    ids = tokens.read("heldout", min(first, there), min(first + windows * seqlen, there))
+    return Protocol.of_stream(ids, seqlen, "held-out documents")

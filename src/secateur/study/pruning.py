@@ -1,0 +1,138 @@
+"""The stage that prunes: score or learn, plan, cut."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import ranks
+from secateur.calibrate.journal import Workspace
+from secateur.checkpoint import Checkpoint
+from secateur.data.domains import ByDomain
+from secateur.errors import UserError
+from secateur.learn import learn, learning_recipe
+from secateur.methods import LearnedMethod, get_method
+from secateur.prune import Calibration, make_plan, scores_identity, write_pruned
+from secateur.runtime import pick_batch, pick_device
+from secateur.study.inputs import corpus_tokens, model_of
+from secateur.study.stages import Stage
+from secateur.study.store import Store
+from secateur.target import Pattern, Target
+from secateur.train.loop import Housekeeping
+from secateur.train.measure import domain_losses, domain_protocols
+from secateur.train.mixture import Mixture
+from secateur.train.parallel import Execution, Trainee
+from secateur.train.watch import stop_on_signals
+
+__all__ = ["prune_stage"]
+
+_HELD_OUT = 32  #: windows of each domain that losses along the way are measured on, behind those of final figures
+_RECORDED = ("ratio", "before", "after", "calibration", "summary", "fingerprint")
+
+
+def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
+    """Prune the parent to the stage's target; all processes together.
+
+    Returns:
+        Of plan.json what identifies the plan, and ``layers``: what is left of each layer of the parent.
+    """
+    asked, target = stage.identity, _target(stage.identity["target"])
+    method = get_method(asked["method"], asked["options"])
+    checkpoint = Checkpoint(model_of(stage, store))
+    if isinstance(method, LearnedMethod):
+        plan, dense = _learned(stage, store, work, checkpoint, method, target)
+    else:
+        windows = _calibration_windows(stage, store)
+        pruning = (checkpoint, asked["method"], target, Calibration(windows, "the parent's training slice"))
+        how: dict[str, Any] = {"options": asked["options"], "device": pick_device(stage.runtime["device"])}
+        scores = scores_identity(*pruning, **how) if ranks.world() == 1 else None
+        with store.scores(stage, scores) if scores else nullcontext(work / "checkpoints") as journals:
+            plan, dense = make_plan(*pruning, **how, workspace=Workspace(journals)), checkpoint
+    if not ranks.first():
+        return {}
+    (work / "model").mkdir(exist_ok=True)
+    content = write_pruned(dense, plan, work / "model")
+    return {**{key: content[key] for key in _RECORDED}, "layers": plan.by_layer()}
+
+
+def _target(asked: dict[str, Any]) -> Target:
+    pattern = Pattern.parse(asked["pattern"]) if asked["pattern"] else None
+    return Target(asked["ratio"], asked["of"], asked["sizes"], pattern, tuple(asked["axes"]), asked["allocation"])
+
+
+def _calibration_windows(stage: Stage, store: Store) -> Tensor:
+    """Windows of the parent's slice, chosen by seed, in the order of the corpus."""
+    asked = stage.identity
+    start, stop = asked["slice"]
+    length = asked["seqlen"]
+    tokens = corpus_tokens(stage, store)
+    _check_enough(tokens.tokens("train"), stop)
+    generator = torch.Generator().manual_seed(asked["calibration"]["seed"])
+    order = torch.randperm((stop - start) // length, generator=generator)
+    chosen = order[: asked["calibration"]["windows"]].sort().values.tolist()
+    at = [start + window * length for window in chosen]
+    return torch.stack([torch.from_numpy(tokens.read("train", i, i + length)) for i in at])
+
+
+def _check_enough(there: int, stop: int) -> None:
+    if there < stop:
+        raise UserError(
+            f"the corpus has {there:,} training tokens, but the budgets need {stop:,}; "
+            "give more text, or lower parent.tokens or retrain.tokens"
+        )
+
+
+def _learned(
+    stage: Stage, store: Store, work: Path, checkpoint: Checkpoint, method: LearnedMethod, target: Target
+) -> tuple[Any, Checkpoint]:
+    """Train under gates on the parent's slice, read again where it is short."""
+    asked = stage.identity
+    sequence, (start, stop) = asked["seqlen"], asked["slice"]
+    device = pick_device(stage.runtime["device"])
+    recipe = learning_recipe(method, sequence, pick_batch(sequence, device))
+    tokens = corpus_tokens(stage, store)
+    _check_enough(tokens.tokens("train"), stop)
+    view = ByDomain(tokens, "train", start, stop, sequence)
+    mixture = Mixture(view, view.ranges, recipe, method.steps)
+    protocols = domain_protocols(tokens, sequence, _HELD_OUT)
+
+    def measure(trainee: Trainee) -> float | None:
+        losses = domain_losses(trainee, protocols, recipe.micro_batch)
+        if len(view.ranges) > 1:
+            if mixture.references:
+                mixture.update(losses)
+            mixture.references = mixture.references or losses  # those of the model before anything is cut
+        count = sum(protocol.tokens for protocol in protocols.values())
+        return sum(losses[name] * protocol.tokens for name, protocol in protocols.items()) / count if count else None
+
+    trained = work / "trained"
+    if ranks.first():
+        shutil.rmtree(trained, ignore_errors=True)
+        trained.mkdir()
+    ranks.wait()
+    count = sum((b - a) // sequence for a, b in view.ranges.values())
+    record = {"source": "the parent's training slice", "windows": count, "seqlen": sequence, "hash": tokens.fingerprint}
+    with stop_on_signals() as stop_told:
+        return learn(
+            checkpoint,
+            asked["method"],
+            target,
+            mixture,
+            method=method,
+            record=record,
+            execution=Execution(device, asked["dtype"]),
+            house=Housekeeping(
+                folder=work / "checkpoints",
+                label=stage.name,
+                save_every=max(1, method.steps // 10),
+                behind=device.startswith("cuda"),
+                stop=stop_told,
+            ),
+            measure=measure,
+            out=trained,
+        )

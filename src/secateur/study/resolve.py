@@ -1,0 +1,66 @@
+"""What a study depends on that lies outside its file: the text, and checkpoints that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.checkpoint import Checkpoint
+from secateur.data.shards import TokenStore
+from secateur.data.sources import open_source
+from secateur.errors import UserError
+from secateur.shapes import Shape
+from secateur.study.spec import Parent, Study
+
+__all__ = ["HUB", "Known", "KnownParent", "resolve"]
+
+HUB, SHARDS = "hf:", "shards:"
+
+
+@dataclass(frozen=True)
+class KnownParent:
+    """A parent's sizes; and, of a checkpoint, what identifies its weights."""
+
+    shape: Shape
+    identity: str = ""  #: digest of a local one, name and revision of one of the Hub; empty for one that is pretrained
+
+
+@dataclass(frozen=True)
+class Known:
+    """What stages depend on besides the study file."""
+
+    corpus: str  #: identifies the content of the text source
+    parents: Mapping[str, KnownParent]
+
+
+def resolve(study: Study) -> Known:
+    """Look up what a study file names; no network is asked.
+
+    Raises:
+        UserError: if a source or a checkpoint is missing, or is not as the file says.
+    """
+    spec = study.corpus
+    if spec.source.startswith(SHARDS):
+        digest = TokenStore(Path(spec.source.removeprefix(SHARDS))).fingerprint
+    else:
+        digest = open_source(spec.source, field=spec.field, split=spec.split).digest()
+    return Known(digest, {name: _parent(study, name, parent) for name, parent in study.all_parents.items()})
+
+
+def _parent(study: Study, name: str, parent: Parent) -> KnownParent:
+    where = "parent" if study.parent else f"parents.{name}"
+    said = parent.shape(study.corpus.vocabulary)
+    if parent.checkpoint is None:
+        assert said is not None
+        return KnownParent(said)
+    if parent.checkpoint.startswith(HUB):
+        if said is None:
+            raise UserError(
+                f"{where}: give the sizes of {parent.checkpoint}, so that it can be planned without a network"
+            )
+        return KnownParent(said, parent.checkpoint)
+    checkpoint = Checkpoint(parent.checkpoint)
+    if said is not None and said.as_dict() != checkpoint.shape.as_dict():
+        raise UserError(f"{where}: {parent.checkpoint} has {checkpoint.shape}, not the sizes given; leave them out")
+    return KnownParent(checkpoint.shape, checkpoint.digest)
