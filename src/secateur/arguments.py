@@ -184,7 +184,7 @@ def _demo(verbs: Any) -> None:
     )
     demo.add_argument("--out", default="runs/demo", help="directory of the study's stages and report")
     _running(demo)
-    demo.set_defaults(only=[], keep_going=False, dry_run=False)
+    demo.set_defaults(only=[], keep_going=False, dry_run=False, launcher="local", slurm=[])
 
 
 def _context(parser: argparse.ArgumentParser) -> None:
@@ -408,6 +408,12 @@ def _study_run(run: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="run stages of these names and what they are made from, e.g. 'wanda-*/P-R'; repeatable",
+    )
+    run.add_argument(
+        "--launcher", choices=("local", "slurm"), default="local", help="processes here, or jobs of SLURM (submitit)"
+    )
+    run.add_argument(
+        "--slurm", metavar="KEY=VALUE", action="append", default=[], help="what a job asks for, see below; repeatable"
     )
     run.add_argument("--keep-going", action="store_true", help="after a failure, run all that does not depend on it")
     run.add_argument("--dry-run", action="store_true", help="say what would run, and why; run and write nothing")

@@ -177,6 +177,13 @@ examples:
   secateur study run FILE --dry-run               what would run, and why
   secateur study run FILE --only 'wanda-*/P-R'    some stages, and what they are made from
   secateur study run FILE --jobs 4 --keep-going   four at a time; a failure stops only what depends on it
+  secateur study run FILE --launcher slurm --slurm partition=gpu --slurm time=240 --slurm mem=64G
+
+keys of --slurm, with their defaults:
+  partition=  account=  qos=  constraint=  mem=    as sbatch takes them      time=60    minutes of a job; a longer
+  cpus=1    for each process                                                 stage is queued again and goes on
+  gpus=     of a node (default: one for each process on it, with --device cuda)
+  nodes=1   that share a stage of several processes    array=256  jobs at once    grace=90  seconds to save in
 
 Several may run one study at once, on several hosts if they share the disk: no stage is done twice, and each waits for
 what another is doing. A host that is silent for two minutes is taken for dead. Finished stages are compared with their

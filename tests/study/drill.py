@@ -1,7 +1,7 @@
 """A fault drill: a study whose processes are killed at random, on a disk that fills up and spoils files.
 
 Run as ``python drill.py FILE OUT SEED KILLS``. Processes are forked from this one, which has imported everything, so
-that a new runner costs no seconds; apart from that they are those of ``secateur study run``, two at once on one folder.
+that a new runner costs no seconds; apart from that they run as in ``secateur study run``, two at once on one folder.
 Prints what happened as JSON.
 """
 
@@ -17,19 +17,22 @@ import sys
 import time
 from pathlib import Path
 
-import secateur.verbs  # so that it is there before anything is forked
-from secateur.cli import main
 from secateur.study import local
+from secateur.study.build import stages_of
+from secateur.study.resolve import resolve
+from secateur.study.run import run_stages
+from secateur.study.spec import load_study
 
 local.START = "fork"
-assert secateur.verbs
 
 FILE, OUT, SEED, KILLS = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 STAGES = OUT / "stages"
+STUDY = load_study(FILE)
+STUDY_STAGES = stages_of(STUDY, resolve(STUDY))
 
 
-def runner(says: Path, *options: str, largest: int | None = None) -> int:
-    """Start a runner; return its process id."""
+def runner(says: Path, *, largest: int | None = None) -> int:
+    """Start a runner, which can write no file larger than so many bytes; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -41,7 +44,7 @@ def runner(says: Path, *options: str, largest: int | None = None) -> int:
         os.dup2(handle, 2)
         if largest:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        code = main(["study", "run", str(FILE), "--out", str(OUT), "--jobs", "1", "--device", "cpu", *options])
+        code = int(bool(run_stages(STUDY_STAGES, OUT, jobs=1).failed))
     os._exit(code)
 
 
@@ -56,9 +59,10 @@ def ended(child: int, *, wait: bool = False) -> int | None:
     return os.waitstatus_to_exitcode(status) if found else None
 
 
-def changes() -> frozenset[str]:
-    """Names that appear and vanish as the study gets on."""
-    return frozenset(str(path) for pattern in ("*", "*/*", "*/checkpoints/*") for path in STAGES.glob(pattern))
+def gains() -> frozenset[str]:
+    """What a kill cannot take away: finished stages, and checkpoints of others."""
+    stages = [path.name for path in STAGES.glob("*") if ".partial" not in path.name]
+    return frozenset([*stages, *(str(path)[-90:] for path in STAGES.glob("*/checkpoints/step-*"))])
 
 
 def kill_some(draw: random.Random, kills: int, says: Path) -> int:
@@ -71,12 +75,10 @@ def kill_some(draw: random.Random, kills: int, says: Path) -> int:
             break
         while len(runners) < 2:
             runners.append(runner(says))
-        seen, left = changes(), draw.randint(1, 8)
-        over = time.monotonic() + 20
-        while left and time.monotonic() < over and any(Path(f"/proc/{child}").exists() for child in runners):
-            time.sleep(0.005)
-            now = changes()
-            left, seen = max(0, left - len(now ^ seen)), now
+        before, wanted, over = gains(), draw.choice((0, 0, 1, 1)), time.monotonic() + 20
+        while len(gains() - before) < wanted and time.monotonic() < over:
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.4)
         victims = sorted(process for child in runners for process in [child, *children(child)])
         with contextlib.suppress(ProcessLookupError):
             os.kill(draw.choice(victims), signal.SIGKILL)
@@ -125,13 +127,21 @@ def drill() -> dict[str, object]:
     first = kill_some(draw, KILLS // 2, says)
     full = ended(runner(OUT.with_name("full.txt"), largest=40_000), wait=True)
     second = kill_some(draw, KILLS - first, says)
+    whole = ended(runner(says), wait=True)
     flipped = flip_a_byte(draw)
-    last = ended(runner(OUT.with_name("last.txt"), "--json"), wait=True)
-    return {"kills": first + second, "truncated": truncated, "full": full, "flipped": flipped, "last": last}
+    last = ended(runner(OUT.with_name("last.txt")), wait=True)
+    return {
+        "kills": first + second,
+        "truncated": truncated,
+        "full": full,
+        "whole": whole,
+        "flipped": flipped,
+        "last": last,
+    }
 
 
 if __name__ == "__main__":
     if KILLS:
         print(json.dumps(drill()))
     else:
-        print(json.dumps({"last": ended(runner(OUT.with_name("said.txt"), "--json"), wait=True)}))
+        print(json.dumps({"last": ended(runner(OUT.with_name("said.txt")), wait=True)}))

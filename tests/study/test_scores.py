@@ -18,10 +18,11 @@ from test_study import study_file, text  # noqa: F401  (a fixture)
 from secateur import progress
 from secateur.calibrate.engine import Block, BlockWalk
 from secateur.calibrate.journal import Journal
-from secateur.data.sources import open_source
+from secateur.study.build import stages_of
+from secateur.study.resolve import resolve
 from secateur.study.run import run_stages
 from secateur.study.spec import load_study
-from secateur.study.stages import Stage, stages_of
+from secateur.study.stages import Stage
 from secateur.study.store import Store
 from secateur.study.work import do_stage
 
@@ -45,7 +46,8 @@ class World:
         every = ["shortgpt", "minitron-depth", "shortened-llama", "shortened-llama-ppl", "random-depth", "wanda"]
         every += ["llm-pruner", "minitron-width", "wanda-sp", "flap"]
         path = study_file(folder, text, ratios=list(RATIOS), methods=every, **changes)
-        self.stages = stages_of(load_study(path), open_source(f"text:{text}").digest())
+        study = load_study(path)
+        self.stages = stages_of(study, resolve(study))
         for stage in self.stages[:2]:
             assert work(stage, folder / "base") is None
 

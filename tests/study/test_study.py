@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from secateur.cli import main
 from secateur.data.shards import TokenStore
-from secateur.data.sources import open_source
 from secateur.plan import load_masks
+from secateur.study.build import stages_of
+from secateur.study.resolve import resolve
 from secateur.study.spec import load_study
-from secateur.study.stages import stages_of
 from secateur.study.store import Store
 
 WORDS = [f"{a}{b}" for a in ("ba", "de", "fi", "go", "lu", "mo") for b in ("n", "rk", "st", "ll", "m")]
@@ -206,8 +206,7 @@ def test_status_tells_where_each_stage_stands(text: Path, tmp_path: Path, capsys
     found = states()
     assert set(found.values()) == {"to do"} and not store.out.exists()
     study = load_study(file)
-    source = open_source(study.corpus.source, field=study.corpus.field, split=study.corpus.split)
-    stages = {stage.name: stage for stage in stages_of(study, source.digest())}
+    stages = {stage.name: stage for stage in stages_of(study, resolve(study))}
     begun, failed, running = (stages[name] for name in ("parent", "wanda-0.5/S_R", "corpus"))
     for stage in (begun, failed, running):
         store.begin(stage)  # long before the first checkpoint of a training run

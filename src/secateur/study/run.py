@@ -136,7 +136,7 @@ class Run:
                         break
                     for stage, ended in launcher.wait(_LOOK_EVERY):
                         running -= 1
-                        self._ended(stage, ended)
+                        self.ended(stage, ended)
                         whole.advance(stage.flops, f"{len(self.done)} of {len(self.stages)} stages done")
             killed = False
         finally:
@@ -182,7 +182,7 @@ class Run:
     def _announce(self, stage: Stage, running: int) -> None:
         progress.say(f"[{len(self.done) + running}/{len(self.stages)}] {stage.kind} {stage.name}")
 
-    def _ended(self, stage: Stage, ended: Ended) -> None:
+    def ended(self, stage: Stage, ended: Ended) -> None:
         if ended.how == "elsewhere":  # another process was a little faster
             self.waiting[stage.fingerprint] = stage
             return

@@ -20,6 +20,7 @@ from secateur.study.explain import why
 from secateur.study.local import die_with
 from secateur.study.resolve import resolve
 from secateur.study.run import Outcome, run_stages, survey, with_inputs
+from secateur.study.slurm import parse_slurm, run_on_slurm
 from secateur.study.spec import Study, load_study
 from secateur.study.stages import Stage, unique
 from secateur.study.status import rows, summary, watch
@@ -76,17 +77,19 @@ def study_run(arguments: Namespace) -> Answer:
     runs = _chosen(unique(stages), arguments.only)
     if arguments.dry_run:
         return _dry_run(study, runs, stages, store)
-    device = pick_device(arguments.device or study.compute.device).partition(":")[0]
+    slurm = parse_slurm(arguments.slurm)
+    if arguments.slurm and arguments.launcher != "slurm":
+        raise UserError("--slurm: says what jobs ask for; give --launcher slurm with it")
+    device = arguments.device or study.compute.device
+    if arguments.launcher == "local":
+        device = pick_device(device)
     cells = sum(s.kind == "train" for s in runs)
     say(f"{study.name}: {len(runs)} stages ({cells} training runs) in {store.out}")
-    outcome = run_stages(
-        runs,
-        store.out,
-        jobs=arguments.jobs,
-        device=device,
-        file=Path(arguments.file),
-        keep_going=arguments.keep_going,
-    )
+    file, keep_going = Path(arguments.file), arguments.keep_going
+    if arguments.launcher == "slurm":
+        outcome = run_on_slurm(runs, store.out, file, options=slurm, device=device, keep_going=keep_going)
+    else:
+        outcome = run_stages(runs, store.out, jobs=arguments.jobs, device=device, file=file, keep_going=keep_going)
     _tell(outcome, study, store)
     if "corpus" in outcome.failed:  # nothing can be reported without one, and it is the study file that is at fault
         raise UserError(f"{arguments.file}: corpus: {outcome.failed['corpus']}")
