@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 
-from secateur.report.results import Cell, Evaluation, Parent, Point, Pruned, Results, StageNote
+from secateur.report.results import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, StageNote
 
 P, R = 700_000, 200_000
 PROTOCOL = "5d0e2b6c9f1a4e77a3c1"
 WINDOWS = 64
 VOCABULARY = 2048
 NAMES = ("P-R", "S_R", "S_{P+R}")
+SCORING = Cost(16_384, 5.6e10, 3.2)
 
 #: method -> granularity, before retraining, P-R, S_R, S_{P+R}, share removed (total, non-embedding), detail
 METHODS: dict[str, tuple[Any, float, float, float, float, float, float, str]] = {
@@ -40,29 +42,49 @@ def curve(start: float, end: float, tokens: int, points: int = 12) -> tuple[Poin
     return tuple(Point(round(tokens * s), end + (start - end) * (math.exp(-5 * s) - math.exp(-5) * s)) for s in steps)
 
 
-def cell(method: str, name: str, loss: float | None, *, ratio: float = 0.5, seed: int = 0, salt: int = 0) -> Cell:
+def cell(
+    method: str,
+    name: str,
+    loss: float | None,
+    *,
+    target: str = "0.5",
+    seed: int = 0,
+    salt: int = 0,
+    tokens: int = R,
+    objective: str = "",
+    init: Any = None,
+    parent: str = "parent",
+    training_flops: float | None = None,
+) -> Cell:
+    """A cell of the comparison at R = ``tokens``; what it was trained on itself follows from ``name``."""
     granularity, before, *_, total, dense, _ = METHODS[method]
-    pruned = name == "P-R"
-    tokens = P + R if name == "S_{P+R}" else R
+    path = "pruned" if name == "P-R" else "scratch" if name.startswith("S_") else "control"
+    own = P + tokens if name in ("S_{P+R}", "S_{P+F}") else tokens
     parameters = 1_712_640 if granularity == "sparse" else round(1_712_640 * (1 - total))
     kept = 1_188_352 if granularity == "sparse" else round(1_188_352 * (1 - dense))
-    flops = 6.0 * parameters * tokens
-    start = before if pruned else math.log(VOCABULARY)
+    flops = 6.0 * parameters * own * (1.5 if objective and path == "pruned" else 1.0)
+    init = init or ("pruned" if path == "pruned" else "redrawn" if granularity == "sparse" else "scratch")
+    start = before if path == "pruned" else math.log(VOCABULARY)
     measured = None if loss is None else dataclasses.replace(evaluation(loss, salt), sparsity=_zeros(granularity))
     return Cell(
         name=name,
-        path="pruned" if pruned else "scratch",
+        path=path,
+        init=init,
+        parent=parent,
         method=method,
         granularity=granularity,
-        ratio=ratio,
+        target=target,
+        ratio=0.5 if ":" in target else float(target),
+        retrain_tokens=tokens,
+        objective=objective,
         seed=seed,
         parameters=parameters,
         non_embedding=kept,
-        train_tokens=tokens,
-        total_tokens=P + R if pruned else tokens,
-        train_flops=flops,
-        total_flops=flops + 7.3e12 if pruned else flops,
-        curve=() if loss is None else curve(start, loss, tokens, 12 if tokens == R else 30),
+        training=Cost(own, training_flops or flops, 12.5),
+        pruning=SCORING if init in ("pruned", "redrawn", "shuffled-weights", "permuted") else None,
+        sweep=None,
+        peak_rate=5e-4 if path == "pruned" else 3e-3,
+        curve=() if loss is None else curve(start, loss, own, 12 if own == tokens else 30),
         evaluation=measured,
     )
 
@@ -71,30 +93,42 @@ def _zeros(granularity: str) -> float:
     return 0.5 if granularity == "sparse" else 0.0
 
 
-def pruned(method: str, *, ratio: float = 0.5) -> Pruned:
+def pruned(method: str, *, target: str = "0.5", parent: str = "parent") -> Pruned:
     granularity, before, *_, total, dense, detail = METHODS[method]
     return Pruned(
+        parent=parent,
         method=method,
         granularity=granularity,
-        ratio=ratio,
+        target=target,
+        ratio=0.5 if ":" in target else float(target),
         ratio_total=total,
         ratio_non_embedding=dense,
         shape={"hidden": 192, "ffn": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32},
-        calibration_tokens=16_384,
-        flops=5.6e10,
+        cost=SCORING,
         detail=detail,
         evaluation=evaluation(before, 50),
+        layers=_layers(granularity),
     )
+
+
+def _layers(granularity: str) -> tuple[dict[str, Any], ...]:
+    """Six layers: some removed, narrowed or sparse, as the method's granularity has it."""
+    if granularity == "depth":
+        return tuple({"kept": not 2 <= i <= 4, "ffn": 512, "kv": 2, "sparsity": None} for i in range(6))
+    if granularity == "width":
+        return tuple({"kept": True, "ffn": 320, "kv": 2, "sparsity": None} for _ in range(6))
+    return tuple({"kept": True, "ffn": 512, "kv": 2, "sparsity": 0.4 + 0.04 * i} for i in range(6))
 
 
 def parent() -> Parent:
     shape = {"hidden": 192, "ffn": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32}
     return Parent(
+        name="parent",
         shape={**shape, "vocabulary": VOCABULARY, "tied": False},
         parameters=1_712_640,
         non_embedding=1_188_352,
-        tokens=P,
-        flops=7.2e12,
+        cost=Cost(P, 7.2e12, 95.4),
+        children=len(METHODS),
         curve=curve(math.log(VOCABULARY), 5.44, P, 24),
         evaluation=evaluation(5.44, 99),
     )
@@ -120,9 +154,7 @@ def example() -> Results:
         name="demo",
         title="Prune a small language model, or train it from scratch?",
         fingerprint="c0ffee5ca1ab1e0ddba11ba5eba11f1a5c0",
-        parent_tokens=P,
-        retrain_tokens=R,
-        parent=parent(),
+        parents=(parent(),),
         pruned=tuple(pruned(method) for method in METHODS),
         cells=tuple(cells),
         corpus={
@@ -147,13 +179,65 @@ def example() -> Results:
     )
 
 
+def large() -> Results:
+    """Two methods at two ratios, a ladder of three R, two seeds, every setting, controls, distillation.
+
+    Gaps narrow with R and with the ratio; at equal total tokens Wanda keeps an edge and Minitron-depth is overtaken.
+    """
+    cells: list[Cell] = []
+    for method, target, tokens, seed in itertools.product(("minitron-depth", "wanda"), ("0.5", "0.75"), LADDER, (0, 1)):
+        cells += _rung(method, target, tokens, seed)
+    whole = example()
+    return dataclasses.replace(
+        whole,
+        name="ladder",
+        title="A ladder of budgets, with controls",
+        parents=(dataclasses.replace(whole.parents[0], children=4),),
+        pruned=tuple(pruned(m, target=t) for m in ("minitron-depth", "wanda") for t in ("0.5", "0.75")),
+        cells=tuple(cells),
+        recipe={**whole.recipe, "sequence": 256},
+    )
+
+
+LADDER = (50_000, 200_000, 800_000)
+
+
+def _rung(method: str, target: str, tokens: int, seed: int) -> list[Cell]:
+    """All cells of one comparison under the language-model loss, and the distilled one beside it."""
+    step = LADDER.index(tokens)
+    at: dict[str, Any] = {"target": target, "tokens": tokens, "seed": seed}
+    salts = itertools.count(100 * seed + 1000 * step + (50 if target == "0.5" else 0))
+    p_r = 5.4 - 0.1 * step + (0.4 if target == "0.75" else 0.0) + 0.01 * seed
+    gap = (0.5 - 0.15 * step) * (1.0 if target == "0.5" else 0.4)
+    total = 0.1 if method == "wanda" else -0.2
+    losses = {"P-R": p_r, "S_R": p_r + gap, "S_{P+R}": p_r + total, "S_F": p_r + gap - 0.01, "S_{P+F}": p_r + total / 2}
+    found = [cell(method, name, loss, salt=next(salts), **at) for name, loss in losses.items()]
+    if method == "wanda" and tokens == R:
+        controls = {"random-mask": gap + 0.1, "permuted": gap + 0.08, "shuffled-weights": gap / 2, "dense-twin": gap}
+        found += [cell(method, n, p_r + more, salt=next(salts), init=n, **at) for n, more in controls.items()]
+        found.append(cell(method, "scratch", p_r + gap - 0.2, salt=next(salts), init="scratch", **at))
+    if target == "0.5":
+        distilled = {"objective": "distillation", **at}
+        found.append(cell(method, "P-R", p_r - 0.05, salt=next(salts), **distilled))
+        if method == "wanda":  # the twin serves this comparison as well
+            found.append(dataclasses.replace(found[1], objective="distillation"))
+    return found
+
+
 def broken() -> Results:
     """A study in trouble: ratios and seeds, a failed evaluation, a missing run, another protocol, a wrecked model."""
     whole = example()
     cells = [
-        cell(method, name, METHODS[method][2 + i] + 0.2 * (ratio - 0.5), ratio=ratio, seed=seed, salt=i + 7 * seed)
+        cell(
+            method,
+            name,
+            METHODS[method][2 + i] + 0.2 * (float(target) - 0.5),
+            target=target,
+            seed=seed,
+            salt=i + 7 * seed,
+        )
         for method in ("minitron-depth", "wanda")
-        for ratio in (0.5, 0.75)
+        for target in ("0.5", "0.75")
         for seed in (0, 1)
         for i, name in enumerate(NAMES)
     ]
@@ -164,7 +248,7 @@ def broken() -> Results:
     cells[6] = dataclasses.replace(cells[6], curve=curve(11.8, 5.46, R))
     failed = StageNote("minitron-depth/0.5/S_R/train", "train", "ab" * 16, "failed", 12.5, "stages/98", "loss is NaN")
     absent = StageNote("wanda/0.75/1/S_{P+R}/train", "train", "cd" * 16, "missing", None, "stages/99")
-    records = [pruned(method, ratio=ratio) for method in ("minitron-depth", "wanda") for ratio in (0.5, 0.75)]
+    records = [pruned(method, target=target) for method in ("minitron-depth", "wanda") for target in ("0.5", "0.75")]
     records[0] = dataclasses.replace(records[0], evaluation=None)
     stages = (*whole.stages, failed, absent)
     return dataclasses.replace(whole, cells=tuple(cells), pruned=tuple(records), stages=stages)

@@ -14,6 +14,7 @@ import pytest
 from example import broken, example
 
 from secateur.report.build import build_report
+from secateur.report.verdict import judge
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [
@@ -51,9 +52,16 @@ document.getElementById("frame").addEventListener("load", (event) => {{
   const texts = [...page.querySelectorAll("p, li, td, th, dt, dd, h1, h2, h3, a:not(.skip), .mark, .cost")]
     .filter((element) => !element.closest(".notice")).map((element) => view.getComputedStyle(element).color);
   const labels = [...page.querySelectorAll("svg text")].map((element) => view.getComputedStyle(element).fill);
-  const sort = page.querySelector("#models th:nth-child(4) button");
+  page.querySelectorAll("details").forEach((details) => {{ details.open = true; }});
+  const head = page.querySelector("#models th[data-key=loss]"), sort = head.querySelector("button");
   sort.click();
-  const losses = [...page.querySelectorAll("#models tbody tr")].map((row) => row.cells[3].dataset.value);
+  const rows = [...page.querySelectorAll("#models tbody tr")];
+  const losses = rows.map((row) => row.cells[head.cellIndex].dataset.value);
+  const search = page.querySelector("#models .filter input");
+  search.value = "p-r WANDA";
+  search.dispatchEvent(new Event("input"));
+  const visible = rows.filter((row) => box(row)[1] > 0).map((row) => row.textContent.replace(/\\s+/g, " "));
+  const status = page.querySelector("#models .filter output").textContent;
   document.getElementById("found").textContent = JSON.stringify({{
     client: root.clientWidth,
     scroll: root.scrollWidth,
@@ -64,6 +72,10 @@ document.getElementById("frame").addEventListener("load", (event) => {{
     dark: paper < 0.2,
     sorted: sort.closest("th").getAttribute("aria-sort"),
     losses,
+    rows: rows.length,
+    visible,
+    status,
+    labelled: search.closest("label") !== null,
   }});
 }});
 </script>
@@ -91,28 +103,30 @@ def measured(folder: Path, width: int, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of a whole study's report and of a broken one's."""
+def pages(ladder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of a whole study's report, of a broken one's and of a large one's."""
     folders = {make.__name__: tmp_path_factory.mktemp(make.__name__) for make in (example, broken)}
     for make in (example, broken):
-        build_report(make(), folders[make.__name__])
-    return folders
+        build_report(judge(make()), folders[make.__name__])
+    return {**folders, "ladder": ladder}
 
 
-@pytest.mark.parametrize("width", [1280, 390, 360])
-@pytest.mark.parametrize("name", ["example", "broken"])
+@pytest.mark.parametrize("width", [1440, 768, 360])
+@pytest.mark.parametrize("name", ["example", "broken", "ladder"])
 def test_layout(pages: dict[str, Path], name: str, width: int):
     found = measured(pages[name], width)
     assert found["client"] <= width
     assert found["scroll"] <= found["client"]
     assert found["outside"] == []
     assert found["headings"] and all(w > 20 and h > 10 for w, h in found["headings"])
-    assert found["figures"] and all(w > 200 and h > 100 for w, h in found["figures"])
+    assert found["figures"] and all(w > 200 and h > 60 for w, h in found["figures"])
     assert found["contrast"] >= 4.5
     assert found["sorted"] == "ascending"
     numbers = [float(value) for value in found["losses"] if value]
     assert numbers == sorted(numbers)
     assert "" not in found["losses"][: len(numbers)]  # what was not measured sorts last
+    assert found["visible"] and all("P-R" in row and "Wanda" in row for row in found["visible"])
+    assert found["status"] == f"{len(found['visible'])} of {found['rows']} rows" and found["labelled"]
 
 
 def test_dark_mode(pages: dict[str, Path]):

@@ -9,7 +9,6 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from example import METHODS, broken, example
@@ -17,9 +16,10 @@ from example import METHODS, broken, example
 from secateur.report.build import build_report, render
 from secateur.report.palette import ROLES
 from secateur.report.results import Results
+from secateur.report.tables import cell_rows, rows_csv
 from secateur.report.verdict import judge
 
-SECTIONS = ("verdict", "figures", "models", "before", "ledger", "method", "provenance", "caveats")
+SECTIONS = ("verdict", "findings", "figures", "models", "before", "each", "ledger", "method", "provenance", "caveats")
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
@@ -58,12 +58,16 @@ class Page(HTMLParser):
 
 
 def rendered(results: Results) -> str:
-    return render(results, judge(results))
+    return render(judge(results))
+
+
+def build(results: Results, folder: Path) -> Path:
+    return build_report(judge(results), folder)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_report(example(), tmp_path_factory.mktemp("report")).parent
+    return build(example(), tmp_path_factory.mktemp("report")).parent
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_page_loads_nothing(page: Page, built: Path):
     for name in ("src", "srcset", "data", "action", "poster", "xlink:href"):
         assert not page.values(name)
-    assert all(value.startswith("#") or value == "data:," for value in page.values("href"))
+    assert all(value.startswith("#") or value == "data:," for value in page.values("href"))  # no figure elsewhere
     html = (built / "report.html").read_text()
     assert "@import" not in html
     assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?([^)]*)", html))
@@ -87,14 +91,19 @@ def test_the_page_loads_nothing(page: Page, built: Path):
     assert addresses <= {"http://www.w3.org/2000/svg"}  # a namespace is a name, not an address
 
 
-@pytest.mark.parametrize("make", [example, broken])
-def test_ids_are_unique_and_every_reference_has_its_target(make: Any):
-    page = Page(rendered(make()))
+@pytest.mark.parametrize("name", ["example", "broken", "ladder"])
+def test_ids_are_unique_and_every_reference_has_its_target(name: str, ladder: Path):
+    html = (
+        (ladder / "report.html").read_text()
+        if name == "ladder"
+        else rendered({"example": example, "broken": broken}[name]())
+    )
+    page = Page(html)
     ids = Counter(page.values("id"))
-    assert [name for name, times in ids.items() if times > 1] == []
+    assert [value for value, times in ids.items() if times > 1] == []
     wanted = [value[1:] for value in page.values("href") if value.startswith("#")]
-    for name in ("aria-labelledby", "aria-describedby"):
-        wanted += [part for value in page.values(name) for part in value.split()]
+    for attribute in ("aria-labelledby", "aria-describedby"):
+        wanted += [part for value in page.values(attribute) for part in value.split()]
     wanted += [v[5:-1] for _, attrs in page.elements for v in attrs.values() if v and v.startswith("url(#")]
     assert set(wanted) <= set(ids)
 
@@ -102,7 +111,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(make: Any):
 def test_all_sections_and_figures_are_there(page: Page):
     ids = page.values("id")
     assert [name for name in SECTIONS if name not in ids] == []
-    assert len([tag for tag, _ in page.elements if tag == "svg"]) == 2 + len(METHODS)
+    assert len([tag for tag, _ in page.elements if tag == "svg"]) == 2 + 2 * len(METHODS)
     assert [tag for tag, _ in page.elements].count("h1") == 1
 
 
@@ -131,6 +140,29 @@ def test_subscripts_replace_the_plain_symbols(page: Page, built: Path):
     assert "<sub>P+R</sub>" in (built / "report.html").read_text()
 
 
+def test_a_large_study_is_folded_and_its_page_stays_small(ladder: Path):
+    html = (ladder / "report.html").read_text()
+    page = Page(html)
+    assert len(html) < 1_000_000
+    names = {path.stem for path in (ladder / "figures").glob("*.svg")}
+    assert {"differences-training-flops", "ladder-01", "ratios-02", "controls-02", "layers-04", "curves-15"} <= names
+    held = [value for value in page.values("id") if re.fullmatch(r"curves-\d\d-title", value)]
+    assert len(held) == 12
+    links = [value for value in page.values("href") if value.startswith("figures/")]
+    assert links and all((ladder / link).is_file() for link in links)
+    assert [tag for tag, _ in page.elements].count("details") > 4
+    assert "objectives" in page.values("id")
+    assert not re.search(r"\b(None|nan|inf)\b", page.words)
+
+
+def test_a_large_study_tells_seeds_controls_and_findings(ladder: Path):
+    words = Page((ladder / "report.html").read_text()).words
+    assert "with two, an interval bounds it from below" in words
+    assert "Wanda at ratio 0.5 (R = 50 k, seed 1) ends" in words
+    assert "The mask alone, beside a random one, saves 0.10 nats" in words
+    assert "That gap narrows with more tokens." in words
+
+
 def test_no_placeholder_colour_is_left(built: Path):
     html = (built / "report.html").read_text()
     assert not [colour for colour in dataclasses.astuple(ROLES) if colour in html]
@@ -138,7 +170,7 @@ def test_no_placeholder_colour_is_left(built: Path):
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path, built: Path):
-    build_report(example(), tmp_path)
+    build(example(), tmp_path)
     first = digests(tmp_path)
     assert first == digests(built)
     assert {"report.html", "cells.csv", "curves.csv", "figures/curves-01.svg", "figures/curves-01.pdf"} <= set(first)
@@ -151,10 +183,10 @@ def test_standalone_figures_are_well_formed(built: Path):
 
 
 def test_a_rebuild_replaces_and_leaves_no_scraps(tmp_path: Path):
-    page = build_report(broken(), tmp_path)
+    page = build(broken(), tmp_path)
     assert page == tmp_path / "report.html"
     (tmp_path / "figures" / "notes.svg").write_text("somebody else's")
-    build_report(example(), tmp_path)
+    build(example(), tmp_path)
     assert "not complete" not in page.read_text()
     assert not list(tmp_path.rglob(".*"))
     assert len(list((tmp_path / "figures").glob("curves-*.svg"))) == len(METHODS)
@@ -172,22 +204,22 @@ def test_what_is_missing_is_named_and_never_a_number():
 
 
 def test_a_parent_without_evaluation():
-    results = dataclasses.replace(example(), parent=dataclasses.replace(example().parent, evaluation=None))
+    results = dataclasses.replace(example(), parents=(dataclasses.replace(example().parents[0], evaluation=None),))
     page = Page(rendered(results))
     assert "a held-out loss of not measured." in page.words
     assert "the parent, after P tokens: not measured" in page.words
 
 
-def test_a_study_with_nothing_measured_still_has_a_page(tmp_path: Path):
+def test_a_study_with_nothing_measured_still_has_a_page():
     cells = tuple(dataclasses.replace(cell, curve=(), evaluation=None) for cell in example().cells)
     for results in (
         dataclasses.replace(example(), cells=cells),
         dataclasses.replace(example(), cells=(), pruned=(), stages=(), corpus={}, study_yaml=""),
     ):
-        assert "There is no answer yet" in build_report(results, tmp_path).read_text()
+        assert "There is no answer yet" in rendered(results)
 
 
-def test_hostile_names_are_escaped(tmp_path: Path):
+def test_hostile_names_are_escaped():
     evil = '<script>alert("x")</script>$\\frac&'
     methods = {method: f"{evil}{i}" for i, method in enumerate(METHODS)}
     results = dataclasses.replace(
@@ -199,22 +231,20 @@ def test_hostile_names_are_escaped(tmp_path: Path):
         corpus={evil: evil},
         study_yaml=f"</code></pre>{evil}",
     )
-    html = build_report(results, tmp_path).read_text()
+    html = rendered(results)
     assert "<script>alert" not in html
     page = Page(html)
     assert [tag for tag, _ in page.elements].count("script") == 1
     assert evil in page.words
 
 
-def test_cells_csv_holds_the_records_as_they_are(tmp_path: Path):
+def test_cells_csv_holds_the_records_as_they_are():
     results = broken()
-    build_report(results, tmp_path)
-    with (tmp_path / "cells.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(rows_csv(cell_rows(judge(results))).splitlines()))
     assert len(rows) == len(results.cells)
     for row, cell in zip(rows, results.cells, strict=True):
         assert (row["name"], row["method"], int(row["seed"])) == (cell.name, cell.method, cell.seed)
-        assert float(row["total_flops"]) == cell.total_flops
+        assert float(row["train_flops"]) == cell.training.flops
         assert row["loss"] == (repr(cell.evaluation.loss) if cell.evaluation else "")
     differences = {row["difference"] for row in rows if row["name"] == "P-R"}
     assert differences == {""}
@@ -224,5 +254,5 @@ def test_curves_csv_holds_every_point(built: Path):
     results = example()
     with (built / "curves.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    points = [*results.parent.curve, *(point for cell in results.cells for point in cell.curve)]
+    points = [*results.parents[0].curve, *(point for cell in results.cells for point in cell.curve)]
     assert [(int(row["tokens"]), float(row["loss"])) for row in rows] == [(p.tokens, p.loss) for p in points]

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from typing import Any
 
 import numpy as np
 import pytest
-from example import METHODS, NAMES, R, broken, cell, curve, evaluation, example, pruned
+from example import METHODS, NAMES, R, broken, cell, curve, evaluation, example, large, pruned
 
+from secateur.report.compare import Verdict, bootstrap_interval, pooled_interval
 from secateur.report.results import Cell, Results
-from secateur.report.verdict import Verdict, bootstrap_interval, judge, text_table
+from secateur.report.text import text_table
+from secateur.report.verdict import answer_json, judge
 
 
 def study(*cells: Cell) -> Results:
@@ -27,7 +30,8 @@ def verdict(results: Results, setting: str) -> Verdict:
 
 
 def reason(*cells: Cell) -> str:
-    found = verdict(study(*cells), "training")
+    """Why the first comparison has no verdict at equal training tokens."""
+    found = next(v for v in judge(study(*cells)).verdicts if v.setting == "training")
     assert found.winner == "not measured"
     assert (found.difference, found.low, found.high) == (None, None, None)
     return found.reason
@@ -110,8 +114,23 @@ def test_verdicts_are_deterministic():
 
 def test_missing_run():
     p_r, _, s_pr = trio(5.4, 5.8, 5.2)
-    assert reason(p_r, s_pr) == "the study has no scratch run S_R"
-    assert verdict(study(p_r, s_pr), "training").flop_ratio is None
+    others = trio(5.4, 5.8, 5.2, "minitron-depth")
+    assert reason(p_r, s_pr, *others) == "the study has no scratch run S_R"
+    assert judge(study(p_r, s_pr, *others)).verdicts[0].flop_ratio is None
+
+
+def test_only_settings_that_the_study_has_runs_for_are_judged():
+    p_r, s_r, s_pr = trio(5.4, 5.8, 5.2)
+    assert judge(study(p_r, s_pr)).settings == ("total",)
+    assert judge(study(p_r, s_r)).answer == "If the parent is already there, prune."
+    assert judge(study(p_r, s_pr)).answer == "If the parent's tokens count, train from scratch."
+    flops = [cell("wanda", name, loss, salt=i) for i, (name, loss) in enumerate((("S_F", 5.8), ("S_{P+F}", 5.9)))]
+    assert judge(study(p_r, *flops)).answer == (
+        "Counted in FLOPs: prune, whether or not the parent's FLOPs are counted."
+    )
+    sentences = judge(study(p_r, *flops)).sentences
+    assert sentences[0].startswith("At equal training FLOPs, Wanda at ratio 0.5 ends 0.40 nats below")
+    assert sentences[1].startswith("At equal total FLOPs, Wanda at ratio 0.5 ends 0.50 nats below")
 
 
 def test_failed_evaluation():
@@ -147,15 +166,116 @@ def test_one_window_has_no_interval():
 
 def test_flop_ratio_counts_the_whole_pipeline():
     p_r, s_r, s_pr = trio(5.4, 5.8, 5.2)
-    assert verdict(study(p_r, s_r, s_pr), "total").flop_ratio == p_r.total_flops / s_pr.total_flops
+    parent = example().parents[0].cost
+    assert parent and p_r.pruning
+    whole = parent.flops + p_r.pruning.flops + p_r.training.flops
+    assert verdict(study(p_r, s_r, s_pr), "total").flop_ratio == whole / s_pr.training.flops
+    public = dataclasses.replace(example().parents[0], cost=None)
+    unknown = dataclasses.replace(study(p_r, s_r, s_pr), parents=(public,))
+    assert verdict(unknown, "total").flop_ratio is None
+    assert "Parent: 1.71 M parameters, P unknown" in text_table(judge(unknown))
 
 
-def test_ratios_and_seeds_are_compared_each_with_its_own_twin():
-    cells = [c for ratio in (0.5, 0.75) for seed in (0, 1) for c in trio(5.4, 5.8 + seed, 5.2, ratio=ratio, seed=seed)]
-    found = [v for v in judge(study(*cells)).verdicts if v.setting == "training"]
-    assert [(v.group.ratio, v.group.seed) for v in found] == [(0.5, 0), (0.5, 1), (0.75, 0), (0.75, 1)]
+def seeded(*gaps: float | None, target: str = "0.5", salt: int = 0) -> list[Cell]:
+    """A comparison with a seed for each gap at equal training tokens; None: the twin has failed."""
+    return [
+        dataclasses.replace(c, evaluation=None) if gap is None and c.name == "S_R" else c
+        for seed, gap in enumerate(gaps)
+        for i, c in enumerate(trio(5.4, 5.4 + (gap or 0.0), 5.2, target=target, seed=seed))
+        for c in [dataclasses.replace(c, evaluation=evaluation(c.evaluation.loss, 31 * seed + i + salt))]
+        if c.evaluation
+    ]
+
+
+def test_targets_and_seeds_are_compared_each_with_its_own_twin_and_pooled_over_seeds():
+    cells = [*seeded(0.4, 1.4), *seeded(0.4, 1.4, target="0.75")]
+    judgement = judge(study(*cells))
+    found = [v for v in judgement.by_seed if v.setting == "training"]
+    assert [(v.group.target, v.group.seed) for v in found] == [("0.5", 0), ("0.5", 1), ("0.75", 0), ("0.75", 1)]
     assert [round(v.difference or 0, 6) for v in found] == [0.4, 1.4, 0.4, 1.4]
-    assert "Wanda at ratio 0.75 (seed 1) ends" in judge(study(*cells)).sentences[3]
+    pooled = [v for v in judgement.verdicts if v.setting == "training"]
+    assert [(v.group.target, v.group.seed, v.seeds) for v in pooled] == [("0.5", None, 2), ("0.75", None, 2)]
+    assert [round(v.difference or 0, 6) for v in pooled] == [0.9, 0.9]
+    assert judgement.headlines["training"] == "At equal training tokens, pruning wins for both comparisons."
+    assert "ends 0.90 nats below its from-scratch twins on average over two seeds" in judgement.sentences[0]
+
+
+def test_seeds_that_disagree_are_too_close_to_call_though_each_by_itself_is_not():
+    judgement = judge(study(*seeded(0.2, -0.2)))
+    assert [v.winner for v in judgement.by_seed if v.setting == "training"] == ["pruned", "scratch"]
+    assert [v.winner for v in judgement.verdicts if v.setting == "training"] == ["too close to call"]
+
+
+def test_a_seed_that_failed_is_left_out_and_told():
+    judgement = judge(study(*seeded(0.2, None, 0.4)))
+    pooled = judgement.verdicts[0]
+    assert (pooled.seeds, pooled.planned) == (2, 3)
+    assert pooled.difference == pytest.approx(0.3)
+    assert "on average over two of three seeds" in judgement.sentences[0]
+    assert "5.700*" in text_table(judgement)
+    none = judge(study(*seeded(None, None)))
+    assert none.verdicts[0].reason == "the scratch run S_R has no held-out loss"
+
+
+def test_pooled_interval_agrees_with_a_naive_loop():
+    differences = np.random.default_rng(5).normal(0.1, 0.3, (3, 20)) + np.array([[0.0], [0.3], [0.6]])
+    generator = np.random.default_rng(98)
+    means = []
+    for _ in range(6000):
+        seeds, windows = generator.integers(0, 3, 3), generator.integers(0, 20, 20)
+        means.append(sum(differences[seed, window] for seed in seeds for window in windows) / 60)
+    means.sort()
+    low, high = pooled_interval(differences)
+    assert low == pytest.approx(means[150], abs=0.02)
+    assert high == pytest.approx(means[5850], abs=0.02)
+
+
+def test_pooled_interval_of_one_seed_is_the_paired_bootstrap():
+    differences = np.random.default_rng(6).normal(0.02, 0.1, 50)
+    assert pooled_interval(differences[None]) == pytest.approx(bootstrap_interval(differences), abs=1e-12)
+
+
+def test_names_are_the_shortest_that_tell_comparisons_apart():
+    def names(*cells: Cell) -> list[str]:
+        return [text.split(", ", 1)[1].split(" ends ")[0] for text in judge(study(*cells)).sentences]
+
+    losses = {"P-R": 5.4, "S_R": 5.8}
+    one = [cell("wanda", name, loss, salt=i) for i, (name, loss) in enumerate(losses.items())]
+    assert names(*one) == ["Wanda at ratio 0.5"]
+    assert names(*[dataclasses.replace(c, target="2:4") for c in one]) == ["Wanda at 2:4"]
+    assert names(*[dataclasses.replace(c, target="4b-depth") for c in one]) == ["Wanda to 4b-depth"]
+    longer = [dataclasses.replace(c, retrain_tokens=2 * R) for c in one]
+    assert names(*one, *longer) == ["Wanda at ratio 0.5 (R = 200\u00a0k)", "Wanda at ratio 0.5 (R = 400\u00a0k)"]
+    distilled = [dataclasses.replace(c, objective="distillation", parent="big") for c in one]
+    assert names(*one, *distilled) == [
+        "Wanda at ratio 0.5 (parent parent)",
+        "Wanda at ratio 0.5 (parent big, distillation)",
+    ]
+
+
+def test_an_objective_without_a_twin_of_its_own_is_no_gap_in_the_study():
+    distilled = dataclasses.replace(trio(5.3, 5.8, 5.2)[0], objective="distillation")
+    judgement = judge(study(*trio(5.4, 5.8, 5.2), distilled))
+    assert [v.group.objective for v in judgement.verdicts] == ["", ""]
+    assert "not measured, or not in the study" in " ".join(text_table(judgement).split())
+
+
+def test_the_answer_as_json_names_every_comparison():
+    answer = answer_json(judge(large()))
+    first = answer["verdicts"][0]
+    assert (first["method"], first["target"], first["retrain_tokens"], first["seed"]) == (
+        "minitron-depth",
+        "0.5",
+        50_000,
+        None,
+    )
+    assert first["interval"][0] < first["difference"] < first["interval"][1]
+    assert {v["setting"] for v in answer["verdicts"]} == {"training", "total", "training-flops", "total-flops"}
+    assert {v["seed"] for v in answer["verdicts"]} == {None, 0, 1}
+    assert {part["with"] for part in answer["inherited"]} == {"redrawn", "pruned", "shuffled-weights"}
+    assert {row["second"]["objective"] for row in answer["objectives"]} == {"distillation"}
+    assert {f["finding"] for f in answer["findings"]} == {"equal-tokens", "tokens", "ratio", "granularity"}
+    assert json.loads(json.dumps(answer, allow_nan=False)) == answer
 
 
 def test_a_pruned_model_without_any_run_is_not_forgotten():
@@ -192,16 +312,16 @@ def test_answers():
     assert "wins or is too close to call" in judge(example()).answer
 
 
-@pytest.mark.parametrize("make", [example, broken])
+@pytest.mark.parametrize("make", [example, broken, large])
 def test_text_table_is_plain_and_narrow(make: Any):
-    text = text_table(make())
+    text = text_table(judge(make()))
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 100
-    assert text == text_table(make())
+    assert text == text_table(judge(make()))
 
 
 def test_text_table_shows_the_losses_and_who_wins():
-    text = text_table(example())
+    text = text_table(judge(example()))
     row = next(line for line in text.splitlines() if line.startswith("minitron-depth"))
     assert row.split() == ["minitron-depth", "0.5", "5.470", "5.410", "5.860", "5.130", "pruned", "scratch"]
     assert "held-out loss 5.440" in text
@@ -209,10 +329,25 @@ def test_text_table_shows_the_losses_and_who_wins():
 
 
 def test_text_table_shows_what_is_missing_as_a_dash():
-    row = next(line for line in text_table(broken()).splitlines() if line.startswith("minitron-depth"))
-    assert row.split()[3:7] == ["-", "5.410", "-", "5.130"]
+    row = next(line for line in text_table(judge(broken())).splitlines() if line.startswith("minitron-depth"))
+    assert row.split()[3:7] == ["5.405", "5.860*", "5.130", "not"]
+
+
+def test_text_table_of_several_parents_objectives_and_settings_stays_narrow():
+    big = [dataclasses.replace(c, parent="llama-3.1-8b-instruct") for c in large().cells]
+    parents = (*large().parents, dataclasses.replace(large().parents[0], name="llama-3.1-8b-instruct", cost=None))
+    text = text_table(judge(dataclasses.replace(large(), cells=(*large().cells, *big), parents=parents)))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "Parent llama-3.1-8b-instruct: 1.71 M parameters, P unknown" in text
+
+
+def test_text_table_tells_controls_and_objectives():
+    text = " ".join(text_table(judge(large())).split())
+    assert "What is inherited, by controls at equal training tokens Wanda at ratio 0.5 (R = 200 k)" in text
+    assert "at equal tokens: distillation on 50 k tokens ends 0.05 nats below the language-model loss on 50 k" in text
+    assert "What is inherited" not in text_table(judge(example()))
 
 
 def test_text_table_shortens_a_long_method_name():
     long = [dataclasses.replace(c, method="m" * 80, curve=curve(6, 5, R)) for c in trio(5.4, 5.8, 5.2)]
-    assert max(map(len, text_table(study(*long)).splitlines())) <= 100
+    assert max(map(len, text_table(judge(study(*long))).splitlines())) <= 100

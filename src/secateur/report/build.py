@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,28 @@ from markupsafe import Markup, escape
 
 from secateur.files import write_text
 from secateur.report import words
-from secateur.report.compare import SETTINGS
-from secateur.report.figures import inline_panels, save_figures
-from secateur.report.results import Results
-from secateur.report.sentences import brief
-from secateur.report.tables import cell_rows, cells_csv, curves_csv, ledger, pipelines
-from secateur.report.verdict import Judgement, judge
+from secateur.report.compare import SCRATCH
+from secateur.report.figures import KINDS, Panel, inline_panels, save_figures
+from secateur.report.index import PRUNED, Group, Index, Model
+from secateur.report.inherited import parts
+from secateur.report.latex import comparisons_tex
+from secateur.report.ledger import ACCOUNTS, FORMULA, forwards, own_cost, pieces, pipelines
+from secateur.report.objectives import objective_rows
+from secateur.report.sentences import brief, group_name, model_name, sentence
+from secateur.report.tables import cell_rows, comparison_rows, curves_csv, rows_csv
+from secateur.report.text import POOLED_NOTE
+from secateur.report.verdict import Judgement
 
 __all__ = ["build_report", "render"]
 
-_SYMBOL = re.compile(r"S_\{P\+R\}|S_R\b")
+_MANY = 6  #: comparisons beyond which the page folds away what is one for each
+_SYMBOL = re.compile(r"S_\{(P\+[RF])\}|S_([RF])\b")
+_RUNS: dict[str, str] = {
+    "S_R": "the same small architecture from random weights on R tokens: as many training tokens as P-R",
+    "S_{P+R}": "the same from random weights on P + R tokens: as many total tokens as P-R, its parent's counted",
+    "S_F": "the same from random weights for as many FLOPs as scoring and retraining took",
+    "S_{P+F}": "the same for as many FLOPs as pretraining the parent, scoring and retraining took",
+}
 _FILTERS = (
     words.count,
     words.duration,
@@ -34,24 +47,26 @@ _FILTERS = (
 )
 
 
-def build_report(results: Results, folder: Path) -> Path:
-    """Write ``report.html``, ``figures/*.svg`` and ``*.pdf``, ``cells.csv`` and ``curves.csv`` into ``folder``.
+def build_report(judgement: Judgement, folder: Path) -> Path:
+    """Write the page, its figures and its data into ``folder``.
 
+    ``report.html``, ``figures/*.svg`` and ``*.pdf``, ``cells.csv``, ``comparisons.csv`` and ``.tex``, ``curves.csv``.
     Each file is replaced as a whole, and the page last; the same results give the same bytes.
 
     Returns:
         The path of the page.
     """
-    judgement = judge(results)
-    save_figures(results, judgement, folder / "figures")
-    write_text(folder / "cells.csv", cells_csv(cell_rows(results, judgement)))
-    write_text(folder / "curves.csv", curves_csv(results))
+    save_figures(judgement, folder / "figures")
+    write_text(folder / "cells.csv", rows_csv(cell_rows(judgement)))
+    write_text(folder / "comparisons.csv", rows_csv(comparison_rows(judgement)))
+    write_text(folder / "comparisons.tex", comparisons_tex(judgement))
+    write_text(folder / "curves.csv", curves_csv(judgement))
     page = folder / "report.html"
-    write_text(page, render(results, judgement))
+    write_text(page, render(judgement))
     return page
 
 
-def render(results: Results, judgement: Judgement) -> str:
+def render(judgement: Judgement) -> str:
     """The page as text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -63,39 +78,105 @@ def render(results: Results, judgement: Judgement) -> str:
     )
     environment.filters |= {function.__name__: function for function in _FILTERS}
     environment.filters |= {"symbols": _symbols, "or_missing": _or_missing}
-    return environment.get_template("template.html.j2").render(_context(results, judgement))
+    return environment.get_template("template.html.j2").render(_context(judgement))
 
 
-def _context(results: Results, judgement: Judgement) -> dict[str, Any]:
-    panels = inline_panels(results, judgement)
-    verdicts = {
-        setting: [(verdict, brief(text, setting)) for verdict, text in judgement.of(setting)] for setting in SETTINGS
-    }
-    costs = [row["ratio"] for row in pipelines(results, judgement) if row["ratio"] is not None]
+def _context(judgement: Judgement) -> dict[str, Any]:
+    results, index = judgement.results, judgement.index
+    drawn = [(panel, Markup(svg)) for panel, svg in inline_panels(judgement)]
+    each = [model for model in (_each(judgement, model, drawn) for model in index.models) if model]
     return {
         "results": results,
         "judgement": judgement,
-        "verdicts": verdicts,
-        "figures": {
-            kind: [(panel, Markup(svg)) for panel, svg in panels if panel.kind == kind]
-            for kind in ("differences", "curves")
+        "many": len(index.comparisons) > _MANY,
+        "verdicts": {
+            setting: [(verdict, brief(text, setting)) for verdict, text in judgement.of(setting)]
+            for setting in judgement.settings
         },
-        "cells": cell_rows(results, judgement),
-        "ledger": ledger(results),
-        "pipelines": pipelines(results, judgement),
-        "costs": (min(costs), max(costs)) if costs else None,
+        "runs": [(SCRATCH[setting], _RUNS[SCRATCH[setting]]) for setting in judgement.settings],
+        "budgets": [words.count(tokens) for tokens in sorted({group.retrain_tokens for group in index.groups})],
+        "figures": {kind: [pair for pair in drawn if pair[0].kind == kind] for kind in KINDS},
+        "objectives": objective_rows(index),
+        "cells": cell_rows(judgement),
+        "extra": _extra(index.groups),
+        "before": _before(index),
+        "each": each,
+        "has_controls": any(model["controls"] for model in each),
+        **_costs(judgement),
         "unfinished": [stage for stage in results.stages if stage.state != "done"],
         "unmeasured": [text for v, text in zip(judgement.verdicts, judgement.sentences, strict=True) if v.reason],
-        "several_seeds": len({cell.seed for cell in results.cells}) > 1,
+        "several_seeds": index.several_seeds,
+        "several_parents": len(results.parents) > 1,
+        "pooled_note": POOLED_NOTE,
         "not_measured": words.NOT_MEASURED,
         "minus": words.MINUS,
     }
 
 
+def _extra(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """Columns of the table of models that tell this study's apart: heading and key of the row."""
+    columns = (("parent", "parent"), ("R", "retrain_tokens"), ("objective", "objective"), ("seed", "seed"))
+    return [(head, key) for head, key in columns if len({getattr(group, key) for group in groups}) > 1]
+
+
+def _before(index: Index) -> list[tuple[Any, float | None]]:
+    """Every pruned model with its loss above its parent's, where both were measured under one protocol."""
+    rows = []
+    for pruned in index.results.pruned:
+        parent = index.parents.get(pruned.parent)
+        ours, theirs = pruned.evaluation, parent.evaluation if parent else None
+        same = ours and theirs and ours.protocol == theirs.protocol
+        rows.append((pruned, ours.loss - theirs.loss if same and ours and theirs else None))
+    return rows
+
+
+def _each(judgement: Judgement, model: Model, drawn: Sequence[tuple[Panel, Markup]]) -> dict[str, Any] | None:
+    """What the page tells of one pruned model by itself; None where that is nothing."""
+    index = judgement.index
+    about = {group: group_name(group, index.comparisons, target=True) for group in index.comparisons}
+    about = {group: name for group, name in about.items() if group.model == model}
+
+    def of(kind: str, *subjects: Group | Model) -> list[tuple[Panel, Markup]]:
+        return [pair for pair in drawn if pair[0].kind == kind and pair[0].about in subjects]
+
+    found: dict[str, Any] = {
+        "layers": of("layers", model),
+        "curves": of("curves", *about),
+        "controls": [
+            {"name": name, "figures": of("controls", group), "parts": parts(index, group)}
+            for group, name in about.items()
+            if of("controls", group)
+        ],
+        "by_seed": [
+            (verdict, sentence(verdict, index.groups)) for verdict in judgement.by_seed if verdict.group.model == model
+        ],
+    }
+    return {"name": model_name(model, index.models), **found} if any(found.values()) else None
+
+
+def _costs(judgement: Judgement) -> dict[str, Any]:
+    index = judgement.index
+    totals = [v.flop_ratio for v in judgement.verdicts if v.setting == "total" and v.flop_ratio is not None]
+    training = []
+    for group in index.groups:
+        pruned, scratch = index.cell(group, PRUNED), index.cell(group, SCRATCH["training"])
+        own = own_cost(pruned) if pruned else None
+        if own and pruned and scratch and scratch.training.flops:
+            training.append((own.flops - (pruned.sweep.flops if pruned.sweep else 0.0)) / scratch.training.flops)
+    return {
+        "accounts": ACCOUNTS,
+        "formula": FORMULA,
+        "forwards": forwards(index),
+        "ledger": pieces(index),
+        "pipelines": pipelines(index),
+        "costs": (min(totals), max(totals)) if totals else None,
+        "training_costs": (min(training), max(training)) if training else None,
+    }
+
+
 def _symbols(text: str) -> Markup:
     """Escape ``text`` and set its symbols as they are written by hand: S_R with a subscript."""
-    marked = _SYMBOL.sub(lambda found: f"S<sub>{found[0][2:].strip('{}')}</sub>", str(escape(text)))
-    return Markup(marked)
+    return Markup(_SYMBOL.sub(lambda found: f"S<sub>{found[1] or found[2]}</sub>", str(escape(text))))
 
 
 def _or_missing(value: Any, name: str, *arguments: Any) -> str | Markup:

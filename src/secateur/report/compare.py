@@ -2,35 +2,84 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from secateur.report.results import Cell, Evaluation, Results
+from secateur.report.index import PRUNED, Group, Index
+from secateur.report.results import Cell, Evaluation
 
-__all__ = ["SCRATCH", "SETTINGS", "Group", "Setting", "Verdict", "Winner", "bootstrap_interval", "compare", "groups"]
+__all__ = [
+    "SCRATCH",
+    "SETTINGS",
+    "Estimate",
+    "Paired",
+    "Setting",
+    "Verdict",
+    "Winner",
+    "average",
+    "bootstrap_interval",
+    "compare",
+    "estimate",
+    "is_planned",
+    "paired",
+    "pooled_interval",
+    "settings_of",
+]
 
-Setting = Literal["training", "total"]
+Setting = Literal["training", "total", "training-flops", "total-flops"]
 Winner = Literal["pruned", "scratch", "too close to call", "not measured"]
 
-SETTINGS: tuple[Setting, ...] = ("training", "total")
-SCRATCH: dict[Setting, str] = {"training": "S_R", "total": "S_{P+R}"}  #: what P-R is held against in each setting
-PRUNED = "P-R"
+#: What P-R is held against in each setting.
+SCRATCH: dict[Setting, str] = {
+    "training": "S_R",
+    "total": "S_{P+R}",
+    "training-flops": "S_F",
+    "total-flops": "S_{P+F}",
+}
+SETTINGS: tuple[Setting, ...] = tuple(SCRATCH)
 
 RESAMPLES = 10_000
 _CHUNK = 500  # resamples drawn at once: bounds the memory, not the result
 _SEED = 42
+_ROUNDING = 1e-9  # nats; what two sums of equal losses may differ by
 
 
 @dataclass(frozen=True)
-class Group:
-    """What a pruned run and its twins have in common. Seeds are never averaged: each is a comparison of its own."""
+class Paired:
+    """The difference of two models of one seed, window by window; positive where the second has the higher loss."""
 
-    method: str
-    ratio: float
-    seed: int
+    value: float  #: difference of the losses, nats per token
+    windows: np.ndarray = field(repr=False)  #: [windows], differences of their mean losses
+    protocol: str
+
+    def minus(self, other: Paired) -> Paired | str:
+        """A difference of differences over the same windows, or why there is none."""
+        if self.protocol != other.protocol or len(self.windows) != len(other.windows):
+            return "the losses were measured under different protocols"
+        return Paired(self.value - other.value, self.windows - other.windows, self.protocol)
+
+    def __neg__(self) -> Paired:
+        return Paired(-self.value, -self.windows, self.protocol)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean difference in nats per token and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    seeds: int  #: how many it is the mean of
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval leaves out zero, else 0."""
+        return (self.low > _ROUNDING) - (self.high < -_ROUNDING)
 
 
 @dataclass(frozen=True)
@@ -38,7 +87,8 @@ class Verdict:
     """One comparison of a pruned and retrained model with its from-scratch twin.
 
     ``difference`` is loss(scratch) - loss(pruned) in nats per token, so positive means that pruning is better;
-    ``low`` and ``high`` bound its 95% interval. All figures are None where the comparison was not measured.
+    ``low`` and ``high`` bound its 95% interval. All figures are None where the comparison was not measured. Where the
+    group has no seed, losses and difference are means over the seeds that were measured.
     """
 
     setting: Setting
@@ -51,6 +101,8 @@ class Verdict:
     high: float | None = None
     flop_ratio: float | None = None  #: FLOPs of the whole pruned pipeline over those of the scratch run
     reason: str = ""  #: why it is not measured
+    seeds: int = 0  #: seeds that were measured
+    planned: int = 1  #: seeds that the comparison has
 
 
 def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
@@ -68,41 +120,121 @@ def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def groups(results: Results) -> tuple[Group, ...]:
-    """Every (method, ratio, seed) of the study, in its order; a pruned model without a run yet is among them."""
-    found = dict.fromkeys(Group(cell.method, cell.ratio, cell.seed) for cell in results.cells)
-    seed = min((group.seed for group in found), default=0)
-    trained = {(group.method, group.ratio) for group in found}
-    for pruned in results.pruned:
-        if (pruned.method, pruned.ratio) not in trained:
-            found[Group(pruned.method, pruned.ratio, seed)] = None
-    return tuple(found)
+def pooled_interval(differences: np.ndarray) -> tuple[float, float]:
+    """95% percentile interval of the mean of ``differences`` [seeds, windows], resampling both.
+
+    Each resample draws windows, the same for all seeds, and seeds, the same for all windows (a crossed bootstrap). It
+    assumes that the seeds are independent draws of one training noise and the windows of one kind of text, and that
+    both are many. They are not: with n seeds the part that comes from them is too narrow by (n - 1) / n in variance,
+    by half with two, so that the interval bounds the spread from below. The generator is seeded. With one seed it is
+    :func:`bootstrap_interval`, up to rounding.
+    """
+    seeds, windows = differences.shape
+    counts = _window_counts(windows)
+    by_seed = np.concatenate([counts[i : i + _CHUNK] @ differences.T for i in range(0, RESAMPLES, _CHUNK)]) / windows
+    chosen = np.random.default_rng((_SEED, 1)).integers(0, seeds, size=(RESAMPLES, seeds))
+    low, high = np.quantile(np.take_along_axis(by_seed, chosen, axis=1).mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
 
 
-def compare(results: Results) -> tuple[Verdict, ...]:
-    """Judge every group in both settings: first all at equal training tokens, then all at equal total tokens."""
-    cells = {(Group(cell.method, cell.ratio, cell.seed), cell.name): cell for cell in results.cells}
+@functools.lru_cache(maxsize=2)
+def _window_counts(windows: int) -> np.ndarray:
+    """How often each resample of ``bootstrap_interval`` draws each window, [resamples, windows]."""
+    generator = np.random.default_rng(_SEED)
+    counts = np.empty((RESAMPLES, windows), dtype=np.uint16)
+    rows = np.arange(_CHUNK)[:, None] * windows
+    for start in range(0, RESAMPLES, _CHUNK):
+        drawn = generator.integers(0, windows, size=(_CHUNK, windows)) + rows
+        counts[start : start + _CHUNK] = np.bincount(drawn.ravel(), minlength=_CHUNK * windows).reshape(_CHUNK, windows)
+    return counts
+
+
+def paired(better: Cell | None, worse: Cell | None, better_name: str, worse_name: str) -> Paired | str:
+    """loss(worse) - loss(better), window by window; or why it was not measured."""
+    ours, theirs = better.evaluation if better else None, worse.evaluation if worse else None
+    reason = _absence(better_name, better) or _absence(worse_name, worse)
+    if not reason and ours and theirs:
+        reason = _mismatch(ours, theirs, better_name, worse_name)
+    if reason or ours is None or theirs is None:
+        return reason
+    windows = np.asarray(theirs.windows) - np.asarray(ours.windows)
+    return Paired(theirs.loss - ours.loss, windows, ours.protocol)
+
+
+def estimate(seeds: Sequence[Paired]) -> Estimate | None:
+    """The mean over seeds with its interval; None where there is no seed, or where their protocols differ."""
+    if len({(one.protocol, len(one.windows)) for one in seeds}) != 1:
+        return None
+    low, high = pooled_interval(np.stack([one.windows for one in seeds]))
+    return Estimate(float(np.mean([one.value for one in seeds])), low, high, len(seeds))
+
+
+def average(comparisons: Iterable[dict[int, Paired]]) -> list[Paired]:
+    """For each seed that all comparisons have, the mean of their differences; they are taken as given, not as a draw.
+
+    Empty where nothing is left, or where their protocols differ.
+    """
+    found = [one for one in comparisons if one]
+    if len({(pair.protocol, len(pair.windows)) for one in found for pair in one.values()}) > 1:
+        return []
+    common = sorted(set.intersection(*(set(one) for one in found))) if found else []
+    means = []
+    for seed in common:
+        each = [one[seed] for one in found]
+        windows = np.mean([one.windows for one in each], axis=0)
+        means.append(Paired(float(np.mean([one.value for one in each])), windows, each[0].protocol))
+    return means
+
+
+def settings_of(index: Index) -> tuple[Setting, ...]:
+    """The settings that the study has runs for."""
+    names = {cell.name for cell in index.results.cells}
+    return tuple(setting for setting in SETTINGS if SCRATCH[setting] in names)
+
+
+def compare(index: Index, groups: Sequence[Group]) -> tuple[Verdict, ...]:
+    """Judge ``groups`` in every setting of the study, setting by setting; one without a seed, over all its seeds."""
     return tuple(
-        _judge(setting, group, cells.get((group, PRUNED)), cells.get((group, SCRATCH[setting])))
-        for setting in SETTINGS
-        for group in groups(results)
+        _judge(index, setting, group)
+        for setting in settings_of(index)
+        for group in groups
+        if is_planned(index, group, setting)
     )
 
 
-def _judge(setting: Setting, group: Group, pruned: Cell | None, scratch: Cell | None) -> Verdict:
+def is_planned(index: Index, group: Group, setting: Setting) -> bool:
+    """Whether a comparison has this setting; an objective without a twin of its own is held against other ones."""
+    return not group.objective or any(index.over_seeds(group, SCRATCH[setting]))
+
+
+def _judge(index: Index, setting: Setting, group: Group) -> Verdict:
     """One comparison, or the reason why there is none."""
-    ratio = pruned.total_flops / scratch.total_flops if pruned and scratch and scratch.total_flops else None
-    ours = pruned.evaluation if pruned else None
-    theirs = scratch.evaluation if scratch else None
-    reason = _absence(PRUNED, pruned) or _absence(SCRATCH[setting], scratch)
-    if not reason and ours and theirs:
-        reason = _mismatch(ours, theirs, SCRATCH[setting])
-    if reason or ours is None or theirs is None:
-        return Verdict(setting, group, "not measured", flop_ratio=ratio, reason=reason)
-    low, high = bootstrap_interval(np.asarray(theirs.windows) - np.asarray(ours.windows))
-    winner: Winner = "pruned" if low > 0 else "scratch" if high < 0 else "too close to call"
-    difference = theirs.loss - ours.loss
-    return Verdict(setting, group, winner, ours.loss, theirs.loss, difference, low, high, ratio)
+    name = SCRATCH[setting]
+    seeds = index.pools[group] if group.seed is None else (group,)
+    pairs = [(index.cell(one, PRUNED), index.cell(one, name)) for one in seeds]
+    ratio = next((r for ours, theirs in pairs if (r := _flop_ratio(index, ours, theirs)) is not None), None)
+    found = [paired(*pair, PRUNED, name) for pair in pairs]
+    measured = [one for one in found if isinstance(one, Paired)]
+    mean = estimate(measured)
+    if mean is None:
+        reason = next(
+            (one for one in found if isinstance(one, str)), "its seeds were evaluated under several protocols"
+        )
+        return Verdict(setting, group, "not measured", flop_ratio=ratio, reason=reason, planned=len(seeds))
+    winner: Winner = "pruned" if mean.sign > 0 else "scratch" if mean.sign < 0 else "too close to call"
+    used = [pair for pair, one in zip(pairs, found, strict=True) if isinstance(one, Paired)]
+    ours, theirs = (
+        float(np.mean([c.evaluation.loss for c in side if c and c.evaluation])) for side in zip(*used, strict=True)
+    )
+    interval = (mean.value, mean.low, mean.high)
+    return Verdict(setting, group, winner, ours, theirs, *interval, ratio, seeds=mean.seeds, planned=len(seeds))
+
+
+def _flop_ratio(index: Index, pruned: Cell | None, scratch: Cell | None) -> float | None:
+    parent = index.parent_cost(pruned.parent) if pruned else None
+    if not pruned or not pruned.pruning or not scratch or not parent or not scratch.training.flops:
+        return None
+    return (parent + pruned.pruning + pruned.training).flops / scratch.training.flops
 
 
 def _absence(name: str, cell: Cell | None) -> str:
@@ -116,11 +248,13 @@ def _absence(name: str, cell: Cell | None) -> str:
 
 
 def _called(name: str) -> str:
-    return f"pruned run {name}" if name == PRUNED else f"scratch run {name}"
+    if name == PRUNED:
+        return f"pruned run {name}"
+    return f"scratch run {name}" if name in SCRATCH.values() else f"run {name}"
 
 
-def _mismatch(pruned: Evaluation, scratch: Evaluation, name: str) -> str:
-    both = f"the {_called(PRUNED)} and the {_called(name)}"
+def _mismatch(pruned: Evaluation, scratch: Evaluation, *names: str) -> str:
+    both = " and ".join(f"the {_called(name)}" for name in names)
     if pruned.protocol != scratch.protocol:
         return f"{both} were evaluated under different protocols"
     if len(pruned.windows) != len(scratch.windows):

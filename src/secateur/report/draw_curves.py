@@ -1,7 +1,8 @@
-"""Held-out loss along training: one panel for each comparison, all panels on the same axes."""
+"""Held-out loss along training: one panel for each comparison, all panels on the same axis of losses."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,22 +10,20 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from secateur.report.compare import Group
+from secateur.report.draw_frame import LegendRow, draw_legend, panel, quiet
+from secateur.report.index import PRUNED, Group, Index
 from secateur.report.palette import Palette
-from secateur.report.results import Cell, Results
+from secateur.report.results import Cell
 from secateur.report.sentences import group_name
 from secateur.report.words import NOT_MEASURED, count, loss, number
 
-__all__ = ["curve_limits", "draw_curves"]
-
-_WIDTH, _HEIGHT, _LEGEND = 4.0, 4.0, 1.22  # inches; the legend stands below the axes, where it can hide nothing
+__all__ = ["RUNS", "Run", "curve_limits", "draw_curves", "mean_loss"]
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """How one kind of run is drawn: told apart by marker and dash as well as by colour."""
 
     cell: str
@@ -34,108 +33,116 @@ class _Run:
     marker: str
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row of the legend."""
-
-    label: str
-    value: str
-    style: dict[str, Any] | None  #: of the sample; None: nothing was drawn
-
-
-_RUNS = (
-    _Run("P-R", "pruned, then retrained on R", "pruned", "-", "o"),
-    _Run("S_R", "from scratch on R", "scratch", (0, (4.5, 1.6)), "s"),
-    _Run("S_{P+R}", "from scratch on P + R", "scratch", (0, (1.2, 1.3)), "D"),
+RUNS = (
+    Run(PRUNED, "pruned, then retrained on R", "pruned", "-", "o"),
+    Run("S_R", "from scratch on R", "scratch", (0, (4.5, 1.6)), "s"),
+    Run("S_{P+R}", "from scratch on P + R", "scratch", (0, (1.2, 1.3)), "D"),
+    Run("S_F", "from scratch, FLOPs of P-R", "scratch", (0, (7, 1.5, 1.2, 1.5)), "v"),
+    Run("S_{P+F}", "the same with the parent's", "scratch", (0, (3, 1.2, 1.2, 1.2, 1.2, 1.2)), "P"),
 )
 
 
-def curve_limits(results: Results) -> tuple[float, float]:
+def curve_limits(index: Index) -> tuple[float, float]:
     """Limits of the loss axis that every panel shares.
 
     A scratch run begins near ln(vocabulary), far above where anything is decided, and would squash the rest. So the
     axis spans where the runs end, and reaches up to the pruned models' first points unless those are outliers too.
     """
-    ends = [cell.curve[-1].loss for cell in results.cells if cell.curve]
-    if results.parent.evaluation:
-        ends.append(results.parent.evaluation.loss)
+    cells = [cell for cell in index.results.cells if cell.path != "control" and cell.curve]
+    ends = [cell.curve[-1].loss for cell in cells]
+    ends += [parent.evaluation.loss for parent in index.results.parents if parent.evaluation]
     if not ends:
         return 0.0, 1.0
     low, high = min(ends), max(ends)
     spread = max(high - low, 0.1)
-    starts = [cell.curve[0].loss for cell in results.cells if cell.curve and cell.path == "pruned"]
+    starts = [cell.curve[0].loss for cell in cells if cell.path == "pruned"]
     near = [start for start in starts if start <= high + 1.5 * spread]
     return low - 0.12 * spread, max([high + 0.45 * spread, *(start + 0.1 * spread for start in near)])
 
 
 def draw_curves(
-    results: Results, group: Group, among: Sequence[Group], limits: tuple[float, float], palette: Palette
+    index: Index, group: Group, among: Sequence[Group], limits: tuple[float, float], palette: Palette
 ) -> tuple[Figure, str]:
-    """One panel, and what it shows in words."""
-    figure = Figure(figsize=(_WIDTH, _HEIGHT))
-    bottom = (_LEGEND + 0.62) / _HEIGHT
-    axes = figure.add_axes((0.56 / _WIDTH, bottom, 1 - 0.72 / _WIDTH, 1 - bottom - 0.42 / _HEIGHT))
-    _frame(axes, results, limits, palette)
-    figure.text(0.02, 0.985, group_name(group, among), va="top", weight="bold", color=palette.ink, size=10.5)
-    rows: list[_Row] = []
-    above = []
-    for run in _RUNS:
-        cell = _find(results, group, run.cell)
-        rows.append(_draw_run(axes, run, cell, limits[1], palette))
-        if cell and cell.curve and cell.curve[0].loss > limits[1]:
-            above.append((cell.path, cell.curve[0].loss))
-    pruned = _find(results, group, "P-R")
-    if pruned and pruned.curve:  # carried on to P + R, where the second comparison is read off
-        end, last = pruned.curve[-1], results.parent_tokens + results.retrain_tokens
-        axes.plot([end.tokens, last], [end.loss] * 2, color=palette.pruned, lw=0.8, ls=(0, (1, 2.5)))
-    parent = results.parent.evaluation
+    """One panel, all seeds of the comparison in it, and what it shows in words."""
+    study = {cell.name for cell in index.results.cells}
+    found = {run: [cell for cell in index.over_seeds(group, run.cell) if cell] for run in RUNS}
+    shown = {run: cells for run, cells in found.items() if run.cell in study and (cells or not group.objective)}
+    figure, axes = panel(group_name(group, among), len(shown) + 1, palette)
+    _frame(axes, _ticks(index, group, shown), limits, palette)
+    rows = [_draw_run(axes, run, cells, limits[1], palette) for run, cells in shown.items()]
+    for cell in found[RUNS[0]]:  # carried on to where the longer runs are read off
+        if cell.curve:
+            end = cell.curve[-1]
+            last = max([end.tokens, *_lengths(shown)])
+            axes.plot([end.tokens, last], [end.loss] * 2, color=palette.pruned, lw=0.8, ls=(0, (1, 2.5)))
+    parent = index.parents.get(group.parent)
+    measured = parent.evaluation if parent else None
     style = {"color": palette.muted, "lw": 0.9}
-    if parent:
-        axes.axhline(parent.loss, zorder=1, **style)
-    rows.append(_Row("the parent, after P tokens", loss(parent.loss if parent else None), style if parent else None))
-    note = _cut_note(above, limits[1])
-    _legend(figure, rows, note, palette)
+    if measured:
+        axes.axhline(measured.loss, zorder=1, **style)
+    label = "the parent, after P tokens" if parent and parent.cost else "the parent"
+    rows.append(LegendRow(label, loss(measured.loss if measured else None), style if measured else None))
+    draw_legend(figure, rows, _cut_note([c for cells in shown.values() for c in cells], limits[1]), palette)
     return figure, "; ".join(f"{row.label}: {row.value}" for row in rows) + ". Losses in nats per token."
 
 
-def _find(results: Results, group: Group, name: str) -> Cell | None:
-    wanted = (group.method, group.ratio, group.seed, name)
-    return next((c for c in results.cells if (c.method, c.ratio, c.seed, c.name) == wanted), None)
+def _lengths(shown: dict[Run, list[Cell]]) -> list[int]:
+    return [cell.curve[-1].tokens for cells in shown.values() for cell in cells if cell.curve]
 
 
-def _frame(axes: Axes, results: Results, limits: tuple[float, float], palette: Palette) -> None:
+def _ticks(index: Index, group: Group, shown: dict[Run, list[Cell]]) -> dict[int, str]:
+    """Labelled places on the axis of tokens; the last is where it ends."""
+    short, cost = group.retrain_tokens, index.parent_cost(group.parent)
+    ticks = {0: "0", short: f"R\n{count(short)}"}
+    total = cost.tokens + short if cost else 0
+    if cost and any(run.cell == "S_{P+R}" for run in shown):
+        if math.sqrt(short / total) > 0.85:  # the two labels would touch
+            ticks[short] = ""
+        ticks[total] = f"P + R\n{count(total)}"
+    last = max([*ticks, *_lengths(shown), 1])
+    return ticks if last in ticks else {**ticks, last: ""}
+
+
+def _frame(axes: Axes, ticks: dict[int, str], limits: tuple[float, float], palette: Palette) -> None:
     """Axes, ticks and grid.
 
     Tokens stand on a square-root scale: on a linear one the R-long runs are a sliver beside the P + R-long ones, and
     a logarithmic one has no place for 0, where the pruned model before retraining is.
     """
-    short, total = results.retrain_tokens, results.parent_tokens + results.retrain_tokens
+    last = max(ticks)
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
-    axes.set_xlim(0, total * 1.02)
+    axes.set_xlim(0, last * 1.02)
     axes.set_ylim(*limits)
-    axes.xaxis.set_major_locator(FixedLocator([0, short, total]))
-    axes.set_xticklabels(["0", f"R\n{count(short)}", f"P + R\n{count(total)}"])
-    axes.xaxis.set_minor_locator(FixedLocator(MaxNLocator(9).tick_values(0, total)))
+    axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
+    axes.set_xticklabels(list(ticks.values()))
+    axes.xaxis.set_minor_locator(FixedLocator(MaxNLocator(9).tick_values(0, last)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("training tokens of the run (square-root scale)", size=8.5, color=palette.muted, labelpad=2)
-    where = {"xycoords": ("figure fraction", "axes fraction"), "xytext": (0, 6), "textcoords": "offset points"}
-    axes.annotate("held-out loss, nats per token", (0.02, 1), size=8.5, color=palette.muted, **where)
-    axes.grid(axis="y", color=palette.rule, lw=0.6)
-    axes.axvline(short, color=palette.rule, lw=0.9, zorder=0)
-    axes.set_axisbelow(True)
-    axes.patch.set_visible(False)
-    axes.tick_params(which="both", color=palette.rule, labelcolor=palette.ink, length=3.5)
-    axes.tick_params(which="minor", length=2)
-    for spine in axes.spines.values():
-        spine.set_color(palette.rule)
+    axes.axvline(list(ticks)[1] if len(ticks) > 1 else 0, color=palette.rule, lw=0.9, zorder=0)
+    quiet(axes, palette, "held-out loss, nats per token")
 
 
-def _draw_run(axes: Axes, run: _Run, cell: Cell | None, top: float, palette: Palette) -> _Row:
-    """Draw a run and return its row of the legend; a run without a curve has nothing to draw."""
-    final = cell.evaluation.loss if cell and cell.evaluation else None
-    if cell is None or not cell.curve:
-        return _Row(run.label, loss(final), None)
+def mean_loss(cells: Sequence[Cell]) -> float | None:
+    """The mean final loss of the runs that were measured; None where none was."""
+    losses = [cell.evaluation.loss for cell in cells if cell.evaluation]
+    return sum(losses) / len(losses) if losses else None
+
+
+def _draw_run(axes: Axes, run: Run, cells: Sequence[Cell], top: float, palette: Palette) -> LegendRow:
+    """Draw a run of each seed and return its row of the legend; a run without a curve has nothing to draw."""
+    final = mean_loss(cells)
+    drawn = [cell for cell in cells if cell.curve]
+    if not drawn:
+        return LegendRow(run.label, loss(final), None)
     colour: str = getattr(palette, run.role)
+    for cell in drawn:
+        _draw_curve(axes, run, cell, top, colour, palette)
+    first = sum(cell.curve[0].loss for cell in drawn) / len(drawn)
+    value = NOT_MEASURED if final is None else f"{number(first, 2)} → {loss(final)}"
+    return LegendRow(run.label, value, {"color": colour, "ls": run.dash, "marker": run.marker, "ms": 4.5})
+
+
+def _draw_curve(axes: Axes, run: Run, cell: Cell, top: float, colour: str, palette: Palette) -> None:
     tokens, losses = [p.tokens for p in cell.curve], [p.loss for p in cell.curve]
     axes.plot(tokens, losses, color=colour, ls=run.dash, zorder=3)
     marker: dict[str, Any] = {"color": colour, "ms": 5.5, "ls": "none", "clip_on": False, "zorder": 4}
@@ -144,26 +151,12 @@ def _draw_run(axes: Axes, run: _Run, cell: Cell | None, top: float, palette: Pal
         axes.plot([0], losses[:1], marker=run.marker, mfc=palette.paper, mew=1.5, **marker)
     elif run.role == "pruned":
         axes.plot([0], [top], marker="^", **marker)
-    value = NOT_MEASURED if final is None else f"{number(losses[0], 2)} → {loss(final)}"
-    return _Row(run.label, value, {"color": colour, "ls": run.dash, "marker": run.marker, "ms": 4.5})
 
 
-def _cut_note(above: list[tuple[str, float]], top: float) -> str:
+def _cut_note(cells: Sequence[Cell], top: float) -> str:
     """Say which curves begin above the axis, and where."""
+    above = [(cell.path, cell.curve[0].loss) for cell in cells if cell.curve and cell.curve[0].loss > top]
     if not above:
         return ""
     starts = {path: number(max(value for p, value in above if p == path), 2) for path, _ in above}
     return f"axis cut at {number(top, 2)}: " + ", ".join(f"{path} starts at {at}" for path, at in starts.items())
-
-
-def _legend(figure: Figure, rows: list[_Row], note: str, palette: Palette) -> None:
-    """One row for each run: sample, words, first and final loss; then the note on the axis."""
-    for index, row in enumerate(rows):
-        y = (_LEGEND - 0.18 - 0.235 * index) / _HEIGHT
-        if row.style:
-            # three points, so that the marker sits in the middle of a sample of the line
-            sample = Line2D([0.02, 0.0675, 0.115], [y] * 3, transform=figure.transFigure, markevery=[1], **row.style)
-            figure.add_artist(sample)
-        figure.text(0.145, y, row.label, va="center", size=9, color=palette.ink)
-        figure.text(0.985, y, row.value, va="center", ha="right", size=9, color=palette.ink)
-    figure.text(0.02, 0.1 / _HEIGHT, note, va="center", size=8.5, color=palette.muted)

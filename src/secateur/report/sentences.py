@@ -2,57 +2,102 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from secateur.report.compare import Group, Setting, Verdict, Winner
-from secateur.report.words import decimals, listing, method_name, number, spelled
+from secateur.report.compare import Setting, Verdict, Winner
+from secateur.report.index import Group, Model
+from secateur.report.words import count, decimals, listing, method_name, number, spelled
 
-__all__ = ["answer", "brief", "group_name", "headline", "sentence"]
+__all__ = ["BUDGETS", "answer", "brief", "group_name", "headline", "interval", "model_name", "sentence", "target_words"]
 
-_AT: dict[Setting, str] = {"training": "At equal training tokens", "total": "At equal total tokens"}
+#: What both paths have as much of in each setting.
+BUDGETS: dict[Setting, str] = {
+    "training": "training tokens",
+    "total": "total tokens",
+    "training-flops": "training FLOPs",
+    "total-flops": "total FLOPs",
+}
 _MOST_NAMES = 3  # a headline that lists more than these is no headline: it counts instead
 
 
-def group_name(group: Group, among: Sequence[Group], *, ratio: bool = False) -> str:
-    """The shortest name that tells ``group`` from the others; ``ratio`` names the ratio even where there is but one."""
+def target_words(target: str) -> str:
+    """``"0.5"`` -> ``"at ratio 0.5"``, ``"2:4"`` -> ``"at 2:4"``, ``"4b-depth"`` -> ``"to 4b-depth"``."""
+    if re.fullmatch(r"0?\.\d+", target):
+        return f"at ratio {target}"
+    return f"at {target}" if re.fullmatch(r"\d+:\d+", target) else f"to {target}"
+
+
+def model_name(model: Model, among: Sequence[Model]) -> str:
+    """A pruned model: its method and target, and its parent where there are several."""
+    name = f"{method_name(model.method)} {target_words(model.target)}"
+    return f"{name} ({model.parent})" if len({other.parent for other in among}) > 1 else name
+
+
+def group_name(group: Group, among: Sequence[Group], *, target: bool = False) -> str:
+    """The shortest name that tells ``group`` from the others; ``target`` names a lone target as well."""
     name = method_name(group.method)
-    if ratio or len({other.ratio for other in among}) > 1:
-        name += f" at ratio {group.ratio:g}"
-    if len({other.seed for other in among}) > 1:
-        name += f" (seed {group.seed})"
-    return name
+    if target or len({other.target for other in among}) > 1:
+        name += f" {target_words(group.target)}"
+    notes = []
+    if len({other.parent for other in among}) > 1:
+        notes.append(f"parent {group.parent}")
+    if len({other.retrain_tokens for other in among}) > 1:
+        notes.append(f"R = {count(group.retrain_tokens)}")
+    if group.objective and len({other.objective for other in among}) > 1:
+        notes.append(group.objective)
+    if group.seed is not None and len({other.seed for other in among}) > 1:
+        notes.append(f"seed {group.seed}")
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def interval(low: float, high: float, digits: int) -> str:
+    """``"95% interval 0.43 to 0.47"``."""
+    return f"95% interval {number(low, digits)} to {number(high, digits)}"
 
 
 def sentence(verdict: Verdict, among: Sequence[Group]) -> str:
     """One verdict as one sentence."""
-    start = f"{_AT[verdict.setting]}, {group_name(verdict.group, among, ratio=True)}"
+    start = f"{_at(verdict.setting)}, {group_name(verdict.group, among, target=True)}"
     difference, low, high = verdict.difference, verdict.low, verdict.high
     if difference is None or low is None or high is None:
         return f"{start} is not measured: {verdict.reason}."
+    over = _over(verdict)
+    twin = "its from-scratch twins" if over else "its from-scratch twin"
     digits = decimals(difference, low, high)
     if verdict.winner == "too close to call":
-        span = f"{number(low, digits)} to {number(high, digits)}"
         return (
-            f"{start} cannot be told from its from-scratch twin (difference {number(difference, digits)} nats, "
-            f"95% interval {span}): too close to call."
+            f"{start} cannot be told from {twin} (difference {number(difference, digits)} nats{over}, "
+            f"{interval(low, high, digits)}): too close to call."
         )
     near, far = sorted((abs(low), abs(high)))
     side, end = ("below", "pruning pays") if verdict.winner == "pruned" else ("above", "training from scratch pays")
-    return (
-        f"{start} ends {number(abs(difference), digits)} nats {side} its from-scratch twin "
-        f"(95% interval {number(near, digits)} to {number(far, digits)}): {end}."
-    )
+    by = f"{number(abs(difference), digits)} nats {side} {twin}{over}"
+    return f"{start} ends {by} ({interval(near, far, digits)}): {end}."
+
+
+def _over(verdict: Verdict) -> str:
+    """What a pooled verdict is the mean of."""
+    if verdict.planned == 1:
+        return ""
+    if verdict.seeds == verdict.planned:
+        return f" on average over {spelled(verdict.seeds)} seeds"
+    return f" on average over {spelled(verdict.seeds)} of {spelled(verdict.planned)} seeds"
+
+
+def _at(setting: Setting) -> str:
+    return f"At equal {BUDGETS[setting]}"
 
 
 def brief(text: str, setting: Setting) -> str:
     """A sentence without the setting that opens it, for where the setting is plain already."""
-    return text.removeprefix(f"{_AT[setting]}, ")
+    return text.removeprefix(f"{_at(setting)}, ")
 
 
 def headline(verdicts: Sequence[Verdict]) -> str:
     """All verdicts of one setting in one sentence; ``verdicts`` must not be empty and must share their setting."""
     among = [verdict.group for verdict in verdicts]
-    start = _AT[verdicts[0].setting]
+    start = _at(verdicts[0].setting)
     phrases: tuple[tuple[Winner, str, str], ...] = (
         ("pruned", "pruning wins for {}", "pruning wins for {}"),
         ("scratch", "training from scratch wins for {}", "training from scratch wins for {}"),
@@ -68,8 +113,7 @@ def headline(verdicts: Sequence[Verdict]) -> str:
 
 
 def _who(found: Sequence[Group], among: Sequence[Group]) -> str:
-    single = len({(group.ratio, group.seed) for group in among}) == 1
-    noun = "methods" if single else "comparisons"
+    noun = "comparisons" if _several(among) else "methods"
     if len(found) == len(among) > 1:
         return f"{'both' if len(found) == 2 else 'all ' + spelled(len(found))} {noun}"
     if len(found) > _MOST_NAMES:
@@ -77,35 +121,54 @@ def _who(found: Sequence[Group], among: Sequence[Group]) -> str:
     return listing([group_name(group, among) for group in found])
 
 
+def _several(groups: Sequence[Group]) -> bool:
+    """Whether comparisons differ in more than their method."""
+    return len({(g.parent, g.target, g.retrain_tokens, g.objective, g.seed) for g in groups}) > 1
+
+
 def answer(verdicts: Sequence[Verdict]) -> str:
-    """The study's answer in one sentence, from the verdicts of both settings."""
-    training, total = (_lean([v for v in verdicts if v.setting == setting]) for setting in ("training", "total"))
-    partly = any(verdict.winner == "not measured" for verdict in verdicts)
-    if training == total == "not measured":
-        return "There is no answer yet: no comparison has been measured."
-    note = ", as far as it was measured" if partly else ""
-    if training == total and training in ("pruned", "scratch"):
-        do = "Prune" if training == "pruned" else "Train from scratch"
-        return f"{do}, whether or not the parent's tokens are counted{note}."
-    several = len({(verdict.group.ratio, verdict.group.seed) for verdict in verdicts}) > 1
+    """The study's answer, from the verdicts of all settings: in tokens, then in FLOPs where it has such settings."""
+    note = ", as far as it was measured" if any(verdict.winner == "not measured" for verdict in verdicts) else ""
+    noun = "comparison" if _several([verdict.group for verdict in verdicts]) else "method"
+    texts = []
+    for training, total, counted in (("training", "total", "tokens"), ("training-flops", "total-flops", "FLOPs")):
+        free, charged = (_lean([v for v in verdicts if v.setting == setting]) for setting in (training, total))
+        text = _advice(free, charged, counted, noun)
+        if text and counted == "FLOPs":
+            text = f"Counted in FLOPs: {text[0].lower()}{text[1:]}"
+        texts += [f"{text}{note}."] if text else []
+    return " ".join(texts) or "There is no answer yet: no comparison has been measured."
+
+
+def _advice(free: str, charged: str, counted: str, noun: str) -> str:
+    """What to do with the parent at no cost, and charged, its cost being ``counted`` so; empty where nobody knows."""
     clauses = {
         "pruned": "prune",
         "scratch": "train from scratch",
         "too close to call": "the two paths are too close to call",
         "pruned or tie": "pruning wins or is too close to call",
         "scratch or tie": "training from scratch wins or is too close to call",
-        "mixed": f"it depends on the {'comparison' if several else 'method'}",
+        "mixed": f"it depends on the {noun}",
         "not measured": "there is no answer yet",
     }
-    return f"If the parent is already there, {clauses[training]}; if its tokens count too, {clauses[total]}{note}."
+    if {free, charged} <= {"", "not measured"}:
+        return ""
+    if free == charged and free in ("pruned", "scratch"):
+        do = "Prune" if free == "pruned" else "Train from scratch"
+        return f"{do}, whether or not the parent's {counted} are counted"
+    parts = [f"if the parent is already there, {clauses[free]}"] if free else []
+    parts += [f"if its {counted} count too, {clauses[charged]}"] if free and charged else []
+    parts += [f"if the parent's {counted} count, {clauses[charged]}"] if charged and not free else []
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:]
 
 
 def _lean(verdicts: Sequence[Verdict]) -> str:
-    """Where the measured verdicts of one setting point together: a key of the clauses above."""
+    """Where the verdicts of one setting point together: a key of the clauses above, or empty without any verdict."""
     winners = {verdict.winner for verdict in verdicts} - {"not measured"}
     decided = winners - {"too close to call"}
     if not winners:
-        return "not measured"
+        return "not measured" if verdicts else ""
     if len(decided) == 1:
         return decided.pop() + (" or tie" if len(winners) > 1 else "")
     return "mixed" if decided else "too close to call"

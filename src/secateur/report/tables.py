@@ -7,29 +7,34 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from secateur.report.compare import SCRATCH, groups
-from secateur.report.results import Cell, Results
-from secateur.report.sentences import group_name
+from secateur.report.compare import SCRATCH
+from secateur.report.index import Index, group_of
+from secateur.report.ledger import ACCOUNTS, account_flops, best, own_cost, setting_total
+from secateur.report.results import Cell
 from secateur.report.verdict import Judgement
 
-__all__ = ["cell_rows", "cells_csv", "curves_csv", "ledger", "pipelines"]
+__all__ = ["cell_rows", "comparison_rows", "curves_csv", "rows_csv"]
 
 Row = dict[str, Any]
 
 
-def cell_rows(results: Results, judgement: Judgement) -> list[Row]:
+def cell_rows(judgement: Judgement) -> list[Row]:
     """One row for each trained model; None wherever a value was not measured.
 
     A scratch run's row holds its difference from its pruned twin: loss(scratch) - loss(pruned), with its interval.
     """
-    pruned = {(record.method, record.ratio): record for record in results.pruned}
-    verdicts = {(verdict.group, SCRATCH[verdict.setting]): verdict for verdict in judgement.verdicts}
-    groups_of = {(group.method, group.ratio, group.seed): group for group in groups(results)}
+    index = judgement.index
+    verdicts = {
+        (verdict.group, SCRATCH[verdict.setting]): verdict for verdict in judgement.by_seed or judgement.verdicts
+    }
+    on_front = best(index)
     rows = []
-    for cell in results.cells:
-        record = pruned.get((cell.method, cell.ratio))
-        verdict = verdicts.get((groups_of[cell.method, cell.ratio, cell.seed], cell.name))
+    for cell in judgement.results.cells:
+        group = group_of(cell)
+        record = index.pruned.get(group.model)
+        verdict = verdicts.get((group, cell.name))
         measured = cell.evaluation
+        total_tokens, total_flops = setting_total(index, cell)
         rows.append(
             {
                 "name": cell.name,
@@ -41,10 +46,10 @@ def cell_rows(results: Results, judgement: Judgement) -> list[Row]:
                 "ratio_non_embedding": record.ratio_non_embedding if record else None,
                 "parameters": cell.parameters,
                 "non_embedding": cell.non_embedding,
-                "train_tokens": cell.train_tokens,
-                "total_tokens": cell.total_tokens,
-                "train_flops": cell.train_flops,
-                "total_flops": cell.total_flops,
+                "train_tokens": cell.training.tokens,
+                "total_tokens": total_tokens,
+                "train_flops": cell.training.flops,
+                "total_flops": total_flops,
                 "loss": measured.loss if measured else None,
                 "perplexity": measured.perplexity if measured else None,
                 "sparsity": measured.sparsity if measured else None,
@@ -52,61 +57,74 @@ def cell_rows(results: Results, judgement: Judgement) -> list[Row]:
                 "low": verdict.low if verdict else None,
                 "high": verdict.high if verdict else None,
                 "winner": verdict.winner if verdict else None,
+                "parent": cell.parent,
+                "target": cell.target,
+                "retrain_tokens": cell.retrain_tokens,
+                "objective": cell.objective,
+                "init": cell.init,
+                "path": cell.path,
+                "peak_rate": cell.peak_rate,
+                **_costs(index, cell),
+                "best_for": " ".join(on_front.get((group, cell.name), ())),
             }
         )
     return rows
 
 
-def ledger(results: Results) -> list[Row]:
-    """What each piece of work cost by itself."""
-    parent = results.parent
-    rows: list[Row] = [{"what": "pretraining the parent", "tokens": parent.tokens, "flops": parent.flops}]
-    for record in results.pruned:
-        who = {"method": record.method, "ratio": record.ratio}
-        rows.append({"what": "scoring", **who, "tokens": record.calibration_tokens, "flops": record.flops})
-    for cell in results.cells:
-        who = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed}
-        what = "retraining" if cell.path == "pruned" else "training from scratch"
-        rows.append({"what": what, "name": cell.name, **who, "tokens": cell.train_tokens, "flops": cell.train_flops})
-    return rows
+def _costs(index: Index, cell: Cell) -> Row:
+    own = own_cost(cell)
+    return {
+        "seconds": cell.training.seconds,
+        "own_seconds": own.seconds if own else None,
+        "pruning_flops": cell.pruning.flops if cell.pruning else None,
+        "sweep_flops": cell.sweep.flops if cell.sweep else None,
+        **{f"{account}_flops": account_flops(index, cell, account) for account in ACCOUNTS},
+    }
 
 
-def pipelines(results: Results, judgement: Judgement) -> list[Row]:
-    """What the two paths cost in all at equal total tokens, side by side."""
-    cells = {(c.method, c.ratio, c.seed, c.name): c for c in results.cells}
-    among = groups(results)
+def comparison_rows(judgement: Judgement) -> list[Row]:
+    """One row for each comparison in each setting, pooled over seeds first, then each seed by itself."""
     rows = []
-    for verdict, _ in judgement.of("total"):
+    for verdict in (*judgement.verdicts, *judgement.by_seed):
         group = verdict.group
-        pruned, scratch = (cells.get((group.method, group.ratio, group.seed, n)) for n in ("P-R", SCRATCH["total"]))
         rows.append(
             {
-                "group": group_name(group, among, ratio=True),
-                "pruned_tokens": _total(pruned, "tokens"),
-                "pruned_flops": _total(pruned, "flops"),
-                "scratch_tokens": _total(scratch, "tokens"),
-                "scratch_flops": _total(scratch, "flops"),
-                "ratio": verdict.flop_ratio,
+                "setting": verdict.setting,
+                "parent": group.parent,
+                "method": group.method,
+                "target": group.target,
+                "retrain_tokens": group.retrain_tokens,
+                "objective": group.objective,
+                "seed": group.seed,
+                "seeds": verdict.seeds,
+                "pruned_loss": verdict.pruned_loss,
+                "scratch_loss": verdict.scratch_loss,
+                "difference": verdict.difference,
+                "low": verdict.low,
+                "high": verdict.high,
+                "winner": verdict.winner,
+                "flop_ratio": verdict.flop_ratio,
+                "reason": verdict.reason,
             }
         )
     return rows
 
 
-def _total(cell: Cell | None, what: str) -> float | None:
-    return getattr(cell, f"total_{what}") if cell else None
-
-
-def cells_csv(rows: Sequence[Row]) -> str:
-    """``cell_rows`` as CSV, in full precision; what was not measured is an empty field."""
+def rows_csv(rows: Sequence[Row]) -> str:
+    """Rows as CSV, in full precision; what was not measured is an empty field."""
     return _csv(list(rows[0]) if rows else [], [list(row.values()) for row in rows])
 
 
-def curves_csv(results: Results) -> str:
-    """Every point of every training curve, the parent's first."""
-    head = ["name", "method", "ratio", "seed", "tokens", "loss"]
-    rows: list[list[Any]] = [["parent", None, None, None, p.tokens, p.loss] for p in results.parent.curve]
-    for cell in results.cells:
-        rows += [[cell.name, cell.method, cell.ratio, cell.seed, p.tokens, p.loss] for p in cell.curve]
+def curves_csv(judgement: Judgement) -> str:
+    """Every point of every training curve, those of the parents first."""
+    head = ["name", "method", "ratio", "seed", "tokens", "loss", "parent", "target", "retrain_tokens", "objective"]
+    rows: list[list[Any]] = []
+    for parent in judgement.results.parents:
+        rows += [["parent", None, None, None, p.tokens, p.loss, parent.name, None, None, None] for p in parent.curve]
+    for cell in judgement.results.cells:
+        who = [cell.name, cell.method, cell.ratio, cell.seed]
+        where = [cell.parent, cell.target, cell.retrain_tokens, cell.objective]
+        rows += [[*who, point.tokens, point.loss, *where] for point in cell.curve]
     return _csv(head, rows)
 
 

@@ -1,38 +1,41 @@
-"""What the study says: verdicts, the sentences that state them, and the table for the terminal."""
+"""What the study says: every verdict, the sentences that state them, and the same as JSON."""
 
 from __future__ import annotations
 
-import textwrap
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
 
-from secateur.report.compare import (
-    SCRATCH,
-    SETTINGS,
-    Group,
-    Setting,
-    Verdict,
-    Winner,
-    bootstrap_interval,
-    compare,
-    groups,
-)
-from secateur.report.results import Evaluation, Results
-from secateur.report.sentences import answer, brief, headline, sentence
-from secateur.report.words import MINUS, TIMES, count, loss
+from secateur.report.compare import Estimate, Setting, Verdict, compare, settings_of
+from secateur.report.findings import Finding, find
+from secateur.report.index import Index
+from secateur.report.inherited import parts
+from secateur.report.objectives import objective_rows
+from secateur.report.results import Results
+from secateur.report.sentences import answer, headline, sentence
 
-__all__ = ["Group", "Judgement", "Setting", "Verdict", "Winner", "bootstrap_interval", "judge", "text_table"]
-
-_WIDTH = 100
+__all__ = ["Judgement", "answer_json", "judge"]
 
 
 @dataclass(frozen=True)
 class Judgement:
     """Every verdict of a study and what they say together."""
 
-    verdicts: tuple[Verdict, ...]  #: all at equal training tokens, then all at equal total tokens
+    index: Index = field(compare=False)
+    settings: tuple[Setting, ...]  #: those that the study has runs for
+    verdicts: tuple[
+        Verdict, ...
+    ]  #: setting by setting, one for each comparison; over its seeds where there are several
     sentences: tuple[str, ...]  #: one for each verdict
+    by_seed: tuple[Verdict, ...]  #: the same for each seed by itself; empty where there is but one
     headlines: dict[Setting, str]  #: one for each setting
     answer: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def results(self) -> Results:
+        """What was judged."""
+        return self.index.results
 
     def of(self, setting: Setting) -> list[tuple[Verdict, str]]:
         """The verdicts of one setting with their sentences."""
@@ -42,95 +45,77 @@ class Judgement:
 
 def judge(results: Results) -> Judgement:
     """Compare every pruned run with its from-scratch twins. A pure function: the same results, the same judgement."""
-    verdicts = compare(results)
-    among = groups(results)
-    headlines: dict[Setting, str] = {}
-    for setting in SETTINGS:
-        chosen = [verdict for verdict in verdicts if verdict.setting == setting]
-        headlines[setting] = headline(chosen) if chosen else f"At equal {setting} tokens, nothing was compared."
-    return Judgement(verdicts, tuple(sentence(verdict, among) for verdict in verdicts), headlines, answer(verdicts))
-
-
-def text_table(results: Results) -> str:
-    """The study for a terminal: plain ASCII, at most 100 columns, ending with the verdicts."""
-    judgement = judge(results)
-    rows = _rows(results, judgement)
-    parent = results.parent
-    lines = [
-        f"Parent: {count(parent.parameters)} parameters, P = {count(results.parent_tokens)} tokens, "
-        f"held-out loss {loss(_loss(parent.evaluation))} nats/token",
-        "",
-        *_aligned(rows),
-        "",
-        *_wrapped(
-            f"Held-out loss in nats/token. before: pruned, not yet retrained. P-R: pruned, then retrained on R = "
-            f"{count(results.retrain_tokens)} tokens. S_R, S_{{P+R}}: the same architecture from scratch on R, and on "
-            f"P+R = {count(results.parent_tokens + results.retrain_tokens)} tokens. "
-            "The last columns say which has the lower loss at equal training tokens (P-R against S_R) and at equal "
-            "total tokens (P-R against S_{P+R}). A dash: not measured."
-        ),
-    ]
-    for setting in SETTINGS:
-        lines += ["", *_wrapped(judgement.headlines[setting])]
-        for _, text in judgement.of(setting):
-            lines += _wrapped(brief(text, setting), indent="  ")
-    ratios = _flop_line(judgement)
-    lines += ["", *(_wrapped(ratios) if ratios else []), *_wrapped(judgement.answer)]
-    return _ascii("\n".join(lines)) + "\n"
-
-
-def _rows(results: Results, judgement: Judgement) -> list[list[str]]:
-    among = groups(results)
-    seeded = len({group.seed for group in among}) > 1
-    before = {(pruned.method, pruned.ratio): _loss(pruned.evaluation) for pruned in results.pruned}
-    cells = {(cell.method, cell.ratio, cell.seed, cell.name): _loss(cell.evaluation) for cell in results.cells}
-    winners = {(verdict.group, verdict.setting): verdict.winner for verdict in judgement.verdicts}
-    head = ["method", "ratio", *(["seed"] if seeded else []), "before", "P-R", "S_R", "S_{P+R}"]
-    rows = [[*head, "equal training", "equal total"]]
-    for group in among:
-        losses = [before.get((group.method, group.ratio))]
-        losses += [cells.get((group.method, group.ratio, group.seed, n)) for n in ("P-R", *SCRATCH.values())]
-        seed = [str(group.seed)] if seeded else []
-        shown = ["-" if value is None else loss(value) for value in losses]
-        rows.append([group.method, f"{group.ratio:g}", *seed, *shown, *(winners[group, s] for s in SETTINGS)])
-    return rows
-
-
-def _loss(evaluation: Evaluation | None) -> float | None:
-    return evaluation.loss if evaluation else None
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns two spaces apart, figures to the right, words to the left; a long method name gives way."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    lines = []
-    for row in rows:
-        words = {0, len(row) - 2, len(row) - 1}
-        name = row[0] if len(row[0]) <= widths[0] else row[0][: widths[0] - 2] + ".."
-        texts = [name, *row[1:]]
-        padded = [t.ljust(w) if i in words else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths, strict=True))]
-        lines.append("  ".join(padded).rstrip())
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
-
-
-def _flop_line(judgement: Judgement) -> str:
-    found = [verdict.flop_ratio for verdict, _ in judgement.of("total") if verdict.flop_ratio is not None]
-    if not found:
-        return ""
-    low, high = f"{min(found):.2f}", f"{max(found):.2f}"
-    span = low if low == high else f"{low} to {high}"
-    return (
-        f"Equal tokens is not equal compute: at equal total tokens the pruned pipeline costs {span} times the FLOPs "
-        "of training from scratch, the parent's pretraining and the scoring counted."
+    index = Index(results)
+    settings = settings_of(index)
+    verdicts = compare(index, index.comparisons)
+    headlines: dict[Setting, str] = {
+        setting: headline([verdict for verdict in verdicts if verdict.setting == setting]) for setting in settings
+    }
+    return Judgement(
+        index=index,
+        settings=settings,
+        verdicts=verdicts,
+        sentences=tuple(sentence(verdict, index.comparisons) for verdict in verdicts),
+        by_seed=compare(index, index.groups) if index.several_seeds else (),
+        headlines=headlines,
+        answer=answer(verdicts),
+        findings=find(index),
     )
 
 
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        _ascii(text), _WIDTH, initial_indent=indent, subsequent_indent=indent + ("  " if indent else "")
-    )
+def answer_json(judgement: Judgement) -> dict[str, Any]:
+    """The judgement as plain values: answer, verdicts (pooled ones have no seed), findings, controls, objectives."""
+    groups = judgement.index.groups
+    pairs = [*zip(judgement.verdicts, judgement.sentences, strict=True)]
+    pairs += [(verdict, sentence(verdict, groups)) for verdict in judgement.by_seed]
+    return {
+        "answer": judgement.answer,
+        "verdicts": [_verdict_json(judgement.index, verdict, text) for verdict, text in pairs],
+        "findings": [
+            {
+                "finding": finding.key,
+                "claim": finding.claim,
+                "who": row.who,
+                "answer": row.answer,
+                **_mean_json(row.mean),
+                "sentence": row.sentence,
+            }
+            for finding in judgement.findings
+            for row in finding.rows
+        ],
+        "inherited": [
+            {**dataclasses.asdict(group), "without": part.against, "with": part.of, **_mean_json(part.mean)}
+            for group in judgement.index.comparisons
+            for part in parts(judgement.index, group)
+        ],
+        "objectives": [
+            {
+                "equal": row.equal,
+                "first": dataclasses.asdict(row.first),
+                "second": dataclasses.asdict(row.second),
+                **_mean_json(row.mean),
+                "sentence": row.sentence,
+            }
+            for row in objective_rows(judgement.index)
+        ],
+    }
 
 
-def _ascii(text: str) -> str:
-    return text.replace("\u00a0", " ").replace(MINUS, "-").replace(TIMES, "x")
+def _mean_json(mean: Estimate | None) -> dict[str, Any]:
+    """A paired difference; None where it was not measured."""
+    return {"difference": mean.value if mean else None, "interval": [mean.low, mean.high] if mean else None}
+
+
+def _verdict_json(index: Index, verdict: Verdict, text: str) -> dict[str, Any]:
+    return {
+        "setting": verdict.setting,
+        **dataclasses.asdict(verdict.group),
+        "ratio": index.ratio(verdict.group.model),
+        "seeds": verdict.seeds,
+        "winner": verdict.winner,
+        "difference": verdict.difference,
+        "interval": None if verdict.low is None else [verdict.low, verdict.high],
+        "flop_ratio": verdict.flop_ratio,
+        "reason": verdict.reason,
+        "sentence": text,
+    }

@@ -38,6 +38,7 @@ _METHODS = {
     "magnitude": "Magnitude",
     "minitron-depth": "Minitron-depth",
     "minitron-width": "Minitron-width",
+    "sheared": "Sheared LLaMA",
     "sheared-llama": "Sheared LLaMA",
     "shortened-llama": "Shortened LLaMA",
     "shortgpt": "ShortGPT",
@@ -75,8 +76,8 @@ def loss(value: float | None, digits: int = 3) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    """A fixed-point number with a true minus sign."""
-    return f"{value:.{digits}f}".replace("-", MINUS)
+    """A fixed-point number with a true minus sign, and none on zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", MINUS)
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -91,7 +92,7 @@ def points(value: float) -> str:
 
 def decimals(*values: float) -> int:
     """Two decimals, or as many (up to five) as keep every value that is not zero from being shown as zero."""
-    return next((d for d in range(2, 5) if all(v == 0 or round(v, d) != 0 for v in values)), 5)
+    return next((d for d in range(2, 5) if all(abs(v) < 1e-9 or round(v, d) != 0 for v in values)), 5)
 
 
 def share(value: float | None) -> str:

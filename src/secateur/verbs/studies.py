@@ -11,7 +11,8 @@ from secateur import progress, ranks
 from secateur.errors import RunError, UserError, did_you_mean
 from secateur.progress import say
 from secateur.report.build import build_report
-from secateur.report.verdict import judge, text_table
+from secateur.report.text import text_table
+from secateur.report.verdict import answer_json, judge
 from secateur.report.words import count, scientific
 from secateur.runtime import pick_device
 from secateur.study.build import stages_of
@@ -205,21 +206,7 @@ def study_report(arguments: Namespace) -> Answer:
 
 def _report(arguments: Namespace, study: Study, stages: list[Stage], store: Store) -> Answer:
     results = collect(study, stages, store, Path(arguments.file).read_text(encoding="utf-8"))
-    page = build_report(results, store.out)
     judgement = judge(results)
-    verdicts = [
-        {
-            "setting": v.setting,
-            "method": v.group.method,
-            "ratio": v.group.ratio,
-            "winner": v.winner,
-            "difference": v.difference,
-            "interval": None if v.low is None else [v.low, v.high],
-            "flop_ratio": v.flop_ratio,
-            "reason": v.reason,
-            "sentence": sentence,
-        }
-        for v, sentence in zip(judgement.verdicts, judgement.sentences, strict=True)
-    ]
-    answer = {"study": study.name, "report": str(page), "answer": judgement.answer, "verdicts": verdicts}
-    return answer, f"{text_table(results)}\n\nreport: {page.resolve()}", 0
+    page = build_report(judgement, store.out)
+    answer = {"study": study.name, "report": str(page), **answer_json(judgement)}
+    return answer, f"{text_table(judgement)}\n\nreport: {page.resolve()}", 0

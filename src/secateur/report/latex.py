@@ -1,0 +1,53 @@
+"""Tables for a paper: LaTeX with booktabs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from secateur.report.compare import SCRATCH
+from secateur.report.sentences import BUDGETS, group_name
+from secateur.report.verdict import Judgement
+from secateur.report.words import MINUS, loss, number
+
+__all__ = ["comparisons_tex", "escaped"]
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    MINUS: "$-$",
+    "\u00a0": "~",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def escaped(text: str) -> str:
+    """``text`` with every character that LaTeX would take for a command spelt out."""
+    return re.sub("|".join(map(re.escape, _SPECIAL)), lambda found: _SPECIAL[found[0]], text)
+
+
+def comparisons_tex(judgement: Judgement) -> str:
+    """The comparisons of every setting as one table each; what was not measured is a dash."""
+    tables = []
+    for setting in judgement.settings:
+        head = ("Comparison", "P-R", SCRATCH[setting], "Difference", r"95\% interval")
+        rows = []
+        for verdict, _ in judgement.of(setting):
+            name = escaped(group_name(verdict.group, judgement.index.comparisons, target=True))
+            figures = ["--"] * 4
+            if verdict.difference is not None and verdict.low is not None and verdict.high is not None:
+                figures = [loss(verdict.pruned_loss), loss(verdict.scratch_loss), number(verdict.difference, 3)]
+                figures.append(f"{number(verdict.low, 3)} to {number(verdict.high, 3)}")
+            rows.append([name, *map(escaped, figures)])
+        caption = f"% Held-out loss in nats per token, at equal {BUDGETS[setting]}"
+        tables.append("\n".join([caption, *_tabular(head, rows)]))
+    return "% Needs \\usepackage{booktabs}\n" + "\n\n".join(tables) + "\n"
+
+
+def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    symbols = [re.sub(r"^S_(.+)$", r"$S_\1$", name) for name in head]
+    lines = [" & ".join(cells) + r" \\" for cells in (symbols, *rows)]
+    columns = "l" + "r" * (len(head) - 1)
+    body = ["\\toprule", lines[0], "\\midrule", *lines[1:], "\\bottomrule"]
+    return [f"\\begin{{tabular}}{{{columns}}}", *body, "\\end{tabular}"]
