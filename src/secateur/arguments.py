@@ -384,7 +384,10 @@ def _study(verbs: Any) -> None:
     for name, (summary, detail) in _STUDY_ACTIONS.items():
         action = _verb(actions, name, summary, detail, manual.STUDY.get(name))
         action.add_argument("file", help="study file")
-        if name != "plan":
+        if name == "plan":
+            help_ = "what a device does, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
+            action.add_argument("--flops-per-second", type=_count, metavar="X", help=help_)
+        else:
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
         _OF_ACTION.get(name, lambda _: None)(action)
     # Not for people: it is in no list. argparse has no word for that.

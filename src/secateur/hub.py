@@ -10,22 +10,16 @@ from secateur.errors import UserError
 
 __all__ = ["local_checkpoint"]
 
-_WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "*.model",
-]
-_WANTED += ["vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+_TOKENIZER = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]
+_WEIGHTS = ["*.safetensors"]
 
 
-def local_checkpoint(name: str) -> Path:
+def local_checkpoint(name: str, *, weights: bool = True) -> Path:
     """The directory that ``name`` stands for; a model of the Hub is downloaded into its cache, weights and tokenizer.
 
     Args:
         name: a directory, or ``hf:NAME`` with or without ``@REVISION``.
+        weights: whether they are wanted, besides configuration and tokenizer.
 
     Raises:
         UserError: if it cannot be had.
@@ -34,7 +28,9 @@ def local_checkpoint(name: str) -> Path:
         return Path(name)
     repository, _, revision = name.removeprefix("hf:").partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_WANTED))
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=_TOKENIZER + _WEIGHTS * weights)
+        )
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(

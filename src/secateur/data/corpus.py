@@ -19,8 +19,9 @@ from secateur.data.build import HELDOUT, TRAIN, Holdout, counted, hash_splits, i
 from secateur.data.encode import Encoder
 from secateur.data.shards import TokenStore, smallest_dtype, write_manifest
 from secateur.data.sources import Source, open_source
-from secateur.data.tokenizer import id_bound, train_tokenizer
-from secateur.files import sha256_file
+from secateur.data.tokenizer import id_bound, load_tokenizer, train_tokenizer
+from secateur.files import sha256_tree
+from secateur.hub import local_checkpoint
 from secateur.spec import Count, Fraction, Positive, spec
 
 __all__ = ["HELDOUT", "TRAIN", "CorpusSpec", "build_corpus"]
@@ -38,7 +39,8 @@ class CorpusSpec:
     split: str = "train"
     documents: Count | None = None  # at most so many are read, in the source's order; a stream can be endless
     holdout: Fraction = 0.05  # share of documents held out, by hash of the text
-    vocabulary: Positive = 2048  # of the tokenizer that is trained
+    vocabulary: Positive = 2048  # of the tokenizer that is trained, and of the parent's embedding
+    tokenizer: str | None = None  # a directory, or hf:NAME; None: one is trained
     seed: int = 0  # of the order of documents
 
 
@@ -60,7 +62,10 @@ def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
     """
     source = open_source(spec.source, field=spec.field, split=spec.split)
     digest = source.digest()
-    tokenizer = _learn(source, spec)
+    if spec.tokenizer is None:
+        tokenizer = _learn(source, spec)
+    else:
+        tokenizer = load_tokenizer(local_checkpoint(spec.tokenizer, weights=False))
     tokenizer.save_pretrained(out / "tokenizer")
     vocabulary = id_bound(tokenizer)
     work = out / "checkpoints"
@@ -86,7 +91,7 @@ def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
         "bytes_per_token": {side: size / tokens[side] for side, size in built.bytes.items()},
         "sha256": sha256,
         "vocabulary": vocabulary,
-        "tokenizer_sha256": sha256_file(out / "tokenizer" / "tokenizer.json"),
+        "tokenizer_sha256": sha256_tree(out / "tokenizer"),
     }
 
 

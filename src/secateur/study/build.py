@@ -52,7 +52,7 @@ class _Builder:
         self.sequence = study.recipe.sequence
         self.prunings = prunings(study, {name: parent.shape for name, parent in known.parents.items()})
         self.start = self._start()
-        self.corpus = self._add(Stage("corpus", "corpus", {**identity(study.corpus), "digest": known.corpus}))
+        self.corpus = self._add(Stage("corpus", "corpus", {**identity(study.text), "digest": known.corpus}))
         self.parents = {name: self._parent(name) for name in study.all_parents}
 
     def build(self) -> list[Stage]:
@@ -432,8 +432,9 @@ def _sizes(shape: Shape) -> Any:
 
 
 def _short(tokens: int) -> str:
-    """``400k``, ``1.5M``, ``50B``; in full where that would be inexact."""
+    """``400k``, ``1.5M``, ``52.4288B``; in full where that would be inexact."""
     for suffix, unit in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if tokens >= unit and tokens % (unit // 1000 or 1) == 0:
-            return f"{tokens / unit:g}{suffix}"
+        text = f"{tokens / unit:.6g}"
+        if tokens >= unit and round(float(text) * unit) == tokens:
+            return f"{text}{suffix}"
     return str(tokens)

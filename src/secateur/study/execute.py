@@ -13,6 +13,7 @@ from typing import Any
 
 from secateur.checkpoint import Checkpoint
 from secateur.data.corpus import CorpusSpec, build_corpus
+from secateur.data.shards import TokenStore
 from secateur.errors import UserError
 from secateur.evaluate.loss import evaluate
 from secateur.files import read_json
@@ -22,6 +23,7 @@ from secateur.runtime import pick_device
 from secateur.spec import parse
 from secateur.study.inputs import corpus_tokens, held_out, model_of
 from secateur.study.pruning import prune_stage
+from secateur.study.resolve import SHARDS
 from secateur.study.stages import Stage
 from secateur.study.store import Store
 from secateur.study.training import train_stage
@@ -35,8 +37,16 @@ def run_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
 
 
 def _corpus(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
-    raw = {key: value for key, value in stage.identity.items() if key != "digest"}
-    return build_corpus(parse(CorpusSpec, raw, origin="corpus"), work)
+    raw = {key: value for key, value in stage.identity.items() if key not in ("digest", "tokenizer_digest")}
+    source = raw["source"]
+    if not source.startswith(SHARDS):
+        return build_corpus(parse(CorpusSpec, raw, origin="corpus"), work)
+    tokens = TokenStore(Path(source.removeprefix(SHARDS)))
+    for entry in tokens.folder.iterdir():  # links stand for the shards, which may be larger than any study
+        if not (work / entry.name).exists():
+            os.symlink(entry.resolve(), work / entry.name)
+    counted = {side: tokens.tokens(side) for side in tokens.manifest.splits}
+    return {"source": f"{SHARDS}{tokens.folder.name}", "tokens": counted, "fingerprint": tokens.fingerprint}
 
 
 def _fetch(stage: Stage, store: Store, work: Path) -> dict[str, Any]:

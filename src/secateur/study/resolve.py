@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.checkpoint import Checkpoint
+from secateur.checkpoint import TOKENIZER_FILES, Checkpoint
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
+from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
+from secateur.files import sha256_file
 from secateur.shapes import Shape
+from secateur.spec import fingerprint
 from secateur.study.spec import Parent, Study
 
-__all__ = ["HUB", "Known", "KnownParent", "resolve"]
+__all__ = ["SHARDS", "Known", "KnownParent", "resolve"]
 
 HUB, SHARDS = "hf:", "shards:"
 
@@ -40,12 +43,31 @@ def resolve(study: Study) -> Known:
     Raises:
         UserError: if a source or a checkpoint is missing, or is not as the file says.
     """
-    spec = study.corpus
+    parents = {name: _parent(study, name, parent) for name, parent in study.all_parents.items()}
+    return Known(_corpus(study, min(parent.shape.vocabulary for parent in parents.values())), parents)
+
+
+def _corpus(study: Study, rows: int) -> str:
+    """What identifies the corpus; ``rows`` are those of the smallest embedding."""
+    spec = study.text
     if spec.source.startswith(SHARDS):
-        digest = TokenStore(Path(spec.source.removeprefix(SHARDS))).fingerprint
-    else:
-        digest = open_source(spec.source, field=spec.field, split=spec.split).digest()
-    return Known(digest, {name: _parent(study, name, parent) for name, parent in study.all_parents.items()})
+        tokens = TokenStore(Path(spec.source.removeprefix(SHARDS)))
+        if tokens.vocabulary > rows:
+            raise UserError(
+                f"corpus.source: {spec.source} has ids up to {tokens.vocabulary - 1}, but the parent's embedding has "
+                f"{rows} rows; set corpus.vocabulary to {tokens.vocabulary} or more, or name other shards"
+            )
+        return tokens.fingerprint
+    digest = open_source(spec.source, field=spec.field, split=spec.split).digest()
+    if spec.tokenizer is None or spec.tokenizer.startswith(HUB):
+        return digest
+    tokenizer = load_tokenizer(Path(spec.tokenizer))
+    check_vocabulary(tokenizer, rows, "corpus.tokenizer")
+    return fingerprint([digest, [sha256_file(f) for f in _tokenizer_files(Path(spec.tokenizer))]])
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
 
 
 def _parent(study: Study, name: str, parent: Parent) -> KnownParent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -326,6 +326,14 @@ class Study:
     def all_parents(self) -> Mapping[str, Parent]:
         """Every parent by its name, the study's own first."""
         return self.parents or {"parent": self.parent}  # type: ignore[dict-item]
+
+    @property
+    def text(self) -> CorpusSpec:
+        """The corpus; where every parent is a checkpoint, under the tokenizer of the first unless it names one."""
+        names = [parent.checkpoint for parent in self.all_parents.values()]
+        if self.corpus.tokenizer is not None or None in names:
+            return self.corpus
+        return replace(self.corpus, tokenizer=names[0])
 
     def parent_of(self, entry: Entry) -> str:
         """The name of the parent that an entry prunes."""

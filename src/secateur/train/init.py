@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.checkpoint import Checkpoint
-from secateur.families import family_of
+from secateur.families import LLAMA, family_of
 from secateur.shapes import Shape
 
 __all__ = ["fresh_weights", "llama_config", "stored_weights"]
 
 
-def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-    """The configuration of a Llama of this shape, in float32."""
+def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of a Llama of this shape, in float32; of its sibling, where Llama's own refuses the shape."""
+    kind: tuple[str, str, Mapping[str, object]] = ("llama", "LlamaForCausalLM", {})
+    if dataclasses.replace(shape, family=LLAMA).refused_by_config:
+        assert LLAMA.relaxed is not None
+        kind = LLAMA.relaxed
+    model_type, architecture, besides = kind
     biases: dict[str, Any] = dict.fromkeys(shape.switches, True)  # of a pruned model, which its twin has as well
     special: Any = tokenizer  # whose ids the library types as int, str or list
-    return LlamaConfig(
+    make: Any = CONFIG_MAPPING[model_type]  # whose arguments differ from kind to kind
+    return make(
         **shape.config_changes(),
         **biases,
+        **besides,
         vocab_size=shape.vocabulary,
         max_position_embeddings=context,
         tie_word_embeddings=shape.tied,
         bos_token_id=special.bos_token_id,
         eos_token_id=special.eos_token_id,
         pad_token_id=None,
-        architectures=["LlamaForCausalLM"],
+        architectures=[architecture],
         dtype="float32",
     )
 

@@ -4,11 +4,11 @@ from secateur.runtime import quiet
 from secateur.verbs.data import data
 from secateur.verbs.describe import inspect, shapes
 from secateur.verbs.evaluation import evaluate
+from secateur.verbs.planning import study_plan
 from secateur.verbs.pruning import prune
 from secateur.verbs.studies import (
     demo,
     study_explain,
-    study_plan,
     study_report,
     study_run,
     study_stage,

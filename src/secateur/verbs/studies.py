@@ -13,7 +13,6 @@ from secateur.progress import say
 from secateur.report.build import build_report
 from secateur.report.text import text_table
 from secateur.report.verdict import answer_json, judge
-from secateur.report.words import count, scientific
 from secateur.runtime import pick_device
 from secateur.study.build import stages_of
 from secateur.study.collect import collect
@@ -30,7 +29,7 @@ from secateur.study.work import do_stage, on_device
 from secateur.train.loop import REQUEUE
 from secateur.verbs.answer import Answer
 
-__all__ = ["demo", "study_explain", "study_plan", "study_report", "study_run", "study_stage", "study_status"]
+__all__ = ["demo", "opened", "study_explain", "study_report", "study_run", "study_stage", "study_status"]
 
 
 def demo(arguments: Namespace) -> Answer:
@@ -41,7 +40,8 @@ def demo(arguments: Namespace) -> Answer:
     return study_run(arguments)
 
 
-def _open(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
+def opened(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
+    """The study of a file, its stages, and where they lie."""
     study = load_study(Path(arguments.file))
     try:
         stages = stages_of(study, resolve(study))
@@ -51,30 +51,9 @@ def _open(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
     return study, stages, Store(Path(out))
 
 
-def study_plan(arguments: Namespace) -> Answer:
-    """``secateur study plan FILE``."""
-    study, stages, _ = _open(arguments)
-    stages = unique(stages)
-    rows = [
-        {"kind": s.kind, "name": s.name, "tokens": s.tokens, "flops": s.flops, "fingerprint": s.fingerprint}
-        for s in stages
-    ]
-    trained = sum(s.tokens for s in stages if s.kind == "train")
-    flops = sum(s.flops for s in stages)
-    answer = {"study": study.name, "stages": rows, "training_tokens": trained, "flops": flops}
-    width = max(len(s.name) for s in stages)
-    lines = [f"{study.name}: {len(stages)} stages", ""]
-    lines.append(f"{'kind':8}  {'stage':{width}}  {'tokens':>10}  {'FLOPs':>10}")
-    for s in stages:
-        tokens, cost = (count(s.tokens), f"{s.flops:.2e}") if s.tokens else ("-", "-")
-        lines.append(f"{s.kind:8}  {s.name:{width}}  {tokens:>10}  {cost:>10}")
-    lines += ["", f"{trained:,} training tokens, {scientific(flops)} FLOPs in all. Nothing has been run."]
-    return answer, "\n".join(lines), 0
-
-
 def study_run(arguments: Namespace) -> Answer:
     """``secateur study run FILE``."""
-    study, stages, store = _open(arguments)
+    study, stages, store = opened(arguments)
     runs = _chosen(unique(stages), arguments.only)
     if arguments.dry_run:
         return _dry_run(study, runs, stages, store)
@@ -148,7 +127,7 @@ def _dry_run(study: Study, runs: list[Stage], stages: list[Stage], store: Store)
 
 def study_status(arguments: Namespace) -> Answer:
     """``secateur study status FILE``."""
-    study, stages, store = _open(arguments)
+    study, stages, store = opened(arguments)
     title = f"{study.name} in {store.out}"
     found = watch(lambda: rows(stages, store), title) if arguments.watch else rows(stages, store)
     told = [{"kind": r.kind, "name": r.name, "state": r.state, "note": r.note} for r in found]
@@ -160,7 +139,7 @@ def study_status(arguments: Namespace) -> Answer:
 
 def study_explain(arguments: Namespace) -> Answer:
     """``secateur study explain FILE STAGE``."""
-    _, stages, store = _open(arguments)
+    _, stages, store = opened(arguments)
     named = [s for s in unique(stages) if arguments.stage in (s.name, f"{s.kind} {s.name}", s.fingerprint)]
     if not named:
         names = {s.name for s in stages} | {f"{s.kind} {s.name}" for s in stages}
@@ -184,7 +163,7 @@ def study_stage(arguments: Namespace) -> Answer:
     if arguments.parent:
         die_with(arguments.parent)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # which a scheduler sends to the job as a whole
-    _, stages, store = _open(arguments)
+    _, stages, store = opened(arguments)
     stage = next((s for s in stages if s.fingerprint == arguments.fingerprint), None)
     if stage is None:
         raise UserError(
@@ -201,7 +180,7 @@ def study_stage(arguments: Namespace) -> Answer:
 
 def study_report(arguments: Namespace) -> Answer:
     """``secateur study report FILE``."""
-    return _report(arguments, *_open(arguments))
+    return _report(arguments, *opened(arguments))
 
 
 def _report(arguments: Namespace, study: Study, stages: list[Stage], store: Store) -> Answer:

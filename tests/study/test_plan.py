@@ -1,0 +1,267 @@
+"""From a study file to its stages: what is planned, what it costs, what is shared, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from secateur.cli import main
+from secateur.errors import UserError
+from secateur.study.build import saved_by_trunks, stages_of, tokens_needed
+from secateur.study.resolve import Known, KnownParent, resolve
+from secateur.study.spec import Study, load_study
+from secateur.study.stages import Stage, unique
+
+STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+BILLION = 4_194_304 * 250  # tokens that the paper counts as one billion: 4.0 M a step of 4,194,304
+
+
+def study(folder: Path, **changes: Any) -> Study:
+    raw: dict[str, Any] = {
+        "name": "micro",
+        "corpus": {"vocabulary": 280},
+        "parent": {"tokens": "16k", "hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2},
+        "methods": ["minitron-depth"],
+        "ratios": 0.5,
+        "retrain": {"tokens": 4096, "peak_rate": 2e-3},
+        "calibration": {"windows": 8},
+        "recipe": {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3},
+    }
+    path = folder / "micro.yaml"
+    path.write_text(yaml.safe_dump(raw | changes), encoding="utf-8")
+    return load_study(path)
+
+
+def planned(of: Study) -> list[Stage]:
+    parents = {name: KnownParent(p.shape(of.corpus.vocabulary)) for name, p in of.all_parents.items()}  # type: ignore[arg-type]
+    return unique(stages_of(of, Known("text", parents)))
+
+
+def named(stages: list[Stage], name: str, kind: str = "train") -> Stage:
+    (found,) = [stage for stage in stages if stage.name == name and stage.kind == kind]
+    return found
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_shipped_study_is_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "plan", str(path)]) == 0
+    assert "Nothing has been run." in capsys.readouterr().out
+
+
+def test_the_paper_study_is_the_arithmetic_of_the_paper() -> None:
+    (path,) = [path for path in STUDIES if path.stem == "paper-llama31-8b"]
+    of = load_study(path)
+    stages = unique(stages_of(of, resolve(of)))
+    parent = named(stages, "own")
+    assert parent.tokens == 50_000 * 4_194_304 == 200 * BILLION  # P200
+    ladder = [
+        stage.tokens
+        for stage in stages
+        if stage.kind == "train" and stage.name.startswith("minitron-width-4b-width/P-R@")
+    ]
+    assert ladder == [n * BILLION for n in (10, 30, 50, 250, 500)]
+    tag = "@52.4288B"
+    retrained, twin = (named(stages, f"minitron-depth-4b-depth/{path}{tag}") for path in ("P-R", "S_{P+R}"))
+    assert retrained.tokens == 50 * BILLION and twin.tokens == 250 * BILLION  # S250
+    assert named(stages, f"minitron-depth-4b-depth/S_R{tag}").identity["slice"] == retrained.identity["slice"]
+    # Equal tokens is not equal compute. By six FLOPs for each parameter and token the pruned path takes 1.6 times as
+    # much; less the embedding's table, which is looked up, and with attention, 1.7 times.
+    sizes = [stage.facts["shape"].total for stage in (parent, twin)]
+    assert (sizes[0] * 200 + sizes[1] * 50) / (sizes[1] * 250) == pytest.approx(1.6, abs=0.02)
+
+    def by_hand(layers: int, tokens: int) -> float:
+        linears = layers * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
+        return 3 * tokens * (2 * linears + 4 * layers * 32 * 128 * (8192 + 1) / 2)
+
+    assert parent.flops == pytest.approx(by_hand(32, 200 * BILLION), rel=1e-9)
+    assert twin.flops == pytest.approx(by_hand(16, 250 * BILLION), rel=1e-9)
+    assert (parent.flops + retrained.flops) / twin.flops == pytest.approx(1.71, abs=0.01)
+    learned = named(stages, "sheared-4b-shear", "prune")
+    assert learned.tokens == 3200 * 16 * 8192 and learned.tokens / 1e9 == pytest.approx(0.42, abs=0.005)
+    sizes = {stage.name: stage.facts["shape"].total / 1e9 for stage in stages if stage.kind == "prune"}
+    told = {"minitron-depth-4b-depth": 4.54, "minitron-depth-1.5b-depth": 1.49, "minitron-width-3b-width": 2.89}
+    told |= {"sheared-4b-shear": 4.61, "flap-4b-flap": 4.46, "sparsegpt-0.8": 8.03}
+    assert all(sizes[name] == pytest.approx(value, abs=0.005) for name, value in told.items())
+    runs = [stage for stage in stages if stage.facts.get("path") in ("P-R", "scratch")]
+    assert {stage.facts["method"] for stage in runs} >= {
+        "minitron-depth",
+        "minitron-width",
+        "sheared",
+        "flap",
+        "sparsegpt",
+    }
+    public = [stage for stage in runs if stage.facts["parent"] == "public"]
+    assert {stage.facts["name"] for stage in public} == {"P-R", "S_R"}  # no twin can match its parent's tokens
+    # Its dense twins are those of the own parent, so that they are trained once.
+    assert not [stage for stage in public if stage.facts["name"] == "S_R" and stage.inputs.get("like") is None]
+
+
+def test_settings_equal_tokens_or_flops(tmp_path: Path) -> None:
+    settings = ["equal_training_tokens", "equal_total_tokens", "equal_training_flops", "equal_total_flops"]
+    stages = planned(study(tmp_path, settings=settings))
+    parent, pruned = named(stages, "parent"), named(stages, "minitron-depth-0.5", "prune")
+    run = named(stages, "minitron-depth-0.5/P-R")
+    assert named(stages, "minitron-depth-0.5/S_R").identity["slice"] == [16_000, 20_096]
+    assert named(stages, "minitron-depth-0.5/S_{P+R}").identity["slice"] == [0, 20_096]
+    window = run.flops / 4096 * 32
+    alone = named(stages, "minitron-depth-0.5/S_F")
+    assert alone.flops == pytest.approx(run.flops + pruned.flops, abs=window)
+    whole = named(stages, "minitron-depth-0.5/S_{P+F}")
+    assert whole.flops == pytest.approx(parent.flops + pruned.flops + run.flops, abs=window)
+    assert whole.tokens > named(stages, "minitron-depth-0.5/S_{P+R}").tokens  # the parent's tokens are dearer
+    assert tokens_needed(stages) == whole.tokens
+
+
+def test_a_ladder_has_runs_of_its_own_unless_it_shares_its_trunk(tmp_path: Path) -> None:
+    budgets = [2048, 4096, 8192]
+    own = planned(study(tmp_path, retrain={"tokens": budgets}, settings="equal_training_tokens"))
+    assert saved_by_trunks(own) == (16_000 + 2 * sum(budgets),) * 2
+    recipe = {"sequence": 32, "tokens_per_step": 64, "schedule": "wsd", "decay": 0.25}
+    shared = planned(
+        study(
+            tmp_path,
+            retrain={"tokens": budgets, "trunk": "shared"},
+            settings="equal_training_tokens",
+            recipe=recipe,
+        )
+    )
+    last = named(shared, "minitron-depth-0.5/P-R@8.192k")
+    trunks = last.facts["before"]
+    assert [t.identity["slice"] for t in trunks] == [[16_000, 17_536], [17_536, 19_072], [19_072, 22_144]]
+    assert last.identity["slice"] == [22_144, 24_192] and last.facts["cost"][0] == 8192
+    assert trunks[0].identity["init"] == "pruned" and trunks[1].inputs["model"] is trunks[0]
+    first = named(shared, "minitron-depth-0.5/P-R@2.048k")
+    assert first.inputs["model"].fingerprint == trunks[0].fingerprint
+    assert saved_by_trunks(shared) == (16_000 + 2 * (6144 + 3 * 0 + 512 + 1024 + 2048), 16_000 + 2 * sum(budgets))
+
+
+def test_a_sweep_chooses_for_each_path_and_counts(tmp_path: Path) -> None:
+    stages = planned(study(tmp_path, retrain={"tokens": [2048, 4096]}, sweep={"rates": [1e-3, 1e-2], "windows": 16}))
+    run = named(stages, "minitron-depth-0.5/P-R@4.096k")
+    choice = run.inputs["rate"]
+    assert choice.kind == "select" and run.identity["recipe"]["peak_rate"] is None
+    assert [t.identity["recipe"]["peak_rate"] for t in choice.facts["trials"]] == [1e-3, 1e-2]
+    trial = choice.facts["trials"][0]
+    assert trial.tokens == 2048  # the smallest budget, on windows that no final figure uses
+    assert trial.identity["evaluation"] == {"skip": 256, "windows": 16, "points": 1}
+    twins = {
+        named(stages, f"minitron-depth-0.5/{name}@4.096k").inputs["rate"].fingerprint for name in ("S_R", "S_{P+R}")
+    }
+    assert len(twins) == 1 and choice.fingerprint not in twins
+
+
+def test_a_teacher_is_charged_and_equal_flops_mean_fewer_tokens(tmp_path: Path) -> None:
+    objectives = ["language-model", {"kind": "distill"}, {"kind": "distill", "name": "kd-flops", "equal": "flops"}]
+    stages = planned(study(tmp_path, retrain={"tokens": 4096, "objective": objectives}, settings=[]))
+    plain, taught, short = (named(stages, f"minitron-depth-0.5/P-R{tag}") for tag in ("", "+distill", "+kd-flops"))
+    parent = taught.inputs["teacher"]
+    assert taught.flops - plain.flops == pytest.approx(4096 * parent.facts["shape"].forward_flops(32))
+    assert short.tokens < plain.tokens and short.flops == pytest.approx(plain.flops, rel=0.02)
+
+
+def test_controls_are_of_what_they_can_differ_in(tmp_path: Path) -> None:
+    controls = ["scratch", "redrawn", "permuted", "random-mask", "shuffled-weights", "dense-twin"]
+    methods = ["minitron-depth", {"method": "sparsegpt", "pattern": "2:4"}]
+    stages = planned(study(tmp_path, methods=methods, controls=controls, settings="equal_training_tokens"))
+    found = {stage.name: stage for stage in stages if stage.facts.get("path") == "control"}
+    sparse = {name.partition("/")[2] for name in found if name.startswith("sparsegpt")}
+    assert sparse == set(controls) - {"redrawn"}  # which is the twin S_R
+    assert {name for name in found if name.startswith("minitron")} == {"minitron-depth-0.5/shuffled-weights"}
+    twin = named(stages, "sparsegpt-2of4/S_R")
+    assert twin.identity["init"] == "redrawn" and twin.inputs["plan"].kind == "prune"
+    kept = twin.facts["shape"].non_embedding - twin.facts["shape"].block_weights // 2
+    assert found["sparsegpt-2of4/dense-twin"].facts["shape"].non_embedding == pytest.approx(kept, rel=0.05)
+    assert found["sparsegpt-2of4/scratch"].facts["shape"] == named(stages, "parent").facts["shape"]
+
+
+def test_seeds_budgets_and_exclusions_multiply(tmp_path: Path) -> None:
+    stages = planned(
+        study(
+            tmp_path,
+            methods=["minitron-depth", {"method": "wanda", "seeds": 3, "tokens": 2048, "settings": []}],
+            seeds=[0, 1],
+            retrain={"tokens": [2048, 4096]},
+            settings=["equal_training_tokens", {"kind": "equal_total_tokens", "tokens": 4096}],
+            exclude=[
+                {"seed": 1, "tokens": 2048},
+                {"method": "minitron-depth", "seed": 1, "setting": "equal_total_tokens"},
+            ],
+        )
+    )
+    runs = sorted(stage.name for stage in stages if stage.kind == "train")
+    assert runs == [
+        "minitron-depth-0.5/P-R@2.048k~s0",
+        "minitron-depth-0.5/P-R@4.096k~s0",
+        "minitron-depth-0.5/P-R@4.096k~s1",
+        "minitron-depth-0.5/S_R@2.048k~s0",
+        "minitron-depth-0.5/S_R@4.096k~s0",
+        "minitron-depth-0.5/S_R@4.096k~s1",
+        "minitron-depth-0.5/S_{P+R}@4.096k~s0",
+        "parent",
+        "wanda-0.5/P-R",
+    ]
+    second = named(stages, "minitron-depth-0.5/S_R@4.096k~s1").identity["recipe"]
+    assert (second["seed"], second["data_seed"]) == (1, 1)
+
+
+def test_equal_shapes_share_their_twins(tmp_path: Path) -> None:
+    stages = planned(study(tmp_path, ratios=[0.5, 0.52]))
+    assert sum(stage.facts.get("name") == "S_R" for stage in stages) == 1
+    assert sum(stage.kind == "prune" for stage in stages) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"parent": {"tokens": "1k", "hidden": 16}}, "parent.ffn: this key is required"),
+        ({"parents": {"a": {}}}, "parent.hidden: this key is required, unless parent.checkpoint names a model"),
+        ({"parent": None}, "parent: this key is required"),
+        ({"methods": [{"method": "minitron-depth", "parent": "other"}]}, "methods[0].parent: 'other' is no parent"),
+        ({"methods": ["wanda", {"method": "wanda", "ratios": [0.5]}]}, "an entry appears twice: wanda at 0.5"),
+        ({"methods": [{"method": "wanda", "ratios": 0.5, "pattern": "2:4"}]}, "say how much to remove in one way"),
+        ({"methods": [{"method": "flap", "shapes": {"x": "layers=2"}}]}, "flap at x): shape: "),
+        ({"methods": [{"method": "sheared", "options": {"stepz": 3}}]}, "options.stepz: sheared has no such option"),
+        ({"ratios": []}, "ratios: this key is required"),
+        ({"retrain": {"tokens": [5, 5]}}, "retrain.tokens: an entry appears twice: 5"),
+        ({"retrain": {"tokens": 5, "trunk": "shared"}}, "recipe.schedule wsd"),
+        ({"settings": ["equal_tokens"]}, "settings[0].kind: 'equal_tokens' is not known"),
+        ({"controls": ["redraw"]}, "controls[0].init: 'redraw' is not known; did you mean 'redrawn'?"),
+        ({"exclude": [{}]}, "exclude: an entry has to name something"),
+        ({"sweep": {"rates": [1e-3]}}, "sweep.rates"),
+        ({"calibration": {"windows": 10_000}}, "calibration.windows: 10000 windows"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        planned(study(tmp_path, **changes))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pattern_needs_no_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "plain.yaml"
+    path.write_text(
+        "name: plain\ncorpus: {vocabulary: 280}\n"
+        "parent: {tokens: 16k, hidden: 16, ffn: 48, layers: 4, heads: 4, kv_heads: 2}\n"
+        "methods:\n  - {method: wanda, pattern: 2:4}\nretrain: {tokens: 1_024}\n"
+        "calibration: {windows: 8}\nrecipe: {sequence: 32, tokens_per_step: 64}\n"
+    )
+    (pruned,) = [stage for stage in planned(load_study(path)) if stage.kind == "prune"]
+    assert pruned.identity["target"]["pattern"] == "2:4"
+
+
+def test_a_checkpoint_of_the_hub_is_planned_without_a_network(tmp_path: Path) -> None:
+    sizes = {"hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 280}
+    of = study(tmp_path, parent={"checkpoint": "hf:someone/something", **sizes}, settings="equal_training_tokens")
+    stages = unique(stages_of(of, resolve(of)))
+    fetched = named(stages, "parent", "fetch")
+    assert fetched.identity["checkpoint"] == "hf:someone/something"
+    assert named(stages, "minitron-depth-0.5/P-R").identity["slice"] == [256, 4352]  # behind what is scored on
+    assert stages[0].identity["tokenizer"] == "hf:someone/something"
+    with pytest.raises(UserError, match="give the sizes"):
+        resolve(study(tmp_path, parent={"checkpoint": "hf:someone/something"}))
+    with pytest.raises(UserError, match="needs a parent that the study pretrains"):
+        of = study(tmp_path, parent={"checkpoint": "hf:someone/something", **sizes})
+        stages_of(of, resolve(of))
