@@ -194,7 +194,8 @@ def _demo(verbs: Any) -> None:
         "trains the from-scratch twins, evaluates everything and writes a report. Run again, it finds what is done.",
     )
     demo.add_argument("--out", default="runs/demo", help="directory of the study's stages and report")
-    demo.add_argument("--jobs", type=_positive, help="worker processes, one thread each (default: one for each core)")
+    _running(demo)
+    demo.set_defaults(only=[], keep_going=False, dry_run=False, launcher="local", slurm=[])
 
 
 def _context(parser: argparse.ArgumentParser) -> None:
@@ -370,16 +371,17 @@ def _eval(verbs: Any) -> None:
     _computing(evaluate)
 
 
-_STUDY_ACTIONS = (
-    (
-        "plan",
+_STUDY_ACTIONS = {
+    "plan": (
         "print the stages with tokens and FLOPs",
         "It tells what a study costs before anything starts. Nothing is run or written.",
     ),
-    ("run", "run what is not done, then report", "Kill it at any moment and run it again to go on."),
-    ("status", "say which stages are done", "Nothing is run or written."),
-    ("report", "write the report from the records", "Nothing is trained; what is missing is shown as missing."),
-)
+    "run": ("run what is not done, then report", "Kill it at any moment and run it again to go on."),
+    "status": ("say where each stage stands", "Nothing is run or written; any host that sees the directory can ask."),
+    "explain": ("say why a stage is done or not", "It names what differs from the nearest stage that is done."),
+    "report": ("write the report from the records", "Nothing is trained; what is missing is shown as missing."),
+    "stage": ("do one stage", "Launchers call it; study run is the way to run a study."),
+}
 
 
 def _study(verbs: Any) -> None:
@@ -390,16 +392,62 @@ def _study(verbs: Any) -> None:
         allow_abbrev=False,
     )
     actions = study.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=_Parser)
-    for name, summary, detail in _STUDY_ACTIONS:
-        action = _verb(actions, name, summary, detail)
+    for name, (summary, detail) in _STUDY_ACTIONS.items():
+        action = _verb(actions, name, summary, detail, manual.STUDY.get(name))
         action.add_argument("file", help="study file")
         if name == "plan":
             help_ = "what a device does, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
             action.add_argument("--flops-per-second", type=_count, metavar="X", help=help_)
         else:
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
-        if name == "run":
-            action.add_argument("--jobs", type=_positive, help="worker processes (default: one for each core)")
+        _OF_ACTION.get(name, lambda _: None)(action)
+    # Not for people: it is in no list. argparse has no word for that.
+    actions._choices_actions = [found for found in actions._choices_actions if found.dest != "stage"]
+
+
+def _running(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--jobs", type=_positive, help="stages at once (default: one for each core, or GPU)")
+    run.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        help="each stage gets a core, or a GPU, of its own (default: the study's compute.device)",
+    )
+
+
+def _study_run(run: argparse.ArgumentParser) -> None:
+    _running(run)
+    run.add_argument(
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="run stages of these names and what they are made from, e.g. 'wanda-*/P-R'; repeatable",
+    )
+    run.add_argument(
+        "--launcher", choices=("local", "slurm"), default="local", help="processes here, or jobs of SLURM (submitit)"
+    )
+    run.add_argument(
+        "--slurm", metavar="KEY=VALUE", action="append", default=[], help="what a job asks for, see below; repeatable"
+    )
+    run.add_argument("--keep-going", action="store_true", help="after a failure, run all that does not depend on it")
+    run.add_argument("--dry-run", action="store_true", help="say what would run, and why; run and write nothing")
+
+
+def _study_status(status: argparse.ArgumentParser) -> None:
+    status.add_argument("--watch", action="store_true", help="show a table that follows the study until it is done")
+
+
+def _study_explain(explain: argparse.ArgumentParser) -> None:
+    explain.add_argument("stage", metavar="STAGE", help="its name, as study plan prints it, also with its kind before")
+
+
+def _study_stage(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("fingerprint", help="of the stage")
+    stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    stage.add_argument("--parent", type=_positive, metavar="PID", help="end when this process does")
+
+
+_OF_ACTION = {"run": _study_run, "status": _study_status, "explain": _study_explain, "stage": _study_stage}
 
 
 def _recommend(verbs: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 
 from secateur import manual, ranks
 from secateur.arguments import parser
-from secateur.errors import RunError, UserError
+from secateur.errors import RunError, UserError, disk_full, first_line, out_of_memory
 
 __all__ = ["main"]
 
@@ -21,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ranks.together():
             arguments = parser().parse_args(argv)
-            if ranks.world() > 1 and arguments.verb not in ("prune", "train"):
+            several = arguments.verb in ("prune", "train") or getattr(arguments, "action", "") == "stage"
+            if ranks.world() > 1 and not several:
                 raise UserError(
                     f"{arguments.verb}: runs in one process; of all verbs only prune and train take several"
                 )
@@ -45,32 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return ranks.end(130, "\nsecateur: interrupted; run the same command again to go on")
     except Exception as error:
-        if _out_of_memory(error):
+        if out_of_memory(error):
             offer = manual.memory(argv or sys.argv[1:])
-            return ranks.end(1, f"secateur: error: out of memory; {offer} ({_first_line(error)})")
-        if _disk_full(error):
+            return ranks.end(1, f"secateur: error: out of memory; {offer} ({first_line(error)})")
+        if disk_full(error):
             return ranks.end(
-                1, f"secateur: error: the disk is full; make room, then run the same again ({_first_line(error)})"
+                1, f"secateur: error: the disk is full; make room, then run the same again ({first_line(error)})"
             )
         if ranks.world() == 1:
             raise
         return ranks.end(1, traceback.format_exc())
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether the system or a GPU had no more memory to give; torch has a type of its own for the latter alone."""
-    told = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
-
-
-def _disk_full(error: Exception) -> bool:
-    """Whether a file could not be written to its end; numpy raises an error without a number then."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, OSError) and (error.errno in full or "requested and" in str(error))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

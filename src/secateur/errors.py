@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
-__all__ = ["RunError", "UserError", "did_you_mean"]
+__all__ = ["RunError", "UserError", "did_you_mean", "disk_full", "first_line", "out_of_memory"]
 
 
 class UserError(Exception):
@@ -38,6 +39,23 @@ def did_you_mean(name: object, options: Iterable[str]) -> str:
     if near:
         return f"; did you mean {alike[near[0]]!r}?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the system or a GPU had no more memory to give; torch has a type of its own for the latter alone."""
+    told = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether a file could not be written to its end; numpy raises an error without a number then."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and (error.errno in full or "requested and" in str(error))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _alike(name: object) -> str:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, hashes, locks."""
+"""Files that are either whole or absent: atomic writes, hashes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from secateur.errors import UserError
 __all__ = [
     "BLOCKS",
     "check_free",
-    "is_locked",
-    "locked",
     "partial_directories",
     "read_json",
     "resumable_directory",
@@ -232,33 +230,3 @@ def _remove(partial: Path, made: list[Path]) -> None:
     for parent in made:
         with contextlib.suppress(OSError):
             parent.rmdir()
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock on ``path``."""
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``; the system frees it when the process dies, however it dies.
-
-    Args:
-        path: of the lock.
-        waiting: is called where another process holds it, before this one waits.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

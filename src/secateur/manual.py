@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from secateur.errors import UserError
 from secateur.plugins import announced
 
-__all__ = ["DATA", "DOCUMENTS", "EPILOG", "METHODS", "RECOMMEND", "SHAPES", "SOURCES", "TRAIN", "memory", "prune"]
+__all__ = [
+    "DATA",
+    "DOCUMENTS",
+    "EPILOG",
+    "METHODS",
+    "RECOMMEND",
+    "SHAPES",
+    "SOURCES",
+    "STUDY",
+    "TRAIN",
+    "memory",
+    "prune",
+]
 
 #: verb -> what needs less memory if it is lowered, or taken
 _MEMORY = {
@@ -170,6 +182,37 @@ examples:
   secateur shapes DIR --shape layers=16,ffn=9216           any shape, before any method is chosen
 """
 
+
+#: action of ``study`` -> examples
+STUDY = {
+    "run": """\
+examples:
+  secateur study run FILE --dry-run               what would run, and why
+  secateur study run FILE --only 'wanda-*/P-R'    some stages, and what they are made from
+  secateur study run FILE --jobs 4 --keep-going   four at a time; a failure stops only what depends on it
+  secateur study run FILE --launcher slurm --slurm partition=gpu --slurm time=240 --slurm mem=64G
+
+keys of --slurm, with their defaults:
+  partition=  account=  qos=  constraint=  mem=    as sbatch takes them      time=60    minutes of a job; a longer
+  cpus=1    for each process                                                 stage is queued again and goes on
+  gpus=     of a node (default: one for each process on it, with --device cuda)
+  nodes=1   that share a stage of several processes    array=256  jobs at once    grace=90  seconds to save in
+
+Several may run one study at once, on several hosts if they share the disk: no stage is done twice, and each waits for
+what another is doing. A host that is silent for two minutes is taken for dead. Finished stages are compared with their
+hashes first, and what is damaged is done again. What each stage says is in OUT/logs. Exit code 1 if a stage failed.
+""",
+    "status": """\
+examples:
+  secateur study status FILE            once
+  secateur study status FILE --watch    a table that follows the study; Ctrl-C ends the watching alone
+""",
+    "explain": """\
+examples:
+  secateur study explain FILE wanda-0.5/P-R           all stages of that name
+  secateur study explain FILE 'train wanda-0.5/P-R'   one of them
+""",
+}
 
 TRAIN = """\
 keys of the recipe (--recipe FILE, --set KEY=VALUE), with their defaults:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Listener", "Nobody", "Task", "clock", "close", "listener", "say", "set_listener", "task"]
+__all__ = ["Lines", "Listener", "Nobody", "Task", "clock", "close", "listener", "say", "set_listener", "task"]
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -69,10 +69,11 @@ class Bars:
 
 
 class Lines:
-    """One line for each task every ``interval`` seconds, for logs and pipes."""
+    """One line for each task every ``interval`` seconds, on standard error or where ``write`` puts it."""
 
-    def __init__(self, interval: float = 15.0) -> None:
+    def __init__(self, interval: float = 15.0, write: Callable[[str], object] | None = None) -> None:
         self.interval = interval
+        self.write = write or (lambda text: print(text, file=sys.stderr, flush=True))
         self.seen: dict[str, tuple[float, float, float]] = {}  # key -> (start, done at start, last print)
 
     def update(self, key: str, done: float, total: float, note: str) -> None:
@@ -90,7 +91,7 @@ class Lines:
         self.seen.pop(key, None)
 
     def message(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        self.write(text)
 
 
 class Nobody:

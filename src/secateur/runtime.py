@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["calm_environment", "environment", "pick_batch", "pick_device", "pick_dtype", "quiet"]
+__all__ = ["calm_environment", "cores", "environment", "pick_batch", "pick_device", "pick_dtype", "quiet"]
 
 
 def calm_environment(threads: int) -> None:
@@ -84,3 +84,8 @@ def environment() -> dict[str, str]:
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     found = {name: metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **found, "machine": platform.machine(), "system": sys.platform}
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

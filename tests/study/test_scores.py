@@ -18,14 +18,22 @@ from test_study import study_file, text  # noqa: F401  (a fixture)
 from secateur import progress
 from secateur.calibrate.engine import Block, BlockWalk
 from secateur.calibrate.journal import Journal
-from secateur.data.sources import open_source
-from secateur.study.run import _work, run_stages
+from secateur.study.build import stages_of
+from secateur.study.resolve import resolve
+from secateur.study.run import run_stages
 from secateur.study.spec import load_study
-from secateur.study.stages import Stage, stages_of
+from secateur.study.stages import Stage
 from secateur.study.store import Store
+from secateur.study.work import do_stage
 
 RATIOS = (0.25, 0.5, 0.75)
 LAYERS = 8
+
+
+def work(stage: Stage, out: Path) -> str | None:
+    """Do a stage in this process; say what went wrong."""
+    ended = do_stage(stage, Store(out))
+    return None if ended.how == "done" else f"{ended.how}: {ended.text}"
 
 
 class World:
@@ -38,9 +46,10 @@ class World:
         every = ["shortgpt", "minitron-depth", "shortened-llama", "shortened-llama-ppl", "random-depth", "wanda"]
         every += ["llm-pruner", "minitron-width", "wanda-sp", "flap"]
         path = study_file(folder, text, ratios=list(RATIOS), methods=every, **changes)
-        self.stages = stages_of(load_study(path), open_source(f"text:{text}").digest())
+        study = load_study(path)
+        self.stages = stages_of(study, resolve(study))
         for stage in self.stages[:2]:
-            assert _work(stage, folder / "base") is None
+            assert work(stage, folder / "base") is None
 
     def stage(self, method: str, ratio: float) -> Stage:
         return next(s for s in self.stages if s.kind == "prune" and s.name == f"{method}-{ratio:g}")
@@ -49,7 +58,7 @@ class World:
         return shutil.copytree(self.folder / "base", out)
 
     def alone(self, out: Path, method: str, ratio: float) -> dict[str, str]:
-        assert _work(self.stage(method, ratio), self.copy(out)) is None
+        assert work(self.stage(method, ratio), self.copy(out)) is None
         return written(out, self.stage(method, ratio))
 
 
@@ -118,7 +127,7 @@ def test_a_method_scores_once_for_all_ratios(
     counted = []
     for ratio in RATIOS:
         before, kept = len(starts), scores(out)
-        assert _work(world.stage(method, ratio), out) is None
+        assert work(world.stage(method, ratio), out) is None
         counted.append(len(starts) - before)
         assert kept.items() <= scores(out).items()
     assert counted == walks
@@ -133,7 +142,7 @@ def test_another_model_or_calibration_has_other_scores(world: World, tmp_path: P
     stage = world.stage("shortgpt", 0.5)
     seeded = {**stage.identity, "calibration": {**stage.identity["calibration"], "seed": 1}}
     other = Stage(stage.kind, stage.name, seeded, stage.inputs)
-    assert _work(stage, out) is None and _work(other, out) is None
+    assert work(stage, out) is None and work(other, out) is None
     assert len(list((out / "scores").iterdir())) == 2
 
 
@@ -151,14 +160,14 @@ def test_a_killed_pruning_goes_on_at_the_last_finished_block(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Journal, "finish", killed)
-        _work(stage, out)
-    large = list(out.glob("stages/prune-*.partial/checkpoints/*/step-*.safetensors"))
+        work(stage, out)
+    large = list(out.glob("stages/prune-*.partial-*/checkpoints/*/step-*.safetensors"))
     assert len(large) == (5 if method == "wanda" else 0)
     observed, observe = [], Block.observe
     monkeypatch.setattr(
         Block, "observe", lambda self, *a, **k: (observed.append(self.index), observe(self, *a, **k))[1]
     )
-    assert _work(stage, out) is None
+    assert work(stage, out) is None
     assert observed == ([] if method == "random-depth" else list(range(5, LAYERS)))
     assert written(out, stage) == world.alone(tmp_path / "alone", method, 0.5)
 
@@ -185,33 +194,34 @@ def test_damaged_scores_are_computed_again(
     damage: Callable[[Path], object], sealed: bool, world: World, tmp_path: Path, starts: list[int], said: list[str]
 ) -> None:
     out = world.copy(tmp_path / "out")
-    assert _work(world.stage("shortgpt", 0.25), out) is None
+    assert work(world.stage("shortgpt", 0.25), out) is None
     if not sealed:  # as a kill in the middle leaves it: there are no hashes yet
         next(out.glob("scores/*/scores.json")).unlink()
         next(out.glob("scores/*/*/complete")).unlink()
     damage(sorted(out.glob("scores/*/*/step-*"))[3])
     said.clear()
-    assert _work(world.stage("shortgpt", 0.5), out) is None
+    assert work(world.stage("shortgpt", 0.5), out) is None
     assert len(starts) == 2
     assert [line for line in said if "damaged" in line] == said and len(said) == 1
     assert written(out, world.stage("shortgpt", 0.5)) == world.alone(tmp_path / "alone", "shortgpt", 0.5)
-    assert _work(world.stage("shortgpt", 0.75), out) is None
+    assert work(world.stage("shortgpt", 0.75), out) is None
     assert len(starts) == 3, "the copy of its own, and none more"
 
 
 def test_a_damaged_seal_is_no_reason_to_stop(world: World, tmp_path: Path, starts: list[int]) -> None:
     out = world.copy(tmp_path / "out")
-    assert _work(world.stage("shortgpt", 0.25), out) is None
+    assert work(world.stage("shortgpt", 0.25), out) is None
     next(out.glob("scores/*/scores.json")).write_text("[1")
-    assert _work(world.stage("shortgpt", 0.5), out) is None
+    assert work(world.stage("shortgpt", 0.5), out) is None
     assert len(starts) == 2
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from secateur.files import locked
-with locked(Path(sys.argv[1])):
+from secateur.study.claims import Claims
+claims = Claims(Path(sys.argv[1]))
+with claims.take(sys.argv[2], claims.look(sys.argv[2]).number):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -221,11 +231,13 @@ def test_a_stage_waits_for_another_that_scores_and_goes_on_when_it_dies(
     world: World, tmp_path: Path, said: list[str]
 ) -> None:
     out, stage = world.copy(tmp_path / "out"), world.stage("shortgpt", 0.5)
-    assert _work(world.stage("shortgpt", 0.25), out) is None
-    (lock,) = out.glob("locks/scores-shortgpt-*")
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True) as holder:
+    assert work(world.stage("shortgpt", 0.25), out) is None
+    (key,) = (path.name for path in out.glob("claims/scores-shortgpt-*"))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out / "claims"), key], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        worker = threading.Thread(target=_work, args=(stage, out))
+        worker = threading.Thread(target=work, args=(stage, out))
         worker.start()
         while worker.is_alive() and not said:
             time.sleep(0.01)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -18,13 +16,19 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from secateur import progress
 from secateur.cli import main
 from secateur.data.shards import TokenStore
-from secateur.data.sources import open_source
 from secateur.plan import load_masks
+from secateur.study.build import stages_of
+from secateur.study.claims import Claim
+from secateur.study.explain import why
+from secateur.study.resolve import resolve
 from secateur.study.spec import load_study
-from secateur.study.stages import stages_of
-from secateur.study.store import Store
+from secateur.study.stages import Stage
+from secateur.study.status import state_of
+from secateur.study.store import Store, key_of
+from secateur.study.work import _Told, _told
 
 WORDS = [f"{a}{b}" for a in ("ba", "de", "fi", "go", "lu", "mo") for b in ("n", "rk", "st", "ll", "m")]
 
@@ -161,39 +165,28 @@ def test_second_run_redoes_nothing(whole: tuple[Path, Path, dict[str, Any]]) -> 
     assert (out / "report.html").read_bytes() == page
 
 
-@pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_bytes(whole: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
-    file, out, _ = whole
-    broken = tmp_path / "out"
-    kills = 0
-    for wait in ("train-*partial/checkpoints/step-*", "train-*P-R-*.partial", "evaluate-*"):
-        process = subprocess.Popen(
-            command("study", "run", file, "--out", broken, "--jobs", 2),
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        while process.poll() is None and not any((broken / "stages").glob(wait)):
-            time.sleep(0.02)
-        if process.poll() is None:
-            kills += 1
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert kills == 3
-    answer = run("study", "run", file, "--out", broken, "--jobs", 1)
-    assert answer["already_done"] > 0, "finished stages are found again"
-    assert records(broken) == records(out)
-    status = run("study", "status", file, "--out", broken)
-    assert status["done"] == 27
-
-
 def test_a_failed_stage_is_told_and_never_zero(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = study_file(tmp_path, text, retrain={"tokens": "900k"})  # more than the text has
-    assert main(["study", "run", str(file), "--out", str(tmp_path / "out"), "--jobs", "2", "--json"]) == 1
-    captured = capsys.readouterr()
-    answer = json.loads(captured.out)
+    file = study_file(tmp_path, text, methods=["minitron-depth"], retrain={"tokens": "900k"})  # more than there is
+    arguments = ["study", "run", str(file), "--out", str(tmp_path / "out"), "--jobs", "1", "--json"]
+    assert main(arguments) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["failed"]) == 1 and answer["not_started"], "nothing is started after a failure"
+    assert main([*arguments, "--keep-going"]) == 1
+    answer = json.loads(capsys.readouterr().out)
     assert "give more text, or lower parent.tokens" in answer["failed"]["minitron-depth-0.5/P-R"]
+    assert not answer["not_started"] and "minitron-depth-0.5/P-R" in answer["skipped"], "its evaluation"
     assert all(v["winner"] == "not measured" and v["difference"] is None for v in answer["verdicts"])
     assert "not measured" in (tmp_path / "out" / "report.html").read_text()
+    (log,) = (tmp_path / "out" / "logs").glob("train-minitron-depth-0.5-P-R-*.log")
+    assert "give more text" in log.read_text()
+
+
+def stages_by_name(file: Path) -> dict[str, Stage]:
+    """The stages of a study that are the first of their name."""
+    study, found = load_study(file), {}
+    for stage in stages_of(study, resolve(study)):
+        found.setdefault(stage.name, stage)
+    return found
 
 
 def test_status_tells_where_each_stage_stands(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,23 +194,115 @@ def test_status_tells_where_each_stage_stands(text: Path, tmp_path: Path, capsys
 
     def states() -> dict[str, str]:
         assert main(["study", "status", str(file), "--out", str(store.out), "--json"]) == 0
-        return {row["name"]: row["state"] for row in json.loads(capsys.readouterr().out)["stages"]}
+        rows = json.loads(capsys.readouterr().out)["stages"]
+        return {row["name"]: row["state"] for row in reversed(rows)}
 
     found = states()
-    assert set(found.values()) == {"to do"} and not store.out.exists()
-    study = load_study(file)
-    source = open_source(study.corpus.source, field=study.corpus.field, split=study.corpus.split)
-    stages = {stage.name: stage for stage in stages_of(study, source.digest())}
+    assert found.pop("corpus") == "to do" and set(found.values()) == {"waiting"} and not store.out.exists()
+    stages = stages_by_name(file)
     begun, failed, running = (stages[name] for name in ("parent", "wanda-0.5/S_R", "corpus"))
-    for stage in (begun, failed, running):
-        store.begin(stage)  # long before the first checkpoint of a training run
-    store.fail(failed, "no")
-    with store.lock(running):
-        told = {begun.name: "interrupted", failed.name: "failed", running.name: "running"}
-        assert states() == found | told
-    with store.lock(failed):  # once more
+
+    def claim(stage: Stage) -> Claim:
+        claim = store.claims.take(key_of(stage), store.claims.look(key_of(stage)).number)
+        assert claim is not None
+        return claim
+
+    for stage in (begun, failed):
+        with claim(stage) as held:
+            store.begin(stage, held)
+            if stage is failed:
+                store.note(store.working(stage, held.number), error="no")
+    told = {begun.name: "interrupted", failed.name: "failed"}
+    with claim(running):
+        assert states() == found | told | {"corpus": "running"}
+    with claim(failed):  # once more
         assert states()[failed.name] == "running"
-    assert states() == found | told | {running.name: "interrupted"}
+    assert states() == found | told | {"corpus": "to do"}
+
+
+def test_a_running_stage_tells_other_processes_how_far_it_is(tmp_path: Path) -> None:
+    store, stage = Store(tmp_path), Stage("train", "x", {})
+    claim = store.claims.take(key_of(stage), 0)
+    assert claim is not None
+    with claim:
+        store.begin(stage, claim)
+        with _told(stage, store, store.working(stage, claim.number)), progress.task("x", 200) as task:
+            task.advance(50, "loss 3.200")
+            assert state_of(stage, Store(tmp_path))[0] == "running"
+        note = json.loads((store.working(stage, claim.number) / "progress.json").read_text())
+        assert note == {"task": "x", "share": 0.0, "note": "", "seconds_left": None}
+        listener = _Told(progress.Nobody(), store.working(stage, claim.number) / "progress.json", progress.Nobody())
+        listener.began["x"] = (time.monotonic() - 10, 0.0)
+        listener.update("x", 50, 200, "loss 3.200")
+        assert state_of(stage, Store(tmp_path)) == ("running", "25%  loss 3.200  ETA 0:30")
+
+
+def test_only_some_stages_and_what_would_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out"), "--json"]
+
+    def dry(file: Path, *arguments: str) -> dict[str, str]:
+        assert main(["study", "run", str(file), *out, "--dry-run", *arguments]) == 0
+        rows = json.loads(capsys.readouterr().out)["would_run"]
+        return {f"{row['kind']} {row['name']}": row["reason"] for row in rows}
+
+    file = study_file(tmp_path, text)
+    some = dry(file, "--only", "minitron-*/S_R")
+    assert list(some) == [
+        "corpus corpus",
+        "train minitron-depth-0.5/S_R",
+        "evaluate minitron-depth-0.5/S_R",
+        "train minitron-width-0.5/S_R",
+        "evaluate minitron-width-0.5/S_R",
+    ]
+    assert set(some.values()) == {"nothing like it has been done yet"} and not (tmp_path / "out").exists()
+    assert main(["study", "run", str(file), *out, "--only", "minitron-depth-.5/*"]) == 2
+    assert "did you mean 'minitron-depth-0.5/P-R'?" in capsys.readouterr().err
+    assert main(["study", "run", str(file), *out, "--only", "corpus"]) == 0
+    capsys.readouterr()
+    assert "corpus corpus" not in dry(file)
+    file = study_file(tmp_path, text, corpus={"source": f"text:{text}", "holdout": 0.3, "vocabulary": 280})
+    assert dry(file)["corpus corpus"] == "holdout: 0.2 -> 0.3"
+    assert main(["study", "explain", str(file), "corpus", *out]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["stages"]
+    assert told["state"] == "to do" and told["changes"] == [{"field": "holdout", "old": 0.2, "new": 0.3}]
+    assert main(["study", "explain", str(file), "corpse", *out]) == 2
+    assert "did you mean 'corpus'?" in capsys.readouterr().err
+
+
+def test_explain_names_the_input_that_changed(tmp_path: Path) -> None:
+    """A record of an earlier study file, whose corpus was another."""
+    store = Store(tmp_path)
+
+    def pair(holdout: float, rate: float) -> tuple[Stage, Stage]:
+        corpus = Stage("corpus", "corpus", {"holdout": holdout})
+        return corpus, Stage("train", "parent", {"recipe": {"rate": rate}}, {"corpus": corpus})
+
+    for stage in pair(0.1, 1e-3):
+        claim = store.claims.take(key_of(stage), 0)
+        assert claim is not None
+        with claim:
+            store.begin(stage, claim)
+            store.finish(stage, store.working(stage, claim.number), claim, {}, {})
+    corpus, parent = pair(0.2, 2e-3)
+    found = why(parent, [corpus, parent], store)
+    assert [str(change) for change in found.changes] == [
+        "recipe.rate: 0.001 -> 0.002",
+        "input corpus (corpus corpus): holdout: 0.1 -> 0.2",
+    ]
+    assert found.state == "waiting" and found.nearest == pair(0.1, 1e-3)[1].folder
+
+
+def test_a_stage_of_several_processes(text: Path, tmp_path: Path) -> None:
+    """Under torchrun the first process alone claims and publishes."""
+    shape = {"hidden": 16, "ffn": 48, "layers": 2, "heads": 4, "kv_heads": 2}
+    small = {"parent": {"tokens": 1000, **shape}, "methods": ["shortgpt"], "retrain": {"tokens": 300}}
+    file = study_file(tmp_path, text, **small, calibration={"windows": 4}, compute={"processes": 2})
+    answer = run("study", "run", file, "--out", tmp_path / "out", "--only", "parent", "--device", "cpu")
+    assert answer["ran"] == 3 and not answer["failed"]
+    (runtime,) = (tmp_path / "out").glob("stages/train-parent-*/runtime.json")
+    assert json.loads(runtime.read_text())["processes"] == 2
+    assert record(tmp_path / "out", "train-parent-*")["result"]["tokens"] == 1000
+    assert (tmp_path / "out").joinpath("logs", f"{runtime.parent.name}.log").read_text().count("attempt 1") == 1
 
 
 def test_plan_is_pure(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -1,30 +1,23 @@
-"""Running a study: stages whose inputs are ready go to worker processes, one thread each, side by side."""
+"""Running a study: stages whose inputs are finished are started, the most urgent first, as far as there is room."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import queue
-import signal
-import threading
-import time
-import traceback
-from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from secateur import progress
-from secateur.errors import RunError, UserError
-from secateur.runtime import calm_environment, environment, quiet
-from secateur.study.execute import run_stage
+from secateur.runtime import cores
+from secateur.study.local import Local
 from secateur.study.stages import Stage, unique
-from secateur.study.store import Store
+from secateur.study.store import Store, key_of
+from secateur.study.work import Ended
 
-__all__ = ["Outcome", "default_jobs", "run_stages"]
+__all__ = ["Launcher", "Outcome", "Survey", "run_stages", "survey", "with_inputs"]
+
+_LOOK_EVERY = 1.0  # seconds between looks at what other processes are doing
 
 
 @dataclass
@@ -32,80 +25,188 @@ class Outcome:
     """What a run came to."""
 
     already: int = 0  #: stages found done
-    ran: int = 0
+    ran: int = 0  #: stages that were run here, those that failed among them
+    elsewhere: int = 0  #: stages that another process finished meanwhile
     failed: dict[str, str] = field(default_factory=dict)  #: stage name -> one line
     skipped: list[str] = field(default_factory=list)  #: names of stages whose inputs failed
+    left: list[str] = field(default_factory=list)  #: names of stages that were not started after a failure
+    stopped: str = ""  #: why the run was stopped, if it was told to
 
 
-def default_jobs() -> int:
-    """As many workers as this process may use cores."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class Launcher(Protocol):
+    """What does stages somewhere, several at a time."""
+
+    def room(self, stage: Stage) -> bool:
+        """Whether the stage could start now."""
+        ...
+
+    def start(self, stage: Stage, after: int) -> None:
+        """Start it; ``after`` is the number of its last claim."""
+        ...
+
+    def wait(self, seconds: float) -> list[tuple[Stage, Ended]]:
+        """Wait for stages to end, so long at most."""
+        ...
+
+    def close(self, *, kill: bool) -> None:
+        """Give back what is held."""
+        ...
 
 
-def run_stages(stages: list[Stage], out: Path, *, jobs: int) -> Outcome:
-    """Run what is not done yet; stages that are done are not touched.
+@dataclass(frozen=True)
+class Survey:
+    """Which of some stages are done."""
+
+    done: frozenset[str]  #: fingerprints of those that are finished and whole
+    damaged: Mapping[str, str]  #: fingerprint -> what is wrong with it
+
+
+def survey(stages: list[Stage], store: Store) -> Survey:
+    """Look for finished stages and compare each of their files with its hash."""
+    found = [stage for stage in stages if store.done(stage)]
+    damaged: dict[str, str] = {}
+    with progress.task("check finished stages", len(found)) as task, ThreadPoolExecutor(cores()) as pool:
+        for stage, damage in zip(found, pool.map(store.damage, found), strict=True):
+            if damage:
+                damaged[stage.fingerprint] = damage
+            task.advance(1, stage.name)
+    return Survey(frozenset(s.fingerprint for s in found) - damaged.keys(), damaged)
+
+
+def run_stages(
+    stages: list[Stage],
+    out: Path,
+    *,
+    jobs: int | None = None,
+    device: str = "cpu",
+    file: Path | None = None,
+    keep_going: bool = False,
+) -> Outcome:
+    """Run what is not done yet on this machine; stages that are done are not touched.
+
+    Args:
+        stages: to run, and with them what they are made from.
+        out: the study's directory.
+        jobs: stages at once; None for as many as there are cores, or GPUs.
+        device: ``cpu`` or ``cuda``.
+        file: the study file, which stages of several processes need.
+        keep_going: after a failure go on with what does not depend on it; else only what is running goes on.
 
     Raises:
-        UserError: if a worker process was killed; running again goes on from there.
+        UserError: if a stage needs more than the machine has.
     """
-    store = Store(out)
-    stages = unique(stages)
-    outcome = Outcome()
-    waiting = {stage.fingerprint: stage for stage in stages if not store.done(stage)}
-    outcome.already = len(stages) - len(waiting)
-    if not waiting:
-        return outcome
-    urgency = _critical_paths(stages)
-    calm_environment(threads=1)
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    work = sum(stage.flops for stage in waiting.values())
-    with _relaying(messages), progress.task("whole study", work) as whole, _pool(jobs, context, messages) as pool:
-        running: dict[Future[str | None], Stage] = {}
-        while waiting or running:
-            for stage in sorted(waiting.values(), key=lambda s: -urgency[s.fingerprint]):
-                lost = [used.name for used in stage.inputs.values() if used.name in _lost(outcome)]
-                if lost:
-                    outcome.skipped.append(stage.name)
-                    del waiting[stage.fingerprint]
-                elif len(running) < jobs and all(store.done(used) for used in stage.inputs.values()):
-                    del waiting[stage.fingerprint]
-                    number = outcome.already + outcome.ran + len(running) + 1
-                    progress.say(f"[{number}/{len(stages)}] {stage.kind} {stage.name}")
-                    running[pool.submit(_work, stage, out)] = stage
-            if not running:
-                continue
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                stage = running.pop(future)
-                try:
-                    error = future.result()
-                except BrokenProcessPool:
-                    raise UserError(
-                        f"stage {stage.name}: its process was killed (out of memory?); run again to go on"
-                    ) from None
-                outcome.ran += 1
-                whole.advance(stage.flops, f"{outcome.already + outcome.ran} of {len(stages)} stages done")
-                if error:
-                    outcome.failed[stage.name] = error
-                    progress.say(f"FAILED {stage.kind} {stage.name}: {error}")
-    return outcome
+    run = Run(with_inputs(stages), Store(out), keep_going=keep_going)
+    if not run.waiting:
+        return run.outcome
+    launcher = Local(out, jobs=jobs, device=device, file=file)
+    launcher.check(list(run.waiting.values()))
+    return run.through(launcher)
 
 
-def _lost(outcome: Outcome) -> set[str]:
-    return {*outcome.failed, *outcome.skipped}
+class Run:
+    """Stages on their way through a launcher."""
+
+    def __init__(self, stages: list[Stage], store: Store, *, keep_going: bool) -> None:
+        self.stages, self.store, self.keep_going = stages, store, keep_going
+        found = survey(stages, store)
+        self.done = set(found.done)
+        self.damaged = dict(found.damaged)
+        for stage in stages:
+            if stage.fingerprint in self.damaged:
+                progress.say(f"{stage.kind} {stage.name}: {self.damaged[stage.fingerprint]}; it is done again")
+        self.waiting = {s.fingerprint: s for s in stages if s.fingerprint not in self.done}
+        self.outcome = Outcome(already=len(self.done))
+        self.lost: set[str] = set()  # fingerprints of stages that failed, or whose inputs did
+        self.elsewhere: set[str] = set()  # fingerprints of stages that other processes are at
+
+    def through(self, launcher: Launcher) -> Outcome:
+        """Run what is waiting."""
+        urgency = _critical_paths(self.stages)
+        order = sorted(self.waiting.values(), key=lambda stage: -urgency[stage.fingerprint])
+        running, killed = 0, True
+        work = sum(stage.flops for stage in order)
+        try:
+            with progress.task("whole study", work) as whole:
+                while True:
+                    for stage in order:
+                        if stage.fingerprint in self.waiting and self._begins(stage, launcher):
+                            running += 1
+                            self._announce(stage, running)
+                    if not running and not self.waiting:
+                        break
+                    for stage, ended in launcher.wait(_LOOK_EVERY):
+                        running -= 1
+                        self.ended(stage, ended)
+                        whole.advance(stage.flops, f"{len(self.done)} of {len(self.stages)} stages done")
+            killed = False
+        finally:
+            launcher.close(kill=killed)
+            progress.close()
+        return self.outcome
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing more is to be started."""
+        return bool(self.outcome.stopped) or (bool(self.outcome.failed) and not self.keep_going)
+
+    def _begins(self, stage: Stage, launcher: Launcher) -> bool:
+        """Start a waiting stage if it can, or find that it need not or cannot be done."""
+        fingerprint = stage.fingerprint
+        inputs = {used.fingerprint for used in stage.inputs.values()}
+        if inputs & self.lost:
+            self._drop(stage, self.outcome.skipped)
+        elif self.stopping:
+            self._drop(stage, self.outcome.left)
+        elif inputs <= self.done and launcher.room(stage):
+            look = self.store.claims.look(key_of(stage))
+            if not look.free:
+                if fingerprint not in self.elsewhere:
+                    progress.say(f"{stage.kind} {stage.name}: another process is at it; this one waits for it")
+                    self.elsewhere.add(fingerprint)
+            elif fingerprint not in self.damaged and self.store.done(stage):
+                del self.waiting[fingerprint]
+                self.done.add(fingerprint)
+                self.outcome.elsewhere += 1
+            else:
+                del self.waiting[fingerprint]
+                self.elsewhere.discard(fingerprint)
+                launcher.start(stage, look.number)
+                return True
+        return False
+
+    def _drop(self, stage: Stage, names: list[str]) -> None:
+        del self.waiting[stage.fingerprint]
+        self.lost.add(stage.fingerprint)
+        names.append(stage.name)
+
+    def _announce(self, stage: Stage, running: int) -> None:
+        progress.say(f"[{len(self.done) + running}/{len(self.stages)}] {stage.kind} {stage.name}")
+
+    def ended(self, stage: Stage, ended: Ended) -> None:
+        if ended.how == "elsewhere":  # another process was a little faster
+            self.waiting[stage.fingerprint] = stage
+            return
+        self.outcome.ran += 1
+        if ended.how == "done":
+            self.done.add(stage.fingerprint)
+            return
+        self.lost.add(stage.fingerprint)
+        if ended.how == "stopped":
+            self.outcome.stopped = self.outcome.stopped or ended.text
+            return
+        self.outcome.failed[stage.name] = ended.text
+        progress.say(f"FAILED {stage.kind} {stage.name}: {ended.text}")
 
 
-@contextlib.contextmanager
-def _pool(jobs: int, context: Any, messages: Any) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(messages, os.getpid()))
-    try:
-        yield pool
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.kill()  # an interrupt must not wait for a stage of hours; it resumes from its checkpoint
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def with_inputs(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages and all that they are made from, each after its inputs."""
+
+    def found(stage: Stage) -> Iterator[Stage]:
+        for used in stage.inputs.values():
+            yield from found(used)
+        yield stage
+
+    return unique(inner for stage in stages for inner in found(stage))
 
 
 def _critical_paths(stages: list[Stage]) -> dict[str, float]:
@@ -116,93 +217,3 @@ def _critical_paths(stages: list[Stage]) -> dict[str, float]:
         for used in stage.inputs.values():
             below[used.fingerprint] = max(below.get(used.fingerprint, 0.0), below[stage.fingerprint])
     return below
-
-
-def _work(stage: Stage, out: Path) -> str | None:
-    """Run one stage in a worker; return an error's one line, or None."""
-    store = Store(out)
-    with store.lock(stage):
-        if store.done(stage):  # finished meanwhile by a process that an earlier, killed run had left behind
-            return None
-        work = store.partial(stage)
-        attempts = store.begin(stage)
-        started = time.monotonic()
-        try:
-            result = run_stage(stage, store, work)
-        except (UserError, RunError) as error:
-            store.fail(stage, str(error))
-            return str(error)
-        except Exception as error:
-            (work / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            text = f"{type(error).__name__}: {error} (see {work / 'traceback.txt'})"
-            store.fail(stage, text)
-            return text
-        runtime = {
-            "seconds": time.monotonic() - started,
-            "attempts": attempts,
-            "threads": 1,
-            "device": "cpu",
-            "environment": environment(),
-        }
-        store.finish(stage, result, runtime)
-    return None
-
-
-def _start_worker(messages: Any, parent: int) -> None:
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the study's process's to handle
-    torch.set_num_threads(1)
-    quiet()
-    progress.set_listener(_Sender(messages))
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: int) -> None:
-    """End this worker when the study's process is gone, so that a killed run leaves nothing behind."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-class _Sender:
-    """Progress in a worker: a few messages a second to the study's process."""
-
-    def __init__(self, messages: Any) -> None:
-        self.messages = messages
-        self.last: dict[str, float] = {}
-
-    def update(self, key: str, done: float, total: float, note: str) -> None:
-        now = time.monotonic()
-        if now - self.last.get(key, 0.0) > 0.3:
-            self.last[key] = now
-            self.messages.put(("update", key, done, total, note))
-
-    def finish(self, key: str) -> None:
-        self.last.pop(key, None)
-        self.messages.put(("finish", key))
-
-    def message(self, text: str) -> None:
-        self.messages.put(("message", text))
-
-
-@contextlib.contextmanager
-def _relaying(messages: Any) -> Iterator[None]:
-    """Show what workers send, for as long as the block lasts."""
-    stop = threading.Event()
-
-    def relay() -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Empty, EOFError, OSError):
-                name, *arguments = messages.get(timeout=0.2)
-                getattr(progress.listener(), name)(*arguments)
-
-    thread = threading.Thread(target=relay, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=2)
-        messages.cancel_join_thread()
-        progress.close()

@@ -7,16 +7,18 @@ written under another name and renamed when it is complete, so that a kill at an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn, optim
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
@@ -79,7 +81,7 @@ class Saver:
             written: Any = async_save(tensors, storage_writer=writer, process_group=self._group)
             self._waiting = (written, state)
             return
-        with _quietly():
+        with _quietly(), _plainly():
             save(tensors, storage_writer=writer, no_dist=ranks.world() == 1)
         self._complete(state)
 
@@ -88,7 +90,8 @@ class Saver:
         if self._waiting:
             written, state = self._waiting
             self._waiting = None
-            written.result()
+            with _plainly():
+                written.result()
             self._complete(state)
 
     def _complete(self, state: dict[str, Any]) -> None:
@@ -138,7 +141,7 @@ class Saver:
         for parameter in self.parameters.values():
             moments = {key: torch.zeros_like(parameter.detach()) for key in _MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(self.before + step)), **moments}
-        with _quietly():
+        with _quietly(), _plainly():
             load(self._tensors(), storage_reader=HuggingFaceStorageReader(str(found)), no_dist=ranks.world() == 1)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -180,6 +183,15 @@ def _hashes(folder: Path) -> dict[str, str]:
     for number in range(ranks.rank(), len(files), ranks.world()):
         digests[number] = torch.tensor(list(bytes.fromhex(sha256_file(files[number]))))
     return {file.name: bytes(row).hex() for file, row in zip(files, ranks.add(digests).tolist(), strict=True)}
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Raise what went wrong, such as a full disk: DCP wraps it in an exception that is no ``Exception``."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def _quietly() -> warnings.catch_warnings:

@@ -7,7 +7,14 @@ from secateur.verbs.evaluation import evaluate
 from secateur.verbs.planning import study_plan
 from secateur.verbs.pruning import prune
 from secateur.verbs.recommend import recommend
-from secateur.verbs.studies import demo, study_report, study_run, study_status
+from secateur.verbs.studies import (
+    demo,
+    study_explain,
+    study_report,
+    study_run,
+    study_stage,
+    study_status,
+)
 from secateur.verbs.training import train
 
 __all__ = [
@@ -18,9 +25,11 @@ __all__ = [
     "prune",
     "recommend",
     "shapes",
+    "study_explain",
     "study_plan",
     "study_report",
     "study_run",
+    "study_stage",
     "study_status",
     "train",
 ]

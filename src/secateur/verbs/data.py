@@ -23,8 +23,7 @@ from secateur.files import check_free, partial_directories, resumable_directory,
 from secateur.footprint import size
 from secateur.progress import clock, say
 from secateur.report.words import count, share
-from secateur.runtime import calm_environment, environment
-from secateur.study.run import default_jobs
+from secateur.runtime import calm_environment, cores, environment
 from secateur.verbs.answer import Answer
 from secateur.version import __version__
 
@@ -62,7 +61,7 @@ def data(arguments: Namespace) -> Answer:
             work,
             holdout=Holdout(arguments.holdout),
             documents=arguments.documents,
-            workers=arguments.workers or default_jobs(),
+            workers=arguments.workers or cores(),
             shard_tokens=asked["shard_tokens"],
         )
         told = {key: value for key, value in asked.items() if key not in ("format", "tokenizer_sha256", "shard_tokens")}

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import signal
 from argparse import Namespace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from secateur.errors import UserError
+from secateur import progress, ranks
+from secateur.errors import RunError, UserError, did_you_mean
 from secateur.progress import say
 from secateur.report.build import build_report
 from secateur.report.text import text_table
 from secateur.report.verdict import answer_json, judge
+from secateur.runtime import pick_device
 from secateur.study.build import stages_of
 from secateur.study.collect import collect
+from secateur.study.explain import why
+from secateur.study.local import die_with
 from secateur.study.resolve import resolve
-from secateur.study.run import default_jobs, run_stages
+from secateur.study.run import Outcome, run_stages, survey, with_inputs
+from secateur.study.slurm import parse_slurm, run_on_slurm
 from secateur.study.spec import Study, load_study
 from secateur.study.stages import Stage, unique
+from secateur.study.status import rows, summary, watch
 from secateur.study.store import Store
+from secateur.study.work import do_stage, on_device
+from secateur.train.loop import REQUEUE
 from secateur.verbs.answer import Answer
 
-__all__ = ["demo", "opened", "study_report", "study_run", "study_status"]
+__all__ = ["demo", "opened", "study_explain", "study_report", "study_run", "study_stage", "study_status"]
 
 
 def demo(arguments: Namespace) -> Answer:
@@ -44,44 +54,128 @@ def opened(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
 def study_run(arguments: Namespace) -> Answer:
     """``secateur study run FILE``."""
     study, stages, store = opened(arguments)
-    runs = unique(stages)
+    runs = _chosen(unique(stages), arguments.only)
+    if arguments.dry_run:
+        return _dry_run(study, runs, stages, store)
+    slurm = parse_slurm(arguments.slurm)
+    if arguments.slurm and arguments.launcher != "slurm":
+        raise UserError("--slurm: says what jobs ask for; give --launcher slurm with it")
+    device = arguments.device or study.compute.device
+    if arguments.launcher == "local":
+        device = pick_device(device)
     cells = sum(s.kind == "train" for s in runs)
-    jobs = arguments.jobs or default_jobs()
-    say(f"{study.name}: {len(runs)} stages ({cells} training runs), {jobs} at a time, in {store.out}")
-    outcome = run_stages(stages, store.out, jobs=jobs)
-    say(f"{outcome.already} stages found done, {outcome.ran - len(outcome.failed)} run, {len(outcome.failed)} failed")
+    say(f"{study.name}: {len(runs)} stages ({cells} training runs) in {store.out}")
+    file, keep_going = Path(arguments.file), arguments.keep_going
+    if arguments.launcher == "slurm":
+        outcome = run_on_slurm(runs, store.out, file, options=slurm, device=device, keep_going=keep_going)
+    else:
+        outcome = run_stages(runs, store.out, jobs=arguments.jobs, device=device, file=file, keep_going=keep_going)
+    _tell(outcome, study, store)
     if "corpus" in outcome.failed:  # nothing can be reported without one, and it is the study file that is at fault
         raise UserError(f"{arguments.file}: corpus: {outcome.failed['corpus']}")
+    if outcome.stopped:
+        raise RunError(f"{outcome.stopped} ({outcome.already + outcome.ran} of {len(runs)} stages done)", REQUEUE)
     answer, text, _ = _report(arguments, study, stages, store)
     answer |= {
         "ran": outcome.ran,
         "already_done": outcome.already,
+        "elsewhere": outcome.elsewhere,
         "failed": outcome.failed,
         "skipped": outcome.skipped,
+        "not_started": outcome.left,
     }
     return answer, text, 1 if outcome.failed else 0
+
+
+def _tell(outcome: Outcome, study: Study, store: Store) -> None:
+    parts = [f"{outcome.already} stages found done", f"{outcome.ran - len(outcome.failed)} run"]
+    parts += [f"{outcome.elsewhere} done by other processes"] if outcome.elsewhere else []
+    say(", ".join([*parts, f"{len(outcome.failed)} failed"]))
+    if outcome.left:
+        say(f"{len(outcome.left)} stages were not started after the failure; --keep-going runs what does not need it")
+    if outcome.failed:
+        say(f"what each stage said is in {store.out / 'logs'}")
+
+
+def _chosen(stages: list[Stage], patterns: list[str]) -> list[Stage]:
+    """The stages whose names match one of the patterns, and what they are made from; all without patterns.
+
+    Raises:
+        UserError: if nothing matches a pattern.
+    """
+    if not patterns:
+        return stages
+    names = {stage.name for stage in stages}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"--only {pattern}: no stage has such a name{did_you_mean(pattern, names)}")
+    return with_inputs(s for s in stages if any(fnmatchcase(s.name, pattern) for pattern in patterns))
+
+
+def _dry_run(study: Study, runs: list[Stage], stages: list[Stage], store: Store) -> Answer:
+    """What ``study run`` would do, and why; nothing is run or written."""
+    found = survey(runs, store)
+    told = [
+        (s, why(s, stages, store, found.damaged.get(s.fingerprint))) for s in runs if s.fingerprint not in found.done
+    ]
+    rows = [{"kind": s.kind, "name": s.name, "state": w.state, "reason": w.reason} for s, w in told]
+    answer = {"study": study.name, "out": str(store.out), "already_done": len(found.done), "would_run": rows}
+    lines = [f"{study.name} in {store.out}: {len(found.done)} stages are done, {len(rows)} would run"]
+    lines += [f"{row['kind']:8}  {row['name']}  {row['reason']}" for row in rows]
+    return answer, "\n".join(lines), 0
 
 
 def study_status(arguments: Namespace) -> Answer:
     """``secateur study status FILE``."""
     study, stages, store = opened(arguments)
-    rows = []
-    for stage in unique(stages):
-        error = store.runtime(stage).get("error", "")
-        rows.append({"kind": stage.kind, "name": stage.name, "state": _state(store, stage, error), "error": error})
-    done = sum(row["state"] == "done" for row in rows)
-    answer = {"study": study.name, "out": str(store.out), "done": done, "stages": rows}
-    lines = [f"{study.name} in {store.out}: {done} of {len(rows)} stages done"]
-    lines += [f"{row['state']:11}  {row['kind']:8}  {row['name']}  {row['error']}".rstrip() for row in rows]
+    title = f"{study.name} in {store.out}"
+    found = watch(lambda: rows(stages, store), title) if arguments.watch else rows(stages, store)
+    told = [{"kind": r.kind, "name": r.name, "state": r.state, "note": r.note} for r in found]
+    answer = {"study": study.name, "out": str(store.out), "done": sum(r.state == "done" for r in found), "stages": told}
+    lines = [f"{title}: {summary(found)}"]
+    lines += [f"{row.state:11}  {row.kind:8}  {row.name}  {row.note}".rstrip() for row in found]
     return answer, "\n".join(lines), 0
 
 
-def _state(store: Store, stage: Stage, error: str) -> str:
-    if store.done(stage):
-        return "done"
-    if store.held(stage):
-        return "running"
-    return "failed" if error else "interrupted" if store.partial(stage).is_dir() else "to do"
+def study_explain(arguments: Namespace) -> Answer:
+    """``secateur study explain FILE STAGE``."""
+    _, stages, store = opened(arguments)
+    named = [s for s in unique(stages) if arguments.stage in (s.name, f"{s.kind} {s.name}", s.fingerprint)]
+    if not named:
+        names = {s.name for s in stages} | {f"{s.kind} {s.name}" for s in stages}
+        raise UserError(f"{arguments.stage}: no stage of {arguments.file}{did_you_mean(arguments.stage, names)}")
+    told, lines = [], []
+    for stage in named:
+        found = why(stage, stages, store, store.damage(stage) if store.done(stage) else None)
+        changes = [{"field": c.field, "old": c.old, "new": c.new} for c in found.changes]
+        told.append({"kind": stage.kind, "name": stage.name, "fingerprint": stage.fingerprint, "state": found.state})
+        told[-1] |= {"reason": found.reason, "nearest": found.nearest, "changes": changes}
+        lines.append(f"{stage.kind} {stage.name}: {found.state}: {found.reason}")
+        if found.nearest:
+            lines += [f"  nearest that is done: {found.nearest}", *(f"    {change}" for change in found.changes)]
+        if store.log(stage).is_file():
+            lines.append(f"  log: {store.log(stage)}")
+    return {"stages": told}, "\n".join(lines), 0
+
+
+def study_stage(arguments: Namespace) -> Answer:
+    """``secateur study stage FILE FINGERPRINT``: do one stage, as launchers ask for it."""
+    if arguments.parent:
+        die_with(arguments.parent)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # which a scheduler sends to the job as a whole
+    _, stages, store = opened(arguments)
+    stage = next((s for s in stages if s.fingerprint == arguments.fingerprint), None)
+    if stage is None:
+        raise UserError(
+            f"{arguments.fingerprint}: no stage of {arguments.file}, which has changed; run the study again"
+        )
+    progress.set_listener(progress.Nobody())  # the stage has a log
+    ended = do_stage(on_device(stage, pick_device(arguments.device)), store)
+    if ended.how == "done":
+        return {"stage": stage.name, "how": ended.how}, f"{stage.kind} {stage.name}: done", 0
+    if ended.how == "elsewhere" and not ranks.first():
+        return {}, "", 0
+    raise RunError(f"{stage.kind} {stage.name}: {ended.text}", REQUEUE if ended.how == "stopped" else 1)
 
 
 def study_report(arguments: Namespace) -> Answer:

@@ -1,0 +1,61 @@
+"""Whatever happens to a study's processes and files, its records are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_study import records, study_file, text  # noqa: F401  (a fixture)
+
+KILLS = 25
+
+
+def drill(file: Path, out: Path, kills: int) -> dict[str, Any]:
+    """Run ``drill.py``; what it says."""
+    command = [sys.executable, str(Path(__file__).with_name("drill.py")), str(file), str(out), "7", str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path: Path) -> None:  # noqa: F811
+    recipe = {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3, "init_std": 0.1}
+    shape = {"hidden": 16, "ffn": 48, "layers": 2, "heads": 4, "kv_heads": 2}
+    file = study_file(
+        tmp_path,
+        text,
+        parent={"tokens": "14k", **shape},
+        methods=["minitron-width", "wanda"],
+        retrain={"tokens": 2100},
+        evaluation={"windows": 8, "points": 1},
+        recipe=recipe,
+    )
+    quiet, out = tmp_path / "quiet" / "out", tmp_path / "drill" / "out"
+    for folder in (quiet, out):
+        folder.mkdir(parents=True)
+    assert drill(file, quiet, 0)["last"] == 0
+    found = drill(file, out, KILLS)
+    said = {name: (out.parent / f"{name}.txt").read_text() for name in ("said", "full", "last")}
+    assert (found["kills"], found["whole"], found["last"]) == (KILLS, 0, 0), said["last"]
+    assert records(out) == records(quiet)
+    assert not list(out.glob("stages/*.*-*")), "nothing unfinished is left behind"
+    assert found["full"] == 1 and "the disk is full; make room" in said["full"]
+    assert re.search(rf"checkpoints/{found['truncated']}: this checkpoint is damaged and passed over", said["said"])
+    told = [line for line in said["last"].splitlines() if "damaged" in line]
+    assert len(told) == 1 and told[0].endswith("model/model.safetensors is damaged; it is done again")
+    # No stage was done twice, but for the one that was spoilt, and no two processes were at one at the same time: each
+    # attempt counts on from what the one before it had left.
+    for log in (out / "logs").glob("*.log"):
+        lines = log.read_text().splitlines()
+        spoilt = log.stem == found["flipped"]
+        attempts = [int(found[1]) for line in lines if (found := re.search(r"  attempt (\d+), in", line))]
+        counts = Counter("finished after" in line for line in lines)
+        assert counts[True] <= 1 + spoilt, log
+        assert len(attempts) == len(set(attempts)) + (spoilt and attempts.count(1) - 1), log
