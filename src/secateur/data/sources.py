@@ -1,4 +1,4 @@
-"""Where text comes from: ``stdlib``, ``python``, ``text:PATH`` or ``hf:NAME[:config]``.
+"""Where text comes from: ``stdlib``, ``text:PATH`` or ``hf:NAME[:config]``.
 
 Every source yields documents in a fixed order and has a digest, the identity of its content. Bytes are decoded as UTF-8
 and never changed otherwise: newlines stay as they are. Documents of white space alone are passed over.
@@ -15,12 +15,8 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Protocol
-
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from secateur import progress
 from secateur.data.readers import (
@@ -78,9 +74,8 @@ def open_source(
     needs no network.
 
     Args:
-        source: ``stdlib`` (the running Python's library), ``python`` (that and the sources of the packages that
-            secateur depends on), ``text:PATH`` (a file, or a folder of .txt, .jsonl and .parquet files) or
-            ``hf:NAME[:config]`` (a dataset of the Hugging Face Hub, or a local folder of one).
+        source: ``stdlib`` (the running Python's library), ``text:PATH`` (a file, or a folder of .txt, .jsonl and
+            .parquet files) or ``hf:NAME[:config]`` (a dataset of the Hugging Face Hub, or a local folder of one).
         field: the key or column with the text, where records have keys.
         split: the split of an ``hf:`` dataset.
         domain: the key or column that names a document's domain; else that is the first subfolder, see
@@ -91,12 +86,12 @@ def open_source(
         UserError: for an unknown scheme or a missing path.
     """
     scheme, _, rest = source.partition(":")
-    if scheme not in _SCHEMES or bool(rest) != (scheme not in ("stdlib", "python")):
+    if scheme not in _SCHEMES or bool(rest) != (scheme != "stdlib"):
         if Path(source).exists():
             suffix = Path(source).suffix
             form = next((form for form in besides if suffix and form.endswith(suffix)), "text:")
             raise UserError(f"{source}: is a path; write '{form.partition(':')[0]}:{source}' to read it")
-        forms = ["stdlib", "python", "text:PATH", "hf:NAME", *besides]
+        forms = ["stdlib", "text:PATH", "hf:NAME", *besides]
         meant = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
         raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{meant}")
     return _SCHEMES[scheme](rest, Fields(field, domain), split)
@@ -220,66 +215,6 @@ def _open_stdlib(rest: str, fields: Fields, split: str) -> Source:
     return FileSource("stdlib", root, tuple(files), read_lossy)
 
 
-@dataclass(frozen=True)
-class Joined:
-    """Sources one after the other."""
-
-    name: str
-    parts: tuple[Source, ...]
-
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps([part.digest() for part in self.parts]).encode()).hexdigest()
-
-    def size(self) -> int | None:
-        sizes = [part.size() for part in self.parts]
-        return None if None in sizes else sum(size or 0 for size in sizes)
-
-    def documents(self) -> Iterator[Document]:
-        for part in self.parts:
-            yield from part.documents()
-
-
-def _open_python(rest: str, fields: Fields, split: str) -> Source:
-    """The standard library, then the sources of all packages that secateur runs with, by name: pinned, a fixed text."""
-    packages = [_package(found) for _, found in sorted(_required("secateur", {}).items())]
-    return Joined("python", (_open_stdlib(rest, fields, split), *(part for part in packages if part.files)))
-
-
-def _required(name: str, found: dict[str, Distribution]) -> dict[str, Distribution]:
-    """What a package needs, and what that needs, by name; but for the builds of CUDA that come with some torch."""
-    try:
-        needs = distribution(name).requires or ()
-    except PackageNotFoundError:
-        raise UserError(f"python: {name} is not installed here, so its packages are not known; install it") from None
-    for text in needs:
-        need = Requirement(text)
-        key = canonicalize_name(need.name)
-        wanted = need.marker is None or need.marker.evaluate({"extra": ""})
-        if wanted and key not in found and not key.startswith(_BUILDS):
-            found[key] = distribution(need.name)
-            _required(need.name, found)
-    return found
-
-
-def _package(found: Distribution) -> FileSource:
-    """The Python sources of a package, without its tests, and without what says how it was built."""
-    root = Path(str(found.locate_file("")))
-    kept = [
-        Path(root, file)
-        for file in found.files or ()
-        if file.suffix == ".py"
-        and not _FOREIGN & set(file.parts)
-        and file.name not in _BUILT
-        and ".." not in file.parts
-    ]
-    files = sorted((path for path in kept if path.is_file()), key=lambda path: path.relative_to(root).as_posix())
-    return FileSource(found.name, root, tuple(files), read_lossy)
-
-
-_BUILDS = ("nvidia-", "cuda-", "triton")
-_BUILT = {"version.py", "_version.py", "__config__.py"}
-
-
 def _open_text(rest: str, fields: Fields, split: str) -> Source:
     path = Path(rest).expanduser()
     readers = {".jsonl": read_jsonl, ".parquet": read_parquet}
@@ -328,7 +263,6 @@ def _open_hub(rest: str, fields: Fields, split: str) -> Source:
 
 _SCHEMES: dict[str, Callable[[str, Fields, str], Source]] = {
     "stdlib": _open_stdlib,
-    "python": _open_python,
     "text": _open_text,
     "hf": _open_hub,
 }
