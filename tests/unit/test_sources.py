@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from secateur import progress
-from secateur.data.sources import Document, open_source
+from secateur.data.packages import PACKAGES, package
+from secateur.data.sources import Document, FileSource, open_source
 from secateur.errors import RunError, UserError
 
 
@@ -54,6 +57,51 @@ def test_stdlib_is_sorted_and_leaves_tests_and_other_packages_out():
     assert not [name for name in ids if "_sysconfigdata" in name]
     assert (source.size() or 0) > 5e6
     assert source.digest() == open_source("stdlib").digest()
+
+
+def test_python_is_the_library_and_the_packages_that_secateur_needs():
+    source = open_source("python")
+    assert isinstance(source, FileSource)
+    names = list(source.files)
+    library = [f"stdlib/{name}" for name in open_source("stdlib").files]
+    assert names[: len(library)] == library and len(set(names)) == len(names) > 5000
+    for name in ("torch/nn/modules/linear.py", "numpy/linalg/_linalg.py", "yaml/loader.py", "PIL/Image.py"):
+        assert name in names
+    assert not [name for name in names if {"tests", "test", ".."} & set(name.split("/"))]
+    assert "torch/version.py" not in names
+    assert (source.size() or 0) > 1e8
+    assert next(source.documents()).id.startswith("stdlib/")
+
+
+def test_packages_of_the_corpus_are_what_secateur_cannot_do_without():
+    """Each is reached from secateur's own requirements, without extras and conditions."""
+    known, ahead = set(), ["secateur"]
+    while ahead:
+        name = re.sub(r"[-_.]+", "-", ahead.pop()).lower()
+        if name not in known and (name == "secateur" or name in PACKAGES):
+            known.add(name)
+            bare = [text for text in metadata.requires(name) or [] if ";" not in text]
+            ahead += [re.split(r"[^\w.-]", text)[0] for text in bare]
+    assert known - {"secateur"} == set(PACKAGES)
+    assert list(PACKAGES) == sorted(PACKAGES)
+
+
+def test_a_package_that_is_not_whole_is_told_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("secateur.data.sources.PACKAGES", ("secateur-none",))
+    assert "python: the package secateur-none is not installed; install it with: pip" in failure("python")
+    (tmp_path / "p-1.dist-info").mkdir()
+    (tmp_path / "p-1.dist-info" / "METADATA").write_text("Name: p\nVersion: 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"the package p has no list of its files"):
+        package("p")
+    files = ("p/b.py", "p/a.py", "p/version.py", "p/tests/x.py", "p/c.so", "../../bin/p.py")
+    (tmp_path / "p-1.dist-info" / "RECORD").write_text("".join(f"{name},,\n" for name in files))
+    with pytest.raises(UserError, match=r"p/b.py is not there; install it"):
+        package("p")
+    (tmp_path / "p").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "p" / f"{name}.py").write_text(name)
+    assert package("p") == {f"p/{name}.py": tmp_path / "p" / f"{name}.py" for name in ("a", "b")}
 
 
 def test_stdlib_replaces_bytes_that_are_not_utf8_and_skips_empty_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -208,9 +256,9 @@ def test_broken_text(tmp_path: Path):
         ("stdlb", "did you mean 'stdlib'?"),
         ("txt:corpus", "did you mean 'text'?"),
         ("stdlib:json", "did you mean 'stdlib'?"),
-        ("text:", "which is stdlib, text:PATH or hf:NAME"),
-        ("hf", "which is stdlib, text:PATH or hf:NAME"),
-        ("https://example.org", "known: hf, stdlib, text"),
+        ("text:", "which is stdlib, python, text:PATH or hf:NAME"),
+        ("hf", "which is stdlib, python, text:PATH or hf:NAME"),
+        ("https://example.org", "known: hf, python, stdlib, text"),
     ],
 )
 def test_unknown_schemes(source: str, hint: str):

@@ -1,4 +1,4 @@
-"""Where text comes from: ``stdlib``, ``text:PATH`` or ``hf:NAME[:config]``.
+"""Where text comes from: ``stdlib``, ``python``, ``text:PATH`` or ``hf:NAME[:config]``.
 
 Every source yields documents in a fixed order and has a digest, the identity of its content. Bytes are decoded as UTF-8
 and never changed otherwise: newlines stay as they are. Documents of white space alone are passed over.
@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from secateur import progress
+from secateur.data.packages import FOREIGN, PACKAGES, package
 from secateur.data.readers import (
     TEXT_EXTENSIONS,
     Document,
@@ -32,10 +33,7 @@ from secateur.data.readers import (
 from secateur.errors import RunError, UserError, did_you_mean
 from secateur.files import sha256_file
 
-__all__ = ["Document", "FileSource", "Source", "folder_domain", "open_source", "walk"]
-
-# Left out of the standard library: what other packages put there, and the tests, which some distributions do not ship.
-_FOREIGN = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+__all__ = ["Document", "FileSource", "Source", "folder_domain", "named", "open_source", "walk"]
 
 _HASHES = 4  # files hashed at once; the disk is the limit
 
@@ -74,7 +72,8 @@ def open_source(
     needs no network.
 
     Args:
-        source: ``stdlib`` (the running Python's library), ``text:PATH`` (a file, or a folder of .txt, .jsonl and
+        source: ``stdlib`` (the running Python's library), ``python`` (that and the code of the packages that secateur
+            needs), ``text:PATH`` (a file, or a folder of .txt, .jsonl and
             .parquet files) or ``hf:NAME[:config]`` (a dataset of the Hugging Face Hub, or a local folder of one).
         field: the key or column with the text, where records have keys.
         split: the split of an ``hf:`` dataset.
@@ -86,12 +85,12 @@ def open_source(
         UserError: for an unknown scheme or a missing path.
     """
     scheme, _, rest = source.partition(":")
-    if scheme not in _SCHEMES or bool(rest) != (scheme != "stdlib"):
+    if scheme not in _SCHEMES or bool(rest) == (scheme in _BUILT_IN):
         if Path(source).exists():
             suffix = Path(source).suffix
             form = next((form for form in besides if suffix and form.endswith(suffix)), "text:")
             raise UserError(f"{source}: is a path; write '{form.partition(':')[0]}:{source}' to read it")
-        forms = ["stdlib", "text:PATH", "hf:NAME", *besides]
+        forms = [*_BUILT_IN, "text:PATH", "hf:NAME", *besides]
         meant = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
         raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{meant}")
     return _SCHEMES[scheme](rest, Fields(field, domain), split)
@@ -99,27 +98,26 @@ def open_source(
 
 @dataclass(frozen=True)
 class FileSource:
-    """Local files, read one after the other: ``files`` lie below ``root`` and are sorted by relative path.
+    """Local files, read one after the other: each by a name that does not depend on where it lies, see ``named``.
 
-    ``read`` takes a file and its relative path; ``measure`` says about how many bytes a file gives.
+    ``read`` takes a file and its name; ``measure`` says about how many bytes a file gives.
     """
 
     name: str
-    root: Path
-    files: tuple[Path, ...]
+    files: Mapping[str, Path]
     read: Callable[[Path, str], Iterator[Document]]
     measure: Callable[[Path], int] = lambda path: path.stat().st_size
 
     def digest(self) -> str:
-        return _hash_files(self.root, self.files)
+        return _hash_files(self.files)
 
     def size(self) -> int | None:
-        return sum(self.measure(path) for path in self.files)
+        return sum(self.measure(path) for path in self.files.values())
 
     def documents(self) -> Iterator[Document]:
         found = False
-        for path in self.files:
-            for document in self.read(path, path.relative_to(self.root).as_posix()):
+        for name, path in self.files.items():
+            for document in self.read(path, name):
                 if len(document.ids) if document.ids is not None else document.text.strip():
                     found = True
                     yield document
@@ -140,7 +138,7 @@ class HubSource:
 
     def digest(self) -> str:
         # A local folder is what it holds, wherever it lies; a dataset of the Hub is its name.
-        content = _hash_files(self.local, tuple(walk(self.local))) if self.local else self.path
+        content = _hash_files(named(self.local, walk(self.local))) if self.local else self.path
         return hashlib.sha256(json.dumps(["hf", content, self.config, self.split]).encode()).hexdigest()
 
     def size(self) -> int | None:
@@ -201,18 +199,30 @@ class HubSource:
 
 
 def _open_stdlib(rest: str, fields: Fields, split: str) -> Source:
+    return FileSource("stdlib", _library(fields), read_lossy)
+
+
+def _open_python(rest: str, fields: Fields, split: str) -> Source:
+    files = {f"stdlib/{name}": path for name, path in _library(fields).items()}
+    for name in PACKAGES:
+        files |= package(name)
+    return FileSource("python", files, read_lossy)
+
+
+def _library(fields: Fields) -> dict[str, Path]:
+    """The files of the running Python's library."""
     if fields.domain is not None:
-        raise UserError(f"--domain {fields.domain}: the standard library's sources have no fields; leave it out")
+        raise UserError(f"--domain {fields.domain}: Python's sources have no fields; leave it out")
     root = Path(sysconfig.get_paths()["stdlib"])
     # The files that say how and where this Python was built are not its library.
     files = [
         path
-        for path in walk(root, (".py",), _FOREIGN)
+        for path in walk(root, (".py",), FOREIGN)
         if not path.name.startswith("_sysconfigdata") and not path.parent.name.startswith("config-")
     ]
     if not files:
         raise UserError(f"stdlib: {root} holds no Python sources; use text:PATH instead")
-    return FileSource("stdlib", root, tuple(files), read_lossy)
+    return named(root, files)
 
 
 def _open_text(rest: str, fields: Fields, split: str) -> Source:
@@ -235,7 +245,7 @@ def _open_text(rest: str, fields: Fields, split: str) -> Source:
     def measure(file: Path) -> int:
         return parquet_bytes(file, fields.text) if file.suffix.lower() == ".parquet" else file.stat().st_size
 
-    return FileSource(f"text:{path.resolve().name}", root, tuple(files), read, measure)
+    return FileSource(f"text:{path.resolve().name}", named(root, files), read, measure)
 
 
 def folder_domain(root: Path, files: Sequence[Path]) -> Callable[[Path], str]:
@@ -263,9 +273,16 @@ def _open_hub(rest: str, fields: Fields, split: str) -> Source:
 
 _SCHEMES: dict[str, Callable[[str, Fields, str], Source]] = {
     "stdlib": _open_stdlib,
+    "python": _open_python,
     "text": _open_text,
     "hf": _open_hub,
 }
+_BUILT_IN = ("stdlib", "python")  # the ones without a place
+
+
+def named(root: Path, files: Sequence[Path]) -> dict[str, Path]:
+    """Files below ``root`` by their relative path, in the order given."""
+    return {path.relative_to(root).as_posix(): path for path in files}
 
 
 def walk(root: Path, extensions: tuple[str, ...] = (), skip: Set[str] = frozenset()) -> list[Path]:
@@ -284,11 +301,11 @@ def walk(root: Path, extensions: tuple[str, ...] = (), skip: Set[str] = frozense
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _hash_files(root: Path, files: Sequence[Path]) -> str:
+def _hash_files(files: Mapping[str, Path]) -> str:
     pairs = []
-    sizes = [path.stat().st_size for path in files]
+    sizes = [path.stat().st_size for path in files.values()]
     with progress.task("hash the source", sum(sizes)) as task, ThreadPoolExecutor(_HASHES) as pool:
-        for path, size, digest in zip(files, sizes, pool.map(sha256_file, files), strict=True):
-            pairs.append([path.relative_to(root).as_posix(), digest])
+        for name, size, digest in zip(files, sizes, pool.map(sha256_file, files.values()), strict=True):
+            pairs.append([name, digest])
             task.advance(size)
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

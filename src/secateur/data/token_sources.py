@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from secateur.data.examples import int64_features
 from secateur.data.readers import Document, text_of
-from secateur.data.sources import FileSource, Source, folder_domain, walk
+from secateur.data.sources import FileSource, Source, folder_domain, named, walk
 from secateur.errors import UserError
 from secateur.files import read_json
 
@@ -82,7 +82,7 @@ def _source(
         raise UserError(f"{source}: the folder has no {' or '.join(extensions)} file; name a folder with one")
     domain_of = folder_domain(root, files)
     name = f"{source.partition(':')[0]}:{path.resolve().name}"
-    return FileSource(name, root, tuple(files), lambda file, where: read(file, where, domain_of(file)))
+    return FileSource(name, named(root, files), lambda file, where: read(file, where, domain_of(file)))
 
 
 def _split_of(path: Path, split: str) -> Path:

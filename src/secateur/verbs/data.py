@@ -76,7 +76,7 @@ def _source(arguments: Namespace, out: Path) -> Source:
     """The source; options that it has no use for are said aloud."""
     named, field, split, domain = arguments.source, arguments.field, arguments.split, arguments.domain
     scheme, _, rest = named.partition(":")
-    unused = [("--field", field)] if is_tokenized(named) or scheme == "stdlib" else []
+    unused = [("--field", field)] if is_tokenized(named) or scheme in ("stdlib", "python") else []
     unused += [("--split", split)] if scheme not in ("hf", "arrow") else []
     for option, value in unused:
         if value is not None:
