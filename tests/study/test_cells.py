@@ -1,0 +1,147 @@
+"""What a study's richer cells come to when they are run: objectives, controls, trunks, sweeps, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from secateur.cli import main
+from secateur.plan import load_masks
+from secateur.study.controls import permuted_mask
+from secateur.target import Pattern
+
+SMALL = {"tokens": 8192, "hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2}
+RECIPE = {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3, "init_std": 0.1}
+
+
+def ran(file: Path, out: Path, capsys: Any, **raw: Any) -> dict[str, Any]:
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    assert main(["study", "run", str(file), "--out", str(out), "--jobs", "2", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def common(text: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "cells",
+        "corpus": {"source": f"text:{text}", "holdout": 0.2, "vocabulary": 280},
+        "parent": SMALL,
+        "ratios": 0.5,
+        "retrain": {"tokens": 1024, "peak_rate": 2e-3},
+        "settings": ["equal_training_tokens"],
+        "calibration": {"windows": 8},
+        "recipe": RECIPE,
+        "evaluation": {"windows": 8, "points": 1},
+    } | changes
+
+
+def record(out: Path, pattern: str) -> dict[str, Any]:
+    (found,) = out.glob(f"stages/{pattern}/record.json")
+    return json.loads(found.read_text())
+
+
+def weights(out: Path, pattern: str) -> dict[str, torch.Tensor]:
+    (folder,) = out.glob(f"stages/{pattern}")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model")
+    return model.state_dict()
+
+
+def test_objectives_and_controls(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    learned: dict[str, Any] = {"method": "sheared", "shapes": {"small": "layers=3,ffn=32"}, "controls": []}
+    learned |= {"objective": "language-model", "options": {"steps": 120, "windows": 4}}
+    answer = ran(
+        tmp_path / "cells.yaml",
+        out,
+        capsys,
+        **common(
+            text,
+            methods=[{"method": "sparsegpt", "pattern": "2:4"}, learned],
+            controls=["permuted", "random-mask", "shuffled-weights", "dense-twin", "scratch"],
+            retrain={
+                "tokens": 1024,
+                "peak_rate": 2e-3,
+                "objective": ["language-model", {"kind": "distill", "temperature": 2.0, "settings": []}],
+            },
+        ),
+    )
+    assert not answer["failed"] and answer["objectives"] and answer["inherited"]
+    (folder,) = out.glob("stages/prune-sparsegpt-2of4-*")
+    masks = load_masks(folder / "model")
+    name = next(iter(masks))
+    pattern = Pattern(2, 4)
+    runs = {"permuted": "permuted-*", "random-mask": "random-mask-*", "S_R": "S_R-*", "P-R": "P-R-[0-9a-f]*"}
+    found = {run: weights(out, f"train-sparsegpt-2of4-{stage}") for run, stage in runs.items()}
+    assert torch.equal(found["S_R"][name] != 0, masks[name])
+    assert torch.equal(found["permuted"][name] != 0, permuted_mask(masks[name], name, 0, pattern))
+    for init in ("random-mask", "permuted"):
+        groups = (found[init][name] != 0).reshape(-1, 4).sum(1)
+        assert set(groups.tolist()) == {2} and not torch.equal(found[init][name] != 0, masks[name])
+    assert (weights(out, "train-sparsegpt-2of4-dense-twin-*")[name] != 0).all()
+    assert (weights(out, "train-sparsegpt-2of4-scratch-*")[name] != 0).all()
+    kept = masks[name]
+    drawn, inherited = found["S_R"][name][kept], found["P-R"][name][kept]
+    assert not torch.allclose(drawn.sort().values, inherited.sort().values, atol=1e-2)
+    # Trained weights at other places begin nowhere near as low as in their own.
+    shuffled, pruned = (
+        record(out, f"train-sparsegpt-2of4-{stage}")["result"]["curve"][0]["loss"]
+        for stage in ("shuffled-weights-*", "P-R-[0-9a-f]*")
+    )
+    assert pruned + 0.5 < shuffled
+    taught = record(out, "train-sparsegpt-2of4-P-R+distill-*")["stage"]
+    assert taught["identity"]["objective"]["temperature"] == 2.0 and "teacher" in taught["inputs"]
+    assert record(out, "prune-sheared-small-*")["result"]["after"]["layers"] == 3
+    assert record(out, "prune-sheared-small-*")["result"]["after"]["ffn"] == 32
+
+
+def test_trunks_and_a_checkpoint_as_the_parent(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = tmp_path / "first"
+    ran(tmp_path / "a.yaml", first, capsys, **common(text, methods=["magnitude"], settings=[]))
+    (parent,) = first.glob("stages/train-parent-*/model")
+    out = tmp_path / "out"
+    answer = ran(
+        tmp_path / "b.yaml",
+        out,
+        capsys,
+        **common(
+            text,
+            parent={"checkpoint": str(parent)},
+            methods=["minitron-depth", "wanda"],
+            retrain={"tokens": [1024, 2048], "trunk": "shared", "peak_rate": 2e-3},
+            recipe=RECIPE | {"schedule": "wsd"},
+        ),
+    )
+    assert not answer["failed"]
+    (fetched,) = out.glob("stages/fetch-parent-*")
+    assert (fetched / "model").resolve() == parent.resolve()
+    branch = record(out, "train-wanda-0.5-P-R-2.048k-*")
+    assert branch["stage"]["identity"]["init"] == "continued"
+    assert branch["result"]["curve"][0]["loss"] < record(out, "prune-wanda-0.5-*")["result"].get("loss", 9.0)
+    (plan,) = out.glob("stages/prune-wanda-0.5-*/model")
+    masks = load_masks(plan)
+    for path in ("P-R", "S_R"):  # masks hold along trunk and branch
+        found = weights(out, f"train-wanda-0.5-{path}-2.048k-*")
+        assert all(not found[name][~mask].any() for name, mask in masks.items())
+    rows = (out / "curves.csv").read_text().splitlines()
+    ends = [int(row.split(",")[4]) for row in rows if row.startswith("P-R,minitron-depth") and ",0," in row]
+    assert max(ends) == 2048
+
+
+def test_a_sweep_takes_the_rate_that_ends_lowest(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    sweep = {"rates": [1e-5, 1e-2], "windows": 4, "tokens": 512}
+    answer = ran(tmp_path / "c.yaml", out, capsys, **common(text, methods=["minitron-depth"], sweep=sweep))
+    assert not answer["failed"]
+    chosen = record(out, "select-minitron-depth-0.5-sweep-scratch-*")["result"]
+    assert chosen["peak_rate"] == 1e-2 and chosen["losses"]["0.01"] < chosen["losses"]["1e-05"]
+    assert record(out, "train-minitron-depth-0.5-S_R-*")["result"]["peak_rate"] == 1e-2
+    head, *rows = (line.split(",") for line in (out / "cells.csv").read_text().splitlines())
+    sweeps = {row[head.index("name")]: float(row[head.index("sweep_flops")] or 0) > 0 for row in rows}
+    assert sweeps == {"P-R": True, "S_R": True}
