@@ -18,7 +18,8 @@ from helpers import hf, logits, tiny_family, tiny_llama, without_layers
 from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.errors import UserError
-from secateur.evaluate.tasks import METRICS, Task, removal_accuracies
+from secateur.evaluate.removals import removal_accuracies
+from secateur.evaluate.tasks import METRICS, Task
 from secateur.progress import set_listener
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")

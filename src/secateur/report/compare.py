@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from secateur.report.results import Cell, Evaluation, Results
+from secateur.statistics import bootstrap_interval
 
 __all__ = ["SCRATCH", "SETTINGS", "Group", "Setting", "Verdict", "Winner", "bootstrap_interval", "compare", "groups"]
 
@@ -18,10 +19,6 @@ Winner = Literal["pruned", "scratch", "too close to call", "not measured"]
 SETTINGS: tuple[Setting, ...] = ("training", "total")
 SCRATCH: dict[Setting, str] = {"training": "S_R", "total": "S_{P+R}"}  #: what P-R is held against in each setting
 PRUNED = "P-R"
-
-RESAMPLES = 10_000
-_CHUNK = 500  # resamples drawn at once: bounds the memory, not the result
-_SEED = 42
 
 
 @dataclass(frozen=True)
@@ -51,21 +48,6 @@ class Verdict:
     high: float | None = None
     flop_ratio: float | None = None  #: FLOPs of the whole pruned pipeline over those of the scratch run
     reason: str = ""  #: why it is not measured
-
-
-def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95% percentile interval of the mean of ``differences``, one value for each window.
-
-    Resampling the differences draws the same windows for both models, which is what makes the bootstrap paired: what
-    makes a window hard for both cancels. The generator is seeded, so the interval is a function of the values.
-    """
-    generator = np.random.default_rng(_SEED)
-    size = len(differences)
-    means = np.concatenate(
-        [differences[generator.integers(0, size, size=(_CHUNK, size))].mean(axis=1) for _ in range(RESAMPLES // _CHUNK)]
-    )
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def groups(results: Results) -> tuple[Group, ...]:
