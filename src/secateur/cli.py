@@ -21,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ranks.together():
             arguments = parser().parse_args(argv)
-            if ranks.world() > 1 and arguments.verb not in ("prune", "train"):
+            if ranks.world() > 1 and arguments.verb not in ("prune", "train", "eval"):
                 raise UserError(
-                    f"{arguments.verb}: runs in one process; of all verbs only prune and train take several"
+                    f"{arguments.verb}: runs in one process; of all verbs only prune, train and eval take several"
                 )
             # Imported late: --help must not wait for torch.
             from secateur import verbs

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur import ranks
-from secateur.data.tokenizer import token_hash
+from secateur.data.tokenizer import Stream, token_hash
 from secateur.errors import UserError
 from secateur.evaluate.results import Measurement
 from secateur.runtime import pick_batch
@@ -35,7 +35,8 @@ class Protocol:
     windows: tuple[Tensor, ...]  #: int64 ids, [windows, positions] each; several where sizes or contexts differ
     source: str
     contexts: tuple[int, ...] = ()  #: tokens of context in the windows of each part; empty for one everywhere
-    documents: tuple[Tensor, ...] = ()  #: the number of each token's document, sizes as of ``windows``; maybe unknown
+    documents: tuple[Tensor, ...] = ()  #: the number of each token's document, sizes as of ``windows``; if several
+    domains: tuple[str, ...] = ()  #: of each document, by its number
     name: str = ""  #: of a protocol that has one, e.g. ``heldout/c4``
     split: str | None = None  #: of the dataset
     stride: int | None = None  #: tokens from a window's start to the next one's; None for its length
@@ -45,30 +46,29 @@ class Protocol:
     @classmethod
     def of_stream(
         cls,
-        ids: np.ndarray,
+        stream: Stream | NDArray[np.integer],
         seqlen: int,
         source: str,
         *,
         stride: int | None = None,
-        documents: NDArray[np.int64] | None = None,
         whole: bool = False,
         **said: Any,
     ) -> Protocol:
         """Cut a token stream [tokens] into windows.
 
         Args:
-            ids: the stream.
+            stream: with its documents, or the ids alone.
             seqlen: tokens in a window; a shorter last one counts too if it has something to predict.
             source: where the ids are from.
             stride: from window to window; None for ``seqlen``. With less they overlap, so that every token but the
                 first is predicted, each once.
-            documents: the number of each token's document, [tokens].
             whole: leave a shorter last window out.
             said: further fields.
 
         Raises:
             UserError: if there are fewer than two tokens, or, with ``whole``, no whole window.
         """
+        ids = stream.ids if isinstance(stream, Stream) else stream
         if ids.size < 2:
             raise UserError(f"{source}: has fewer than two tokens; there is nothing to predict")
         if whole and ids.size < seqlen:
@@ -87,12 +87,15 @@ class Protocol:
             groups.append((np.array([last]), overlap if last else 1, tail))
         groups = [group for group in groups if len(group[0])]
 
-        def cut(stream: np.ndarray) -> tuple[Tensor, ...]:
-            return tuple(torch.from_numpy(stream[at[:, None] + np.arange(size)]) for at, _, size in groups)
+        def cut(tokens: np.ndarray) -> tuple[Tensor, ...]:
+            return tuple(torch.from_numpy(tokens[at[:, None] + np.arange(size)]) for at, _, size in groups)
 
-        contexts = tuple(context for _, context, _ in groups) if overlap > 1 else ()
-        of = cut(documents) if documents is not None else ()
-        return cls(cut(ids), source, contexts, of, stride=step if step < seqlen else None, **said)
+        fields: dict[str, Any] = {"stride": step if step < seqlen else None, **said}
+        if overlap > 1:
+            fields["contexts"] = tuple(context for _, context, _ in groups)
+        if isinstance(stream, Stream) and ids.size and stream.documents[0] != stream.documents[-1]:
+            fields |= {"documents": cut(stream.documents), "domains": stream.domains}
+        return cls(cut(ids), source, **fields)
 
     @property
     def tokens(self) -> int:
@@ -145,18 +148,25 @@ class Losses:
             for total in found[:, context - 1 :].double().sum(dim=1).tolist()
         ]
 
-    def documents(self) -> list[tuple[int, float]]:
-        """Each document's predicted tokens and their summed loss (nats); a document without any is left out."""
-        totals: dict[int, tuple[int, float]] = {}
+    def documents(self) -> dict[int, tuple[int, float]]:
+        """Each document's predicted tokens and their summed loss (nats), by its number; one without any is absent."""
+        width = len(self.protocol.domains)
+        counts, sums = np.zeros(width, dtype=np.int64), np.zeros(width)
         for (_, context), found, of in zip(self.protocol.parts(), self.losses, self.protocol.documents, strict=True):
-            numbers, inverse = np.unique(of[:, context:].numpy(), return_inverse=True)
-            values = found[:, context - 1 :].double().numpy()
-            sums = np.bincount(inverse.reshape(-1), values.reshape(-1))
-            counts = np.bincount(inverse.reshape(-1))
-            for number, count, total in zip(numbers.tolist(), counts.tolist(), sums.tolist(), strict=True):
-                before = totals.get(number, (0, 0.0))
-                totals[number] = before[0] + count, before[1] + total
-        return [totals[number] for number in sorted(totals)]
+            numbers, values = of[:, context:].numpy().reshape(-1), found[:, context - 1 :].double().numpy().reshape(-1)
+            counts += np.bincount(numbers, minlength=width)
+            sums += np.bincount(numbers, values, minlength=width)
+        return {n: (int(counts[n]), float(sums[n])) for n in np.flatnonzero(counts).tolist()}
+
+    def domains(self) -> list[dict[str, Any]]:
+        """The mean loss of the documents of each domain; empty where there is only one."""
+        totals: dict[str, tuple[int, float]] = {}
+        for number, (count, total) in self.documents().items() if self.protocol.documents else ():
+            before = totals.get(self.protocol.domains[number], (0, 0.0))
+            totals[self.protocol.domains[number]] = before[0] + count, before[1] + total
+        if len(totals) < 2:
+            return []
+        return [{"domain": d, "tokens": n, "loss": total / n} for d, (n, total) in sorted(totals.items())]
 
     def positions(self) -> list[dict[str, Any]]:
         """The mean loss by the number of tokens that stand before the predicted one: 1, 2 to 3, 4 to 7 and so on."""
@@ -248,9 +258,12 @@ def measure_loss(found: Losses, name: str) -> Measurement:
     """
     loss = found.mean()
     unit = "documents" if found.protocol.documents else "windows"
-    parts = found.documents() if found.protocol.documents else found.windows()
+    parts = [*found.documents().values()] if found.protocol.documents else found.windows()
     items = [{"value": total / count, "tokens": count} for count, total in parts]
-    details = {"perplexity": perplexity(loss), "tokens": found.protocol.tokens, "by_position": found.positions()}
+    details: dict[str, Any] = {"perplexity": perplexity(loss), "tokens": found.protocol.tokens}
+    details |= {"by_position": found.positions()}
+    if domains := found.domains():
+        details["by_domain"] = domains
     return Measurement(name, "loss", loss, found.protocol.record(), unit, items, details)
 
 

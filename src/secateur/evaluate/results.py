@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from secateur.errors import UserError
 from secateur.files import read_json, write_bytes, write_json
 from secateur.version import __version__
 
-__all__ = ["Measurement", "Results", "check_same_protocols", "items_file"]
+__all__ = ["Kind", "Measurement", "Results", "check_same_protocols", "items_file"]
 
 Kind = Literal["loss", "accuracy"]
 
@@ -131,25 +131,27 @@ def items_file(path: Path) -> Path:
     return path.with_suffix(".jsonl.gz")
 
 
-def check_same_protocols(results: Sequence[Results]) -> list[str]:
+def check_same_protocols(measured: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
     """Refuse to put figures side by side that were measured in different ways.
 
+    Args:
+        measured: of each figure the model, the figure's name and its protocol.
+
     Returns:
-        The names of all measurements, in the order in which they first appear.
+        The names of the figures, in the order in which they first appear.
 
     Raises:
-        UserError: if two models have a measurement of the same name under protocols of different fingerprints.
+        UserError: if two models have a figure of the same name under protocols of different fingerprints.
     """
     first: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for result in results:
-        for found in result.measurements:
-            model, protocol = first.setdefault(found.name, (result.model, found.protocol))
-            if protocol["fingerprint"] != found.protocol["fingerprint"]:
-                what = _difference(protocol, found.protocol)
-                raise UserError(
-                    f"{found.name}: {model} and {result.model} were measured under different protocols ({what}); "
-                    "such figures share no table: measure both on the same text, windows, tokenizer and version"
-                )
+    for model, name, protocol in measured:
+        other, before = first.setdefault(name, (model, protocol))
+        if before["fingerprint"] != protocol["fingerprint"]:
+            raise UserError(
+                f"{name}: {other} and {model} are measured under different protocols "
+                f"({_difference(before, protocol)}); such figures share no table: measure both on the same text, with "
+                "the same tokenizer, windows and versions"
+            )
     return list(first)
 
 

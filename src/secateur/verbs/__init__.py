@@ -3,12 +3,13 @@
 from secateur.runtime import quiet
 from secateur.verbs.data import data
 from secateur.verbs.describe import inspect, shapes
-from secateur.verbs.evaluation import evaluate
+from secateur.verbs.evaluation import compare, evaluate
 from secateur.verbs.pruning import prune
 from secateur.verbs.studies import demo, study_plan, study_report, study_run, study_status
 from secateur.verbs.training import train
 
 __all__ = [
+    "compare",
     "data",
     "demo",
     "evaluate",
