@@ -90,7 +90,7 @@ class Protocol:
         def cut(tokens: np.ndarray) -> tuple[Tensor, ...]:
             return tuple(torch.from_numpy(tokens[at[:, None] + np.arange(size)]) for at, _, size in groups)
 
-        fields: dict[str, Any] = {"stride": step if step < seqlen else None, **said}
+        fields: dict[str, Any] = {"stride": step if step < seqlen and len(groups) > 1 else None, **said}
         if overlap > 1:
             fields["contexts"] = tuple(context for _, context, _ in groups)
         if isinstance(stream, Stream) and ids.size and stream.documents[0] != stream.documents[-1]:

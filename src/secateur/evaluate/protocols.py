@@ -162,4 +162,5 @@ def _open(text: Text, data: str | None) -> Source:
 
 
 def _names(text: Text) -> str:
-    return f"{text.file}{', '.join(TEXT_EXTENSIONS[:-1])} or {TEXT_EXTENSIONS[-1]}".replace(", .", f", {text.file}.")
+    *most, last = (text.file + ending for ending in TEXT_EXTENSIONS)
+    return f"{', '.join(most)} or {last}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,9 @@ class Suite:
         names = [name.strip() for name in text.split(",")]
         if "" in names or len(set(names)) < len(names):
             raise UserError(f"--suite {text}: has an empty or repeated name; name {', '.join(SUITES)} or lm-eval tasks")
+        for name in names:
+            if name not in SUITES and difflib.get_close_matches(name, SUITES, cutoff=0.8):
+                raise UserError(f"--suite {name}: is not known{did_you_mean(name, SUITES)}")
         if protocol not in PROTOCOLS:
             raise UserError(f"--protocol {protocol}: is not known{did_you_mean(protocol, PROTOCOLS)}")
         paper = "paper" in names
