@@ -92,3 +92,23 @@ def test_sparsity_is_told_honestly(amount: list[str], pattern: str, tmp_path: Pa
     told = measure_cost(checkpoint, checkpoint.load(), Workload(4, 2, (1,), 1, 0))["sparsity"]
     assert told["pattern"] == pattern and told["zeros"] == pytest.approx(0.5, abs=0.01)
     assert told["note"] == NEEDS if pattern == "2:4" else "neither speed nor memory gain anything" in told["note"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_semi_structured_kernels(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    directory = tiny_llama(tmp_path, **sizes, num_key_value_heads=4, num_hidden_layers=2)
+    assert main(["prune", str(directory), str(tmp_path / "out"), "--method", "magnitude", "--pattern", "2:4"]) == 0
+    checkpoint = Checkpoint(tmp_path / "out")
+    model: Any = checkpoint.load(torch.bfloat16).cuda()
+    ids = windows(8, 16).cuda()
+    with torch.no_grad():
+        dense = model(input_ids=ids).logits
+        found = measure_cost(checkpoint, model, Workload(16, 4, (8,), 2, 1))
+        if torch.cuda.get_device_capability() < (8, 0):
+            assert found["sparsity"]["note"] == NEEDS
+            return
+        assert found["sparsity"]["note"] == "with torch.sparse semi-structured kernels"
+        assert {f["execution"] for f in found["figures"]} == {"dense", "2:4 kernels"}
+        torch.testing.assert_close(model(input_ids=ids).logits, dense, rtol=0.05, atol=0.05 * float(dense.abs().max()))

@@ -186,8 +186,8 @@ def test_several_processes_give_the_same(world: Path, tmp_path: Path) -> None:
     ]
     command = [str(world / "llama-0"), *line, "--device", "cpu", "--out"]
     assert main(["eval", *command, str(tmp_path / "one")]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = [*torchrun, "-m", "secateur", "eval", *command, str(tmp_path / "two")]
     subprocess.run(run, check=True, env=environment, capture_output=True, timeout=200)
     one, two = (json.loads((tmp_path / folder / "llama-0.json").read_text()) for folder in ("one", "two"))

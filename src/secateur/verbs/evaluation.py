@@ -51,6 +51,7 @@ def evaluate(arguments: Namespace) -> Answer:
         about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
         measured = measure(checkpoint, model, protocols, tasks, batch=arguments.batch)
         cost = measure_cost(checkpoint, model) if suite.cost else None
+        del model  # before the next one is loaded
         if path is not None:
             about |= {"digest": checkpoint.digest, "environment": environment()}
         result = Results(str(checkpoint.directory), measured, cost, about)
