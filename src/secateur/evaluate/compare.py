@@ -78,7 +78,7 @@ def compare(a: Sequence[Results], b: Sequence[Results]) -> list[Comparison]:
 
 
 def _compare(name: str, ours: list[Measurement | None], theirs: list[Measurement | None]) -> Comparison:
-    kind = next(m.kind for m in (*ours, *theirs) if m)
+    kind: Kind = next(m.kind for m in (*ours, *theirs) if m)
     for side, measured in (("A", ours), ("B", theirs)):
         if None in measured:
             return Comparison(name, kind, "not measured", reason=f"{side} has no {name}")

@@ -117,15 +117,15 @@ def _speeds(
     device = str(model.device)
     for batch in workload.batches:
         ids = _prompt(model, batch, workload.prompt)
-        seconds = []
+        seconds, held = [], 0
         with watched(device) as use:
             for repeat in range(-workload.warm_up, workload.repeats):
-                taken = _run(model, ids, workload.new)
+                *taken, held = _run(model, ids, workload.new)
                 if repeat >= 0:
-                    seconds.append(taken[:2])
+                    seconds.append(taken)
                 if advance:
                     advance()
-        cache = taken[2] / (batch * (workload.prompt + workload.new - 1))
+        cache = held / (batch * (workload.prompt + workload.new - 1))
         first, rest = np.asarray(seconds).T
         measured = [
             ("prefill", batch * workload.prompt / first, "tokens/s"),
