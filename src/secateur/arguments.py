@@ -78,12 +78,12 @@ def _computing(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _windows(parser: argparse.ArgumentParser, most: str) -> None:
+def _windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") -> None:
     # The defaults are those of verbs.ids: it has to know what was said and what was not.
     parser.add_argument("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
     parser.add_argument("--windows", type=_positive, help=f"windows at most (default: {most})")
     parser.add_argument(
-        "--seqlen", type=_positive, help="tokens in a window, or the model's limit if less (default: 2048)"
+        "--seqlen", type=_positive, help=f"tokens in a window, or the model's limit if less (default: {seqlen})"
     )
 
 
@@ -180,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     )
     outermost.add_argument("--version", action="version", version=f"secateur {__version__}")
     verbs = outermost.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
-    for add in (_demo, _inspect, _shapes, _data, _prune, _train, _eval, _study, _recommend):
+    for add in (_demo, _inspect, _shapes, _data, _prune, _train, _eval, _compare, _study, _recommend):
         add(verbs)
     return outermost
 
@@ -361,14 +361,47 @@ def _eval(verbs: Any) -> None:
     evaluate = _verb(
         verbs,
         "eval",
-        "measure held-out loss and perplexity",
-        "Documents are encoded with the checkpoint's own tokenizer, joined, and cut into windows that do not overlap; "
-        "each window's first token is context only.",
+        "measure held-out loss, perplexity, accuracy on tasks, and cost",
+        "Text is encoded with the checkpoint's own tokenizer and cut into windows, whose first token is context only. "
+        "Several checkpoints give one table, if their figures were measured in the same way.",
+        manual.EVAL,
     )
-    evaluate.add_argument("model", help="Hugging Face checkpoint directory")
-    evaluate.add_argument("--data", required=True, metavar="SOURCE", help=manual.SOURCES)
-    _windows(evaluate, "the whole text")
+    evaluate.add_argument("model", nargs="+", help="Hugging Face checkpoint directory; several for one table")
+    evaluate.add_argument(
+        "--data", metavar="SOURCE", help=f"held-out text: {manual.SOURCES}, shards:DIR (its held-out split)"
+    )
+    evaluate.add_argument("--suite", metavar="NAME[,NAME...]", help="what to measure besides; see below")
+    evaluate.add_argument(
+        "--tasks-data", metavar="DIR", help="folder with <task>.jsonl (default: the Hugging Face Hub)"
+    )
+    evaluate.add_argument("--task-limit", type=_positive, metavar="N", help="documents of each task, from the first")
+    evaluate.add_argument("--text-data", metavar="DIR", help="folder with c4.jsonl ... (default: the Hugging Face Hub)")
+    evaluate.add_argument("--protocol", default="heldout", help="of the perplexities: heldout or paper-train-split")
+    _windows(evaluate, "the whole text; 256 for perplexities", "2048; 8192 for perplexities")
+    evaluate.add_argument(
+        "--stride", type=_positive, metavar="N", help="tokens from window to window (default: windows side by side)"
+    )
+    evaluate.add_argument("--out", metavar="DIR", help="write results, and those of every item, for `secateur compare`")
     _computing(evaluate)
+    evaluate.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of weights and products; losses are summed in float64 (auto: bfloat16 on a GPU)",
+    )
+
+
+def _compare(verbs: Any) -> None:
+    compare = _verb(
+        verbs,
+        "compare",
+        "say which of two evaluated models is better, if that can be told",
+        "It reads what `secateur eval --out` has written and compares item by item: windows or documents of text, "
+        "documents of tasks. Nothing is run.",
+        manual.COMPARE,
+    )
+    compare.add_argument("a", metavar="A.json[,A.json...]", help="results of one model, one file for each seed")
+    compare.add_argument("b", metavar="B.json[,B.json...]", help="results of the other, seeds in the same order")
 
 
 _STUDY_ACTIONS = {

@@ -20,10 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ranks.together():
             arguments = parser().parse_args(argv)
-            several = arguments.verb in ("prune", "train") or getattr(arguments, "action", "") == "stage"
+            several = arguments.verb in ("prune", "train", "eval") or getattr(arguments, "action", "") == "stage"
             if ranks.world() > 1 and not several:
                 raise UserError(
-                    f"{arguments.verb}: runs in one process; of all verbs only prune and train take several"
+                    f"{arguments.verb}: runs in one process; of all verbs only prune, train and eval take several"
                 )
             # Imported late: --help must not wait for torch.
             from secateur import verbs

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur import ranks
 from secateur.calibrate.engine import Block, BlockWalk
 from secateur.calibrate.evidence import Place, evidence
 from secateur.calibrate.removals import removal_losses
 from secateur.calibrate.stats import Mean
 from secateur.checkpoint import is_finite
 from secateur.errors import UserError
-from secateur.evaluate.tasks import Task, removal_accuracies
+from secateur.evaluate.removals import removal_accuracies
+from secateur.evaluate.tasks import Task
 from secateur.methods import LayerMethod, RemovalMethod, WeightMethod, WidthMethod
 from secateur.progress import say
 from secateur.select import Selector, keep_channels, keep_globally, lowest
@@ -64,11 +64,7 @@ def _decide_runs(
     gone = layers - after.layers
     length = gone if method.runs else 1
     if task:
-        found = torch.zeros(layers - length + 2, dtype=torch.float64)
-        if ranks.first():  # on the whole task, while the others wait
-            full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
-            found = torch.tensor([full, *without], dtype=torch.float64)
-        full, *without = ranks.from_first(found).tolist()
+        full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
     else:
         full, without = removal_losses(walk, length)  # which asks the journal first
     scores = method.score(full, torch.tensor(without, dtype=torch.float64))

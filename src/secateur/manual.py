@@ -8,9 +8,11 @@ from secateur.errors import UserError
 from secateur.plugins import announced
 
 __all__ = [
+    "COMPARE",
     "DATA",
     "DOCUMENTS",
     "EPILOG",
+    "EVAL",
     "METHODS",
     "RECOMMEND",
     "SHAPES",
@@ -49,6 +51,8 @@ examples:
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
   secateur train OUT --init DIR --tokens 1M --data shards:DIR     retrain it, or train from scratch
   secateur eval OUT --data text:FILE             held-out loss and perplexity
+  secateur eval A B --suite zero-shot --out DIR  accuracy on the eight tasks of the study, side by side
+  secateur compare DIR/A.json DIR/B.json         which of them is better, if that can be told
   secateur study plan studies/demo.yaml          what a study will run, with tokens and FLOPs
   secateur recommend --params 8B --ratio 0.5 --tokens 50B         which path pays, and how sure that is
 
@@ -257,4 +261,46 @@ examples:
 
 The published figures are those of arXiv:2606.14150, for one parent at one ratio. What is assumed, what the intervals
 cover, and how far such fits were off: docs/prediction.md.
+"""
+
+
+EVAL = """\
+suites, joined by commas as you like:
+  perplexity   C4, WikiText and CNN/DailyMail: 256 windows of 8192 tokens at most
+  zero-shot    winogrande, arc_challenge, arc_easy, hellaswag, piqa, sciq, boolq, openbookqa
+  paper        both of these, and the held-out loss on --data
+  cost         parameters, bytes, KV cache, tokens a second, time to first token, memory, on this device
+  any other name is a task of lm-eval that compares likelihoods, e.g. lambada_openai
+
+Tasks go through lm-evaluation-harness (pip install 'secateur[tasks]') without examples in the prompt; a request longer
+than the model's positions loses its beginning, as in the harness, which is told. --protocol heldout reads held-out
+splits; paper-train-split reads the train splits of the published study, which overlap with its calibration text.
+
+local data, in place of the Hugging Face Hub:
+  --tasks-data DIR   DIR/<task>.jsonl, one document a line in the fields of the task's dataset on the Hub
+  --text-data DIR    DIR/c4.*, DIR/wikitext.* and DIR/cnn_dailymail.* (.txt, .jsonl, .parquet or a folder of them;
+                     text in the field text, of cnn_dailymail in article); c4-train.* ... for paper-train-split
+
+examples:
+  secateur eval DIR --data shards:CORPUS                         loss, by domain and by position
+  secateur eval DIR --suite paper --data shards:CORPUS --out results
+  secateur eval DIR --suite zero-shot --tasks-data tasks --task-limit 200
+  secateur eval PRUNED SCRATCH --suite perplexity,arc_easy --text-data texts --tasks-data tasks --out results
+  secateur eval PARENT PRUNED --suite cost --device cuda
+  torchrun --nproc-per-node 8 -m secateur eval DIR --suite paper --data shards:CORPUS
+
+With --out, DIR/<model>.json has all figures and DIR/<model>.jsonl.gz every item. docs/evaluation.md tells the rest.
+"""
+
+
+COMPARE = """\
+For each figure: how much better A is, with a 95% interval by a paired bootstrap over items, on how many items either is
+better, and the sign test of that. With several seeds on both sides, in pairs, also the 95% interval over seeds by
+Student's t. A verdict needs every interval to exclude zero; else it is too close to call. Figures that were measured in
+different ways are refused.
+
+examples:
+  secateur eval PRUNED SCRATCH --suite paper --data shards:CORPUS --out results
+  secateur compare results/PRUNED.json results/SCRATCH.json
+  secateur compare p0.json,p1.json,p2.json s0.json,s1.json,s2.json      three seeds each
 """

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from example import NAMES, broken, cell, evaluation, example, large
 
-from secateur.report.compare import bootstrap_interval
 from secateur.report.findings import Finding, find
 from secateur.report.index import Index
 from secateur.report.results import Cell, Results
 from secateur.report.text import text_table
 from secateur.report.verdict import judge
+from secateur.statistics import bootstrap_interval
 
 
 def study(*cells: Cell) -> Results:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from example import SCORING, P, R, broken, cell, example, large, pruned
 
-from secateur.report.compare import bootstrap_interval
 from secateur.report.index import Group, Index
 from secateur.report.inherited import controls, parts
 from secateur.report.latex import comparisons_tex, escaped
@@ -22,6 +21,7 @@ from secateur.report.tables import cell_rows, comparison_rows, rows_csv
 from secateur.report.text import text_table
 from secateur.report.verdict import judge
 from secateur.shapes import Shape, train_flops
+from secateur.statistics import bootstrap_interval
 
 PARENT = example().parents[0]
 PARENT_FLOPS = PARENT.cost.flops if PARENT.cost else math.nan

@@ -60,7 +60,8 @@ def test_prune_eval_inspect(method: str, world: Path, tmp_path: Path, capsys: py
     assert seen["sparsity"] == pytest.approx(0.5 if method == "wanda" else 0.0, abs=1e-3)
     assert seen["provenance"]["method"] == method
 
-    measured = call(capsys, "eval", out, "--data", f"text:{world / 'text.txt'}", "--seqlen", 32)
+    answer = call(capsys, "eval", out, "--data", f"text:{world / 'text.txt'}", "--seqlen", 32)
+    (measured,) = answer["results"][0]["measurements"]
     ids = AutoTokenizer.from_pretrained(out)(TEXT).input_ids
     assert measured["tokens"] == len(ids) - -(-len(ids) // 32)  # one token of each window is context only
     losses = []
@@ -70,8 +71,8 @@ def test_prune_eval_inspect(method: str, world: Path, tmp_path: Path, capsys: py
             if window.shape[1] > 1:
                 logits = model.float()(window).logits[0, :-1]
                 losses += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none").tolist()
-    assert measured["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-    assert measured["perplexity"] == pytest.approx(torch.tensor(measured["loss"]).exp().item(), rel=1e-4)
+    assert measured["value"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert measured["perplexity"] == pytest.approx(torch.tensor(measured["value"]).exp().item(), rel=1e-4)
 
 
 def test_inspect_and_shapes_agree(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

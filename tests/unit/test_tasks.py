@@ -18,7 +18,9 @@ from helpers import hf, logits, tiny_family, tiny_llama, without_layers
 from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.errors import UserError
-from secateur.evaluate.tasks import METRICS, Task, removal_accuracies
+from secateur.evaluate.accuracy import answers, language_model, measure_task, say_truncation
+from secateur.evaluate.removals import removal_accuracies
+from secateur.evaluate.tasks import METRICS, Task
 from secateur.progress import set_listener
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
@@ -154,8 +156,8 @@ def check(directory: Path, length: int, name: str, data: Path, monkeypatch: pyte
     runs = [range(0), *(range(first, first + length) for first in range(layers - length + 1))]
     wanted = [naive_likelihoods(without_layers(hf(directory), run), tokenizer, rows, name) for run in runs]
     assert len(seen) == len(runs) == len({str(likelihoods) for likelihoods in wanted})
-    for answers, likelihoods in zip(seen, wanted, strict=True):
-        assert answers == pytest.approx([value for values in likelihoods for value in values], rel=1e-4)
+    for found, likelihoods in zip(seen, wanted, strict=True):
+        assert found == pytest.approx([value for values in likelihoods for value in values], rel=1e-4)
     assert [full, *without] == pytest.approx([naive_accuracy(likelihoods, rows, name) for likelihoods in wanted])
     return [full, *without]
 
@@ -439,11 +441,29 @@ def test_a_tokenizer_that_does_not_serve(llama: Path, data: Path, tokenizer: Pre
 
 
 @needs_lm_eval
-def test_a_choice_beyond_the_context(tokenizer: PreTrainedTokenizerBase, data: Path, tmp_path: Path) -> None:
+def test_a_choice_beyond_the_context(
+    tokenizer: PreTrainedTokenizerBase, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     directory = tiny_llama(tmp_path, vocab_size=300, max_position_embeddings=8)
     tokenizer.save_pretrained(directory)
-    told = refuses(directory, Task("arc_easy", str(data)))
-    assert "a choice without a token of its own, or of more tokens than the 8 that the model takes" in told
+    rows = read(data, "arc_easy")
+    model, task = hf(directory), Task("arc_easy", str(data))
+    asked = language_model(Checkpoint(directory), model)
+    found = [value for value, _ in answers(asked, task, directory)]
+    wanted, long = [], 0
+    for row in rows:
+        for context, continuation in arc_easy_requests(row)[0]:
+            ids, start = tokenizer(context + continuation)["input_ids"], len(tokenizer(context)["input_ids"])
+            seen, start = ids[-9:], max(1, start - max(0, len(ids) - 9))  # eight are read, and the ninth is predicted
+            long += len(ids) - len(tokenizer(context)["input_ids"]) > 8
+            every = logits(model, torch.tensor([seen]))[0].double()
+            wanted.append(
+                sum(float(every[i - 1][seen[i]] - every[i - 1].logsumexp(0)) for i in range(start, len(seen)))
+            )
+    assert found == pytest.approx(wanted, rel=1e-4)
+    assert 0 < long == asked.clipped < asked.beheaded == len(found)
+    say_truncation(asked, task)
+    assert f"in {long} of them the choice alone is longer, so that only its last 8 tokens" in capsys.readouterr().err
 
 
 @needs_lm_eval
@@ -453,3 +473,74 @@ def test_the_home_folder_stays_clean(data: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     Task("piqa", str(data)).record()
     assert not (tmp_path / "cache").exists()
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("batch", [None, 1, 7])
+def test_likelihoods_are_the_harness_s_own(name: str, batch: int | None, llama: Path, data: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    task = Task(name, str(data))
+    model, tokenizer = hf(llama), load_tokenizer(llama)
+    found = measure_task(language_model(Checkpoint(llama), model, batch), task, llama)
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3).loglikelihood(task.requests.harness.instances)
+    assert [v for item in found.items for v in item["loglikelihoods"]] == pytest.approx([v for v, _ in plain], rel=1e-5)
+    assert found.value == task.requests.score(plain)[0] == sum(item["value"] for item in found.items) / DOCUMENTS
+    assert found.details == {"truncated": {"requests": 0, "choices": 0}}
+    assert len({item["document"] for item in found.items}) == DOCUMENTS
+
+
+@needs_lm_eval
+def test_choices_share_what_they_have_in_common(llama: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secateur.evaluate.likelihoods import Likelihoods
+
+    seen = []
+    states = Likelihoods._states
+
+    def counting(self: Likelihoods, rows: Any) -> torch.Tensor:
+        seen.append(sum(map(len, rows)))
+        return states(self, rows)
+
+    monkeypatch.setattr(Likelihoods, "_states", counting)
+    task, asked = Task("arc_easy", str(data)), language_model(Checkpoint(llama), hf(llama))
+    answers(asked, task, llama)
+    monkeypatch.setattr(Likelihoods, "_shares", lambda self, cut: False)
+    shared, seen[:] = sum(seen), []
+    answers(asked, task, llama)
+    assert 1.5 * shared < sum(seen)
+
+
+@needs_lm_eval
+def test_rows_hold_every_request_once() -> None:
+    from secateur.evaluate.likelihoods import rows_of
+
+    draw = random.Random(0)
+    requests = []
+    for _ in range(40):
+        begin = [draw.randrange(9) for _ in range(draw.randrange(1, 12))]
+        for _ in range(draw.randrange(1, 5)):
+            ids = begin + [draw.randrange(9) for _ in range(draw.randrange(0, 9))]
+            requests.append((ids, [draw.randrange(9) for _ in range(draw.randrange(1, len(ids) + 1))]))
+    rows = rows_of(requests)
+    assert sorted(number for row in rows for number in row.requests) == [*range(len(requests))]
+    assert len(rows) < len(requests) == len(rows_of(requests, share=False))
+    for row in rows:
+        ids, places, branches = row.layout()
+        assert len(row) == len(ids) == len(places) == len(branches)
+        for branch, (number, scored) in enumerate(zip(row.requests, row.scored(), strict=True), start=1):
+            mine = [i for i, b in enumerate(branches) if b in (0, branch)]
+            assert [ids[i] for i in mine] == requests[number][0]
+            assert [places[i] for i in mine] == [*range(len(mine))]
+            assert scored == mine[len(mine) - len(requests[number][1]) :]
+
+
+@needs_lm_eval
+def test_the_fingerprint_is_of_what_is_asked(data: Path, tmp_path: Path) -> None:
+    whole, again = (Task("piqa", str(data)).requests.protocol() for _ in range(2))
+    assert whole == again and whole["few_shot"] == 0
+    rows = read(data, "piqa")
+    write(tmp_path, "piqa", [{**rows[0], "sol1": "another end"}, *rows[1:]])
+    others = [Task("piqa", str(data), limit=5), Task("winogrande", str(data)), Task("piqa", str(tmp_path))]
+    prints = {whole["fingerprint"], *(task.requests.protocol()["fingerprint"] for task in others)}
+    assert len(prints) == 4

@@ -46,10 +46,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record has its text, and its domain if it tells one."""
+    """Where a record has its text, and its domain if it tells one; whether texts of white space alone are wanted."""
 
     text: str = "text"
     domain: str | None = None
+    blank: bool = False
 
     def document(self, row: object, where: str, at: str, domain: str) -> Document:
         """The document of a record: named ``where``, from ``at``, of ``domain`` unless the record tells.

@@ -64,7 +64,13 @@ class Source(Protocol):
 
 
 def open_source(
-    source: str, *, field: str = "text", split: str = "train", domain: str | None = None, besides: Sequence[str] = ()
+    source: str,
+    *,
+    field: str = "text",
+    split: str = "train",
+    domain: str | None = None,
+    blank: bool = False,
+    besides: Sequence[str] = (),
 ) -> Source:
     """Open the text source named ``source``.
 
@@ -79,6 +85,7 @@ def open_source(
         split: the split of an ``hf:`` dataset.
         domain: the key or column that names a document's domain; else that is the first subfolder, see
             ``folder_domain``.
+        blank: whether documents of white space alone are given too, e.g. the empty lines of a text.
         besides: what else the caller takes and reads by itself, e.g. ``tokens:FILE.npy``, for the error.
 
     Raises:
@@ -93,7 +100,7 @@ def open_source(
         forms = [*_BUILT_IN, "text:PATH", "hf:NAME", *besides]
         meant = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
         raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{meant}")
-    return _SCHEMES[scheme](rest, Fields(field, domain), split)
+    return _SCHEMES[scheme](rest, Fields(field, domain, blank), split)
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ class FileSource:
     files: Mapping[str, Path]
     read: Callable[[Path, str], Iterator[Document]]
     measure: Callable[[Path], int] = lambda path: path.stat().st_size
+    blank: bool = False  #: whether documents of white space alone are given too
 
     def digest(self) -> str:
         return _hash_files(self.files)
@@ -118,8 +126,9 @@ class FileSource:
         found = False
         for name, path in self.files.items():
             for document in self.read(path, name):
-                if len(document.ids) if document.ids is not None else document.text.strip():
-                    found = True
+                full = bool(len(document.ids) if document.ids is not None else document.text.strip())
+                found |= full
+                if full or self.blank:
                     yield document
         if not found:
             raise UserError(f"{self.name}: holds no text; name a source with at least one document that is not empty")
@@ -162,8 +171,9 @@ class HubSource:
         for number, row in enumerate(self._rows()):
             at = f"{self.name}: {self.split} row {number}"
             document = self.fields.document(row, f"{self.split}:{number}", at, "")
-            if document.text.strip():
-                found = True
+            full = bool(document.text.strip())
+            found |= full
+            if full or self.fields.blank:
                 yield document
         if not found:
             raise UserError(f"{self.name}: split {self.split!r} holds no text; name another split or field")
@@ -245,7 +255,7 @@ def _open_text(rest: str, fields: Fields, split: str) -> Source:
     def measure(file: Path) -> int:
         return parquet_bytes(file, fields.text) if file.suffix.lower() == ".parquet" else file.stat().st_size
 
-    return FileSource(f"text:{path.resolve().name}", named(root, files), read, measure)
+    return FileSource(f"text:{path.resolve().name}", named(root, files), read, measure, fields.blank)
 
 
 def folder_domain(root: Path, files: Sequence[Path]) -> Callable[[Path], str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -24,9 +25,11 @@ from secateur.errors import UserError
 
 __all__ = [
     "END",
+    "Stream",
     "batches",
     "check_vocabulary",
     "encode",
+    "encode_documents",
     "encode_stream",
     "id_bound",
     "load_tokenizer",
@@ -121,30 +124,48 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
         )
 
 
-def encode_stream(
+@dataclass(frozen=True)
+class Stream:
+    """Documents as ids, one after the other."""
+
+    ids: NDArray[np.int64]  #: [tokens]
+    documents: NDArray[np.int64]  #: the number of each token's document, [tokens]
+    domains: tuple[str, ...]  #: the domain of each document, by its number
+
+
+def encode_documents(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-) -> NDArray[np.int64]:
-    """The ids of the documents, one after the other, reading no more documents than needed.
+) -> Stream:
+    """Encode documents, reading no more of them than needed.
 
     Args:
         documents: in the order wanted.
         tokenizer: how to encode them.
         limit: how many tokens are wanted; None for all. For windows ask for ``windows * seqlen`` and reshape.
-
-    Returns:
-        int64 of shape [limit], or shorter where the documents end before.
     """
-    parts: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)]
+    parts: list[NDArray[np.int64]] = []
+    domains: list[str] = []
     found = 0
     with progress.task("tokenize", limit or 1) as task:
         for batch in batches(documents, 16):
-            ids = np.concatenate(encode(tokenizer, [document.text for document in batch]))
-            parts.append(ids)
-            found += len(ids)
-            task.advance(len(ids) if limit else 0, f"{found:,} tokens")
+            rows = encode(tokenizer, [document.text for document in batch])
+            parts += rows
+            domains += [document.domain for document in batch]
+            size = sum(map(len, rows))
+            found += size
+            task.advance(size if limit else 0, f"{found:,} tokens")
             if limit is not None and found >= limit:
                 break
-    return np.concatenate(parts)[:limit]
+    ids = np.concatenate([np.zeros(0, dtype=np.int64), *parts])[:limit]
+    numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[:limit]
+    return Stream(ids, numbers, tuple(domains))
+
+
+def encode_stream(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> NDArray[np.int64]:
+    """The ids alone of :func:`encode_documents`: int64 of shape [limit], or shorter where the documents end before."""
+    return encode_documents(documents, tokenizer, limit).ids
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -1,4 +1,4 @@
-"""Accuracy on tasks of lm-evaluation-harness, of a model and of the same model without some of its layers.
+"""Tasks of lm-evaluation-harness: their documents, what a model is asked, and what its answers are worth.
 
 Prompts, choices and metrics are the harness's own, without examples in the prompt (zero-shot). Its documents come from
 the Hugging Face Hub, or from a local folder that holds ``<task>.jsonl``, one document a line in the fields of the
@@ -14,7 +14,6 @@ import importlib
 import io
 import json
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -23,14 +22,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from secateur import progress
-from secateur.checkpoint import Checkpoint
-from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError, did_you_mean
+from secateur.spec import fingerprint
 
-__all__ = ["METRICS", "Task", "removal_accuracies"]
+__all__ = ["METRICS", "Requests", "Task", "import_harness", "silenced"]
 
 #: The accuracy that is usually reported for a task; ``acc_norm`` divides log-likelihoods by the choices' lengths.
 METRICS: Mapping[str, str] = {
@@ -94,121 +90,48 @@ class Requests:
         """Version of the task and of the harness, metric, number of documents, source."""
         return {
             "version": self.harness.VERSION,
-            "lm_eval": _import("lm_eval").__version__,
+            "lm_eval": import_harness("lm_eval").__version__,
             "metric": self.metric,
             "documents": len(self.documents),
             **self.source,
         }
 
-    def accuracy(self, answers: list[tuple[float, bool]]) -> float:
-        """The task's accuracy, given the log-likelihood of each request's continuation and whether it is greedy."""
+    def protocol(self) -> dict[str, Any]:
+        """What identifies a figure: the record, and a fingerprint of the metric and of all that is asked.
+
+        Another version of the harness that asks the same gives the same fingerprint.
+        """
+        asked = [[request.args[:2] for request in requests] for requests in self.documents]
+        content = {"task": self.harness.config.task, "metric": self.metric, "documents": self.digests, "asked": asked}
+        return {**self.record(), "few_shot": 0, "fingerprint": fingerprint(content)}
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """For each document the first half of the SHA-256 of its fields, in hexadecimal: what it is known by."""
+        return [fingerprint(_plain(requests[0].doc))[:32] for requests in self.documents]
+
+    def score(self, answers: list[tuple[float, bool]]) -> tuple[float, list[float]]:
+        """The task's accuracy, and that of each document.
+
+        Args:
+            answers: the log-likelihood of each request's continuation, and whether it is greedy.
+        """
         for request, answer in zip(self.harness.instances, answers, strict=True):
             request.resps = [answer]
-        with _silenced():
+        with silenced():
             self.harness.apply_filters()
             (key, *_) = self.harness.instances[0].filtered_resps
             values = [
                 self.harness.process_results(requests[0].doc, [request.filtered_resps[key] for request in requests])
                 for requests in self.documents
             ]
-        return float(self.harness.aggregation()[self.metric]([value[self.metric] for value in values]))
+            every = [value[self.metric] for value in values]
+            return float(self.harness.aggregation()[self.metric](every)), [float(value) for value in every]
 
 
-def removal_accuracies(
-    checkpoint: Checkpoint, length: int, task: Task, *, device: str, batch: int | None = None
-) -> tuple[float, list[float]]:
-    """The accuracy with each contiguous run of ``length`` blocks bypassed.
-
-    The whole model is held in memory in float32, and each candidate takes one pass of it over all requests.
-
-    Args:
-        checkpoint: the model, with its tokenizer.
-        length: of the runs, in blocks.
-        task: what to measure.
-        device: where to compute.
-        batch: requests at once (8 unless told); execution only, but sums are rounded in another order.
-
-    Returns:
-        The full model's accuracy, and that of each candidate, by the index of the run's first block.
-
-    Raises:
-        UserError: if the task cannot be had (see :attr:`Task.requests`), the checkpoint has no tokenizer or one that
-            the harness cannot use, or the model's log-likelihoods are NaN or infinite.
-    """
-    requests = task.requests
-    language_model = _language_model(checkpoint, device, batch or 8)
-    layers: nn.ModuleList = language_model.model.get_submodule(checkpoint.family.layers)
-    candidates = range(len(layers) - length + 1)
-    _warn_of_truncation(language_model, requests, task.name)
-    with progress.task(f"score by {task.name}", 1 + len(candidates)) as bar:
-        full = _accuracy(language_model, requests, task.name, checkpoint.directory)
-        bar.advance(1, f"full model {full:.3f}")
-        without = []
-        for first in candidates:
-            with _bypassed(layers, first, length):
-                without.append(_accuracy(language_model, requests, task.name, checkpoint.directory))
-            bar.advance(1, f"best {max(without):.3f} of {full:.3f}")
-    return full, without
-
-
-class _Bypass(nn.Module):
-    """Stands in for a block and keeps its place, so that the others keep theirs, and with it their attention's kind."""
-
-    def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return states
-
-
-@contextlib.contextmanager
-def _bypassed(layers: nn.ModuleList, first: int, length: int) -> Iterator[None]:
-    blocks = list(layers)
-    try:
-        for index in range(first, first + length):
-            layers[index] = _Bypass()
-        yield
-    finally:
-        for index in range(first, first + length):
-            layers[index] = blocks[index]
-
-
-def _accuracy(language_model: Any, requests: Requests, name: str, directory: Path) -> float:
-    try:
-        with _silenced():
-            answers = language_model.loglikelihood(requests.harness.instances, disable_tqdm=True)
-    except (AssertionError, IndexError):  # what it takes for granted of the tokens of a continuation
-        raise UserError(
-            f"{directory}: {name} has a choice without a token of its own, or of more tokens than the "
-            f"{language_model.max_length} that the model takes; use another task"
-        ) from None
-    if not all(math.isfinite(value) for value, _ in answers):
-        raise UserError(f"{directory}: the log-likelihoods on {name} are NaN or infinite")
-    return requests.accuracy(answers)
-
-
-def _language_model(checkpoint: Checkpoint, device: str, batch: int) -> Any:
-    """The checkpoint as the harness wants it."""
-    tokenizer = load_tokenizer(checkpoint.directory)
-    check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{checkpoint.directory}: its tokenizer has neither a BOS nor an EOS token, and lm-eval needs one; "
-            "name one in tokenizer_config.json"
-        )
-    model = checkpoint.load().to(device)  # type: ignore[arg-type]
-    model.config.use_cache = False
-    with _silenced():
-        wrapper = _import("lm_eval.models.huggingface").HFLM
-        return wrapper(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
-
-
-def _warn_of_truncation(language_model: Any, requests: Requests, name: str) -> None:
-    texts = ["".join(request.args[:2]) for request in requests.harness.instances]
-    rows = language_model.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    long = sum(len(row) - 1 > language_model.max_length for row in rows)
-    if long:
-        progress.say(
-            f"{name}: {long:,} of {len(rows):,} requests are longer than the {language_model.max_length} tokens that "
-            "the model takes; their beginning is left out"
-        )
+def _plain(value: Any) -> Any:
+    """A document's fields as JSON has them; what it has no form for, as text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _build(task: Task) -> Requests:
@@ -236,7 +159,7 @@ def _build(task: Task) -> Requests:
         hint = "it must have the fields of the task's dataset on the Hugging Face Hub, the answers among them"
         failed = f"{path}: {name} cannot be built from it"
     try:
-        with _silenced(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        with silenced(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
             # A group of one is how the harness lets a task's own configuration be changed.
             loaded = manager.load({"group": "secateur", "task": [changes]})["tasks"][name]
             loaded.build_all_requests(limit=task.limit)
@@ -252,12 +175,12 @@ def _build(task: Task) -> Requests:
 
 def _manager(name: str) -> Any:
     """The harness's index of the one folder that ``name`` lies in; that of all its folders takes ten seconds."""
-    places = _places(Path(_import("lm_eval.tasks").__file__).parent)
+    places = _places(Path(import_harness("lm_eval.tasks").__file__).parent)
     if name not in places:
         near = difflib.get_close_matches(name, places, n=1, cutoff=0.5)
         raise UserError(f"lm-eval has no single task {name!r}{did_you_mean(name, near or METRICS)}")
-    with _silenced():
-        return _import("lm_eval.tasks").TaskManager(include_defaults=False, include_path=places[name])
+    with silenced():
+        return import_harness("lm_eval.tasks").TaskManager(include_defaults=False, include_path=places[name])
 
 
 @cache
@@ -338,7 +261,7 @@ def _metric(name: str, reported: Mapping[str, Any]) -> str:
     raise UserError(f"{name}: reports {', '.join(reported)} and no accuracy; name another task, like winogrande")
 
 
-def _import(module: str) -> Any:
+def import_harness(module: str) -> Any:
     """A module of the harness, which is not always installed.
 
     Raises:
@@ -353,7 +276,7 @@ def _import(module: str) -> Any:
 
 
 @contextlib.contextmanager
-def _silenced() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """Without the log messages of the harness, ``datasets`` and transformers."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

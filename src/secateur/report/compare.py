@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 
 from secateur.report.index import PRUNED, Group, Index
 from secateur.report.results import Cell, Evaluation
+from secateur.statistics import pooled_interval
 
 __all__ = [
     "SCRATCH",
@@ -22,12 +22,10 @@ __all__ = [
     "Verdict",
     "Winner",
     "average",
-    "bootstrap_interval",
     "compare",
     "estimate",
     "is_planned",
     "paired",
-    "pooled_interval",
     "settings_of",
 ]
 
@@ -43,9 +41,6 @@ SCRATCH: dict[Setting, str] = {
 }
 SETTINGS: tuple[Setting, ...] = tuple(SCRATCH)
 
-RESAMPLES = 10_000
-_CHUNK = 500  # resamples drawn at once: bounds the memory, not the result
-_SEED = 42
 _ROUNDING = 1e-9  # nats; what two sums of equal losses may differ by
 
 
@@ -103,50 +98,6 @@ class Verdict:
     reason: str = ""  #: why it is not measured
     seeds: int = 0  #: seeds that were measured
     planned: int = 1  #: seeds that the comparison has
-
-
-def bootstrap_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95% percentile interval of the mean of ``differences``, one value for each window.
-
-    Resampling the differences draws the same windows for both models, which is what makes the bootstrap paired: what
-    makes a window hard for both cancels. The generator is seeded, so the interval is a function of the values.
-    """
-    generator = np.random.default_rng(_SEED)
-    size = len(differences)
-    means = np.concatenate(
-        [differences[generator.integers(0, size, size=(_CHUNK, size))].mean(axis=1) for _ in range(RESAMPLES // _CHUNK)]
-    )
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
-
-
-def pooled_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95% percentile interval of the mean of ``differences`` [seeds, windows], resampling both.
-
-    Each resample draws windows, the same for all seeds, and seeds, the same for all windows (a crossed bootstrap). It
-    assumes that the seeds are independent draws of one training noise and the windows of one kind of text, and that
-    both are many. They are not: with n seeds the part that comes from them is too narrow by (n - 1) / n in variance,
-    by half with two, so that the interval bounds the spread from below. The generator is seeded. With one seed it is
-    :func:`bootstrap_interval`, up to rounding.
-    """
-    seeds, windows = differences.shape
-    counts = _window_counts(windows)
-    by_seed = np.concatenate([counts[i : i + _CHUNK] @ differences.T for i in range(0, RESAMPLES, _CHUNK)]) / windows
-    chosen = np.random.default_rng((_SEED, 1)).integers(0, seeds, size=(RESAMPLES, seeds))
-    low, high = np.quantile(np.take_along_axis(by_seed, chosen, axis=1).mean(axis=1), (0.025, 0.975))
-    return float(low), float(high)
-
-
-@functools.lru_cache(maxsize=2)
-def _window_counts(windows: int) -> np.ndarray:
-    """How often each resample of ``bootstrap_interval`` draws each window, [resamples, windows]."""
-    generator = np.random.default_rng(_SEED)
-    counts = np.empty((RESAMPLES, windows), dtype=np.uint16)
-    rows = np.arange(_CHUNK)[:, None] * windows
-    for start in range(0, RESAMPLES, _CHUNK):
-        drawn = generator.integers(0, windows, size=(_CHUNK, windows)) + rows
-        counts[start : start + _CHUNK] = np.bincount(drawn.ravel(), minlength=_CHUNK * windows).reshape(_CHUNK, windows)
-    return counts
 
 
 def paired(better: Cell | None, worse: Cell | None, better_name: str, worse_name: str) -> Paired | str:

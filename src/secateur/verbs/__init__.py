@@ -3,7 +3,7 @@
 from secateur.runtime import quiet
 from secateur.verbs.data import data
 from secateur.verbs.describe import inspect, shapes
-from secateur.verbs.evaluation import evaluate
+from secateur.verbs.evaluation import compare, evaluate
 from secateur.verbs.planning import study_plan
 from secateur.verbs.pruning import prune
 from secateur.verbs.recommend import recommend
@@ -18,6 +18,7 @@ from secateur.verbs.studies import (
 from secateur.verbs.training import train
 
 __all__ = [
+    "compare",
     "data",
     "demo",
     "evaluate",

@@ -1,55 +1,151 @@
-"""eval: the loss and perplexity of a checkpoint on held-out text."""
+"""eval and compare: how good checkpoints are and what they cost, side by side; and whether a difference is one."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint import Checkpoint
+from secateur import ranks
+from secateur.checkpoint import Checkpoint, positions
 from secateur.data.token_files import is_token_file
+from secateur.data.tokenizer import check_vocabulary, load_tokenizer
+from secateur.errors import UserError
+from secateur.evaluate.compare import compare as compare_results
+from secateur.evaluate.cost import measure_cost
 from secateur.evaluate.loss import Protocol
-from secateur.evaluate.loss import evaluate as measure
-from secateur.progress import task
-from secateur.runtime import pick_device
+from secateur.evaluate.protocols import SEQLEN, WINDOWS, text_protocol
+from secateur.evaluate.results import Results, check_same_protocols, items_file
+from secateur.evaluate.suite import LOSS, Suite, measure
+from secateur.evaluate.tasks import Task
+from secateur.progress import say
+from secateur.runtime import environment, pick_device, pick_dtype
 from secateur.verbs.answer import Answer
 from secateur.verbs.ids import protocol_of, window_length
+from secateur.verbs.scores import comparison_table, results_table
 
-__all__ = ["evaluate"]
+__all__ = ["compare", "evaluate"]
 
 FEW = 1000  #: predicted tokens below which a loss says little
 
 
 def evaluate(arguments: Namespace) -> Answer:
-    """``secateur eval MODEL``."""
+    """``secateur eval MODEL [MODEL ...]``."""
+    suite = _suite(arguments)
     device = pick_device(arguments.device)
-    checkpoint = Checkpoint(arguments.model)
-    protocol = protocol_of(
-        checkpoint, arguments.data, field=arguments.field, windows=arguments.windows, seqlen=arguments.seqlen
+    checkpoints = [Checkpoint(model) for model in arguments.model]
+    outputs = _outputs(arguments)
+    tasks = [Task(name, arguments.tasks_data, arguments.task_limit) for name in suite.tasks]
+    for task in tasks:
+        task.record()  # whatever is missing is told before anything is computed
+    every = [_protocols(arguments, suite, checkpoint) for checkpoint in checkpoints]
+    check_same_protocols(
+        (str(checkpoint.directory), name, protocol.record())
+        for checkpoint, protocols in zip(checkpoints, every, strict=True)
+        for name, protocol in protocols.items()
     )
-    model: Any = checkpoint.load()
-    model.to(device)
-    with task("evaluate", protocol.tokens) as progress:
-        result = measure(model, protocol, batch=arguments.batch, advance=progress.advance)
-    answer = {"model": str(arguments.model), **{k: result[k] for k in ("loss", "perplexity", "tokens")}}
-    used = answer["protocol"] = protocol.record()
-    answer["note"] = _note(protocol, checkpoint, arguments.seqlen)
-    lines = [
-        f"{arguments.model} on {arguments.data}",
-        f"loss         {result['loss']:.4f} nats a token",
-        f"perplexity   {result['perplexity']:.4f}",
-        f"tokens       {result['tokens']:,} predicted, in {used['windows']} windows of {used['seqlen']}, "
-        f"hash {used['hash'][:16]}",
-        f"protocol     {used['fingerprint'][:16]}",
-    ]
-    lines += [f"note         {answer['note']}"] if answer["note"] else []
-    return answer, "\n".join(lines), 0
+    found, notes = [], []
+    for checkpoint, protocols, path in zip(checkpoints, every, outputs, strict=True):
+        model: Any = checkpoint.load(pick_dtype(arguments.dtype, device)).to(device)  # type: ignore[arg-type]
+        about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
+        measured = measure(checkpoint, model, protocols, tasks, batch=arguments.batch)
+        cost = measure_cost(checkpoint, model) if suite.cost else None
+        del model  # before the next one is loaded
+        if path is not None:
+            about |= {"digest": checkpoint.digest, "environment": environment()}
+        result = Results(str(checkpoint.directory), measured, cost, about)
+        if path is not None and ranks.first():
+            result.save(path)
+            say(f"{checkpoint.directory}: results in {path}, items in {items_file(path).name}")
+        found.append(result)
+        notes += _notes(arguments, checkpoint, protocols)
+    answer = {"results": [result.record() for result in found], "notes": list(dict.fromkeys(notes))}
+    text = "\n".join([results_table(found), *(f"note: {note}" for note in answer["notes"])])
+    return answer, text, 0
 
 
-def _note(protocol: Protocol, checkpoint: Checkpoint, seqlen: int | None) -> str | None:
-    """A word of caution where a loss is that of little text."""
-    if protocol.tokens < FEW:
-        return f"{protocol.tokens:,} predicted tokens are few: the figure may be far off; measure on more text"
-    length = window_length(checkpoint, seqlen)
-    if not is_token_file(protocol.source) and protocol.windows[0].shape[1] < length:
-        return f"the text is shorter than one window of {length:,} tokens; measure on more text"
-    return None
+def _suite(arguments: Namespace) -> Suite:
+    """What was asked for, once nothing in it contradicts itself."""
+    suite = Suite.parse(arguments.suite, arguments.protocol) if arguments.suite else Suite(loss=True)
+    if suite.loss and not arguments.data:
+        told = "--suite paper measures the held-out loss too" if arguments.suite else "there is nothing to measure"
+        raise UserError(f"--data: {told}; name held-out text, e.g. shards:DIR or text:FILE, or a --suite without it")
+    for option, given, needed in (
+        ("--text-data", arguments.text_data, suite.texts),
+        ("--tasks-data", arguments.tasks_data, suite.tasks),
+        ("--task-limit", arguments.task_limit, suite.tasks),
+    ):
+        if given and not needed:
+            raise UserError(f"{option}: nothing that was asked for reads it; name a --suite that does")
+    if suite.cost and ranks.world() > 1:
+        raise UserError("--suite cost: is measured in one process; run it without torchrun")
+    return suite
+
+
+def _protocols(arguments: Namespace, suite: Suite, checkpoint: Checkpoint) -> dict[str, Protocol]:
+    """The windows of every loss, in the checkpoint's own tokens."""
+    asked = {"windows": arguments.windows, "seqlen": arguments.seqlen, "stride": arguments.stride}
+    found = {}
+    if arguments.data:
+        found[LOSS] = protocol_of(checkpoint, arguments.data, field=arguments.field, **asked)
+    if suite.texts:
+        tokenizer = load_tokenizer(checkpoint.directory)
+        check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
+        for text in suite.texts:
+            found[text.name] = text_protocol(
+                text,
+                tokenizer,
+                data=arguments.text_data,
+                positions=positions(checkpoint.config),
+                windows=arguments.windows or WINDOWS,
+                seqlen=arguments.seqlen or SEQLEN,
+                stride=arguments.stride,
+            )
+    return found
+
+
+def _outputs(arguments: Namespace) -> list[Path | None]:
+    """Where the results of each model go."""
+    if arguments.out is None:
+        return [None] * len(arguments.model)
+    paths = [Path(arguments.out) / f"{Path(model).resolve().name}.json" for model in arguments.model]
+    if len(set(paths)) < len(paths):
+        raise UserError("--out: two of the models have the same name, and with it the same file; evaluate them apart")
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path}: exists; remove it, or name another --out")
+    return list(paths)
+
+
+def _notes(arguments: Namespace, checkpoint: Checkpoint, protocols: dict[str, Protocol]) -> list[str]:
+    """Words of caution: figures of little text, and of text that may have been seen."""
+    notes = [f"{name}: {protocol.note}" for name, protocol in protocols.items() if protocol.note]
+    for name, protocol in protocols.items():
+        if protocol.tokens < FEW:
+            few = f"{protocol.tokens:,} predicted tokens are few"
+            notes.append(f"{name}: {few}: the figure may be far off; measure on more text")
+        elif (
+            name == LOSS
+            and not is_token_file(protocol.source)
+            and protocol.windows[0].shape[1] < (length := window_length(checkpoint, arguments.seqlen))
+        ):
+            notes.append(f"the text is shorter than one window of {length:,} tokens; measure on more text")
+    return notes
+
+
+def compare(arguments: Namespace) -> Answer:
+    """``secateur compare A[,A...] B[,B...]``."""
+    a, b = (_load(side) for side in (arguments.a, arguments.b))
+    found = compare_results(a, b)
+    if not found:
+        raise UserError(
+            f"{arguments.a}, {arguments.b}: hold no measurement; run `secateur eval` with --data or --suite"
+        )
+    names = [[result.model for result in side] for side in (a, b)]
+    answer = {"a": names[0], "b": names[1], "comparisons": [comparison.record() for comparison in found]}
+    return answer, comparison_table(found, *names), 0
+
+
+def _load(side: str) -> Sequence[Results]:
+    return [Results.load(Path(name.strip())) for name in side.split(",")]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from secateur.checkpoint import Checkpoint, positions
+from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.token_files import is_token_file, read_token_file
-from secateur.data.tokenizer import check_vocabulary, encode_stream, load_tokenizer
+from secateur.data.tokenizer import Stream, check_vocabulary, encode_documents, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluate.loss import Protocol
+from secateur.evaluate.protocols import begins_with_bos
 from secateur.progress import say
 from secateur.prune import Calibration
 
@@ -32,7 +36,8 @@ def calibration_of(
     if is_token_file(source):
         return Calibration(torch.from_numpy(_file(checkpoint, source, field, windows, seqlen)), source)
     most = windows or WINDOWS
-    ids, length = _encoded(checkpoint, source, field, most, seqlen)
+    stream, length = _encoded(checkpoint, source, field, most * window_length(checkpoint, seqlen), seqlen)
+    ids = stream.ids
     cut = ids[: ids.size // length * length].reshape(-1, length)
     if not len(cut):
         raise UserError(
@@ -45,7 +50,13 @@ def calibration_of(
 
 
 def protocol_of(
-    checkpoint: Checkpoint, source: str, *, field: str | None, windows: int | None, seqlen: int | None
+    checkpoint: Checkpoint,
+    source: str,
+    *,
+    field: str | None,
+    windows: int | None,
+    seqlen: int | None,
+    stride: int | None = None,
 ) -> Protocol:
     """The windows that a loss is measured on; None stands for an option that was not given.
 
@@ -54,8 +65,15 @@ def protocol_of(
     """
     if is_token_file(source):
         return Protocol((torch.from_numpy(_file(checkpoint, source, field, windows, seqlen)),), source)
-    ids, length = _encoded(checkpoint, source, field, windows, seqlen)
-    return Protocol.of_stream(ids, length, source)
+    used = window_length(checkpoint, seqlen)
+    step = min(stride or used, used)
+    limit = used + (windows - 1) * step if windows else None
+    if source.startswith("shards:"):
+        stream = _held_out(checkpoint, source, limit)
+        return Protocol.of_stream(stream, used, source, stride=step, split="heldout")
+    stream, _ = _encoded(checkpoint, source, field, limit, seqlen)
+    bos = begins_with_bos(load_tokenizer(checkpoint.directory))
+    return Protocol.of_stream(stream, used, source, stride=step, bos=bos)
 
 
 def window_length(checkpoint: Checkpoint, seqlen: int | None) -> int:
@@ -65,9 +83,9 @@ def window_length(checkpoint: Checkpoint, seqlen: int | None) -> int:
 
 
 def _encoded(
-    checkpoint: Checkpoint, source: str, field: str | None, windows: int | None, seqlen: int | None
-) -> tuple[NDArray[np.int64], int]:
-    """The ids of a text, as many as the windows hold, and the length of a window.
+    checkpoint: Checkpoint, source: str, field: str | None, tokens: int | None, seqlen: int | None
+) -> tuple[Stream, int]:
+    """The ids of a text, at most so many, and the length of a window.
 
     If that is not what was asked, it is said aloud, once nothing else is wrong.
     """
@@ -78,10 +96,31 @@ def _encoded(
     opened = open_source(source, field=field or "text", besides=("tokens:FILE.npy",))
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
-    ids = encode_stream(opened.documents(), tokenizer, windows * used if windows else None)
+    stream = encode_documents(opened.documents(), tokenizer, tokens)
     if used < length:
         say(f"windows of {used} tokens: the model has no more positions (--seqlen is {length})")
-    return ids, used
+    return stream, used
+
+
+def _held_out(checkpoint: Checkpoint, source: str, limit: int | None) -> Stream:
+    """The held-out documents of token shards, with their domains, at most ``limit`` tokens."""
+    folder, split = Path(source.removeprefix("shards:")), "heldout"
+    if not (folder / "manifest.json").is_file():
+        raise UserError(f"{source}: holds no token shards; write them with `secateur data SOURCE {folder}`")
+    store = TokenStore(folder)
+    if store.vocabulary > checkpoint.shape.vocabulary:
+        raise UserError(
+            f"{source}: has ids up to {store.vocabulary - 1}, but the model's vocabulary is "
+            f"{checkpoint.shape.vocabulary}; build the data with the model's tokenizer"
+        )
+    if split not in store.manifest.splits:
+        raise UserError(f"{source}: holds no held-out documents; build it again with --holdout above 0")
+    stop = min(limit or store.tokens(split), store.tokens(split))
+    within = store.documents_in(split, 0, stop)
+    lengths = np.diff(store.offsets(split, within), append=stop)
+    domains = store.domains or ("",)
+    names = tuple(domains[domain] for domain in store.domains_of(split, within).tolist())
+    return Stream(store.read(split, 0, stop), np.repeat(np.arange(len(names)), lengths), names)
 
 
 def _file(

@@ -1,0 +1,215 @@
+"""secateur eval and secateur compare, from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import tiny_llama
+from secateur.cli import main
+from secateur.data.tokenizer import train_tokenizer
+from secateur.evaluate.results import items_file
+from secateur.evaluate.tasks import METRICS
+
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
+
+WORDS = ("frost", "pear", "ladder", "soil", "rope", "hedge", "saw", "twine", "a man", "the roots")
+DOCUMENTS = 6
+
+
+def made_up(draw: random.Random, name: str) -> dict[str, Any]:
+    """A document of each of the eight tasks, in the fields of its dataset."""
+
+    def phrase() -> str:
+        return f"{draw.choice(WORDS)} and {draw.choice(WORDS)}"
+
+    choices = {"text": [phrase() for _ in range(4)], "label": list("ABCD")}
+    return {
+        "winogrande": {"sentence": f"{phrase()} _ {phrase()}", "option1": "saw", "option2": "rope", "answer": "1"},
+        "arc_easy": {"id": "0", "question": phrase(), "choices": choices, "answerKey": draw.choice("ABCD")},
+        "arc_challenge": {"id": "0", "question": phrase(), "choices": choices, "answerKey": draw.choice("ABCD")},
+        "openbookqa": {"id": "0", "question_stem": phrase(), "choices": choices, "answerKey": draw.choice("ABCD")},
+        "piqa": {"goal": phrase(), "sol1": phrase(), "sol2": phrase(), "label": draw.randrange(2)},
+        "boolq": {"question": phrase(), "passage": phrase(), "idx": 0, "label": draw.randrange(2)},
+        "sciq": {"question": phrase(), "support": phrase(), "correct_answer": phrase(), "distractor1": phrase()}
+        | {"distractor2": phrase(), "distractor3": phrase()},
+        "hellaswag": {"ind": 0, "activity_label": "Pruning", "ctx_a": phrase(), "ctx_b": "he", "ctx": phrase()}
+        | {"endings": [phrase() for _ in range(4)], "label": str(draw.randrange(4))},
+    }[name]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models with one tokenizer, texts and tasks."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 285)
+    for seed in (0, 1):
+        directory = tiny_llama(folder, seed=seed, vocab_size=300, max_position_embeddings=64)
+        tokenizer.save_pretrained(directory)
+    draw = random.Random(0)
+    (folder / "tasks").mkdir()
+    for name in METRICS:
+        rows = [made_up(draw, name) for _ in range(DOCUMENTS)]
+        (folder / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "texts").mkdir()
+    documents = [" ".join(draw.choice(WORDS) for _ in range(40)) for _ in range(20)]
+    for name, field in (("c4", "text"), ("wikitext", "text"), ("cnn_dailymail", "article")):
+        text = "".join(json.dumps({field: document}) + "\n" for document in documents)
+        (folder / "texts" / f"{name}.jsonl").write_text(text)
+    for domain in ("web", "books"):
+        (folder / "corpus" / domain).mkdir(parents=True)
+        text = "".join(json.dumps({"text": f"{domain} {document}"}) + "\n" for document in documents)
+        (folder / "corpus" / domain / "part.jsonl").write_text(text)
+    line = ["data", f"text:{folder / 'corpus'}", str(folder / "shards"), "--tokenizer", str(folder / "llama-0")]
+    assert main([*line, "--holdout", "0.5", "--workers", "1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def call(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Any]:
+    def run(line: str, *, code: int = 0, text: bool = False) -> Any:
+        capsys.readouterr()
+        words = line.format(w=world, t=tmp_path).split()
+        assert main(words if text else [*words, "--json"]) == code
+        said = capsys.readouterr()
+        return said.err.splitlines()[-1] if code else said.out if text else json.loads(said.out)
+
+    return run
+
+
+PAPER = "eval {w}/llama-0 --suite paper --data shards:{w}/shards --tasks-data {w}/tasks --text-data {w}/texts"
+
+
+@needs_lm_eval
+def test_the_suite_of_the_paper(call: Callable[..., Any], world: Path, tmp_path: Path) -> None:
+    (found,) = call(PAPER + " --out {t}/out")["results"]
+    measured = {m["name"]: m for m in found["measurements"]}
+    assert set(measured) == {"loss", "heldout/c4", "heldout/wikitext", "heldout/cnn_dailymail", *METRICS}
+    assert {p["domain"] for p in measured["loss"]["by_domain"]} == {"books", "web"}
+    assert measured["loss"]["items"]["unit"] == "documents"
+    for name, metric in METRICS.items():
+        assert measured[name]["protocol"]["metric"] == metric and measured[name]["items"]["count"] == DOCUMENTS
+        assert measured[name]["protocol"]["lm_eval"] and measured[name]["protocol"]["version"]
+    written = json.loads((tmp_path / "out" / "llama-0.json").read_text())
+    assert written["measurements"] == found["measurements"] and written["digest"]
+    items = items_file(tmp_path / "out" / "llama-0.json")
+    before = items.read_bytes()
+    assert "exists; remove it" in call(PAPER + " --out {t}/out", code=2)
+    call(PAPER + " --out {t}/again")
+    assert (tmp_path / "again" / items.name).read_bytes() == before
+    assert (tmp_path / "again" / "llama-0.json").read_text() == (tmp_path / "out" / "llama-0.json").read_text()
+
+
+@needs_lm_eval
+def test_several_models_share_a_table_and_are_compared(call: Callable[..., Any], world: Path) -> None:
+    line = "eval {w}/llama-0 {w}/llama-1 --suite perplexity,piqa,sciq --tasks-data {w}/tasks --text-data {w}/texts"
+    table = call(line + " --out {t}/out", text=True)
+    head, *rows = table.splitlines()
+    assert head.split() == ["llama-0", "llama-1"]
+    titles = ["heldout/c4,", "perplexity", "heldout/wikitext,", "perplexity", "heldout/cnn_dailymail,", "perplexity"]
+    assert [row.split()[0] for row in rows[:8]] == [*titles, "piqa,", "sciq,"]
+    assert all(len(row) == len(rows[0]) for row in rows[:8])
+    compared = call("compare {t}/out/llama-0.json {t}/out/llama-1.json")
+    names = [c["name"] for c in compared["comparisons"]]
+    assert names[-1] == "average of tasks" and len(names) == 6
+    for comparison in compared["comparisons"]:
+        assert comparison["low"] <= comparison["difference"] <= comparison["high"]
+    text = call("compare {t}/out/llama-0.json {t}/out/llama-0.json", text=True)
+    assert text.count("too close to call") == 6
+    text = call(
+        "compare {t}/out/llama-0.json,{t}/out/llama-1.json {t}/out/llama-1.json,{t}/out/llama-0.json", text=True
+    )
+    assert "over seeds" in text
+
+
+def test_figures_of_different_protocols_share_no_table(call: Callable[..., Any], world: Path, tmp_path: Path) -> None:
+    short = tiny_llama(tmp_path, vocab_size=300, max_position_embeddings=32)
+    for file in world.glob("llama-0/token*"):
+        (short / file.name).write_bytes(file.read_bytes())
+    told = call(f"eval {{w}}/llama-1 {short} --suite perplexity --text-data {{w}}/texts", code=2)
+    assert "heldout/c4:" in told and "different protocols" in told and "seqlen 64 and 32" in told
+    call("eval {w}/llama-1 --suite perplexity --text-data {w}/texts --out {t}/a")
+    call("eval {w}/llama-1 --suite perplexity --text-data {w}/texts --out {t}/b --stride 16")
+    told = call("compare {t}/a/llama-1.json {t}/b/llama-1.json", code=2)
+    assert "different protocols" in told and "share no table" in told
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("eval {w}/llama-0", "--data: there is nothing to measure; name held-out text"),
+        ("eval {w}/llama-0 --suite paper", "--data: --suite paper measures the held-out loss too"),
+        ("eval {w}/llama-0 --suite a,,b", "has an empty or repeated name"),
+        ("eval {w}/llama-0 --suite zero-shoot", "--suite zero-shoot: is not known; did you mean 'zero-shot'?"),
+        ("eval {w}/llama-0 --suite perplexity --protocol heldou", "did you mean 'heldout'?"),
+        ("eval {w}/llama-0 --suite perplexity --text-data {t}", "holds no c4.txt, c4.jsonl or c4.parquet"),
+        ("eval {w}/llama-0 --data stdlib --tasks-data {w}", "--tasks-data: nothing that was asked for reads it"),
+        ("eval {w}/llama-0 {w}/llama-0 --data stdlib --out {t}", "--out: two of the models have the same name"),
+        ("eval {w}/llama-0 --data shards:{t}", "holds no token shards; write them with `secateur data"),
+        ("compare {t}/a.json {t}/b.json", "a.json: no such file"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(line: str, message: str, call: Callable[..., Any]) -> None:
+    assert message in call(line, code=2)
+
+
+@needs_lm_eval
+def test_missing_tasks_are_told_before_anything_runs(call: Callable[..., Any]) -> None:
+    assert "piqa.jsonl: no such file" in call("eval {w}/llama-0 --suite piqa --tasks-data {t}", code=2)
+    told = call("eval {w}/llama-0 --suite arc_eazy --tasks-data {t}", code=2)
+    assert "no single task 'arc_eazy'; did you mean 'arc_easy'?" in told
+
+
+def test_cost_in_the_table(call: Callable[..., Any]) -> None:
+    table = call("eval {w}/llama-0 --suite cost", text=True)
+    assert "decode, batch 8, tokens/s" in table and "KV cache, bytes/token" in table and "medians of 7" in table
+
+
+@needs_lm_eval
+def test_several_processes_give_the_same(world: Path, tmp_path: Path) -> None:
+    line = [
+        "--suite",
+        "perplexity,piqa,sciq",
+        "--tasks-data",
+        str(world / "tasks"),
+        "--text-data",
+        str(world / "texts"),
+    ]
+    command = [str(world / "llama-0"), *line, "--device", "cpu", "--out"]
+    assert main(["eval", *command, str(tmp_path / "one")]) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = [*torchrun, "-m", "secateur", "eval", *command, str(tmp_path / "two")]
+    subprocess.run(run, check=True, env=environment, capture_output=True, timeout=200)
+    one, two = (json.loads((tmp_path / folder / "llama-0.json").read_text()) for folder in ("one", "two"))
+    for ours, theirs in zip(one["measurements"], two["measurements"], strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-6) and ours["protocol"] == theirs["protocol"]
+
+
+@needs_lm_eval
+@pytest.mark.slow
+def test_scores_are_those_of_the_harness_s_own_command(world: Path, tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    from evaluate import harness_task
+
+    tasks = {name: harness_task(name, world / "tasks" / f"{name}.jsonl", tmp_path) for name in METRICS}
+    line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
+    line += ["--model_args", f"pretrained={world / 'llama-0'},dtype=float32", "--tasks", ",".join(tasks.values())]
+    line += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "theirs"), "--log_samples"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(line, check=True, env=environment, capture_output=True, timeout=300)
+    theirs = json.loads(next((tmp_path / "theirs").rglob("results*.json")).read_text())["results"]
+    ours = ["eval", str(world / "llama-0"), "--suite", "zero-shot", "--tasks-data", str(world / "tasks")]
+    assert main([*ours, "--device", "cpu", "--out", str(tmp_path / "ours")]) == 0
+    found = {m["name"]: m for m in json.loads((tmp_path / "ours" / "llama-0.json").read_text())["measurements"]}
+    for name, local in tasks.items():
+        assert found[name]["value"] == pytest.approx(theirs[local][f"{METRICS[name]},none"], abs=1e-12), name
