@@ -6,7 +6,10 @@ import difflib
 import errno
 from collections.abc import Iterable
 
-__all__ = ["RunError", "UserError", "did_you_mean", "disk_full", "first_line", "out_of_memory"]
+__all__ = ["REQUEUE", "RunError", "UserError", "did_you_mean", "disk_full", "first_line", "out_of_memory"]
+
+
+REQUEUE = 75  #: exit code (EX_TEMPFAIL) of a run that was told to stop and has saved; the same command goes on
 
 
 class UserError(Exception):

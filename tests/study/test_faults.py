@@ -31,9 +31,9 @@ def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path:
     file = study_file(
         tmp_path,
         text,
-        parent={"tokens": "14k", **shape},
+        parent={"tokens": "10k", **shape},
         methods=["minitron-width", "wanda"],
-        retrain={"tokens": 2100},
+        retrain={"tokens": 1100},
         evaluation={"windows": 8, "points": 1},
         recipe=recipe,
     )

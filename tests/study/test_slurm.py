@@ -150,7 +150,7 @@ def test_a_study_of_jobs_has_the_records_of_a_local_one(slurm: Path, text: Path,
     told = [*command("study", "run", file, "--out", out, *only, *asked, "--json")]
     with subprocess.Popen(told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as runner:
         again = None
-        over = time.monotonic() + 300
+        over = time.monotonic() + 500
         while runner.poll() is None and time.monotonic() < over:
             saved = next(out.glob("stages/train-parent-*.partial-*/checkpoints/step-*/state.json"), None)
             if saved and again is None:
@@ -159,7 +159,7 @@ def test_a_study_of_jobs_has_the_records_of_a_local_one(slurm: Path, text: Path,
                 )["job"]
                 queued("scancel", "--signal=USR2", again)  # as before the end of its time
             time.sleep(0.05)
-        stdout, stderr = runner.communicate(timeout=60)
+        stdout, stderr = runner.communicate(timeout=300)
     assert runner.returncode == 0, stderr
     assert json.loads(stdout)["failed"] == {} and again
     local = tmp_path / "local"
@@ -190,7 +190,7 @@ def test_a_failed_job_is_told(slurm: Path, text: Path, tmp_path: Path) -> None: 
         "--device",
         "cpu",
     )
-    done = subprocess.run(told, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(told, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 1, done.stderr
     answer = json.loads(done.stdout)
     assert "give more text, or lower parent.tokens" in answer["failed"]["parent"]

@@ -19,9 +19,9 @@ from secateur import progress
 from secateur.errors import UserError
 from secateur.runtime import calm_environment, cores, quiet
 from secateur.study.stages import Stage
-from secateur.study.store import Store
+from secateur.study.store import Ended, Store
 from secateur.study.torchrun import command, ended_with, processes_of
-from secateur.study.work import Ended, do_stage, on_device
+from secateur.study.work import do_stage, on_device
 
 __all__ = ["Local", "default_slots", "die_with"]
 

@@ -12,8 +12,7 @@ from secateur import progress
 from secateur.runtime import cores
 from secateur.study.local import Local
 from secateur.study.stages import Stage, unique
-from secateur.study.store import Store, key_of
-from secateur.study.work import Ended
+from secateur.study.store import Ended, Store, key_of
 
 __all__ = ["Launcher", "Outcome", "Survey", "run_stages", "survey", "with_inputs"]
 
@@ -154,9 +153,9 @@ class Run:
         fingerprint = stage.fingerprint
         inputs = {used.fingerprint for used in stage.inputs.values()}
         if inputs & self.lost:
-            self._drop(stage, self.outcome.skipped)
+            self.drop(stage, self.outcome.skipped)
         elif self.stopping:
-            self._drop(stage, self.outcome.left)
+            self.drop(stage, self.outcome.left)
         elif inputs <= self.done and launcher.room(stage):
             look = self.store.claims.look(key_of(stage))
             if not look.free:
@@ -174,7 +173,8 @@ class Run:
                 return True
         return False
 
-    def _drop(self, stage: Stage, names: list[str]) -> None:
+    def drop(self, stage: Stage, names: list[str]) -> None:
+        """Give a waiting stage up, and note its name."""
         del self.waiting[stage.fingerprint]
         self.lost.add(stage.fingerprint)
         names.append(stage.name)
@@ -183,6 +183,7 @@ class Run:
         progress.say(f"[{len(self.done) + running}/{len(self.stages)}] {stage.kind} {stage.name}")
 
     def ended(self, stage: Stage, ended: Ended) -> None:
+        """Take note of what became of a stage that was started."""
         if ended.how == "elsewhere":  # another process was a little faster
             self.waiting[stage.fingerprint] = stage
             return

@@ -7,12 +7,10 @@ starts while jobs are queued waits for these and does not submit them twice.
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,16 +20,16 @@ from secateur import progress
 from secateur.errors import UserError, did_you_mean, first_line
 from secateur.files import read_json, write_json, write_text
 from secateur.spec import Positive, parse, parse_value, spec
+from secateur.study.job import Job
 from secateur.study.run import Outcome, Run, with_inputs
 from secateur.study.stages import Stage
-from secateur.study.store import Store, key_of
-from secateur.study.torchrun import command, ended_with, processes_of
-from secateur.study.work import Ended
+from secateur.study.store import Ended, Store, key_of
+from secateur.study.torchrun import processes_of
 
 __all__ = ["Slurm", "parse_slurm", "run_on_slurm"]
 
-_PORT = 29511  # where the nodes of one job meet
 _LOOK_EVERY = 5.0  # seconds between looks at the queue
+_PATIENCE = 60.0  # seconds until what a job wrote last is seen here
 _PASSED_ON = ("partition", "account", "qos", "constraint", "mem")  # to sbatch, as they are
 _REQUEUES = 1000  # times that a job may run out of time: each goes on where the last one stopped
 
@@ -70,55 +68,6 @@ def parse_slurm(pairs: Sequence[str]) -> Slurm:
     return parse(Slurm, raw, origin="--slurm")
 
 
-@dataclass
-class Job:
-    """What a job does: one stage, in a process of its own or under torchrun, and on to the next node."""
-
-    stage: Stage
-    file: Path
-    out: Path
-    device: str
-    nodes: int
-    grace: int
-
-    def __call__(self) -> str:
-        """Run the stage; raise what keeps dependents from starting if it fails."""
-        import submitit
-
-        where = submitit.JobEnvironment()
-        address = f"{where.hostnames[0]}:{_PORT + int(where.job_id.partition('_')[0]) % 1000}"
-        told = command(self.stage, self.file, self.out, self.device, nodes=self.nodes, node=where.node, address=address)
-        self.process = subprocess.Popen(told, preexec_fn=_ignore_warning)
-        code = self.process.wait()
-        ended = ended_with(self.stage, Store(self.out), code)
-        if ended.how == "stopped":  # by a signal that went to all processes of the job
-            _requeue(where)
-        if ended.how not in ("done", "elsewhere"):
-            raise RuntimeError(ended.text)
-        return ended.how
-
-    def checkpoint(self) -> Any:
-        """Let the stage save and stop, as the scheduler has warned that it will end the job; go on in the next one."""
-        import submitit
-
-        self.process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(5, self.grace - 20))
-        return submitit.helpers.DelayedSubmission(Job(*(getattr(self, f.name) for f in fields(self))))
-
-
-def _ignore_warning() -> None:
-    """The scheduler's warning goes to every process of a job, and is submitit's to handle."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-
-
-def _requeue(where: Any) -> None:
-    """Queue the job again, if that has not been done; this one's end is the scheduler's to bring about."""
-    if where.global_rank == 0:
-        subprocess.run(["scontrol", "requeue", where.job_id], capture_output=True, check=False)
-    time.sleep(60)
-
-
 def run_on_slurm(
     stages: list[Stage], out: Path, file: Path, *, options: Slurm, device: str, keep_going: bool
 ) -> Outcome:
@@ -148,41 +97,51 @@ def run_on_slurm(
 
 def _follow(run: Run, queue: _Queue, jobs: dict[str, str]) -> Outcome:
     """Wait until every job has ended."""
+    gone: dict[str, float] = {}
     work = sum(stage.flops for stage in run.waiting.values())
     with progress.task("whole study", work) as whole:
         while run.waiting:
             queued = queue.there(jobs.values())
             for stage in list(run.waiting.values()):
-                job = jobs[stage.fingerprint]
-                ended = _state(stage, run, job in queued)
-                if ended is None:
-                    continue
-                del run.waiting[stage.fingerprint]
-                if ended.how == "failed" and {used.fingerprint for used in stage.inputs.values()} & run.lost:
-                    run.lost.add(stage.fingerprint)
-                    run.outcome.skipped.append(stage.name)
-                else:
-                    run.ended(stage, ended)
-                whole.advance(stage.flops, f"{len(run.done)} of {len(run.stages)} stages done")
-            if run.stopping and run.waiting:
-                queue.cancel({jobs[key] for key in run.waiting if not run.store.held(run.waiting[key])})
+                if _settled(stage, run, jobs[stage.fingerprint] in queued, gone):
+                    whole.advance(stage.flops, f"{len(run.done)} of {len(run.stages)} stages done")
+            if run.stopping:
+                queue.cancel({jobs[key] for key, stage in run.waiting.items() if not run.store.held(stage)} & queued)
             if run.waiting:
                 time.sleep(_LOOK_EVERY)
     return run.outcome
 
 
-def _state(stage: Stage, run: Run, queued: bool) -> Ended | None:
-    """What became of a stage; None while its job may still do something."""
-    store = run.store
-    damaged = stage.fingerprint in run.damaged and store.damage(stage) is not None
-    if store.done(stage) and not damaged:
-        return Ended("done")
+def _settled(stage: Stage, run: Run, queued: bool, gone: dict[str, float]) -> bool:
+    """Take note of what became of a stage; False while its job may still do something.
+
+    Args:
+        stage: that is waited for.
+        run: it is of.
+        queued: whether its job is in the queue.
+        gone: fingerprint -> since when a job is not, without a result.
+    """
+    store, key = run.store, stage.fingerprint
+    if store.done(stage) and not (key in run.damaged and (queued or store.damage(stage))):
+        del run.waiting[key]
+        run.ended(stage, Ended("done"))
+        return True
     if queued or store.held(stage):
-        return None
+        gone.pop(key, None)
+        return False
+    if {used.fingerprint for used in stage.inputs.values()} & run.lost:
+        run.drop(stage, run.outcome.skipped)
+        return True
     error = store.runtime(stage).get("error")
-    return Ended(
-        "failed", str(error or f"its job has ended without a result (see {store.log(stage)} and the jobs' logs)")
-    )
+    if run.stopping and not error:
+        run.drop(stage, run.outcome.left)
+        return True
+    if not error and time.monotonic() - gone.setdefault(key, time.monotonic()) < _PATIENCE:
+        return False
+    lost = f"its job has ended without a result (see {store.log(stage)} and {store.out / 'jobs'})"
+    del run.waiting[key]
+    run.ended(stage, Ended("failed", str(error or lost)))
+    return True
 
 
 class _Queue:

@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from secateur import ranks
 from secateur.errors import UserError
@@ -26,10 +27,23 @@ from secateur.spec import fingerprint
 from secateur.study.claims import Claim, ClaimLost, Claims
 from secateur.study.stages import VERSIONS, Stage
 
-__all__ = ["PROGRESS", "Store", "key_of"]
+__all__ = ["PROGRESS", "Ended", "Store", "key_of"]
 
 PROGRESS = "progress.json"  #: how far an unfinished stage is
 _RECORD, _RUNTIME, _FILES = "record.json", "runtime.json", "files.json"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a stage.
+
+    Attributes:
+        how: ``stopped``: told to, and the same command goes on; ``elsewhere``: another process is at it.
+        text: one line.
+    """
+
+    how: Literal["done", "failed", "stopped", "elsewhere"]
+    text: str = ""
 
 
 class Store:

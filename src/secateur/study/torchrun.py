@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from secateur.errors import REQUEUE
 from secateur.study.stages import Stage
-from secateur.study.store import Store
-from secateur.study.work import Ended
-from secateur.train.loop import REQUEUE
+from secateur.study.store import Ended, Store
 
 __all__ = ["command", "ended_with", "processes_of"]
 

@@ -10,38 +10,23 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from secateur import progress, ranks
-from secateur.errors import RunError, UserError, disk_full, first_line, out_of_memory
+from secateur.errors import REQUEUE, RunError, UserError, disk_full, first_line, out_of_memory
 from secateur.files import write_json
 from secateur.runtime import environment
 from secateur.study.claims import Claim, ClaimLost
 from secateur.study.execute import run_stage
 from secateur.study.stages import Stage
-from secateur.study.store import PROGRESS, Store, key_of
-from secateur.train.loop import REQUEUE
+from secateur.study.store import PROGRESS, Ended, Store, key_of
 
-__all__ = ["Ended", "do_stage", "on_device"]
+__all__ = ["do_stage", "on_device"]
 
 _NOTE_EVERY = 10.0  # seconds between notes of how far a stage is
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What became of a stage.
-
-    Attributes:
-        how: ``stopped``: told to, and the same command goes on; ``elsewhere``: another process is at it.
-        text: one line.
-    """
-
-    how: Literal["done", "failed", "stopped", "elsewhere"]
-    text: str = ""
 
 
 def on_device(stage: Stage, device: str) -> Stage:

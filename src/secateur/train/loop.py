@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from secateur import ranks
-from secateur.errors import RunError
+from secateur.errors import REQUEUE, RunError
 from secateur.progress import Task, task
 from secateur.train.batches import Data, Span, micro_batches
 from secateur.train.masks import Masks
@@ -30,8 +30,6 @@ from secateur.train.state import Saver
 from secateur.train.watch import Stop, Watch
 
 __all__ = ["Housekeeping", "train"]
-
-REQUEUE = 75  #: exit code of a run that saved and stopped because it was told to; the same command goes on
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from secateur import progress, ranks
-from secateur.errors import RunError, UserError, did_you_mean
+from secateur.errors import REQUEUE, RunError, UserError, did_you_mean
 from secateur.progress import say
 from secateur.report.build import build_report
 from secateur.report.text import text_table
@@ -26,7 +26,6 @@ from secateur.study.stages import Stage, unique
 from secateur.study.status import rows, summary, watch
 from secateur.study.store import Store
 from secateur.study.work import do_stage, on_device
-from secateur.train.loop import REQUEUE
 from secateur.verbs.answer import Answer
 
 __all__ = ["demo", "opened", "study_explain", "study_report", "study_run", "study_stage", "study_status"]
