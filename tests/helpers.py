@@ -14,9 +14,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from secateur.checkpoint import Checkpoint
 from secateur.data.manifest import Split, write_manifest
 from secateur.data.shards import ShardWriter
+from secateur.learn import learn, learning_recipe
+from secateur.methods import METHODS, LearnedMethod, get_method
+from secateur.plan import Plan
 from secateur.prune import Calibration
+from secateur.target import Target
+from secateur.train.batches import WindowTokens
+from secateur.train.loop import Housekeeping
+from secateur.train.metrics import Metrics
+from secateur.train.mixture import Mixture
+from secateur.train.parallel import Execution
 
 #: name -> what to give :func:`tiny_llama`
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -197,6 +207,33 @@ def without_layers(model: PreTrainedModel, gone: Iterable[int]) -> PreTrainedMod
 
 def calibration(ids: Tensor, source: str = "test") -> Calibration:
     return Calibration(ids, source)
+
+
+#: methods that score a model as it is; the others learn, and are run by :func:`learned`
+SCORED = [name for name in METHODS if not isinstance(get_method(name), LearnedMethod)]
+
+
+def learned(
+    checkpoint: Checkpoint, method: str, target: Target, ids: Tensor, folder: Path, *, batch: int = 2, **options: Any
+) -> tuple[Plan, Checkpoint]:
+    """Learn what to cut in a few steps, below an existing ``folder``; ``measure`` is taken out of the options."""
+    measure = options.pop("measure", lambda _: None)
+    found = get_method(method, {"steps": 60, "windows": 4, "phi": 1000.0, "multiplier_rate": 300.0, **options})
+    tokens = WindowTokens(ids)
+    recipe = learning_recipe(found, ids.shape[1], batch)
+    (folder / "trained").mkdir(exist_ok=True)
+    return learn(
+        checkpoint,
+        method,
+        target,
+        Mixture(tokens, {"": (0, tokens.tokens)}, recipe, found.steps),
+        method=found,
+        record=calibration(ids).record(),
+        execution=Execution(),
+        house=Housekeeping(folder / "steps", "learn", save_every=5, metrics=Metrics(folder / "metrics.jsonl")),
+        measure=measure,
+        out=folder / "trained",
+    )
 
 
 def token_corpus(folder: Path, *, tokens: int, vocabulary: int, seed: int = 0) -> Path:

@@ -164,7 +164,7 @@ _WORDS = {"layers": "layers", "hidden": "hidden channels", "ffn": "FFN channels"
 
 def _undecided(method: LearnedMethod, a: Tensor, layers: Tensor) -> float:
     """The share of gates, in the layers that stay, that are neither surely open nor surely shut."""
-    chance = method.open(a[layers] if len(a) > 1 else a)
+    chance = method.active(a[layers] if len(a) > 1 else a)
     return float(((chance > 0.1) & (chance < 0.9)).float().mean())
 
 
@@ -179,7 +179,7 @@ def _check_reached(
     """Refuse gates that are not near the shape: which of them to cut would then be an arbitrary choice."""
     for space, a in scores.items():
         units, goal = before.units(space), after.units(space)
-        sizes = method.open(a).sum(dim=1)
+        sizes = method.active(a).sum(dim=1)
         worst = int((sizes - goal).abs().argmax())
         if abs(float(sizes[worst]) - goal) > max(0.5, _NEAR * units):
             past = ", ".join(f"{point[space]:.4g}" for point in curve[1:])
@@ -187,7 +187,7 @@ def _check_reached(
             raise RunError(
                 f"{house.label}: the gates did not settle: {space} is expected to keep {float(sizes[worst]):.4g} "
                 f"of {units}{where}, and {goal} were asked (on average along the run: {past}); "
-                "give it more --option steps=N, or a higher --option multiplier_rate=X"
+                "give it more --option steps=N, or a higher --option phi=X and multiplier_rate=X"
             )
 
 
@@ -205,7 +205,7 @@ def gate_values(method: LearnedMethod, scores: Mapping[str, Tensor], after: Shap
     values = {}
     for space, a in scores.items():
         kept, gates = _kept(a, after, space), method.settled(a)
-        gates = gates.where(gates > 0, method.open(a))
+        gates = gates.where(gates > 0, method.active(a))
         values[space] = torch.zeros_like(a).scatter(1, kept, gates.gather(1, kept))
     return values
 

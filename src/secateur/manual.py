@@ -61,13 +61,13 @@ stop and saved (the same command goes on), 130 interrupted.
 """
 
 SOURCES = (
-    "stdlib, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], "
+    "stdlib, python, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], "
     "or tokens:FILE.npy (ids [windows, tokens], used as they are)"
 )
 
 DOCUMENTS = (
-    "stdlib, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], or of ids: arrow:PATH[:column] "
-    "(what datasets saved), array_record:PATH[:feature]"
+    "stdlib, python, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], or of ids: "
+    "arrow:PATH[:column] (what datasets saved), array_record:PATH[:feature]"
 )
 
 DATA = """\

@@ -123,10 +123,12 @@ def make_plan(
             Several processes need a directory that they all see.
 
     Raises:
-        UserError: on an unknown method or option, a target that this model has no shape for, or values that are not
-            finite.
+        UserError: on an unknown method or option, one that learns (:func:`secateur.learn.learn`), a target that this
+            model has no shape for, or values that are not finite.
     """
     found = get_method(method, options)
+    if isinstance(found, LearnedMethod):
+        raise UserError(f"{method}: learns what to cut in training and has no scores before; use secateur prune")
     after = target.shape(checkpoint.shape, found, method)
     check_config(checkpoint, after)
     if reads_text(found) and calibration is None:

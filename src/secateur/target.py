@@ -133,14 +133,14 @@ class Target:
             foreign = set(self.sizes) - {"layers"}
         else:
             foreign = {"layers"} & set(self.sizes) - set(method.scores)
-            for axis in self.axes:
-                if axis not in method.scores:
-                    raise UserError(f"--axes: {name} scores {', '.join(method.scores)}, not {axis}")
-            for space in self.spaces(method):
-                if space not in method.scores:
-                    raise UserError(f"--shape: {name} scores {', '.join(method.scores)}, so it cannot narrow {space}")
         if foreign:
             raise UserError(f"--shape: {name} does not change {', '.join(sorted(foreign))}")
+        for axis in self.axes:
+            if axis not in method.scores:
+                raise UserError(f"--axes: {name} scores {', '.join(method.scores)}, not {axis}")
+        for space in self.spaces(method) if method.scores else ():
+            if space not in method.scores:
+                raise UserError(f"--shape: {name} scores {', '.join(method.scores)}, so it cannot narrow {space}")
         if self.allocation == "global" and "layers" in method.scores:
             raise UserError(f"--allocation global: {name} learns as many units in every layer; leave it out")
         if self.allocation == "global" and (self.sizes or "hidden" in self.spaces(method)):

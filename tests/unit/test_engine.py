@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import VARIANTS, calibration, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
+from helpers import SCORED, VARIANTS, calibration, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
 from secateur.calibrate import weights
 from secateur.calibrate.engine import Block, BlockWalk
 from secateur.calibrate.removals import removal_losses
@@ -16,7 +16,7 @@ from secateur.calibrate.stats import MeanCosine, MeanSquare, NormByPosition
 from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
 from secateur.families import LLAMA
-from secateur.methods import METHODS, get_method
+from secateur.methods import get_method
 from secateur.prune import make_plan, scoring_flops
 from secateur.target import Target
 
@@ -93,7 +93,7 @@ def test_removal_losses_are_those_of_shorter_models(variant: str, length: int, t
         assert loss == pytest.approx(naive_loss(shorter, ids), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SCORED)  # what learning costs: test_sheared.py
 @pytest.mark.parametrize("length", [1, 3])
 def test_scoring_flops_count_the_blocks_that_run(
     method: str, length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

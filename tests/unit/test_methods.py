@@ -12,10 +12,18 @@ import pytest
 import torch
 
 import secateur
-from helpers import calibration, hf, tiny_llama, windows
+from helpers import SCORED, calibration, hf, tiny_llama, windows
 from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
-from secateur.methods import METHODS, LayerMethod, RemovalMethod, WeightMethod, WidthMethod, get_method
+from secateur.methods import (
+    METHODS,
+    LayerMethod,
+    LearnedMethod,
+    RemovalMethod,
+    WeightMethod,
+    WidthMethod,
+    get_method,
+)
 from secateur.prune import make_plan
 from secateur.target import Target
 
@@ -58,12 +66,15 @@ def test_the_engine_knows_no_method_by_name(file: Path) -> None:
 def test_what_a_method_says_of_itself(name: str) -> None:
     method = get_method(name)
     kinds = {LayerMethod: "depth", RemovalMethod: "depth", WidthMethod: "width", WeightMethod: "sparse"}
+    kinds[LearnedMethod] = "depth+width"
     assert [g for kind, g in kinds.items() if isinstance(method, kind)] == [method.granularity]
     assert method.source.startswith("arXiv:") or (name.startswith("random-") and "control" in method.source)
     assert method.calibrated or not method.needs
     assert (inspect.getdoc(type(method)) or "").strip()
     if isinstance(method, WidthMethod):
         assert set(method.axes) <= set(method.scores) <= {"hidden", "ffn", "kv"}
+    if isinstance(method, LearnedMethod):
+        assert set(method.axes) <= set(method.scores) <= {"layers", "hidden", "ffn", "kv"}
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.source = "other"
 
@@ -93,7 +104,7 @@ def test_impossible_ratios_are_told_before_scoring(method: str, ratio: float, pa
         make_plan(checkpoint, method, Target(ratio=ratio), calibration(windows()))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if get_method(name).calibrated])
+@pytest.mark.parametrize("method", [name for name in SCORED if get_method(name).calibrated])
 def test_text_is_asked_for(method: str, tmp_path: Path) -> None:
     target = Target(ratio=0.4)
     with pytest.raises(UserError, match=f"--calibration: {method} is scored on text"):

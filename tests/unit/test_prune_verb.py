@@ -349,7 +349,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--method wanda --ratio 0.5 --of totl", "--of: 'totl' is not known; did you mean 'total'?"),
     ("--method wanda --ratio 0.5 --axes ffn", "--axes: wanda prunes no channels"),
     ("--method flap --ratio 0.5 --axes hidden", "--axes: flap scores ffn, kv, not hidden"),
-    ("--method flap --ratio 0.5 --axes heads", "--axes: 'heads' is not one of hidden, ffn, kv"),
+    ("--method flap --ratio 0.5 --axes heads", "--axes: 'heads' is not one of layers, hidden, ffn, kv"),
     ("--method flap --ratio 0.5 --allocation globl", "--allocation: 'globl' is not known; did you mean 'global'?"),
     ("--method minitron-width --ratio 0.5 --allocation global", "--allocation global: needs a --ratio, and --axes"),
     ("--method wanda --ratio 0.5 --tasks-data x", "--tasks-data: no task is measured"),
@@ -601,7 +601,7 @@ def test_examples_of_the_manual_are_read(capsys: pytest.CaptureFixture[str], tmp
     examples = [
         line.strip() for line in (manual.prune() + manual.SHAPES).splitlines() if line.startswith("  secateur ")
     ]
-    assert len(examples) == 12
+    assert len(examples) == 14
     for line in examples:
         parts = line.partition("   ")[0].split()[1:]
         missing = [str(tmp_path / "none") if part in ("DIR", "config.json") else part for part in parts]

@@ -9,28 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import helpers
 from helpers import tiny_llama
 from secateur.checkpoint import Checkpoint, skeleton
 from secateur.errors import RunError, UserError
-from secateur.learn import gate_values, learn, learning_recipe
-from secateur.methods import get_method
+from secateur.learn import gate_values
 from secateur.methods.sheared import Sheared
 from secateur.plan import Plan
 from secateur.prune import scoring_flops
 from secateur.shapes import train_flops
 from secateur.target import Target
-from secateur.train.batches import WindowTokens
 from secateur.train.gates import Gates
 from secateur.train.init import stored_weights
-from secateur.train.loop import Housekeeping
-from secateur.train.metrics import Metrics
-from secateur.train.mixture import Mixture
 from secateur.train.parallel import Execution, place
 
 IDS = torch.randint(0, 61, (40, 16), generator=torch.Generator().manual_seed(3))
 SHAPE = "layers=3,hidden=24,ffn=32,heads=2"
-QUICK = {"steps": 60, "windows": 4}
 
 
 def naive_gate(a: float, u: float) -> float:
@@ -46,7 +42,7 @@ def test_gates_follow_the_hard_concrete_distribution() -> None:
     many = torch.rand(200_000, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
     for x in (-2.0, 0.0, 1.0):  # the probability in closed form is how often it happens
         share = (method.draw(torch.full_like(many, x), many) > 0).float().mean()
-        assert float(method.open(torch.tensor(x))) == pytest.approx(float(share), abs=4e-3)
+        assert float(method.active(torch.tensor(x))) == pytest.approx(float(share), abs=4e-3)
 
 
 def test_the_penalty_is_linear_and_quadratic_in_what_is_too_much() -> None:
@@ -65,7 +61,7 @@ def test_the_objective_is_the_loss_and_the_penalty_by_hand(tmp_path: Path) -> No
     total = 0.0
     for space, rows in (("layers", 1), ("hidden", 1), ("ffn", 5), ("kv", 5)):
         goal = 1 - 0.5 * (1 - after.units(space) / before.units(space))
-        total += rows * 50.0 * (kept - goal) ** 2
+        total += rows * 200.0 * (kept - goal) ** 2
     once = trainee(IDS[:2]).once
     assert once is not None and float(once.detach()) == pytest.approx(total, rel=1e-5)
     assert gates.figures()["ffn"] == pytest.approx(kept * 48)
@@ -77,25 +73,10 @@ def test_the_objective_is_the_loss_and_the_penalty_by_hand(tmp_path: Path) -> No
 
 
 def learned(
-    checkpoint: Checkpoint, folder: Path, target: str = SHAPE, *, measure: Any = lambda _: None, **options: Any
+    checkpoint: Checkpoint, folder: Path, target: str = SHAPE, *, ids: Tensor = IDS, **options: Any
 ) -> tuple[Plan, Checkpoint]:
-    method = get_method("sheared", QUICK | options)
-    tokens = WindowTokens(IDS)
-    data = Mixture(tokens, {"": (0, tokens.tokens)}, learning_recipe(method, 16, 2), method.steps)
-    (folder / "trained").mkdir(parents=True, exist_ok=True)
-    house = Housekeeping(folder / "steps", "learn", save_every=5, metrics=Metrics(folder / "metrics.jsonl"))
-    return learn(
-        checkpoint,
-        "sheared",
-        Target.parse(shape=target),
-        data,
-        method=method,
-        record={"source": "random"},
-        execution=Execution(),
-        house=house,
-        measure=measure,
-        out=folder / "trained",
-    )
+    folder.mkdir(exist_ok=True)
+    return helpers.learned(checkpoint, "sheared", Target.parse(shape=target), ids, folder, **options)
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,10 @@ def test_sizes_and_axes_are_read() -> None:
         ({"shape": "hidden=" + "9" * 5000}, "is not SIZE=NUMBER"),
         ({"shape": "hiden=3"}, "--shape: 'hiden' is not a size; did you mean 'hidden'?"),
         ({"shape": "ffn=3,ffn=3"}, "--shape: ffn is given twice"),
-        ({"axes": "kv,heads"}, "--axes: 'heads' is not one of hidden, ffn, kv (kv: KV heads with their query heads)"),
+        (
+            {"axes": "kv,heads"},
+            "--axes: 'heads' is not one of layers, hidden, ffn, kv (kv: KV heads with their query heads)",
+        ),
         ({"axes": ""}, "--axes: '' is not one of"),
         ({"axes": "kv, ffn,kv"}, "--axes kv, ffn,kv: names an axis twice"),
     ],

@@ -187,8 +187,8 @@ class LearnedMethod(Method):
     steps: int  #: of training
     windows: int  #: that a step reads
     rate: float  #: peak learning rate of the weights; 0 leaves them as they are
-    mask_rate: float  #: learning rate of the gates
-    multiplier_rate: float  #: learning rate of the multipliers
+    mask_rate: float  #: peak learning rate of the gates; it follows the schedule of the weights' rate
+    multiplier_rate: float  #: that of the multipliers, likewise
     phi: float  #: the quadratic multiplier at first
     warmup: float  #: share of the steps in which the target comes down to the shape
     seed: int  #: of the gates' noise and of the order of the windows
@@ -206,7 +206,7 @@ class LearnedMethod(Method):
         """Gates without noise."""
 
     @abstractmethod
-    def open(self, a: Tensor) -> Tensor:
+    def active(self, a: Tensor) -> Tensor:
         """The probability that a gate is not zero."""
 
     @abstractmethod

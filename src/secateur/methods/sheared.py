@@ -6,7 +6,8 @@ exactly zero with a probability of its own. ``P(z > 0) = sigmoid(a - beta log(-g
 
 For each constraint, such as that on the FFN channels of a layer, ``d`` is the mean of ``P(z > 0)`` over its gates less
 the share that is to stay, and ``lambda d + phi d^2`` is added to the loss. Weights and gates go down its gradient,
-``lambda`` and ``phi`` up, until ``d`` is zero.
+``lambda`` and ``phi`` up, until ``d`` is zero; up from the step on in which the target has come down to the shape, or
+they would add up that the gates lag behind it, and drive them far beyond.
 """
 
 from __future__ import annotations
@@ -38,11 +39,9 @@ class Sheared(LearnedMethod):
     steps: Positive = 320  #: of training; the source takes 3200
     windows: Positive = 16  #: in a step
     rate: Annotated[float, Field(ge=0)] = 1e-4  #: peak learning rate of the weights; 0 leaves them as they are
-    mask_rate: Annotated[float, Field(gt=0)] = 0.5  #: of the gates
-    multiplier_rate: Annotated[float, Field(gt=0)] = 0.05  #: of lambda and phi
-    phi: Annotated[float, Field(ge=0)] = (
-        50.0  #: at first; from zero, as in the source, few steps swing and do not settle
-    )
+    mask_rate: Annotated[float, Field(gt=0)] = 1.0  #: peak learning rate of the gates
+    multiplier_rate: Annotated[float, Field(gt=0)] = 60.0  #: of lambda and phi, in each step times ``d`` and ``d^2``
+    phi: Annotated[float, Field(ge=0)] = 200.0  #: at first; from zero, as in the source, few steps do not settle
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2  #: share of the steps in which the target comes down to the shape
     seed: Annotated[int, Field(ge=0)] = 42  #: of the gates' noise and of the order of the windows
 
@@ -54,7 +53,7 @@ class Sheared(LearnedMethod):
         """The gates without noise."""
         return self._stretched(torch.sigmoid(a))
 
-    def open(self, a: Tensor) -> Tensor:
+    def active(self, a: Tensor) -> Tensor:
         """The probability that a gate is not zero."""
         return torch.sigmoid(a - self.BETA * math.log(-self.GAMMA / self.ZETA))
 

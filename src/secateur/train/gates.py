@@ -67,10 +67,11 @@ class Gates(Objective):
             local(a).clamp_(-self.method.LIMIT, self.method.LIMIT)
 
     def groups(self) -> list[dict[str, Any]]:
+        # With an epsilon above any gradient Adam steps by its mean: d itself, and not its sign.
         multipliers = [*self.linear.values(), *self.quadratic.values()]
         return [
             {"params": list(self.a.values()), "own_rate": self.method.mask_rate},
-            {"params": multipliers, "own_rate": self.method.multiplier_rate, "maximize": True},
+            {"params": multipliers, "own_rate": self.method.multiplier_rate, "eps": 1.0, "maximize": True},
         ]
 
     def figures(self) -> Mapping[str, float]:
@@ -100,11 +101,13 @@ class Gates(Objective):
         return self.method.draw(a, u.to(a.device))
 
     def _penalty(self) -> Tensor:
+        stands = float(self._share == 1)  # multipliers have no gradient until the target stands, but their values
         terms = []
         for space, a in self.a.items():
-            kept = self.method.open(a).mean(dim=1)
+            kept = self.method.active(a).mean(dim=1)
             self._expected[space] = kept.detach().mean()
-            terms.append(self.method.penalty(kept - self._target(space), self.linear[space], self.quadratic[space]))
+            linear, quadratic = (m[space].detach().lerp(m[space], stands) for m in (self.linear, self.quadratic))
+            terms.append(self.method.penalty(kept - self._target(space), linear, quadratic))
         return torch.stack(terms).sum()
 
     def _target(self, space: str) -> float:

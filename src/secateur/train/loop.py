@@ -104,7 +104,7 @@ def train(
             loss = math.fsum(losses) / max(targets, 1)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _not_finite(data, spans, step, losses, norm, saver, house)
-            set_rate(optimizer, rate)
+            set_rate(optimizer, rate, recipe)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             held.apply()

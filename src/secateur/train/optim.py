@@ -52,10 +52,10 @@ class Recipe:
         return math.ceil(tokens / self.tokens_per_step)
 
 
-def set_rate(optimizer: optim.Optimizer, rate: float) -> None:
-    """Give the schedule's rate to all groups but those that have their own."""
+def set_rate(optimizer: optim.Optimizer, rate: float, recipe: Recipe) -> None:
+    """Give the schedule's rate to all groups; to those with a peak of their own, the same share of it."""
     for group in optimizer.param_groups:
-        group["lr"] = group.get("own_rate", rate)
+        group["lr"] = group["own_rate"] * rate / recipe.peak_rate if "own_rate" in group else rate
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:

@@ -45,7 +45,7 @@ def prune(arguments: Namespace) -> Answer:
     if reads_text(method) and arguments.calibration is None:
         raise UserError(
             f"--calibration: {arguments.method} is scored on text; name a source: "
-            "stdlib, text:PATH, hf:NAME[:config] or tokens:FILE.npy"
+            "stdlib, python, text:PATH, hf:NAME[:config] or tokens:FILE.npy"
         )
     device = pick_device(arguments.device)
     if arguments.states == "device" and device == "cpu":
