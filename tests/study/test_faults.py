@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_study import records, study_file, text  # noqa: F401  (a fixture)
+
+from secateur.tensor_files import Stored, write_tensors
 
 KILLS = 25
 
@@ -59,3 +63,16 @@ def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path:
         counts = Counter("finished after" in line for line in lines)
         assert counts[True] <= 1 + spoilt, log
         assert len(attempts) == len(set(attempts)) + (spoilt and attempts.count(1) - 1), log
+
+
+def test_a_file_that_cannot_be_written_to_its_end_is_no_file(tmp_path: Path) -> None:
+    """numpy's ``tofile`` leaves a short file and says nothing, if the rest is in the C library's buffer."""
+    path = tmp_path / "x.safetensors"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = [Stored.of(f"{number}", torch.ones(600)) for number in range(20)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_tensors(path, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
