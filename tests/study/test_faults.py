@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_study import records, study_file, text  # noqa: F401  (a fixture)
+
+from secateur.tensor_files import Stored, write_tensors
 
 KILLS = 25
 
@@ -45,9 +49,11 @@ def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path:
     said = {name: (out.parent / f"{name}.txt").read_text() for name in ("said", "full", "last")}
     assert (found["kills"], found["whole"], found["last"]) == (KILLS, 0, 0), said["last"]
     assert records(out) == records(quiet)
-    assert not list(out.glob("stages/*.*-*")), "nothing unfinished is left behind"
+    assert not [*out.glob("stages/*.partial-*"), *out.glob("stages/*.damaged")], "nothing unfinished is left behind"
     assert found["full"] == 1 and "the disk is full; make room" in said["full"]
-    assert re.search(rf"checkpoints/{found['truncated']}: this checkpoint is damaged and passed over", said["said"])
+    assert re.search(
+        rf"checkpoints/{found['truncated']}: this checkpoint is damaged and passed over", "".join(said.values())
+    )
     told = [line for line in said["last"].splitlines() if "damaged" in line]
     assert len(told) == 1 and told[0].endswith("model/model.safetensors is damaged; it is done again")
     # No stage was done twice, but for the one that was spoilt, and no two processes were at one at the same time: each
@@ -59,3 +65,16 @@ def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path:
         counts = Counter("finished after" in line for line in lines)
         assert counts[True] <= 1 + spoilt, log
         assert len(attempts) == len(set(attempts)) + (spoilt and attempts.count(1) - 1), log
+
+
+def test_a_file_that_cannot_be_written_to_its_end_is_no_file(tmp_path: Path) -> None:
+    """numpy's ``tofile`` leaves a short file and says nothing, if the rest is in the C library's buffer."""
+    path = tmp_path / "x.safetensors"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = [Stored.of(f"{number}", torch.ones(600)) for number in range(20)]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_tensors(path, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
