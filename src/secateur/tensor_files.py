@@ -171,7 +171,7 @@ def write_tensors(
                 if part.dtype != stored.dtype or part.shape[1:] != stored.size[1:]:
                     raise ValueError(f"{stored.name} is {part.dtype} {tuple(part.shape)}, not {stored}")
                 data = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(data.numpy())  # numpy's tofile() does not notice a disk that is full
+                file.write(data.numpy().data)  # numpy's tofile() does not notice a disk that is full
                 left -= data.numel()
             if left:
                 raise ValueError(f"{stored.name} has {stored.bytes - left} bytes, not {stored.bytes}")

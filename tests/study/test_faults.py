@@ -61,7 +61,7 @@ def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path:
     for log in (out / "logs").glob("*.log"):
         lines = log.read_text().splitlines()
         spoilt = log.stem == found["flipped"]
-        attempts = [int(found[1]) for line in lines if (found := re.search(r"  attempt (\d+), in", line))]
+        attempts = [int(number[1]) for line in lines if (number := re.search(r"  attempt (\d+), in", line))]
         counts = Counter("finished after" in line for line in lines)
         assert counts[True] <= 1 + spoilt, log
         assert len(attempts) == len(set(attempts)) + (spoilt and attempts.count(1) - 1), log
