@@ -263,6 +263,7 @@ def test_identity_and_runtime(text: Path, tmp_path: Path, capsys: pytest.Capture
         ({"retrain": {"tokens": "much"}}, "retrain.tokens: 'much' is not a whole count"),
         ({"settings": ["equal_tokens"]}, "settings[0]: 'equal_tokens' is not known"),
         ({"corpus": {"source": "stdlb"}}, "did you mean 'stdlib'?"),
+        ({"methods": ["sheared"]}, "methods: sheared learns what to cut in training, which studies do not run yet"),
         ({"corpus": {"source": "text:/no/such/file"}}, "no such file"),
         ({"recipe": {"sequence": 32, "tokens_per_step": 65}}, "recipe.tokens_per_step: 65 is no multiple"),
         ({"calibration": {"windows": 100_000}}, "calibration.windows"),

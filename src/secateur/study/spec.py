@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from secateur.data.corpus import CorpusSpec
 from secateur.errors import UserError, did_you_mean
-from secateur.methods import known_methods
+from secateur.methods import LearnedMethod, get_method, known_methods
 from secateur.shapes import Shape
 from secateur.spec import Count, Fraction, Positive, load_yaml, parse, spec
 from secateur.train.optim import Recipe
@@ -95,6 +95,11 @@ class Study:
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise UserError(f"{key}: an entry appears twice")
+        if learned := next((name for name in self.methods if isinstance(get_method(name), LearnedMethod)), None):
+            raise UserError(
+                f"methods: {learned} learns what to cut in training, which studies do not run yet; leave it out, "
+                "and use secateur prune"
+            )
         if self.calibration.windows * self.recipe.sequence > self.parent.tokens:
             raise UserError(
                 f"calibration.windows: {self.calibration.windows} windows of {self.recipe.sequence} tokens "

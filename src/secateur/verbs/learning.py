@@ -147,7 +147,8 @@ def _learn(
             if mixture.references:
                 mixture.update(losses)
             mixture.references = mixture.references or losses  # those of the model before anything is cut
-            house.metrics.write({"domains": {"losses": losses, "shares": mixture.weights, "passes": mixture.passes}})
+            told = {"losses": losses, "shares": mixture.weights, "passes": mixture.passes}
+            house.metrics.write({"step": mixture.step, "domains": told})
         return _mean(losses, lesson.protocols)
 
     trained = house.folder.with_name("trained")
