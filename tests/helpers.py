@@ -236,18 +236,20 @@ def learned(
     )
 
 
-def token_corpus(folder: Path, *, tokens: int, vocabulary: int, seed: int = 0) -> Path:
-    """A store of random documents of 5 to 60 tokens, in which a token is near the one before it."""
+def token_corpus(folder: Path, *, tokens: int, vocabulary: int, seed: int = 0, domains: int = 0) -> Path:
+    """A store of random documents of 5 to 60 tokens, in turn of each domain; a token is near the one before it."""
+    folder.mkdir(exist_ok=True)
     generator = np.random.default_rng(seed)
 
     def split(name: str, least: int) -> Split:
-        writer = ShardWriter(folder, name, "uint16", 5000)
+        writer = ShardWriter(folder, name, "uint16", 5000, domains=domains > 0)
         while writer.tokens < least:
             steps = generator.integers(0, 3, generator.integers(5, 60))
-            writer.append(np.cumsum(steps) % vocabulary)
+            writer.append(np.cumsum(steps) % vocabulary, domain=writer.documents % max(1, domains))
         return writer.close()
 
-    write_manifest(folder, vocabulary, {"train": split("train", tokens), "heldout": split("heldout", 1000)})
+    splits = {"train": split("train", tokens), "heldout": split("heldout", 1000)}
+    write_manifest(folder, vocabulary, splits, domains=[f"d{number}" for number in range(domains)])
     return folder
 
 

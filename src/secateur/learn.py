@@ -12,6 +12,7 @@ from torch import Tensor
 from secateur import ranks
 from secateur.checkpoint import Checkpoint, copy_tokenizer, skeleton
 from secateur.errors import RunError
+from secateur.evaluate.loss import Protocol
 from secateur.methods import LearnedMethod
 from secateur.plan import Plan
 from secateur.prune import check_config
@@ -23,11 +24,13 @@ from secateur.train.batches import Data
 from secateur.train.gates import Gates
 from secateur.train.init import stored_weights
 from secateur.train.loop import Housekeeping, train
+from secateur.train.measure import domain_losses
+from secateur.train.mixture import Mixture
 from secateur.train.optim import Recipe
 from secateur.train.output import write_trained
 from secateur.train.parallel import Execution, Trainee, place
 
-__all__ = ["cut_plan", "gate_values", "learn", "learning_recipe", "write_gated"]
+__all__ = ["cut_plan", "follow", "gate_values", "learn", "learning_recipe", "write_gated"]
 
 _NEAR = 0.02  #: how far from its target, as a share of the units, a mean of expected sizes may end
 _POINTS = 16  #: of the curve
@@ -105,6 +108,37 @@ def learn(
         told={key: result[key] for key in ("steps", "targets", "curve")},
     )
     return plan, write_gated(checkpoint, trainee, gate_values(method, scores, after), out)
+
+
+def follow(
+    mixture: Mixture,
+    protocols: Mapping[str, Protocol],
+    micro_batch: int,
+    tell: Callable[[Mapping[str, float]], None] = lambda _: None,
+) -> Callable[[Trainee], float | None]:
+    """What measures held-out losses along the way, and has the shares of several domains follow them.
+
+    Args:
+        mixture: what is trained on; its references are the losses of the model before anything is cut.
+        protocols: domain -> held-out windows.
+        micro_batch: windows at once.
+        tell: told the losses of several domains.
+
+    Returns:
+        a model -> the loss over all domains, in nats a token; None where nothing is held out.
+    """
+
+    def measure(trainee: Trainee) -> float | None:
+        losses = domain_losses(trainee, protocols, micro_batch)
+        if len(mixture.ranges) > 1:
+            if mixture.references:
+                mixture.update(losses)
+            mixture.references = mixture.references or losses
+            tell(losses)
+        tokens = sum(protocol.tokens for protocol in protocols.values())
+        return sum(losses[name] * protocol.tokens for name, protocol in protocols.items()) / tokens if tokens else None
+
+    return measure
 
 
 def cut_plan(

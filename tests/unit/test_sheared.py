@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import helpers
-from helpers import tiny_llama
+from helpers import FAMILIES, tiny_family, tiny_llama
 from secateur.checkpoint import Checkpoint, skeleton
 from secateur.errors import RunError, UserError
-from secateur.learn import gate_values
+from secateur.learn import gate_values, learning_recipe
 from secateur.methods.sheared import Sheared
 from secateur.plan import Plan
 from secateur.prune import scoring_flops
@@ -23,6 +23,7 @@ from secateur.shapes import train_flops
 from secateur.target import Target
 from secateur.train.gates import Gates
 from secateur.train.init import stored_weights
+from secateur.train.optim import make_optimizer, set_rate
 from secateur.train.parallel import Execution, place
 
 IDS = torch.randint(0, 61, (40, 16), generator=torch.Generator().manual_seed(3))
@@ -158,6 +159,35 @@ def test_gates_that_do_not_settle_are_refused_with_their_curve(checkpoint: Check
         RunError, match=r"the gates did not settle: .* of 5, and 3 were asked .*along the run: .*steps=N"
     ):
         learned(checkpoint, tmp_path, "layers=3", mask_rate=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_settle_on_every_family(family: str, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tiny_family(tmp_path, family))
+    plan, _ = learned(checkpoint, tmp_path / "run", "layers=4,ffn=40", steps=40, rate=0)
+    assert (plan.after.layers, plan.after.ffn) == (4, 40)
+    assert plan.summary["curve"][-1]["ffn"] == pytest.approx(40, abs=1.5)
+
+
+def test_multipliers_wait_until_the_target_stands_then_step_by_the_constraint(checkpoint: Checkpoint) -> None:
+    after = Target.parse(shape="ffn=32").shape(checkpoint.shape, Sheared(), "sheared")
+    model = skeleton(checkpoint.config, checkpoint.directory)
+    gates = Gates(model, Sheared(warmup=0.5), checkpoint.shape, after)
+    trainee = place(model, stored_weights(checkpoint), Execution(), gates).train()
+    kept = float(Sheared().active(torch.tensor(4.0)))
+    for step, wanted in ((10, 0.0), (49, kept - 32 / 48)):
+        gates.begin(step, 100)
+        gates.zero_grad()
+        once = trainee(IDS[:2]).once
+        assert once is not None
+        once.backward()
+        grad = gates.linear["ffn"].grad
+        torch.testing.assert_close(grad, torch.full((5,), wanted))
+    optimizer = make_optimizer([], learning_recipe(Sheared(), 16, 2), gates.groups())
+    set_rate(optimizer, 1e-4, learning_recipe(Sheared(), 16, 2))  # the peak
+    optimizer.step()
+    step = 60 * wanted / (1 + wanted)
+    torch.testing.assert_close(gates.linear["ffn"].detach(), torch.full((5,), step))
 
 
 def test_what_stays_only_to_make_up_the_number_can_still_learn(checkpoint: Checkpoint) -> None:

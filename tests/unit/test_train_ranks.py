@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -134,6 +135,45 @@ def check_alike(one: Path, several: Path, *, exact: bool) -> None:
     for tensor, value in weights(one).items():
         named = f"{several.name}: {tensor}"
         torch.testing.assert_close(weights(several)[tensor], value, rtol=0, atol=1e-4 if exact else 2e-2, msg=named)
+
+
+@pytest.mark.slow
+def test_gates_are_learned_together(corpus: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """One and two processes come to the same gates, also in bfloat16 and with domains, one of which a step may lack."""
+    domains = token_corpus(tmp_path / "domains", tokens=3000, vocabulary=61, domains=5)
+    asked = ["--method", "sheared", "--shape", "layers=4,hidden=24,ffn=32,heads=2", "--seqlen", "16", "--batch", "1"]
+    asked += [f"--option={option}" for option in ("steps=40", "windows=3", "phi=1000", "multiplier_rate=300")]
+    cases = {"bfloat16": [f"shards:{corpus}", "--dtype", "bfloat16"], "domains": [f"shards:{domains}"]}
+    jobs = {
+        (name, processes): [
+            "prune",
+            str(models["plain"]),
+            str(tmp_path / f"{name}-{processes}"),
+            *asked,
+            "--calibration",
+            *data,
+        ]
+        for name, data in cases.items()
+        for processes in (1, 2)
+    }
+    torchrun(2, [line for (_, processes), line in jobs.items() if processes == 2], tmp_path)
+    for name in cases:
+        assert main(jobs[name, 1]) == 0
+        one, two = (load_file(tmp_path / f"{name}-{n}" / "plan.safetensors") for n in (1, 2))
+        assert one.keys() == two.keys()
+        for key in one:
+            if key.startswith("score."):
+                assert torch.isfinite(two[key]).all()
+                error = (one[key] - two[key]).abs().mean()
+                assert error < (0.02 if name != "bfloat16" else 0.5), (name, key, error)
+        plans = [json.loads((tmp_path / f"{name}-{n}" / "plan.json").read_text()) for n in (1, 2)]
+        assert plans[0]["after"] == plans[1]["after"] and plans[0]["calibration"] == plans[1]["calibration"]
+    assert len(plans[1]["summary"]["domains"]["shares"]) == 5
+    lines = [json.loads(line) for line in (tmp_path / "domains-2" / "metrics.jsonl").read_text().splitlines()]
+    told = [line for line in lines if "domains" in line]
+    assert [line["step"] for line in told][::8] == [0, 20, 40]
+    assert all(math.isfinite(loss) for line in told for loss in line["domains"]["losses"].values())
+    assert sum(plans[1]["summary"]["domains"]["shares"].values()) == pytest.approx(1)
 
 
 @pytest.mark.slow

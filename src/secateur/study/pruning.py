@@ -15,7 +15,7 @@ from secateur.calibrate.journal import Workspace
 from secateur.checkpoint import Checkpoint
 from secateur.data.domains import ByDomain
 from secateur.errors import UserError
-from secateur.learn import learn, learning_recipe
+from secateur.learn import follow, learn, learning_recipe
 from secateur.methods import LearnedMethod, get_method
 from secateur.prune import Calibration, make_plan, scores_identity, write_pruned
 from secateur.runtime import pick_batch, pick_device
@@ -24,9 +24,9 @@ from secateur.study.stages import Stage
 from secateur.study.store import Store
 from secateur.target import Pattern, Target
 from secateur.train.loop import Housekeeping
-from secateur.train.measure import domain_losses, domain_protocols
+from secateur.train.measure import domain_protocols
 from secateur.train.mixture import Mixture
-from secateur.train.parallel import Execution, Trainee
+from secateur.train.parallel import Execution
 from secateur.train.watch import stop_on_signals
 
 __all__ = ["prune_stage"]
@@ -99,17 +99,6 @@ def _learned(
     _check_enough(tokens.tokens("train"), stop)
     view = ByDomain(tokens, "train", start, stop, sequence)
     mixture = Mixture(view, view.ranges, recipe, method.steps)
-    protocols = domain_protocols(tokens, sequence, _HELD_OUT)
-
-    def measure(trainee: Trainee) -> float | None:
-        losses = domain_losses(trainee, protocols, recipe.micro_batch)
-        if len(view.ranges) > 1:
-            if mixture.references:
-                mixture.update(losses)
-            mixture.references = mixture.references or losses  # those of the model before anything is cut
-        count = sum(protocol.tokens for protocol in protocols.values())
-        return sum(losses[name] * protocol.tokens for name, protocol in protocols.items()) / count if count else None
-
     trained = work / "trained"
     if ranks.first():
         shutil.rmtree(trained, ignore_errors=True)
@@ -133,6 +122,6 @@ def _learned(
                 behind=device.startswith("cuda"),
                 stop=stop_told,
             ),
-            measure=measure,
+            measure=follow(mixture, domain_protocols(tokens, sequence, _HELD_OUT), recipe.micro_batch),
             out=trained,
         )

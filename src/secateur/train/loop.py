@@ -138,8 +138,8 @@ def _begin(
 ) -> dict[str, Any]:
     """The state of a run before its first step."""
     held.apply()
+    house.metrics.resume(-1)  # before anything is written down, by what measures too
     loss = measure(trainee)
-    house.metrics.resume(-1)
     _tell_held_out(house, 0, 0, loss)
     first = {"tokens": 0, "loss": loss, "training_loss": None, "learning_rate": None}
     return {"step": 0, "tokens": 0, "targets": 0, "curve": [first]}

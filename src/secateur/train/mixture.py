@@ -72,6 +72,11 @@ class Mixture:
         return self.steps * self.recipe.tokens_per_step
 
     @property
+    def step(self) -> int:
+        """The step that is read next."""
+        return self._step
+
+    @property
     def weights(self) -> dict[str, float]:
         """Domain -> its share of the windows that follow; their sum is one."""
         return dict(zip(self.ranges, self._weights.tolist(), strict=True))

@@ -16,7 +16,7 @@ from secateur.data.shards import TokenStore
 from secateur.errors import RunError, UserError
 from secateur.evaluate.loss import Protocol
 from secateur.footprint import Use, learning, size, watched
-from secateur.learn import learn, learning_recipe
+from secateur.learn import follow, learn, learning_recipe
 from secateur.methods import LearnedMethod
 from secateur.plan import Plan
 from secateur.progress import say
@@ -28,11 +28,11 @@ from secateur.spec import identity
 from secateur.target import Target
 from secateur.train.batches import Tokens, WindowTokens
 from secateur.train.loop import Housekeeping
-from secateur.train.measure import domain_losses, domain_protocols
+from secateur.train.measure import domain_protocols
 from secateur.train.metrics import Metrics
 from secateur.train.mixture import Mixture
 from secateur.train.optim import Recipe
-from secateur.train.parallel import Execution, Trainee
+from secateur.train.parallel import Execution
 from secateur.train.speed import Meter
 from secateur.train.watch import stop_on_signals
 from secateur.verbs.directories import shared_directory
@@ -141,15 +141,11 @@ def _learn(
     """One target's training."""
     mixture = lesson.mixture(recipe, method.steps)
 
-    def measure(trainee: Trainee) -> float | None:
-        losses = domain_losses(trainee, lesson.protocols, recipe.micro_batch)
-        if len(lesson.ranges) > 1:
-            if mixture.references:
-                mixture.update(losses)
-            mixture.references = mixture.references or losses  # those of the model before anything is cut
-            house.metrics.write({"domains": {"losses": losses, "shares": mixture.weights, "passes": mixture.passes}})
-        return _mean(losses, lesson.protocols)
+    def tell(losses: Mapping[str, float]) -> None:
+        told = {"losses": losses, "shares": mixture.weights, "passes": mixture.passes}
+        house.metrics.write({"step": mixture.step, "domains": told})
 
+    measure = follow(mixture, lesson.protocols, recipe.micro_batch, tell)
     trained = house.folder.with_name("trained")
     if ranks.first():
         shutil.rmtree(trained, ignore_errors=True)
@@ -173,12 +169,6 @@ def _learn(
     if len(lesson.ranges) > 1:
         plan.summary["domains"] = {"shares": mixture.weights, "passes": mixture.passes}
     return plan, dense
-
-
-def _mean(losses: Mapping[str, float], protocols: Mapping[str, Protocol]) -> float | None:
-    """The loss over all domains; None where nothing is held out."""
-    tokens = sum(protocol.tokens for protocol in protocols.values())
-    return sum(losses[name] * protocol.tokens for name, protocol in protocols.items()) / tokens if tokens else None
 
 
 def _lesson(arguments: Namespace, checkpoint: Checkpoint, method: LearnedMethod) -> Lesson:
