@@ -352,3 +352,9 @@ def test_text_table_tells_controls_and_objectives():
 def test_text_table_shortens_a_long_method_name():
     long = [dataclasses.replace(c, method="m" * 80, curve=curve(6, 5, R)) for c in trio(5.4, 5.8, 5.2)]
     assert max(map(len, text_table(judge(study(*long))).splitlines())) <= 100
+
+
+def test_a_study_without_twins_says_so():
+    cells = tuple(cell for cell in example().cells if cell.path == "pruned")
+    judgement = judge(dataclasses.replace(example(), cells=cells))
+    assert judgement.answer.startswith("No model of this study was trained from scratch") and not judgement.verdicts

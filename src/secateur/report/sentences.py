@@ -128,8 +128,6 @@ def _several(groups: Sequence[Group]) -> bool:
 
 def answer(verdicts: Sequence[Verdict]) -> str:
     """The study's answer, from the verdicts of all settings: in tokens, then in FLOPs where it has such settings."""
-    if not verdicts:
-        return "No model of this study was trained from scratch: it compares pruned ones with one another."
     note = ", as far as it was measured" if any(verdict.winner == "not measured" for verdict in verdicts) else ""
     noun = "comparison" if _several([verdict.group for verdict in verdicts]) else "method"
     texts = []

@@ -43,6 +43,9 @@ class Judgement:
         return [(verdict, text) for verdict, text in pairs if verdict.setting == setting]
 
 
+_NO_TWINS = "No model of this study was trained from scratch: it compares pruned ones with one another."
+
+
 def judge(results: Results) -> Judgement:
     """Compare every pruned run with its from-scratch twins. A pure function: the same results, the same judgement."""
     index = Index(results)
@@ -58,7 +61,7 @@ def judge(results: Results) -> Judgement:
         sentences=tuple(sentence(verdict, index.comparisons) for verdict in verdicts),
         by_seed=compare(index, index.groups) if index.several_seeds else (),
         headlines=headlines,
-        answer=answer(verdicts),
+        answer=answer(verdicts) if settings or not results.cells else _NO_TWINS,
         findings=find(index),
     )
 
