@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_study import records, study_file, text  # noqa: F401  (a fixture)
+from test_study import records, study_file
 
 from secateur.tensor_files import Stored, write_tensors
 
@@ -29,7 +29,7 @@ def drill(file: Path, out: Path, kills: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path: Path) -> None:
     recipe = {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3, "init_std": 0.1}
     shape = {"hidden": 16, "ffn": 48, "layers": 2, "heads": 4, "kv_heads": 2}
     file = study_file(

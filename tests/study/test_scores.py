@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_study import study_file, text  # noqa: F401  (a fixture)
+from test_study import study_file
 
 from secateur import progress
 from secateur.calibrate.engine import Block, BlockWalk
@@ -39,7 +39,7 @@ def work(stage: Stage, out: Path) -> str | None:
 class World:
     """A store in which the corpus and the parent are done."""
 
-    def __init__(self, folder: Path, text: Path) -> None:  # noqa: F811
+    def __init__(self, folder: Path, text: Path) -> None:
         self.folder = folder
         shape = {"hidden": 16, "ffn": 48, "layers": LAYERS, "heads": 8, "kv_heads": 4}
         changes = {"parent": {"tokens": 600, **shape}, "calibration": {"windows": 6}, "retrain": {"tokens": 100}}
@@ -63,7 +63,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:  # noqa: F811
+def world(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield World(tmp_path_factory.mktemp("world"), text)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_study import command, records, run, study_file, text  # noqa: F401  (a fixture)
+from test_study import command, records, run, study_file
 
 from secateur.errors import UserError
 from secateur.study.slurm import Slurm, parse_slurm
@@ -111,7 +111,7 @@ def queued(*told: str) -> str:
     return subprocess.run(told, capture_output=True, text=True, check=False).stdout
 
 
-def study(folder: Path, text: Path, **changes: Any) -> Path:  # noqa: F811
+def study(folder: Path, text: Path, **changes: Any) -> Path:
     shape = {"hidden": 16, "ffn": 48, "layers": 2, "heads": 4, "kv_heads": 2}
     settings = {
         "methods": ["shortgpt"],
@@ -137,7 +137,7 @@ def test_options_are_strict() -> None:
 
 @needs_slurm
 @pytest.mark.slow
-def test_a_study_of_jobs_has_the_records_of_a_local_one(slurm: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_study_of_jobs_has_the_records_of_a_local_one(slurm: Path, text: Path, tmp_path: Path) -> None:
     """The parent and its twin are an array that waits for the corpus; the job of the parent is queued again."""
     file, out = (
         study(
@@ -172,7 +172,7 @@ def test_a_study_of_jobs_has_the_records_of_a_local_one(slurm: Path, text: Path,
 
 @needs_slurm
 @pytest.mark.slow
-def test_a_failed_job_is_told(slurm: Path, text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_failed_job_is_told(slurm: Path, text: Path, tmp_path: Path) -> None:
     file = study(
         tmp_path, text, parent={"tokens": "900k", "hidden": 16, "ffn": 48, "layers": 2, "heads": 4, "kv_heads": 2}
     )

@@ -193,4 +193,6 @@ def test_a_study_file_s_ratio_is_no_option(tmp_path: Path, capsys: pytest.Captur
     )
     assert main(["study", "plan", str(file)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"secateur: error: {file}: ratio 0.99: of 4 layers it would keep 0; possible: 0.25")
+    assert error.startswith(
+        f"secateur: error: {file}: methods[0] (shortgpt at 0.99): ratio 0.99: of 4 layers it would keep 0; possible: 0."
+    )

@@ -13,6 +13,7 @@ from secateur.data.corpus import CorpusSpec, build_corpus
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import encode, load_tokenizer, token_hash
 from secateur.errors import UserError
+from secateur.files import sha256_tree
 from secateur.spec import parse
 
 
@@ -63,8 +64,7 @@ def test_the_record_says_what_was_written(folder: Path, tmp_path: Path):
         assert record["tokens"][split] == len(ids) == sum(map(len, encode(tokenizer, texts)))
         assert record["bytes_per_token"][split] == record["bytes"][split] / len(ids)
         assert record["sha256"][split] == token_hash(ids)
-    data = (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_bytes()
-    assert record["tokenizer_sha256"] == hashlib.sha256(data).hexdigest()
+    assert record["tokenizer_sha256"] == store.manifest.tokenizer_sha256 == sha256_tree(tmp_path / "out" / "tokenizer")
 
 
 def test_no_document_is_on_both_sides_and_none_is_lost(folder: Path, tmp_path: Path):

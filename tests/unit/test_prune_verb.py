@@ -268,12 +268,13 @@ def test_evaluating_on_ids_from_a_file(call: Callable[..., Call], world: Path, t
     ids = encode_stream([_document()], load_tokenizer(world / "model"), 96).reshape(6, 16)
     np.save(tmp_path / "ids.npy", ids.astype(">i4"))
     found = call(f"eval {{w}}/model --json --data tokens:{tmp_path}/ids.npy")
-    assert found.answer["loss"] == text.answer["loss"] and found.err == text.err == ""
-    assert found.answer["protocol"]["fingerprint"] == text.answer["protocol"]["fingerprint"]
-    assert found.answer["protocol"]["windows"] == 6
+    (ours,), (theirs,) = (c.answer["results"][0]["measurements"] for c in (found, text))
+    assert ours["value"] == theirs["value"] and found.err == text.err == ""
+    assert ours["protocol"]["fingerprint"] == theirs["protocol"]["fingerprint"]
+    assert ours["protocol"]["windows"] == 6
     said = call(f"eval {{w}}/model --data tokens:{tmp_path}/ids.npy --seqlen 8 --windows 6 --field x")
     assert "--seqlen, --field does not apply" in said.err
-    assert f"hash {found.answer['protocol']['hash'][:16]}" in said.out
+    assert f"hash {ours['protocol']['hash'][:16]}" in said.out
 
 
 ARRAYS: dict[str, tuple[Any, str]] = {
@@ -434,12 +435,12 @@ def test_an_output_that_is_a_file(call: Callable[..., Call], tmp_path: Path) -> 
 
 def test_a_loss_of_few_tokens_says_so(call: Callable[..., Call], tmp_path: Path) -> None:
     line = "eval {w}/model --data text:{w}/text.txt --json --seqlen 16 "
-    few = call(line + "--windows 6").answer
-    assert few["note"] == "90 predicted tokens are few: the figure may be far off; measure on more text"
+    (few,) = call(line + "--windows 6").answer["notes"]
+    assert few == "loss: 90 predicted tokens are few: the figure may be far off; measure on more text"
     enough = call(line + "--windows 67").answer
-    assert (enough["tokens"], enough["note"]) == (1005, None)
-    assert f"\nnote         {few['note']}\n" in call((line + "--windows 6").replace("--json", "")).out
-    assert "note  " not in call((line + "--windows 67").replace("--json", "")).out
+    assert (enough["results"][0]["measurements"][0]["tokens"], enough["notes"]) == (1005, [])
+    assert f"\nnote: {few}" in call((line + "--windows 6").replace("--json", "")).out
+    assert "note: " not in call((line + "--windows 67").replace("--json", "")).out
 
 
 def test_a_loss_of_less_than_a_window_says_so(call: Callable[..., Call], world: Path, tmp_path: Path) -> None:
@@ -447,10 +448,10 @@ def test_a_loss_of_less_than_a_window_says_so(call: Callable[..., Call], world: 
     edit_config(model, max_position_embeddings=4096)
     line = "eval {m} --data text:{w}/text.txt --json --windows 1 --seqlen "
     whole = call(line + "1024", model).answer
-    assert (whole["tokens"], whole["note"]) == (1023, None)
+    assert (whole["results"][0]["measurements"][0]["tokens"], whole["notes"]) == (1023, [])
     short = call(line + "4096", model).answer
-    assert 1000 < short["tokens"] < 4095
-    assert short["note"] == "the text is shorter than one window of 4,096 tokens; measure on more text"
+    assert 1000 < short["results"][0]["measurements"][0]["tokens"] < 4095
+    assert short["notes"] == ["the text is shorter than one window of 4,096 tokens; measure on more text"]
 
 
 def test_a_text_shorter_than_a_window(call: Callable[..., Call], tmp_path: Path) -> None:
