@@ -141,7 +141,7 @@ def test_another_model_or_calibration_has_other_scores(world: World, tmp_path: P
     out = world.copy(tmp_path / "out")
     stage = world.stage("shortgpt", 0.5)
     seeded = {**stage.identity, "calibration": {**stage.identity["calibration"], "seed": 1}}
-    other = Stage(stage.kind, stage.name, seeded, stage.inputs)
+    other = Stage(stage.kind, stage.name, seeded, stage.inputs, runtime=stage.runtime)
     assert work(stage, out) is None and work(other, out) is None
     assert len(list((out / "scores").iterdir())) == 2
 
