@@ -151,12 +151,17 @@ def count_or_none(text: str) -> int:
     return 0 if text.strip() == "0" else count(text)
 
 
+def _number(text: str) -> float:
+    """NaN, which lies in no range, for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def holdout(text: str) -> float:
     """A share that may be zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0, for no held-out split, to below 1")
     return value
@@ -172,10 +177,7 @@ def ratios(text: str) -> list[float]:
 
 def above_zero(text: str) -> float:
     """A finite number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
     return value
@@ -183,10 +185,7 @@ def above_zero(text: str) -> float:
 
 def ratio(text: str) -> float:
     """A share between 0 and 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a ratio between 0 and 1, both excluded")
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from secateur.data.shards import TokenStore
+from secateur.errors import UserError
 from secateur.evaluate.loss import Protocol
 from secateur.study.stages import Stage
 from secateur.study.store import Store
@@ -13,8 +14,19 @@ __all__ = ["corpus_tokens", "held_out", "model_of"]
 
 
 def corpus_tokens(stage: Stage, store: Store) -> TokenStore:
-    """The tokens of the study's corpus."""
-    return TokenStore(store.folder(stage.inputs["corpus"]))
+    """The tokens of the study's corpus.
+
+    Raises:
+        UserError: if they end before the stage's slice does.
+    """
+    tokens = TokenStore(store.folder(stage.inputs["corpus"]))
+    _, stop = stage.identity.get("slice", (0, 0))
+    if tokens.tokens("train") < stop:
+        raise UserError(
+            f"the corpus has {tokens.tokens('train'):,} training tokens, but the budgets need {stop:,}; "
+            "give more text, or lower parent.tokens or retrain.tokens"
+        )
+    return tokens
 
 
 def model_of(stage: Stage, store: Store, role: str = "model") -> Path:

@@ -14,7 +14,6 @@ from secateur import ranks
 from secateur.calibrate.journal import Workspace
 from secateur.checkpoint import Checkpoint
 from secateur.data.domains import ByDomain
-from secateur.errors import UserError
 from secateur.learn import follow, learn, learning_recipe
 from secateur.methods import LearnedMethod, get_method
 from secateur.prune import Calibration, make_plan, scores_identity, write_pruned
@@ -31,7 +30,7 @@ from secateur.train.watch import stop_on_signals
 
 __all__ = ["prune_stage"]
 
-_HELD_OUT = 32  #: windows of each domain that losses along the way are measured on, behind those of final figures
+_HELD_OUT = 32  #: windows of each domain that losses along the way are measured on
 _RECORDED = ("ratio", "before", "after", "calibration", "summary", "fingerprint")
 
 
@@ -71,20 +70,11 @@ def _calibration_windows(stage: Stage, store: Store) -> Tensor:
     start, stop = asked["slice"]
     length = asked["seqlen"]
     tokens = corpus_tokens(stage, store)
-    _check_enough(tokens.tokens("train"), stop)
     generator = torch.Generator().manual_seed(asked["calibration"]["seed"])
     order = torch.randperm((stop - start) // length, generator=generator)
     chosen = order[: asked["calibration"]["windows"]].sort().values.tolist()
     at = [start + window * length for window in chosen]
     return torch.stack([torch.from_numpy(tokens.read("train", i, i + length)) for i in at])
-
-
-def _check_enough(there: int, stop: int) -> None:
-    if there < stop:
-        raise UserError(
-            f"the corpus has {there:,} training tokens, but the budgets need {stop:,}; "
-            "give more text, or lower parent.tokens or retrain.tokens"
-        )
 
 
 def _learned(
@@ -96,7 +86,6 @@ def _learned(
     device = pick_device(stage.runtime["device"])
     recipe = learning_recipe(method, sequence, pick_batch(sequence, device))
     tokens = corpus_tokens(stage, store)
-    _check_enough(tokens.tokens("train"), stop)
     view = ByDomain(tokens, "train", start, stop, sequence)
     mixture = Mixture(view, view.ranges, recipe, method.steps)
     trained = work / "trained"

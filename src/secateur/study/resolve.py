@@ -11,7 +11,7 @@ from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
-from secateur.files import sha256_file
+from secateur.files import sha256_tree
 from secateur.shapes import Shape
 from secateur.spec import fingerprint
 from secateur.study.spec import Parent, Study
@@ -61,13 +61,11 @@ def _corpus(study: Study, rows: int) -> str:
     digest = open_source(spec.source, field=spec.field, split=spec.split).digest()
     if spec.tokenizer is None or spec.tokenizer.startswith(HUB):
         return digest
-    tokenizer = load_tokenizer(Path(spec.tokenizer))
-    check_vocabulary(tokenizer, rows, "corpus.tokenizer")
-    return fingerprint([digest, [sha256_file(f) for f in _tokenizer_files(Path(spec.tokenizer))]])
-
-
-def _tokenizer_files(directory: Path) -> list[Path]:
-    return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    folder = Path(spec.tokenizer)
+    check_vocabulary(load_tokenizer(folder), rows, "corpus.tokenizer")
+    return fingerprint(
+        [digest, sha256_tree(folder, [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])]
+    )
 
 
 def _parent(study: Study, name: str, parent: Parent) -> KnownParent:

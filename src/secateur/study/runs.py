@@ -105,8 +105,6 @@ class Runs:
             )
             before = (*before, stage)
             chain, at = {**inputs, "model": stage}, fork
-            if facts["init"] == "redrawn":
-                chain["plan"] = inputs["plan"]
         decay = dataclasses.replace(recipe, schedule="linear", warmup=0.0)
         return self.train(
             name, shape, (at, stop), "continued" if at > first else init, decay, facts, chain, objective, before=before
@@ -127,12 +125,11 @@ class Runs:
         assert sweep
         budgets = comparison.pruning.entry.tokens or self.study.retrain.tokens
         tokens = sweep.tokens or min(budgets)
-        first = self.study.recipe if comparison.seed is None else self.recipe_of(comparison)
         label = f"{comparison.pruning.label}/sweep-{facts['init']}" + ("-kd" if objective and objective.distill else "")
         skip = self.study.evaluation.windows
         trials = {}
         for rate in sweep.rates:
-            tried = dataclasses.replace(recipe, peak_rate=rate, seed=first.seed, data_seed=first.data_seed)
+            tried = dataclasses.replace(recipe, peak_rate=rate)
             told = {"path": "trial", "shape": shape}
             span = (self.start, self.start + tokens)
             trials[f"{rate:g}"] = self.train(

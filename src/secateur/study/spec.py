@@ -19,8 +19,6 @@ from secateur.train.distill import Distill
 from secateur.train.optim import Recipe
 
 __all__ = [
-    "CONTROLS",
-    "SETTINGS",
     "Calibrate",
     "Compute",
     "Control",
@@ -37,8 +35,6 @@ __all__ = [
 
 SettingKind = Literal["equal_training_tokens", "equal_total_tokens", "equal_training_flops", "equal_total_flops"]
 ControlKind = Literal["scratch", "redrawn", "permuted", "random-mask", "shuffled-weights", "dense-twin"]
-SETTINGS: tuple[SettingKind, ...] = SettingKind.__args__  # type: ignore[attr-defined]
-CONTROLS: tuple[ControlKind, ...] = ControlKind.__args__  # type: ignore[attr-defined]
 
 Rate = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]

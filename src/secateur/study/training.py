@@ -16,7 +16,6 @@ from transformers import CONFIG_MAPPING
 from secateur import ranks
 from secateur.checkpoint import Checkpoint, skeleton
 from secateur.data.tokenizer import load_tokenizer
-from secateur.errors import UserError
 from secateur.files import read_json
 from secateur.plan import JSON_FILE, Plan, load_masks
 from secateur.runtime import pick_device
@@ -63,11 +62,6 @@ def train_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     recipe = _recipe(stage, store)
     tokens = corpus_tokens(stage, store)
     start, stop = asked["slice"]
-    if tokens.tokens("train") < stop:
-        raise UserError(
-            f"the corpus has {tokens.tokens('train'):,} training tokens, but the budgets need {stop:,}; "
-            "give more text, or lower parent.tokens or retrain.tokens"
-        )
     measured = asked["evaluation"]
     protocol = held_out(tokens, measured["windows"], recipe.sequence, measured["skip"])
     execution = _execution(stage)
@@ -192,12 +186,11 @@ def _pattern(directory: Path) -> Pattern | None:
 def _config(stage: Stage, store: Store, recipe: Recipe) -> Any:
     """The configuration of a model of the stage's shape: a Llama, or what its parent would be cut to."""
     sizes = stage.identity["shape"]
-    shape = Shape(**{**sizes, "switches": tuple(sizes["switches"])})
+    shape = Shape(**{**sizes, "switches": tuple(sizes["switches"]), "family": stage.facts["shape"].family})
     if "like" not in stage.inputs:
         tokenizer = load_tokenizer(store.folder(stage.inputs["corpus"]) / "tokenizer")
         return llama_config(shape, context=recipe.sequence, tokenizer=tokenizer)
     parent = Checkpoint(model_of(stage, store, "like"))
-    shape = Shape(**{**sizes, "switches": tuple(sizes["switches"]), "family": stage.facts["shape"].family})
     kept = {"after": shape, "keep_layers": torch.arange(shape.layers)}
     raw = cut_config(parent, Plan.keeping_all("", "width", {}, parent.shape, **kept))
     return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)

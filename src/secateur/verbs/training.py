@@ -16,12 +16,9 @@ from secateur import ranks
 from secateur.checkpoint import (
     Checkpoint,
     copy_tokenizer,
-    in_writing_order,
-    model_card,
     positions,
     read_config,
     skeleton,
-    write_checkpoint,
 )
 from secateur.data.shards import TokenStore
 from secateur.errors import RunError, UserError
@@ -34,7 +31,6 @@ from secateur.report.words import count, scientific
 from secateur.runtime import environment, pick_device, pick_dtype
 from secateur.shapes import Shape, teacher_flops, train_flops
 from secateur.spec import fingerprint, identity, load_yaml, parse, parse_value
-from secateur.tensor_files import Stored
 from secateur.train.batches import Slice
 from secateur.train.distill import Distill, Distillation, check_teacher
 from secateur.train.init import fresh_weights, stored_weights
@@ -43,7 +39,8 @@ from secateur.train.loop import train as run
 from secateur.train.measure import held_out_loss
 from secateur.train.metrics import Metrics, check_trackers, open_trackers
 from secateur.train.optim import Recipe
-from secateur.train.parallel import Execution, Trainee, place, place_teacher, whole
+from secateur.train.output import write_trained
+from secateur.train.parallel import Execution, Trainee, place, place_teacher
 from secateur.train.speed import Meter, Peak, peak_of
 from secateur.train.state import FINISHED
 from secateur.train.watch import stop_on_signals
@@ -306,33 +303,27 @@ def _announce(
 
 def _write(out: Path, start: Start, trainee: Trainee, facts: dict[str, Any], dtype: str) -> None:
     """The trained model as a checkpoint; all processes give their parts, the first one writes."""
-    target = getattr(torch, dtype)
-
-    def stored(name: str, parameter: Tensor) -> Stored:
-        return Stored(name, target, tuple(parameter.shape), lambda: (whole(parameter.detach()).to(target),))
-
-    tensors = [stored(name, parameter) for name, parameter in trainee.model.named_parameters()]
-    if not ranks.first():
-        for tensor in in_writing_order(tensors):
-            list(tensor.parts())
-        return
     result = facts["result"]
     origin = "fresh weights" if start.checkpoint is None else f"the weights of {start.directory.name}"
     objective = facts["asked"].get("objective")
     taught = f", distilled at temperature {objective['temperature']:g}" if objective else ""
     line = f"Trained by secateur on {result['tokens']:,} tokens from {origin}{taught}."
-    write_checkpoint(
+    stored = getattr(torch, dtype)
+    write_trained(
         out,
+        trainee,
         {**{k: v for k, v in start.raw_config.items() if k != "torch_dtype"}, "dtype": dtype},
-        tensors,
+        lambda _: stored,
         provenance={
             "kind": "trained",
             "init": start.kind,
             **{k: v for k, v in result.items() if k != "curve"},
             **({"objective": objective} if objective else {}),
         },
-        card=model_card(out.name, None, [line]),
+        line=line,
     )
+    if not ranks.first():
+        return
     copy_tokenizer(start.directory, out)
     for name in (JSON_FILE, TENSOR_FILE) if start.masks else ():  # so that the masks hold in what follows as well
         shutil.copyfile(start.directory / name, out / name)
