@@ -1,4 +1,4 @@
-"""A slice of a corpus by domain: its documents put end to end, one domain after the other, as tokens of their own."""
+"""A slice of a corpus with its documents and their domains: in order, or one domain after the other."""
 
 from __future__ import annotations
 
@@ -6,8 +6,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.data.shards import TokenStore
+from secateur.data.tokenizer import Stream
 
-__all__ = ["ByDomain"]
+__all__ = ["ByDomain", "document_stream"]
+
+
+def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Stream:
+    """The tokens ``[start, stop)`` of a split, in order, with the document of each and the domain of each document.
+
+    Raises:
+        UserError: if the split has fewer than ``stop`` tokens, or a document's domain has no name.
+    """
+    within = store.documents_in(split, start, stop)
+    lengths = np.diff(np.maximum(store.offsets(split, within), start), append=stop)
+    domains = store.domains or ("",)
+    names = tuple(domains[domain] for domain in store.domains_of(split, within).tolist())
+    return Stream(store.read(split, start, stop), np.repeat(np.arange(len(names)), lengths), names)
 
 
 class ByDomain:

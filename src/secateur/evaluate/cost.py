@@ -24,7 +24,7 @@ from secateur.plan import JSON_FILE, load_masks
 from secateur.progress import task
 from secateur.runtime import environment
 
-__all__ = ["Figure", "Workload", "measure_cost", "pattern_of"]
+__all__ = ["Figure", "Workload", "measure_cost", "pattern_of", "sparsity"]
 
 DENSE, SEMI_STRUCTURED = "dense", "2:4 kernels"
 NEEDS = "not measured: needs a GPU of compute capability 8.0 or newer"
@@ -186,6 +186,20 @@ def pattern_of(masks: Mapping[str, Tensor]) -> str | None:
         return None
     fits = all(m.shape[1] % 4 == 0 and int(m.reshape(-1, 4).sum(dim=1).max()) <= 2 for m in masks.values())
     return "2:4" if fits else "unstructured"
+
+
+def sparsity(checkpoint: Checkpoint) -> float:
+    """The share of exact zeros among the weights of the block linears."""
+    zeros = weights = 0
+    layers = checkpoint.shape.layers
+    with task("count zeros", layers) as progress:
+        for layer in range(layers):
+            for linear in checkpoint.family.linears:
+                tensor = checkpoint.tensor(checkpoint.family.block_tensor(layer, linear))
+                zeros += int((tensor == 0).sum())
+                weights += tensor.numel()
+            progress.advance()
+    return zeros / weights
 
 
 def _sparse(

@@ -258,12 +258,14 @@ def measure_loss(found: Losses, name: str) -> Measurement:
     """
     loss = found.mean()
     unit = "documents" if found.protocol.documents else "windows"
-    parts = [*found.documents().values()] if found.protocol.documents else found.windows()
-    items = [{"value": total / count, "tokens": count} for count, total in parts]
+    parts = found.documents() if found.protocol.documents else dict(enumerate(found.windows()))
+    items: list[dict[str, Any]] = [{"value": total / count, "tokens": count} for count, total in parts.values()]
     details: dict[str, Any] = {"perplexity": perplexity(loss), "tokens": found.protocol.tokens}
     details |= {"by_position": found.positions()}
     if domains := found.domains():
         details["by_domain"] = domains
+        for number, item in zip(parts, items, strict=True):
+            item["domain"] = found.protocol.domains[number]
     return Measurement(name, "loss", loss, found.protocol.record(), unit, items, details)
 
 

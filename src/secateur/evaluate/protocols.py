@@ -22,7 +22,7 @@ from secateur.errors import RunError, UserError
 from secateur.evaluate.loss import Protocol
 from secateur.progress import say
 
-__all__ = ["PROTOCOLS", "SEQLEN", "WINDOWS", "Text", "begins_with_bos", "text_protocol"]
+__all__ = ["PROTOCOLS", "SEQLEN", "WINDOWS", "Text", "begins_with_bos", "text_protocol", "text_source"]
 
 WINDOWS = 256  #: at most
 SEQLEN = 8192  #: tokens in a window, unless the model has fewer positions
@@ -89,7 +89,7 @@ def text_protocol(
     Raises:
         UserError: if the text is not there, cannot be read or is too short.
     """
-    source = _open(text, data)
+    source = text_source(text, data)
     used = min(seqlen, positions or seqlen)
     if used < seqlen:
         say(f"{text.name}: windows of {used} tokens: the model has no more positions")
@@ -145,13 +145,14 @@ def _joined(rows: Iterator[Document], join: str, tokenizer: PreTrainedTokenizerB
         wanted *= 2
 
 
-def _open(text: Text, data: str | None) -> Source:
+def text_source(text: Text, data: str | None) -> Source:
+    """Where a text is read from; arguments and errors as of :func:`text_protocol`."""
     blank = text.join is not None
     if data is None:
         return open_source(f"hf:{text.hub}", field=text.field, split=text.split, blank=blank)
     folder = Path(data).expanduser()
     if not folder.is_dir():
-        raise UserError(f"--text-data {data}: no such folder; name one that holds {_names(text)}")
+        raise UserError(f"{data}: no such folder; name one that holds {_names(text)}")
     for name in (text.file, *(text.file + ending for ending in TEXT_EXTENSIONS)):
         if (folder / name).exists():
             return open_source(f"text:{folder / name}", field=text.field, blank=blank)

@@ -19,9 +19,11 @@ from secateur.errors import UserError
 from secateur.files import read_json, write_bytes, write_json
 from secateur.version import __version__
 
-__all__ = ["Kind", "Measurement", "Results", "check_same_protocols", "items_file"]
+__all__ = ["LOSS", "Kind", "Measurement", "Results", "check_same_protocols", "items_file"]
 
 Kind = Literal["loss", "accuracy"]
+
+LOSS = "loss"  #: what the held-out loss is called, beside perplexities and tasks
 
 
 @dataclass(frozen=True)

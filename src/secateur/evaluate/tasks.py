@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -26,7 +27,7 @@ from secateur import progress
 from secateur.errors import UserError, did_you_mean
 from secateur.spec import fingerprint
 
-__all__ = ["METRICS", "Requests", "Task", "import_harness", "silenced"]
+__all__ = ["METRICS", "Requests", "Task", "import_harness", "place_of", "silenced"]
 
 #: The accuracy that is usually reported for a task; ``acc_norm`` divides log-likelihoods by the choices' lengths.
 METRICS: Mapping[str, str] = {
@@ -175,12 +176,24 @@ def _build(task: Task) -> Requests:
 
 def _manager(name: str) -> Any:
     """The harness's index of the one folder that ``name`` lies in; that of all its folders takes ten seconds."""
-    places = _places(Path(import_harness("lm_eval.tasks").__file__).parent)
+    folder = place_of(name)
+    with silenced():
+        return import_harness("lm_eval.tasks").TaskManager(include_defaults=False, include_path=folder)
+
+
+def place_of(name: str) -> Path:
+    """The folder that a task's configuration lies in; the harness itself is not imported, which takes seconds.
+
+    Raises:
+        UserError: if lm-eval is not installed, or knows no such task.
+    """
+    found = importlib.util.find_spec("lm_eval")
+    origin = found.origin if found else import_harness("lm_eval").__file__
+    places = _places(Path(str(origin)).parent / "tasks")
     if name not in places:
         near = difflib.get_close_matches(name, places, n=1, cutoff=0.5)
         raise UserError(f"lm-eval has no single task {name!r}{did_you_mean(name, near or METRICS)}")
-    with silenced():
-        return import_harness("lm_eval.tasks").TaskManager(include_defaults=False, include_path=places[name])
+    return places[name]
 
 
 @cache

@@ -19,7 +19,9 @@ from secateur.report.inherited import parts
 from secateur.report.latex import comparisons_tex
 from secateur.report.ledger import ACCOUNTS, FORMULA, forwards, own_cost, pieces, pipelines
 from secateur.report.objectives import objective_rows
-from secateur.report.sentences import brief, group_name, model_name, sentence
+from secateur.report.quality import measurement_rows
+from secateur.report.running import running_rows
+from secateur.report.sentences import BUDGETS, brief, group_name, model_name, sentence
 from secateur.report.tables import cell_rows, comparison_rows, curves_csv, rows_csv
 from secateur.report.text import POOLED_NOTE
 from secateur.report.verdict import Judgement
@@ -41,6 +43,7 @@ _FILTERS = (
     words.method_name,
     words.number,
     words.plain,
+    words.probability,
     words.scientific,
     words.share,
     words.signed,
@@ -50,7 +53,8 @@ _FILTERS = (
 def build_report(judgement: Judgement, folder: Path) -> Path:
     """Write the page, its figures and its data into ``folder``.
 
-    ``report.html``, ``figures/*.svg`` and ``*.pdf``, ``cells.csv``, ``comparisons.csv`` and ``.tex``, ``curves.csv``.
+    ``report.html``, ``figures/*.svg`` and ``*.pdf``, ``cells.csv``, ``comparisons.csv`` and ``.tex``, ``curves.csv``,
+    ``measurements.csv``.
     Each file is replaced as a whole, and the page last; the same results give the same bytes.
 
     Returns:
@@ -61,6 +65,7 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
     write_text(folder / "comparisons.csv", rows_csv(comparison_rows(judgement)))
     write_text(folder / "comparisons.tex", comparisons_tex(judgement))
     write_text(folder / "curves.csv", curves_csv(judgement))
+    write_text(folder / "measurements.csv", rows_csv(measurement_rows(judgement.index)))
     page = folder / "report.html"
     write_text(page, render(judgement))
     return page
@@ -97,6 +102,8 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "budgets": [words.count(tokens) for tokens in sorted({group.retrain_tokens for group in index.groups})],
         "figures": {kind: [pair for pair in drawn if pair[0].kind == kind] for kind in KINDS},
         "objectives": objective_rows(index),
+        "quality": [(row, group_name(row.group, index.comparisons, target=True)) for row in judgement.quality],
+        "running": running_rows(index),
         "cells": cell_rows(judgement),
         "extra": _extra(index.groups),
         "before": _before(index),
@@ -109,6 +116,7 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "several_parents": len(results.parents) > 1,
         "pooled_note": POOLED_NOTE,
         "not_measured": words.NOT_MEASURED,
+        "budget_names": BUDGETS,
         "minus": words.MINUS,
     }
 

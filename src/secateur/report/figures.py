@@ -18,9 +18,11 @@ from secateur.report.draw_curves import curve_limits, draw_curves
 from secateur.report.draw_differences import draw_differences
 from secateur.report.draw_ladder import draw_ladder, draw_ratios
 from secateur.report.draw_model import draw_controls, draw_layers
+from secateur.report.draw_pareto import draw_pareto
 from secateur.report.index import Group, Index, Model
 from secateur.report.inherited import controls
 from secateur.report.palette import LIGHT, RC, ROLES, Palette, themed
+from secateur.report.running import AXES, Axis, served
 from secateur.report.sentences import BUDGETS, group_name, model_name
 from secateur.report.svg import inline
 from secateur.report.verdict import Judgement
@@ -28,8 +30,8 @@ from secateur.report.words import method_name
 
 __all__ = ["KINDS", "Kind", "Panel", "inline_panels", "panels", "save_figures"]
 
-Kind = Literal["differences", "ladder", "ratios", "curves", "controls", "layers"]
-KINDS: tuple[Kind, ...] = ("differences", "ladder", "ratios", "curves", "controls", "layers")
+Kind = Literal["differences", "ladder", "ratios", "pareto", "curves", "controls", "layers"]
+KINDS: tuple[Kind, ...] = ("differences", "ladder", "ratios", "pareto", "curves", "controls", "layers")
 _INLINED = 12  #: figures of one kind that the page holds; it names the files of the rest
 _DRAWN = Callable[[Palette], tuple[Figure, str]]  # -> the figure, and what it shows in words
 
@@ -53,6 +55,7 @@ def panels(judgement: Judgement) -> list[Panel]:
         "differences": _differences(judgement),
         "ladder": _ladders(index),
         "ratios": _ratios(judgement),
+        "pareto": _pareto(index),
         "curves": _curves(index),
         "controls": _controls(index),
         "layers": _layers(index),
@@ -108,6 +111,17 @@ def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, None]]:
                 return draw_ratios(dict(sorted(budgets.items())), name, palette)
 
             yield "", f"{name}: loss saved by pruning against the ratio", draw, None
+
+
+def _pareto(index: Index) -> Iterator[tuple[str, str, _DRAWN, None]]:
+    for axis in AXES:
+        points, device = served(index, axis)
+        if len(points) > 1:
+
+            def draw(palette: Palette, points=points, device=device, axis: Axis = axis) -> tuple[Figure, str]:
+                return draw_pareto(points, axis, device, palette)
+
+            yield axis, f"Held-out loss against {axis}", draw, None
 
 
 def _curves(index: Index) -> Iterator[tuple[str, str, _DRAWN, Group]]:

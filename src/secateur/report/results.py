@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from secateur.evaluate.results import Measurement
 
 __all__ = [
     "Cell",
@@ -15,6 +18,7 @@ __all__ = [
     "Point",
     "Pruned",
     "Results",
+    "Running",
     "StageNote",
 ]
 
@@ -48,6 +52,22 @@ class Evaluation:
     protocol: str  #: fingerprint of the protocol; figures of different protocols are never compared
     windows: tuple[float, ...]  #: mean loss of each held-out window, in order: what makes comparisons paired
     sparsity: float  #: share of exact zeros among the block linears' weights
+    measured: tuple[Measurement, ...] = ()  #: this loss by document, then perplexities and tasks, with their items
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a model costs to run, measured on one device."""
+
+    device: str
+    dtype: str
+    figures: tuple[Mapping[str, Any], ...]  #: each with ``name``, ``value``, ``unit``, ``execution`` and more
+    note: str  #: what its zeros gain
+
+    def figure(self, name: str, execution: str = "dense") -> Mapping[str, Any] | None:
+        """A figure of that name, at the smallest batch; None where it was not measured."""
+        found = [f for f in self.figures if f["name"] == name and f["execution"] == execution]
+        return min(found, key=lambda figure: figure.get("batch", 0), default=None)
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,7 @@ class Parent:
     children: int  #: pruned models that the study makes of it: they share its cost in the account "shared"
     curve: tuple[Point, ...]  #: empty for a public checkpoint
     evaluation: Evaluation | None  #: None: not measured, or failed
+    running: Running | None = None  #: None: not measured
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,7 @@ class Pruned:
     detail: str  #: one line, e.g. "layers 2-4 removed"
     evaluation: Evaluation | None
     layers: tuple[dict[str, Any], ...] = ()  #: for each layer of the parent: kept (bool), ffn, kv, sparsity
+    running: Running | None = None  #: of all that is trained of it, and of its twins; None: not measured
 
 
 @dataclass(frozen=True)

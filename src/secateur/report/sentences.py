@@ -7,9 +7,21 @@ from collections.abc import Sequence
 
 from secateur.report.compare import Setting, Verdict, Winner
 from secateur.report.index import Group, Model
-from secateur.report.words import count, decimals, listing, method_name, number, spelled
+from secateur.report.quality import QualityRow
+from secateur.report.words import count, decimals, listing, method_name, number, points, spelled
 
-__all__ = ["BUDGETS", "answer", "brief", "group_name", "headline", "interval", "model_name", "sentence", "target_words"]
+__all__ = [
+    "BUDGETS",
+    "answer",
+    "brief",
+    "contradiction",
+    "group_name",
+    "headline",
+    "interval",
+    "model_name",
+    "sentence",
+    "target_words",
+]
 
 #: What both paths have as much of in each setting.
 BUDGETS: dict[Setting, str] = {
@@ -74,6 +86,20 @@ def sentence(verdict: Verdict, among: Sequence[Group]) -> str:
     side, end = ("below", "pruning pays") if verdict.winner == "pruned" else ("above", "training from scratch pays")
     by = f"{number(abs(difference), digits)} nats {side} {twin}{over}"
     return f"{start} ends {by} ({interval(near, far, digits)}): {end}."
+
+
+def contradiction(verdict: Verdict, row: QualityRow, among: Sequence[Group]) -> str:
+    """A verdict by the held-out loss beside one by tasks that says the opposite."""
+    found = row.comparison
+    assert found.difference is not None and found.low is not None and found.high is not None
+    paths = {"pruned": "pruning", "scratch": "training from scratch"}
+    sign = 1 if row.winner == "pruned" else -1
+    low, high = sorted((sign * found.low, sign * found.high))
+    return (
+        f"{_at(verdict.setting)}, {group_name(verdict.group, among, target=True)}: the held-out loss speaks for "
+        f"{paths[verdict.winner]}, the accuracy ({found.name}) for {paths[row.winner]}, by "
+        f"{points(sign * found.difference)} points (95% interval {points(low)} to {points(high)})."
+    )
 
 
 def _over(verdict: Verdict) -> str:

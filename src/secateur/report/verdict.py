@@ -11,8 +11,9 @@ from secateur.report.findings import Finding, find
 from secateur.report.index import Index
 from secateur.report.inherited import parts
 from secateur.report.objectives import objective_rows
+from secateur.report.quality import QualityRow, contradicting, quality_rows
 from secateur.report.results import Results
-from secateur.report.sentences import answer, headline, sentence
+from secateur.report.sentences import answer, contradiction, headline, sentence
 
 __all__ = ["Judgement", "answer_json", "judge"]
 
@@ -31,6 +32,8 @@ class Judgement:
     headlines: dict[Setting, str]  #: one for each setting
     answer: str
     findings: tuple[Finding, ...]
+    quality: tuple[QualityRow, ...]  #: what was measured besides the held-out loss
+    contradictions: tuple[str, ...]  #: where tasks decide for the other path than the held-out loss
 
     @property
     def results(self) -> Results:
@@ -54,6 +57,7 @@ def judge(results: Results) -> Judgement:
     headlines: dict[Setting, str] = {
         setting: headline([verdict for verdict in verdicts if verdict.setting == setting]) for setting in settings
     }
+    quality = quality_rows(index)
     return Judgement(
         index=index,
         settings=settings,
@@ -63,6 +67,8 @@ def judge(results: Results) -> Judgement:
         headlines=headlines,
         answer=answer(verdicts) if settings or not results.cells else _NO_TWINS,
         findings=find(index),
+        quality=tuple(quality),
+        contradictions=tuple(contradiction(*pair, index.comparisons) for pair in contradicting(verdicts, quality)),
     )
 
 
@@ -86,6 +92,11 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
             for finding in judgement.findings
             for row in finding.rows
         ],
+        "quality": [
+            {"setting": row.setting, **dataclasses.asdict(row.group), "winner": row.winner, **row.comparison.record()}
+            for row in judgement.quality
+        ],
+        "contradictions": list(judgement.contradictions),
         "inherited": [
             {**dataclasses.asdict(group), "without": part.against, "with": part.of, **_mean_json(part.mean)}
             for group in judgement.index.comparisons

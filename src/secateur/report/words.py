@@ -19,6 +19,7 @@ __all__ = [
     "number",
     "plain",
     "points",
+    "probability",
     "scientific",
     "share",
     "signed",
@@ -88,6 +89,11 @@ def signed(value: float, digits: int = 3) -> str:
 def points(value: float) -> str:
     """A difference of shares, in points: -0.0335 -> ``"−3.35"``; what rounds to zero has no minus."""
     return signed(round(100 * value, 2) + 0.0, 2)
+
+
+def probability(value: float) -> str:
+    """A p-value: 0.0312 -> ``"0.031"``, and what is less than a thousandth as such."""
+    return "< 0.001" if value < 0.001 else number(value, 3)
 
 
 def decimals(*values: float) -> int:

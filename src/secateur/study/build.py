@@ -45,7 +45,8 @@ def tokens_needed(stages: Sequence[Stage]) -> int:
 
 class _Builder(Runs):
     def __init__(self, study: Study, known: Known) -> None:
-        super().__init__(study, Stage("corpus", "corpus", {**identity(study.text), "digest": known.corpus}))
+        corpus = Stage("corpus", "corpus", {**identity(study.text), "digest": known.corpus})
+        super().__init__(study, corpus, known.suite)
         self.known = known
         self.prunings = prunings(study, {name: parent.shape for name, parent in known.parents.items()})
         self.start = self._start()

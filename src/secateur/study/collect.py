@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from secateur.errors import UserError
-from secateur.report.results import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, StageNote
+from secateur.evaluate.results import Measurement
+from secateur.evaluate.results import Results as MeasuredResults
+from secateur.files import read_json
+from secateur.report.results import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, Running, StageNote
 from secateur.runtime import environment
 from secateur.shapes import removed, train_flops
 from secateur.spec import fingerprint, identity
+from secateur.study.measuring import COST, RESULTS
 from secateur.study.spec import Study
 from secateur.study.stages import Stage, unique
 from secateur.study.store import Store
@@ -53,17 +59,19 @@ class _Records:
         self.study, self.store = study, store
         self.records = {stage.fingerprint: store.record(stage) for stage in unique(stages)}
         self.seconds = {stage.fingerprint: _seconds(store.runtime(stage)) for stage in unique(stages)}
-        evaluations = [stage for stage in unique(stages) if stage.kind == "evaluate"]
-        self.measured = {stage.facts["of"]: self.records[stage.fingerprint] for stage in evaluations}
+        self.measured = {stage.facts["of"]: stage for stage in stages if stage.kind == "evaluate"}
+        self.timed = {stage.facts["of"]: stage for stage in stages if stage.kind == "cost"}
         pruned = {(stage.facts["parent"], stage.fingerprint) for stage in stages if stage.kind == "prune"}
         self.children = {name: sum(parent == name for parent, _ in pruned) for name in study.all_parents}
 
     def protocol(self) -> dict[str, Any]:
-        return next((record["protocol"] for record in self.measured.values() if record), {})
+        records = (self.records[stage.fingerprint] for stage in self.measured.values())
+        return next((record["protocol"] for record in records if record), {})
 
     def evaluation(self, stage: Stage) -> Evaluation | None:
-        record = self.measured.get(stage.fingerprint)
-        if record is None:
+        measured = self.measured.get(stage.fingerprint)
+        record = self.records[measured.fingerprint] if measured else None
+        if measured is None or record is None:
             return None
         return Evaluation(
             loss=record["loss"],
@@ -72,7 +80,15 @@ class _Records:
             protocol=record["protocol"]["fingerprint"],
             windows=tuple(record["windows"]),
             sparsity=record["sparsity"],
+            measured=_figures(self.store.folder(measured) / RESULTS),
         )
+
+    def running(self, stage: Stage) -> Running | None:
+        timed = self.timed.get(stage.fingerprint)
+        if timed is None or self.records[timed.fingerprint] is None:
+            return None
+        found = read_json(self.store.folder(timed) / COST)
+        return Running(found["device"], found["dtype"], tuple(found["figures"]), found["sparsity"]["note"])
 
     def curve(self, stage: Stage) -> tuple[Point, ...]:
         """Of the run, and before it of those that it continues, end to end."""
@@ -108,6 +124,7 @@ class _Records:
             children=self.study.children or self.children[name],
             curve=self.curve(stage) if stage.kind == "train" else (),
             evaluation=self.evaluation(stage),
+            running=self.running(stage),
         )
 
     def pruned(self, stage: Stage) -> Pruned:
@@ -127,6 +144,7 @@ class _Records:
             detail=record["summary"]["detail"] if record else "not pruned yet",
             evaluation=self.evaluation(stage),
             layers=tuple(record["layers"]) if record else (),
+            running=self.running(stage),
         )
 
     def cell(self, stage: Stage) -> Cell:
@@ -163,6 +181,15 @@ class _Records:
         if record is None:
             return shape.non_embedding - round(pruning.facts["ratio"] * shape.block_weights)
         return round(shape.non_embedding * (1 - record["ratio"]["non_embedding"]))
+
+
+def _figures(path: Path) -> tuple[Measurement, ...]:
+    """The figures of a model, their items without what no comparison needs."""
+    needed = ("value", "tokens", "domain")
+    return tuple(
+        replace(found, items=[{key: item[key] for key in needed if key in item} for item in found.items])
+        for found in MeasuredResults.load(path).measurements
+    )
 
 
 def _seconds(runtime: Mapping[str, Any]) -> float | None:

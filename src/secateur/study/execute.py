@@ -15,13 +15,10 @@ from secateur.checkpoint import Checkpoint
 from secateur.data.corpus import CorpusSpec, build_corpus
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
-from secateur.evaluate.loss import evaluate
 from secateur.files import read_json
 from secateur.hub import local_checkpoint
-from secateur.progress import task
-from secateur.runtime import pick_device
 from secateur.spec import parse
-from secateur.study.inputs import corpus_tokens, held_out, model_of
+from secateur.study.measuring import cost_stage, evaluate_stage
 from secateur.study.pruning import prune_stage
 from secateur.study.resolve import SHARDS
 from secateur.study.stages import Stage
@@ -62,17 +59,6 @@ def _fetch(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     return {"checkpoint": directory.name, "parameters": {"total": checkpoint.shape.total}}
 
 
-def _evaluate(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
-    asked = stage.identity
-    protocol = held_out(corpus_tokens(stage, store), asked["windows"], asked["seqlen"])
-    checkpoint = Checkpoint(model_of(stage, store))
-    model: Any = checkpoint.load()
-    model.to(pick_device(stage.runtime.get("device", "auto")))
-    with task(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:
-        found = evaluate(model, protocol, advance=progress.advance)
-    return {**found, "sparsity": sparsity(checkpoint), "protocol": protocol.record()}
-
-
 def _select(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     """The rate whose trial ended lowest on held-out windows that no final figure uses."""
     losses = {}
@@ -83,25 +69,12 @@ def _select(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     return {"peak_rate": float(best), "losses": losses}
 
 
-def sparsity(checkpoint: Checkpoint) -> float:
-    """The share of exact zeros among the weights of the block linears."""
-    zeros = weights = 0
-    layers = checkpoint.shape.layers
-    with task("count zeros", layers) as progress:
-        for layer in range(layers):
-            for linear in checkpoint.family.linears:
-                tensor = checkpoint.tensor(checkpoint.family.block_tensor(layer, linear))
-                zeros += int((tensor == 0).sum())
-                weights += tensor.numel()
-            progress.advance()
-    return zeros / weights
-
-
 _KINDS: dict[str, Callable[[Stage, Store, Path], dict[str, Any]]] = {
     "corpus": _corpus,
     "fetch": _fetch,
     "prune": prune_stage,
     "train": train_stage,
     "select": _select,
-    "evaluate": _evaluate,
+    "evaluate": evaluate_stage,
+    "cost": cost_stage,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from secateur.data.domains import document_stream
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
 from secateur.evaluate.loss import Protocol
@@ -35,11 +36,11 @@ def model_of(stage: Stage, store: Store, role: str = "model") -> Path:
 
 
 def held_out(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Protocol:
-    """The first held-out windows behind ``skip`` others.
+    """The first held-out windows behind ``skip`` others, with their documents.
 
     Raises:
         UserError: if there are none.
     """
     first, there = skip * seqlen, tokens.tokens("heldout")
-    ids = tokens.read("heldout", min(first, there), min(first + windows * seqlen, there))
-    return Protocol.of_stream(ids, seqlen, "held-out documents")
+    stream = document_stream(tokens, "heldout", min(first, there), min(first + windows * seqlen, there))
+    return Protocol.of_stream(stream, seqlen, "held-out documents")

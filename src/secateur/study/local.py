@@ -76,8 +76,17 @@ class Local:
                 raise UserError(f"{stage.name}: wants {processes_of(stage)} processes, which need a study file")
 
     def room(self, stage: Stage) -> bool:
-        """Whether a core or GPU is free for each of its processes; more processes than cores have them all."""
-        return len(self.free) >= self._needs(stage)
+        """Whether a core or GPU is free for each of its processes; more processes than cores have them all.
+
+        What is timed on a CPU waits until nothing else runs, and nothing else begins beside it.
+        """
+        idle = len(self.free) == self.slots
+        if any(worker.stage and self._is_timed(worker.stage) for worker in self.workers):
+            return False
+        return idle if self._is_timed(stage) else len(self.free) >= self._needs(stage)
+
+    def _is_timed(self, stage: Stage) -> bool:
+        return stage.kind == "cost" and self.device != "cuda"
 
     def _needs(self, stage: Stage) -> int:
         return min(processes_of(stage), self.slots)

@@ -1,20 +1,22 @@
-"""What a study depends on that lies outside its file: the text, and checkpoints that are there already."""
+"""What a study depends on that lies outside its file: text, tasks, and checkpoints that are there already."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from secateur.checkpoint import TOKENIZER_FILES, Checkpoint
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
-from secateur.files import sha256_tree
+from secateur.evaluate.protocols import text_source
+from secateur.files import sha256_file, sha256_tree
 from secateur.shapes import Shape
 from secateur.spec import fingerprint
-from secateur.study.spec import Parent, Study
+from secateur.study.spec import Measure, Parent, Study
 
 __all__ = ["SHARDS", "Known", "KnownParent", "resolve"]
 
@@ -35,6 +37,7 @@ class Known:
 
     corpus: str  #: identifies the content of the text source
     parents: Mapping[str, KnownParent]
+    suite: Mapping[str, Any] = field(default_factory=dict)  #: what is measured besides the held-out loss, with digests
 
 
 def resolve(study: Study) -> Known:
@@ -44,7 +47,29 @@ def resolve(study: Study) -> Known:
         UserError: if a source or a checkpoint is missing, or is not as the file says.
     """
     parents = {name: _parent(study, name, parent) for name, parent in study.all_parents.items()}
-    return Known(_corpus(study, min(parent.shape.vocabulary for parent in parents.values())), parents)
+    corpus = _corpus(study, min(parent.shape.vocabulary for parent in parents.values()))
+    return Known(corpus, parents, _suite(study.evaluation))
+
+
+def _suite(measured: Measure) -> dict[str, Any]:
+    """The texts and tasks, each with the digest of its local file; None where it is of the Hub."""
+    asked, found = measured.asked, {}
+    if asked.texts:
+        data = measured.text_data
+        found["texts"] = {text.name: text_source(text, data).digest() if data else None for text in asked.texts}
+    if asked.tasks:
+        found["tasks"] = {name: _digest(measured.tasks_data, name) for name in asked.tasks}
+        found["task_limit"] = measured.task_limit
+    return found
+
+
+def _digest(folder: str | None, task: str) -> str | None:
+    if folder is None:
+        return None
+    path = Path(folder).expanduser() / f"{task}.jsonl"
+    if not path.is_file():
+        raise UserError(f"evaluation.tasks_data: {path} is missing; put it there, or leave {task} out of the suite")
+    return sha256_file(path)
 
 
 def _corpus(study: Study, rows: int) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from secateur.evaluate.cost import Workload
 from secateur.shapes import Shape, teacher_flops, train_flops
 from secateur.spec import identity
 from secateur.study.cells import Comparison
@@ -25,10 +26,11 @@ class Runs:
     Args:
         study: it.
         corpus: the stage that all others rest on.
+        suite: what is measured of every model besides its held-out loss, with what identifies its content.
     """
 
-    def __init__(self, study: Study, corpus: Stage) -> None:
-        self.study, self.corpus = study, corpus
+    def __init__(self, study: Study, corpus: Stage, suite: Mapping[str, Any]) -> None:
+        self.study, self.corpus, self.suite = study, corpus, suite
         self.sequence = study.recipe.sequence
         self.start = 0  #: the first token of all retraining
         self.stages = [corpus]
@@ -202,12 +204,20 @@ class Runs:
         return {key: getattr(compute, key) for key in keys}
 
     def evaluate(self, model: Stage) -> None:
-        study = self.study
+        """Measure how good a model is; and, of a parent and of what is pruned, what it costs to run.
+
+        A retrained model, and its twin, have the shape and the zeros of the pruned one, and with them its cost.
+        """
+        measured, device = self.study.evaluation, self.study.compute.device
         name = f"{model.name}/pruned" if model.kind == "prune" else model.name
-        asked = {"windows": study.evaluation.windows, "seqlen": self.sequence}
-        inputs = {"corpus": self.corpus, "model": model}
-        runtime = {"device": study.compute.device}
-        self.add(Stage("evaluate", name, asked, inputs, runtime=runtime, facts={"of": model.fingerprint}))
+        asked = {"windows": measured.windows, "seqlen": self.sequence}
+        asked |= {"suite": self.suite} if self.suite else {}
+        runtime = {"device": device, "text_data": measured.text_data, "tasks_data": measured.tasks_data}
+        facts = {"of": model.fingerprint}
+        self.add(Stage("evaluate", name, asked, {"corpus": self.corpus, "model": model}, 0, 0.0, runtime, facts))
+        if measured.asked.cost and (model.kind == "prune" or model.facts["path"] == "parent"):
+            timed = {"workload": identity(Workload())}
+            self.add(Stage("cost", name, timed, {"model": model}, 0, 0.0, {"device": device}, facts))
 
     def add(self, stage: Stage) -> Stage:
         self.stages.append(stage)

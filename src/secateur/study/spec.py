@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 
 from secateur.data.corpus import CorpusSpec
 from secateur.errors import UserError, did_you_mean
+from secateur.evaluate.suite import Suite
 from secateur.methods import get_method, known_methods
 from secateur.shapes import Shape
 from secateur.spec import RUNTIME, Count, Fraction, Listed, Positive, load_yaml, parse, spec
@@ -208,10 +209,28 @@ class Calibrate:
 
 @spec
 class Measure:
-    """How held-out loss is measured."""
+    """What is measured of every model: its held-out loss, and what a suite names besides."""
 
     windows: Positive = 256  #: of the held-out split, from its start
     points: Positive = 8  #: measurements along each training run
+    suite: Annotated[tuple[str, ...], Listed()] = ()  #: as ``secateur eval --suite`` takes them
+    protocol: str = "heldout"  #: of the suite's perplexities
+    text_data: Annotated[str | None, RUNTIME] = None  #: a folder with their texts; the Hub unless given
+    tasks_data: Annotated[str | None, RUNTIME] = None  #: a folder with the documents of tasks; the Hub unless given
+    task_limit: Positive | None = None  #: documents of each task; all unless given
+
+    def __post_init__(self) -> None:
+        asked = self.asked
+        for key, needed in (("text_data", asked.texts), ("tasks_data", asked.tasks), ("task_limit", asked.tasks)):
+            if getattr(self, key) is not None and not needed:
+                raise UserError(f"evaluation.{key}: nothing of evaluation.suite reads it")
+
+    @property
+    def asked(self) -> Suite:
+        """What the suite comes to."""
+        if not self.suite:
+            return Suite(loss=True)
+        return Suite.parse(",".join(self.suite), self.protocol, where="evaluation.")
 
 
 @spec

@@ -11,10 +11,18 @@ from secateur.spec import fingerprint
 
 __all__ = ["VERSIONS", "Kind", "Stage", "unique"]
 
-Kind = Literal["corpus", "fetch", "train", "select", "prune", "evaluate"]
+Kind = Literal["corpus", "fetch", "train", "select", "prune", "evaluate", "cost"]
 
 #: Raised when a stage of the kind would give other results from the same identity.
-VERSIONS: dict[Kind, int] = {"corpus": 2, "fetch": 1, "train": 4, "select": 1, "prune": 4, "evaluate": 2}
+VERSIONS: dict[Kind, int] = {
+    "corpus": 2,
+    "fetch": 1,
+    "train": 4,
+    "select": 1,
+    "prune": 4,
+    "evaluate": 3,
+    "cost": 1,
+}
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 from secateur.checkpoint import Checkpoint, is_finite, positions, read_config
 from secateur.errors import UserError
+from secateur.evaluate.cost import sparsity
 from secateur.methods import Method, get_method
 from secateur.progress import say, task
 from secateur.prune import asked_words
 from secateur.report.words import count, points, scientific, share
 from secateur.shapes import SPACES, Shape, removed, solve_depth, solve_width
-from secateur.study.execute import sparsity
 from secateur.target import Target
 from secateur.verbs.answer import Answer
 

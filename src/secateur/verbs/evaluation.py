@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from secateur import ranks
-from secateur.checkpoint import Checkpoint, positions
+from secateur.checkpoint import Checkpoint
 from secateur.data.token_files import is_token_file
-from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluate.compare import compare as compare_results
 from secateur.evaluate.cost import measure_cost
 from secateur.evaluate.loss import Protocol
-from secateur.evaluate.protocols import SEQLEN, WINDOWS, text_protocol
-from secateur.evaluate.results import Results, check_same_protocols, items_file
-from secateur.evaluate.suite import LOSS, Suite, measure
+from secateur.evaluate.results import LOSS, Results, check_same_protocols, items_file
+from secateur.evaluate.suite import Suite, measure, text_protocols
 from secateur.evaluate.tasks import Task
 from secateur.progress import say
 from secateur.runtime import environment, pick_device, pick_dtype
@@ -49,7 +47,7 @@ def evaluate(arguments: Namespace) -> Answer:
     for checkpoint, protocols, path in zip(checkpoints, every, outputs, strict=True):
         model: Any = checkpoint.load(pick_dtype(arguments.dtype, device)).to(device)  # type: ignore[arg-type]
         about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
-        measured = measure(checkpoint, model, protocols, tasks, batch=arguments.batch)
+        measured = list(measure(checkpoint, model, protocols, tasks, batch=arguments.batch))
         cost = measure_cost(checkpoint, model) if suite.cost else None
         del model  # before the next one is loaded
         if path is not None:
@@ -89,20 +87,7 @@ def _protocols(arguments: Namespace, suite: Suite, checkpoint: Checkpoint) -> di
     found = {}
     if arguments.data:
         found[LOSS] = protocol_of(checkpoint, arguments.data, field=arguments.field, **asked)
-    if suite.texts:
-        tokenizer = load_tokenizer(checkpoint.directory)
-        check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
-        for text in suite.texts:
-            found[text.name] = text_protocol(
-                text,
-                tokenizer,
-                data=arguments.text_data,
-                positions=positions(checkpoint.config),
-                windows=arguments.windows or WINDOWS,
-                seqlen=arguments.seqlen or SEQLEN,
-                stride=arguments.stride,
-            )
-    return found
+    return found | text_protocols(checkpoint, suite.texts, data=arguments.text_data, **asked)
 
 
 def _outputs(arguments: Namespace) -> list[Path | None]:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from secateur.checkpoint import Checkpoint, positions
+from secateur.data.domains import document_stream
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.token_files import is_token_file, read_token_file
@@ -116,11 +117,7 @@ def _held_out(checkpoint: Checkpoint, source: str, limit: int | None) -> Stream:
     if split not in store.manifest.splits:
         raise UserError(f"{source}: holds no held-out documents; build it again with --holdout above 0")
     stop = min(limit or store.tokens(split), store.tokens(split))
-    within = store.documents_in(split, 0, stop)
-    lengths = np.diff(store.offsets(split, within), append=stop)
-    domains = store.domains or ("",)
-    names = tuple(domains[domain] for domain in store.domains_of(split, within).tolist())
-    return Stream(store.read(split, 0, stop), np.repeat(np.arange(len(names)), lengths), names)
+    return document_stream(store, split, 0, stop)
 
 
 def _file(

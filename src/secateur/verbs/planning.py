@@ -15,6 +15,12 @@ from secateur.verbs.studies import opened
 __all__ = ["study_plan"]
 
 _SPEED = 4e14  #: FLOPs a second: about 40% of what an H100 promises in bfloat16
+#: stages that train and score nothing, which are counted and not listed
+_BESIDES = {
+    "evaluate": "evaluations",
+    "cost": "measurements of what a model costs to run",
+    "select": "choices of a rate",
+}
 _FORMULA = (
     "FLOPs of a token forwards: 2 for each weight of the blocks' linears and of the head, and 4 x heads x head_dim for "
     "each layer and attended position, of which there are (sequence + 1) / 2 on average. Training: three times that. A "
@@ -61,7 +67,7 @@ def _by_purpose(stages: Sequence[Stage]) -> dict[str, float]:
 
 
 def _text(answer: dict[str, Any], stages: Sequence[Stage]) -> list[str]:
-    shown = [stage for stage in stages if stage.kind not in ("evaluate", "select")]
+    shown = [stage for stage in stages if stage.kind not in _BESIDES]
     width = max(len(stage.name) for stage in shown)
     lines = [
         f"{answer['study']}: {len(stages)} stages",
@@ -71,11 +77,8 @@ def _text(answer: dict[str, Any], stages: Sequence[Stage]) -> list[str]:
     for stage in shown:
         tokens, cost = (count(stage.tokens), f"{stage.flops:.2e}") if stage.tokens else ("-", "-")
         lines.append(f"{stage.kind:6}  {stage.name:{width}}  {tokens:>10}  {cost:>10}")
-    besides = {kind: sum(stage.kind == kind for stage in stages) for kind in ("evaluate", "select")}
-    lines += [
-        f"and {besides['evaluate']} evaluations"
-        + (f", {besides['select']} choices of a rate" * bool(besides["select"]))
-    ]
+    besides = {words: sum(stage.kind == kind for stage in stages) for kind, words in _BESIDES.items()}
+    lines.append("and " + ", ".join(f"{number} {words}" for words, number in besides.items() if number))
     parts = ", ".join(f"{name} {scientific(flops)}" for name, flops in answer["flops_by"].items())
     hours, speed = answer["device_hours"]["hours"], answer["device_hours"]["flops_per_second"]
     lines += [

@@ -1,0 +1,94 @@
+"""The stages that measure a finished model: how good it is, and what it costs to run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoint import Checkpoint
+from secateur.errors import UserError
+from secateur.evaluate.cost import Workload, measure_cost, sparsity
+from secateur.evaluate.loss import measure_loss, window_losses
+from secateur.evaluate.protocols import PROTOCOLS
+from secateur.evaluate.results import LOSS, Measurement, Results
+from secateur.evaluate.suite import measure, text_protocols
+from secateur.evaluate.tasks import Task
+from secateur.files import write_json
+from secateur.progress import task
+from secateur.runtime import pick_device, pick_dtype
+from secateur.study.inputs import corpus_tokens, held_out, model_of
+from secateur.study.stages import Stage
+from secateur.study.store import Store
+
+__all__ = ["COST", "RESULTS", "cost_stage", "evaluate_stage"]
+
+RESULTS = "results.json"  #: every figure of a model, as ``secateur eval --out`` writes them, with the items beside it
+COST = "cost.json"  #: what was timed; no two runs give the same, so that it is no part of the record
+
+
+def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
+    """Measure the held-out loss, and the perplexities and tasks that the study's suite names.
+
+    What an earlier attempt has measured of the suite is not measured again.
+
+    Returns:
+        Of the held-out loss ``loss`` (nats per predicted token), ``perplexity``, ``tokens``, ``windows`` (the mean loss
+        of each), ``by_position``, ``by_domain`` where there are several, and its ``protocol``; ``sparsity``; and
+        ``suite``, the figures of the suite.
+    """
+    asked = stage.identity
+    protocol = held_out(corpus_tokens(stage, store), asked["windows"], asked["seqlen"])
+    checkpoint = Checkpoint(model_of(stage, store))
+    model: Any = checkpoint.load()
+    model.to(pick_device(stage.runtime.get("device", "auto")))
+    with task(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:
+        losses = window_losses(model, protocol, advance=progress.advance)
+    found = [measure_loss(losses, LOSS)]
+    found += _suite(stage, checkpoint, model, work / RESULTS, found[0])
+    details = {key: found[0].details[key] for key in ("perplexity", "tokens", "by_position")}
+    details |= {"by_domain": found[0].details["by_domain"]} if "by_domain" in found[0].details else {}
+    return {
+        "loss": found[0].value,
+        **details,
+        "windows": [total / count for count, total in losses.windows()],
+        "sparsity": sparsity(checkpoint),
+        "protocol": protocol.record(),
+        "suite": [measurement.record() for measurement in found[1:]],
+    }
+
+
+def _suite(stage: Stage, checkpoint: Checkpoint, model: Any, path: Path, loss: Measurement) -> list[Measurement]:
+    """The figures of the suite, each written to ``path`` as soon as it is there, behind the held-out loss."""
+    asked, told = stage.identity.get("suite", {}), stage.runtime
+    texts = [text for protocol in PROTOCOLS.values() for text in protocol if text.name in asked.get("texts", {})]
+    protocols = text_protocols(checkpoint, texts, data=told.get("text_data"))
+    tasks = [Task(name, told.get("tasks_data"), asked["task_limit"]) for name in asked.get("tasks", {})]
+    found = _measured(path)
+    for measurement in measure(checkpoint, model, protocols, tasks, done={m.name for m in found}, of=stage.name):
+        found.append(measurement)
+        Results(stage.name, [loss, *found]).save(path)
+    Results(stage.name, [loss, *found]).save(path)
+    return found
+
+
+def _measured(path: Path) -> list[Measurement]:
+    """What an attempt before this one has measured, but for the held-out loss."""
+    try:
+        return [found for found in Results.load(path).measurements if found.name != LOSS]
+    except UserError:  # nothing, or a kill between two files
+        return []
+
+
+def cost_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
+    """Measure what a model costs to run; the figures go to ``cost.json``, since times differ from run to run.
+
+    Returns:
+        ``workload``, as it was asked.
+    """
+    device = pick_device(stage.runtime.get("device", "auto"))
+    checkpoint = Checkpoint(model_of(stage, store))
+    model: Any = checkpoint.load(pick_dtype("auto", device)).to(device)  # type: ignore[arg-type]
+    asked = stage.identity["workload"]
+    workload = Workload(**{**asked, "batches": tuple(asked["batches"])})
+    write_json(work / COST, measure_cost(checkpoint, model, workload))
+    return {"workload": asked}

@@ -1,0 +1,184 @@
+"""The suite of a study: tasks, perplexities and cost of its models, item by item, and again after a kill."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_study import study_file
+
+from secateur.errors import UserError
+from secateur.evaluate.results import Results
+from secateur.report.verdict import judge
+from secateur.study import local
+from secateur.study.build import stages_of
+from secateur.study.collect import collect
+from secateur.study.measuring import RESULTS
+from secateur.study.resolve import resolve
+from secateur.study.spec import load_study
+from secateur.study.stages import Stage
+from secateur.study.store import Store
+from secateur.study.work import do_stage
+
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
+
+
+def documents(folder: Path, name: str, count: int) -> None:
+    """Questions about the words of the study's text, in the fields of ARC."""
+    rows = []
+    for number in range(count):
+        texts = [f"ban{number}", f"dell {number % 3}", "gost"]
+        choices = {"text": texts, "label": ["A", "B", "C"]}
+        asked = f"What follows lurk {number}?"
+        rows.append({"id": str(number), "question": asked, "choices": choices, "answerKey": "ABC"[number % 3]})
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def suited(folder: Path, text: Path, suite: list[str], **told: Any) -> Path:
+    evaluation = {"windows": 24, "points": 2, "suite": suite, **told}
+    shape = {"hidden": 16, "ffn": 48, "layers": 2, "heads": 4, "kv_heads": 2}
+    changes = {"methods": ["minitron-depth", "wanda"], "parent": {"tokens": "2k", **shape}}
+    changes |= {"retrain": {"tokens": 600, "peak_rate": 2e-3}, "settings": ["equal_training_tokens"]}
+    return study_file(folder, text, evaluation=evaluation, **changes)
+
+
+def stages(file: Path) -> list[Stage]:
+    study = load_study(file)
+    return stages_of(study, resolve(study))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def do(stage: Stage, out: Path) -> None:
+    ended = do_stage(stage, Store(out))
+    assert ended.how == "done", ended.text
+
+
+def test_what_is_timed_is_planned_once_for_each_shape(text: Path, tmp_path: Path) -> None:
+    found = stages(suited(tmp_path, text, ["cost"]))
+    assert [s.name for s in found if s.kind == "cost"] == ["parent", "minitron-depth-0.5/pruned", "wanda-0.5/pruned"]
+    assert not any("suite" in s.identity for s in found)
+
+
+@pytest.mark.parametrize(
+    ("suite", "told", "says"),
+    [
+        (["arc_eazy"], {}, None),  # known to lm-eval or not is looked up when the study is run
+        (["zero-shott"], {}, "evaluation.suite zero-shott: is not known; did you mean 'zero-shot'?"),
+        (["cost", "cost"], {}, "evaluation.suite cost,cost: has an empty or repeated name"),
+        (["cost"], {"tasks_data": "x"}, "evaluation.tasks_data: nothing of evaluation.suite reads it"),
+        (["cost"], {"task_limit": 3}, "evaluation.task_limit: nothing of evaluation.suite reads it"),
+        ([], {"text_data": "x"}, "evaluation.text_data: nothing of evaluation.suite reads it"),
+        (["perplexity"], {"protocol": "held"}, "evaluation.protocol held: is not known; did you mean 'heldout'?"),
+        (["arc_easy"], {"tasks_data": "nowhere"}, "evaluation.tasks_data: nowhere/arc_easy.jsonl is missing"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(
+    text: Path, tmp_path: Path, suite: list[str], told: dict[str, Any], says: str | None
+) -> None:
+    file = suited(tmp_path, text, suite, **told)
+    if says is None:
+        stages(file)
+        return
+    with pytest.raises(UserError) as error:
+        stages(file)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_content_is_identity_and_its_place_is_not(text: Path, tmp_path: Path) -> None:
+    def prints(folder: Path) -> set[str]:
+        return {s.fingerprint for s in stages(suited(tmp_path, text, ["arc_easy"], tasks_data=str(folder)))}
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    documents(here, "arc_easy", 4)
+    shutil.copytree(here, there)
+    same = prints(here)
+    assert prints(there) == same
+    documents(there, "arc_easy", 5)
+    changed = prints(there) ^ same
+    kinds = {
+        s.kind for s in stages(suited(tmp_path, text, ["arc_easy"], tasks_data=str(there))) if s.fingerprint in changed
+    }
+    assert kinds == {"evaluate"}
+
+
+@needs_lm_eval
+def test_a_study_measures_its_models_item_by_item_and_goes_on_after_a_kill(text: Path, tmp_path: Path) -> None:
+    data = tmp_path / "tasks"
+    data.mkdir()
+    documents(data, "arc_easy", 12)
+    documents(data, "arc_challenge", 9)
+    file = suited(tmp_path, text, ["arc_easy", "arc_challenge", "cost"], tasks_data=str(data))
+    study, every, out = load_study(file), stages(file), tmp_path / "out"
+    for stage in every:
+        do(stage, out)
+    store = Store(out)
+
+    judgement = judge(collect(study, every, store, ""))
+    names = [row.comparison.name for row in judgement.quality]
+    assert names == ["arc_easy", "arc_challenge", "average of tasks"] * 2
+    assert all(row.comparison.items in (12, 9, 21) for row in judgement.quality)
+    (pruned, *_) = judgement.results.pruned
+    assert pruned.running
+    assert pruned.running.figure("decode")
+    assert judgement.results.parents[0].running
+
+    # a second attempt measures what is missing, and ends at the same bytes
+    stage = next(s for s in every if s.kind == "evaluate" and s.name == "wanda-0.5/P-R")
+    before = store.folder(stage)
+    wanted = {p.name: p.read_bytes() for p in before.iterdir() if p.name != "runtime.json"}
+    whole = Results.load(before / RESULTS)
+    assert [m.name for m in whole.measurements] == ["loss", "arc_easy", "arc_challenge"]
+    items = gzip.decompress(before.joinpath("results.jsonl.gz").read_bytes()).splitlines()
+    assert sum(json.loads(line)["measurement"] == "arc_easy" for line in items) == 12
+    shutil.rmtree(before)
+    half = store.stages / f"{stage.folder}.partial-0"
+    half.mkdir()
+    Results(whole.model, whole.measurements[:2]).save(half / RESULTS)
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        from secateur.evaluate import suite
+
+        measure_task = suite.measure_task
+        patch.setattr(suite, "measure_task", lambda *a, **k: (asked.append(a[1].name), measure_task(*a, **k))[1])
+        do(stage, out)
+    assert asked == ["arc_challenge"]
+    again = store.folder(stage)
+    assert {p.name: p.read_bytes() for p in again.iterdir() if p.name != "runtime.json"} == wanted
+
+
+def test_nothing_runs_beside_what_is_timed(text: Path, tmp_path: Path) -> None:
+    found = stages(suited(tmp_path, text, ["cost"]))
+    timed = next(s for s in found if s.kind == "cost")
+    other = next(s for s in found if s.kind == "train")
+    here = local.Local(tmp_path, jobs=2, device="cpu")
+    assert here.room(timed)
+    assert here.room(other)
+    here.workers = [busy := _Busy(other)]  # type: ignore[list-item]
+    here.free.pop()
+    assert here.room(other)
+    assert not here.room(timed)
+    busy.stage = timed
+    assert not here.room(other)
+    here.device = "cuda"  # a GPU is the stage's own
+    assert here.room(other)
+
+
+class _Busy:
+    def __init__(self, stage: Stage) -> None:
+        self.stage: Stage | None = stage
