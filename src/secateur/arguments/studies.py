@@ -40,7 +40,10 @@ _STUDY_ACTIONS = {
     "run": ("run what is not done, then report", "Kill it at any moment and run it again to go on."),
     "status": ("say where each stage stands", "Nothing is run or written; any host that sees the directory can ask."),
     "explain": ("say why a stage is done or not", "It names what differs from the nearest stage that is done."),
-    "report": ("write the report from the records", "Nothing is trained; what is missing is shown as missing."),
+    "report": (
+        "write the report from the records, or compare two studies",
+        "Nothing is trained; what is missing is shown as missing.",
+    ),
     "stage": ("do one stage", "Launchers call it; study run is the way to run a study."),
 }
 
@@ -99,6 +102,12 @@ def _study_status(status: argparse.ArgumentParser) -> None:
     status.add_argument("--watch", action="store_true", help="show a table that follows the study until it is done")
 
 
+def _study_report(report: argparse.ArgumentParser) -> None:
+    help_ = "a second study file: compare the two, by what they have in common, in versus-NAME.html"
+    report.add_argument("other", nargs="?", metavar="OTHER", help=help_)
+    report.add_argument("--other-out", metavar="DIR", help="directory of its stages (default: runs/NAME)")
+
+
 def _study_explain(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("stage", metavar="STAGE", help="its name, as study plan prints it, also with its kind before")
 
@@ -109,7 +118,13 @@ def _study_stage(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--parent", type=positive, metavar="PID", help="end when this process does")
 
 
-_OF_ACTION = {"run": _study_run, "status": _study_status, "explain": _study_explain, "stage": _study_stage}
+_OF_ACTION = {
+    "run": _study_run,
+    "status": _study_status,
+    "explain": _study_explain,
+    "report": _study_report,
+    "stage": _study_stage,
+}
 
 
 def add_recommend(verbs: Any) -> None:

@@ -22,11 +22,12 @@ from secateur.report.objectives import objective_rows
 from secateur.report.quality import measurement_rows
 from secateur.report.running import running_rows
 from secateur.report.sentences import BUDGETS, brief, group_name, model_name, sentence
-from secateur.report.tables import cell_rows, comparison_rows, curves_csv, rows_csv
+from secateur.report.tables import cell_rows, comparison_rows, curves_csv, rows_csv, versus_rows
 from secateur.report.text import POOLED_NOTE
 from secateur.report.verdict import Judgement
+from secateur.report.versus import Versus
 
-__all__ = ["build_report", "render"]
+__all__ = ["build_report", "build_versus", "render"]
 
 _MANY = 6  #: comparisons beyond which the page folds away what is one for each
 _SYMBOL = re.compile(r"S_\{(P\+[RF])\}|S_([RF])\b")
@@ -71,8 +72,30 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
     return page
 
 
+def build_versus(found: Versus, folder: Path) -> Path:
+    """Write the page that compares study A with B, and its data, into A's folder: ``versus-B.html`` and ``.csv``."""
+    name = f"versus-{found.b.results.name}"
+    write_text(folder / f"{name}.csv", rows_csv(versus_rows(found)))
+    context = {
+        "versus": found,
+        "a": found.a.results,
+        "b": found.b.results,
+        "budget_names": BUDGETS,
+        "not_measured": words.NOT_MEASURED,
+        "minus": words.MINUS,
+        "data": f"{name}.csv",
+    }
+    page = folder / f"{name}.html"
+    write_text(page, _environment().get_template("versus.html.j2").render(context))
+    return page
+
+
 def render(judgement: Judgement) -> str:
     """The page as text."""
+    return _environment().get_template("template.html.j2").render(_context(judgement))
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -83,7 +106,7 @@ def render(judgement: Judgement) -> str:
     )
     environment.filters |= {function.__name__: function for function in _FILTERS}
     environment.filters |= {"symbols": _symbols, "or_missing": _or_missing}
-    return environment.get_template("template.html.j2").render(_context(judgement))
+    return environment
 
 
 def _context(judgement: Judgement) -> dict[str, Any]:

@@ -7,13 +7,14 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from secateur.report.compare import SCRATCH
+from secateur.report.compare import SCRATCH, Estimate
 from secateur.report.index import Index, group_of
 from secateur.report.ledger import ACCOUNTS, account_flops, best, own_cost, setting_total
 from secateur.report.results import Cell
 from secateur.report.verdict import Judgement
+from secateur.report.versus import Versus
 
-__all__ = ["cell_rows", "comparison_rows", "curves_csv", "rows_csv"]
+__all__ = ["cell_rows", "comparison_rows", "curves_csv", "rows_csv", "versus_rows"]
 
 Row = dict[str, Any]
 
@@ -108,6 +109,18 @@ def comparison_rows(judgement: Judgement) -> list[Row]:
             }
         )
     return rows
+
+
+def versus_rows(found: Versus) -> list[Row]:
+    """Two studies: one row for each run that both have, then one for each verdict; differences of the latter A - B."""
+
+    def row(kind: str, name: str, of: str, a: float | None, b: float | None, mean: Estimate | None) -> Row:
+        figures = (mean.value, mean.low, mean.high) if mean else (None, None, None)
+        about = {"kind": kind, "comparison": name, "of": of, "a": a, "b": b}
+        return about | dict(zip(("difference", "low", "high"), figures, strict=True))
+
+    rows = [row("loss", r.name, r.run, r.a, r.b, r.difference) for r in found.runs]
+    return rows + [row("saved", r.name, r.setting, r.a.difference, r.b.difference, r.difference) for r in found.gaps]
 
 
 def rows_csv(rows: Sequence[Row]) -> str:

@@ -15,9 +15,10 @@ from secateur.report.results import Cell, Evaluation, Parent
 from secateur.report.sentences import BUDGETS, brief, group_name, target_words
 from secateur.report.tables import cell_rows
 from secateur.report.verdict import Judgement
+from secateur.report.versus import Versus
 from secateur.report.words import MINUS, TIMES, count, listing, loss
 
-__all__ = ["POOLED_NOTE", "text_table"]
+__all__ = ["POOLED_NOTE", "text_table", "text_versus"]
 
 _WIDTH = 100
 _MOST_SENTENCES, _MOST_CONTROLS, _MOST_RANKS = 6, 2, 12  # what a terminal gets of each list
@@ -57,6 +58,21 @@ def text_table(judgement: Judgement) -> str:
     ratios = _flop_line(judgement)
     lines += ["", *(_wrapped(ratios) if ratios else []), *_wrapped(judgement.answer)]
     return _ascii("\n".join(lines)) + "\n"
+
+
+def text_versus(found: Versus) -> str:
+    """Two studies for a terminal: their verdicts side by side, and how far they agree."""
+    names = [found.a.results.name, found.b.results.name]
+    head = ["comparison", "equal", *(f"{name} saves" for name in names), "A - B", "95% interval", "agree"]
+    rows = [head]
+    for row in found.gaps:
+        mean = row.difference
+        saved = ["-" if v.difference is None else f"{v.difference:+.3f}" for v in (row.a, row.b)]
+        told = [f"{mean.value:+.3f}", f"{mean.low:+.3f} to {mean.high:+.3f}"] if mean else ["-", "-"]
+        agree = {True: "yes", False: "no", None: "-"}[row.agree]
+        rows.append([_ascii(row.name), BUDGETS[row.setting], *saved, *told, agree])
+    lines = [f"A: {names[0]}; B: {names[1]}. What pruning saves, nats/token; A - B with its 95% interval.", ""]
+    return _ascii("\n".join([*lines, *_aligned(rows, 2, 1), "", *_wrapped(found.answer)])) + "\n"
 
 
 def _parents(parents: Sequence[Parent]) -> list[str]:

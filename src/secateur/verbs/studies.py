@@ -11,9 +11,11 @@ from secateur import progress, ranks
 from secateur.errors import REQUEUE, RunError, UserError, did_you_mean
 from secateur.evaluate.tasks import place_of
 from secateur.progress import say
-from secateur.report.build import build_report
-from secateur.report.text import text_table
+from secateur.report.build import build_report, build_versus
+from secateur.report.tables import versus_rows
+from secateur.report.text import text_table, text_versus
 from secateur.report.verdict import answer_json, judge
+from secateur.report.versus import versus
 from secateur.runtime import pick_device
 from secateur.study.build import stages_of
 from secateur.study.collect import collect
@@ -181,8 +183,21 @@ def study_stage(arguments: Namespace) -> Answer:
 
 
 def study_report(arguments: Namespace) -> Answer:
-    """``secateur study report FILE``."""
-    return _report(arguments, *opened(arguments))
+    """``secateur study report FILE [OTHER]``."""
+    if arguments.other is None:
+        if arguments.other_out:
+            raise UserError("--other-out: says where a second study lies; name its file")
+        return _report(arguments, *opened(arguments))
+    sides = []
+    for file, out in ((arguments.file, arguments.out), (arguments.other, arguments.other_out)):
+        study, stages, store = opened(Namespace(file=file, out=out))
+        sides.append((judge(collect(study, stages, store, Path(file).read_text(encoding="utf-8"))), store))
+    (a, store), (b, _) = sides
+    found = versus(a, b)
+    page = build_versus(found, store.out)
+    rows = versus_rows(found)
+    answer = {"a": a.results.name, "b": b.results.name, "page": str(page), "answer": found.answer, "rows": rows}
+    return answer, f"{text_versus(found)}\npage: {page.resolve()}", 0
 
 
 def _report(arguments: Namespace, study: Study, stages: list[Stage], store: Store) -> Answer:
