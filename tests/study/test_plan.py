@@ -99,6 +99,18 @@ def test_the_paper_study_is_the_arithmetic_of_the_paper() -> None:
     assert not [stage for stage in public if stage.facts["name"] == "S_R" and stage.inputs.get("like") is None]
 
 
+def test_a_corpus_is_known_by_what_it_holds_and_not_by_its_place(tmp_path: Path) -> None:
+    def prints(folder: str, text: str) -> set[str]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(text, encoding="utf-8")
+        found = study(tmp_path, corpus={"source": f"text:{tmp_path / folder}", "vocabulary": 280})
+        return {stage.fingerprint for stage in unique(stages_of(found, resolve(found)))}
+
+    here = prints("here", "one")
+    assert prints("there", "one") == here
+    assert not prints("other", "another") & here
+
+
 def test_settings_equal_tokens_or_flops(tmp_path: Path) -> None:
     settings = ["equal_training_tokens", "equal_total_tokens", "equal_training_flops", "equal_total_flops"]
     stages = planned(study(tmp_path, settings=settings))

@@ -63,7 +63,7 @@ def text_table(judgement: Judgement) -> str:
 def text_versus(found: Versus) -> str:
     """Two studies for a terminal: their verdicts side by side, and how far they agree."""
     names = [found.a.results.name, found.b.results.name]
-    head = ["comparison", "equal", *(f"{name} saves" for name in names), "A - B", "95% interval", "agree"]
+    head = ["comparison", "equal", "A saves", "B saves", "A - B", "95% interval", "agree"]
     rows = [head]
     for row in found.gaps:
         mean = row.difference

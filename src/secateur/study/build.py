@@ -16,7 +16,7 @@ from secateur.prune import scoring_flops
 from secateur.shapes import solve_width
 from secateur.spec import identity
 from secateur.study.cells import PATHS, Comparison, Pruning, comparisons, prunings
-from secateur.study.resolve import Known
+from secateur.study.resolve import Known, split_places
 from secateur.study.runs import Inputs, Runs, sizes_of
 from secateur.study.spec import ControlKind, SettingKind, Study
 from secateur.study.stages import Stage, unique
@@ -45,7 +45,8 @@ def tokens_needed(stages: Sequence[Stage]) -> int:
 
 class _Builder(Runs):
     def __init__(self, study: Study, known: Known) -> None:
-        corpus = Stage("corpus", "corpus", {**identity(study.text), "digest": known.corpus})
+        asked, places = split_places(identity(study.text))
+        corpus = Stage("corpus", "corpus", {**asked, "digest": known.corpus}, runtime=places)
         super().__init__(study, corpus, known.suite)
         self.known = known
         self.prunings = prunings(study, {name: parent.shape for name, parent in known.parents.items()})

@@ -34,7 +34,8 @@ def run_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
 
 
 def _corpus(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
-    raw = {key: value for key, value in stage.identity.items() if key not in ("digest", "tokenizer_digest")}
+    places = {key: value for key, value in stage.runtime.items() if key in ("source", "tokenizer")}
+    raw = {key: value for key, value in stage.identity.items() if key != "digest"} | places
     source = raw["source"]
     if not source.startswith(SHARDS):
         return build_corpus(parse(CorpusSpec, raw, origin="corpus"), work)

@@ -18,9 +18,9 @@ from secateur.shapes import Shape
 from secateur.spec import fingerprint
 from secateur.study.spec import Measure, Parent, Study
 
-__all__ = ["SHARDS", "Known", "KnownParent", "resolve"]
+__all__ = ["SHARDS", "Known", "KnownParent", "resolve", "split_places"]
 
-HUB, SHARDS = "hf:", "shards:"
+HUB, SHARDS, TEXT = "hf:", "shards:", "text:"
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,23 @@ def _digest(folder: str | None, task: str) -> str | None:
     if not path.is_file():
         raise UserError(f"evaluation.tasks_data: {path} is missing; put it there, or leave {task} out of the suite")
     return sha256_file(path)
+
+
+def split_places(asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A corpus without the places of its local files, which are known by what they hold; and these places.
+
+    Args:
+        asked: the identity of a ``CorpusSpec``.
+    """
+    source, tokenizer = asked["source"], asked["tokenizer"]
+    places: dict[str, str] = {}
+    kept = dict(asked)
+    scheme = next((scheme for scheme in (TEXT, SHARDS) if source.startswith(scheme)), None)
+    if scheme:
+        places["source"], kept["source"] = source, scheme
+    if tokenizer is not None and not tokenizer.startswith(HUB):
+        places["tokenizer"], kept["tokenizer"] = tokenizer, "local"
+    return kept, places
 
 
 def _corpus(study: Study, rows: int) -> str:
