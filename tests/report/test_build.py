@@ -157,8 +157,8 @@ def test_stages_that_are_not_done_have_no_link():
 
 def test_a_line_fills_its_box_and_needs_two_points():
     curve = (Point(0, 6.0), Point(50, 5.0), Point(100, 4.0))
-    assert spark(curve) == "0,0.0 120,24.0 240,48.0"
-    assert spark(curve[:1]) == "" and spark((Point(0, 5.0), Point(10, 5.0))) == "0,0.0 240,0.0"
+    assert spark(curve) == "0,0 120,24 240,48"
+    assert spark(curve[:1]) == "" and spark((Point(0, 5.0), Point(10, 5.0))) == "0,0 240,0"
 
 
 def test_the_verdict_comes_first_and_in_full(page: Page):

@@ -65,7 +65,7 @@ def _facts(cell: Cell, own: Sequence[StageNote]) -> dict[str, str]:
         "parameters": f"{cell.parameters:,}, {cell.non_embedding:,} outside the embeddings",
         "first weights": _INIT[cell.init],
         "objective": cell.objective or "language-model loss",
-        "tokens": f"{cell.training.tokens:,}, in a comparison at R = {count(cell.retrain_tokens)}",
+        "tokens": f"{cell.training.tokens:,}",
         "peak learning rate": "not chosen yet" if cell.peak_rate is None else f"{cell.peak_rate:g}",
         "seed": str(cell.seed),
         "fingerprint": "".join(stage.fingerprint for stage in own),
@@ -87,4 +87,4 @@ def spark(curve: Sequence[Point]) -> str:
         return ""
     low, high = min(point.loss for point in curve), max(point.loss for point in curve)
     wide, tall = curve[-1].tokens or 1, (high - low) or 1.0
-    return " ".join(f"{_WIDTH * point.tokens / wide:.0f},{_HEIGHT * (high - point.loss) / tall:.1f}" for point in curve)
+    return " ".join(f"{_WIDTH * point.tokens / wide:.0f},{_HEIGHT * (high - point.loss) / tall:.0f}" for point in curve)
