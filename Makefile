@@ -31,9 +31,10 @@ $(STAMP): pyproject.toml constraints.txt $(ANEW)
 demo: $(STAMP)
 	$(BIN)/secateur demo $(ARGS)
 
-# One thread in each worker: as many workers as cores would otherwise fight over them.
+# One thread in each worker: as many workers as cores would otherwise fight over them. By worksteal each has a run of
+# files to itself, and so makes what the tests of a file share only once; whoever is done early takes from the others.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --maxprocesses $(JOBS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

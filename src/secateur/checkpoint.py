@@ -14,13 +14,12 @@ import shutil
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from secateur.errors import UserError
 from secateur.families import Axis, Family, family_of
@@ -29,6 +28,9 @@ from secateur.progress import task
 from secateur.shapes import Shape
 from secateur.tensor_files import CONVERT, Stored, TensorFile, write_tensors, written_order
 from secateur.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -229,6 +231,8 @@ class Checkpoint:
         Raises:
             UserError: if transformers cannot build it.
         """
+        from transformers import AutoModelForCausalLM  # takes seconds, which `study status` does not have
+
         with _buildable(self.directory):
             return AutoModelForCausalLM.from_pretrained(
                 self.directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
@@ -261,6 +265,9 @@ def skeleton(config: Any, directory: Path) -> PreTrainedModel:
     Raises:
         UserError: naming ``directory``, where the configuration lies, if transformers cannot build it.
     """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
     with _buildable(directory), init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False

@@ -26,10 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{arguments.verb}: runs in one process; of all verbs only prune, train and eval take several"
                 )
             # Imported late: --help must not wait for torch.
-            from secateur import verbs
+            from secateur.verbs import function_of
 
-            action = f"study_{arguments.action}" if arguments.verb == "study" else arguments.verb
-            answer, text, code = getattr(verbs, action.replace("eval", "evaluate"))(arguments)
+            answer, text, code = function_of(arguments)(arguments)
             print(json.dumps(answer, ensure_ascii=False) if arguments.json else text, flush=True)
             return code
     except UserError as error:

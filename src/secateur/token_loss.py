@@ -17,13 +17,15 @@ and one of 4; with a cap, one of 4 more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from secateur.families import family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["IGNORED", "Readout", "chunked_sum", "model_loss", "readout", "summed_loss"]
 

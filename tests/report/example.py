@@ -16,6 +16,7 @@ PROTOCOL = "5d0e2b6c9f1a4e77a3c1"
 WINDOWS = 64
 VOCABULARY = 2048
 NAMES = ("P-R", "S_R", "S_{P+R}")
+SHAPE = {"hidden": 192, "ffn": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32}
 SCORING = Cost(16_384, 5.6e10, 3.2)
 
 #: method -> granularity, before retraining, P-R, S_R, S_{P+R}, share removed (total, non-embedding), detail
@@ -86,7 +87,16 @@ def cell(
         peak_rate=5e-4 if path == "pruned" else 3e-3,
         curve=() if loss is None else curve(start, loss, own, 12 if own == tokens else 30),
         evaluation=measured,
+        shape=dict(SHAPE),
+        stages=_behind(method, name),
     )
+
+
+def _behind(method: str, name: str) -> tuple[str, ...]:
+    """Fingerprints of the stages that a run is made from and measured by; those of the example, where it has them."""
+    wanted = ["tokenizer", "parent", f"{method}/0.5/prune", f"{method}/0.5/train", f"{method}/0.5/evaluate"]
+    made = [note for note in _stages() if note.name in wanted and (name == "P-R" or note.kind != "prune")]
+    return tuple(note.fingerprint for note in sorted(made, key=lambda note: wanted.index(note.name)))
 
 
 def _zeros(granularity: str) -> float:
@@ -103,7 +113,7 @@ def pruned(method: str, *, target: str = "0.5", parent: str = "parent") -> Prune
         ratio=0.5 if ":" in target else float(target),
         ratio_total=total,
         ratio_non_embedding=dense,
-        shape={"hidden": 192, "ffn": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32},
+        shape=dict(SHAPE),
         cost=SCORING,
         detail=detail,
         evaluation=evaluation(before, 50),
@@ -121,10 +131,9 @@ def _layers(granularity: str) -> tuple[dict[str, Any], ...]:
 
 
 def parent() -> Parent:
-    shape = {"hidden": 192, "ffn": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_dim": 32}
     return Parent(
         name="parent",
-        shape={**shape, "vocabulary": VOCABULARY, "tied": False},
+        shape={**SHAPE, "vocabulary": VOCABULARY, "tied": False},
         parameters=1_712_640,
         non_embedding=1_188_352,
         cost=Cost(P, 7.2e12, 95.4),

@@ -1,7 +1,9 @@
-"""The page as a browser lays it out. A headless window has a minimum width, so the page is put into a frame."""
+"""The page as a browser lays it out. A headless window has a minimum width, so the page is put into frames."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -9,11 +11,13 @@ import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-from example import broken, example
+from example import R, broken, example, large
 
-from secateur.report.build import build_report
+from secateur.report.build import render
+from secateur.report.results import Results
 from secateur.report.verdict import judge
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -30,110 +34,91 @@ FLAGS = [
     "--virtual-time-budget=4000",
 ]
 
-FRAME = """<!doctype html><title>frame</title><body style="margin:0">
-<iframe id="frame" src="report.html" style="width:{width}px;height:900px;border:0"></iframe><pre id="found"></pre>
-<script>
-document.getElementById("frame").addEventListener("load", (event) => {{
-  const view = event.target.contentWindow, page = view.document, root = page.documentElement;
-  const box = (element) => {{ const r = element.getBoundingClientRect(); return [r.width, r.height]; }};
-  const outside = (element) => {{
-    const r = element.getBoundingClientRect();
-    return r.right > root.clientWidth + 1 && !element.closest(".scroll, pre, .skip");
-  }};
-  const parse = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map(Number);
-  const luminance = (colour) => parse(colour)
-    .map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const paper = luminance(view.getComputedStyle(page.body).backgroundColor);
-  const contrast = (colour) => {{
-    const [high, low] = [luminance(colour), paper].sort((a, b) => b - a);
-    return (high + 0.05) / (low + 0.05);
-  }};
-  const texts = [...page.querySelectorAll("p, li, td, th, dt, dd, h1, h2, h3, a:not(.skip), .mark, .cost")]
-    .filter((element) => !element.closest(".notice")).map((element) => view.getComputedStyle(element).color);
-  const labels = [...page.querySelectorAll("svg text")].map((element) => view.getComputedStyle(element).fill);
-  page.querySelectorAll("details").forEach((details) => {{ details.open = true; }});
-  const head = page.querySelector("#models th[data-key=loss]"), sort = head.querySelector("button");
-  sort.click();
-  const rows = [...page.querySelectorAll("#models tbody tr")];
-  const losses = rows.map((row) => row.cells[head.cellIndex].dataset.value);
-  const search = page.querySelector("#models .filter input");
-  search.value = "p-r WANDA";
-  search.dispatchEvent(new Event("input"));
-  const visible = rows.filter((row) => box(row)[1] > 0).map((row) => row.textContent.replace(/\\s+/g, " "));
-  const status = page.querySelector("#models .filter output").textContent;
-  document.getElementById("found").textContent = JSON.stringify({{
-    client: root.clientWidth,
-    scroll: root.scrollWidth,
-    outside: [...page.querySelectorAll("body *")].filter(outside).map((e) => e.tagName + "." + e.className),
-    headings: [...page.querySelectorAll("h1, h2, h3")].map(box),
-    figures: [...page.querySelectorAll("svg[role=img]")].map(box),
-    contrast: Math.min(...[...texts, ...labels].map(contrast)),
-    dark: paper < 0.2,
-    sorted: sort.closest("th").getAttribute("aria-sort"),
-    losses,
-    rows: rows.length,
-    visible,
-    status,
-    labelled: search.closest("label") !== null,
-  }});
-}});
-</script>
-"""
+#: The checker of accessibility, where it is installed: npm install --no-save --no-package-lock --prefix . axe-core
+AXE = Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js"
+ALL = tuple(itertools.product((1440, 768, 360), ("light", "dark")))
+SOME = ((1440, "light"), (768, "dark"), (360, "light"))
+#: page -> the looks at which it is laid out, and those at which axe-core checks it, which takes seconds: each once
+LOOKS: dict[str, tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]] = {
+    "example": (ALL, ((1440, "light"), (360, "dark"))),
+    "broken": (ALL, ((768, "light"), (1440, "dark"))),
+    "part": (SOME, ((360, "light"), (768, "dark"))),
+    "ladder": (SOME, ()),
+}
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")]
 
 
 def chromium(profile: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [str(BROWSER), *FLAGS, f"--user-data-dir={profile}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
 
 
-def measured(folder: Path, width: int, *arguments: str) -> dict[str, Any]:
-    """Lay the report out at ``width`` and return what the frame's script found; fail on any console message."""
-    frame = folder / f"frame-{width}.html"
-    frame.write_text(FRAME.format(width=width))
-    done = chromium(
-        folder / "profile", f"--window-size={max(width, 600)},1000", *arguments, "--dump-dom", frame.as_uri()
-    )
+def looked(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """What the frame finds in the report at each look; fail on any console message."""
+    looks, checked = LOOKS[name]
+    asked = {"looks": [(*look, look in checked) for look in looks], "axe": AXE.as_uri() if AXE.is_file() else None}
+    shutil.copy(Path(__file__).with_name("frame.html"), folder)
+    address = f"{(folder / 'frame.html').as_uri()}#{quote(json.dumps(asked))}"
+    done = chromium(folder / "profile", "--window-size=1500,1000", "--dump-dom", address)
     assert "CONSOLE" not in done.stderr, done.stderr
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found and found[1], done.stdout[-2000:]
+    found = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stdout[-2000:]
     return json.loads(unescape(found[1]))
 
 
 @pytest.fixture(scope="module")
 def pages(ladder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of a whole study's report, of a broken one's and of a large one's."""
-    folders = {make.__name__: tmp_path_factory.mktemp(make.__name__) for make in (example, broken)}
-    for make in (example, broken):
-        build_report(judge(make()), folders[make.__name__])
+    """The folders of a whole study's page, of a broken one's, of a large one's and of a part of that."""
+    folders = {make.__name__: tmp_path_factory.mktemp(make.__name__) for make in (example, broken, part)}
+    for make in (example, broken, part):
+        (folders[make.__name__] / "report.html").write_text(render(judge(make())))
     return {**folders, "ladder": ladder}
 
 
-@pytest.mark.parametrize("width", [1440, 768, 360])
-@pytest.mark.parametrize("name", ["example", "broken", "ladder"])
-def test_layout(pages: dict[str, Path], name: str, width: int):
-    found = measured(pages[name], width)
-    assert found["client"] <= width
-    assert found["scroll"] <= found["client"]
-    assert found["outside"] == []
-    assert found["headings"] and all(w > 20 and h > 10 for w, h in found["headings"])
-    assert found["figures"] and all(w > 200 and h > 60 for w, h in found["figures"])
-    assert found["contrast"] >= 4.5
-    assert found["sorted"] == "ascending"
-    numbers = [float(value) for value in found["losses"] if value]
-    assert numbers == sorted(numbers)
-    assert "" not in found["losses"][: len(numbers)]  # what was not measured sorts last
-    assert found["visible"] and all("P-R" in row and "Wanda" in row for row in found["visible"])
-    assert found["status"] == f"{len(found['visible'])} of {found['rows']} rows" and found["labelled"]
+def part() -> Results:
+    """One model of the ladder, with everything that there is of it at one budget."""
+    whole = large()
+    cells = [c for c in whole.cells if (c.method, c.target) == ("wanda", "0.5") and c.retrain_tokens == R]
+    pruned = tuple(p for p in whole.pruned if (p.method, p.target) == ("wanda", "0.5"))
+    return dataclasses.replace(whole, cells=tuple(cells), pruned=pruned)
 
 
-def test_dark_mode(pages: dict[str, Path]):
-    light = measured(pages["example"], 390, "--blink-settings=preferredColorScheme=1")
-    dark = measured(pages["example"], 390, "--blink-settings=preferredColorScheme=0")
-    assert (light["dark"], dark["dark"]) == (False, True)
-    assert dark["contrast"] >= 4.5
+@pytest.fixture(scope="module", params=LOOKS)
+def looks(pages: dict[str, Path], request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    return looked(pages[request.param], request.param)
+
+
+def test_layout(looks: dict[str, dict[str, Any]]):
+    for look, found in looks.items():
+        width, scheme = look.split()
+        assert found["client"] <= int(width) and found["scroll"] <= found["client"], look
+        assert found["outside"] == [], look
+        assert found["headings"] and all(w > 20 and h > 10 for w, h in found["headings"]), look
+        assert found["figures"] and all(w > 200 and h > 60 for w, h in found["figures"]), look
+        assert found["dark"] == (scheme == "dark") and found["contrast"] >= 4.5, look
+
+
+def test_tables_sort_and_filter(looks: dict[str, dict[str, Any]]):
+    for found in looks.values():
+        assert (found["sorted"], found["turned"]) == ("ascending", "descending") and found["reached"] == 0
+        for losses, falling in ((found["losses"], False), (found["falling"], True)):
+            numbers = [float(value) for value in losses if value]
+            assert numbers == sorted(numbers, reverse=falling)
+            assert "" not in losses[: len(numbers)]  # what was not measured comes last
+        assert found["visible"] and all("P-R" in row and "Wanda" in row for row in found["visible"])
+        assert found["status"] == f"{len(found['visible'])} of {found['rows']} rows" and found["labelled"]
+        assert found["again"] == found["rows"]
+
+
+def test_a_model_s_name_leads_to_how_it_came_about(looks: dict[str, dict[str, Any]]):
+    for found in looks.values():
+        assert found["revealed"] == {"before": False, "shown": True, "focus": True, "back": True}
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not installed")
+def test_nothing_is_a_serious_barrier(looks: dict[str, dict[str, Any]]):
+    assert [found["barriers"] for found in looks.values() if found.get("barriers")] == []
 
 
 def test_screenshot(pages: dict[str, Path], tmp_path: Path):

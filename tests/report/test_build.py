@@ -15,7 +15,8 @@ from example import METHODS, broken, example
 
 from secateur.report.build import build_report, render
 from secateur.report.palette import ROLES
-from secateur.report.results import Results
+from secateur.report.provenance import spark
+from secateur.report.results import Point, Results
 from secateur.report.tables import cell_rows, rows_csv
 from secateur.report.verdict import judge
 
@@ -83,7 +84,9 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_page_loads_nothing(page: Page, built: Path):
     for name in ("src", "srcset", "data", "action", "poster", "xlink:href"):
         assert not page.values(name)
-    assert all(value.startswith("#") or value == "data:," for value in page.values("href"))  # no figure elsewhere
+    links = {value for value in page.values("href") if not value.startswith("#")}
+    records = {f"{stage.folder}/record.json" for stage in example().stages}
+    assert links == {"data:,", *records}  # no figure elsewhere
     html = (built / "report.html").read_text()
     assert "@import" not in html
     assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?([^)]*)", html))
@@ -111,19 +114,51 @@ def test_ids_are_unique_and_every_reference_has_its_target(name: str, ladder: Pa
 def test_all_sections_and_figures_are_there(page: Page):
     ids = page.values("id")
     assert [name for name in SECTIONS if name not in ids] == []
-    assert len([tag for tag, _ in page.elements if tag == "svg"]) == 2 + 2 * len(METHODS)
+    drawn = [attrs.get("role") for tag, attrs in page.elements if tag == "svg"]
+    assert drawn.count("img") == 2 + 2 * len(METHODS)
+    assert drawn.count(None) == len(example().cells), "a line for each curve, whose caption tells it"
     assert [tag for tag, _ in page.elements].count("h1") == 1
 
 
 def test_the_page_can_be_read_aloud_and_reached_by_keyboard(page: Page):
     for tag, attrs in page.elements:
         if tag == "svg":
-            assert attrs["role"] == "img" and attrs["aria-labelledby"]
+            assert attrs.get("aria-hidden") == "true" or (attrs["role"] == "img" and attrs["aria-labelledby"])
         if "scroll" in (attrs.get("class") or "").split():
             assert attrs["tabindex"] == "0" and attrs["role"] == "region" and attrs["aria-label"]
     assert page.elements[[tag for tag, _ in page.elements].index("body") + 1][1]["class"] == "skip"
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch(r"h[1-6]", tag)]
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
+def test_every_model_tells_how_it_came_about(page: Page):
+    """Its row leads there, and that back to the row."""
+    results = example()
+    ids = page.values("id")
+    text = page.words
+    for number, cell in enumerate(results.cells, 1):
+        assert {f"row-{number}", f"run-{number}"} <= set(ids)
+        assert {f"#row-{number}", f"#run-{number}"} <= set(page.values("href"))
+        own = next(s for s in results.stages if s.fingerprint == cell.stages[-2])
+        assert own.kind == "train" and text.count(f"fingerprint{own.fingerprint}") >= 1
+    assert text.count("first weightsnew, under the parent's mask") == 2  # Wanda's two twins
+    assert text.count("Removed: layers 2-4 of 6 removed; 34.6% of all parameters, 50.0% of those outside") == 1
+    assert "held-out loss 5.660 at first, 5.350 after 200 k tokens" in text
+
+
+def test_stages_that_are_not_done_have_no_link():
+    results = broken()
+    failed = next(stage for stage in results.stages if stage.state == "failed")
+    cells = (dataclasses.replace(results.cells[0], stages=(failed.fingerprint,)), *results.cells[1:])
+    page = Page(rendered(dataclasses.replace(results, cells=cells)))
+    assert f"train {failed.name}: failed" in page.words
+    assert not [value for value in page.values("href") if value.startswith(failed.folder)]
+
+
+def test_a_line_fills_its_box_and_needs_two_points():
+    curve = (Point(0, 6.0), Point(50, 5.0), Point(100, 4.0))
+    assert spark(curve) == "0,0 120,24 240,48"
+    assert spark(curve[:1]) == "" and spark((Point(0, 5.0), Point(10, 5.0))) == "0,0 240,0"
 
 
 def test_the_verdict_comes_first_and_in_full(page: Page):

@@ -23,7 +23,7 @@ from secateur.study.resolve import resolve
 from secateur.study.run import run_stages
 from secateur.study.spec import load_study
 
-local.START = "fork"
+local.START["cpu"] = "fork"
 
 FILE, OUT, SEED, KILLS = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 STAGES = OUT / "stages"
@@ -141,7 +141,4 @@ def drill() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    if KILLS:
-        print(json.dumps(drill()))
-    else:
-        print(json.dumps({"last": ended(runner(OUT.with_name("said.txt")), wait=True)}))
+    print(json.dumps(drill()))

@@ -13,11 +13,26 @@ from typing import Any
 
 import pytest
 import torch
-from test_study import records, study_file
+from test_study import records, run, study_file
 
 from secateur.tensor_files import Stored, write_tensors
 
 KILLS = 25
+
+#: A study's process and its worker; both hold the pipe that is read here.
+HELD = """
+import multiprocessing, os, sys, time
+from secateur.study import local
+
+def hold(study):
+    local.die_with(study)
+    print("held", flush=True)
+    time.sleep(300)
+
+if __name__ == "__main__":
+    multiprocessing.get_context(local.START[sys.argv[1]]).Process(target=hold, args=(os.getpid(),)).start()
+    time.sleep(300)
+"""
 
 
 def drill(file: Path, out: Path, kills: int) -> dict[str, Any]:
@@ -44,7 +59,7 @@ def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path:
     quiet, out = tmp_path / "quiet" / "out", tmp_path / "drill" / "out"
     for folder in (quiet, out):
         folder.mkdir(parents=True)
-    assert drill(file, quiet, 0)["last"] == 0
+    assert not run("study", "run", file, "--out", quiet, "--device", "cpu")["failed"]
     found = drill(file, out, KILLS)
     said = {name: (out.parent / f"{name}.txt").read_text() for name in ("said", "full", "last")}
     assert (found["kills"], found["whole"], found["last"]) == (KILLS, 0, 0), said["last"]
@@ -65,6 +80,17 @@ def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path:
         counts = Counter("finished after" in line for line in lines)
         assert counts[True] <= 1 + spoilt, log
         assert len(attempts) == len(set(attempts)) + (spoilt and attempts.count(1) - 1), log
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_worker_ends_with_its_study(device: str, tmp_path: Path) -> None:
+    """Also while nobody has looked at what became of the study's process."""
+    (tmp_path / "held.py").write_text(HELD)
+    command = [sys.executable, str(tmp_path / "held.py"), device]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as study:
+        assert study.stdout is not None and study.stdout.readline() == "held\n"
+        study.kill()
+        study.communicate(timeout=60)  # until the last of them has gone
 
 
 def test_a_file_that_cannot_be_written_to_its_end_is_no_file(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -53,9 +54,9 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object) -> dict[str, Any]:
-    done = subprocess.run(command(*arguments, "--json"), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(said.getvalue())
 
 
 def records(out: Path) -> dict[str, str]:

@@ -139,7 +139,8 @@ def test_what_is_refused_on_the_way_leaves_nothing(
 # Each run is a process of its own, which kills itself when the thread has come to a certain point; then one goes on.
 DRIVER = """
 import json, os, pathlib, signal, sys, time
-import secateur.verbs.pruning, transformers.models.llama.modeling_llama
+import accelerate, secateur.verbs.pruning
+import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
 from secateur.calibrate import journal
 from secateur.cli import main
 

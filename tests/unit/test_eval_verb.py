@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from helpers import tiny_llama
+from processes import together
 from secateur.cli import main
 from secateur.data.tokenizer import train_tokenizer
 from secateur.evaluate.results import items_file
@@ -186,10 +187,7 @@ def test_several_processes_give_the_same(world: Path, tmp_path: Path) -> None:
     ]
     command = [str(world / "llama-0"), *line, "--device", "cpu", "--out"]
     assert main(["eval", *command, str(tmp_path / "one")]) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = [*torchrun, "-m", "secateur", "eval", *command, str(tmp_path / "two")]
-    subprocess.run(run, check=True, env=environment, capture_output=True, timeout=200)
+    together(2, [["eval", *command, str(tmp_path / "two")]], tmp_path)
     one, two = (json.loads((tmp_path / folder / "llama-0.json").read_text()) for folder in ("one", "two"))
     for ours, theirs in zip(one["measurements"], two["measurements"], strict=True):
         assert ours["value"] == pytest.approx(theirs["value"], rel=1e-6) and ours["protocol"] == theirs["protocol"]

@@ -298,7 +298,8 @@ def test_without_another_process_at_it(world: Path, tmp_path: Path, capsys: pyte
 
 LIMITED = """
 import resource, sys
-import secateur.cli, secateur.verbs.pruning, transformers.models.llama.modeling_llama
+import accelerate, secateur.cli, secateur.verbs.pruning
+import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
 data = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData:"))
 limit = 1024 * data + int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

@@ -19,22 +19,12 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import files, tiny_family, tiny_llama, token_corpus
+from processes import together
 from secateur.cli import main
 
 RECIPE = ["--set", "sequence=16", "--set", "tokens_per_step=256", "--set", "peak_rate=3e-3", "--micro-batch", "5"]
 STEPS = 13
 TOKENS = (STEPS - 1) * 256 + 16 * 3 + 7  # whole steps, then three windows and seven tokens
-
-# Runs the jobs one after the other in processes that torchrun started, as the command line would.
-DRIVER = """
-import json, sys
-from secateur import ranks
-from secateur.cli import main
-
-with ranks.together():
-    for job in json.load(open(sys.argv[1])):
-        assert main(job) == 0, job
-"""
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +57,6 @@ def job(out: Path, corpus: Path, *options: str) -> list[str]:
 
 def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-
-
-def torchrun(processes: int, jobs: list[list[str]], folder: Path) -> None:
-    (folder / "driver.py").write_text(DRIVER)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *run, str(folder / "driver.py"), str(folder / "jobs.json")]
-    done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def losses(out: Path) -> list[float]:
@@ -115,7 +96,7 @@ def test_processes_share_the_work(corpus: Path, models: dict[str, Path], tmp_pat
     jobs["replicas"] = [*arguments("sparse", models), "--replicas", "2"]
     jobs["pairs"] = jobs["whole teachers"] = [*arguments("mixed", models), "--replicas", "2"]
     for processes, names in several.items():
-        torchrun(processes, [job(tmp_path / f"{n}-{processes}", corpus, *jobs[n]) for n in names], tmp_path)
+        together(processes, [job(tmp_path / f"{n}-{processes}", corpus, *jobs[n]) for n in names], tmp_path)
     for name, options in jobs.items():
         alone = options[: options.index("--replicas")] if "--replicas" in options else options
         assert main(job(tmp_path / f"{name}-1", corpus, *alone)) == 0
@@ -156,7 +137,7 @@ def test_gates_are_learned_together(corpus: Path, models: dict[str, Path], tmp_p
         for name, data in cases.items()
         for processes in (1, 2)
     }
-    torchrun(2, [line for (_, processes), line in jobs.items() if processes == 2], tmp_path)
+    together(2, [line for (_, processes), line in jobs.items() if processes == 2], tmp_path)
     for name in cases:
         assert main(jobs[name, 1]) == 0
         one, two = (load_file(tmp_path / f"{name}-{n}" / "plan.safetensors") for n in (1, 2))
@@ -181,7 +162,7 @@ def test_masks_hold_in_every_process(corpus: Path, models: dict[str, Path], tmp_
     """Of four weights in a row two stay zero, pruned or redrawn; without the mask they would not."""
     jobs = [job(tmp_path / "kept", corpus, "--init", str(models["sparse"]))]
     jobs += [job(tmp_path / "redrawn", corpus, "--init", "scratch", "--like", str(models["sparse"]))]
-    torchrun(2, jobs, tmp_path)
+    together(2, jobs, tmp_path)
     pruned = {n: t == 0 for n, t in weights(models["sparse"]).items() if n.endswith("_proj.weight")}
     assert pruned
     for name in ("kept", "redrawn"):
@@ -236,7 +217,7 @@ def test_a_run_changes_hands(corpus: Path, models: dict[str, Path], tmp_path: Pa
     kill_after(start(2, command, tmp_path), partial, 2)
     kill_after(start(1, command, tmp_path), partial, 4)
     assert not out.exists()
-    torchrun(2, [command], tmp_path)
+    together(2, [command], tmp_path)
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     for tensor, value in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(out)[tensor], value, rtol=0, atol=1e-4, msg=tensor)

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-
 from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
@@ -17,6 +15,8 @@ from secateur.evaluate.tasks import Task, import_harness, silenced
 from secateur.progress import say
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from secateur.evaluate.likelihoods import Likelihoods
 
 __all__ = ["answers", "language_model", "measure_task", "say_truncation"]

@@ -19,7 +19,9 @@ from secateur.report.inherited import parts
 from secateur.report.latex import comparisons_tex
 from secateur.report.ledger import ACCOUNTS, FORMULA, forwards, own_cost, pieces, pipelines
 from secateur.report.objectives import objective_rows
+from secateur.report.provenance import runs_of
 from secateur.report.quality import measurement_rows
+from secateur.report.results import Pruned
 from secateur.report.running import running_rows
 from secateur.report.sentences import BUDGETS, brief, group_name, model_name, sentence
 from secateur.report.tables import cell_rows, comparison_rows, curves_csv, rows_csv, versus_rows
@@ -178,11 +180,20 @@ def _each(judgement: Judgement, model: Model, drawn: Sequence[tuple[Panel, Marku
             for group, name in about.items()
             if of("controls", group)
         ],
+        "removed": _removed(index.pruned.get(model)),
+        "runs": runs_of(index, model),
         "by_seed": [
             (verdict, sentence(verdict, index.groups)) for verdict in judgement.by_seed if verdict.group.model == model
         ],
     }
     return {"name": model_name(model, index.models), **found} if any(found.values()) else None
+
+
+def _removed(pruned: Pruned | None) -> str:
+    if pruned is None:
+        return ""
+    total, dense = words.share(pruned.ratio_total), words.share(pruned.ratio_non_embedding)
+    return f"{pruned.detail}; {total} of all parameters, {dense} of those outside the embeddings."
 
 
 def _costs(judgement: Judgement) -> dict[str, Any]:

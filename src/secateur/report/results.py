@@ -144,6 +144,8 @@ class Cell:
     peak_rate: float | None  #: None: not chosen yet
     curve: tuple[Point, ...]  #: begins at tokens = 0, before the first step
     evaluation: Evaluation | None  #: at the end; None: not measured, or failed
+    shape: dict[str, Any]  #: as of :class:`Parent`
+    stages: tuple[str, ...]  #: fingerprints of all that it is made from, each after its inputs, and of what measured it
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from secateur.shapes import removed, train_flops
 from secateur.spec import fingerprint, identity
 from secateur.study.measuring import COST, RESULTS
 from secateur.study.spec import Study
-from secateur.study.stages import Stage, unique
+from secateur.study.stages import Stage, unique, with_inputs
 from secateur.study.store import Store
 
 __all__ = ["collect"]
@@ -63,6 +63,7 @@ class _Records:
         self.timed = {stage.facts["of"]: stage for stage in stages if stage.kind == "cost"}
         pruned = {(stage.facts["parent"], stage.fingerprint) for stage in stages if stage.kind == "prune"}
         self.children = {name: sum(parent == name for parent, _ in pruned) for name in study.all_parents}
+        self.stages = unique(stages)
 
     def protocol(self) -> dict[str, Any]:
         records = (self.records[stage.fingerprint] for stage in self.measured.values())
@@ -171,7 +172,13 @@ class _Records:
             peak_rate=record["peak_rate"] if record else facts["peak_rate"],
             curve=self.curve(stage),
             evaluation=self.evaluation(stage),
+            shape=shape.as_dict(),
+            stages=tuple(part.fingerprint for part in self.behind(stage)),
         )
+
+    def behind(self, stage: Stage) -> list[Stage]:
+        """All that a run is made from, each stage after its inputs, then itself and what measured it."""
+        return [*with_inputs([stage]), *(s for s in self.stages if s.facts.get("of") == stage.fingerprint)]
 
     def _kept(self, shape: Any, pruning: Stage | None) -> int:
         """Parameters outside the embeddings that no mask drops."""

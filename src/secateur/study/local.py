@@ -21,11 +21,12 @@ from secateur.runtime import calm_environment, cores, quiet
 from secateur.study.stages import Stage
 from secateur.study.store import Ended, Store
 from secateur.study.torchrun import command, ended_with, processes_of
-from secateur.study.work import do_stage, on_device
 
 __all__ = ["Local", "default_slots", "die_with"]
 
-START = "spawn"  #: how workers start: nothing of this process, a GPU's state above all, may come along
+#: How workers start: nothing of this process may come along. For CPUs one server imports the libraries, which takes
+#: seconds, and each worker is a fork of it. A GPU's driver does not survive a fork: those workers import by themselves.
+START = {"cpu": "forkserver", "cuda": "spawn"}
 _LOST = 77  # exit code of a worker whose stage another process has taken over
 
 
@@ -142,7 +143,8 @@ class Worker:
         self.slot = slot
         self.stage: Stage | None = None
         self.alive = True
-        context = multiprocessing.get_context(START)
+        context: Any = multiprocessing.get_context(START[device])
+        context.set_forkserver_preload(["secateur.study.work"])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, out, device, os.getpid()))
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -228,6 +230,8 @@ def _serve(connection: Connection, out: Path, device: str, parent: int) -> None:
     """Be a worker: do the stages that come, until no more do."""
     import torch
 
+    from secateur.study.work import do_stage, on_device
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the study's process's to handle
     torch.set_num_threads(1)
     quiet()
@@ -266,21 +270,23 @@ def _into(log: Path) -> Any:
 
 
 def die_with(process: int) -> None:
-    """End this process when another one, often its parent, is gone, so that a killed run leaves nothing behind."""
-    child = os.getppid() == process  # a parent that was killed may be there until its own parent looks
+    """End this process when another one is gone, so that a killed run leaves nothing behind."""
+    parent = multiprocessing.parent_process()  # of a worker; a pipe tells, even while nobody has looked at the dead one
 
-    def look() -> None:
-        while True:
+    def there() -> bool:
+        if parent and parent.pid == process:
+            return parent.is_alive()
+        with contextlib.suppress(PermissionError):
             try:
                 os.kill(process, 0)
-                gone = child and os.getppid() != process
             except ProcessLookupError:
-                gone = True
-            except PermissionError:
-                gone = False
-            if gone:
-                os._exit(1)
+                return False
+        return True
+
+    def look() -> None:
+        while there():
             time.sleep(0.5)
+        os._exit(1)
 
     threading.Thread(target=look, daemon=True).start()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Protocol
 from secateur import progress
 from secateur.runtime import cores
 from secateur.study.local import Local
-from secateur.study.stages import Stage, unique
+from secateur.study.stages import Stage, with_inputs
 from secateur.study.store import Ended, Store, key_of
 
-__all__ = ["Launcher", "Outcome", "Survey", "run_stages", "survey", "with_inputs"]
+__all__ = ["Launcher", "Outcome", "Survey", "run_stages", "survey"]
 
 _LOOK_EVERY = 1.0  # seconds between looks at what other processes are doing
 
@@ -197,17 +197,6 @@ class Run:
             return
         self.outcome.failed[stage.name] = ended.text
         progress.say(f"FAILED {stage.kind} {stage.name}: {ended.text}")
-
-
-def with_inputs(stages: Iterable[Stage]) -> list[Stage]:
-    """The stages and all that they are made from, each after its inputs."""
-
-    def found(stage: Stage) -> Iterator[Stage]:
-        for used in stage.inputs.values():
-            yield from found(used)
-        yield stage
-
-    return unique(inner for stage in stages for inner in found(stage))
 
 
 def _critical_paths(stages: list[Stage]) -> dict[str, float]:

@@ -21,8 +21,8 @@ from secateur.errors import UserError, did_you_mean, first_line
 from secateur.files import read_json, write_json, write_text
 from secateur.spec import Positive, parse, parse_value, spec
 from secateur.study.job import Job
-from secateur.study.run import Outcome, Run, with_inputs
-from secateur.study.stages import Stage
+from secateur.study.run import Outcome, Run
+from secateur.study.stages import Stage, with_inputs
 from secateur.study.store import Ended, Store, key_of
 from secateur.study.torchrun import processes_of
 

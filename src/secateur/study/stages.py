@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from secateur.spec import fingerprint
 
-__all__ = ["VERSIONS", "Kind", "Stage", "unique"]
+__all__ = ["VERSIONS", "Kind", "Stage", "unique", "with_inputs"]
 
 Kind = Literal["corpus", "fetch", "train", "select", "prune", "evaluate", "cost"]
 
@@ -65,3 +65,14 @@ def unique(stages: Iterable[Stage]) -> list[Stage]:
     for stage in stages:
         found.setdefault(stage.fingerprint, stage)
     return list(found.values())
+
+
+def with_inputs(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages and all that they are made from, each after its inputs."""
+
+    def found(stage: Stage) -> Iterator[Stage]:
+        for used in stage.inputs.values():
+            yield from found(used)
+        yield stage
+
+    return unique(inner for stage in stages for inner in found(stage))

@@ -7,13 +7,11 @@ The teacher reads what the student reads, without gradients, and each chunk of t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
 
 from secateur.checkpoint import Checkpoint, positions
 from secateur.data.tokenizer import load_tokenizer
@@ -23,6 +21,9 @@ from secateur.shapes import Shape
 from secateur.spec import Positive, spec
 from secateur.token_loss import readout
 from secateur.train.objective import LanguageModel, Losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["Distill", "Distillation", "check_teacher"]
 
@@ -66,6 +67,8 @@ class Distillation(LanguageModel):
         if not self.training:
             return super().forward(model, ids, positions, targets)
         targets = ids[:, 1:] if targets is None else targets
+        from torch.distributed.fsdp import FSDPModule  # takes a second, which reading a study file does not have
+
         spread = self.teacher if isinstance(self.teacher, FSDPModule) else None
         if spread is not None:
             # Embedding and head are read apart from a forward pass of the whole model, which would gather them.

@@ -7,12 +7,14 @@ losses of different objectives can be compared.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from secateur.token_loss import model_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["LanguageModel", "Losses", "Objective"]
 

@@ -1,38 +1,35 @@
 """What each verb does: arguments in; a JSON-able answer, its text for people, and the exit code out."""
 
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from importlib import import_module
+
 from secateur.runtime import quiet
-from secateur.verbs.data import data
-from secateur.verbs.describe import inspect, shapes
-from secateur.verbs.evaluation import compare, evaluate
-from secateur.verbs.planning import study_plan
-from secateur.verbs.pruning import prune
-from secateur.verbs.recommend import recommend
-from secateur.verbs.studies import (
-    demo,
-    study_explain,
-    study_report,
-    study_run,
-    study_stage,
-    study_status,
-)
-from secateur.verbs.training import train
+from secateur.verbs.answer import Answer
 
-__all__ = [
-    "compare",
-    "data",
-    "demo",
-    "evaluate",
-    "inspect",
-    "prune",
-    "recommend",
-    "shapes",
-    "study_explain",
-    "study_plan",
-    "study_report",
-    "study_run",
-    "study_stage",
-    "study_status",
-    "train",
-]
+__all__ = ["function_of"]
 
-quiet()
+_MODULES = {
+    "compare": "evaluation",
+    "data": "data",
+    "demo": "studies",
+    "eval": "evaluation",
+    "inspect": "describe",
+    "prune": "pruning",
+    "recommend": "recommend",
+    "shapes": "describe",
+    "study": "studies",
+    "study plan": "planning",
+    "train": "training",
+}
+
+
+def function_of(arguments: Namespace) -> Callable[[Namespace], Answer]:
+    """What a verb calls. Its module alone is imported, since some take seconds and no verb needs all."""
+    quiet()
+    verb: str = arguments.verb
+    module = _MODULES.get(f"{verb} {getattr(arguments, 'action', '')}", _MODULES[verb])
+    name = {"eval": "evaluate", "study": f"study_{getattr(arguments, 'action', '')}"}.get(verb, verb)
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -22,13 +22,12 @@ from secateur.study.collect import collect
 from secateur.study.explain import why
 from secateur.study.local import die_with
 from secateur.study.resolve import resolve
-from secateur.study.run import Outcome, run_stages, survey, with_inputs
+from secateur.study.run import Outcome, run_stages, survey
 from secateur.study.slurm import parse_slurm, run_on_slurm
 from secateur.study.spec import Study, load_study
-from secateur.study.stages import Stage, unique
+from secateur.study.stages import Stage, unique, with_inputs
 from secateur.study.status import rows, summary, watch
 from secateur.study.store import Store
-from secateur.study.work import do_stage, on_device
 from secateur.verbs.answer import Answer
 
 __all__ = ["demo", "opened", "study_explain", "study_report", "study_run", "study_stage", "study_status"]
@@ -164,6 +163,8 @@ def study_explain(arguments: Namespace) -> Answer:
 
 def study_stage(arguments: Namespace) -> Answer:
     """``secateur study stage FILE FINGERPRINT``: do one stage, as launchers ask for it."""
+    from secateur.study.work import do_stage, on_device
+
     if arguments.parent:
         die_with(arguments.parent)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # which a scheduler sends to the job as a whole
