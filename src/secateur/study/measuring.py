@@ -39,8 +39,8 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     asked = stage.identity
     protocol = held_out(corpus_tokens(stage, store), asked["windows"], asked["seqlen"])
     checkpoint = Checkpoint(model_of(stage, store))
-    model: Any = checkpoint.load()
-    model.to(pick_device(stage.runtime.get("device", "auto")))
+    device = pick_device(stage.runtime.get("device", "auto"))
+    model: Any = checkpoint.load(pick_dtype(asked.get("dtype", "float32"), device)).to(device)  # type: ignore[arg-type]
     with task(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:
         losses = window_losses(model, protocol, advance=progress.advance)
     found = [measure_loss(losses, LOSS)]

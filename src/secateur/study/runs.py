@@ -212,6 +212,7 @@ class Runs:
         name = f"{model.name}/pruned" if model.kind == "prune" else model.name
         asked = {"windows": measured.windows, "seqlen": self.sequence}
         asked |= {"suite": self.suite} if self.suite else {}
+        asked |= {"dtype": self.study.compute.dtype} if self.study.compute.dtype != "float32" else {}
         runtime = {"device": device, "text_data": measured.text_data, "tasks_data": measured.tasks_data}
         facts = {"of": model.fingerprint}
         self.add(Stage("evaluate", name, asked, {"corpus": self.corpus, "model": model}, 0, 0.0, runtime, facts))
