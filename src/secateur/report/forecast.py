@@ -19,7 +19,7 @@ from secateur.report.compare import Setting, Verdict, Winner
 from secateur.report.crossover import REACH, Crossover, NextRun, crossover, lead, narrowing
 from secateur.report.fit import Estimate, Fit, fit_pair
 from secateur.report.index import PRUNED, Index, Model, group_of
-from secateur.report.law import CurvePoint
+from secateur.report.law import PATHS, CurvePoint
 from secateur.report.results import Cell
 from secateur.report.sentences import model_name
 
@@ -71,7 +71,7 @@ class Outlook:
     """One account of a ladder: where the path behind catches up, and who is ahead at each budget."""
 
     allowance: Allowance
-    crossover: Crossover
+    crossover: Crossover | None  #: None: even at the smallest R the twin's budget is out of reach
     standings: tuple[Standing, ...]  #: at each R of the ladder, and last at the further budget
 
     @property
@@ -147,6 +147,9 @@ def _is_ladder(cells: list[Cell]) -> bool:
 def _forecast(
     index: Index, verdicts: tuple[Verdict, ...], model: Model, objective: str, name: str, cells: list[Cell]
 ) -> Forecast:
+    missing = [path for path in PATHS if not any(cell.path == path for cell in cells)]
+    if missing:
+        raise UserError(f"no finished {missing[0]} run under this objective; a forecast needs both paths")
     if len({cell.evaluation.protocol for cell in cells if cell.evaluation}) > 1:
         raise UserError("its runs were evaluated under different protocols")
     fit = _fitted(tuple(dict.fromkeys(map(_point, cells))))
@@ -166,9 +169,16 @@ def _forecast(
             else _standing(fit, allowance, r)
             for r in (*ladder, further)
         ]
-        outlooks.append(Outlook(allowance, crossover(fit, allowance.extra, allowance.rate), tuple(standings)))
-    runs = narrowing(fit, outlooks[0].crossover)
+        outlooks.append(Outlook(allowance, _crossover(fit, allowance), tuple(standings)))
+    runs = narrowing(fit, crossover(fit))
     return Forecast(model, objective, name, fit, further, tuple(outlooks), runs[0] if runs else None)
+
+
+def _crossover(fit: Fit, allowance: Allowance) -> Crossover | None:
+    reach = REACH * max(p.tokens for p in fit.points)
+    if allowance.tokens(fit.budgets("pruned")[0]) > reach:
+        return None
+    return crossover(fit, allowance.extra, allowance.rate)
 
 
 @lru_cache(maxsize=256)
@@ -225,7 +235,7 @@ def _standing(fit: Fit, allowance: Allowance, tokens: int) -> Standing:
     """By the fitted curves; nothing is said of budgets more than :data:`REACH` times the largest that was run."""
     theirs = allowance.tokens(tokens)
     ours, twins = fit.budgets("pruned"), fit.budgets("scratch")
-    if max(theirs, tokens) > REACH * max(*ours, *twins):
+    if max(theirs, tokens) > REACH * max(ours[-1], twins[-1]):
         return Standing(tokens, theirs, "out of reach", "not measured", None)
     within = ours[0] <= tokens <= ours[-1] and twins[0] <= theirs <= twins[-1]
     found = lead(fit, tokens, allowance.extra, allowance.rate)
