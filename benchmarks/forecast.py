@@ -1,15 +1,16 @@
-"""How far forecasts of training curves are off: on the published ladder, and on curves whose truth is known.
+"""How far forecasts of training curves are off: on the published ladder, on a study, on curves whose truth is known.
 
     python benchmarks/forecast.py ladder
     python benchmarks/forecast.py study runs/findings
     python benchmarks/forecast.py coverage [--trials 100] [--draws 100]
 
-`study` does the same for a study of one's own, from the cells.csv and curves.csv of its folder, and fits the law across
-ratios to it: in all, and with each ratio left out in turn. `ladder` prints the tables of docs/prediction.md: the longest one or two budgets of each published curve are left out
-and predicted from the others, by every form. `coverage` makes curves, runs with noise on them, fits those, and counts
-how often the intervals hold the truth. The truths are drawn apart from the priors: evenly between bounds, on a floor of
-both paths or on two floors that are up to 0.05 nats apart. What is counted: the loss of each path at five times the
-largest budget, and the crossover at equal training tokens, where none within reach counts as infinite.
+`ladder` prints the tables of docs/prediction.md: the longest one or two budgets of each published curve are left out
+and predicted from the others, by every form. `study` leaves the longest budget of each curve of a study's folder out
+(its cells.csv and curves.csv), and fits the law across ratios to its pruned runs: to all, and with each ratio left out
+in turn. `coverage` makes curves, runs with noise on them, fits those, and counts how often the intervals hold the
+truth. The truths are drawn apart from the priors: evenly between bounds, on a floor of both paths or on two floors that
+are up to 0.05 nats apart. What is counted: the loss of each path at five times the largest budget, and the crossover at
+equal training tokens, where none within reach counts as infinite.
 """
 
 from __future__ import annotations

@@ -210,6 +210,16 @@ def test_one_law_across_ratios_predicts_a_ratio_that_was_left_out() -> None:
     assert at[0.7, 2 * LADDER[-1]].measured is None and at[0.5, LADDER[0]].measured is not None
 
 
+def test_a_pattern_is_another_law_and_another_ladder() -> None:
+    """2:4 removes half as well; its runs are not those of the ratio 0.5."""
+    patterned = [dataclasses.replace(c, target="2:4", ratio=0.5) for c in ladder()]
+    found = judge(study([*ladder(), *patterned])).forecasts
+    assert [one.name for one in found.found] == ["Minitron-depth at ratio 0.5", "Minitron-depth at 2:4"]
+    higher = [dataclasses.replace(c, target="2:4", ratio=0.5, evaluation=evaluation(9.0)) for c in grid()[:3]]
+    (law,) = across_ratios(Index(records([*grid(), *higher], 5.3)))
+    assert law.law and len(law.law.runs) == len(grid())
+
+
 def test_a_law_without_its_parents_loss_says_so() -> None:
     results = records(grid(), 5.3)
     unknown = dataclasses.replace(results, parents=(dataclasses.replace(PARENT, evaluation=None),))

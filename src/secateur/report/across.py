@@ -10,6 +10,7 @@ from secateur.errors import UserError
 from secateur.report.index import Index
 from secateur.report.ratio_law import LeftOutRatio, RatioLaw, Retrained, fit_ratios, leave_one_ratio_out
 from secateur.report.results import Cell
+from secateur.report.sentences import is_pattern
 from secateur.report.words import method_name
 
 __all__ = ["MethodLaw", "Prediction", "across_ratios"]
@@ -51,12 +52,13 @@ class MethodLaw:
 
 def across_ratios(index: Index) -> tuple[MethodLaw, ...]:
     """Fit the law to every method with two or more ratios and three or more budgets of retraining."""
-    methods: dict[tuple[str, str], list[Cell]] = {}
+    methods: dict[tuple[str, str, str], list[Cell]] = {}
     for cell in index.results.cells:
         if cell.path == "pruned" and cell.evaluation and math.isfinite(cell.evaluation.loss):
-            methods.setdefault((cell.method, cell.objective), []).append(cell)
+            pattern = cell.target if is_pattern(cell.target) else ""  # another law at the same ratio
+            methods.setdefault((cell.method, pattern, cell.objective), []).append(cell)
     found = []
-    for (method, objective), cells in methods.items():
+    for (method, _, objective), cells in methods.items():
         ratios, budgets = {cell.ratio for cell in cells}, {cell.training.tokens for cell in cells}
         if len(ratios) > 1 and len(budgets) >= _LADDER:
             found.append(_law(index, method, objective, cells))
