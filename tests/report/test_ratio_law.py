@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from secateur.errors import UserError
-from secateur.report.ratio_law import Retrained, Term, fit_ratios, leave_one_ratio_out
+from secateur.report.ratio_law import Retrained, Term, _known, _losses, _slopes, fit_ratios, leave_one_ratio_out
 
 BUDGETS = (1_000_000, 2_000_000, 4_000_000, 16_000_000)
 RATIOS = (0.2, 0.35, 0.5, 0.7)
@@ -50,6 +50,15 @@ def test_a_known_law_comes_back_with_parents_of_several_sizes() -> None:
     assert law.error < 1e-3
     far = Retrained("13b", 13_000_000_000, 2.3, 0.6, 50_000_000, 9.9)
     assert law.loss(far) == pytest.approx(published(13.0, 50e6, 0.6, 2.3), abs=0.01)
+
+
+def test_slopes_are_those_of_finite_differences() -> None:
+    names = ["g", "beta", "C", "B", "delta", "alpha", "K", "S"]
+    known = _known(runs(sizes=(0.5, 2.0)), 1e9, 3e6)
+    vector = np.log([1.3, 0.5, 0.3, 0.4, 0.2, 0.4, 0.2, 0.1])
+    step = 1e-6 * np.eye(len(names))
+    differences = [(_losses(vector + d, names, known) - _losses(vector - d, names, known)) / 2e-6 for d in step]
+    np.testing.assert_allclose(_slopes(vector, names, known), np.array(differences).T, atol=1e-8)
 
 
 def test_with_one_parent_size_is_folded_and_predictions_stand() -> None:

@@ -10,7 +10,7 @@ transfer of arXiv:2102.01293, section 2, with the parent's training as what is t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -144,8 +144,11 @@ class Problem:
         """The loss of each point by the law: ``[..., points]``."""
         return law(np.moveaxis(self.curves(vector)[..., self._path, :], -1, 0), self._tokens)
 
-    def solve(self, losses: Floats, centres: Floats, noise: float, starts: Iterable[Floats]) -> Floats:
-        """The vector of least cost: Huber losses of points, in logarithms over the noise, and of priors."""
+    def solve(self, losses: Floats, centres: Floats, noise: float, starts: Sequence[Floats]) -> Floats:
+        """The vector of least cost: Huber losses of points, in logarithms over the noise, and of priors.
+
+        All starts are searched at once; scipy goes on from where the best of them ended.
+        """
         one = (losses[None], centres[None], np.array([noise]))
 
         def apart(vector: Floats) -> Floats:
@@ -155,11 +158,13 @@ class Problem:
             return self._rows(vector[None], *one)[0]
 
         jacobian: Any = rows  # the library's own annotation knows only names of approximations
-        found = [least_squares(apart, start, jacobian, method="lm", max_nfev=500) for start in starts]
-        return min(found, key=lambda result: result.cost).x
+        many = [np.repeat(each, len(starts), axis=0) for each in one]
+        ends = self.solve_many(many[0], many[1], many[2], np.array(starts))
+        best = min(ends, key=lambda vector: float(np.sum(apart(vector) ** 2)))
+        return least_squares(apart, best, jacobian, method="lm", max_nfev=500).x
 
     def solve_many(self, losses: Floats, centres: Floats, noise: Floats, start: Floats) -> Floats:
-        """:meth:`solve` for many sets of runs at once, each from one start; a hundred times as fast as one by one.
+        """Search for many sets of runs at once, each from one start; a hundred times as fast as one by one.
 
         The steps are those of Levenberg and Marquardt, damped for each set by itself.
 
@@ -167,19 +172,19 @@ class Problem:
             losses: ``[sets, points]``, nats.
             centres: of the priors, ``[sets, parameters]``.
             noise: ``[sets]``, nats.
-            start: ``[parameters]``.
+            start: ``[parameters]``, or one for each set.
 
         Returns:
             The vectors, ``[sets, parameters]``.
         """
         sets = (losses, centres, noise)
-        vectors, damping = np.tile(start, (len(losses), 1)), np.full(len(losses), 1e-3)
+        vectors, damping = np.broadcast_to(start, centres.shape).copy(), np.full(len(losses), 1e-3)
         apart = _huber(self._apart(vectors, *sets))
         for _ in range(_STEPS):
             rows = self._rows(vectors, *sets)
             downhill = -np.einsum("spk,sp->sk", rows, apart)
             bend = np.einsum("spk,spl->skl", rows, rows)
-            bend += damping[:, None, None] * bend * np.eye(len(start))
+            bend += damping[:, None, None] * bend * np.eye(centres.shape[1])
             step = np.linalg.solve(bend, downhill[..., None])[..., 0]
             tried = _huber(self._apart(vectors + step, *sets))
             better = np.sum(tried**2, axis=1) < np.sum(apart**2, axis=1)

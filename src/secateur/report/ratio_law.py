@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -134,11 +135,15 @@ def fit_ratios(runs: Sequence[Retrained]) -> RatioLaw:
     def apart(vector: Floats) -> Floats:
         return np.log(_losses(vector, names, known) / losses) * losses / NOISE
 
+    def slopes(vector: Floats) -> Floats:
+        return _slopes(vector, names, known) * (losses / _losses(vector, names, known) / NOISE)[:, None]
+
+    jacobian: Any = slopes  # the library's own annotation knows only names of approximations
     bounds = np.log([_BOUNDS[name] for name in names]).T
     if "S" in names:  # what is left of the parents' losses has to be positive
         bounds[1][names.index("S")] = math.log(0.9 * min(run.parent_loss for run in runs))
     found = [
-        least_squares(apart, start, bounds=tuple(bounds), loss="huber", f_scale=_HUBER, x_scale="jac", max_nfev=200)
+        least_squares(apart, start, jacobian, tuple(bounds), x_scale="jac", loss="huber", f_scale=_HUBER, max_nfev=200)
         for start in _starts(names, bounds)
     ]
     best = min(found, key=lambda result: result.cost)
@@ -173,10 +178,33 @@ def _known(runs: Sequence[Retrained], size: float, budget: float) -> Floats:
 
 def _losses(vector: Floats, names: Sequence[str], known: Floats) -> Floats:
     """The loss of each run, nats per token; a parameter that is not named is folded away."""
+    scale, of_size, of_budget, value = _parts(vector, names, known)
+    return known[0] - value["S"] + scale * (value["C"] + of_size + of_budget)
+
+
+def _parts(vector: Floats, names: Sequence[str], known: Floats) -> tuple[Floats, Floats, Floats, dict[str, float]]:
+    """What multiplies the bracket, its parts of size and of budget, and every parameter; nought where folded away."""
     value = dict.fromkeys(("delta", "alpha", "K", "S"), 0.0) | dict(zip(names, np.exp(vector), strict=True))
-    parent, ratio, size, budget = known
-    part = value["C"] + value["K"] * size ** -value["alpha"] + value["B"] * budget ** -value["beta"]
-    return parent - value["S"] + ratio ** value["g"] * size ** -value["delta"] * part
+    _, ratio, size, budget = known
+    scale = ratio ** value["g"] * size ** -value["delta"]
+    return scale, value["K"] * size ** -value["alpha"], value["B"] * budget ** -value["beta"], value
+
+
+def _slopes(vector: Floats, names: Sequence[str], known: Floats) -> Floats:
+    """The derivative of each run's loss by the logarithm of each parameter: ``[runs, parameters]``."""
+    scale, of_size, of_budget, value = _parts(vector, names, known)
+    gap = scale * (value["C"] + of_size + of_budget)
+    by_name = {
+        "g": value["g"] * np.log(known[1]) * gap,
+        "delta": -value["delta"] * np.log(known[2]) * gap,
+        "alpha": -value["alpha"] * np.log(known[2]) * scale * of_size,
+        "beta": -value["beta"] * np.log(known[3]) * scale * of_budget,
+        "C": value["C"] * scale,
+        "K": scale * of_size,
+        "B": scale * of_budget,
+        "S": np.full(len(scale), -value["S"]),
+    }
+    return np.stack([by_name[name] for name in names], axis=1)
 
 
 def _starts(names: Sequence[str], bounds: Floats) -> list[Floats]:
