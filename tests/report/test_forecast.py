@@ -14,7 +14,7 @@ from example import LADDER, P, cell, evaluation, example, pruned
 from secateur.report.across import across_ratios
 from secateur.report.build import build_report
 from secateur.report.forecast import Forecast, Outlook
-from secateur.report.forecast_text import crossover_brief, outlook_sentence, standing_sentence
+from secateur.report.forecast_text import crossover_brief, misfit_sentence, outlook_sentence, standing_sentence
 from secateur.report.index import Index
 from secateur.report.latex import forecasts_tex
 from secateur.report.results import Cell, Results
@@ -152,6 +152,16 @@ def test_paths_that_tie_are_too_close_to_call() -> None:
     ]
     further = by_account(one(study(cells)))["training"].further
     assert further.winner == "too close to call" and "too close to call" in standing_sentence(further, "training")
+
+
+def test_runs_far_off_any_curve_are_warned_of(known: Forecast) -> None:
+    assert misfit_sentence(known) == ""
+    rising = {"P-R": 5.0, "S_R": 6.0, "S_{P+R}": 4.2}
+    cells = [
+        dataclasses.replace(c, evaluation=evaluation(rising[c.name] + 0.3 * (c.retrain_tokens == LADDER[1]), salt))
+        for salt, c in enumerate(ladder())
+    ]
+    assert "Beware: these runs scatter by 0." in misfit_sentence(one(study(cells)))
 
 
 def test_missing_runs_are_left_out_and_never_zero() -> None:

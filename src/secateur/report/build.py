@@ -21,6 +21,7 @@ from secateur.report.forecast_text import (
 from secateur.report.forecast_text import (
     crossover_brief,
     further_sentence,
+    misfit_sentence,
     next_sentence,
     outlook_sentence,
     standing_sentence,
@@ -181,7 +182,12 @@ def _told(found: Forecast) -> dict[str, Any]:
     """A forecast in sentences, and a row of the table for each account."""
     return {
         "name": found.name,
-        "sentences": [outlook_sentence(found.outlooks[0]), further_sentence(found), next_sentence(found)],
+        "sentences": [
+            *filter(None, [misfit_sentence(found)]),
+            outlook_sentence(found.outlooks[0]),
+            further_sentence(found),
+            next_sentence(found),
+        ],
         "rows": [
             {
                 "equal": EQUALS[outlook.allowance.account],

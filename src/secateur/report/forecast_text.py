@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.report.across import MethodLaw
 from secateur.report.crossover import REACH, Crossover
-from secateur.report.fit import Estimate
+from secateur.report.fit import NOISE, Estimate
 from secateur.report.forecast import Account, Forecast, Forecasts, Outlook, Standing
 from secateur.report.sentences import BUDGETS, interval
 from secateur.report.words import count, decimals, loss, number
@@ -22,6 +22,7 @@ __all__ = [
     "forecasts_json",
     "further_sentence",
     "laws_json",
+    "misfit_sentence",
     "next_sentence",
     "outlook_sentence",
     "standing_sentence",
@@ -35,6 +36,7 @@ ACCOUNTS: dict[Account, str] = {
     "shared-flops": "FLOPs, the parent shared",
     "total-flops": "FLOPs, the parent charged",
 }
+_MISFIT = 4  # times the assumed noise, from which on the curves are said to fit badly
 _PATHS = {"pruned": "pruning", "scratch": "training from scratch"}
 
 
@@ -135,6 +137,16 @@ def next_sentence(found: Forecast) -> str:
     )
 
 
+def misfit_sentence(found: Forecast) -> str:
+    """A warning where the runs lie off their curves by far more than noise; empty where they do not."""
+    if found.fit.noise < _MISFIT * NOISE:
+        return ""
+    return (
+        f"Beware: these runs scatter by {number(found.fit.noise, 2)} nats around the curves, where about "
+        f"{number(NOISE, 2)} is noise. This law fits them badly, and what it says of other budgets is worth little."
+    )
+
+
 def forecasts_json(forecasts: Forecasts) -> dict[str, Any]:
     """Every ladder as plain values; None for what these runs cannot tell."""
     return {"forecasts": [_forecast_json(one) for one in forecasts.found], "not_forecast": list(forecasts.unfitted)}
@@ -146,6 +158,7 @@ def _forecast_json(found: Forecast) -> dict[str, Any]:
         "objective": found.objective,
         "form": found.fit.form.name,
         "noise": found.fit.noise,
+        "misfit": misfit_sentence(found) or None,
         "runs": len(found.fit.points),
         "budgets": {path: found.fit.budgets(path) for path in ("pruned", "scratch")},
         "further": {

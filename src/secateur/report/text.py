@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.report.compare import SCRATCH, Setting, Winner
-from secateur.report.forecast_text import further_sentence, next_sentence, outlook_sentence
+from secateur.report.forecast_text import further_sentence, misfit_sentence, next_sentence, outlook_sentence
 from secateur.report.index import PRUNED, Group, Index, group_of
 from secateur.report.inherited import parts
 from secateur.report.ledger import ACCOUNTS
@@ -235,7 +235,8 @@ def _forecasts(judgement: Judgement) -> list[str]:
     for one in found[:_MOST_SENTENCES]:
         lines += _wrapped(one.name, indent="  ")
         told = [o for o in one.outlooks if o.allowance.account in ("training", "total-flops")]
-        for text in (*map(outlook_sentence, told), further_sentence(one), next_sentence(one)):
+        sentences = [misfit_sentence(one), *map(outlook_sentence, told), further_sentence(one), next_sentence(one)]
+        for text in filter(None, sentences):
             lines += _wrapped(text, indent="    ")
     if len(found) > _MOST_SENTENCES:
         lines.append(f"  and {len(found) - _MOST_SENTENCES} more, on the page and in forecasts.csv")
