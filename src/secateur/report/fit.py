@@ -143,7 +143,8 @@ def fit_pair(
     sizes, shown, centres = np.empty(draws), np.empty((draws, len(points))), np.empty((draws, len(best)))
     for draw in range(draws):
         sizes[draw] = deviation if noise else deviation * math.sqrt(freedom / random.chisquare(freedom))
-        shown[draw] = problem.losses + sizes[draw] * random.standard_normal(len(points))
+        moved = sizes[draw] / problem.losses * random.standard_normal(len(points))
+        shown[draw] = problem.losses * np.exp(moved)  # in logarithms, as the fit has it: no loss falls below zero
         centres[draw] = problem.centres + problem.widths * random.standard_normal(len(best))
     drawn = problem.curves(problem.solve_many(shown, centres, sizes, best))
     return Fit(FORMS[form], points, problem.scale, deviation, problem.curves(best), drawn)
