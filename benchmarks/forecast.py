@@ -1,26 +1,33 @@
-"""How far forecasts of training curves are off: on the published ladder, and on curves whose truth is known.
+"""How far forecasts of training curves are off: on the published ladder, on a study, on curves whose truth is known.
 
     python benchmarks/forecast.py ladder
+    python benchmarks/forecast.py study runs/findings
     python benchmarks/forecast.py coverage [--trials 100] [--draws 100]
 
 `ladder` prints the tables of docs/prediction.md: the longest one or two budgets of each published curve are left out
-and predicted from the others, by every form. `coverage` makes curves, runs with noise on them, fits those, and counts
-how often the intervals hold the truth. The truths are drawn apart from the priors: evenly between bounds, on a floor of
-both paths or on two floors that are up to 0.05 nats apart. What is counted: the loss of each path at five times the
-largest budget, and the crossover at equal training tokens, where none within reach counts as infinite.
+and predicted from the others, by every form. `study` leaves the longest budget of each curve of a study's folder out
+(its cells.csv and curves.csv), and fits the law across ratios to its pruned runs: to all, and with each ratio left out
+in turn. `coverage` makes curves, runs with noise on them, fits those, and counts how often the intervals hold the
+truth. The truths are drawn apart from the priors: evenly between bounds, on a floor of both paths or on two floors that
+are up to 0.05 nats apart. What is counted: the loss of each path at five times the largest budget, and the crossover at
+equal training tokens, where none within reach counts as infinite.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path as FilePath
 
 import numpy as np
 
+from secateur.errors import UserError
 from secateur.report.crossover import REACH, crossover
+from secateur.report.evidence import Evidence, of_study
 from secateur.report.fit import DEFAULT_FORM, DRAWS, LeftOut, fit_pair, leave_last_out
 from secateur.report.law import FORMS, PATHS, CurvePoint, Path
 from secateur.report.published import LABELS, exact, published
+from secateur.report.ratio_law import Retrained, fit_ratios, leave_one_ratio_out
 
 BUDGETS = {3: (10, 30, 50), 5: (10, 30, 50, 250, 500)}
 
@@ -92,6 +99,58 @@ def interval_rows(last: int) -> list[str]:
     ]
 
 
+def study(folder: FilePath) -> None:
+    """Print the tables of a study's folder: leave-last-out by every form, the default's runs, and the ratios."""
+    evidence = of_study(folder)
+    print("| form | runs left out | RMS, nats | largest error |\n|---|---|---|---|")
+    for form in FORMS:
+        left = leave_last_out(evidence.points, form, parent_loss=evidence.parent_loss, draws=1)
+        errors = [run.error for run in left]
+        if errors:
+            root = math.sqrt(np.mean(np.square(errors)))
+            print(f"| `{form}` | {len(errors)} | {root:.3f} | {max(errors, key=abs):+.3f} |")
+    print("\n| curve | budget | measured | predicted | 95% interval | error |\n|---|---|---|---|---|---|")
+    for run in leave_last_out(evidence.points, parent_loss=evidence.parent_loss):
+        point, found = run.point, run.predicted
+        print(
+            f"| {point.method} {point.ratio:g}, {point.path} | {point.tokens:,} | {point.loss:.3f} | {found.value:.3f} "
+            f"| {found.low:.3f} to {found.high:.3f} | {run.error:+.3f} |"
+        )
+    print()
+    ratios(evidence)
+
+
+def retrained(evidence: Evidence) -> dict[str, list[Retrained]]:
+    """The pruned runs by method, as the law across ratios takes them."""
+    found: dict[str, list[Retrained]] = {}
+    if evidence.parent_loss is None:
+        return found
+    for p in evidence.points:
+        if p.path == "pruned":
+            run = Retrained("", round(evidence.parent_parameters), evidence.parent_loss, p.ratio, p.tokens, p.loss)
+            found.setdefault(p.method, []).append(run)
+    return found
+
+
+def ratios(evidence: Evidence) -> None:
+    """Print what the law across ratios comes to, method by method."""
+    print("| method | runs | ratios | parameters | fitted, RMS | a ratio left out: error of each run | RMS |")
+    print("|---|---|---|---|---|---|---|")
+    for method, runs in retrained(evidence).items():
+        try:
+            law = fit_ratios(runs)
+        except UserError as error:
+            print(f"| {method} | {len(runs)} | {len({run.ratio for run in runs})} | {error} | | | |")
+            continue
+        left, refused = leave_one_ratio_out(runs)
+        terms = ", ".join(f"{term.name} {term.value:.2f}" + " (hardly told)" * (not term.told) for term in law.terms)
+        errors = [f"{run.run.ratio:g}: {run.error:+.3f}" for run in left]
+        errors += [f"{ratio:g}: cannot be left out" for ratio in refused]
+        root = f"{math.sqrt(np.mean([run.error**2 for run in left])):.3f}" if left else "-"
+        ran = ", ".join(f"{ratio:g}" for ratio in law.ratios)
+        print(f"| {method} | {len(runs)} | {ran} | {terms} | {law.error:.3f} | {'; '.join(errors)} | {root} |")
+
+
 def coverage(trials: int, draws: int) -> None:
     """Print a row for each setting."""
     print("| budgets a path | noise, nats | floors apart, up to | scratch | pruned | crossover |")
@@ -106,12 +165,18 @@ def coverage(trials: int, draws: int) -> None:
 def main() -> None:
     """Read the arguments and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("ladder", "coverage"))
+    parser.add_argument("what", choices=("ladder", "study", "coverage"))
+    parser.add_argument("folder", nargs="?", type=FilePath, help="of a study, with its cells.csv")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--draws", type=int, default=100)
     arguments = parser.parse_args()
     if arguments.what == "coverage":
         coverage(arguments.trials, arguments.draws)
+        return
+    if arguments.what == "study":
+        if arguments.folder is None:
+            parser.error("study: name the study's folder, e.g. runs/findings")
+        study(arguments.folder)
         return
     for last in (2, 1):
         print("\n".join([*(error_row(form, last) for form in FORMS), ""]))

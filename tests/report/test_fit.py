@@ -11,7 +11,7 @@ import pytest
 from secateur.errors import UserError
 from secateur.report.crossover import REACH, crossover, lead, next_runs
 from secateur.report.fit import NOISE, Fit, estimate, fit_pair, leave_last_out, pairs
-from secateur.report.law import FORMS, CurvePoint, Form, Path, Problem, law
+from secateur.report.law import FORMS, CurvePoint, Form, Path, Problem, _huber, law
 
 LADDER = (10_000, 30_000, 50_000, 250_000, 500_000)
 SHARED = {"scratch": (2.2, 0.4, 0.6, 0.0), "pruned": (2.2, 0.15, 0.3, 0.0)}  # E, G at 50,000 tokens, alpha, H
@@ -82,6 +82,21 @@ def test_a_draw_is_a_fit_of_its_own() -> None:
     for i in range(len(best)):
         for step in (-0.02, 0.02):
             assert cost(best + step * np.eye(len(best))[i]) > cost(best)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.name)
+def test_many_fits_at_once_are_the_fits_one_by_one(form: Form) -> None:
+    problem = Problem(points(OWN, LADDER[:4], seeds=2), form, 2.1)
+    random = np.random.default_rng(3)
+    start = problem.solve(problem.losses, problem.centres, 0.01, problem.starts())
+    losses = problem.losses + 0.03 * random.standard_normal((6, len(problem.losses)))
+    centres = problem.centres + problem.widths * random.standard_normal((6, len(start)))
+    noise = np.linspace(0.005, 0.03, 6)
+    found = problem.solve_many(losses, centres, noise, start)
+    alone = np.array([problem.solve(*of, [start]) for of in zip(losses, centres, noise, strict=True)])
+    np.testing.assert_allclose(problem.fitted(found), problem.fitted(alone), atol=5e-4)
+    costs = [np.sum(_huber(problem._apart(v, losses, centres, noise)) ** 2, axis=1) for v in (found, alone)]
+    assert (costs[0] < costs[1] * (1 + 1e-4)).all()
 
 
 def test_the_same_runs_give_the_same_draws_in_any_order() -> None:

@@ -11,10 +11,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for benchmarks/
 
 from benchmarks import forecast
+from example import large
 
+from secateur.errors import UserError
 from secateur.report.fit import DEFAULT_FORM
 from secateur.report.law import FORMS
 from secateur.report.published import exact, published
+from secateur.report.ratio_law import fit_ratios
+from secateur.report.tables import cell_rows, curves_csv, rows_csv
+from secateur.report.verdict import judge
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8")
 
@@ -68,3 +73,25 @@ def test_the_intervals_are_as_documented() -> None:
     assert len(told) == len(found) == 8
     for documented, row in zip(told, found, strict=True):
         assert numbers(documented) == pytest.approx(numbers(row), abs=0.011)
+
+
+def test_one_ratio_is_no_law_across_ratios() -> None:
+    for runs in forecast.retrained(published()).values():
+        with pytest.raises(UserError, match="needs 2 ratios and 3 budgets, and the finished runs have 1 and 5"):
+            fit_ratios(runs)
+
+
+def test_a_studys_tables_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judgement = judge(large())
+    kept = [
+        row
+        for row in cell_rows(judgement)
+        if (row["method"], row["objective"], row["seed"]) == ("minitron-depth", "", 0) and row["name"] in ("P-R", "S_R")
+    ]
+    (tmp_path / "cells.csv").write_text(rows_csv(kept))
+    (tmp_path / "curves.csv").write_text(curves_csv(judgement))
+    forecast.study(tmp_path)
+    told = capsys.readouterr().out
+    assert told.count("| `shared-floor` |") == 1 and "| minitron-depth 0.5, pruned | 800,000 | 5.200 |" in told
+    law = next(line for line in told.splitlines() if line.startswith("| minitron-depth | 6 | 0.5, 0.75 |"))
+    assert "0.5: cannot be left out" in law and "hardly told" in law

@@ -251,3 +251,16 @@ def test_the_examples_of_the_manual_work(
         assert main(example.split()) == 0, example
         assert "cost" in capsys.readouterr().out
     assert load_study(Path("pilot.yaml")) and load_study(Path("next.yaml"))
+
+
+def test_a_pattern_is_a_case_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs at 2:4 and at a ratio of 0.5 have the same ratio, method, budget and seed, and are other curves."""
+    rows = [
+        f"{name},sparsegpt,sparse,0,0.5,0.4,100,{tokens},{loss + worse},{target}"
+        for target, worse in (("0.5", 0.0), ("2:4", 0.3))
+        for name, tokens, loss in (("P-R", 1000, 4.0), ("S_R", 1000, 4.4), ("S_{P+R}", 5000, 3.8))
+    ]
+    folder = study(tmp_path / "run", rows, f"{HEAD},target")
+    found = run(capsys, *ASK[:-1], "2000", "--study", str(folder))
+    assert [case["method"] for case in found["cases"]] == ["sparsegpt", "sparsegpt 2:4"]
+    assert found["cases"][1]["pruned_loss"]["value"] > found["cases"][0]["pruned_loss"]["value"] + 0.1

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
-from secateur.report.crossover import REACH, Crossover, Lead, NextRun, crossover, lead, next_runs
+from secateur.report.crossover import REACH, Crossover, Lead, NextRun, crossover, lead, narrowing
 from secateur.report.evidence import Evidence
 from secateur.report.fit import DEFAULT_FORM, Fit, fit_pair, pairs
 from secateur.report.law import CurvePoint
@@ -148,7 +146,6 @@ def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint]
         extras |= {"total": share, "flops": share * (question.dearer or question.parameters / target)}
     accounts = tuple(_account(fit, question.tokens, name, extra, scale) for name, extra in extras.items())
     decisive = next(a for a in accounts if a.name == question.decides)
-    spread = np.log(np.minimum(decisive.crossover.draws, decisive.crossover.horizon))
     return Case(
         method,
         granularity,
@@ -157,7 +154,7 @@ def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint]
         scale,
         accounts,
         tuple(_distances(evidence, question, fit, theirs, decisive.extra)),
-        tuple(next_runs(fit, spread)),
+        tuple(narrowing(fit, decisive.crossover)),
     )
 
 

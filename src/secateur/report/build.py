@@ -14,9 +14,21 @@ from secateur.files import write_text
 from secateur.report import words
 from secateur.report.compare import SCRATCH
 from secateur.report.figures import KINDS, Panel, inline_panels, save_figures
+from secateur.report.forecast import Forecast
+from secateur.report.forecast_text import (
+    ACCOUNTS as EQUALS,
+)
+from secateur.report.forecast_text import (
+    crossover_brief,
+    further_sentence,
+    misfit_sentence,
+    next_sentence,
+    outlook_sentence,
+    standing_sentence,
+)
 from secateur.report.index import PRUNED, Group, Index, Model
 from secateur.report.inherited import parts
-from secateur.report.latex import comparisons_tex
+from secateur.report.latex import comparisons_tex, forecasts_tex
 from secateur.report.ledger import ACCOUNTS, FORMULA, forwards, own_cost, pieces, pipelines
 from secateur.report.objectives import objective_rows
 from secateur.report.provenance import runs_of
@@ -24,7 +36,15 @@ from secateur.report.quality import measurement_rows
 from secateur.report.results import Pruned
 from secateur.report.running import running_rows
 from secateur.report.sentences import BUDGETS, brief, group_name, model_name, sentence
-from secateur.report.tables import cell_rows, comparison_rows, curves_csv, rows_csv, versus_rows
+from secateur.report.tables import (
+    across_rows,
+    cell_rows,
+    comparison_rows,
+    curves_csv,
+    forecast_rows,
+    rows_csv,
+    versus_rows,
+)
 from secateur.report.text import POOLED_NOTE
 from secateur.report.verdict import Judgement
 from secateur.report.versus import Versus
@@ -57,7 +77,7 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
     """Write the page, its figures and its data into ``folder``.
 
     ``report.html``, ``figures/*.svg`` and ``*.pdf``, ``cells.csv``, ``comparisons.csv`` and ``.tex``, ``curves.csv``,
-    ``measurements.csv``.
+    ``measurements.csv``, and where there are ladders ``forecasts.csv`` and ``.tex`` and ``across_ratios.csv``.
     Each file is replaced as a whole, and the page last; the same results give the same bytes.
 
     Returns:
@@ -69,6 +89,16 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
     write_text(folder / "comparisons.tex", comparisons_tex(judgement))
     write_text(folder / "curves.csv", curves_csv(judgement))
     write_text(folder / "measurements.csv", rows_csv(measurement_rows(judgement.index)))
+    optional = {
+        "forecasts.csv": rows_csv(forecast_rows(judgement)),
+        "forecasts.tex": forecasts_tex(judgement) if judgement.forecasts.found else "",
+        "across_ratios.csv": rows_csv(across_rows(judgement)),
+    }
+    for name, text in optional.items():
+        if text.strip():
+            write_text(folder / name, text)
+        else:  # an earlier build may have had it
+            (folder / name).unlink(missing_ok=True)
     page = folder / "report.html"
     write_text(page, render(judgement))
     return page
@@ -129,6 +159,10 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "objectives": objective_rows(index),
         "quality": [(row, group_name(row.group, index.comparisons, target=True)) for row in judgement.quality],
         "running": running_rows(index),
+        "forecasts": judgement.forecasts,
+        "forecast_told": [_told(found) for found in judgement.forecasts.found],
+        "laws": judgement.laws,
+        "across": across_rows(judgement),
         "cells": cell_rows(judgement),
         "extra": _extra(index.groups),
         "before": _before(index),
@@ -143,6 +177,30 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "not_measured": words.NOT_MEASURED,
         "budget_names": BUDGETS,
         "minus": words.MINUS,
+    }
+
+
+def _told(found: Forecast) -> dict[str, Any]:
+    """A forecast in sentences, and a row of the table for each account."""
+    return {
+        "name": found.name,
+        "sentences": [
+            *filter(None, [misfit_sentence(found)]),
+            outlook_sentence(found.outlooks[0]),
+            further_sentence(found),
+            next_sentence(found),
+        ],
+        "rows": [
+            {
+                "equal": EQUALS[outlook.allowance.account],
+                "last": outlook.last,
+                "further": outlook.further,
+                "leader": outlook.crossover.leader if outlook.crossover else None,
+                "crossover": crossover_brief(outlook.crossover),
+                "sentences": [standing_sentence(one, outlook.allowance.account) for one in outlook.standings],
+            }
+            for outlook in found.outlooks
+        ],
     }
 
 

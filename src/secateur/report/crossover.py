@@ -1,7 +1,8 @@
 """Which path is ahead at a budget, from which budget on the other catches up, and which run would tell it better.
 
-``R`` is the budget of the pruned model. The from-scratch model gets ``R`` and ``extra`` tokens: none at equal training
-tokens, those of the parent at equal total tokens, or as many as the parent's FLOPs would pay for.
+``R`` is the budget of the pruned model. The from-scratch model gets ``rate * R + extra`` tokens: none extra at equal
+training tokens, those of the parent at equal total tokens, or as many as the parent's FLOPs would pay for; the rate is
+one unless a token of retraining costs other FLOPs than one from scratch, as under a teacher.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from secateur.report.fit import LEVEL, Estimate, Fit, estimate
 from secateur.report.law import PATHS, Floats, Path
 
-__all__ = ["REACH", "Crossover", "Lead", "NextRun", "crossover", "lead", "next_runs"]
+__all__ = ["REACH", "Crossover", "Lead", "NextRun", "crossover", "lead", "narrowing", "next_runs"]
 
 REACH = 10  #: how many times the largest budget run anything is said of
 
@@ -60,20 +61,22 @@ class Crossover:
     draws: Floats
 
 
-def lead(fit: Fit, tokens: float, extra: float = 0.0) -> Lead:
-    """Compare the paths at R = ``tokens``, where the from-scratch model gets ``extra`` tokens more."""
-    drawn = fit.drawn("scratch", tokens + extra) - fit.drawn("pruned", tokens)
-    best = float(fit.loss("scratch", tokens + extra) - fit.loss("pruned", tokens))
+def lead(fit: Fit, tokens: float, extra: float = 0.0, rate: float = 1.0) -> Lead:
+    """Compare the paths at R = ``tokens``, where the from-scratch model gets ``rate * tokens + extra``."""
+    theirs = rate * tokens + extra
+    drawn = fit.drawn("scratch", theirs) - fit.drawn("pruned", tokens)
+    best = float(fit.loss("scratch", theirs) - fit.loss("pruned", tokens))
     return Lead(estimate(best, drawn), float(np.mean(drawn > 0)))
 
 
-def crossover(fit: Fit, extra: float = 0.0) -> Crossover:
-    """Find where the path behind catches up, where the from-scratch model gets ``extra`` tokens more than R."""
+def crossover(fit: Fit, extra: float = 0.0, rate: float = 1.0) -> Crossover:
+    """Find where the path behind catches up, where the from-scratch model gets ``rate * R + extra`` tokens."""
     lowest = float(fit.budgets("pruned")[0])
     horizon = REACH * float(max(p.tokens for p in fit.points))
     budgets = np.geomspace(lowest, horizon, _GRID)
-    ahead = fit.loss("scratch", budgets + extra) - fit.loss("pruned", budgets)
-    drawn = fit.drawn("scratch", budgets + extra) - fit.drawn("pruned", budgets)
+    theirs = rate * budgets + extra
+    ahead = fit.loss("scratch", theirs) - fit.loss("pruned", budgets)
+    drawn = fit.drawn("scratch", theirs) - fit.drawn("pruned", budgets)
     leader: Path | None = "pruned" if ahead[0] > 0 else "scratch" if ahead[0] < 0 else None
     sign = -1.0 if leader == "scratch" else 1.0
     found = _first_not_above(sign * np.vstack([ahead, drawn]), budgets)
@@ -134,6 +137,11 @@ def next_runs(fit: Fit, quantity: Floats, candidates: Sequence[tuple[Path, int]]
         then = _width(values, agreement / agreement.sum(axis=1, keepdims=True))
         found.append(NextRun(path, tokens, float(np.mean(then) / now)))
     return sorted(found, key=lambda run: (run.width, run.tokens, run.path))
+
+
+def narrowing(fit: Fit, found: Crossover) -> list[NextRun]:
+    """:func:`next_runs` for the logarithm of a crossover; a draw without one counts as the horizon."""
+    return next_runs(fit, np.log(np.minimum(found.draws, found.horizon)))
 
 
 def _candidates(fit: Fit) -> list[tuple[Path, int]]:

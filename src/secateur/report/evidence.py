@@ -11,6 +11,7 @@ from typing import Literal
 
 from secateur.errors import UserError, did_you_mean
 from secateur.report.law import CurvePoint
+from secateur.report.sentences import is_pattern
 
 __all__ = ["Accuracy", "Evidence", "Finding", "of_study"]
 
@@ -108,10 +109,9 @@ def of_study(folder: Path) -> Evidence:
 
 
 def _point(row: Mapping[str, str], where: str) -> CurvePoint:
-    objective = row.get("objective", "")
     return CurvePoint(
         path="pruned" if row["name"].startswith("P-") else "scratch",
-        method=f"{row['method']} ({objective})" if objective else row["method"],
+        method=_method(row),
         ratio=_number(row, "ratio", where),
         parameters=int(_number(row, "parameters", where)),
         tokens=int(_number(row, "train_tokens", where)),
@@ -119,6 +119,13 @@ def _point(row: Mapping[str, str], where: str) -> CurvePoint:
         seed=int(_number(row, "seed", where)),
         name=row["name"],
     )
+
+
+def _method(row: Mapping[str, str]) -> str:
+    """The method with its pattern and objective, which make another curve at the same ratio."""
+    target, objective = row.get("target", ""), row.get("objective", "")
+    pattern = f" {target}" if is_pattern(target) else ""
+    return row["method"] + pattern + (f" ({objective})" if objective else "")
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:

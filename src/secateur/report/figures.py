@@ -16,6 +16,7 @@ from secateur.progress import task
 from secateur.report.compare import Setting, Verdict
 from secateur.report.draw_curves import curve_limits, draw_curves
 from secateur.report.draw_differences import draw_differences
+from secateur.report.draw_forecast import draw_forecast
 from secateur.report.draw_ladder import draw_ladder, draw_ratios
 from secateur.report.draw_model import draw_controls, draw_layers
 from secateur.report.draw_pareto import draw_pareto
@@ -30,8 +31,8 @@ from secateur.report.words import method_name
 
 __all__ = ["KINDS", "Kind", "Panel", "inline_panels", "panels", "save_figures"]
 
-Kind = Literal["differences", "ladder", "ratios", "pareto", "curves", "controls", "layers"]
-KINDS: tuple[Kind, ...] = ("differences", "ladder", "ratios", "pareto", "curves", "controls", "layers")
+Kind = Literal["differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers"]
+KINDS: tuple[Kind, ...] = ("differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers")
 _INLINED = 12  #: figures of one kind that the page holds; it names the files of the rest
 _DRAWN = Callable[[Palette], tuple[Figure, str]]  # -> the figure, and what it shows in words
 
@@ -55,6 +56,7 @@ def panels(judgement: Judgement) -> list[Panel]:
         "differences": _differences(judgement),
         "ladder": _ladders(index),
         "ratios": _ratios(judgement),
+        "forecast": _forecasts(judgement),
         "pareto": _pareto(index),
         "curves": _curves(index),
         "controls": _controls(index),
@@ -111,6 +113,15 @@ def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, None]]:
                 return draw_ratios(dict(sorted(budgets.items())), name, palette)
 
             yield "", f"{name}: loss saved by pruning against the ratio", draw, None
+
+
+def _forecasts(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, Model]]:
+    for found in judgement.forecasts.found:
+
+        def draw(palette: Palette, found=found) -> tuple[Figure, str]:
+            return draw_forecast(found, palette)
+
+        yield "", f"{found.name}: fitted curves and where they cross", draw, found.model
 
 
 def _pareto(index: Index) -> Iterator[tuple[str, str, _DRAWN, None]]:

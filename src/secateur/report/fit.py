@@ -140,13 +140,13 @@ def fit_pair(
         deviation, freedom = _pooled_noise(points, problem, best)
         best = problem.solve(problem.losses, problem.centres, deviation, [best, *problem.starts()])
     random = np.random.default_rng(_SEED)
-    curves = []
-    for _ in range(draws):
-        size = deviation if noise else deviation * math.sqrt(freedom / random.chisquare(freedom))
-        shown = problem.losses + size * random.standard_normal(len(points))
-        centres = problem.centres + problem.widths * random.standard_normal(len(problem.centres))
-        curves.append(problem.curves(problem.solve(shown, centres, size, [best])))
-    drawn = np.array(curves).reshape(-1, 2, 4)
+    sizes, shown, centres = np.empty(draws), np.empty((draws, len(points))), np.empty((draws, len(best)))
+    for draw in range(draws):
+        sizes[draw] = deviation if noise else deviation * math.sqrt(freedom / random.chisquare(freedom))
+        moved = sizes[draw] / problem.losses * random.standard_normal(len(points))
+        shown[draw] = problem.losses * np.exp(moved)  # in logarithms, as the fit has it: no loss falls below zero
+        centres[draw] = problem.centres + problem.widths * random.standard_normal(len(best))
+    drawn = problem.curves(problem.solve_many(shown, centres, sizes, best))
     return Fit(FORMS[form], points, problem.scale, deviation, problem.curves(best), drawn)
 
 

@@ -6,11 +6,12 @@ import re
 from collections.abc import Sequence
 
 from secateur.report.compare import SCRATCH
+from secateur.report.forecast_text import ACCOUNTS, crossover_brief
 from secateur.report.sentences import BUDGETS, group_name
 from secateur.report.verdict import Judgement
 from secateur.report.words import MINUS, loss, number
 
-__all__ = ["comparisons_tex", "escaped"]
+__all__ = ["comparisons_tex", "escaped", "forecasts_tex"]
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -43,6 +44,20 @@ def comparisons_tex(judgement: Judgement) -> str:
         caption = f"% Held-out loss in nats per token, at equal {BUDGETS[setting]}"
         tables.append("\n".join([caption, *_tabular(head, rows)]))
     return "% Needs \\usepackage{booktabs}\n" + "\n\n".join(tables) + "\n"
+
+
+def forecasts_tex(judgement: Judgement) -> str:
+    """The crossover of each ladder on each account, in tokens of R; with its interval."""
+    head = ("Model", "Equal", "Ahead at first", "The other catches up at")
+    rows = []
+    for found in judgement.forecasts.found:
+        for outlook in found.outlooks:
+            crossing = outlook.crossover
+            leader = (crossing.leader or "level") if crossing else "--"
+            cells = (found.name, ACCOUNTS[outlook.allowance.account], leader, crossover_brief(crossing))
+            rows.append([escaped(cell) for cell in cells])
+    caption = "% Where the path that is behind at the smallest R catches up, by fitted curves"
+    return "\n".join(["% Needs \\usepackage{booktabs}", caption, *_tabular(head, rows)]) + "\n"
 
 
 def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -18,6 +18,7 @@ __all__ = [
     "group_name",
     "headline",
     "interval",
+    "is_pattern",
     "model_name",
     "sentence",
     "target_words",
@@ -37,7 +38,12 @@ def target_words(target: str) -> str:
     """``"0.5"`` -> ``"at ratio 0.5"``, ``"2:4"`` -> ``"at 2:4"``, ``"4b-depth"`` -> ``"to 4b-depth"``."""
     if re.fullmatch(r"0?\.\d+", target):
         return f"at ratio {target}"
-    return f"at {target}" if re.fullmatch(r"\d+:\d+", target) else f"to {target}"
+    return f"at {target}" if is_pattern(target) else f"to {target}"
+
+
+def is_pattern(target: str) -> bool:
+    """Whether a target is N:M, as in ``"2:4"``."""
+    return re.fullmatch(r"\d+:\d+", target) is not None
 
 
 def model_name(model: Model, among: Sequence[Model]) -> str:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from secateur.report.compare import SCRATCH, Estimate
+from secateur.report.fit import Estimate as Fitted
 from secateur.report.index import Index, group_of
 from secateur.report.ledger import ACCOUNTS, account_flops, best, own_cost, setting_total
 from secateur.report.results import Cell
 from secateur.report.verdict import Judgement
 from secateur.report.versus import Versus
 
-__all__ = ["cell_rows", "comparison_rows", "curves_csv", "rows_csv", "versus_rows"]
+__all__ = [
+    "across_rows",
+    "cell_rows",
+    "comparison_rows",
+    "curves_csv",
+    "forecast_rows",
+    "rows_csv",
+    "versus_rows",
+]
 
 Row = dict[str, Any]
 
@@ -109,6 +120,58 @@ def comparison_rows(judgement: Judgement) -> list[Row]:
             }
         )
     return rows
+
+
+def forecast_rows(judgement: Judgement) -> list[Row]:
+    """One row for each ladder, account and budget: who is ahead, what the curves say, where the other catches up.
+
+    None for what the runs cannot tell; an infinite crossover is None as well.
+    """
+    return [
+        {
+            **dataclasses.asdict(found.model),
+            "objective": found.objective,
+            "account": outlook.allowance.account,
+            "retrain_tokens": standing.tokens,
+            "scratch_tokens": standing.scratch_tokens,
+            "basis": standing.basis,
+            "winner": standing.winner,
+            **_estimate("difference", standing.difference),
+            **_estimate("fitted_pruned", found.fit.at("pruned", standing.tokens)),
+            **_estimate("fitted_scratch", found.fit.at("scratch", standing.scratch_tokens)),
+            "leader": outlook.crossover.leader if outlook.crossover else None,
+            **_estimate("crossover", outlook.crossover.budget if outlook.crossover else None),
+            "horizon": outlook.crossover.horizon if outlook.crossover else None,
+        }
+        for found in judgement.forecasts.found
+        for outlook in found.outlooks
+        for standing in outlook.standings
+    ]
+
+
+def _estimate(name: str, found: Fitted | None) -> Row:
+    values = (found.value, found.low, found.high) if found else (None,) * 3
+    keys = (name, f"{name}_low", f"{name}_high")
+    return {key: v if v is not None and math.isfinite(v) else None for key, v in zip(keys, values, strict=True)}
+
+
+def across_rows(judgement: Judgement) -> list[Row]:
+    """One row for each method, parent, ratio and budget: what the law across ratios says, and what was measured."""
+    return [
+        {
+            "method": one.method,
+            "objective": one.objective,
+            "parent": prediction.parent,
+            "ratio": prediction.ratio,
+            "retrain_tokens": prediction.tokens,
+            "fitted": prediction.loss,
+            "measured": prediction.measured,
+            "fit_error": one.law.error if one.law else None,
+            "left_out_error": one.left_out_error,
+        }
+        for one in judgement.laws
+        for prediction in one.predictions
+    ]
 
 
 def versus_rows(found: Versus) -> list[Row]:

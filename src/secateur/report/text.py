@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.report.compare import SCRATCH, Setting, Winner
+from secateur.report.forecast_text import further_sentence, misfit_sentence, next_sentence, outlook_sentence
 from secateur.report.index import PRUNED, Group, Index, group_of
 from secateur.report.inherited import parts
 from secateur.report.ledger import ACCOUNTS
@@ -52,7 +53,7 @@ def text_table(judgement: Judgement) -> str:
         if len(pairs) > _MOST_SENTENCES:
             lines.append(f"  and {len(pairs) - _MOST_SENTENCES} more, on the page and in comparisons.csv")
     lines += ["", *_wrapped(POOLED_NOTE)] if index.several_seeds else []
-    lines += _findings(judgement) + _inherited(index) + _objectives(index)
+    lines += _findings(judgement) + _inherited(index) + _objectives(index) + _forecasts(judgement)
     if len(index.pools) > len(index.models) or index.several_seeds or len(index.parents) > 1:
         lines += _ranking(judgement)
     ratios = _flop_line(judgement)
@@ -225,6 +226,28 @@ def _objectives(index: Index) -> list[str]:
     for row in rows[:_MOST_SENTENCES]:
         lines += _wrapped(row.sentence, indent="  ")
     return lines + ([f"  and {len(rows) - _MOST_SENTENCES} more, on the page"] if len(rows) > _MOST_SENTENCES else [])
+
+
+def _forecasts(judgement: Judgement) -> list[str]:
+    """Each ladder: where its curves meet, with the parent sunk and charged, and the losses at a budget not run."""
+    found = judgement.forecasts.found
+    lines = ["", "Forecasts, by curves fitted to finished runs, with 95% intervals"] if found or judgement.laws else []
+    for one in found[:_MOST_SENTENCES]:
+        lines += _wrapped(one.name, indent="  ")
+        told = [o for o in one.outlooks if o.allowance.account in ("training", "total-flops")]
+        sentences = [misfit_sentence(one), *map(outlook_sentence, told), further_sentence(one), next_sentence(one)]
+        for text in filter(None, sentences):
+            lines += _wrapped(text, indent="    ")
+    if len(found) > _MOST_SENTENCES:
+        lines.append(f"  and {len(found) - _MOST_SENTENCES} more, on the page and in forecasts.csv")
+    for one in judgement.laws:
+        if one.law and one.left_out_error is not None:
+            lines += _wrapped(
+                f"{one.name}, one law across ratios (arXiv:2411.10272): off by {loss(one.law.error)} nats on its own "
+                f"runs, by {loss(one.left_out_error)} on a ratio that was left out.",
+                indent="  ",
+            )
+    return lines
 
 
 def _ranking(judgement: Judgement) -> list[str]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+from secateur.report.across import MethodLaw, across_ratios
 from secateur.report.compare import Estimate, Setting, Verdict, compare, settings_of
 from secateur.report.findings import Finding, find
+from secateur.report.forecast import Forecasts, forecast
+from secateur.report.forecast_text import forecasts_json, laws_json
 from secateur.report.index import Index
 from secateur.report.inherited import parts
 from secateur.report.objectives import objective_rows
@@ -39,6 +43,16 @@ class Judgement:
     def results(self) -> Results:
         """What was judged."""
         return self.index.results
+
+    @cached_property
+    def forecasts(self) -> Forecasts:
+        """Of its ladders; fitted when first asked for, since that takes seconds."""
+        return forecast(self.index, self.verdicts)
+
+    @cached_property
+    def laws(self) -> tuple[MethodLaw, ...]:
+        """Across the ratios of each method that has several and a ladder."""
+        return across_ratios(self.index)
 
     def of(self, setting: Setting) -> list[tuple[Verdict, str]]:
         """The verdicts of one setting with their sentences."""
@@ -73,7 +87,7 @@ def judge(results: Results) -> Judgement:
 
 
 def answer_json(judgement: Judgement) -> dict[str, Any]:
-    """The judgement as plain values: answer, verdicts (pooled ones have no seed), findings, controls, objectives."""
+    """The judgement as plain values: answer, verdicts (pooled ones have no seed), and what else the report tells."""
     groups = judgement.index.groups
     pairs = [*zip(judgement.verdicts, judgement.sentences, strict=True)]
     pairs += [(verdict, sentence(verdict, groups)) for verdict in judgement.by_seed]
@@ -112,6 +126,8 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
             }
             for row in objective_rows(judgement.index)
         ],
+        **forecasts_json(judgement.forecasts),
+        "across_ratios": laws_json(judgement.laws),
     }
 
 

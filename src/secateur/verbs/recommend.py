@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from secateur.errors import UserError, did_you_mean
 from secateur.progress import task
 from secateur.report.advice import Account, Case, Question, advise, bearing, case_of
 from secateur.report.evidence import Evidence, of_study
+from secateur.report.forecast_text import crossover_json
 from secateur.report.law import PATHS
 from secateur.report.published import published
 from secateur.shapes import Shape, solve_depth, solve_width
@@ -171,9 +171,6 @@ def _case(case: Case, question: Question) -> dict[str, Any]:
 def _account(case: Case, account: Account, question: Question) -> dict[str, Any]:
     """One account in the question's tokens; None for a budget beyond what the runs can tell."""
     tokens = question.tokens + account.extra
-    found = account.crossover
-    budgets = {"budget": found.budget.value, "low": found.budget.low, "high": found.budget.high}
-    budgets |= {"lowest": found.lowest, "horizon": found.horizon}
     return {
         "name": account.name,
         "scratch_tokens": tokens,
@@ -181,8 +178,5 @@ def _account(case: Case, account: Account, question: Question) -> dict[str, Any]
         "difference": asdict(account.lead.difference),
         "likely_pruned": account.lead.likely_pruned,
         "winner": account.winner,
-        "crossover": {
-            "leader": found.leader,
-            **{key: b * case.scale if math.isfinite(b) else None for key, b in budgets.items()},
-        },
+        "crossover": crossover_json(account.crossover, case.scale),
     }

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from secateur.report.forecast_text import catches_up
 from secateur.report.words import MINUS, count, number, scientific, signed
 
 __all__ = ["text"]
@@ -16,7 +17,6 @@ _ACCOUNTS = {
     "total": "equal total tokens",
     "flops": "equal FLOPs",
 }
-_PATHS = {"pruned": "pruning", "scratch": "training from scratch"}
 
 
 def text(answer: Mapping[str, Any]) -> str:
@@ -57,7 +57,7 @@ def _case(case: Mapping[str, Any]) -> list[str]:
         lines += _wrapped(
             f"{_ACCOUNTS[account['name']]}: P-R {pruned}; from scratch on {count(account['scratch_tokens'])} tokens "
             f"{_interval(account['scratch_loss'])}; difference {_interval(account['difference'], sign=True)}: "
-            f"{account['winner']}. {_crossover(account['crossover'])}",
+            f"{account['winner']}. {catches_up(account['crossover'])}",
             "  ",
         )
     lines += [f"  {line}" for line in _distances(case["distances"])]
@@ -69,23 +69,6 @@ def _case(case: Mapping[str, Any]) -> list[str]:
             "  ",
         )
     return lines
-
-
-def _crossover(found: Mapping[str, Any]) -> str:
-    """From which budget on the path behind has caught up, in a sentence or two."""
-    low, high, end = found["low"], found["high"], f"{count(found['horizon'])} tokens"
-    if found["leader"] is None:
-        return f"Both are level at {count(found['lowest'])} tokens."
-    behind = _PATHS["scratch" if found["leader"] == "pruned" else "pruned"]
-    behind = behind[0].upper() + behind[1:]
-    if low is None:
-        return f"{behind} does not catch up within {end}."
-    start = f"by {count(found['lowest'])}" if low <= found["lowest"] else f"from {count(low)}"
-    if found["budget"] is None:
-        return f"{behind} may catch up {start} tokens on, or not within {end}: beyond what these runs can tell."
-    if high is None:
-        return f"{behind} catches up at about R = {count(found['budget'])}, {start} tokens on or not within {end}."
-    return f"{behind} catches up at about R = {count(found['budget'])} tokens ({count(low)} to {count(high)})."
 
 
 def _distances(distances: Sequence[Mapping[str, Any]]) -> list[str]:
