@@ -43,7 +43,7 @@ def draw_forecast(found: Forecast, palette: Palette) -> tuple[Figure, str]:
         _draw_path(axes, found, path, marker, dash, colour, (low, high))
         style = {"color": colour, "ls": dash, "marker": marker, "ms": 4.5}
         rows.append(LegendRow(f"{label}, at {count(found.further)}", _told(found, path), style))
-    _draw_crossing(axes, crossing, palette)
+    _draw_crossing(axes, crossing, high, palette)
     rows.append(LegendRow("they meet at", crossover_brief(crossing), {"color": palette.muted, "lw": 0.9}))
     _frame(axes, found, (low, high), palette)
     draw_legend(figure, rows, f"shaded: {100 * LEVEL:.0f}% intervals; marks: finished runs", palette)
@@ -73,11 +73,11 @@ def _draw_path(
     axes.plot(*zip(*runs, strict=True), ls="none", marker=marker, ms=5, color=colour, zorder=4)
 
 
-def _draw_crossing(axes: Axes, crossing: Crossover | None, palette: Palette) -> None:
-    """A line where the paths meet, and a band where they may."""
-    if crossing is None or math.isinf(crossing.budget.low):
+def _draw_crossing(axes: Axes, crossing: Crossover | None, last: float, palette: Palette) -> None:
+    """A line where the paths meet, and a band where they may, as far as the axis goes, to ``last``."""
+    if crossing is None or crossing.budget.low >= last:
         return
-    end = min(crossing.budget.high, crossing.horizon)
+    end = min(crossing.budget.high, crossing.horizon, last)
     axes.axvspan(crossing.budget.low, end, color=palette.muted, alpha=0.12, lw=0, zorder=0)
     if math.isfinite(crossing.budget.value):
         axes.axvline(crossing.budget.value, color=palette.muted, lw=0.9, zorder=2)
