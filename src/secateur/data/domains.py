@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import Stream
 
-__all__ = ["ByDomain", "document_stream"]
+__all__ = ["ByDomain", "document_stream", "spread", "window_stream"]
 
 
 def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Stream:
@@ -22,6 +22,29 @@ def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Str
     domains = store.domains or ("",)
     names = tuple(domains[domain] for domain in store.domains_of(split, within).tolist())
     return Stream(store.read(split, start, stop), np.repeat(np.arange(len(names)), lengths), names)
+
+
+def spread(count: int, of: int) -> NDArray[np.int64]:
+    """``count`` of the numbers below ``of``, evenly apart, from 0 on; all of them where there are no more.
+
+    >>> spread(3, 10).tolist()
+    [0, 3, 6]
+    """
+    return np.arange(min(count, of), dtype=np.int64) * of // max(1, min(count, of))
+
+
+def window_stream(store: TokenStore, split: str, windows: NDArray[np.integer], length: int) -> Stream:
+    """The windows of those numbers, ``length`` tokens each and one behind the other, with their documents.
+
+    Raises:
+        UserError: if the split ends before one of them does, or a document's domain has no name.
+    """
+    parts = [document_stream(store, split, int(i) * length, (int(i) + 1) * length) for i in windows]
+    known = [store.documents_in(split, int(i) * length, (int(i) + 1) * length).start for i in windows]
+    numbers = np.concatenate([part.documents + first for part, first in zip(parts, known, strict=True)])
+    kept, documents = np.unique(numbers, return_inverse=True)
+    domains = {first + n: name for part, first in zip(parts, known, strict=True) for n, name in enumerate(part.domains)}
+    return Stream(np.concatenate([part.ids for part in parts]), documents, tuple(domains[n] for n in kept.tolist()))
 
 
 class ByDomain:

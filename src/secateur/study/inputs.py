@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.data.domains import document_stream
+import numpy as np
+
+from secateur.data.domains import document_stream, spread, window_stream
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
 from secateur.evaluate.loss import Protocol
@@ -36,11 +38,23 @@ def model_of(stage: Stage, store: Store, role: str = "model") -> Path:
 
 
 def held_out(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Protocol:
-    """The first held-out windows behind ``skip`` others, with their documents.
+    """Held-out windows, spread evenly over the split, so that no few long documents stand for all.
+
+    Args:
+        tokens: the corpus.
+        windows: how many; the whole split where it has no more.
+        seqlen: tokens in a window.
+        skip: of those that as many windows by themselves would be, none is taken.
 
     Raises:
         UserError: if there are none.
     """
-    first, there = skip * seqlen, tokens.tokens("heldout")
-    stream = document_stream(tokens, "heldout", min(first, there), min(first + windows * seqlen, there))
+    there = tokens.tokens("heldout")
+    left = np.setdiff1d(np.arange(there // seqlen), spread(skip, there // seqlen) if skip else [])
+    if not skip and len(left) <= windows:
+        stream = document_stream(tokens, "heldout", 0, there)  # a shorter last window too
+    elif not len(left):
+        stream = document_stream(tokens, "heldout", 0, 0)
+    else:
+        stream = window_stream(tokens, "heldout", left[spread(windows, len(left))], seqlen)
     return Protocol.of_stream(stream, seqlen, "held-out documents")

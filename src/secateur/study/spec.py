@@ -211,7 +211,7 @@ class Calibrate:
 class Measure:
     """What is measured of every model: its held-out loss, and what a suite names besides."""
 
-    windows: Positive = 256  #: of the held-out split, from its start
+    windows: Positive = 256  #: spread over the held-out split
     points: Positive = 8  #: measurements along each training run
     suite: Annotated[tuple[str, ...], Listed()] = ()  #: as ``secateur eval --suite`` takes them
     protocol: str = "heldout"  #: of the suite's perplexities
@@ -239,7 +239,7 @@ class Sweep:
 
     rates: Annotated[tuple[Rate, ...], Field(min_length=2)]
     tokens: Count | None = None  #: of each trial; the smallest budget unless given
-    windows: Positive = 64  #: held-out windows that choose; they lie behind those of ``evaluation``
+    windows: Positive = 64  #: held-out windows that choose, others than those of ``evaluation``
 
 
 @spec

@@ -17,10 +17,10 @@ Kind = Literal["corpus", "fetch", "train", "select", "prune", "evaluate", "cost"
 VERSIONS: dict[Kind, int] = {
     "corpus": 2,
     "fetch": 1,
-    "train": 4,
-    "select": 1,
+    "train": 5,
+    "select": 2,
     "prune": 4,
-    "evaluate": 3,
+    "evaluate": 4,
     "cost": 1,
 }
 
