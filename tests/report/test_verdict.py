@@ -114,10 +114,22 @@ def test_verdicts_are_deterministic():
 
 
 def test_missing_run():
-    p_r, _, s_pr = trio(5.4, 5.8, 5.2)
+    p_r, s_r, s_pr = trio(5.4, None, 5.2)
     others = trio(5.4, 5.8, 5.2, "minitron-depth")
-    assert reason(p_r, s_pr, *others) == "the study has no scratch run S_R"
-    assert judge(study(p_r, s_pr, *others)).verdicts[0].flop_ratio is None
+    assert reason(p_r, s_r, s_pr, *others) == "the scratch run S_R has no held-out loss"
+
+
+def test_a_twin_that_the_study_leaves_out_is_not_missing():
+    """With ``exclude`` some comparisons have no twin in a setting that others have; nothing is incomplete then."""
+    p_r, _, s_pr = trio(5.4, 5.8, 5.2)
+    judgement = judge(study(p_r, s_pr, *trio(5.4, 5.8, 5.2, "minitron-depth")))
+    found = {(v.setting, v.group.method): v.winner for v in judgement.verdicts}
+    assert found == {
+        ("training", "minitron-depth"): "pruned",
+        ("total", "minitron-depth"): "scratch",
+        ("total", "wanda"): "scratch",
+    }
+    assert "as far as it was measured" not in judgement.answer
 
 
 def test_only_settings_that_the_study_has_runs_for_are_judged():

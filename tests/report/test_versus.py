@@ -89,9 +89,12 @@ def test_losses_of_different_protocols_are_not_subtracted_and_savings_are() -> N
 
 def test_what_is_missing_in_one_is_not_measured() -> None:
     a = example()
-    b = dataclasses.replace(a, cells=tuple(c for c in a.cells if (c.method, c.name) != ("wanda", "S_R")))
-    found = both(a, b)
-    assert not any((row.name, row.run) == ("Wanda at ratio 0.5", "S_R") for row in found.runs)
+    lost = ("wanda", "S_R")
+    cells = (dataclasses.replace(c, evaluation=None) if (c.method, c.name) == lost else c for c in a.cells)
+    found = both(a, dataclasses.replace(a, cells=tuple(cells)))
+    (run,) = [row for row in found.runs if (row.name, row.run) == ("Wanda at ratio 0.5", "S_R")]
+    assert (run.b, run.difference) == (None, None)
+    assert "no held-out loss" in run.reason
     (row,) = [row for row in found.gaps if (row.name, row.setting) == ("Wanda at ratio 0.5", "training")]
     assert row.agree is None
     assert row.difference is None

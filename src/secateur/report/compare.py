@@ -160,8 +160,11 @@ def compare(index: Index, groups: Sequence[Group]) -> tuple[Verdict, ...]:
 
 
 def is_planned(index: Index, group: Group, setting: Setting) -> bool:
-    """Whether a comparison has this setting; an objective without a twin of its own is held against other ones."""
-    return not group.objective or any(index.over_seeds(group, SCRATCH[setting]))
+    """Whether the study has a twin, finished or not, for a comparison in this setting; it may leave some out.
+
+    A pruned model of which there is no run at all is not left out: nothing is known of it yet.
+    """
+    return any(index.over_seeds(group, SCRATCH[setting])) or not index.of(group)
 
 
 def _judge(index: Index, setting: Setting, group: Group) -> Verdict:
