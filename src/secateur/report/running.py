@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from secateur.report.compare import SCRATCH
-from secateur.report.index import PRUNED, Group, Index, Model
+from secateur.report.index import PRUNED, Index, Model
 from secateur.report.results import Running
 from secateur.report.sentences import model_name
 
@@ -58,8 +58,8 @@ def _rows(name: str, running: Running) -> list[dict[str, Any]]:
 def served(index: Index, axis: Axis) -> tuple[list[Served], str]:
     """Every model with a loss and a cost, and what the cost was measured on.
 
-    Of a ladder the largest budget is shown. Costs of different devices share no axis: where there are several, those of
-    the device that has the most are taken.
+    Of a ladder each run is shown at the largest budget that it has, under the language-model loss. Costs of different
+    devices share no axis: where there are several, those of the device that has the most are taken.
     """
     every = [p.running for p in (*index.results.parents, *index.pruned.values()) if p.running]
     if not every:
@@ -77,23 +77,22 @@ def served(index: Index, axis: Axis) -> tuple[list[Served], str]:
 
     for parent in index.results.parents:
         add(None, "parent", parent.running, [parent.evaluation.loss] if parent.evaluation else [])
-    for group in _largest(index):
-        pruned = index.pruned.get(group.model)
-        for run in (PRUNED, *SCRATCH.values()):
-            cells = index.over_seeds(group, run)
-            losses = [cell.evaluation.loss for cell in cells if cell and cell.evaluation]
-            add(group.model, run, pruned.running if pruned else None, losses)
+    for (model, run), losses in _last(index).items():
+        pruned = index.pruned.get(model)
+        add(model, run, pruned.running if pruned else None, losses)
     return points, f"{device}, {dtype}"
 
 
-def _largest(index: Index) -> list[Group]:
-    """Of each pruned model and objective, the comparison with the most retraining tokens."""
-    found: dict[tuple[Model, str], Group] = {}
-    for group in index.pools:
-        key = (group.model, group.objective)
-        if key not in found or group.retrain_tokens > found[key].retrain_tokens:
-            found[key] = group
-    return list(found.values())
+def _last(index: Index) -> dict[tuple[Model, str], list[float]]:
+    """Of each pruned model and run, the losses of all seeds at the largest budget that has one."""
+    found: dict[tuple[Model, str], list[float]] = {}
+    for group in sorted(index.pools, key=lambda group: group.retrain_tokens):
+        for run in (PRUNED, *SCRATCH.values()):
+            cells = index.over_seeds(group, run)
+            losses = [cell.evaluation.loss for cell in cells if cell and cell.evaluation]
+            if losses and not group.objective:
+                found[group.model, run] = losses
+    return found
 
 
 def _cost(running: Running, axis: Axis, execution: str) -> tuple[float, float, float] | None:
