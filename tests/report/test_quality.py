@@ -167,6 +167,17 @@ def test_memory_and_kernels_have_points_of_their_own() -> None:
     assert costs == {("dense", 8.0), ("2:4 kernels", 6.0)}
 
 
+def test_times_that_scatter_are_told() -> None:
+    steady = running(5, 2)
+    figures = tuple(
+        {**f, "low": 0.95 * f["value"], "high": 1.05 * f["value"]} if "low" in f else f for f in steady.figures
+    )
+    assert "Beware" not in render(judge(with_costs({"wanda": dataclasses.replace(steady, figures=figures)})))
+    loud = tuple({**f, "low": 0.7 * f["value"]} if "low" in f else f for f in steady.figures)
+    page = render(judge(with_costs({"wanda": dataclasses.replace(steady, figures=loud)})))
+    assert "speeds of Wanda at ratio 0.5 scatter" in page
+
+
 def test_devices_do_not_share_an_axis() -> None:
     costs = {"minitron-depth": running(5, 2), "minitron-width": running(6, 2), "wanda": running(1, 4, device="H100")}
     points, told = served(Index(with_costs(costs)), "time")

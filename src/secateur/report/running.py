@@ -18,6 +18,9 @@ Axis = Literal["time", "memory"]
 AXES: tuple[Axis, ...] = ("time", "memory")
 
 
+_STEADY = 0.2  #: of a median: what its quartiles may be apart on a device that does nothing else
+
+
 @dataclass(frozen=True)
 class Served:
     """One trained model as whoever serves it sees it."""
@@ -41,7 +44,8 @@ def running_rows(index: Index) -> list[dict[str, Any]]:
 
 def _rows(name: str, running: Running) -> list[dict[str, Any]]:
     executions = dict.fromkeys(figure["execution"] for figure in running.figures)
-    about = {"name": name, "device": running.device, "dtype": running.dtype, "note": running.note}
+    about: dict[str, Any] = {"name": name, "device": running.device, "dtype": running.dtype, "note": running.note}
+    about["scatters"] = scatters(running)
     rows = []
     for execution in executions:
         batches = dict.fromkeys(f.get("batch") for f in running.figures if f["execution"] == execution and "batch" in f)
@@ -53,6 +57,12 @@ def _rows(name: str, running: Running) -> list[dict[str, Any]]:
             }
             rows.append({**about, "execution": execution, "batch": batch, "figures": figures})
     return rows
+
+
+def scatters(running: Running) -> bool:
+    """Whether a speed differs so much between repeats that something else must have run on the device."""
+    speeds = [figure for figure in running.figures if "low" in figure and "high" in figure]
+    return any(figure["high"] - figure["low"] > _STEADY * figure["value"] for figure in speeds)
 
 
 def served(index: Index, axis: Axis) -> tuple[list[Served], str]:
