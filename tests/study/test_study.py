@@ -128,7 +128,9 @@ def test_depth_and_width_have_the_planned_shape(whole: tuple[Path, Path, dict[st
 def test_evaluation_is_the_loss_of_the_saved_model(whole: tuple[Path, Path, dict[str, Any]]) -> None:
     _, out, _ = whole
     store = TokenStore(next(out.glob("stages/corpus-*")))
-    ids = torch.from_numpy(store.read("heldout", 0, 24 * 32)).view(24, 32)
+    windows = store.tokens("heldout") // 32
+    starts = [32 * (number * windows // 24) for number in range(24)]  # spread over the split
+    ids = torch.stack([torch.from_numpy(store.read("heldout", at, at + 32)) for at in starts])
     found = record(out, "evaluate-minitron-width-0.5-P-R-*")["result"]
     with torch.no_grad():
         logits = model(out, "train-minitron-width-0.5-P-R-*")(ids).logits
