@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,6 +197,15 @@ class Losses:
             raise UserError(f"{self.protocol.source}: the loss is {loss}; the model puts out NaN or infinity")
         return loss
 
+    def summary(self) -> dict[str, Any]:
+        """``loss`` (nats per predicted token), ``perplexity``, ``tokens``, and ``windows``: each window's mean loss.
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
+        loss, means = self.mean(), [total / count for count, total in self.windows()]
+        return {"loss": loss, "perplexity": perplexity(loss), "tokens": self.protocol.tokens, "windows": means}
+
 
 @torch.no_grad()
 def window_losses(
@@ -239,15 +248,12 @@ def evaluate(
     """The loss of a model, window by window; arguments as of :func:`window_losses`.
 
     Returns:
-        ``loss`` (nats per predicted token), ``perplexity``, ``tokens``, and ``windows``: each window's mean loss.
+        :meth:`Losses.summary`.
 
     Raises:
         UserError: if the loss is not finite.
     """
-    found = window_losses(model, protocol, batch=batch, advance=advance)
-    loss = found.mean()
-    means: Sequence[float] = [total / count for count, total in found.windows()]
-    return {"loss": loss, "perplexity": perplexity(loss), "tokens": protocol.tokens, "windows": list(means)}
+    return window_losses(model, protocol, batch=batch, advance=advance).summary()
 
 
 def measure_loss(found: Losses, name: str) -> Measurement:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,6 @@ from secateur.report.versus import Versus
 __all__ = ["build_report", "build_versus", "render"]
 
 _MANY = 6  #: comparisons beyond which the page folds away what is one for each
-_SYMBOL = re.compile(r"S_\{(P\+[RF])\}|S_([RF])\b")
 _RUNS: dict[str, str] = {
     "S_R": "the same small architecture from random weights on R tokens: as many training tokens as P-R",
     "S_{P+R}": "the same from random weights on P + R tokens: as many total tokens as P-R, its parent's counted",
@@ -276,7 +274,7 @@ def _costs(judgement: Judgement) -> dict[str, Any]:
 
 def _symbols(text: str) -> Markup:
     """Escape ``text`` and set its symbols as they are written by hand: S_R with a subscript."""
-    return Markup(_SYMBOL.sub(lambda found: f"S<sub>{found[1] or found[2]}</sub>", str(escape(text))))
+    return Markup(words.symbols(str(escape(text)), "S<sub>{}</sub>"))
 
 
 def _or_missing(value: Any, name: str, *arguments: Any) -> str | Markup:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,11 @@ from secateur.report.index import Model
 from secateur.report.palette import Palette
 from secateur.report.running import Axis, Served, front
 from secateur.report.sentences import model_name
-from secateur.report.words import loss, number
+from secateur.report.words import loss, number, symbols
 
 __all__ = ["draw_pareto"]
 
 _LABELS: dict[Axis, str] = {"time": "ms for each written token", "memory": "MB of memory"}
-_RUN, _SYMBOL = re.compile(r"S_\{?(P\+[RF]|[RF])\}?"), r"S(\1)"  # S_{P+R} -> S(P+R)
 _NAMED = 6  #: models of the front that have a number and a name, those of the lowest losses
 
 
@@ -72,4 +70,4 @@ def _draw(axes: Axes, points: Sequence[Served], scale: float, style: dict[str, A
 def _called(point: Served, among: Sequence[Model]) -> str:
     if point.model is None:
         return "the parent"
-    return f"{model_name(point.model, among).replace(' at ratio', '')}, {_RUN.sub(_SYMBOL, point.run)}"
+    return f"{model_name(point.model, among).replace(' at ratio', '')}, {symbols(point.run, 'S({})')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,12 +25,14 @@ __all__ = [
     "share",
     "signed",
     "spelled",
+    "symbols",
 ]
 
 NOT_MEASURED = "not measured"  #: what stands wherever a figure is missing; never 0, never an empty cell
 
 MINUS, TIMES, _NBSP = "\u2212", "\u00d7", "\u00a0"
 _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+_SYMBOL = re.compile(r"S_\{(P\+[RF])\}|S_([RF])\b")
 _SPELLED = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 #: The authors' own spelling of their methods; any other method keeps the name that the study gives it.
@@ -126,6 +129,11 @@ def listing(items: Sequence[str]) -> str:
 def spelled(value: int) -> str:
     """Small whole numbers as words."""
     return _SPELLED[value] if 0 <= value < len(_SPELLED) else str(value)
+
+
+def symbols(text: str, form: str) -> str:
+    """The from-scratch runs named in a text as ``form`` writes them: ``S_{P+R}``, with ``"S({})"`` -> ``S(P+R)``."""
+    return _SYMBOL.sub(lambda found: form.format(found[1] or found[2]), text)
 
 
 def plain(value: Any) -> str:

@@ -57,13 +57,13 @@ class _Records:
 
     def __init__(self, study: Study, stages: list[Stage], store: Store) -> None:
         self.study, self.store = study, store
-        self.records = {stage.fingerprint: store.record(stage) for stage in unique(stages)}
-        self.seconds = {stage.fingerprint: _seconds(store.runtime(stage)) for stage in unique(stages)}
+        self.stages = unique(stages)
+        self.records = {stage.fingerprint: store.record(stage) for stage in self.stages}
+        self.seconds = {stage.fingerprint: _seconds(store.runtime(stage)) for stage in self.stages}
         self.measured = {stage.facts["of"]: stage for stage in stages if stage.kind == "evaluate"}
         self.timed = {stage.facts["of"]: stage for stage in stages if stage.kind == "cost"}
         pruned = {(stage.facts["parent"], stage.fingerprint) for stage in stages if stage.kind == "prune"}
         self.children = {name: sum(parent == name for parent, _ in pruned) for name in study.all_parents}
-        self.stages = unique(stages)
 
     def protocol(self) -> dict[str, Any]:
         records = (self.records[stage.fingerprint] for stage in self.measured.values())

@@ -43,17 +43,14 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     model: Any = checkpoint.load(pick_dtype(asked.get("dtype", "float32"), device)).to(device)  # type: ignore[arg-type]
     with task(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:
         losses = window_losses(model, protocol, advance=progress.advance)
-    found = [measure_loss(losses, LOSS)]
-    found += _suite(stage, checkpoint, model, work / RESULTS, found[0])
-    details = {key: found[0].details[key] for key in ("perplexity", "tokens", "by_position")}
-    details |= {"by_domain": found[0].details["by_domain"]} if "by_domain" in found[0].details else {}
+    loss = measure_loss(losses, LOSS)
+    suite = _suite(stage, checkpoint, model, work / RESULTS, loss)
     return {
-        "loss": found[0].value,
-        **details,
-        "windows": [total / count for count, total in losses.windows()],
+        **loss.details,
+        **losses.summary(),
         "sparsity": sparsity(checkpoint),
         "protocol": protocol.record(),
-        "suite": [measurement.record() for measurement in found[1:]],
+        "suite": [measurement.record() for measurement in suite],
     }
 
 
@@ -64,10 +61,10 @@ def _suite(stage: Stage, checkpoint: Checkpoint, model: Any, path: Path, loss: M
     protocols = text_protocols(checkpoint, texts, data=told.get("text_data"))
     tasks = [Task(name, told.get("tasks_data"), asked["task_limit"]) for name in asked.get("tasks", {})]
     found = _measured(path)
+    Results(stage.name, [loss, *found]).save(path)
     for measurement in measure(checkpoint, model, protocols, tasks, done={m.name for m in found}, of=stage.name):
         found.append(measurement)
         Results(stage.name, [loss, *found]).save(path)
-    Results(stage.name, [loss, *found]).save(path)
     return found
 
 
