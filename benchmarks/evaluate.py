@@ -35,19 +35,25 @@ class Contender:
 
 
 def harness_task(name: str, data: Path, folder: Path) -> str:
-    """Write the YAML of a local task and return its name: the harness's own task on the documents of a file."""
+    """Write the YAML of a local task and return its name: the harness's own task on the documents of a file.
+
+    Examples in the prompt are drawn from the file beside it, ``<task>.examples.jsonl``, if it is there.
+    """
     root = Path(lm_eval.tasks.__file__).parent
     own = next(path for path in sorted(root.glob("**/*.yaml")) if f"\ntask: {name}\n" in f"\n{path.read_text()}\n")
+    examples = data.with_name(f"{name}.examples.jsonl")
+    split = "train" if examples.is_file() else "null"
+    files = f"test: {data.resolve()}" + (f", train: {examples.resolve()}" if examples.is_file() else "")
     lines = [
         f"include: {own}",
         f"task: {name}_local",
         "dataset_path: json",
         "dataset_name: null",
-        f"dataset_kwargs: {{data_files: {{test: {data.resolve()}}}}}",
-        "training_split: null",
+        f"dataset_kwargs: {{data_files: {{{files}}}}}",
+        f"training_split: {split}",
         "validation_split: null",
         "test_split: test",
-        "fewshot_split: null",
+        f"fewshot_split: {split}",
     ]
     (folder / f"{name}_local.yaml").write_text("\n".join(lines) + "\n")
     return f"{name}_local"

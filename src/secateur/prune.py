@@ -134,7 +134,7 @@ def make_plan(
     if reads_text(found) and calibration is None:
         raise UserError(f"--calibration: {method} is scored on text; name some")
     if task_of(found) and task is None:
-        task = Task(task_of(found))
+        task = Task(task_of(found), few_shot=0)
     if task is not None:
         _ = task.requests  # what is wrong with the task is told before the weights are read
     windows = calibration.windows if calibration and reads_text(found) else None

@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ __all__ = [
     "Lost",
     "add",
     "add_count",
+    "add_texts",
     "alone",
     "end",
     "every",
@@ -199,6 +200,28 @@ def add_count(count: int) -> int:
 def every(true: bool) -> bool:
     """Whether something holds in all processes."""
     return add_count(int(true)) == world()
+
+
+def add_texts(texts: Mapping[int, str], count: int) -> list[str]:
+    """Bring together texts by their numbers, of which each process has some and no two have the same.
+
+    Args:
+        texts: of this process.
+        count: how many there are in all processes.
+    """
+    import torch
+
+    packed = {number: text.encode() for number, text in texts.items()}
+    sizes = torch.zeros(count, dtype=torch.int64)
+    for number, data in packed.items():
+        sizes[number] = len(data)
+    stops = add(sizes).cumsum(0).tolist()
+    starts = [0, *stops[:-1]]
+    letters = torch.zeros(stops[-1] if stops else 0, dtype=torch.uint8)
+    for number, data in packed.items():
+        letters[starts[number] : stops[number]] = torch.tensor(list(data), dtype=torch.uint8)
+    every = bytes(add(letters).tolist())
+    return [every[start:stop].decode() for start, stop in zip(starts, stops, strict=True)]
 
 
 def wait() -> None:

@@ -59,9 +59,15 @@ def _window_counts(windows: int) -> NDArray[np.uint16]:
     return counts
 
 
-def mean_interval(groups: Sequence[NDArray[np.floating]]) -> tuple[float, float]:
-    """95% percentile interval of the mean of the means of several groups, each resampled for itself."""
-    return _percentiles(np.mean([_means(group, None, number) for number, group in enumerate(groups)], axis=0))
+def mean_interval(groups: Sequence[NDArray[np.floating]], shares: Sequence[float] | None = None) -> tuple[float, float]:
+    """95% percentile interval of the mean of the means of several groups, each resampled for itself.
+
+    Args:
+        groups: what is measured in each.
+        shares: what each group counts, one in all; None where each counts as much.
+    """
+    means = [_means(group, None, number) for number, group in enumerate(groups)]
+    return _percentiles(np.average(means, axis=0, weights=shares))
 
 
 def _percentiles(means: NDArray[np.floating]) -> tuple[float, float]:

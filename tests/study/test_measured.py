@@ -76,7 +76,7 @@ def test_what_is_timed_is_planned_once_for_each_shape(text: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("suite", "told", "says"),
     [
-        (["arc_eazy"], {}, None),  # known to lm-eval or not is looked up when the study is run
+        (["cost"], {"few_shot": 0}, "evaluation.few_shot: nothing of evaluation.suite reads it"),
         (["zero-shott"], {}, "evaluation.suite zero-shott: is not known; did you mean 'zero-shot'?"),
         (["cost", "cost"], {}, "evaluation.suite cost,cost: has an empty or repeated name"),
         (["cost"], {"tasks_data": "x"}, "evaluation.tasks_data: nothing of evaluation.suite reads it"),
@@ -87,12 +87,9 @@ def test_what_is_timed_is_planned_once_for_each_shape(text: Path, tmp_path: Path
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(
-    text: Path, tmp_path: Path, suite: list[str], told: dict[str, Any], says: str | None
+    text: Path, tmp_path: Path, suite: list[str], told: dict[str, Any], says: str
 ) -> None:
     file = suited(tmp_path, text, suite, **told)
-    if says is None:
-        stages(file)
-        return
     with pytest.raises(UserError) as error:
         stages(file)
     assert says in str(error.value)
@@ -115,6 +112,46 @@ def test_content_is_identity_and_its_place_is_not(text: Path, tmp_path: Path) ->
         s.kind for s in stages(suited(tmp_path, text, ["arc_easy"], tasks_data=str(there))) if s.fingerprint in changed
     }
     assert kinds == {"evaluate"}
+
+
+@needs_lm_eval
+def test_a_name_that_lm_eval_does_not_know_is_told_before_the_study_runs(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluation.suite arc_eazy: lm-eval has no task, .* did you mean 'arc_easy'?"):
+        stages(suited(tmp_path, text, ["arc_eazy"]))
+
+
+@needs_lm_eval
+def test_a_group_and_examples_are_part_of_a_study(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent / "wmdp"
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
+    monkeypatch.setattr("secateur.evaluate.groups.index", lambda: manager.task_index)  # that of all takes many seconds
+    for number, name in enumerate(("wmdp_bio", "wmdp_chem", "wmdp_cyber"), start=5):
+        rows = [
+            {"question": f"lurk {n}?", "choices": ["ban", "dell", "gost", "ji"], "answer": n % 4} for n in range(number)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("arc_easy", "arc_easy.examples"):
+        documents(tmp_path, name, 6)
+
+    def planned(**told: Any) -> Stage:
+        found = stages(suited(tmp_path, text, ["wmdp", "arc_easy"], tasks_data=str(tmp_path), **told))
+        return next(s for s in found if s.kind == "evaluate" and s.name == "parent")
+
+    asked = planned(few_shot=1)
+    assert [group["name"] for group in asked.identity["suite"]["groups"]] == ["wmdp"]
+    assert len({planned().fingerprint, planned(few_shot=2).fingerprint, asked.fingerprint}) == 3
+    assert list(asked.identity["suite"]["examples"]) == ["arc_easy"]
+    out = tmp_path / "out"
+    for stage in stages(suited(tmp_path, text, ["wmdp", "arc_easy"], tasks_data=str(tmp_path), few_shot=1)):
+        if stage.kind in ("corpus", "train", "evaluate") and stage.name in ("corpus", "text", "parent", asked.name):
+            do(stage, out)
+    found = Results.load(Store(out).folder(asked) / RESULTS)
+    assert [m.name for m in found.measurements] == ["loss", "wmdp_bio", "wmdp_chem", "wmdp_cyber", "arc_easy", "wmdp"]
+    assert [m.protocol["few_shot"] for m in found.measurements[1:5]] == [0, 0, 0, 1]  # wmdp says 0 itself
+    *parts, _, whole = (m.value for m in found.measurements[1:])
+    assert whole == pytest.approx(sum(p * n for p, n in zip(parts, (5, 6, 7), strict=True)) / 18)
 
 
 @needs_lm_eval

@@ -18,13 +18,14 @@ from helpers import tiny_llama
 from processes import together
 from secateur.cli import main
 from secateur.data.tokenizer import train_tokenizer
-from secateur.evaluate.results import items_file
+from secateur.evaluate.results import Results, items_file
 from secateur.evaluate.tasks import METRICS
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
 
 WORDS = ("frost", "pear", "ladder", "soil", "rope", "hedge", "saw", "twine", "a man", "the roots")
 DOCUMENTS = 6
+WMDP = ("wmdp_bio", "wmdp_chem", "wmdp_cyber")
 
 
 def made_up(draw: random.Random, name: str) -> dict[str, Any]:
@@ -61,6 +62,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in METRICS:
         rows = [made_up(draw, name) for _ in range(DOCUMENTS)]
         (folder / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, name in enumerate(WMDP, start=4):
+        rows = [
+            {"question": draw.choice(WORDS), "choices": WORDS[:4], "answer": draw.randrange(4)} for _ in range(number)
+        ]
+        (folder / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, count in (("gsm8k", 3), ("gsm8k.examples", 8)):
+        rows = [{"question": f"{n} saws?", "answer": f"{n} saws.\n#### {n}"} for n in range(count)]
+        (folder / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"page": " ".join(draw.choice(WORDS) for _ in range(10 * n))} for n in range(1, 5)]
+    (folder / "tasks" / "wikitext.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "texts").mkdir()
     documents = [" ".join(draw.choice(WORDS) for _ in range(40)) for _ in range(20)]
     for name, field in (("c4", "text"), ("wikitext", "text"), ("cnn_dailymail", "article")):
@@ -73,6 +84,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = ["data", f"text:{folder / 'corpus'}", str(folder / "shards"), "--tokenizer", str(folder / "llama-0")]
     assert main([*line, "--holdout", "0.5", "--workers", "1"]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def roomy(world: Path) -> Path:
+    """A model with positions for what it is to write."""
+    directory = tiny_llama(world, seed=2, vocab_size=300, max_position_embeddings=400)
+    for file in world.glob("llama-0/token*"):
+        (directory / file.name).write_bytes(file.read_bytes())
+    return directory
 
 
 @pytest.fixture
@@ -154,6 +174,8 @@ def test_figures_of_different_protocols_share_no_table(call: Callable[..., Any],
         ("eval {w}/llama-0 --suite perplexity --protocol heldou", "did you mean 'heldout'?"),
         ("eval {w}/llama-0 --suite perplexity --text-data {t}", "holds no c4.txt, c4.jsonl or c4.parquet"),
         ("eval {w}/llama-0 --data stdlib --tasks-data {w}", "--tasks-data: nothing that was asked for reads it"),
+        ("eval {w}/llama-0 --data stdlib --few-shot 0", "--few-shot: nothing that was asked for reads it"),
+        ("eval {w}/llama-0 --suite sciq --few-shot x", "'x' is not a whole count"),
         ("eval {w}/llama-0 {w}/llama-0 --data stdlib --out {t}", "--out: two of the models have the same name"),
         ("eval {w}/llama-0 --data shards:{t}", "holds no token shards; write them with `secateur data"),
         ("compare {t}/a.json {t}/b.json", "a.json: no such file"),
@@ -167,7 +189,23 @@ def test_bad_input_is_told_in_a_line(line: str, message: str, call: Callable[...
 def test_missing_tasks_are_told_before_anything_runs(call: Callable[..., Any]) -> None:
     assert "piqa.jsonl: no such file" in call("eval {w}/llama-0 --suite piqa --tasks-data {t}", code=2)
     told = call("eval {w}/llama-0 --suite arc_eazy --tasks-data {t}", code=2)
-    assert "no single task 'arc_eazy'; did you mean 'arc_easy'?" in told
+    assert "--suite arc_eazy: lm-eval has no task, group or tag of that name; did you mean 'arc_easy'?" in told
+    told = call("eval {w}/llama-0 --suite sciq,gsm8k --tasks-data {w}/tasks", code=2)
+    assert "gsm8k lets a model write 256 tokens, and this one takes 64 with the question; leave the task out" in told
+
+
+@needs_lm_eval
+def test_a_group_of_tasks(call: Callable[..., Any], world: Path) -> None:
+    line = "eval {w}/llama-0 {w}/llama-1 --suite wmdp,sciq --tasks-data {w}/tasks"
+    table = call(line + " --out {t}/out", text=True)
+    rows = [row.split() for row in table.splitlines()]
+    assert [row[:2] for row in rows[1:6]] == [[f"{name},", "acc"] for name in (*WMDP, "sciq", "wmdp")]
+    assert "wmdp: mean of 3 tasks over documents, 15 documents, lm-eval" in table
+    compared = call("compare {t}/out/llama-0.json {t}/out/llama-1.json")["comparisons"]
+    assert [c["name"] for c in compared] == [*WMDP, "sciq", "wmdp", "average of tasks"]
+    assert [c["items"] for c in compared] == [4, 5, 6, DOCUMENTS, 15, 15 + DOCUMENTS]
+    told = call("eval {w}/llama-0 --suite wmdp,sciq --tasks-data {w}/tasks --few-shot 2", code=2)  # wmdp stays at 0
+    assert "sciq.examples.jsonl: no such file; the 2 examples in each prompt of sciq are drawn from it" in told
 
 
 def test_cost_in_the_table(call: Callable[..., Any]) -> None:
@@ -176,38 +214,44 @@ def test_cost_in_the_table(call: Callable[..., Any]) -> None:
 
 
 @needs_lm_eval
-def test_several_processes_give_the_same(world: Path, tmp_path: Path) -> None:
+def test_several_processes_give_the_same(world: Path, roomy: Path, tmp_path: Path) -> None:
     line = [
         "--suite",
-        "perplexity,piqa,sciq",
+        "perplexity,piqa,sciq,gsm8k,wikitext",
         "--tasks-data",
         str(world / "tasks"),
         "--text-data",
         str(world / "texts"),
     ]
-    command = [str(world / "llama-0"), *line, "--device", "cpu", "--out"]
+    command = [str(roomy), *line, "--device", "cpu", "--out"]
     assert main(["eval", *command, str(tmp_path / "one")]) == 0
     together(2, [["eval", *command, str(tmp_path / "two")]], tmp_path)
-    one, two = (json.loads((tmp_path / folder / "llama-0.json").read_text()) for folder in ("one", "two"))
-    for ours, theirs in zip(one["measurements"], two["measurements"], strict=True):
+    one, two = (Results.load(tmp_path / folder / f"{roomy.name}.json") for folder in ("one", "two"))
+    written = [[item["written"] for item in m.items] for r in (one, two) if (m := r.of("gsm8k"))]
+    assert len(written) == 2 and written[0] == written[1] and len(written[0]) == 3
+    for ours, theirs in zip(one.record()["measurements"], two.record()["measurements"], strict=True):
         assert ours["value"] == pytest.approx(theirs["value"], rel=1e-6) and ours["protocol"] == theirs["protocol"]
 
 
 @needs_lm_eval
 @pytest.mark.slow
-def test_scores_are_those_of_the_harness_s_own_command(world: Path, tmp_path: Path) -> None:
+def test_scores_are_those_of_the_harness_s_own_command(world: Path, roomy: Path, tmp_path: Path) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
     from evaluate import harness_task
 
-    tasks = {name: harness_task(name, world / "tasks" / f"{name}.jsonl", tmp_path) for name in METRICS}
+    names = (*METRICS, "gsm8k", "wikitext")
+    tasks = {name: harness_task(name, world / "tasks" / f"{name}.jsonl", tmp_path) for name in names}
     line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "4"]
-    line += ["--model_args", f"pretrained={world / 'llama-0'},dtype=float32", "--tasks", ",".join(tasks.values())]
+    line += ["--model_args", f"pretrained={roomy},dtype=float32", "--tasks", ",".join(tasks.values())]
     line += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "theirs"), "--log_samples"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     subprocess.run(line, check=True, env=environment, capture_output=True, timeout=300)
     theirs = json.loads(next((tmp_path / "theirs").rglob("results*.json")).read_text())["results"]
-    ours = ["eval", str(world / "llama-0"), "--suite", "zero-shot", "--tasks-data", str(world / "tasks")]
+    ours = ["eval", str(roomy), "--suite", "zero-shot,gsm8k,wikitext", "--tasks-data", str(world / "tasks")]
     assert main([*ours, "--device", "cpu", "--out", str(tmp_path / "ours")]) == 0
-    found = {m["name"]: m for m in json.loads((tmp_path / "ours" / "llama-0.json").read_text())["measurements"]}
+    found = {m["name"]: m for m in json.loads((tmp_path / "ours" / f"{roomy.name}.json").read_text())["measurements"]}
     for name, local in tasks.items():
-        assert found[name]["value"] == pytest.approx(theirs[local][f"{METRICS[name]},none"], abs=1e-12), name
+        for metric, value in found[name]["metrics"].items():
+            assert value == pytest.approx(theirs[local][metric], rel=1e-5, abs=1e-12), (name, metric)
+    for name, metric in METRICS.items():
+        assert found[name]["value"] == found[name]["metrics"][f"{metric},none"]

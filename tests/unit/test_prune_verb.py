@@ -226,14 +226,14 @@ def test_pruning_by_a_task(
     seen: list[Any] = []
 
     class Told:
-        def __init__(self, name: str, data: str | None = None, limit: int | None = None) -> None:
-            self.name, self.data, self.limit, self.requests = name, data, limit, None
+        def __init__(self, name: str, *, data: str | None, limit: int | None, few_shot: int | None) -> None:
+            self.name, self.data, self.limit, self.few_shot, self.requests = name, data, limit, few_shot, None
 
         def record(self) -> dict[str, Any]:
             return {"name": self.name}
 
     def accuracies(checkpoint: Any, length: int, task: Told, **_: Any) -> tuple[float, list[float]]:
-        seen.append((length, task.name, task.data, task.limit))
+        seen.append((length, task.name, task.data, task.limit, task.few_shot))
         return 0.9, [0.2, 0.8, 0.3, 0.1]
 
     monkeypatch.setattr("secateur.verbs.pruning.Task", Told)
@@ -243,7 +243,7 @@ def test_pruning_by_a_task(
     assert "text.txt: is not read, since minitron-depth goes by the task winogrande" in found.err
     assert found.answer["summary"]["detail"] == "layers 1-2 of 0-4 removed"
     assert found.answer["calibration"]["source"] is None
-    assert seen == [(2, "winogrande", str(world), 7)]
+    assert seen == [(2, "winogrande", str(world), 7, 0)]
     shutil.rmtree(tmp_path / "out")
     assert "calibration  none, scored by the task winogrande\n" in call((PRUNE + line).replace("--json", "")).out
 

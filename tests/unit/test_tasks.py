@@ -334,15 +334,7 @@ def fails(task: Task) -> str:
 @needs_lm_eval
 def test_a_name_that_is_no_task(data: Path) -> None:
     assert fails(Task("winogrand", str(data))).endswith("no single task 'winogrand'; did you mean 'winogrande'?")
-    known = fails(Task("#@~", str(data)))
-    assert "arc_challenge" in known and len(known) < 200
-    assert "no single task 'ai2_arc'" in fails(Task("ai2_arc", str(data)))  # a group
-
-
-@needs_lm_eval
-@pytest.mark.parametrize("name", ["gsm8k", "wikitext", "squadv2"])
-def test_a_task_without_likelihoods_to_compare(name: str) -> None:
-    assert f"{name}: is not answered by comparing likelihoods" in fails(Task(name))
+    assert "no single task 'ai2_arc'" in fails(Task("ai2_arc", str(data)))  # a tag
 
 
 GOOD = '{"sentence": "The rope held _ up.", "option1": "frost", "option2": "it", "answer": "2"}'
@@ -486,8 +478,8 @@ def test_likelihoods_are_the_harness_s_own(name: str, batch: int | None, llama: 
     found = measure_task(language_model(Checkpoint(llama), model, batch), task, llama)
     plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3).loglikelihood(task.requests.harness.instances)
     assert [v for item in found.items for v in item["loglikelihoods"]] == pytest.approx([v for v, _ in plain], rel=1e-5)
-    assert found.value == task.requests.score(plain)[0] == sum(item["value"] for item in found.items) / DOCUMENTS
-    assert found.details == {"truncated": {"requests": 0, "choices": 0}}
+    assert found.value == task.requests.score(plain).value == sum(item["value"] for item in found.items) / DOCUMENTS
+    assert found.details["truncated"] == {"requests": 0, "choices": 0}
     assert len({item["document"] for item in found.items}) == DOCUMENTS
 
 

@@ -203,6 +203,12 @@ def add_evaluate(verbs: Any) -> None:
         "--tasks-data", metavar="DIR", help="folder with <task>.jsonl (default: the Hugging Face Hub)"
     )
     evaluate.add_argument("--task-limit", type=positive, metavar="N", help="documents of each task, from the first")
+    evaluate.add_argument(
+        "--few-shot",
+        type=count_or_none,
+        metavar="N",
+        help="examples in each prompt of a task (default: as the task says)",
+    )
     evaluate.add_argument("--text-data", metavar="DIR", help="folder with c4.jsonl ... (default: the Hugging Face Hub)")
     evaluate.add_argument("--protocol", default="heldout", help="of the perplexities: heldout or paper-train-split")
     windows(evaluate, "the whole text; 256 for perplexities", "2048; 8192 for perplexities")

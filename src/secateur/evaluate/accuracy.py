@@ -1,17 +1,20 @@
-"""Accuracy of a model on tasks of lm-evaluation-harness, document by document."""
+"""What a model answers to the tasks of lm-evaluation-harness, and how good that is, document by document."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
+from secateur.evaluate.harness import import_harness, silenced
 from secateur.evaluate.results import Measurement
-from secateur.evaluate.tasks import Task, import_harness, silenced
+from secateur.evaluate.tasks import Task
 from secateur.progress import say
 
 if TYPE_CHECKING:
@@ -19,13 +22,15 @@ if TYPE_CHECKING:
 
     from secateur.evaluate.likelihoods import Likelihoods
 
-__all__ = ["answers", "language_model", "measure_task", "say_truncation"]
+__all__ = ["answers", "check_room", "language_model", "measure_task", "say_truncation"]
+
+_SEED = 1234  # of the harness
 
 
 def measure_task(
-    asked: Likelihoods, task: Task, directory: Path, *, advance: Callable[[int], None] | None = None
+    asked: Likelihoods, task: Task, directory: Path, *, advance: Callable[[float], None] | None = None
 ) -> Measurement:
-    """Measure the accuracy on a task; all processes together.
+    """Measure the figure of a task; all processes together.
 
     Args:
         asked: the model, from :func:`language_model`.
@@ -34,41 +39,88 @@ def measure_task(
         advance: told the number of requests after each batch.
 
     Raises:
-        UserError: if the task cannot be had (see :attr:`Task.requests`), a choice has no token of its own, or the
-            model's log-likelihoods are NaN or infinite.
+        UserError: if the task cannot be had (see :attr:`Task.requests`), the model cannot be asked or its
+            log-likelihoods are NaN or infinite (see :func:`answers`), or the harness fails to score what it answers.
     """
     requests = task.requests
     asked.beheaded = asked.clipped = 0
     asked.advance = advance or (lambda _: None)
     found = answers(asked, task, directory)
-    accuracy, values = requests.score(found)
+    try:
+        score = requests.score(found)
+    except Exception as error:  # functions of tasks, and metrics that are fetched, raise any class
+        told = (str(error).strip() or "no reason given").splitlines()[0][:200]
+        raise UserError(
+            f"{task.name}: lm-eval cannot score the answers by {requests.metric} ({type(error).__name__}: {told}); "
+            "leave the task out"
+        ) from None
     say_truncation(asked, task)
-    likelihoods = iter(found)
+    replies = iter(found)
     items = [
         {
             "document": digest,
-            "value": value,
-            "loglikelihoods": [next(likelihoods)[0] for _ in document],
+            **item,
+            **_replies([next(replies) for request in document for _ in range(request.repeats)]),
         }
-        for digest, value, document in zip(requests.digests, values, requests.documents, strict=True)
+        for digest, item, document in zip(requests.digests, score.items, requests.documents, strict=True)
     ]
-    details = {"truncated": {"requests": asked.beheaded, "choices": asked.clipped}}
-    return Measurement(task.name, "accuracy", accuracy, requests.protocol(), "documents", items, details)
+    details = {**score.details, "truncated": {"requests": asked.beheaded, "choices": asked.clipped}}
+    return Measurement(task.name, score.kind, score.value, requests.protocol(), "documents", items, details)
 
 
-def answers(asked: Likelihoods, task: Task, directory: Path) -> list[tuple[float, bool]]:
-    """The log-likelihood of each request's continuation (nats), and whether it is greedy; all processes together.
+def check_room(asked: Likelihoods, tasks: Sequence[Task], directory: Path) -> None:
+    """See that the model has positions for what tasks let it write, before anything is computed.
+
+    Raises:
+        UserError: if it has none left for a context.
+    """
+    for task in tasks:
+        writing = [r for r in task.requests.instances if r.request_type == "generate_until"]
+        most = max((asked.written(request.args[1]) for request in writing), default=0)
+        if most >= asked.max_length:
+            raise UserError(
+                f"{directory}: {task.name} lets a model write {most} tokens, and this one takes {asked.max_length} "
+                "with the question; leave the task out"
+            )
+
+
+def _replies(found: Sequence[Any]) -> dict[str, Any]:
+    """What a model answered about one document, as its item keeps it."""
+    likelihoods = [reply[0] if isinstance(reply, tuple) else reply for reply in found if not isinstance(reply, str)]
+    written = [reply for reply in found if isinstance(reply, str)]
+    return {**({"loglikelihoods": likelihoods} if likelihoods else {}), **({"written": written} if written else {})}
+
+
+def answers(asked: Likelihoods, task: Task, directory: Path) -> list[Any]:
+    """The answer to each request, as often as it is to be answered; all processes together.
+
+    Returns:
+        By the kind of request: the log-likelihood of a continuation (nats) and whether it is greedy, the
+        log-likelihood of a text, or what the model writes.
 
     Raises:
         UserError: if a choice has no token of its own, or a log-likelihood is NaN or infinite.
     """
-    try:
-        with silenced():
-            found = asked.loglikelihood(task.requests.harness.instances)
-    except ValueError:
-        raise UserError(f"{directory}: {task.name} has a choice without a token of its own; use another task") from None
-    if not all(math.isfinite(value) for value, _ in found):
-        raise UserError(f"{directory}: the log-likelihoods on {task.name} are NaN or infinite")
+    instances = task.requests.instances
+    kinds: dict[str, list[int]] = {}
+    for number, instance in enumerate(instances):
+        kinds.setdefault(instance.request_type, []).append(number)
+    found: list[Any] = [None] * len(instances)
+    for kind, numbers in kinds.items():
+        try:
+            with silenced():
+                torch.manual_seed(_SEED)  # for tasks that draw what is written
+                replies = getattr(asked, kind)([instances[number] for number in numbers])
+        except ValueError:
+            if kind != "loglikelihood":
+                raise
+            told = f"{task.name} has a choice without a token of its own"
+            raise UserError(f"{directory}: {told}; use another task") from None
+        for number, reply in zip(numbers, replies, strict=True):
+            found[number] = reply
+            value = reply[0] if isinstance(reply, tuple) else reply
+            if not isinstance(value, str) and not math.isfinite(value):
+                raise UserError(f"{directory}: the log-likelihoods on {task.name} are NaN or infinite")
     return found
 
 
@@ -98,7 +150,7 @@ def language_model(checkpoint: Checkpoint, model: PreTrainedModel, batch: int | 
 
 def say_truncation(asked: Likelihoods, task: Task) -> None:
     """Tell what the model had no positions for."""
-    total = len(task.requests.harness.instances)
+    total = len(task.requests.instances)
     if asked.beheaded:
         say(
             f"{task.name}: {asked.beheaded:,} of {total:,} requests are longer than the {asked.max_length} tokens that "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,8 @@ Verdict = Literal["A", "B", "too close to call", "not measured"]
 class Comparison:
     """One figure of A beside that of B.
 
-    ``difference`` is how much better A is: loss(B) - loss(A), or accuracy(A) - accuracy(B). ``low`` and ``high`` bound
+    ``difference`` is how much better A is: loss(B) - loss(A), or accuracy(A) - accuracy(B); other metrics of tasks by
+    their own direction. ``low`` and ``high`` bound
     its 95% interval by a paired bootstrap over items: documents, or windows. ``above`` and ``below`` count the items on
     which A and B are better, and ``p`` is the sign test's. With several seeds, figures are means over them, and
     ``seed_low`` and ``seed_high`` bound the 95% interval of the mean of their differences by Student's t. A verdict
@@ -70,80 +71,107 @@ def compare(a: Sequence[Results], b: Sequence[Results]) -> list[Comparison]:
     if len(a) != len(b):
         raise UserError(f"A has {len(a)} seeds and B has {len(b)}; name as many results on both sides, in pairs")
     names = check_same_protocols((r.model, m.name, m.protocol) for r in (*a, *b) for m in r.measurements)
-    found = [_compare(name, [r.of(name) for r in a], [r.of(name) for r in b]) for name in names]
-    tasks = [c.name for c in found if c.kind == "accuracy" and c.verdict != "not measured"]
-    if len(tasks) > 1:
-        found.append(_average(tasks, a, b))
+    found = [_compare(name, a, b) for name in names]
+    accuracies = [c.name for c in found if c.kind == "accuracy" and c.verdict != "not measured"]
+    inside = {task for name in accuracies for task in _of(a[0], name).tasks}
+    counted = [name for name in accuracies if name not in inside]  # a group counts, and its tasks not besides
+    if len(counted) > 1:
+        found.append(_average(counted, a, b))
     return found
 
 
-def _compare(name: str, ours: list[Measurement | None], theirs: list[Measurement | None]) -> Comparison:
-    kind: Kind = next(m.kind for m in (*ours, *theirs) if m)
-    for side, measured in (("A", ours), ("B", theirs)):
-        if None in measured:
-            return Comparison(name, kind, "not measured", reason=f"{side} has no {name}")
-    pairs = [(one, other) for one, other in zip(ours, theirs, strict=True) if one and other]
-    size = len(pairs[0][0].items)
-    if size < 2:
-        return Comparison(name, kind, "not measured", reason="fewer than two items give no interval")
-    better = np.mean([_better(one, other) for one, other in pairs], axis=0)
-    tokens = [item.get("tokens", 1) for item in pairs[0][0].items]
-    weights = np.asarray(tokens, dtype=np.float64) if kind == "loss" and len(set(tokens)) > 1 else None
-    above, below, p = sign_test(better)
-    return _judged(
-        name,
-        kind,
-        [(one.value, other.value) for one, other in pairs],
-        bootstrap_interval(better, weights),
-        unit=pairs[0][0].unit,
-        items=size,
-        above=above,
-        below=below,
-        p=p,
-    )
+def _compare(name: str, a: Sequence[Results], b: Sequence[Results]) -> Comparison:
+    known = next(m for r in (*a, *b) if (m := r.of(name)))
+    for side, results in (("A", a), ("B", b)):
+        if any(r.of(name) is None for r in results):
+            return Comparison(name, known.kind, "not measured", reason=f"{side} has no {name}")
+    parts = [_of(a[0], task) for task in known.tasks or (name,)]
+    if reason := _unfit(known, parts):
+        return Comparison(name, known.kind, "not measured", reason=reason)
+    better = [_better(part.name, a, b) for part in parts]
+    if known.tasks:
+        interval = mean_interval(better, [share for _, share in _shares(known, a[0])])
+    else:
+        tokens = [item.get("tokens", 1) for item in known.items]
+        weights = np.asarray(tokens, dtype=np.float64) if known.kind == "loss" and len(set(tokens)) > 1 else None
+        interval = bootstrap_interval(better[0], weights)
+    values = [(_of(one, name).value, _of(other, name).value) for one, other in zip(a, b, strict=True)]
+    return _judged(known, values, interval, np.concatenate(better))
 
 
-def _better(one: Measurement, other: Measurement) -> NDArray[np.float64]:
-    """How much better the first one is on each item."""
-    a, b = (np.asarray([item["value"] for item in m.items], dtype=np.float64) for m in (one, other))
-    return b - a if one.kind == "loss" else a - b
+def _unfit(known: Measurement, parts: Sequence[Measurement]) -> str:
+    """Why a figure cannot be compared item by item; empty where it can."""
+    if known.tasks and not known.details["compared"]:
+        return f"its tasks are compared by another metric than {known.scale}"
+    if sum(len(part.items) for part in parts) < 2:
+        return "fewer than two items give no interval"
+    if any(item["value"] is None for part in parts for item in part.items):
+        return f"{known.scale} is of all documents together, and single ones have none"
+    return ""
 
 
-def _average(tasks: Sequence[str], a: Sequence[Results], b: Sequence[Results]) -> Comparison:
-    """The mean of the tasks' accuracies, in which a task counts once however many documents it has."""
-    sides = [[[m for n in tasks if (m := r.of(n))] for r in side] for side in (a, b)]
-    means = [[float(np.mean([m.value for m in measured])) for measured in side] for side in sides]
-    groups = [
-        np.mean([_better(one[t], other[t]) for one, other in zip(*sides, strict=True)], axis=0)
-        for t in range(len(tasks))
-    ]
-    above, below, p = sign_test(np.concatenate(groups))
-    return _judged(
-        AVERAGE,
-        "accuracy",
-        list(zip(*means, strict=True)),
-        mean_interval(groups),
-        unit="documents",
-        items=sum(map(len, groups)),
-        above=above,
-        below=below,
-        p=p,
-    )
+def _of(results: Results, name: str) -> Measurement:
+    found = results.of(name)
+    assert found is not None, name
+    return found
+
+
+def _better(name: str, a: Sequence[Results], b: Sequence[Results]) -> NDArray[np.float64]:
+    """How much better A is on each item, in the mean over seeds."""
+    found = []
+    for pair in zip(a, b, strict=True):
+        one, other = (np.asarray([item["value"] for item in _of(r, name).items], dtype=np.float64) for r in pair)
+        found.append(other - one if _of(a[0], name).lower_is_better else one - other)
+    return np.mean(found, axis=0)
+
+
+def _shares(measured: Measurement, results: Results) -> list[tuple[str, float]]:
+    """The tasks that a figure is the mean of, and what each of them counts; a single one counts all."""
+    if not measured.tasks:
+        return [(measured.name, 1.0)]
+    by_size = measured.protocol["by_size"]
+    sizes = [len(_of(results, task).items) if by_size else 1 for task in measured.tasks]
+    return [(task, size / sum(sizes)) for task, size in zip(measured.tasks, sizes, strict=True)]
+
+
+def _average(names: Sequence[str], a: Sequence[Results], b: Sequence[Results]) -> Comparison:
+    """The mean of accuracies, in which a task counts once however many documents it has, and a group as much."""
+    shares = [(task, share) for name in names for task, share in _shares(_of(a[0], name), a[0])]
+    better = [_better(task, a, b) for task, _ in shares]
+    means = [[float(np.mean([_of(r, name).value for name in names])) for r in side] for side in (a, b)]
+    known = replace(_of(a[0], names[0]), name=AVERAGE, kind="accuracy")
+    interval = mean_interval(better, [share / len(names) for _, share in shares])
+    return _judged(known, list(zip(*means, strict=True)), interval, np.concatenate(better))
 
 
 def _judged(
-    name: str, kind: Kind, values: list[tuple[float, float]], interval: tuple[float, float], **facts: Any
+    known: Measurement, values: list[tuple[float, float]], interval: tuple[float, float], better: NDArray[np.float64]
 ) -> Comparison:
     """The comparison of figures, one pair for each seed, with the verdict that all intervals agree on."""
     a, b = (float(np.mean(side)) for side in zip(*values, strict=True))
-    differences = tuple(other - one if kind == "loss" else one - other for one, other in values)
-    intervals = [interval]
+    differences = tuple(other - one if known.lower_is_better else one - other for one, other in values)
+    intervals, seeds = [interval], {}
     if len(values) > 1:
         intervals.append(seed_interval(differences))
-        facts |= {"seeds": differences, "seed_low": intervals[1][0], "seed_high": intervals[1][1]}
+        seeds = {"seeds": differences, "seed_low": intervals[1][0], "seed_high": intervals[1][1]}
     verdict: Verdict = "too close to call"
     if all(low > 0 for low, _ in intervals):
         verdict = "A"
     elif all(high < 0 for _, high in intervals):
         verdict = "B"
-    return Comparison(name, kind, verdict, a, b, float(np.mean(differences)), *interval, **facts)
+    above, below, p = sign_test(better)
+    return Comparison(
+        known.name,
+        known.kind,
+        verdict,
+        a,
+        b,
+        float(np.mean(differences)),
+        *interval,
+        unit=known.unit,
+        items=len(better),
+        above=above,
+        below=below,
+        p=p,
+        **seeds,
+    )

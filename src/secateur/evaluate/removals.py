@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur import progress
 from secateur.checkpoint import Checkpoint
+from secateur.errors import UserError
 from secateur.evaluate.accuracy import answers, language_model, say_truncation
 from secateur.evaluate.tasks import Task
 
@@ -36,14 +37,16 @@ def removal_accuracies(
 
     Raises:
         UserError: if the task cannot be had (see :attr:`Task.requests`), the checkpoint has no tokenizer or one that
-            the harness cannot use, or the model's log-likelihoods are NaN or infinite.
+            the harness cannot use, the model's log-likelihoods are NaN or infinite, or the task has no accuracy.
     """
     requests = task.requests  # before the model takes its time
+    if not requests.is_accuracy:
+        raise UserError(f"{task.name}: is measured by {requests.metric}; name a task with an accuracy, like winogrande")
     model = checkpoint.load().to(device)  # type: ignore[arg-type]
     asked = language_model(checkpoint, model, batch)
 
     def accuracy() -> float:
-        return requests.score(answers(asked, task, checkpoint.directory))[0]
+        return requests.score(answers(asked, task, checkpoint.directory)).value
 
     layers: nn.ModuleList = model.get_submodule(checkpoint.family.layers)  # type: ignore[assignment]
     candidates = range(len(layers) - length + 1)

@@ -21,7 +21,7 @@ from secateur.version import __version__
 
 __all__ = ["LOSS", "Kind", "Measurement", "Results", "check_same_protocols", "items_file"]
 
-Kind = Literal["loss", "accuracy"]
+Kind = Literal["loss", "accuracy", "score"]  # a score is another metric of a task, mostly the higher the better
 
 LOSS = "loss"  #: what the held-out loss is called, beside perplexities and tasks
 
@@ -36,11 +36,30 @@ class Measurement:
 
     name: str  #: e.g. ``loss``, ``heldout/c4`` or ``arc_easy``
     kind: Kind
-    value: float  #: nats per predicted token, or the share of documents
+    value: float  #: nats per predicted token, the share of documents, or what the metric gives
     protocol: Mapping[str, Any]  #: what it is measured on, with its ``fingerprint``
     unit: str  #: what an item is: ``documents`` or ``windows``
-    items: Sequence[Mapping[str, Any]]  #: each with its ``value``, and with ``tokens`` where it is a mean over them
+    #: each with its ``value``, None where it has none of its own, and with ``tokens`` where it is a mean over them; a
+    #: group of tasks has no items but those of its tasks, which its protocol names
+    items: Sequence[Mapping[str, Any]]
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """The tasks that this is the mean of; empty for what is measured by itself."""
+        return self.protocol.get("tasks", ())
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller figure is a better one."""
+        return self.kind == "loss" or bool(self.details.get("lower_is_better"))
+
+    @property
+    def scale(self) -> str:
+        """What the figure is counted in."""
+        if self.kind == "loss":
+            return f"nats per {self.details.get('per', 'token')}"
+        return "share of documents" if self.kind == "accuracy" else str(self.protocol["metric"])
 
     def record(self) -> dict[str, Any]:
         """All but the items, as plain values."""
@@ -48,7 +67,7 @@ class Measurement:
             "name": self.name,
             "kind": self.kind,
             "value": self.value,
-            "unit": "nats per token" if self.kind == "loss" else "share of documents",
+            "unit": self.scale,
             "items": {"unit": self.unit, "count": len(self.items)},
             **self.details,
             "protocol": dict(self.protocol),

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from secateur.checkpoint import Checkpoint, positions
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError, did_you_mean
-from secateur.evaluate.accuracy import language_model, measure_task
+from secateur.evaluate.accuracy import check_room, language_model, measure_task
+from secateur.evaluate.groups import TaskList, expand
 from secateur.evaluate.loss import Protocol, measure_loss, window_losses
 from secateur.evaluate.protocols import PROTOCOLS, SEQLEN, WINDOWS, Text, text_protocol
 from secateur.evaluate.results import Measurement
@@ -33,15 +34,23 @@ class Suite:
 
     loss: bool  #: the held-out loss, on text that is named apart
     texts: tuple[Text, ...] = ()  #: perplexities
-    tasks: tuple[str, ...] = ()  #: accuracies
+    tasks: tuple[str, ...] = ()  #: names of lm-eval: single tasks, groups, tags, patterns
     cost: bool = False  #: what the model costs to run
+
+    def task_list(self, where: str = "--") -> TaskList:
+        """The single tasks that the names stand for.
+
+        Raises:
+            UserError: as :func:`secateur.evaluate.groups.expand`.
+        """
+        return expand(self.tasks, where=f"{where}suite")
 
     @classmethod
     def parse(cls, text: str, protocol: str = "heldout", *, where: str = "--") -> Suite:
         """Read a list of suites and lm-eval tasks, joined by commas; ``paper`` is loss, perplexity and zero-shot.
 
         Args:
-            text: e.g. ``paper``, ``perplexity,cost`` or ``arc_easy,mmlu_anatomy``.
+            text: e.g. ``paper``, ``perplexity,cost`` or ``arc_easy,mmlu``.
             protocol: of the perplexities.
             where: what errors put before ``suite`` and ``protocol``, which is where they were asked for.
 
@@ -106,13 +115,13 @@ def measure(
     done: Set[str] = frozenset(),
     of: str = "",
 ) -> Iterator[Measurement]:
-    """Losses under protocols and accuracies on tasks, one after the other; all processes together.
+    """Losses under protocols and figures of tasks, one after the other; all processes together.
 
     Args:
         checkpoint: with the tokenizer.
         model: of the checkpoint, in evaluation mode, on its device.
         protocols: by the names that their measurements get.
-        tasks: zero-shot.
+        tasks: single ones.
         batch: windows, or rows of requests, at once; None for what suits the device.
         done: names of what is there already.
         of: what the model is called while it is measured.
@@ -121,15 +130,17 @@ def measure(
         UserError: if a task cannot be had, the tokenizer does not serve, or the model puts out NaN or infinity.
     """
     label = f"evaluate {of} " if of else "evaluate "
+    left = [task for task in tasks if task.name not in done]
+    asked = language_model(checkpoint, model, batch) if left else None
+    if asked:
+        check_room(asked, left, checkpoint.directory)
     for name, protocol in protocols.items():
         if name not in done:
             with shown(label + name, sum(part.numel() for part in protocol.windows)) as progress:
                 losses = window_losses(model, protocol, batch=batch, advance=progress.advance)
             yield measure_loss(losses, name)
-    left = [task for task in tasks if task.name not in done]
-    asked = language_model(checkpoint, model, batch) if left else None
     for task in left:
         assert asked is not None
-        with shown(label + task.name, len(task.requests.harness.instances)) as progress:
+        with shown(label + task.name, len(task.requests.instances)) as progress:
             found = measure_task(asked, task, checkpoint.directory, advance=progress.advance)
         yield found

@@ -1,33 +1,32 @@
 """Tasks of lm-evaluation-harness: their documents, what a model is asked, and what its answers are worth.
 
-Prompts, choices and metrics are the harness's own, without examples in the prompt (zero-shot). Its documents come from
-the Hugging Face Hub, or from a local folder that holds ``<task>.jsonl``, one document a line in the fields of the
-task's dataset on the Hub. The harness is an optional dependency: ``pip install 'secateur[tasks]'``.
+Prompts, choices, examples and metrics are the harness's own. Its documents come from the Hugging Face Hub, or from a
+local folder that holds ``<task>.jsonl``, one document a line in the fields of the task's dataset on the Hub. The
+harness is an optional dependency: ``pip install 'secateur[tasks]'``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import hashlib
-import importlib
-import importlib.util
 import io
 import json
-import logging
-import re
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Real
 from typing import Any
 
 from secateur import progress
-from secateur.errors import UserError, did_you_mean
+from secateur.errors import UserError
+from secateur.evaluate.harness import import_harness, manager_of, silenced
+from secateur.evaluate.loss import perplexity
+from secateur.evaluate.results import Kind
+from secateur.evaluate.task_files import local_changes, task_file
 from secateur.spec import fingerprint
 
-__all__ = ["METRICS", "Requests", "Task", "import_harness", "place_of", "silenced"]
+__all__ = ["METRICS", "Requests", "Score", "Task"]
 
 #: The accuracy that is usually reported for a task; ``acc_norm`` divides log-likelihoods by the choices' lengths.
 METRICS: Mapping[str, str] = {
@@ -41,8 +40,7 @@ METRICS: Mapping[str, str] = {
     "winogrande": "acc",
 }
 
-_SCORED = ("loglikelihood", "multiple_choice")  # output types that compare likelihoods; the others generate text
-_NAME = re.compile(rb"""^["']?task["']?[ \t]*:[ \t]*["']?([^\s"'#\[{][^"'#\r\n]*?)["']?[ \t]*(?:#.*)?\r?$""", re.M)
+_SEED = 1234  # of the harness, by which it draws examples
 
 
 @dataclass(frozen=True)
@@ -50,22 +48,31 @@ class Task:
     """A task of lm-evaluation-harness. Its documents are read when they are first needed, and once.
 
     Args:
-        name: as the harness calls it, e.g. ``winogrande``; groups of tasks are not taken.
+        name: as the harness calls it, e.g. ``winogrande``.
         data: a folder with ``<name>.jsonl``; None for the dataset of the Hub.
         limit: how many documents to take, from the first; None for all.
+        few_shot: examples in each prompt; None for as many as the task itself says, which is mostly none. A task that
+            says 0 has none whatever is asked for, as in the harness.
+        changes: of its configuration, by a group that it is in.
+        metric: what counts, as the harness calls it, e.g. ``acc``, or with the filter of answers
+            ``exact_match,strict-match``; empty for the usual one.
     """
 
     name: str
     data: str | None = None
     limit: int | None = None
+    few_shot: int | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = ""
 
     @cached_property
     def requests(self) -> Requests:
         """What a model is asked.
 
         Raises:
-            UserError: if lm-eval is not installed or knows no such task, if the task asks for generated text or reports
-                no accuracy, if its file is missing, malformed or of another schema, or if the Hub does not give it.
+            UserError: if lm-eval is not installed or knows no such task, if the task needs pictures, sound or to run
+                what a model writes, if its file is missing, malformed or of another schema, or if the Hub does not give
+                it.
         """
         return _build(self)
 
@@ -79,13 +86,43 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What the answers to a task are worth."""
+
+    kind: Kind
+    value: float
+    items: list[dict[str, Any]]  #: for each document its ``value``, None if it has none of its own, maybe ``tokens``
+    details: dict[str, Any]  #: ``metrics``: all that the harness reports
+
+
+@dataclass(frozen=True)
 class Requests:
     """The requests of one task, built once and answered by every model."""
 
     harness: Any  #: the harness's task
-    documents: list[list[Any]]  #: for each document its requests, one for each choice
-    metric: str
+    documents: list[list[Any]]  #: for each document its requests, e.g. one for each choice
+    key: str  #: the metric that counts, and the filter of answers that it is taken behind, as ``acc_norm,none``
     source: dict[str, str]  #: ``sha256`` of the local file, or ``dataset`` on the Hub
+
+    @cached_property
+    def instances(self) -> list[Any]:
+        """Every request as often as it is to be answered, one document after the other."""
+        return [request for document in self.documents for request in document for _ in range(request.repeats)]
+
+    @property
+    def keys(self) -> list[str]:
+        """All that the harness reports: each metric with each filter of answers."""
+        return _keys(self.harness)
+
+    @property
+    def metric(self) -> str:
+        """The metric that counts, with the filter where it is not the usual one."""
+        return self.key.removesuffix(",none")
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether what counts is the share of right answers."""
+        return _is_accuracy(self.key)
 
     def record(self) -> dict[str, Any]:
         """Version of the task and of the harness, metric, number of documents, source."""
@@ -102,32 +139,66 @@ class Requests:
 
         Another version of the harness that asks the same gives the same fingerprint.
         """
-        asked = [[request.args[:2] for request in requests] for requests in self.documents]
+        asked = [[_plain(request.args[:2]) for request in requests] for requests in self.documents]
         content = {"task": self.harness.config.task, "metric": self.metric, "documents": self.digests, "asked": asked}
-        return {**self.record(), "few_shot": 0, "fingerprint": fingerprint(content)}
+        return {**self.record(), "few_shot": self.harness.config.num_fewshot or 0, "fingerprint": fingerprint(content)}
 
     @cached_property
     def digests(self) -> list[str]:
         """For each document the first half of the SHA-256 of its fields, in hexadecimal: what it is known by."""
         return [fingerprint(_plain(requests[0].doc))[:32] for requests in self.documents]
 
-    def score(self, answers: list[tuple[float, bool]]) -> tuple[float, list[float]]:
-        """The task's accuracy, and that of each document.
+    def score(self, answers: Sequence[Any]) -> Score:
+        """What the answers are worth, by the harness's own metrics.
 
         Args:
-            answers: the log-likelihood of each request's continuation, and whether it is greedy.
+            answers: to :attr:`instances`: log-likelihood and whether it is greedy; log-likelihood; or text.
+
+        Raises:
+            ValueError: if what counts comes to no finite number; and whatever functions of the task raise.
         """
-        for request, answer in zip(self.harness.instances, answers, strict=True):
-            request.resps = [answer]
-        with silenced():
+        for document in self.documents:
+            for request in document:
+                request.resps = []
+        for request, answer in zip(self.instances, answers, strict=True):
+            request.resps.append(answer)
+        metrics: dict[str, float] = {}
+        own: list[Any] = []
+        with silenced(), contextlib.redirect_stderr(io.StringIO()):
             self.harness.apply_filters()
-            (key, *_) = self.harness.instances[0].filtered_resps
-            values = [
-                self.harness.process_results(requests[0].doc, [request.filtered_resps[key] for request in requests])
-                for requests in self.documents
-            ]
-            every = [value[self.metric] for value in values]
-            return float(self.harness.aggregation()[self.metric](every)), [float(value) for value in every]
+            for name in self.documents[0][0].filtered_resps:
+                found = [
+                    self.harness.process_results(
+                        requests[0].doc, [request.filtered_resps[name] for request in requests]
+                    )
+                    for requests in self.documents
+                ]
+                for metric, aggregate in self.harness.aggregation().items():
+                    values = [value[metric] for value in found if metric in value]
+                    if values and isinstance(total := aggregate(values), Real) and math.isfinite(total):
+                        metrics[f"{metric},{name}"] = float(total)
+                    if f"{metric},{name}" == self.key:
+                        own = values
+        return self._score(metrics, own)
+
+    def _score(self, metrics: dict[str, float], values: list[Any]) -> Score:
+        if self.key not in metrics:
+            raise ValueError("it gives no number")
+        value = metrics[self.key]
+        details: dict[str, Any] = {"metrics": metrics}
+        if self.harness.OUTPUT_TYPE == "loglikelihood_rolling":
+            # Of each document its log-likelihood, and of how many words or bytes it is the sum.
+            items = [{"value": -total / count, "tokens": count} for total, count in values]
+            mean = -sum(total for total, _ in values) / sum(count for _, count in values)
+            unit = "word" if self.key.startswith("word") else "byte"
+            return Score("loss", mean, items, {**details, "perplexity": perplexity(mean), "per": unit})
+        if not self.harness.higher_is_better().get(self.key.partition(",")[0], True):
+            details["lower_is_better"] = True
+        single = len(values) == len(self.documents) and all(isinstance(v, Real) for v in values)
+        if not single or not math.isclose(sum(values) / len(values), value, abs_tol=1e-9):
+            return Score("score", value, [{"value": None} for _ in self.documents], details)
+        kind: Kind = "accuracy" if _is_accuracy(self.key) and all(0 <= v <= 1 for v in values) else "score"
+        return Score(kind, value, [{"value": float(v)} for v in values], details)
 
 
 def _plain(value: Any) -> Any:
@@ -139,114 +210,57 @@ def _build(task: Task) -> Requests:
     name = task.name
     if task.limit is not None and task.limit < 1:
         raise UserError(f"{name}: a limit of {task.limit} leaves no document; make it 1 or more")
-    manager = _manager(name)
-    config = manager.task_index[name].cfg
-    if config.get("output_type") not in _SCORED:
-        raise UserError(
-            f"{name}: is not answered by comparing likelihoods; name a task that is, like {', '.join(METRICS)}"
-        )
-    changes = {"task": name, "num_fewshot": 0}
+    if task.few_shot is not None and task.few_shot < 0:
+        raise UserError(f"{name}: {task.few_shot} examples in a prompt are not possible; make it 0 or more")
+    inside = "::" in name  # defined within a group, which changes all of it
+    manager = manager_of(None if inside else name)
+    config = {**({} if inside else manager.task_index[name].cfg), **task.changes, "task": name}
+    own = config.get("num_fewshot")
+    few_shot = (own or 0) if task.few_shot is None or own == 0 else task.few_shot
+    if task.few_shot and own == 0:
+        progress.say(f"{name}: has no examples in its prompts, as it says itself, whatever is asked for")
+    changes = {**task.changes, "task": name, "num_fewshot": few_shot}
     if task.data is None:
-        where = ":".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))
+        where = ":".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)) or name
         source = {"dataset": where}
         progress.say(f"{name}: asking the Hugging Face Hub for {where}")
         hint = f"connect to the network, or name a folder that holds {name}.jsonl"
         failed = f"{name}: {where} cannot be had from the Hugging Face Hub"
     else:
-        path = Path(task.data).expanduser() / f"{name}.jsonl"
-        rows, digest = _read(path)
-        source = {"sha256": digest}
-        changes |= _only(rows)
+        local, source = local_changes(config, task.data, few_shot)
+        changes |= local
         hint = "it must have the fields of the task's dataset on the Hugging Face Hub, the answers among them"
-        failed = f"{path}: {name} cannot be built from it"
+        failed = f"{task_file(task.data, name)}: {name} cannot be built from it"
     try:
         with silenced(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
             # A group of one is how the harness lets a task's own configuration be changed.
-            loaded = manager.load({"group": "secateur", "task": [changes]})["tasks"][name]
+            whole = {**config, **changes} if inside else {"group": "secateur", "task": [changes]}
+            loaded = manager.load(whole)["tasks"][name]
+            _check_safe(loaded)
+            loaded.set_fewshot_seed(_SEED)
             loaded.build_all_requests(limit=task.limit)
             documents: dict[int, list[Any]] = defaultdict(list)
             for request in loaded.instances:
                 documents[request.doc_id].append(request)
             _check_answers(loaded, [requests[0].doc for requests in documents.values()])
+    except UserError:
+        raise
     except Exception as error:  # templates, functions of tasks and the Hub's client raise any class
         told = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")[:200]
         raise UserError(f"{failed} ({type(error).__name__}: {told}); {hint}") from None
-    return Requests(loaded, list(documents.values()), _metric(name, loaded.aggregation()), source)
+    return Requests(loaded, list(documents.values()), _key(task, _keys(loaded)), source)
 
 
-def _manager(name: str) -> Any:
-    """The harness's index of the one folder that ``name`` lies in; that of all its folders takes ten seconds."""
-    folder = place_of(name)
-    with silenced():
-        return import_harness("lm_eval.tasks").TaskManager(include_defaults=False, include_path=folder)
-
-
-def place_of(name: str) -> Path:
-    """The folder that a task's configuration lies in; the harness itself is not imported, which takes seconds.
+def _check_safe(loaded: Any) -> None:
+    """Refuse what a language model cannot be asked, or should not be without a sandbox.
 
     Raises:
-        UserError: if lm-eval is not installed, or knows no such task.
+        UserError: if the task shows pictures or plays sound, or runs what a model writes.
     """
-    found = importlib.util.find_spec("lm_eval")
-    origin = found.origin if found else import_harness("lm_eval").__file__
-    places = _places(Path(str(origin)).parent / "tasks")
-    if name not in places:
-        near = difflib.get_close_matches(name, places, n=1, cutoff=0.5)
-        raise UserError(f"lm-eval has no single task {name!r}{did_you_mean(name, near or METRICS)}")
-    return places[name]
-
-
-@cache
-def _places(root: Path) -> Mapping[str, Path]:
-    """Each of the harness's tasks -> the folder that its configuration lies in."""
-    places: dict[str, Path] = {}
-    for path in sorted(root.glob("**/*.yaml"), key=Path.as_posix):
-        if found := _NAME.search(path.read_bytes()):
-            places.setdefault(found[1].decode(), path.parent)
-    return places
-
-
-def _read(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The documents of a local task, and the file's SHA-256."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; the data of a task is a folder that holds <task>.jsonl") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", getattr(error, "reason", error))
-            raise UserError(f"{path}:{number}: not valid JSON: {reason}; mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object; each line is one document")
-        if rows and row.keys() != rows[0].keys():
-            odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
-            raise UserError(f"{path}:{number}: differs from the first document in its fields: {odd}")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path}: holds no documents")
-    return rows, hashlib.sha256(data).hexdigest()
-
-
-def _only(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The changes of a task's configuration that leave it ``rows``, whichever split they are, and no examples."""
-    import datasets  # takes a second
-
-    return {
-        "custom_dataset": lambda **_: {"local": datasets.Dataset.from_list(rows)},
-        "dataset_kwargs": None,
-        "training_split": None,
-        "validation_split": None,
-        "test_split": "local",
-        "fewshot_split": None,
-        "fewshot_config": None,
-    }
+    if getattr(loaded, "UNSAFE_CODE", False):
+        raise UserError(f"{loaded.config.task}: runs programs that the model writes, which is refused; leave it out")
+    if getattr(loaded, "MULTIMODAL", False):
+        raise UserError(f"{loaded.config.task}: asks about pictures or sound; leave it out")
 
 
 def _check_answers(loaded: Any, documents: list[dict[str, Any]]) -> None:
@@ -265,35 +279,20 @@ def _check_answers(loaded: Any, documents: list[dict[str, Any]]) -> None:
             raise ValueError(f"document {number} has the answer {answer}, but {choices} choices")
 
 
-def _metric(name: str, reported: Mapping[str, Any]) -> str:
-    if METRICS.get(name) in reported:
-        return METRICS[name]
-    for metric in reported:
-        if metric.startswith("acc") or metric == "exact_match":
-            return metric
-    raise UserError(f"{name}: reports {', '.join(reported)} and no accuracy; name another task, like winogrande")
+def _keys(loaded: Any) -> list[str]:
+    """All that a task reports, metric by metric, each with the filters of answers that it is taken behind."""
+    filters = [found.name for found in getattr(loaded, "_filters", ())] or ["none"]
+    return [f"{metric},{name}" for metric in loaded.aggregation() for name in filters]
 
 
-def import_harness(module: str) -> Any:
-    """A module of the harness, which is not always installed.
-
-    Raises:
-        UserError: if it is not.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"tasks are measured with lm-eval, which cannot be imported ({error}); pip install 'secateur[tasks]'"
-        ) from None
+def _is_accuracy(key: str) -> bool:
+    return key.startswith(("acc", "exact_match"))
 
 
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Without the log messages of the harness, ``datasets`` and transformers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def _key(task: Task, reported: Sequence[str]) -> str:
+    """The metric that counts: the usual one, that of the task's group, or the first accuracy there is."""
+    for wanted in (METRICS.get(task.name), task.metric):
+        for key in reported:
+            if wanted and wanted in (key, key.partition(",")[0]):
+                return key
+    return next((key for key in reported if _is_accuracy(key)), reported[0])

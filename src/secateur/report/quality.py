@@ -130,8 +130,7 @@ def _figures(about: dict[str, Any], evaluation: Evaluation | None) -> list[dict[
     named = {key: about.get(key) for key in keys}
     rows = []
     for found in evaluation.measured if evaluation else ():
-        unit = "nats per token" if found.kind == "loss" else "share of documents"
-        common = {"unit": unit, "protocol": found.protocol["fingerprint"]}
+        common = {"unit": found.scale, "protocol": found.protocol["fingerprint"]}
         figures = [(part.name, part.value) for part in (found, *by_domain(found))]
         figures += [(f"{found.name} behind {p['from']} to {p['to']} tokens", p["loss"]) for p in _positions(found)]
         rows += [{**named, "figure": name, "value": value, **common} for name, value in figures]

@@ -8,6 +8,7 @@ from typing import Any
 from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
 from secateur.evaluate.cost import Workload, measure_cost, sparsity
+from secateur.evaluate.groups import Group, check_groups, measure_groups
 from secateur.evaluate.loss import measure_loss, window_losses
 from secateur.evaluate.protocols import PROTOCOLS
 from secateur.evaluate.results import LOSS, Measurement, Results
@@ -59,19 +60,28 @@ def _suite(stage: Stage, checkpoint: Checkpoint, model: Any, path: Path, loss: M
     asked, told = stage.identity.get("suite", {}), stage.runtime
     texts = [text for protocol in PROTOCOLS.values() for text in protocol if text.name in asked.get("texts", {})]
     protocols = text_protocols(checkpoint, texts, data=told.get("text_data"))
-    tasks = [Task(name, told.get("tasks_data"), asked["task_limit"]) for name in asked.get("tasks", {})]
+    settings, groups = asked.get("settings", {}), [Group(**group) for group in asked.get("groups", ())]
+    tasks = [
+        Task(name, told.get("tasks_data"), asked["task_limit"], asked.get("few_shot"), **settings.get(name, {}))
+        for name in asked.get("tasks", {})
+    ]
+    if groups:
+        check_groups(groups, tasks)
     found = _measured(path)
     Results(stage.name, [loss, *found]).save(path)
     for measurement in measure(checkpoint, model, protocols, tasks, done={m.name for m in found}, of=stage.name):
         found.append(measurement)
         Results(stage.name, [loss, *found]).save(path)
+    if groups:
+        found += measure_groups(groups, found)
+        Results(stage.name, [loss, *found]).save(path)
     return found
 
 
 def _measured(path: Path) -> list[Measurement]:
-    """What an attempt before this one has measured, but for the held-out loss."""
+    """What an attempt before this one has measured, but for the held-out loss and the averages of groups."""
     try:
-        return [found for found in Results.load(path).measurements if found.name != LOSS]
+        return [m for m in Results.load(path).measurements if m.name != LOSS and "tasks" not in m.protocol]
     except UserError:  # nothing, or a kill between two files
         return []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from secateur.data.sources import open_source
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluate.protocols import text_source
+from secateur.evaluate.task_files import examples_file, task_file
 from secateur.files import sha256_file, sha256_tree
 from secateur.shapes import Shape
 from secateur.spec import fingerprint
@@ -58,15 +59,35 @@ def _suite(measured: Measure) -> dict[str, Any]:
         data = measured.text_data
         found["texts"] = {text.name: text_source(text, data).digest() if data else None for text in asked.texts}
     if asked.tasks:
-        found["tasks"] = {name: _digest(measured.tasks_data, name) for name in asked.tasks}
-        found["task_limit"] = measured.task_limit
+        found |= _tasks(measured)
     return found
+
+
+def _tasks(measured: Measure) -> dict[str, Any]:
+    """The single tasks that the suite comes to, each with the digest of its local file; and what else identifies them.
+
+    What is as usual has no entry: the same measurement has the same identity whatever else can be asked for by now.
+    """
+    listed, data = measured.asked.task_list("evaluation."), measured.tasks_data
+    changes = {m.name: {"changes": dict(m.changes), "metric": m.metric} for m in listed.members}
+    examples = {m.name: examples_file(data, m.name) for m in listed.members} if data else {}
+    more = {
+        "few_shot": measured.few_shot,
+        "settings": {name: told for name, told in changes.items() if any(told.values())},
+        "examples": {name: sha256_file(path) for name, path in examples.items() if path.is_file()},
+        "groups": [asdict(group) for group in listed.groups],
+    }
+    return {
+        "tasks": {member.name: _digest(data, member.name) for member in listed.members},
+        "task_limit": measured.task_limit,
+        **{key: value for key, value in more.items() if value not in (None, {}, [])},
+    }
 
 
 def _digest(folder: str | None, task: str) -> str | None:
     if folder is None:
         return None
-    path = Path(folder).expanduser() / f"{task}.jsonl"
+    path = task_file(folder, task)
     if not path.is_file():
         raise UserError(f"evaluation.tasks_data: {path} is missing; put it there, or leave {task} out of the suite")
     return sha256_file(path)

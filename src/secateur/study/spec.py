@@ -218,10 +218,14 @@ class Measure:
     text_data: Annotated[str | None, RUNTIME] = None  #: a folder with their texts; the Hub unless given
     tasks_data: Annotated[str | None, RUNTIME] = None  #: a folder with the documents of tasks; the Hub unless given
     task_limit: Positive | None = None  #: documents of each task; all unless given
+    few_shot: Annotated[int, Field(ge=0)] | None = (
+        None  #: examples in each prompt of a task; as many as the task says unless given
+    )
 
     def __post_init__(self) -> None:
         asked = self.asked
-        for key, needed in (("text_data", asked.texts), ("tasks_data", asked.tasks), ("task_limit", asked.tasks)):
+        of_tasks = [(key, asked.tasks) for key in ("tasks_data", "task_limit", "few_shot")]
+        for key, needed in (("text_data", asked.texts), *of_tasks):
             if getattr(self, key) is not None and not needed:
                 raise UserError(f"evaluation.{key}: nothing of evaluation.suite reads it")
 

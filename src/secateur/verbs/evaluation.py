@@ -13,6 +13,7 @@ from secateur.data.token_files import is_token_file
 from secateur.errors import UserError
 from secateur.evaluate.compare import compare as compare_results
 from secateur.evaluate.cost import measure_cost
+from secateur.evaluate.groups import check_groups, measure_groups
 from secateur.evaluate.loss import Protocol
 from secateur.evaluate.results import LOSS, Results, check_same_protocols, items_file
 from secateur.evaluate.suite import Suite, measure, text_protocols
@@ -34,9 +35,12 @@ def evaluate(arguments: Namespace) -> Answer:
     device = pick_device(arguments.device)
     checkpoints = [Checkpoint(model) for model in arguments.model]
     outputs = _outputs(arguments)
-    tasks = [Task(name, arguments.tasks_data, arguments.task_limit) for name in suite.tasks]
+    listed = suite.task_list()
+    given = arguments.tasks_data, arguments.task_limit, arguments.few_shot
+    tasks = [Task(member.name, *given, member.changes, member.metric) for member in listed.members]
     for task in tasks:
         task.record()  # whatever is missing is told before anything is computed
+    check_groups(listed.groups, tasks)
     every = [_protocols(arguments, suite, checkpoint) for checkpoint in checkpoints]
     check_same_protocols(
         (str(checkpoint.directory), name, protocol.record())
@@ -48,6 +52,7 @@ def evaluate(arguments: Namespace) -> Answer:
         model: Any = checkpoint.load(pick_dtype(arguments.dtype, device)).to(device)  # type: ignore[arg-type]
         about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
         measured = list(measure(checkpoint, model, protocols, tasks, batch=arguments.batch))
+        measured += measure_groups(listed.groups, measured)
         cost = measure_cost(checkpoint, model) if suite.cost else None
         del model  # before the next one is loaded
         if path is not None:
@@ -73,8 +78,9 @@ def _suite(arguments: Namespace) -> Suite:
         ("--text-data", arguments.text_data, suite.texts),
         ("--tasks-data", arguments.tasks_data, suite.tasks),
         ("--task-limit", arguments.task_limit, suite.tasks),
+        ("--few-shot", arguments.few_shot, suite.tasks),
     ):
-        if given and not needed:
+        if given is not None and not needed:
             raise UserError(f"{option}: nothing that was asked for reads it; name a --suite that does")
     if suite.cost and ranks.world() > 1:
         raise UserError("--suite cost: is measured in one process; run it without torchrun")

@@ -215,7 +215,7 @@ def _options(pairs: Sequence[str]) -> dict[str, str]:
 def _task(arguments: Namespace, method: Method) -> Task | None:
     """The task that the method goes by, with where its data lies; None for methods that go by none."""
     if task_of(method):
-        return Task(task_of(method), data=arguments.tasks_data, limit=arguments.task_limit)
+        return Task(task_of(method), data=arguments.tasks_data, limit=arguments.task_limit, few_shot=0)
     for option, given in (("--tasks-data", arguments.tasks_data), ("--task-limit", arguments.task_limit)):
         if given is not None:
             raise UserError(

@@ -43,14 +43,14 @@ def results_table(results: Sequence[Results]) -> str:
 
 
 def _title(measured: Measurement) -> str:
-    unit = "nats/token" if measured.kind == "loss" else str(measured.protocol.get("metric", "accuracy"))
+    unit = measured.scale.replace("nats per ", "nats/") if measured.kind == "loss" else measured.protocol["metric"]
     return f"{measured.name}, {unit}"
 
 
 def _figure(measured: Measurement | None) -> str:
     if measured is None:
         return _ABSENT
-    if measured.kind == "loss":
+    if measured.kind == "loss" or any(item["value"] is None for item in measured.items):
         return f"{measured.value:.4f}"
     values = np.asarray([item["value"] for item in measured.items], dtype=np.float64)
     spread = f" ±{values.std(ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
@@ -72,10 +72,18 @@ def _protocol(measured: Measurement) -> str:
     """What a figure was measured on, in a line."""
     protocol = measured.protocol
     mark = f"protocol {protocol['fingerprint'][:16]}"
-    if measured.kind == "accuracy":
+    if measured.tasks:
+        how = "documents" if protocol["by_size"] else "tasks"
+        return (
+            f"mean of {len(measured.tasks)} tasks over {how}, {protocol['documents']:,} documents, "
+            f"lm-eval {protocol['lm_eval']}, {mark}"
+        )
+    if "lm_eval" in protocol:
+        shots = f"{protocol['few_shot']}-shot" if protocol["few_shot"] else "zero-shot"
+        error = ", ± one standard error" if "±" in _figure(measured) else ""
         return (
             f"{len(measured.items):,} documents, lm-eval {protocol['lm_eval']}, task version {protocol['version']}, "
-            f"zero-shot, ± one standard error, {mark}"
+            f"{shots}{error}, {mark}"
         )
     stride = f", stride {protocol['stride']}" if "stride" in protocol else ""
     split = f" ({protocol['split']})" if "split" in protocol else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from secateur import progress, ranks
 from secateur.errors import REQUEUE, RunError, UserError, did_you_mean
-from secateur.evaluate.tasks import place_of
+from secateur.evaluate.harness import import_harness
 from secateur.progress import say
 from secateur.report.build import build_report, build_versus
 from secateur.report.tables import versus_rows
@@ -58,8 +58,8 @@ def study_run(arguments: Namespace) -> Answer:
     runs = _chosen(unique(stages), arguments.only)
     if arguments.dry_run:
         return _dry_run(study, runs, stages, store)
-    for name in study.evaluation.asked.tasks:
-        place_of(name)  # what is missing is told now, not after hours of training
+    if study.evaluation.asked.tasks:
+        import_harness("lm_eval")  # what is missing is told now, not after hours of training
     slurm = parse_slurm(arguments.slurm)
     if arguments.slurm and arguments.launcher != "slurm":
         raise UserError("--slurm: says what jobs ask for; give --launcher slurm with it")

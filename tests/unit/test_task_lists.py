@@ -1,0 +1,321 @@
+"""Groups of tasks, tasks that write, texts as a whole, and examples in prompts."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from helpers import hf, logits, tiny_llama
+from secateur.checkpoint import Checkpoint
+from secateur.data.tokenizer import load_tokenizer, train_tokenizer
+from secateur.errors import UserError
+from secateur.evaluate.accuracy import check_room, language_model, measure_task
+from secateur.evaluate.compare import AVERAGE, compare
+from secateur.evaluate.groups import check_groups, expand, measure_groups
+from secateur.evaluate.removals import removal_accuracies
+from secateur.evaluate.results import Measurement, Results
+from secateur.evaluate.suite import Suite, measure
+from secateur.evaluate.tasks import Task
+
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
+
+Row = dict[str, Any]
+WORDS = ("frost", "pear", "ladder", "soil", "rope", "hedge", "saw", "twine", "a man", "the roots")
+
+
+def write(folder: Path, name: str, rows: list[Row]) -> None:
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def question(draw: random.Random) -> Row:
+    return {"question": draw.choice(WORDS), "subject": "frost", "choices": draw.sample(WORDS, 4), "answer": 2}
+
+
+def sum_of(draw: random.Random) -> Row:
+    a, b = draw.randrange(9), draw.randrange(9)
+    return {"question": f"{a} saws and {b} saws?", "answer": f"{a} + {b} saws.\n#### {a + b}"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_folders() -> Iterator[None]:
+    """The harness's index of the folders that these tests name, since that of all of them takes many seconds."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    names = ("mmlu/default", "arc", "gsm8k", "bbh/cot_fewshot", "hellaswag", "truthfulqa", "winogrande")
+    folders: list[str | Path] = [root / name for name in names]
+    with pytest.MonkeyPatch.context() as patch:
+        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[*folders, root / "benchmarks"])
+        patch.setattr("secateur.evaluate.groups.index", lambda: manager.task_index)
+        yield
+
+
+@pytest.fixture(scope="module")
+def others() -> list[str]:
+    """The tasks of the group ``mmlu_other``."""
+    return [member.name for member in expand(["mmlu_other"], where="--suite").members]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, others: list[str]) -> Path:
+    folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(0)
+    for number, name in enumerate(others):
+        write(folder, name, [question(draw) for _ in range(2 + number % 4)])
+    write(folder, "gsm8k", [sum_of(draw) for _ in range(5)])
+    write(folder, "gsm8k.examples", [sum_of(draw) for _ in range(9)])
+    write(folder, "wikitext", [{"page": " ".join(draw.choice(WORDS) for _ in range(n))} for n in (9, 70, 30, 200)])
+    write(folder, "cola", [{"sentence": draw.choice(WORDS), "label": n % 2, "idx": n} for n in range(6)])
+    write(folder, "sciq", [science(draw) for _ in range(7)])
+    return folder
+
+
+def science(draw: random.Random) -> Row:
+    right, *wrong = draw.sample(WORDS, 4)
+    named = {f"distractor{n}": word for n, word in enumerate(wrong, start=1)}
+    return {"question": draw.choice(WORDS), "support": draw.choice(WORDS), "correct_answer": right, **named}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return train_tokenizer([" ".join(WORDS), "Question: 3 saws and 4 saws?\nAnswer: 3 + 4 saws.\n#### 7"], 290)
+
+
+@pytest.fixture
+def make(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Path]:
+    def made(seed: int = 3, positions: int = 400) -> Path:
+        directory = tiny_llama(tmp_path, seed=seed, vocab_size=300, max_position_embeddings=positions)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return made
+
+
+def measured(directory: Path, tasks: list[Task], batch: int | None = None) -> list[Measurement]:
+    return list(measure(Checkpoint(directory), hf(directory), {}, tasks, batch=batch))
+
+
+def plain(directory: Path) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=hf(directory), tokenizer=load_tokenizer(directory), batch_size=1)
+
+
+def test_what_names_stand_for(others: list[str]) -> None:
+    listed = expand(["mmlu", "ai2_arc", "mmlu_anatom?"], where="--suite")
+    names = [member.name for member in listed.members]
+    assert len(names) == 59 and names[-2:] == ["arc_challenge", "arc_easy"] and set(others) < set(names)
+    groups = {group.name: group for group in listed.groups}
+    assert list(groups) == ["mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities", "mmlu"]
+    assert groups["mmlu"].tasks == tuple(names[:57]) and groups["mmlu_other"].tasks == tuple(others)
+    assert groups["mmlu"].metric == "acc" and groups["mmlu"].by_size
+    (by_filter,) = expand(["bbh"], where="--suite").groups
+    assert by_filter.metric == "exact_match,get-answer" and len(by_filter.tasks) == 27
+
+
+def test_a_group_changes_how_its_tasks_are_asked() -> None:
+    listed = expand(["openllm"], where="--suite")
+    changes = {member.name: member.changes for member in listed.members}
+    assert changes["arc_challenge"] == {"fewshot_split": "train", "num_fewshot": 25}
+    assert changes["gsm8k"] == {"num_fewshot": 5} and changes["mmlu_anatomy"] == {"num_fewshot": 5}
+    with pytest.raises(UserError, match="--suite openllm: asks arc_challenge in another way than another name there"):
+        expand(["arc_challenge", "openllm"], where="--suite")
+
+
+@pytest.mark.parametrize("name", ["mmlu_othr", "zz*", "#@~"])
+def test_a_name_that_nothing_has(name: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--suite {name}: lm-eval has no task, group or tag of that name")):
+        expand([name], where="--suite")
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_the_figure_of_a_group_is_the_harness_s_own(
+    by_size: bool, make: Callable[..., Path], data: Path, others: list[str]
+) -> None:
+    import lm_eval
+    from lm_eval.api.group import Group as Theirs
+    from lm_eval.config.group import AggMetricConfig
+
+    directory = make()
+    (known,) = expand(["mmlu_other"], where="--suite").groups
+    group = replace(known, by_size=by_size)
+    tasks = [Task(name, str(data), metric="acc") for name in others]
+    check_groups([group], tasks)
+    ours = measured(directory, tasks)
+    (found,) = measure_groups([group], ours)
+    theirs = Theirs("mmlu_other", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=by_size)])
+    for task in tasks:
+        theirs.add(task.requests.harness)
+    loaded: Any = {"tasks": {t.name: t.requests.harness for t in tasks}, "groups": {"mmlu_other": theirs}}
+    result: Any = lm_eval.evaluate(plain(directory), loaded | {"group_map": {"mmlu_other": others}}, bootstrap_iters=0)
+    assert found.value == pytest.approx(result["groups"]["mmlu_other"]["acc,none"], abs=1e-12)
+    assert [m.value for m in ours] == [result["results"][name]["acc,none"] for name in others]
+    documents = [item["value"] for m in ours for item in m.items]
+    assert found.kind == "accuracy" and found.tasks == others and found.protocol["documents"] == len(documents)
+    assert bool(found.value == pytest.approx(np.mean(documents))) is by_size
+    with pytest.raises(UserError, match=r"mmlu_other: averages f1, and mmlu_[a-z_]+ reports acc,none; name its tasks"):
+        check_groups([replace(group, metric="f1")], tasks)
+
+
+def test_a_group_is_compared_on_its_documents_and_counts_once(
+    make: Callable[..., Path], data: Path, others: list[str]
+) -> None:
+    (group,) = expand(["mmlu_other"], where="--suite").groups
+    tasks = [Task(name, str(data)) for name in (*others, "sciq")]
+    sides = []
+    for seed in (0, 1):
+        directory = make(seed)
+        found = measured(directory, tasks)
+        sides.append(Results(directory.name, [*found, *measure_groups([group], found)]))
+    compared = {c.name: c for c in compare(sides[:1], sides[1:])}
+    values = [{m.name: m.value for m in side.measurements} for side in sides]
+    whole, average = compared["mmlu_other"], compared[AVERAGE]
+    assert whole.difference == pytest.approx(values[0]["mmlu_other"] - values[1]["mmlu_other"])
+    assert whole.items == sum(compared[name].items or 0 for name in others) and whole.low <= whole.difference  # type: ignore[operator]
+    assert average.a == pytest.approx((values[0]["mmlu_other"] + values[0]["sciq"]) / 2)
+    assert average.items == (whole.items or 0) + 7
+    assert average.low <= average.difference <= average.high  # type: ignore[operator]
+
+
+def test_written_answers_are_the_harness_s_own(make: Callable[..., Path], data: Path) -> None:
+    directory, task = make(), Task("gsm8k", str(data), few_shot=1)
+    wanted = plain(directory).generate_until(task.requests.harness.instances)
+    for batch in (None, 1, 3):
+        (found,) = measured(directory, [task], batch)
+        assert [text for item in found.items for text in item["written"]] == wanted
+    assert len(set(wanted)) > 1 and found.protocol["metric"] == "exact_match,strict-match"
+    assert list(found.details["metrics"]) == ["exact_match,strict-match", "exact_match,flexible-extract"]
+
+
+def test_what_answers_are_worth(data: Path) -> None:
+    requests = Task("gsm8k", str(data), few_shot=0).requests
+    rows = [document[0].doc for document in requests.documents]
+    right = [row["answer"] for row in rows]
+    loose = f"It is {right[1].split()[-1]}0, no, {right[1].split()[-1]}"
+    score = requests.score([right[0], loose, right[2], "no idea", f"#### {10**6}"])
+    assert score.kind == "accuracy" and [item["value"] for item in score.items] == [1, 0, 1, 0, 0]
+    assert score.value == score.details["metrics"]["exact_match,strict-match"] == 0.4
+    assert score.details["metrics"]["exact_match,flexible-extract"] >= 0.4
+
+
+def test_examples_in_the_prompt(data: Path, tmp_path: Path) -> None:
+    said = Task("gsm8k", str(data))
+    assert said.requests.protocol()["few_shot"] == 5  # as the task has it
+    examples = [json.loads(line)["answer"] for line in (data / "gsm8k.examples.jsonl").read_text().splitlines()]
+    for shots in (0, 1, 4):
+        prompts = [document[0].args[0] for document in Task("gsm8k", str(data), few_shot=shots).requests.documents]
+        assert all(prompt.count("Answer:") == shots + 1 for prompt in prompts)
+        assert all(sum(prompt.count(a) for a in set(examples)) >= shots for prompt in prompts)
+    prints = {Task("gsm8k", str(data), few_shot=n).requests.protocol()["fingerprint"] for n in (0, 1, 4)}
+    assert len(prints) == 3
+    (tmp_path / "gsm8k.jsonl").write_bytes((data / "gsm8k.jsonl").read_bytes())
+    assert Task("gsm8k", str(tmp_path), few_shot=0).requests.documents
+    with pytest.raises(UserError, match=r"gsm8k\.examples\.jsonl: no such file; the 5 examples in each prompt"):
+        Task("gsm8k", str(tmp_path)).record()
+    with pytest.raises(UserError, match="-1 examples in a prompt are not possible"):
+        Task("gsm8k", str(data), few_shot=-1).record()
+
+
+def test_examples_are_those_that_the_harness_draws(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import lm_eval.tasks
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = {"test": str(data / "gsm8k.jsonl"), "train": str(data / "gsm8k.examples.jsonl")}
+    changes = {"task": "gsm8k", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    root = Path(lm_eval.tasks.__file__).parent / "gsm8k"
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(root))
+    theirs: Any = manager.load({"group": "theirs", "task": [changes]})["tasks"]["gsm8k"]
+    theirs.set_fewshot_seed(1234)  # as the command line does
+    theirs.build_all_requests()
+    ours = Task("gsm8k", str(data)).requests
+    assert [request.args for request in ours.instances] == [request.args for request in theirs.instances]
+
+
+def test_a_text_as_a_whole(make: Callable[..., Path], data: Path) -> None:
+    directory = make(positions=64)
+    task = Task("wikitext", str(data))
+    (found,) = measured(directory, [task])
+    texts = [json.loads(line)["page"] for line in (data / "wikitext.jsonl").read_text().splitlines()]
+    asked = [document[0].args[0] for document in task.requests.documents]  # without the harness's marks
+    tokenizer, model, wanted = load_tokenizer(directory), hf(directory), []
+    for text in asked:
+        ids, total = tokenizer(text)["input_ids"], 0.0
+        for start in range(0, len(ids), 64):
+            part = ids[start : start + 64]
+            # Each window is as long as it can be: the last one goes back to have as much context as there is room for.
+            begin = max(0, start + len(part) - 64)
+            before = [tokenizer.bos_token_id] if begin == 0 else [ids[begin - 1]]
+            seen = before + ids[begin : start + len(part) - 1]
+            every = logits(model, torch.tensor([seen]))[0].double().log_softmax(-1)
+            total += sum(float(every[-len(part) + i][token]) for i, token in enumerate(part))
+        wanted.append(total)
+    words = [len(re.split(r"\s+", text)) for text in texts]
+    assert [item["loglikelihoods"][0] for item in found.items] == pytest.approx(wanted, rel=1e-4)
+    assert [item["tokens"] for item in found.items] == words and found.unit == "documents"
+    assert found.kind == "loss" and found.scale == "nats per word"
+    assert found.value == pytest.approx(-sum(wanted) / sum(words), rel=1e-4)
+    assert found.details["perplexity"] == pytest.approx(found.details["metrics"]["word_perplexity,none"])
+    theirs = plain(directory).loglikelihood_rolling(task.requests.harness.instances)
+    assert [item["loglikelihoods"][0] for item in found.items] == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_figure_of_all_documents_together(make: Callable[..., Path], data: Path) -> None:
+    sides = [Results("", measured(make(seed), [Task("cola", str(data))])) for seed in (0, 1)]
+    (found,) = sides[0].measurements
+    assert found.kind == "score" and found.scale == "mcc" and {item["value"] for item in found.items} == {None}
+    (compared,) = compare(sides[:1], sides[1:])
+    assert compared.verdict == "not measured"
+    assert compared.reason == "mcc is of all documents together, and single ones have none"
+
+
+def test_what_a_model_cannot_be_asked(make: Callable[..., Path], data: Path) -> None:
+    directory = make(positions=200)
+    asked = language_model(Checkpoint(directory), hf(directory))
+    with pytest.raises(UserError, match="gsm8k lets a model write 256 tokens, and this one takes 200"):
+        check_room(asked, [Task("gsm8k", str(data))], directory)
+    with pytest.raises(UserError, match="squadv2: lm-eval fetches its documents with code of its own"):
+        Task("squadv2", str(data)).record()
+    with pytest.raises(UserError, match="wikitext: is measured by word_perplexity; name a task with an accuracy"):
+        removal_accuracies(Checkpoint(directory), 1, Task("wikitext", str(data)), device="cpu")
+
+
+def test_programs_that_a_model_writes_are_not_run(data: Path) -> None:
+    class Unsafe:
+        UNSAFE_CODE, MULTIMODAL = True, False
+
+        class config:
+            task = "humaneval"
+
+    from secateur.evaluate.tasks import _check_safe
+
+    with pytest.raises(UserError, match="humaneval: runs programs that the model writes, which is refused"):
+        _check_safe(Unsafe())
+
+
+def test_a_suite_names_groups(others: list[str]) -> None:
+    suite = Suite.parse("zero-shot,mmlu_other")
+    names = [member.name for member in suite.task_list().members]
+    assert names == [*suite.tasks[:8], *others] and len(suite.task_list().groups) == 1
+
+
+def test_a_task_that_fails_to_score_is_told(make: Callable[..., Path], data: Path) -> None:
+    directory, task = make(), Task("sciq", str(data))
+    asked = language_model(Checkpoint(directory), hf(directory))
+
+    def broken(*_: Any) -> None:
+        raise KeyError("no such field")
+
+    task.requests.harness.process_results = broken
+    with pytest.raises(UserError, match=r"sciq: lm-eval cannot score the answers by acc \(KeyError: 'no such field'\)"):
+        measure_task(asked, task, directory)
