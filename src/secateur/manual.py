@@ -270,14 +270,16 @@ suites, joined by commas as you like:
   zero-shot    winogrande, arc_challenge, arc_easy, hellaswag, piqa, sciq, boolq, openbookqa
   paper        both of these, and the held-out loss on --data
   cost         parameters, bytes, KV cache, tokens a second, time to first token, memory, on this device
-  any other name is a task of lm-eval that compares likelihoods, e.g. lambada_openai
+  any other name is a task, group or tag of lm-eval (gsm8k, mmlu, ai2_arc), or a pattern of their names (mmlu_*)
 
-Tasks go through lm-evaluation-harness (pip install 'secateur[tasks]') without examples in the prompt; a request longer
-than the model's positions loses its beginning, as in the harness, which is told. --protocol heldout reads held-out
+Tasks go through lm-evaluation-harness (pip install 'secateur[tasks]'), with as many examples in the prompt as the task
+says, mostly none, or --few-shot N; a request longer than the model's positions loses its beginning, as in the harness,
+which is told. --protocol heldout reads held-out
 splits; paper-train-split reads the train splits of the published study, which overlap with its calibration text.
 
 local data, in place of the Hugging Face Hub:
-  --tasks-data DIR   DIR/<task>.jsonl, one document a line in the fields of the task's dataset on the Hub
+  --tasks-data DIR   DIR/<task>.jsonl, one document a line in the fields of the task's dataset on the Hub; examples in
+                     the prompt are drawn from DIR/<task>.examples.jsonl
   --text-data DIR    DIR/c4.*, DIR/wikitext.* and DIR/cnn_dailymail.* (.txt, .jsonl, .parquet or a folder of them;
                      text in the field text, of cnn_dailymail in article); c4-train.* ... for paper-train-split
 
@@ -285,6 +287,7 @@ examples:
   secateur eval DIR --data shards:CORPUS                         loss, by domain and by position
   secateur eval DIR --suite paper --data shards:CORPUS --out results
   secateur eval DIR --suite zero-shot --tasks-data tasks --task-limit 200
+  secateur eval DIR --suite mmlu,gsm8k --few-shot 5
   secateur eval PRUNED SCRATCH --suite perplexity,arc_easy --text-data texts --tasks-data tasks --out results
   secateur eval PARENT PRUNED --suite cost --device cuda
   torchrun --nproc-per-node 8 -m secateur eval DIR --suite paper --data shards:CORPUS

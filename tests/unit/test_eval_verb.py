@@ -17,9 +17,11 @@ import pytest
 from helpers import tiny_llama
 from processes import together
 from secateur.cli import main
+from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import train_tokenizer
 from secateur.evaluate.results import Results, items_file
 from secateur.evaluate.tasks import METRICS
+from secateur.study.inputs import held_out
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
 
@@ -206,6 +208,16 @@ def test_a_group_of_tasks(call: Callable[..., Any], world: Path) -> None:
     assert [c["items"] for c in compared] == [4, 5, 6, DOCUMENTS, 15, 15 + DOCUMENTS]
     told = call("eval {w}/llama-0 --suite wmdp,sciq --tasks-data {w}/tasks --few-shot 2", code=2)  # wmdp stays at 0
     assert "sciq.examples.jsonl: no such file; the 2 examples in each prompt of sciq are drawn from it" in told
+
+
+def test_few_windows_are_spread_over_the_held_out_split(call: Callable[..., Any], world: Path) -> None:
+    line = "eval {w}/llama-0 --data shards:{w}/shards --seqlen 32 --windows 3"
+    (spread,), (first,) = (call(line + more)["results"] for more in ("", " --stride 16"))
+    protocols = [result["measurements"][0]["protocol"] for result in (spread, first)]
+    of_a_study = held_out(TokenStore(world / "shards"), 3, 32).record()
+    assert protocols[0]["fingerprint"] == of_a_study["fingerprint"] and protocols[0]["windows"] == 3
+    assert {part["domain"] for part in spread["measurements"][0]["by_domain"]} == {"books", "web"}
+    assert "by_domain" not in first["measurements"][0] and protocols[1]["stride"] == 16
 
 
 def test_cost_in_the_table(call: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import Stream
 
-__all__ = ["ByDomain", "document_stream", "spread", "window_stream"]
+__all__ = ["ByDomain", "document_stream", "held_out_stream", "spread", "window_stream"]
 
 
 def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Stream:
@@ -45,6 +45,24 @@ def window_stream(store: TokenStore, split: str, windows: NDArray[np.integer], l
     kept, documents = np.unique(numbers, return_inverse=True)
     domains = {first + n: name for part, first in zip(parts, known, strict=True) for n, name in enumerate(part.domains)}
     return Stream(np.concatenate([part.ids for part in parts]), documents, tuple(domains[n] for n in kept.tolist()))
+
+
+def held_out_stream(store: TokenStore, windows: int, length: int, skip: int = 0) -> Stream:
+    """Held-out windows, spread evenly over the split, so that no few long documents stand for all.
+
+    Args:
+        store: the corpus.
+        windows: how many; the whole split, with a shorter last one, where it has no more.
+        length: tokens in a window.
+        skip: of those that as many windows by themselves would be, none is taken.
+    """
+    split, there = "heldout", store.tokens("heldout")
+    left = np.setdiff1d(np.arange(there // length), spread(skip, there // length) if skip else [])
+    if not skip and len(left) <= windows:
+        return document_stream(store, split, 0, there)
+    if not len(left):
+        return document_stream(store, split, 0, 0)
+    return window_stream(store, split, left[spread(windows, len(left))], length)
 
 
 class ByDomain:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from secateur.data.domains import document_stream, spread, window_stream
+from secateur.data.domains import held_out_stream
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
 from secateur.evaluate.loss import Protocol
@@ -38,7 +36,7 @@ def model_of(stage: Stage, store: Store, role: str = "model") -> Path:
 
 
 def held_out(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Protocol:
-    """Held-out windows, spread evenly over the split, so that no few long documents stand for all.
+    """What losses are measured on, as :func:`secateur.data.domains.held_out_stream` has it.
 
     Args:
         tokens: the corpus.
@@ -49,12 +47,4 @@ def held_out(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Pr
     Raises:
         UserError: if there are none.
     """
-    there = tokens.tokens("heldout")
-    left = np.setdiff1d(np.arange(there // seqlen), spread(skip, there // seqlen) if skip else [])
-    if not skip and len(left) <= windows:
-        stream = document_stream(tokens, "heldout", 0, there)  # a shorter last window too
-    elif not len(left):
-        stream = document_stream(tokens, "heldout", 0, 0)
-    else:
-        stream = window_stream(tokens, "heldout", left[spread(windows, len(left))], seqlen)
-    return Protocol.of_stream(stream, seqlen, "held-out documents")
+    return Protocol.of_stream(held_out_stream(tokens, windows, seqlen, skip), seqlen, "held-out documents")

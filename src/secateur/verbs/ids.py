@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from secateur.checkpoint import Checkpoint, positions
-from secateur.data.domains import document_stream
+from secateur.data.domains import document_stream, held_out_stream
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.token_files import is_token_file, read_token_file
@@ -70,7 +70,13 @@ def protocol_of(
     step = min(stride or used, used)
     limit = used + (windows - 1) * step if windows else None
     if source.startswith("shards:"):
-        stream = _held_out(checkpoint, source, limit)
+        store = _shards(checkpoint, source)
+        if windows and step == used:
+            stream = held_out_stream(store, windows, used)
+        else:  # windows that overlap follow each other
+            stream = document_stream(
+                store, "heldout", 0, min(limit or store.tokens("heldout"), store.tokens("heldout"))
+            )
         return Protocol.of_stream(stream, used, source, stride=step, split="heldout")
     stream, _ = _encoded(checkpoint, source, field, limit, seqlen)
     bos = begins_with_bos(load_tokenizer(checkpoint.directory))
@@ -103,9 +109,9 @@ def _encoded(
     return stream, used
 
 
-def _held_out(checkpoint: Checkpoint, source: str, limit: int | None) -> Stream:
-    """The held-out documents of token shards, with their domains, at most ``limit`` tokens."""
-    folder, split = Path(source.removeprefix("shards:")), "heldout"
+def _shards(checkpoint: Checkpoint, source: str) -> TokenStore:
+    """Token shards with held-out documents, that fit the model."""
+    folder = Path(source.removeprefix("shards:"))
     if not (folder / "manifest.json").is_file():
         raise UserError(f"{source}: holds no token shards; write them with `secateur data SOURCE {folder}`")
     store = TokenStore(folder)
@@ -114,10 +120,9 @@ def _held_out(checkpoint: Checkpoint, source: str, limit: int | None) -> Stream:
             f"{source}: has ids up to {store.vocabulary - 1}, but the model's vocabulary is "
             f"{checkpoint.shape.vocabulary}; build the data with the model's tokenizer"
         )
-    if split not in store.manifest.splits:
+    if "heldout" not in store.manifest.splits:
         raise UserError(f"{source}: holds no held-out documents; build it again with --holdout above 0")
-    stop = min(limit or store.tokens(split), store.tokens(split))
-    return document_stream(store, split, 0, stop)
+    return store
 
 
 def _file(
