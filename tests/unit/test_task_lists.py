@@ -188,7 +188,8 @@ def test_a_group_is_compared_on_its_documents_and_counts_once(
 
 
 def test_written_answers_are_the_harness_s_own(make: Callable[..., Path], data: Path) -> None:
-    directory, task = make(), Task("gsm8k", str(data), few_shot=1)
+    short = {"generation_kwargs": {"until": ["saws"], "do_sample": False, "max_gen_toks": 30}}
+    directory, task = make(), Task("gsm8k", str(data), few_shot=1, changes=short)
     wanted = plain(directory).generate_until(task.requests.harness.instances)
     for batch in (None, 1, 3):
         (found,) = measured(directory, [task], batch)
