@@ -110,7 +110,12 @@ def manager_of(name: str | None) -> Any:
     """The harness's manager of the one folder that a task lies in; of no folder for one that lies in none."""
     folder = None if name is None else place_of(name)
     with silenced():
-        return import_harness("lm_eval.tasks").TaskManager(include_defaults=False, include_path=folder)
+        return _manager(import_harness("lm_eval.tasks").TaskManager, folder)
+
+
+@cache  # the tasks of a group mostly lie together
+def _manager(kind: Any, folder: Path | None) -> Any:
+    return kind(include_defaults=False, include_path=folder)
 
 
 @cache

@@ -128,30 +128,33 @@ class Likelihoods(_HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model writes behind each context, up to where the task says; all processes together."""
-        sizes, ways = [], []
-        for context, asked in (request.args[:2] for request in requests):
-            most = self.written(asked)
-            size = len(self.tok_encode(context))
-            self.beheaded += size > self.max_length - most
-            sizes.append(min(size, self.max_length - most) + most)
-            ways.append(repr(sorted(asked.items())))
-        order = sorted(range(len(requests)), key=lambda n: (ways[n], -sizes[n], requests[n].args[0], n))
-        batches = []
-        for way in dict.fromkeys(ways[n] for n in order):
-            rows = [n for n in order if ways[n] == way]
-            while rows:
-                count = self.batch or pick_batch(sizes[rows[0]], str(self.device))
-                batches.append(rows[:count])
-                rows = rows[count:]
         found: dict[int, str] = {}
-        batch = self.batch_size_per_gpu
-        for rows in batches[ranks.rank() :: ranks.world()]:
+        one = self.batch_size_per_gpu
+        for rows in self._writing(requests)[ranks.rank() :: ranks.world()]:
             self.batch_size_per_gpu = len(rows)
             written = super().generate_until([requests[n] for n in rows], disable_tqdm=True)
             found |= dict(zip(rows, written, strict=True))
             self.advance(len(rows) * ranks.world())
-        self.batch_size_per_gpu = batch
+        self.batch_size_per_gpu = one
         return ranks.add_texts(found, len(requests))
+
+    def _writing(self, requests: Sequence[Any]) -> list[list[int]]:
+        """Batches of requests for text, by their numbers: of one way to write each, the longest first."""
+        ways: dict[str, list[tuple[int, int]]] = {}
+        for number, (context, asked) in enumerate(request.args[:2] for request in requests):
+            size, room = len(self.tok_encode(context)), self.max_length - self.written(asked)
+            self.beheaded += size > room
+            ways.setdefault(repr(sorted(asked.items())), []).append((min(size, room), number))
+        batches = []
+        for way in ways.values():
+            rows = sorted(way, key=lambda row: (-row[0], row[1]))
+            while rows:
+                longest, first = rows[0]
+                tokens = longest + self.written(requests[first].args[1])
+                count = self.batch or pick_batch(tokens, str(self.device))
+                batches.append([number for _, number in rows[:count]])
+                rows = rows[count:]
+        return batches
 
     def written(self, asked: dict[str, Any]) -> int:
         """How many tokens a request lets the model write at most."""

@@ -215,26 +215,22 @@ def _build(task: Task) -> Requests:
     inside = "::" in name  # defined within a group, which changes all of it
     manager = manager_of(None if inside else name)
     config = {**({} if inside else manager.task_index[name].cfg), **task.changes, "task": name}
-    own = config.get("num_fewshot")
-    few_shot = (own or 0) if task.few_shot is None or own == 0 else task.few_shot
-    if task.few_shot and own == 0:
-        progress.say(f"{name}: has no examples in its prompts, as it says itself, whatever is asked for")
-    changes = {**task.changes, "task": name, "num_fewshot": few_shot}
+    few_shot = _few_shot(task, config)
     if task.data is None:
         where = ":".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)) or name
-        source = {"dataset": where}
         progress.say(f"{name}: asking the Hugging Face Hub for {where}")
-        hint = f"connect to the network, or name a folder that holds {name}.jsonl"
+        local, source = {}, {"dataset": where}
         failed = f"{name}: {where} cannot be had from the Hugging Face Hub"
+        hint = f"connect to the network, or name a folder that holds {name}.jsonl"
     else:
         local, source = local_changes(config, task.data, few_shot)
-        changes |= local
-        hint = "it must have the fields of the task's dataset on the Hugging Face Hub, the answers among them"
         failed = f"{task_file(task.data, name)}: {name} cannot be built from it"
+        hint = "it must have the fields of the task's dataset on the Hugging Face Hub, the answers among them"
+    changes = {**task.changes, "task": name, "num_fewshot": few_shot, **local}
+    # A group of one is how the harness lets a task's own configuration be changed.
+    whole = {**config, **changes} if inside else {"group": "secateur", "task": [changes]}
     try:
         with silenced(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
-            # A group of one is how the harness lets a task's own configuration be changed.
-            whole = {**config, **changes} if inside else {"group": "secateur", "task": [changes]}
             loaded = manager.load(whole)["tasks"][name]
             _check_safe(loaded)
             loaded.set_fewshot_seed(_SEED)
@@ -249,6 +245,14 @@ def _build(task: Task) -> Requests:
         told = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")[:200]
         raise UserError(f"{failed} ({type(error).__name__}: {told}); {hint}") from None
     return Requests(loaded, list(documents.values()), _key(task, _keys(loaded)), source)
+
+
+def _few_shot(task: Task, config: Mapping[str, Any]) -> int:
+    """How many examples each prompt has: as many as are asked for, unless the task says 0, as the harness has it."""
+    own = config.get("num_fewshot")
+    if task.few_shot and own == 0:
+        progress.say(f"{task.name}: has no examples in its prompts, as it says itself, whatever is asked for")
+    return (own or 0) if task.few_shot is None or own == 0 else task.few_shot
 
 
 def _check_safe(loaded: Any) -> None:
