@@ -85,6 +85,7 @@ def run(
             said.seek(0)
             lines = said.read().decode(errors="replace").strip().splitlines()
         seen = json.loads(report.read_text())["device"] if report.exists() else None
+    lines = [line for line in lines if "%|" not in line] or lines  # a bar that was left standing tells nothing
     failure = (lines[-1][:200] if lines else f"exit code {code}") if code else None
     return Measured(usage.ru_utime + usage.ru_stime, wall, anonymous, resident, seen, failure)
 

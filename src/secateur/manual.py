@@ -270,7 +270,7 @@ suites, joined by commas as you like:
   zero-shot    winogrande, arc_challenge, arc_easy, hellaswag, piqa, sciq, boolq, openbookqa
   paper        both of these, and the held-out loss on --data
   cost         parameters, bytes, KV cache, tokens a second, time to first token, memory, on this device
-  any other name is a task, group or tag of lm-eval (gsm8k, mmlu, ai2_arc), or a pattern of their names (mmlu_*)
+  any other name is a task, group or tag of lm-eval (gsm8k, mmlu, ai2_arc), or a pattern (arithmetic_*)
 
 Tasks go through lm-evaluation-harness (pip install 'secateur[tasks]'), with as many examples in the prompt as the task
 says, mostly none, or --few-shot N; a request longer than the model's positions loses its beginning, as in the harness,
@@ -292,7 +292,8 @@ examples:
   secateur eval PARENT PRUNED --suite cost --device cuda
   torchrun --nproc-per-node 8 -m secateur eval DIR --suite paper --data shards:CORPUS
 
-With --out, DIR/<model>.json has all figures and DIR/<model>.jsonl.gz every item. docs/evaluation.md tells the rest.
+With --out, DIR/<model>.json has all figures and DIR/<model>.jsonl.gz every item; killed, the same command goes on with
+what is left to measure. docs/evaluation.md tells the rest.
 """
 
 

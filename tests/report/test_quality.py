@@ -31,8 +31,8 @@ def task(name: str, right: int) -> Measurement:
 def by_document(prose: float, code: float) -> Measurement:
     items = [{"value": prose, "tokens": 10, "domain": "prose"}] * 6 + [
         {"value": code, "tokens": 30, "domain": "code"}
-    ] * 4
-    mean = (60 * prose + 120 * code) / 180
+    ] * 7
+    mean = (60 * prose + 210 * code) / 270
     details = {"by_position": [{"from": 1, "to": 1, "tokens": 10, "loss": mean + 1}]}
     return Measurement(LOSS, "loss", mean, {"fingerprint": "held"}, "documents", items, details)
 

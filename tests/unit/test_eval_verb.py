@@ -16,12 +16,14 @@ import pytest
 
 from helpers import tiny_llama
 from processes import together
+from secateur.arguments import parser
 from secateur.cli import main
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import train_tokenizer
 from secateur.evaluate.results import Results, items_file
 from secateur.evaluate.tasks import METRICS
 from secateur.study.inputs import held_out
+from secateur.verbs.evaluation import evaluate
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
 
@@ -218,6 +220,32 @@ def test_few_windows_are_spread_over_the_held_out_split(call: Callable[..., Any]
     assert protocols[0]["fingerprint"] == of_a_study["fingerprint"] and protocols[0]["windows"] == 3
     assert {part["domain"] for part in spread["measurements"][0]["by_domain"]} == {"books", "web"}
     assert "by_domain" not in first["measurements"][0] and protocols[1]["stride"] == 16
+
+
+@needs_lm_eval
+def test_a_killed_command_goes_on(call: Callable[..., Any], world: Path, tmp_path: Path) -> None:
+    line = "eval {w}/llama-0 {w}/llama-1 --data shards:{w}/shards --suite piqa,sciq,arc_easy --tasks-data {w}/tasks"
+    call(line + " --out {t}/whole")
+    measured: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        from secateur.evaluate import suite
+
+        measure_task = suite.measure_task
+
+        def killed(asked: Any, task: Any, *rest: Any, **more: Any) -> Any:
+            measured.append(task.name)
+            if len(measured) == 5:  # the second task of the second model
+                raise KeyboardInterrupt
+            return measure_task(asked, task, *rest, **more)
+
+        patch.setattr(suite, "measure_task", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(parser().parse_args([*line.format(w=world).split(), "--out", str(tmp_path / "out")]))
+        assert not (tmp_path / "out" / "llama-0.json").exists()
+        call(line + " --out {t}/out")
+    assert measured == ["piqa", "sciq", "arc_easy", "piqa", "sciq", "sciq", "arc_easy"]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()} and len(files) == 4
 
 
 def test_cost_in_the_table(call: Callable[..., Any]) -> None:

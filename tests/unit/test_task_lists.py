@@ -20,9 +20,9 @@ from helpers import hf, logits, tiny_llama
 from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.errors import UserError
-from secateur.evaluate.accuracy import check_room, language_model, measure_task
+from secateur.evaluate.accuracy import check_tasks, language_model, measure_task
 from secateur.evaluate.compare import AVERAGE, compare
-from secateur.evaluate.groups import check_groups, expand, measure_groups
+from secateur.evaluate.groups import Group, check_groups, expand, measure_groups
 from secateur.evaluate.removals import removal_accuracies
 from secateur.evaluate.results import Measurement, Results
 from secateur.evaluate.suite import Suite, measure
@@ -184,6 +184,10 @@ def test_a_group_is_compared_on_its_documents_and_counts_once(
     assert whole.items == sum(compared[name].items or 0 for name in others) and whole.low <= whole.difference  # type: ignore[operator]
     assert average.a == pytest.approx((values[0]["mmlu_other"] + values[0]["sciq"]) / 2)
     assert average.items == (whole.items or 0) + 7
+    part = Group("part", tuple(others[:3]), "acc", True)  # inside of the other one, as mmlu has groups
+    nested = [replace(s, measurements=[*s.measurements, *measure_groups([part], s.measurements)]) for s in sides]
+    again = {c.name: c for c in compare(nested[:1], nested[1:])}
+    assert "part" in again and again[AVERAGE] == average
     assert average.low <= average.difference <= average.high  # type: ignore[operator]
 
 
@@ -282,26 +286,52 @@ def test_a_figure_of_all_documents_together(make: Callable[..., Path], data: Pat
 
 def test_what_a_model_cannot_be_asked(make: Callable[..., Path], data: Path) -> None:
     directory = make(positions=200)
-    asked = language_model(Checkpoint(directory), hf(directory))
     with pytest.raises(UserError, match="gsm8k lets a model write 256 tokens, and this one takes 200"):
-        check_room(asked, [Task("gsm8k", str(data))], directory)
+        check_tasks(Checkpoint(directory), [Task("gsm8k", str(data))])
     with pytest.raises(UserError, match="squadv2: lm-eval fetches its documents with code of its own"):
         Task("squadv2", str(data)).record()
     with pytest.raises(UserError, match="wikitext: is measured by word_perplexity; name a task with an accuracy"):
         removal_accuracies(Checkpoint(directory), 1, Task("wikitext", str(data)), device="cpu")
 
 
-def test_programs_that_a_model_writes_are_not_run(data: Path) -> None:
-    class Unsafe:
-        UNSAFE_CODE, MULTIMODAL = True, False
+@pytest.mark.parametrize(
+    ("name", "rows", "shots", "message"),
+    [
+        ("humaneval", [], None, "humaneval: runs programs that the model writes, which is refused; leave it out"),
+        ("mmmu_val_art", [], None, "mmmu_val_art: asks about pictures or sound; leave it out"),
+        ("sst2", [{"sentence": "a", "label": "x", "idx": 0}], None, "document 0 has the answer 'x', which is none of"),
+        ("wikitext", [{"page": "a"}, {"page": ""}], None, "document 1 is empty"),
+        ("sciq", [science(random.Random(0))], 3, "sciq.examples.jsonl: holds 2 documents, too few to draw 3 examples"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before(
+    name: str, rows: list[Row], shots: int | None, message: str, tmp_path: Path
+) -> None:
+    if rows:
+        write(tmp_path, name, rows)
+        write(tmp_path, f"{name}.examples", [science(random.Random(n)) for n in range(2)])
+    with pytest.raises(UserError, match=re.escape(message)):
+        Task(name, str(tmp_path), few_shot=shots).record()
 
-        class config:
-            task = "humaneval"
 
-    from secateur.evaluate.tasks import _check_safe
+def test_a_metric_that_could_not_be_fetched_is_told_before(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.api import task
 
-    with pytest.raises(UserError, match="humaneval: runs programs that the model writes, which is refused"):
-        _check_safe(Unsafe())
+    monkeypatch.setattr(task, "get_metric", lambda *_: None)  # as the harness has it where nothing was fetched
+    with pytest.raises(UserError, match="gsm8k: lm-eval fetches its metric exact_match by the package evaluate"):
+        Task("gsm8k", str(data)).record()
+
+
+def test_what_is_drawn_depends_on_no_batch(make: Callable[..., Path], data: Path) -> None:
+    told = {"until": ["saws"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    directory, changes = make(), {"generation_kwargs": told, "repeats": 3}
+    texts = []
+    for batch in (None, 4):
+        task = Task("gsm8k", str(data), few_shot=0, changes=changes)
+        (found,) = measured(directory, [task], batch)
+        texts.append([item["written"] for item in found.items])
+    assert texts[0] == texts[1]
+    assert all(len(written) == 3 for written in texts[0]) and any(len(set(written)) > 1 for written in texts[0])
 
 
 def test_a_suite_names_groups(others: list[str]) -> None:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from secateur.checkpoint import Checkpoint
+from secateur.checkpoint import Checkpoint, positions
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluate.harness import import_harness, silenced
@@ -18,13 +16,11 @@ from secateur.evaluate.tasks import Task
 from secateur.progress import say
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from secateur.evaluate.likelihoods import Likelihoods
 
-__all__ = ["answers", "check_room", "language_model", "measure_task", "say_truncation"]
-
-_SEED = 1234  # of the harness
+__all__ = ["answers", "check_tasks", "language_model", "measure_task", "say_truncation"]
 
 
 def measure_task(
@@ -68,19 +64,24 @@ def measure_task(
     return Measurement(task.name, score.kind, score.value, requests.protocol(), "documents", items, details)
 
 
-def check_room(asked: Likelihoods, tasks: Sequence[Task], directory: Path) -> None:
-    """See that the model has positions for what tasks let it write, before anything is computed.
+def check_tasks(checkpoint: Checkpoint, tasks: Sequence[Task]) -> None:
+    """See that a model can be asked, before anything is computed.
 
     Raises:
-        UserError: if it has none left for a context.
+        UserError: if the checkpoint has no tokenizer, or one that the harness cannot use, or if it has no positions
+            for a question beside what a task lets a model write.
     """
+    if tasks:
+        _tokenizer(checkpoint)
+    normalize = import_harness("lm_eval.models.utils").normalize_gen_kwargs
+    room = positions(checkpoint.config)
     for task in tasks:
         writing = [r for r in task.requests.instances if r.request_type == "generate_until"]
-        most = max((asked.written(request.args[1]) for request in writing), default=0)
-        if most >= asked.max_length:
+        most = max((normalize(request.args[1])["max_gen_toks"] for request in writing), default=0)
+        if room is not None and most >= room:
             raise UserError(
-                f"{directory}: {task.name} lets a model write {most} tokens, and this one takes {asked.max_length} "
-                "with the question; leave the task out"
+                f"{checkpoint.directory}: {task.name} lets a model write {most} tokens, and this one takes {room} with "
+                "the question; leave the task out"
             )
 
 
@@ -109,7 +110,6 @@ def answers(asked: Likelihoods, task: Task, directory: Path) -> list[Any]:
     for kind, numbers in kinds.items():
         try:
             with silenced():
-                torch.manual_seed(_SEED)  # for tasks that draw what is written
                 replies = getattr(asked, kind)([instances[number] for number in numbers])
         except ValueError:
             if kind != "loglikelihood":
@@ -135,6 +135,14 @@ def language_model(checkpoint: Checkpoint, model: PreTrainedModel, batch: int | 
     Raises:
         UserError: if lm-eval is not installed, or the checkpoint has no tokenizer, or one that the harness cannot use.
     """
+    tokenizer = _tokenizer(checkpoint)
+    with silenced():
+        import_harness("lm_eval.models.huggingface")
+        made: Any = import_harness("secateur.evaluate.likelihoods")
+        return made.Likelihoods(model, tokenizer, batch=batch)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -142,10 +150,7 @@ def language_model(checkpoint: Checkpoint, model: PreTrainedModel, batch: int | 
             f"{checkpoint.directory}: its tokenizer has neither a BOS nor an EOS token, and lm-eval needs one; "
             "name one in tokenizer_config.json"
         )
-    with silenced():
-        import_harness("lm_eval.models.huggingface")
-        made: Any = import_harness("secateur.evaluate.likelihoods")
-        return made.Likelihoods(model, tokenizer, batch=batch)
+    return tokenizer
 
 
 def say_truncation(asked: Likelihoods, task: Task) -> None:

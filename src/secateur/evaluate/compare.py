@@ -13,9 +13,10 @@ from secateur.errors import UserError
 from secateur.evaluate.results import Kind, Measurement, Results, check_same_protocols
 from secateur.statistics import bootstrap_interval, mean_interval, seed_interval, sign_test
 
-__all__ = ["AVERAGE", "Comparison", "compare"]
+__all__ = ["AVERAGE", "FEW", "Comparison", "compare"]
 
 AVERAGE = "average of tasks"
+FEW = 30  #: items, below which a bootstrap's interval alone is not trusted
 
 Verdict = Literal["A", "B", "too close to call", "not measured"]
 
@@ -29,7 +30,8 @@ class Comparison:
     its 95% interval by a paired bootstrap over items: documents, or windows. ``above`` and ``below`` count the items on
     which A and B are better, and ``p`` is the sign test's. With several seeds, figures are means over them, and
     ``seed_low`` and ``seed_high`` bound the 95% interval of the mean of their differences by Student's t. A verdict
-    for one side needs every interval there is to exclude zero. What was not measured is None.
+    for one side needs every interval there is to exclude zero; and, of fewer than 30 items, of which the bootstrap's
+    intervals are too narrow, p below 0.05 as well. What was not measured is None.
     """
 
     name: str
@@ -73,11 +75,22 @@ def compare(a: Sequence[Results], b: Sequence[Results]) -> list[Comparison]:
     names = check_same_protocols((r.model, m.name, m.protocol) for r in (*a, *b) for m in r.measurements)
     found = [_compare(name, a, b) for name in names]
     accuracies = [c.name for c in found if c.kind == "accuracy" and c.verdict != "not measured"]
-    inside = {task for name in accuracies for task in _of(a[0], name).tasks}
-    counted = [name for name in accuracies if name not in inside]  # a group counts, and its tasks not besides
+    counted = _apart([_of(a[0], name) for name in accuracies])
     if len(counted) > 1:
         found.append(_average(counted, a, b))
     return found
+
+
+def _apart(measured: Sequence[Measurement]) -> list[str]:
+    """Those among figures that have no task in common, in their order: a group, and neither its parts nor its tasks."""
+    taken: set[str] = set()
+    kept = []
+    for known in sorted(measured, key=lambda m: -len(m.tasks)):
+        tasks = set(known.tasks or (known.name,))
+        if not tasks & taken:
+            taken |= tasks
+            kept.append(known.name)
+    return [known.name for known in measured if known.name in kept]
 
 
 def _compare(name: str, a: Sequence[Results], b: Sequence[Results]) -> Comparison:
@@ -154,12 +167,13 @@ def _judged(
     if len(values) > 1:
         intervals.append(seed_interval(differences))
         seeds = {"seeds": differences, "seed_low": intervals[1][0], "seed_high": intervals[1][1]}
-    verdict: Verdict = "too close to call"
-    if all(low > 0 for low, _ in intervals):
-        verdict = "A"
-    elif all(high < 0 for _, high in intervals):
-        verdict = "B"
     above, below, p = sign_test(better)
+    verdict: Verdict = "too close to call"
+    if len(better) >= FEW or p < 0.05:
+        if all(low > 0 for low, _ in intervals):
+            verdict = "A"
+        elif all(high < 0 for _, high in intervals):
+            verdict = "B"
     return Comparison(
         known.name,
         known.kind,

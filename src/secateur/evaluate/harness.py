@@ -69,7 +69,9 @@ def is_task(name: str) -> bool:
 
 def is_mentioned(name: str) -> bool:
     """Whether any of the harness's files has ``name`` in it, as those of a group or a tag have; this takes a second."""
-    return any(name.encode() in path.read_bytes() for path in _files("*yaml"))  # included ones have no dot
+    return index.cache_info().currsize > 0 or any(
+        name.encode() in path.read_bytes() for path in _files("*yaml")
+    )  # included ones have no dot
 
 
 def near_tasks(name: str) -> list[str]:

@@ -36,6 +36,7 @@ normalize_gen_kwargs: Any = importlib.import_module("lm_eval.models.utils").norm
 
 __all__ = ["Likelihoods", "Row", "rows_of"]
 
+_SEED = 1234
 _ROW = 512  #: tokens that a row of several requests may hold, unless twice its longest request is more
 _VALUES = 2**24  #: logits at once
 
@@ -132,6 +133,7 @@ class Likelihoods(_HFLM):
         one = self.batch_size_per_gpu
         for rows in self._writing(requests)[ranks.rank() :: ranks.world()]:
             self.batch_size_per_gpu = len(rows)
+            torch.manual_seed(_SEED + rows[0])
             written = super().generate_until([requests[n] for n in rows], disable_tqdm=True)
             found |= dict(zip(rows, written, strict=True))
             self.advance(len(rows) * ranks.world())
@@ -139,7 +141,10 @@ class Likelihoods(_HFLM):
         return ranks.add_texts(found, len(requests))
 
     def _writing(self, requests: Sequence[Any]) -> list[list[int]]:
-        """Batches of requests for text, by their numbers: of one way to write each, the longest first."""
+        """Batches of requests for text, by their numbers: of one way to write each, the longest first.
+
+        Where what is written is drawn, each has a batch to itself, and so its own draws whatever the others are.
+        """
         ways: dict[str, list[tuple[int, int]]] = {}
         for number, (context, asked) in enumerate(request.args[:2] for request in requests):
             size, room = len(self.tok_encode(context)), self.max_length - self.written(asked)
@@ -151,7 +156,8 @@ class Likelihoods(_HFLM):
             while rows:
                 longest, first = rows[0]
                 tokens = longest + self.written(requests[first].args[1])
-                count = self.batch or pick_batch(tokens, str(self.device))
+                drawn = requests[first].args[1].get("do_sample", False)
+                count = 1 if drawn else self.batch or pick_batch(tokens, str(self.device))
                 batches.append([number for _, number in rows[:count]])
                 rows = rows[count:]
         return batches

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from secateur.checkpoint import Checkpoint, positions
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError, did_you_mean
-from secateur.evaluate.accuracy import check_room, language_model, measure_task
+from secateur.evaluate.accuracy import check_tasks, language_model, measure_task
 from secateur.evaluate.groups import TaskList, expand
 from secateur.evaluate.loss import Protocol, measure_loss, window_losses
 from secateur.evaluate.protocols import PROTOCOLS, SEQLEN, WINDOWS, Text, text_protocol
@@ -131,14 +131,14 @@ def measure(
     """
     label = f"evaluate {of} " if of else "evaluate "
     left = [task for task in tasks if task.name not in done]
-    asked = language_model(checkpoint, model, batch) if left else None
-    if asked:
-        check_room(asked, left, checkpoint.directory)
+    if left:
+        check_tasks(checkpoint, left)
     for name, protocol in protocols.items():
         if name not in done:
             with shown(label + name, sum(part.numel() for part in protocol.windows)) as progress:
                 losses = window_losses(model, protocol, batch=batch, advance=progress.advance)
             yield measure_loss(losses, name)
+    asked = language_model(checkpoint, model, batch) if left else None
     for task in left:
         assert asked is not None
         with shown(label + task.name, len(task.requests.instances)) as progress:

@@ -97,6 +97,10 @@ def local_changes(config: Mapping[str, Any], folder: str, few_shot: int) -> tupl
         )
         splits[drawn] = read_documents(more, hint)
         hashes["examples_sha256"] = _sha256(more)
+    there, needed = (len(splits[drawn]), few_shot + (drawn == asked)) if drawn else (few_shot, few_shot)
+    if there < needed:
+        file = path if drawn == asked else examples_file(folder, name)
+        raise UserError(f"{file}: holds {there} documents, too few to draw {few_shot} examples from; give it {needed}")
     kept = {key: config.get(key) for key in ("training_split", "validation_split", "test_split")}
     kept = {key: split if split in splits else None for key, split in kept.items()}
     return _reading(splits) | kept | ({"test_split": asked} if asked == "local" else {}), hashes

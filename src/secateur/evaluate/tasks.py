@@ -215,6 +215,7 @@ def _build(task: Task) -> Requests:
     inside = "::" in name  # defined within a group, which changes all of it
     manager = manager_of(None if inside else name)
     config = {**({} if inside else manager.task_index[name].cfg), **task.changes, "task": name}
+    _check_safe(name, config.get("unsafe_code"), config.get("doc_to_image") or config.get("doc_to_audio"))
     few_shot = _few_shot(task, config)
     if task.data is None:
         where = ":".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)) or name
@@ -232,7 +233,8 @@ def _build(task: Task) -> Requests:
     try:
         with silenced(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
             loaded = manager.load(whole)["tasks"][name]
-            _check_safe(loaded)
+            _check_safe(name, getattr(loaded, "UNSAFE_CODE", False), getattr(loaded, "MULTIMODAL", False))
+            _check_metrics(name, loaded)
             loaded.set_fewshot_seed(_SEED)
             loaded.build_all_requests(limit=task.limit)
             documents: dict[int, list[Any]] = defaultdict(list)
@@ -241,6 +243,8 @@ def _build(task: Task) -> Requests:
             _check_answers(loaded, [requests[0].doc for requests in documents.values()])
     except UserError:
         raise
+    except ImportError as error:
+        raise UserError(f"{name}: lm-eval's code for it does not run here ({error}); leave it out") from None
     except Exception as error:  # templates, functions of tasks and the Hub's client raise any class
         told = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")[:200]
         raise UserError(f"{failed} ({type(error).__name__}: {told}); {hint}") from None
@@ -255,32 +259,55 @@ def _few_shot(task: Task, config: Mapping[str, Any]) -> int:
     return (own or 0) if task.few_shot is None or own == 0 else task.few_shot
 
 
-def _check_safe(loaded: Any) -> None:
+def _check_safe(name: str, runs_code: Any, shows: Any) -> None:
     """Refuse what a language model cannot be asked, or should not be without a sandbox.
 
     Raises:
         UserError: if the task shows pictures or plays sound, or runs what a model writes.
     """
-    if getattr(loaded, "UNSAFE_CODE", False):
-        raise UserError(f"{loaded.config.task}: runs programs that the model writes, which is refused; leave it out")
-    if getattr(loaded, "MULTIMODAL", False):
-        raise UserError(f"{loaded.config.task}: asks about pictures or sound; leave it out")
+    if runs_code:
+        raise UserError(f"{name}: runs programs that the model writes, which is refused; leave it out")
+    if shows:
+        raise UserError(f"{name}: asks about pictures or sound; leave it out")
+
+
+def _check_metrics(name: str, loaded: Any) -> None:
+    """The harness goes on without a metric that it could not fetch, and fails after all has been computed.
+
+    Raises:
+        UserError: if one is not there.
+    """
+    if callable(loaded.config.process_results):  # which brings its metrics along
+        return
+    absent = [metric for metric, function in getattr(loaded, "_metric_fn_list", {}).items() if function is None]
+    if absent:
+        raise UserError(
+            f"{name}: lm-eval fetches its metric {absent[0]} by the package evaluate, and has not got it; install that "
+            "package and connect to the network, or leave the task out"
+        )
 
 
 def _check_answers(loaded: Any, documents: list[dict[str, Any]]) -> None:
     """Splits whose answers are withheld often give -1; every model would be wrong on them.
 
     Raises:
-        ValueError: for the first document whose right choice is not among its choices.
+        ValueError: for the first document whose right choice is not among its choices, or whose text is empty.
     """
+    if loaded.OUTPUT_TYPE == "loglikelihood_rolling":
+        empty = [number for number, document in enumerate(documents) if not loaded.doc_to_target(document)]
+        if empty:
+            raise ValueError(f"document {empty[0]} is empty")
     if loaded.OUTPUT_TYPE != "multiple_choice":
         return
     for number, document in enumerate(documents):
         # Where the choices are contexts and not continuations, the harness keeps the answer's index in place of a text.
         answer = loaded.doc_to_text(document) if loaded.multiple_input else loaded.doc_to_target(document)
-        choices = len(loaded.doc_to_choice(document))
-        if isinstance(answer, int) and not 0 <= answer < choices:
-            raise ValueError(f"document {number} has the answer {answer}, but {choices} choices")
+        choices = loaded.doc_to_choice(document)
+        for one in answer if isinstance(answer, list) else [answer]:
+            if isinstance(one, int) and not 0 <= one < len(choices):
+                raise ValueError(f"document {number} has the answer {one}, but {len(choices)} choices")
+            if isinstance(one, str) and one not in choices:
+                raise ValueError(f"document {number} has the answer {one!r}, which is none of its choices")
 
 
 def _keys(loaded: Any) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from secateur import ranks
 from secateur.checkpoint import Checkpoint
 from secateur.data.token_files import is_token_file
 from secateur.errors import UserError
+from secateur.evaluate.accuracy import check_tasks
 from secateur.evaluate.compare import compare as compare_results
 from secateur.evaluate.cost import measure_cost
 from secateur.evaluate.groups import check_groups, measure_groups
 from secateur.evaluate.loss import Protocol
-from secateur.evaluate.results import LOSS, Results, check_same_protocols, items_file
+from secateur.evaluate.results import LOSS, Measurement, Results, check_same_protocols, items_file
 from secateur.evaluate.suite import Suite, measure, text_protocols
 from secateur.evaluate.tasks import Task
 from secateur.progress import say
@@ -41,31 +43,85 @@ def evaluate(arguments: Namespace) -> Answer:
     for task in tasks:
         task.record()  # whatever is missing is told before anything is computed
     check_groups(listed.groups, tasks)
+    for checkpoint in checkpoints:
+        check_tasks(checkpoint, tasks)
     every = [_protocols(arguments, suite, checkpoint) for checkpoint in checkpoints]
     check_same_protocols(
         (str(checkpoint.directory), name, protocol.record())
         for checkpoint, protocols in zip(checkpoints, every, strict=True)
         for name, protocol in protocols.items()
     )
-    found, notes = [], []
+    found, notes, halves = [], [], []
     for checkpoint, protocols, path in zip(checkpoints, every, outputs, strict=True):
         model: Any = checkpoint.load(pick_dtype(arguments.dtype, device)).to(device)  # type: ignore[arg-type]
         about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
-        measured = list(measure(checkpoint, model, protocols, tasks, batch=arguments.batch))
+        if path is not None:
+            about |= {"digest": checkpoint.digest, "environment": environment()}
+        half = _Half(path, Results(str(checkpoint.directory), about=about))
+        measured = half.measurements(checkpoint, model, protocols, tasks, arguments.batch)
         measured += measure_groups(listed.groups, measured)
         cost = measure_cost(checkpoint, model) if suite.cost else None
         del model  # before the next one is loaded
-        if path is not None:
-            about |= {"digest": checkpoint.digest, "environment": environment()}
-        result = Results(str(checkpoint.directory), measured, cost, about)
+        found.append(Results(str(checkpoint.directory), measured, cost, about))
+        notes += _notes(arguments, checkpoint, protocols)
+        halves.append(half)
+    for result, path, half in zip(found, outputs, halves, strict=True):
         if path is not None and ranks.first():
             result.save(path)
-            say(f"{checkpoint.directory}: results in {path}, items in {items_file(path).name}")
-        found.append(result)
-        notes += _notes(arguments, checkpoint, protocols)
+            half.remove()
+            say(f"{result.model}: results in {path}, items in {items_file(path).name}")
     answer = {"results": [result.record() for result in found], "notes": list(dict.fromkeys(notes))}
     text = "\n".join([results_table(found), *(f"note: {note}" for note in answer["notes"])])
     return answer, text, 0
+
+
+class _Half:
+    """What is measured of a model so far, in a file until the command ends: one that was killed goes on from there.
+
+    Args:
+        path: where the results will lie; None where they are only printed.
+        empty: of the model, with all that figures of one file have in common.
+    """
+
+    def __init__(self, path: Path | None, empty: Results) -> None:
+        self.path = path and path.with_name(f"{path.stem}.partial.json")
+        self.empty = empty
+
+    def measurements(
+        self,
+        checkpoint: Checkpoint,
+        model: Any,
+        protocols: Mapping[str, Protocol],
+        tasks: Sequence[Task],
+        batch: int | None,
+    ) -> list[Measurement]:
+        """Losses and tasks in the order in which they are asked for, those at hand not measured again."""
+        prints = {name: protocol.record()["fingerprint"] for name, protocol in protocols.items()}
+        prints |= {task.name: task.requests.protocol()["fingerprint"] for task in tasks}
+        found = self._at_hand(prints)
+        for measurement in measure(checkpoint, model, protocols, tasks, batch=batch, done=found.keys()):
+            found[measurement.name] = measurement
+            if self.path and ranks.first():
+                replace(self.empty, measurements=list(found.values())).save(self.path)
+        return [found[name] for name in prints]
+
+    def _at_hand(self, prints: Mapping[str, str]) -> dict[str, Measurement]:
+        try:
+            before = Results.load(self.path) if self.path else self.empty
+        except UserError:  # there is none, or a kill came between its two files
+            return {}
+        if before.about != self.empty.about:
+            return {}
+        found = {m.name: m for m in before.measurements if prints.get(m.name) == m.protocol["fingerprint"]}
+        if found:
+            say(f"{self.path}: {', '.join(found)} taken up from a run that did not end")
+        return found
+
+    def remove(self) -> None:
+        """All results are written."""
+        if self.path:
+            self.path.unlink(missing_ok=True)
+            items_file(self.path).unlink(missing_ok=True)
 
 
 def _suite(arguments: Namespace) -> Suite:

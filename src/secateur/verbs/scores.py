@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.evaluate.compare import Comparison
+from secateur.evaluate.compare import FEW, Comparison
 from secateur.evaluate.results import Measurement, Results, check_same_protocols
 from secateur.evaluate.suite import ZERO_SHOT
 
@@ -158,6 +158,8 @@ def comparison_table(found: Sequence[Comparison], a: Sequence[str], b: Sequence[
         )
     lines = [f"A: {', '.join(a)}", f"B: {', '.join(b)}", *_aligned(rows)]
     lines.append("items: on how many A and B are better; p: two-sided sign test over them; loss in nats per token")
+    if any(c.items is not None and c.items < FEW and c.verdict == "too close to call" for c in found):
+        lines.append(f"of fewer than {FEW} items intervals are too narrow; there a verdict needs p below 0.05 as well")
     if not seeds:
         lines.append("the interval covers the choice of items, not the noise of training; several seeds cover both")
     return "\n".join(lines)
