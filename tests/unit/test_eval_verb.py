@@ -212,6 +212,15 @@ def test_a_group_of_tasks(call: Callable[..., Any], world: Path) -> None:
     assert "sciq.examples.jsonl: no such file; the 2 examples in each prompt of sciq are drawn from it" in told
 
 
+def test_without_the_harness_all_but_tasks_are_measured(
+    call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.utils", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, None)
+    line = "eval {w}/llama-0 --suite perplexity,cost --text-data {w}/texts --data shards:{w}/shards"
+    assert len(call(line)["results"][0]["measurements"]) == 4
+
+
 def test_few_windows_are_spread_over_the_held_out_split(call: Callable[..., Any], world: Path) -> None:
     line = "eval {w}/llama-0 --data shards:{w}/shards --seqlen 32 --windows 3"
     (spread,), (first,) = (call(line + more)["results"] for more in ("", " --stride 16"))

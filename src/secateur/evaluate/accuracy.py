@@ -71,8 +71,9 @@ def check_tasks(checkpoint: Checkpoint, tasks: Sequence[Task]) -> None:
         UserError: if the checkpoint has no tokenizer, or one that the harness cannot use, or if it has no positions
             for a question beside what a task lets a model write.
     """
-    if tasks:
-        _tokenizer(checkpoint)
+    if not tasks:
+        return
+    _tokenizer(checkpoint)
     normalize = import_harness("lm_eval.models.utils").normalize_gen_kwargs
     room = positions(checkpoint.config)
     for task in tasks:

@@ -131,8 +131,7 @@ def measure(
     """
     label = f"evaluate {of} " if of else "evaluate "
     left = [task for task in tasks if task.name not in done]
-    if left:
-        check_tasks(checkpoint, left)
+    check_tasks(checkpoint, left)
     for name, protocol in protocols.items():
         if name not in done:
             with shown(label + name, sum(part.numel() for part in protocol.windows)) as progress:
