@@ -257,6 +257,11 @@ def test_a_killed_command_goes_on(call: Callable[..., Any], world: Path, tmp_pat
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()} and len(files) == 4
 
 
+def test_models_are_timed_on_one_workload(call: Callable[..., Any], world: Path, roomy: Path) -> None:
+    found = call(f"eval {{w}}/llama-0 {roomy} --suite cost")["results"]
+    assert [result["cost"]["workload"]["prompt"] for result in found] == [48, 48]  # one has 64 positions, of which 16 are written
+
+
 def test_cost_in_the_table(call: Callable[..., Any]) -> None:
     table = call("eval {w}/llama-0 --suite cost", text=True)
     assert "decode, batch 8, tokens/s" in table and "KV cache, bytes/token" in table and "medians of 7" in table

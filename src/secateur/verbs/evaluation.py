@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from secateur import ranks
-from secateur.checkpoint import Checkpoint
+from secateur.checkpoint import Checkpoint, positions
 from secateur.data.token_files import is_token_file
 from secateur.errors import UserError
 from secateur.evaluate.accuracy import check_tasks
 from secateur.evaluate.compare import compare as compare_results
-from secateur.evaluate.cost import measure_cost
+from secateur.evaluate.cost import Workload, measure_cost
 from secateur.evaluate.groups import check_groups, measure_groups
 from secateur.evaluate.loss import Protocol
 from secateur.evaluate.results import LOSS, Measurement, Results, check_same_protocols, items_file
@@ -51,6 +51,8 @@ def evaluate(arguments: Namespace) -> Answer:
         for checkpoint, protocols in zip(checkpoints, every, strict=True)
         for name, protocol in protocols.items()
     )
+    room = [most for checkpoint in checkpoints if (most := positions(checkpoint.config)) is not None]
+    workload = Workload().within(min(room, default=None))  # one for all, so that times may stand side by side
     found, notes, halves = [], [], []
     for checkpoint, protocols, path in zip(checkpoints, every, outputs, strict=True):
         model: Any = checkpoint.load(pick_dtype(arguments.dtype, device)).to(device)  # type: ignore[arg-type]
@@ -60,7 +62,7 @@ def evaluate(arguments: Namespace) -> Answer:
         half = _Half(path, Results(str(checkpoint.directory), about=about))
         measured = half.measurements(checkpoint, model, protocols, tasks, arguments.batch)
         measured += measure_groups(listed.groups, measured)
-        cost = measure_cost(checkpoint, model) if suite.cost else None
+        cost = measure_cost(checkpoint, model, workload) if suite.cost else None
         del model  # before the next one is loaded
         found.append(Results(str(checkpoint.directory), measured, cost, about))
         notes += _notes(arguments, checkpoint, protocols)
