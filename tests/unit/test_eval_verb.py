@@ -259,7 +259,7 @@ def test_a_killed_command_goes_on(call: Callable[..., Any], world: Path, tmp_pat
 
 def test_models_are_timed_on_one_workload(call: Callable[..., Any], world: Path, roomy: Path) -> None:
     found = call(f"eval {{w}}/llama-0 {roomy} --suite cost")["results"]
-    assert [result["cost"]["workload"]["prompt"] for result in found] == [48, 48]  # one has 64 positions, of which 16 are written
+    assert [result["cost"]["workload"]["prompt"] for result in found] == [48, 48]  # and 16 new ones
 
 
 def test_cost_in_the_table(call: Callable[..., Any]) -> None:
