@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import UserError
+from secateur.files import sha256_file
 
 __all__ = ["examples_file", "local_changes", "read_documents", "task_file"]
 
@@ -80,7 +80,7 @@ def local_changes(config: Mapping[str, Any], folder: str, few_shot: int) -> tupl
         )
     path = task_file(folder, name)
     rows = read_documents(path)
-    hashes = {"sha256": _sha256(path)}
+    hashes = {"sha256": sha256_file(path)}
     if not few_shot:
         splits = {"training_split": None, "validation_split": None, "test_split": "local"}
         return _reading({"local": rows}) | splits | {"fewshot_split": None, "fewshot_config": None}, hashes
@@ -96,7 +96,7 @@ def local_changes(config: Mapping[str, Any], folder: str, few_shot: int) -> tupl
             f"the {few_shot} examples in each prompt of {name} are drawn from it; put it there, or ask for 0 examples"
         )
         splits[drawn] = read_documents(more, hint)
-        hashes["examples_sha256"] = _sha256(more)
+        hashes["examples_sha256"] = sha256_file(more)
     there, needed = (len(splits[drawn]), few_shot + (drawn == asked)) if drawn else (few_shot, few_shot)
     if there < needed:
         file = path if drawn == asked else examples_file(folder, name)
@@ -113,7 +113,3 @@ def _reading(splits: Mapping[str, Rows]) -> dict[str, Any]:
         return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
 
     return {"custom_dataset": read, "dataset_kwargs": None}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

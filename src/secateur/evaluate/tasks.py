@@ -139,9 +139,13 @@ class Requests:
 
         Another version of the harness that asks the same gives the same fingerprint.
         """
+        return {**self.record(), "few_shot": self.harness.config.num_fewshot or 0, "fingerprint": self._fingerprint}
+
+    @cached_property
+    def _fingerprint(self) -> str:
         asked = [[_plain(request.args[:2]) for request in requests] for requests in self.documents]
         content = {"task": self.harness.config.task, "metric": self.metric, "documents": self.digests, "asked": asked}
-        return {**self.record(), "few_shot": self.harness.config.num_fewshot or 0, "fingerprint": fingerprint(content)}
+        return fingerprint(content)
 
     @cached_property
     def digests(self) -> list[str]:
