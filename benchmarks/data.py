@@ -75,7 +75,7 @@ def write(contender: str, corpus: Path, tokenizer: Path, out: Path) -> dict[str,
     loaded = load_tokenizer(tokenizer)
     loaded("warm up")
     if contender.startswith("secateur"):
-        importlib.import_module("secateur.verbs")  # imports are not counted
+        importlib.import_module("secateur.cli.verbs")  # imports are not counted
     before, started = cpu(), time.perf_counter()
     if contender.startswith("secateur"):
         workers = contender.partition("-")[2]

@@ -23,7 +23,7 @@ from pathlib import Path
 import lm_eval.tasks
 from measure import Measured, run
 
-from secateur.evaluate.tasks import METRICS
+from secateur.evaluation.lm_eval.tasks import METRICS
 
 
 @dataclass

@@ -22,12 +22,12 @@ from pathlib import Path as FilePath
 import numpy as np
 
 from secateur.errors import UserError
-from secateur.report.crossover import REACH, crossover
-from secateur.report.evidence import Evidence, of_study
-from secateur.report.fit import DEFAULT_FORM, DRAWS, LeftOut, fit_pair, leave_last_out
-from secateur.report.law import FORMS, PATHS, CurvePoint, Path
-from secateur.report.published import LABELS, exact, published
-from secateur.report.ratio_law import Retrained, fit_ratios, leave_one_ratio_out
+from secateur.forecast.crossover import REACH, crossover
+from secateur.forecast.curve import FORMS, PATHS, CurvePoint, Path
+from secateur.forecast.evidence import Evidence, of_study
+from secateur.forecast.fit import DEFAULT_FORM, DRAWS, LeftOut, fit_pair, leave_last_out
+from secateur.forecast.published import LABELS, exact, published
+from secateur.forecast.ratio_law import Retrained, fit_ratios, leave_one_ratio_out
 
 BUDGETS = {3: (10, 30, 50), 5: (10, 30, 50, 250, 500)}
 

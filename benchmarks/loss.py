@@ -25,8 +25,8 @@ from measure import run
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from secateur.divergence import summed_divergence
-from secateur.token_loss import Readout, summed_loss
+from secateur.losses.kl import summed_divergence
+from secateur.losses.next_token import Readout, summed_loss
 
 CASES = {
     "entropy": "2048x256x4096,2048x512x32768,1024x1024x131072",

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from secateur.checkpoint import Checkpoint
 from secateur.data.sources import open_source
 from secateur.data.tokenizer import encode_stream, load_tokenizer
 from secateur.errors import UserError
-from secateur.evaluate.loss import Protocol, evaluate
-from secateur.prune import Calibration, make_plan, write_pruned
+from secateur.evaluation.loss import Protocol, evaluate
+from secateur.model.checkpoint import Checkpoint
+from secateur.pruning.pipeline import Calibration, make_plan, write_pruned
+from secateur.pruning.target import Pattern, Target
 from secateur.runtime import quiet
-from secateur.target import Pattern, Target
 
 #: title -> method, options, and what is said of the target besides the ratio
 Row = tuple[str, dict[str, Any], dict[str, Any]]

@@ -157,14 +157,14 @@ def by_secateur(size: Size, dtype: str, device: str, steps: int, laps: Laps, *, 
     """Train with secateur, half of the blocks' weights masked if asked; return the losses."""
     import torch
 
-    from secateur.checkpoint import skeleton
-    from secateur.train.batches import Slice
-    from secateur.train.init import fresh_weights
-    from secateur.train.loop import Housekeeping, train
-    from secateur.train.metrics import Metrics
-    from secateur.train.optim import Recipe
-    from secateur.train.parallel import Execution, place
-    from secateur.train.speed import Meter
+    from secateur.model.checkpoint import skeleton
+    from secateur.training.batches import Slice
+    from secateur.training.init import fresh_weights
+    from secateur.training.loop import Housekeeping, train
+    from secateur.training.metrics import Metrics
+    from secateur.training.parallel import Execution, place
+    from secateur.training.recipe import Recipe
+    from secateur.training.throughput import Meter
 
     class Lapping(Meter):
         def step(self, tokens: int, seconds: float) -> None:
@@ -199,7 +199,7 @@ def contend(arguments: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from secateur.footprint import watched
+    from secateur.memory import watched
     from secateur.runtime import quiet
 
     transformers.logging.set_verbosity_error()
@@ -237,7 +237,7 @@ def environment(threads: int) -> dict[str, str]:
 
 def compare(size: str, dtype: str, arguments: argparse.Namespace) -> None:
     """Print the rows of one size and type."""
-    from secateur.shapes import Shape, train_flops
+    from secateur.model.shapes import Shape, train_flops
 
     sizes = SIZES[size]
     shape = Shape.of_config(config(sizes), where=size)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from secateur.report import palette
+from secateur.report.figures import palette
 
 
 @pytest.fixture(scope="session", autouse=True)

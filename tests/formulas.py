@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from helpers import FAMILIES, hf, tiny_family, windows
-from secateur.calibrate.stats import Statistic
-from secateur.checkpoint import Checkpoint
-from secateur.methods import WeightMethod
-from secateur.select import Selector
+from secateur.calibration.statistics import Statistic
+from secateur.methods.base import WeightMethod
+from secateur.methods.selection import Selector
+from secateur.model.checkpoint import Checkpoint
 
 VARIANTS = ("llama-tied", "llama-biased", "llama-bf16", "qwen3-biased", "gemma3-untied")
 NAMES = (*FAMILIES, *VARIANTS)

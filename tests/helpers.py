@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from secateur.checkpoint import Checkpoint
 from secateur.data.manifest import Split, write_manifest
 from secateur.data.shards import ShardWriter
-from secateur.learn import learn, learning_recipe
-from secateur.methods import METHODS, LearnedMethod, get_method
-from secateur.plan import Plan
-from secateur.prune import Calibration
-from secateur.target import Target
-from secateur.train.batches import WindowTokens
-from secateur.train.loop import Housekeeping
-from secateur.train.metrics import Metrics
-from secateur.train.mixture import Mixture
-from secateur.train.parallel import Execution
+from secateur.methods.base import METHODS, LearnedMethod, get_method
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.plan import Plan
+from secateur.pruning.learned import learn, learning_recipe
+from secateur.pruning.pipeline import Calibration
+from secateur.pruning.target import Target
+from secateur.training.batches import WindowTokens
+from secateur.training.loop import Housekeeping
+from secateur.training.metrics import Metrics
+from secateur.training.mixture import Mixture
+from secateur.training.parallel import Execution
 
 #: name -> what to give :func:`tiny_llama`
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur import ranks
+from secateur import distributed
 from secateur.cli import main
 
 
@@ -22,7 +22,7 @@ def together(processes: int, jobs: list[list[str]], folder: Path) -> None:
     Each is a fork of a server that has imported everything and does nothing else.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["secateur.study.work"])
+    context.set_forkserver_preload(["secateur.study.runner.worker"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,6 +49,6 @@ def _do(jobs: list[list[str]], told: Path, rank: int, group: dict[str, object]) 
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
-    with ranks.together():
+    with distributed.together():
         for job in jobs:
             assert main(job) == 0, job

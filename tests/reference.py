@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers import calibration, hf, logits, tiny_family, windows, without_layers
-from secateur.checkpoint import Checkpoint
-from secateur.methods import get_method
-from secateur.plan import Plan
-from secateur.prune import make_plan, write_pruned
-from secateur.target import Target
+from secateur.methods.base import get_method
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.plan import Plan
+from secateur.pruning.pipeline import make_plan, write_pruned
+from secateur.pruning.target import Target
 
 #: what of a pruned model gets a bias from FLAP
 COMPENSATED: dict[str, tuple[str, ...]] = {

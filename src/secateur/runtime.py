@@ -42,7 +42,7 @@ def pick_device(name: str) -> str:
     """
     import torch
 
-    from secateur import ranks
+    from secateur import distributed
     from secateur.errors import UserError
 
     if name == "auto":
@@ -51,11 +51,11 @@ def pick_device(name: str) -> str:
         raise UserError(f"--device {name}: is not known; name auto, cpu, cuda, cuda:1 ... or mps")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
-    if ranks.world() == 1 or name == "cpu":
+    if distributed.world() == 1 or name == "cpu":
         return name
     if name != "cuda":
         raise UserError(f"--device {name}: several processes compute on cpu, or on cuda, each on a device of its own")
-    number, devices = ranks.local()[0], torch.cuda.device_count()
+    number, devices = distributed.local()[0], torch.cuda.device_count()
     if number >= devices:
         raise UserError(f"--nproc-per-node: there are {devices} CUDA devices; start as many processes, or --device cpu")
     torch.cuda.set_device(number)  # where nccl computes

@@ -1,7 +1,8 @@
 """Record golden values: what each method does to each family, a short training run, and the smoke study.
 
-``python tests/golden/make.py`` writes the JSON files beside it; ``tests/unit/test_golden.py`` compares with them. Hashes
-are equal only on the same processor features and versions (``environment``); losses are equal up to rounding anywhere.
+``python tests/golden/make.py [FOLDER]`` writes the JSON files, beside it unless a folder is named;
+``tests/unit/test_golden.py`` compares with them. Hashes are equal only on the same processor features and versions
+(``environment``); losses are equal up to rounding anywhere.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ import transformers
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from helpers import FAMILIES, tiny_family, token_corpus, windows
-
-from secateur.cli import main
+from helpers import FAMILIES, tiny_family, token_corpus, windows  # noqa: E402
+from secateur.cli import main  # noqa: E402
 
 RATIOS = {"sparse": "0.5", "width": "0.4", "depth": "0.4"}
 METHODS = {
@@ -130,16 +130,17 @@ def smoke(folder: Path) -> dict[str, Any]:
     return {"stages": stages, "answer": {k: v for k, v in answer.items() if k not in volatile}}
 
 
-def write(name: str, content: dict[str, Any]) -> None:
-    """Write one golden file."""
+def write(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """Write one golden file into ``folder``."""
     text = json.dumps({"environment": environment(), **content}, indent=1, sort_keys=True)
-    (HERE / f"{name}.json").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(text + "\n")
     print(name, "written", flush=True)
 
 
 if __name__ == "__main__":
+    out = Path(sys.argv[1]) if sys.argv[1:] else HERE
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        write("prune", {f"{f}/{m}": prune(root, f, m) for f in FAMILIES for m in METHODS})
-        write("train", train(root))
-        write("smoke", smoke(root))
+        write(out, "prune", {f"{f}/{m}": prune(root, f, m) for f in FAMILIES for m in METHODS})
+        write(out, "train", train(root))
+        write(out, "smoke", smoke(root))

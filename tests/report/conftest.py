@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from example import large
 
-from secateur.report.build import build_report
-from secateur.report.verdict import judge
+from secateur.report.judgement import judge
+from secateur.report.page import build_report
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.report.results import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, StageNote
+from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, StageNote
 
 P, R = 700_000, 200_000
 PROTOCOL = "5d0e2b6c9f1a4e77a3c1"

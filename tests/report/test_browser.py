@@ -16,9 +16,9 @@ from urllib.parse import quote
 import pytest
 from example import R, broken, example, large
 
-from secateur.report.build import render
-from secateur.report.results import Results
-from secateur.report.verdict import judge
+from secateur.comparison.records import Results
+from secateur.report.judgement import judge
+from secateur.report.page import render
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from example import METHODS, broken, example
 
-from secateur.report.build import build_report, render
-from secateur.report.palette import ROLES
-from secateur.report.provenance import spark
-from secateur.report.results import Point, Results
+from secateur.comparison.provenance import spark
+from secateur.comparison.records import Point, Results
+from secateur.report.figures.palette import ROLES
+from secateur.report.judgement import judge
+from secateur.report.page import build_report, render
 from secateur.report.tables import cell_rows, rows_csv
-from secateur.report.verdict import judge
 
 SECTIONS = ("verdict", "findings", "figures", "models", "before", "each", "ledger", "method", "provenance", "caveats")
 VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from example import NAMES, broken, cell, evaluation, example, large
 
-from secateur.report.findings import Finding, find
-from secateur.report.index import Index
-from secateur.report.results import Cell, Results
-from secateur.report.text import text_table
-from secateur.report.verdict import judge
-from secateur.statistics import bootstrap_interval
+from secateur.comparison.findings import Finding, find
+from secateur.comparison.index import Index
+from secateur.comparison.intervals import bootstrap_interval
+from secateur.comparison.records import Cell, Results
+from secateur.report.judgement import judge
+from secateur.report.terminal import text_table
 
 
 def study(*cells: Cell) -> Results:

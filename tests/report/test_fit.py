@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from secateur.errors import UserError
-from secateur.report.crossover import REACH, crossover, lead, next_runs
-from secateur.report.fit import NOISE, Fit, estimate, fit_pair, leave_last_out, pairs
-from secateur.report.law import FORMS, CurvePoint, Form, Path, Problem, _huber, law
+from secateur.forecast.crossover import REACH, crossover, lead, next_runs
+from secateur.forecast.curve import FORMS, CurvePoint, Form, Path, Problem, _huber, law
+from secateur.forecast.fit import NOISE, Fit, estimate, fit_pair, leave_last_out, pairs
 
 LADDER = (10_000, 30_000, 50_000, 250_000, 500_000)
 SHARED = {"scratch": (2.2, 0.4, 0.6, 0.0), "pruned": (2.2, 0.15, 0.3, 0.0)}  # E, G at 50,000 tokens, alpha, H

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from example import LADDER, P, cell, evaluation, example, pruned
 
-from secateur.report.across import across_ratios
-from secateur.report.build import build_report
-from secateur.report.forecast import Forecast, Outlook
-from secateur.report.forecast_text import crossover_brief, misfit_sentence, outlook_sentence, standing_sentence
-from secateur.report.index import Index
+from secateur.comparison.index import Index
+from secateur.comparison.records import Cell, Results
+from secateur.forecast.ladder import Forecast, Outlook
+from secateur.forecast.ratios import across_ratios
+from secateur.report.forecast_prose import crossover_brief, misfit_sentence, outlook_sentence, standing_sentence
+from secateur.report.judgement import answer_json, judge
 from secateur.report.latex import forecasts_tex
-from secateur.report.results import Cell, Results
+from secateur.report.page import build_report
 from secateur.report.tables import forecast_rows
-from secateur.report.text import text_table
-from secateur.report.verdict import answer_json, judge
+from secateur.report.terminal import text_table
 
 METHOD = "minitron-depth"
 PARENT = example().parents[0]

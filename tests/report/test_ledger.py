@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from example import SCORING, P, R, broken, cell, example, large, pruned
 
-from secateur.report.index import Group, Index
-from secateur.report.inherited import controls, parts
+from secateur.comparison.ablation import controls, parts
+from secateur.comparison.index import Group, Index
+from secateur.comparison.intervals import bootstrap_interval
+from secateur.comparison.ledger import account_flops, best, forwards, own_cost, pieces, setting_total
+from secateur.comparison.objectives import objective_rows
+from secateur.comparison.records import Cell, Cost, Results
+from secateur.model.shapes import Shape, train_flops
+from secateur.report.judgement import judge
 from secateur.report.latex import comparisons_tex, escaped
-from secateur.report.ledger import account_flops, best, forwards, own_cost, pieces, setting_total
-from secateur.report.objectives import objective_rows
-from secateur.report.results import Cell, Cost, Results
 from secateur.report.tables import cell_rows, comparison_rows, rows_csv
-from secateur.report.text import text_table
-from secateur.report.verdict import judge
-from secateur.shapes import Shape, train_flops
-from secateur.statistics import bootstrap_interval
+from secateur.report.terminal import text_table
 
 PARENT = example().parents[0]
 PARENT_FLOPS = PARENT.cost.flops if PARENT.cost else math.nan

@@ -14,12 +14,12 @@ from benchmarks import forecast
 from example import large
 
 from secateur.errors import UserError
-from secateur.report.fit import DEFAULT_FORM
-from secateur.report.law import FORMS
-from secateur.report.published import exact, published
-from secateur.report.ratio_law import fit_ratios
+from secateur.forecast.curve import FORMS
+from secateur.forecast.fit import DEFAULT_FORM
+from secateur.forecast.published import exact, published
+from secateur.forecast.ratio_law import fit_ratios
+from secateur.report.judgement import judge
 from secateur.report.tables import cell_rows, curves_csv, rows_csv
-from secateur.report.verdict import judge
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8")
 

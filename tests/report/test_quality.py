@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from example import cell, evaluation, example
 
-from secateur.evaluate.results import LOSS, Measurement
-from secateur.report.build import build_report, render
-from secateur.report.compare import SCRATCH
-from secateur.report.index import Index
-from secateur.report.quality import by_domain, measurement_rows, quality_rows
-from secateur.report.results import Cell, Results, Running
-from secateur.report.running import Served, front, served
-from secateur.report.verdict import answer_json, judge
+from secateur.comparison.index import Index
+from secateur.comparison.quality import by_domain, measurement_rows, quality_rows
+from secateur.comparison.records import Cell, Results, Running
+from secateur.comparison.serving_cost import Served, front, served
+from secateur.comparison.twins import SCRATCH
+from secateur.evaluation.results import LOSS, Measurement
+from secateur.report.judgement import answer_json, judge
+from secateur.report.page import build_report, render
 
 DOCUMENTS = 100
 

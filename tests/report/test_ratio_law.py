@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from secateur.errors import UserError
-from secateur.report.ratio_law import Retrained, Term, _known, _losses, _slopes, fit_ratios, leave_one_ratio_out
+from secateur.forecast.ratio_law import Retrained, Term, _known, _losses, _slopes, fit_ratios, leave_one_ratio_out
 
 BUDGETS = (1_000_000, 2_000_000, 4_000_000, 16_000_000)
 RATIOS = (0.2, 0.35, 0.5, 0.7)

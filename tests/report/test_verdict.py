@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from example import METHODS, NAMES, R, broken, cell, curve, evaluation, example, large, pruned
 
-from secateur.report.compare import Verdict
-from secateur.report.results import Cell, Results
-from secateur.report.text import text_table
-from secateur.report.verdict import answer_json, judge
-from secateur.statistics import bootstrap_interval, pooled_interval
+from secateur.comparison.intervals import bootstrap_interval, pooled_interval
+from secateur.comparison.records import Cell, Results
+from secateur.comparison.twins import Verdict
+from secateur.report.judgement import answer_json, judge
+from secateur.report.terminal import text_table
 
 
 def study(*cells: Cell) -> Results:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from example import R, cell, evaluation, example
 
+from secateur.comparison.records import Cell, Results
 from secateur.errors import UserError
-from secateur.report.build import build_versus
-from secateur.report.results import Cell, Results
-from secateur.report.text import text_versus
-from secateur.report.verdict import judge
-from secateur.report.versus import Versus, versus
+from secateur.report.judgement import judge
+from secateur.report.page import build_versus
+from secateur.report.studies import Versus, versus
+from secateur.report.terminal import text_versus
 
 
 def shifted(by: dict[str, float], **changes: object) -> Results:

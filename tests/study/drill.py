@@ -17,10 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-from secateur.study import local
-from secateur.study.build import stages_of
+from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
-from secateur.study.run import run_stages
+from secateur.study.runner import local
+from secateur.study.runner.scheduler import run_stages
 from secateur.study.spec import load_study
 
 local.START["cpu"] = "fork"

@@ -12,9 +12,9 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from secateur.cli import main
-from secateur.plan import load_masks
-from secateur.study.controls import permuted_mask
-from secateur.target import Pattern
+from secateur.model.plan import load_masks
+from secateur.pruning.target import Pattern
+from secateur.study.stages.controls import permuted_mask
 
 SMALL = {"tokens": 8192, "hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2}
 RECIPE = {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3, "init_std": 0.1}

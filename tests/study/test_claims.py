@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from secateur.study.claims import Claim, ClaimLost, Claims
-from secateur.study.stages import Stage
+from secateur.study.runner.lease import Claim, ClaimLost, Claims
+from secateur.study.stage import Stage
 from secateur.study.store import Store
 
 KEY = "stage"
@@ -89,7 +89,7 @@ def test_a_holder_notices_that_it_was_taken_over(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from secateur.study.claims import Claims
+from secateur.study.runner.lease import Claims
 assert Claims(Path(sys.argv[1])).take(sys.argv[2], 0)
 print("held", flush=True)
 time.sleep(60)

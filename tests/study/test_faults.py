@@ -15,14 +15,14 @@ import pytest
 import torch
 from test_study import records, run, study_file
 
-from secateur.tensor_files import Stored, write_tensors
+from secateur.model.safetensors_io import Stored, write_tensors
 
 KILLS = 25
 
 #: A study's process and its worker; both hold the pipe that is read here.
 HELD = """
 import multiprocessing, os, sys, time
-from secateur.study import local
+from secateur.study.runner import local
 
 def hold(study):
     local.die_with(study)

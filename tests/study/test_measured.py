@@ -15,17 +15,17 @@ import torch
 from test_study import study_file
 
 from secateur.errors import UserError
-from secateur.evaluate.results import Results
-from secateur.report.verdict import judge
-from secateur.study import local
-from secateur.study.build import stages_of
+from secateur.evaluation.results import Results
+from secateur.report.judgement import judge
 from secateur.study.collect import collect
-from secateur.study.measuring import RESULTS
+from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
+from secateur.study.runner import local
+from secateur.study.runner.worker import do_stage
 from secateur.study.spec import load_study
-from secateur.study.stages import Stage
+from secateur.study.stage import Stage
+from secateur.study.stages.evaluate import RESULTS
 from secateur.study.store import Store
-from secateur.study.work import do_stage
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
 
@@ -126,7 +126,9 @@ def test_a_group_and_examples_are_part_of_a_study(text: Path, tmp_path: Path, mo
 
     folder = Path(lm_eval.tasks.__file__).parent / "wmdp"
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(folder))
-    monkeypatch.setattr("secateur.evaluate.groups.index", lambda: manager.task_index)  # that of all takes many seconds
+    monkeypatch.setattr(
+        "secateur.evaluation.lm_eval.groups.index", lambda: manager.task_index
+    )  # that of all takes many seconds
     for number, name in enumerate(("wmdp_bio", "wmdp_chem", "wmdp_cyber"), start=5):
         rows = [
             {"question": f"lurk {n}?", "choices": ["ban", "dell", "gost", "ji"], "answer": n % 4} for n in range(number)
@@ -189,7 +191,7 @@ def test_a_study_measures_its_models_item_by_item_and_goes_on_after_a_kill(text:
     Results(whole.model, whole.measurements[:2]).save(half / RESULTS)
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        from secateur.evaluate import suite
+        from secateur.evaluation import suite
 
         measure_task = suite.measure_task
         patch.setattr(suite, "measure_task", lambda *a, **k: (asked.append(a[1].name), measure_task(*a, **k))[1])

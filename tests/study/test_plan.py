@@ -10,10 +10,10 @@ import yaml
 
 from secateur.cli import main
 from secateur.errors import UserError
-from secateur.study.build import saved_by_trunks, stages_of, tokens_needed
+from secateur.study.planner import saved_by_trunks, stages_of, tokens_needed
 from secateur.study.resolve import Known, KnownParent, resolve
 from secateur.study.spec import Study, load_study
-from secateur.study.stages import Stage, unique
+from secateur.study.stage import Stage, unique
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 BILLION = 4_194_304 * 250  # tokens that the paper counts as one billion: 4.0 M a step of 4,194,304

@@ -16,15 +16,15 @@ import torch
 from test_study import study_file
 
 from secateur import progress
-from secateur.calibrate.engine import Block, BlockWalk
-from secateur.calibrate.journal import Journal
-from secateur.study.build import stages_of
+from secateur.calibration.block_walk import Block, BlockWalk
+from secateur.calibration.journal import Journal
+from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
-from secateur.study.run import run_stages
+from secateur.study.runner.scheduler import run_stages
+from secateur.study.runner.worker import do_stage
 from secateur.study.spec import load_study
-from secateur.study.stages import Stage
+from secateur.study.stage import Stage
 from secateur.study.store import Store
-from secateur.study.work import do_stage
 
 RATIOS = (0.25, 0.5, 0.75)
 LAYERS = 8
@@ -219,7 +219,7 @@ def test_a_damaged_seal_is_no_reason_to_stop(world: World, tmp_path: Path, start
 HOLD = """
 import sys, time
 from pathlib import Path
-from secateur.study.claims import Claims
+from secateur.study.runner.lease import Claims
 claims = Claims(Path(sys.argv[1]))
 with claims.take(sys.argv[2], claims.look(sys.argv[2]).number):
     print("held", flush=True)

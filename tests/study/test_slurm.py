@@ -20,7 +20,7 @@ import pytest
 from test_study import command, records, run, study_file
 
 from secateur.errors import UserError
-from secateur.study.slurm import Slurm, parse_slurm
+from secateur.study.runner.slurm import Slurm, parse_slurm
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol")
 _there = importlib.util.find_spec("submitit") and all(map(shutil.which, PROGRAMS))

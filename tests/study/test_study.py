@@ -19,16 +19,16 @@ from transformers import AutoModelForCausalLM
 from secateur import progress
 from secateur.cli import main
 from secateur.data.shards import TokenStore
-from secateur.plan import load_masks
-from secateur.study.build import stages_of
-from secateur.study.claims import Claim
+from secateur.model.plan import load_masks
 from secateur.study.explain import why
+from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
+from secateur.study.runner.lease import Claim
+from secateur.study.runner.worker import _Told, _told
 from secateur.study.spec import load_study
-from secateur.study.stages import Stage
+from secateur.study.stage import Stage
 from secateur.study.status import state_of
 from secateur.study.store import Store, key_of
-from secateur.study.work import _Told, _told
 
 
 def study_file(folder: Path, text: Path, **changes: Any) -> Path:

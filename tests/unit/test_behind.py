@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from helpers import files, tiny_llama, windows
-from secateur.calibrate import journal as journals
-from secateur.calibrate.engine import BlockWalk
-from secateur.calibrate.journal import Journal, StateStore, Workspace
+from secateur.calibration import journal as journals
+from secateur.calibration.block_walk import BlockWalk
+from secateur.calibration.journal import Journal, StateStore, Workspace
 from secateur.cli import main
-from secateur.footprint import Estimate
-from secateur.verbs import pruning
+from secateur.cli.verbs import pruning
+from secateur.pruning.memory_estimate import Estimate
 
 METHODS = [
     *("shortgpt", "minitron-depth", "shortened-llama"),
@@ -139,9 +139,9 @@ def test_what_is_refused_on_the_way_leaves_nothing(
 # Each run is a process of its own, which kills itself when the thread has come to a certain point; then one goes on.
 DRIVER = """
 import json, os, pathlib, signal, sys, time
-import accelerate, secateur.verbs.pruning
+import accelerate, secateur.cli.verbs.pruning
 import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
-from secateur.calibrate import journal
+from secateur.calibration import journal
 from secateur.cli import main
 
 def run(line, last=None):

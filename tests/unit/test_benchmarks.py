@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 from benchmarks.reference.sparsegpt import prune as sparsegpt
 
 from helpers import calibration, hf, tiny_llama, windows
-from secateur.checkpoint import Checkpoint
-from secateur.plan import Plan
-from secateur.prune import make_plan
-from secateur.target import Pattern, Target
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.plan import Plan
+from secateur.pruning.pipeline import make_plan
+from secateur.pruning.target import Pattern, Target
 
 RATIO = Target(ratio=0.5)
 GROUPS = Target(sizes={"kv_heads": 1, "ffn": 24})

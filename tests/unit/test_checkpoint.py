@@ -10,10 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import VARIANTS, edit_config, files, hf, logits, tiny_llama, windows
-from secateur.calibrate.engine import BlockWalk
-from secateur.checkpoint import INDEX, Checkpoint, copy_tokenizer, model_card, model_tensors, skeleton, write_checkpoint
+from secateur.calibration.block_walk import BlockWalk
 from secateur.errors import UserError
 from secateur.files import resumable_directory
+from secateur.model.checkpoint import (
+    INDEX,
+    Checkpoint,
+    copy_tokenizer,
+    model_card,
+    model_tensors,
+    skeleton,
+    write_checkpoint,
+)
 
 
 def edit_index(directory: Path, edit: Callable[[dict[str, str]], object]) -> None:

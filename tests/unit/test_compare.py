@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from secateur.comparison.items import AVERAGE, Comparison, compare
 from secateur.errors import UserError
-from secateur.evaluate.compare import AVERAGE, Comparison, compare
-from secateur.evaluate.results import Measurement, Results, check_same_protocols, items_file
+from secateur.evaluation.results import Measurement, Results, check_same_protocols, items_file
 
 
 def task(values: list[int], name: str = "piqa", mark: str = "a") -> Measurement:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from secateur.study.controls import permuted_mask, random_mask, shuffled
-from secateur.target import Pattern
+from secateur.pruning.target import Pattern
+from secateur.study.stages.controls import permuted_mask, random_mask, shuffled
 
 MASK = torch.rand(24, 32, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 0.9, 32)
 CHOSEN = torch.rand(24, 8, 4, generator=torch.Generator().manual_seed(1)).argsort(2)[..., :2]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from secateur.data import runs
+from secateur.config import parse
+from secateur.data import external_sort as runs
 from secateur.data.corpus import CorpusSpec, build_corpus
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import encode, load_tokenizer, token_hash
 from secateur.errors import UserError
 from secateur.files import sha256_tree
-from secateur.spec import parse
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from helpers import hf, tiny_llama, windows
-from secateur.checkpoint import Checkpoint
 from secateur.cli import main
-from secateur.evaluate.cost import NEEDS, Workload, measure_cost, pattern_of
+from secateur.evaluation.cost import NEEDS, Workload, measure_cost, pattern_of
+from secateur.model.checkpoint import Checkpoint
 
 WORK = Workload(prompt=20, new=6, batches=(1, 3), repeats=3, warm_up=1)
 
@@ -59,7 +59,7 @@ def test_what_is_written_is_what_generate_writes(tmp_path: Path, monkeypatch: py
         seen.append(kwargs["input_ids"])
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr("secateur.evaluate.cost._prompt", lambda *_: ids)
+    monkeypatch.setattr("secateur.evaluation.cost._prompt", lambda *_: ids)
     monkeypatch.setattr(type(model), "forward", recording)
     measure_cost(Checkpoint(tmp_path / "llama-0"), model, Workload(20, 6, (2,), 1, 0))
     written = torch.cat(seen[1:], dim=1)

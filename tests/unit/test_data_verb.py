@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from secateur.cli import main
-from secateur.data import runs
+from secateur.data import external_sort as runs
 from secateur.data.build import Holdout, write_splits
 from secateur.data.encode import Encoder, encode
 from secateur.data.readers import Document
@@ -168,7 +168,8 @@ def test_the_seed_changes_the_order_and_nothing_else(
 DEADLY = """
 import os, signal, sys
 import multiprocessing
-from secateur.data import build, runs, shards
+from secateur.data import build, shards
+from secateur.data import external_sort as runs
 from secateur.cli import main
 runs.BYTES, build._BATCH_DOCUMENTS = int(sys.argv[1]), 10
 owner = {"runs": runs, "os": os, "Runs": runs.Runs, "ShardWriter": shards.ShardWriter}[sys.argv[2]]

@@ -11,12 +11,12 @@ import torch
 
 from formulas import NAMES, Subject, agrees, bypass, fits
 from helpers import calibration, hf, logits, naive_loss, tiny_family, tiny_llama, windows
-from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
 from secateur.methods.minitron_depth import MinitronDepth
-from secateur.plan import Plan
-from secateur.prune import make_plan, write_pruned
-from secateur.target import Target
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.plan import Plan
+from secateur.pruning.pipeline import make_plan, write_pruned
+from secateur.pruning.target import Target
 
 DEPTH = ("shortgpt", "minitron-depth", "shortened-llama", "shortened-llama-ppl", "random-depth")
 

@@ -15,16 +15,16 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
 from helpers import FAMILY_CONFIGS, edit_config, files, hf, tiny_family, tiny_llama, token_corpus, windows
-from secateur.checkpoint import Checkpoint, skeleton
 from secateur.cli import main
+from secateur.config import parse
 from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import UserError
-from secateur.shapes import Shape, teacher_flops, train_flops
-from secateur.spec import parse
-from secateur.token_loss import IGNORED, model_loss
-from secateur.train.distill import Distill, Distillation, check_teacher
-from secateur.train.init import stored_weights
-from secateur.train.parallel import Execution, Trainee, place, place_teacher
+from secateur.losses.next_token import IGNORED, model_loss
+from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.model.shapes import Shape, teacher_flops, train_flops
+from secateur.training.distill import Distill, Distillation, check_teacher
+from secateur.training.init import stored_weights
+from secateur.training.parallel import Execution, Trainee, place, place_teacher
 
 #: what differs from the student in a teacher
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -288,7 +288,7 @@ def test_a_run_goes_on_at_the_same_bits(
         def killed(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("secateur.verbs.training._write", killed)
+        patch.setattr("secateur.cli.verbs.training._write", killed)
         assert main(taught(world, cut, *options)) == 130
     steps = sorted((tmp_path / "cut.partial" / "work" / "checkpoints").glob("step-*"))
     saved = load_file(next(steps[0].glob("*.safetensors")))

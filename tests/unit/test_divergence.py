@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from helpers import largest, near
-from secateur import token_loss
-from secateur.divergence import summed_divergence
-from secateur.token_loss import IGNORED, Readout, summed_loss
+from secateur.losses import next_token as token_loss
+from secateur.losses.kl import summed_divergence
+from secateur.losses.next_token import IGNORED, Readout, summed_loss
 
 TOKENS, HIDDEN, WIDE, VOCABULARY = 24, 16, 20, 61
 

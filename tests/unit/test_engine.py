@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from helpers import SCORED, VARIANTS, calibration, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
-from secateur.calibrate import weights
-from secateur.calibrate.engine import Block, BlockWalk
-from secateur.calibrate.removals import removal_losses
-from secateur.calibrate.stats import MeanCosine, MeanSquare, NormByPosition
-from secateur.checkpoint import Checkpoint
+from secateur.calibration import prefetch as weights
+from secateur.calibration.block_walk import Block, BlockWalk
+from secateur.calibration.layer_removal import removal_losses
+from secateur.calibration.statistics import MeanCosine, MeanSquare, NormByPosition
 from secateur.errors import UserError
-from secateur.families import LLAMA
-from secateur.methods import get_method
-from secateur.prune import make_plan, scoring_flops
-from secateur.target import Target
+from secateur.methods.base import get_method
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.families import LLAMA
+from secateur.pruning.pipeline import make_plan, scoring_flops
+from secateur.pruning.target import Target
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -169,7 +169,7 @@ def test_weights_that_are_read_ahead_are_those_read_in_turn(tmp_path: Path, monk
     checkpoint = Checkpoint(tiny_llama(tmp_path))
     found = {}
     for way in ("in_turn", "ahead"):
-        monkeypatch.setattr("secateur.calibrate.engine.in_turn", getattr(weights, way))
+        monkeypatch.setattr("secateur.calibration.block_walk.in_turn", getattr(weights, way))
         walk = BlockWalk(checkpoint, windows(3), batch=1)
         found[way] = [stats for _, stats in walk.observed({site: [MeanSquare] for site in walk.family.sites})]
     for one, other in zip(*found.values(), strict=True):

@@ -16,14 +16,14 @@ import pytest
 
 from helpers import tiny_llama
 from processes import together
-from secateur.arguments import parser
 from secateur.cli import main
+from secateur.cli.arguments import parser
+from secateur.cli.verbs.evaluation import evaluate
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import train_tokenizer
-from secateur.evaluate.results import Results, items_file
-from secateur.evaluate.tasks import METRICS
-from secateur.study.inputs import held_out
-from secateur.verbs.evaluation import evaluate
+from secateur.evaluation.lm_eval.tasks import METRICS
+from secateur.evaluation.results import Results, items_file
+from secateur.study.stages.inputs import held_out
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
 
@@ -237,7 +237,7 @@ def test_a_killed_command_goes_on(call: Callable[..., Any], world: Path, tmp_pat
     call(line + " --out {t}/whole")
     measured: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        from secateur.evaluate import suite
+        from secateur.evaluation import suite
 
         measure_task = suite.measure_task
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from helpers import hf, logits, tiny_llama
 from secateur.errors import UserError
-from secateur.evaluate.loss import Protocol, evaluate, token_losses
+from secateur.evaluation.loss import Protocol, evaluate, token_losses
 
 
 def stream(tokens: int, seed: int = 0) -> np.ndarray:

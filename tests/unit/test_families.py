@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from helpers import FAMILIES, FAMILY_CONFIGS, SCORED, edit_config, logits, tiny_family, windows
 from reference import Pruned, Zoo, assert_same_logits, calibration_means, opened, reference
-from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
-from secateur.families import FAMILIES as TABLE
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.families import FAMILIES as TABLE
 
 SOME = ("minitron-width", "flap")  #: tried on the families' variants: every axis is cut by one of them
 VARIANTS = tuple(name for name in FAMILY_CONFIGS if name not in FAMILIES)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from helpers import FAMILIES, FAMILY_CONFIGS, hf, naive_loss, seen_at, tiny_family, windows
-from secateur.calibrate.engine import BlockWalk
-from secateur.calibrate.gradients import gradients_of
-from secateur.calibrate.removals import removal_losses
-from secateur.calibrate.stats import MeanGradient, MeanSquare, MeanSquareGradient
-from secateur.checkpoint import Checkpoint
+from secateur.calibration.block_walk import BlockWalk
+from secateur.calibration.gradients import gradients_of
+from secateur.calibration.layer_removal import removal_losses
+from secateur.calibration.statistics import MeanGradient, MeanSquare, MeanSquareGradient
+from secateur.model.checkpoint import Checkpoint
 
 IDS = windows(3, 16, seed=2)  # in batches of two: one is not full
 

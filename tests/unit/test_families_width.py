@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from helpers import FAMILIES, calibration, edit_config, hf, logits, tiny_family, windows
 from reference import COMPENSATED, Pruned, Zoo, assert_same_logits, calibration_means, opened, reference
-from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
-from secateur.plan import TENSOR_FILE
-from secateur.prune import make_plan
-from secateur.shapes import removed
-from secateur.target import Target
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.plan import TENSOR_FILE
+from secateur.model.shapes import removed
+from secateur.pruning.pipeline import make_plan
+from secateur.pruning.target import Target
 
 #: what a family's config can give a bias: the reason that FLAP names where it cannot
 REASON = "has no option in its config that gives {} a bias"

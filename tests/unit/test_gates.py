@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from helpers import FAMILY_CONFIGS, tiny_family
-from secateur.checkpoint import Checkpoint, skeleton
-from secateur.learn import cut_plan, gate_values, write_gated
-from secateur.methods import get_method
-from secateur.prune import write_pruned
-from secateur.shapes import Shape
-from secateur.token_loss import model_loss
-from secateur.train.gates import Gates
-from secateur.train.init import stored_weights
-from secateur.train.parallel import Execution, Trainee, place
+from secateur.losses.next_token import model_loss
+from secateur.methods.base import get_method
+from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.model.shapes import Shape
+from secateur.pruning.learned import cut_plan, gate_values, write_gated
+from secateur.pruning.pipeline import write_pruned
+from secateur.training.gates import Gates
+from secateur.training.init import stored_weights
+from secateur.training.parallel import Execution, Trainee, place
 
 IDS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(0))
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import files, tiny_llama, windows
-from secateur.calibrate import behind, journal
+from secateur.calibration import async_writer as behind
+from secateur.calibration import journal
 from secateur.cli import main
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,8 +11,8 @@ from test_mixture import NAMES, SEQUENCE, corpus
 from secateur.data.domains import spread
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
-from secateur.evaluate.loss import Protocol
-from secateur.study.inputs import held_out
+from secateur.evaluation.loss import Protocol
+from secateur.study.stages.inputs import held_out
 
 
 def starts(store: TokenStore, protocol: Protocol) -> list[int]:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from formulas import Subject, pruned
 from helpers import FAMILIES, SCORED, calibration, hf, learned, logits, windows
-from secateur.calibrate.stats import Gram
-from secateur.checkpoint import Checkpoint
-from secateur.methods import METHODS, get_method
+from secateur.calibration.statistics import Gram
+from secateur.methods.base import METHODS, get_method
+from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest
 from secateur.methods.sparsegpt import SparseGPT
-from secateur.plan import Plan
-from secateur.prune import Calibration, make_plan, write_pruned
-from secateur.select import Selector, keep_channels, keep_globally, lowest
-from secateur.target import Pattern, Target
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.plan import Plan
+from secateur.pruning.pipeline import Calibration, make_plan, write_pruned
+from secateur.pruning.target import Pattern, Target
 
 WIDTH = ("llm-pruner", "minitron-width", "wanda-sp", "flap", "random-width")
 RANDOM = ("random-depth", "random-width", "random-weight")
@@ -130,7 +130,7 @@ def test_the_count_is_exact_for_the_largest_linears(monkeypatch: pytest.MonkeyPa
         counted.append(count)
         raise StopIteration
 
-    monkeypatch.setattr("secateur.select._lowest", stop)
+    monkeypatch.setattr("secateur.methods.selection._lowest", stop)
     with pytest.raises(StopIteration):
         Selector(0.29, "linear")(torch.zeros(1).expand(10**4, 10**4))
     assert counted == [29 * 10**6]

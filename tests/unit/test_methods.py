@@ -13,9 +13,8 @@ import torch
 
 import secateur
 from helpers import SCORED, calibration, hf, tiny_llama, windows
-from secateur.checkpoint import Checkpoint
 from secateur.errors import UserError
-from secateur.methods import (
+from secateur.methods.base import (
     METHODS,
     LayerMethod,
     LearnedMethod,
@@ -24,8 +23,9 @@ from secateur.methods import (
     WidthMethod,
     get_method,
 )
-from secateur.prune import make_plan
-from secateur.target import Target
+from secateur.model.checkpoint import Checkpoint
+from secateur.pruning.pipeline import make_plan
+from secateur.pruning.target import Target
 
 SOURCE = Path(secateur.__file__).parent
 FILES = sorted({SOURCE / "methods" / f"{value.partition(':')[0].rpartition('.')[2]}.py" for value in METHODS.values()})
@@ -43,7 +43,7 @@ def test_a_method_is_short_and_knows_its_formula_alone(file: Path) -> None:
     assert len(text.splitlines()) <= 120
     for word in UNKNOWN:
         assert not re.search(word, text, re.IGNORECASE), word
-    allowed = {"secateur.methods", "secateur.calibrate.stats", "secateur.spec", "secateur.errors"}
+    allowed = {"secateur.methods", "secateur.calibration.statistics", "secateur.config", "secateur.errors"}
     imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
     assert {name for name in imported if name and name.startswith("secateur")} <= allowed
 

@@ -20,15 +20,15 @@ from helpers import hf, naive_loss, tiny_llama, windows
 from secateur.data.domains import ByDomain
 from secateur.data.shards import ShardWriter, TokenStore, write_manifest
 from secateur.errors import RunError, UserError
-from secateur.train.batches import Data, Span, WindowTokens, micro_batches
-from secateur.train.loop import Housekeeping, train
-from secateur.train.measure import domain_losses, domain_protocols, held_out_loss
-from secateur.train.metrics import Metrics
-from secateur.train.mixture import Mixture
-from secateur.train.optim import Recipe
-from secateur.train.parallel import Trainee
-from secateur.train.speed import Meter
-from secateur.train.watch import Stop
+from secateur.training.batches import Data, Span, WindowTokens, micro_batches
+from secateur.training.heldout import domain_losses, domain_protocols, held_out_loss
+from secateur.training.loop import Housekeeping, train
+from secateur.training.metrics import Metrics
+from secateur.training.mixture import Mixture
+from secateur.training.parallel import Trainee
+from secateur.training.recipe import Recipe
+from secateur.training.throughput import Meter
+from secateur.training.watchdog import Stop
 
 NAMES = ("books", "code", "web", "none", "rare")
 SEQUENCE = 8

@@ -16,14 +16,14 @@ import torch
 
 from formulas import fits
 from helpers import hf, tiny_llama
-from secateur import methods
-from secateur.checkpoint import Checkpoint
 from secateur.cli import main
 from secateur.errors import UserError
-from secateur.methods import METHODS, get_method, known_methods
+from secateur.methods import base as methods
+from secateur.methods.base import METHODS, get_method, known_methods
 from secateur.methods.wanda import Wanda
-from secateur.prune import make_plan
-from secateur.target import Target
+from secateur.model.checkpoint import Checkpoint
+from secateur.pruning.pipeline import make_plan
+from secateur.pruning.target import Target
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "magnitude-sp"
@@ -113,13 +113,13 @@ BROKEN = {
     "from secateur.methods import Method as It": NO_CLASS,
 }
 HEAD = """
-from secateur.calibrate.stats import Mean, MeanGradient
-from secateur.methods import LayerMethod, WeightMethod, WidthMethod
-from secateur.spec import spec
+from secateur.calibration.statistics import Mean, MeanGradient
+from secateur.methods.base import LayerMethod, WeightMethod, WidthMethod
+from secateur.config import spec
 """
 #: decorator, base and body of a class that has a score -> what is wrong with it
 INCOMPLETE = {
-    ("", "LayerMethod", "source = 'x'"): "which is not decorated with secateur.spec.spec",
+    ("", "LayerMethod", "source = 'x'"): "which is not decorated with secateur.config.spec",
     ("@spec", "WeightMethod", "pass"): "which does not define compare, source",
     ("@spec", "WidthMethod", "source = 'x'; score = WidthMethod.score"): "which does not define score",
     ("@spec", "WidthMethod", "source = 'x'; needs = (Mean, MeanGradient)"): (

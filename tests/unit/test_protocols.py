@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from helpers import hf, logits, tiny_llama
 from secateur.data.tokenizer import Stream, train_tokenizer
 from secateur.errors import UserError
-from secateur.evaluate.loss import Losses, Protocol, measure_loss, window_losses
-from secateur.evaluate.protocols import PROTOCOLS, Text, text_protocol
+from secateur.evaluation.loss import Losses, Protocol, measure_loss, window_losses
+from secateur.evaluation.protocols import PROTOCOLS, Text, text_protocol
 
 WORDS = ("frost", "pear", "ladder", "soil", "rope", "hedge", "saw", "twine")
 

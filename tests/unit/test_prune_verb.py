@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from helpers import edit_config, files, tiny_llama
-from secateur import manual
-from secateur.checkpoint import INDEX
-from secateur.cli import main
+from secateur.cli import main, manual
 from secateur.data.tokenizer import encode_stream, load_tokenizer, token_hash, train_tokenizer
-from secateur.methods import METHODS, get_method
+from secateur.methods.base import METHODS, get_method
+from secateur.model.checkpoint import INDEX
 
 TEXT = "The gardener prunes the old tree, and the tree grows new leaves in spring.\n" * 40
 UNCALIBRATED = ("random-depth", "random-width", "magnitude", "random-weight")
@@ -236,8 +235,8 @@ def test_pruning_by_a_task(
         seen.append((length, task.name, task.data, task.limit, task.few_shot))
         return 0.9, [0.2, 0.8, 0.3, 0.1]
 
-    monkeypatch.setattr("secateur.verbs.pruning.Task", Told)
-    monkeypatch.setattr("secateur.decide.removal_accuracies", accuracies)
+    monkeypatch.setattr("secateur.cli.verbs.pruning.Task", Told)
+    monkeypatch.setattr("secateur.pruning.scoring.removal_accuracies", accuracies)
     line = "--method minitron-depth --ratio 0.4 --option task=winogrande --tasks-data {w} --task-limit 7"
     found = call(PRUNE + line + TEXT_AT)
     assert "text.txt: is not read, since minitron-depth goes by the task winogrande" in found.err

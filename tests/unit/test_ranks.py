@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import files, tiny_llama, windows
-from secateur import ranks
+from secateur import distributed
 from secateur.cli import main
 from secateur.errors import UserError
 from secateur.runtime import pick_device
@@ -38,9 +38,10 @@ METHODS = {
 DRIVER = """
 import json, os, signal, sys
 import torch
-from secateur import ranks
-from secateur.calibrate import engine, stats
-from secateur.calibrate.journal import Journal
+from secateur import distributed
+from secateur.calibration import block_walk as engine
+from secateur.calibration import statistics as stats
+from secateur.calibration.journal import Journal
 from secateur.cli import main
 from secateur.errors import UserError
 
@@ -53,7 +54,7 @@ def check_statistics(windows):
     torch.manual_seed(0)
     x, gradients = 3 + torch.randn(windows, 6, 8), torch.randn(windows, 5, 4)
     states = [(x[i : i + 1], x[i : i + 1] + torch.randn(1, 6, 8)) for i in range(windows)]
-    mine = ranks.share(torch.arange(windows)).tolist()
+    mine = distributed.share(torch.arange(windows)).tolist()
     cases = [(kind, (2,), [(x[i : i + 1],) for i in range(windows)])
              for kind in (stats.Mean, stats.MeanSquare, stats.Variance, stats.Gram, stats.NormByPosition)]
     cases += [(kind, (), [(g,) for g in gradients]) for kind in (stats.MeanGradient, stats.MeanSquareGradient)]
@@ -64,16 +65,16 @@ def check_statistics(windows):
 
 def kill_the_first(self, step, real=Journal.finish):
     real(self, step)
-    if step == 1 and ranks.first():
+    if step == 1 and distributed.first():
         os.kill(os.getpid(), signal.SIGKILL)
 
 def fail_in_the_second(self, *arguments, real=engine.Block.run, **options):
-    if ranks.rank() == 1 and self.index == 2:
+    if distributed.rank() == 1 and self.index == 2:
         raise UserError("these windows alone")
     return real(self, *arguments, **options)
 
 jobs = json.load(open(sys.argv[1]))
-with ranks.together():
+with distributed.together():
     check_statistics(7)
     check_statistics(2)
     for job in jobs["prune"]:
@@ -167,7 +168,7 @@ def test_two_processes_prune_and_complain_once(world: Path) -> None:
 
 
 def be(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
-    monkeypatch.setattr(ranks, "_group", ranks._Group(rank, world, None))
+    monkeypatch.setattr(distributed, "_group", distributed._Group(rank, world, None))
     monkeypatch.setenv("LOCAL_RANK", str(rank))
 
 
@@ -176,7 +177,7 @@ def test_windows_are_shared_out(count: int, sizes: list[int], monkeypatch: pytes
     parts = []
     for rank in range(3):
         be(monkeypatch, rank, 3)
-        parts.append(ranks.share(windows(count)))
+        parts.append(distributed.share(windows(count)))
     assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), windows(count))
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from secateur import manual
-from secateur.cli import main
-from secateur.report import fit
+from secateur.cli import main, manual
+from secateur.forecast import fit
 from secateur.study.spec import load_study
 
 ASK = ["recommend", "--params", "8B", "--ratio", "0.5", "--tokens", "50B"]

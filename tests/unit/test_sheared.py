@@ -13,18 +13,18 @@ from torch import Tensor
 
 import helpers
 from helpers import FAMILIES, tiny_family, tiny_llama
-from secateur.checkpoint import Checkpoint, skeleton
 from secateur.errors import RunError, UserError
-from secateur.learn import gate_values, learning_recipe
 from secateur.methods.sheared import Sheared
-from secateur.plan import Plan
-from secateur.prune import scoring_flops
-from secateur.shapes import train_flops
-from secateur.target import Target
-from secateur.train.gates import Gates
-from secateur.train.init import stored_weights
-from secateur.train.optim import make_optimizer, set_rate
-from secateur.train.parallel import Execution, place
+from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.model.plan import Plan
+from secateur.model.shapes import train_flops
+from secateur.pruning.learned import gate_values, learning_recipe
+from secateur.pruning.pipeline import scoring_flops
+from secateur.pruning.target import Target
+from secateur.training.gates import Gates
+from secateur.training.init import stored_weights
+from secateur.training.parallel import Execution, place
+from secateur.training.recipe import make_optimizer, set_rate
 
 IDS = torch.randint(0, 61, (40, 16), generator=torch.Generator().manual_seed(3))
 SHAPE = "layers=3,hidden=24,ffn=32,heads=2"

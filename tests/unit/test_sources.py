@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from secateur import progress
-from secateur.data.packages import PACKAGES, package
+from secateur.data.installed_code import PACKAGES, package
 from secateur.data.sources import Document, FileSource, open_source
 from secateur.errors import RunError, UserError
 

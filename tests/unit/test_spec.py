@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from secateur.errors import UserError, did_you_mean
-from secateur.spec import (
+from secateur.config import (
     RUNTIME,
     Count,
     Fraction,
@@ -20,6 +19,7 @@ from secateur.spec import (
     parse_count,
     spec,
 )
+from secateur.errors import UserError, did_you_mean
 
 
 @spec

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from secateur.statistics import bootstrap_interval, mean_interval, seed_interval, sign_test
+from secateur.comparison.intervals import bootstrap_interval, mean_interval, seed_interval, sign_test
 
 
 def test_weights_count() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from secateur.calibrate.stats import (
+from secateur.calibration.statistics import (
     Gram,
     Mean,
     MeanCosine,

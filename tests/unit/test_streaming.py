@@ -19,20 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import files, tiny_family, tiny_llama, windows
-from secateur import manual
-from secateur.calibrate import evidence
-from secateur.calibrate.engine import BlockWalk
-from secateur.calibrate.evidence import Place
-from secateur.calibrate.journal import Journal, StateStore
-from secateur.calibrate.memory import heap_for
-from secateur.calibrate.sums import SIZE, checksum
-from secateur.checkpoint import Checkpoint, write_checkpoint
-from secateur.cli import main
-from secateur.footprint import estimate
-from secateur.methods import get_method
-from secateur.shapes import Shape
-from secateur.target import Target
-from secateur.tensor_files import Stored, TensorFile, write_tensors
+from secateur.calibration import place as evidence
+from secateur.calibration.block_walk import BlockWalk
+from secateur.calibration.checksum import SIZE, checksum
+from secateur.calibration.journal import Journal, StateStore
+from secateur.calibration.malloc import heap_for
+from secateur.calibration.place import Place
+from secateur.cli import main, manual
+from secateur.methods.base import get_method
+from secateur.model.checkpoint import Checkpoint, write_checkpoint
+from secateur.model.safetensors_io import Stored, TensorFile, write_tensors
+from secateur.model.shapes import Shape
+from secateur.pruning.memory_estimate import estimate
+from secateur.pruning.target import Target
 
 METHODS = ["shortgpt", "minitron-depth", "shortened-llama", "minitron-width", "wanda-sp", "flap", "wanda", "sparsegpt"]
 
@@ -198,10 +197,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.calibrate.removals.GROUP_BYTES", 1)  # so that removals have several steps
+        patch.setattr("secateur.calibration.layer_removal.GROUP_BYTES", 1)  # so that removals have several steps
         patch.setattr(Journal, "finish", killed)
         whole_run_without_steps = prune(world, tmp_path / "out", method, "--states", states) == 0
-    monkeypatch.setattr("secateur.calibrate.removals.GROUP_BYTES", 1)
+    monkeypatch.setattr("secateur.calibration.layer_removal.GROUP_BYTES", 1)
     if not whole_run_without_steps:
         assert (tmp_path / "out.partial").is_dir() and not (tmp_path / "out").exists()
         capsys.readouterr()
@@ -298,7 +297,7 @@ def test_without_another_process_at_it(world: Path, tmp_path: Path, capsys: pyte
 
 LIMITED = """
 import resource, sys
-import accelerate, secateur.cli, secateur.verbs.pruning
+import accelerate, secateur.cli, secateur.cli.verbs.pruning
 import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
 data = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData:"))
 limit = 1024 * data + int(sys.argv[1])

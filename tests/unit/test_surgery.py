@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from helpers import VARIANTS, calibration, edit_config, files, hf, logits, tiny_llama, windows
 from reference import assert_same_logits, silenced
-from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
 from secateur.files import sha256_file
-from secateur.plan import JSON_FILE, TENSOR_FILE, Plan, load_masks
-from secateur.prune import make_plan, write_pruned
-from secateur.surgery import cut_config
-from secateur.target import Target
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.plan import JSON_FILE, TENSOR_FILE, Plan, load_masks
+from secateur.model.surgery import cut_config
+from secateur.pruning.pipeline import make_plan, write_pruned
+from secateur.pruning.target import Target
 
 ASKED = {"ratio": 0.5, "of": "non_embedding"}
 METHODS = {"minitron-depth": 0.4, "minitron-width": 0.4, "wanda": 0.5}

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from secateur.errors import UserError
-from secateur.families import FAMILIES, MISTRAL, PHI3
-from secateur.methods import METHODS, get_method
-from secateur.shapes import Shape
-from secateur.target import Pattern, Target
+from secateur.methods.base import METHODS, get_method
+from secateur.model.families import FAMILIES, MISTRAL, PHI3
+from secateur.model.shapes import Shape
+from secateur.pruning.target import Pattern, Target
 
 PARENT = Shape(hidden=4096, ffn=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocabulary=128_256)
 

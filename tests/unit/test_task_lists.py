@@ -17,16 +17,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from helpers import hf, logits, tiny_llama
-from secateur.checkpoint import Checkpoint
+from secateur.comparison.items import AVERAGE, compare
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.errors import UserError
-from secateur.evaluate.accuracy import check_tasks, language_model, measure_task
-from secateur.evaluate.compare import AVERAGE, compare
-from secateur.evaluate.groups import Group, check_groups, expand, measure_groups
-from secateur.evaluate.removals import removal_accuracies
-from secateur.evaluate.results import Measurement, Results
-from secateur.evaluate.suite import Suite, measure
-from secateur.evaluate.tasks import Task
+from secateur.evaluation.layer_removal import removal_accuracies
+from secateur.evaluation.lm_eval.accuracy import check_tasks, language_model, measure_task
+from secateur.evaluation.lm_eval.groups import Group, check_groups, expand, measure_groups
+from secateur.evaluation.lm_eval.tasks import Task
+from secateur.evaluation.results import Measurement, Results
+from secateur.evaluation.suite import Suite, measure
+from secateur.model.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
 
@@ -57,7 +57,7 @@ def few_folders() -> Iterator[None]:
     folders: list[str | Path] = [root / name for name in names]
     with pytest.MonkeyPatch.context() as patch:
         manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[*folders, root / "benchmarks"])
-        patch.setattr("secateur.evaluate.groups.index", lambda: manager.task_index)
+        patch.setattr("secateur.evaluation.lm_eval.groups.index", lambda: manager.task_index)
         yield
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers import hf, logits, tiny_family, tiny_llama, without_layers
-from secateur.checkpoint import Checkpoint
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.errors import UserError
-from secateur.evaluate.accuracy import answers, language_model, measure_task, say_truncation
-from secateur.evaluate.removals import removal_accuracies
-from secateur.evaluate.tasks import METRICS, Task
+from secateur.evaluation.layer_removal import removal_accuracies
+from secateur.evaluation.lm_eval.accuracy import answers, language_model, measure_task, say_truncation
+from secateur.evaluation.lm_eval.tasks import METRICS, Task
+from secateur.model.checkpoint import Checkpoint
 from secateur.progress import set_listener
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
@@ -485,7 +485,7 @@ def test_likelihoods_are_the_harness_s_own(name: str, batch: int | None, llama: 
 
 @needs_lm_eval
 def test_choices_share_what_they_have_in_common(llama: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secateur.evaluate.likelihoods import Likelihoods
+    from secateur.evaluation.lm_eval.likelihoods import Likelihoods
 
     seen = []
     states = Likelihoods._states
@@ -505,7 +505,7 @@ def test_choices_share_what_they_have_in_common(llama: Path, data: Path, monkeyp
 
 @needs_lm_eval
 def test_rows_hold_every_request_once() -> None:
-    from secateur.evaluate.likelihoods import rows_of
+    from secateur.evaluation.lm_eval.likelihoods import rows_of
 
     draw = random.Random(0)
     requests = []

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from helpers import FAMILY_CONFIGS, hf, largest, near, tiny_family, windows
-from secateur import token_loss
 from secateur.errors import UserError
-from secateur.evaluate.loss import token_losses
-from secateur.token_loss import IGNORED, model_loss, summed_loss
+from secateur.evaluation.loss import token_losses
+from secateur.losses import next_token as token_loss
+from secateur.losses.next_token import IGNORED, model_loss, summed_loss
 
 TOKENS, HIDDEN, VOCABULARY = 24, 16, 61
 

@@ -13,8 +13,8 @@ import pytest
 
 from secateur.cli import main
 from secateur.data.encode import hash_of_ids
-from secateur.data.examples import int64_features
 from secateur.data.shards import TokenStore
+from secateur.data.tf_example import int64_features
 from secateur.data.token_sources import is_tokenized, open_tokenized
 from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import UserError

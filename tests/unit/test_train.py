@@ -18,18 +18,18 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from helpers import SIZES, naive_loss, randomise, windows
-from secateur.checkpoint import Checkpoint, model_tensors, skeleton, write_checkpoint
+from secateur.config import fingerprint, parse
 from secateur.errors import RunError, UserError
-from secateur.shapes import Shape
-from secateur.spec import fingerprint, parse
-from secateur.train.batches import Slice
-from secateur.train.init import fresh_weights, llama_config
-from secateur.train.loop import Housekeeping, train
-from secateur.train.masks import Masks
-from secateur.train.metrics import Metrics
-from secateur.train.optim import Recipe, learning_rate, make_optimizer
-from secateur.train.parallel import Execution, Trainee, place
-from secateur.train.state import Saver
+from secateur.model.checkpoint import Checkpoint, model_tensors, skeleton, write_checkpoint
+from secateur.model.shapes import Shape
+from secateur.training.batches import Slice
+from secateur.training.checkpoints import Saver
+from secateur.training.init import fresh_weights, llama_config
+from secateur.training.loop import Housekeeping, train
+from secateur.training.masks import Masks
+from secateur.training.metrics import Metrics
+from secateur.training.parallel import Execution, Trainee, place
+from secateur.training.recipe import Recipe, learning_rate, make_optimizer
 
 DOCUMENT = 13  # tokens in one
 TOKENS = 5 * 32 + 2 * 8 + 5  # five whole steps, then two windows and five tokens
@@ -460,7 +460,7 @@ def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path, monkeypatch: 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.train.state.sync_tree", killed)
+        patch.setattr("secateur.training.checkpoints.sync_tree", killed)
         with pytest.raises(KeyboardInterrupt):
             optimizer = make_optimizer(model.parameters(), RECIPE)
             Saver(tmp_path, dict(model.named_parameters()), optimizer).save({"step": 7})

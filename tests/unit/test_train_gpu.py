@@ -67,7 +67,7 @@ def test_a_run_on_a_gpu_goes_on(world: tuple[Path, Path], tmp_path: Path) -> Non
         def killed(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("secateur.verbs.training._write", killed)
+        patch.setattr("secateur.cli.verbs.training._write", killed)
         assert main(command(world, cut, *options)) == 130
     steps = sorted((tmp_path / "cut.partial" / "work" / "checkpoints").glob("step-*"))
     assert [step.name for step in steps] == ["step-00000004", "step-00000008", "step-00000012", "step-00000013"]

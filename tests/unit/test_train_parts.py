@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from helpers import FAMILY_CONFIGS, hf, tiny_family, tiny_llama, token_corpus
-from secateur.checkpoint import Checkpoint, skeleton
 from secateur.cli import main
 from secateur.errors import RunError, UserError
-from secateur.train.batches import Batch, Slice, micro_batches
-from secateur.train.init import fresh_weights, stored_weights
-from secateur.train.loop import Housekeeping, train
-from secateur.train.metrics import Metrics, check_trackers
-from secateur.train.optim import Recipe, learning_rate, make_optimizer
-from secateur.train.parallel import Execution, Trainee, place
-from secateur.train.speed import Meter, peak_of
-from secateur.train.state import Saver
-from secateur.train.watch import Stop, Watch, stop_on_signals
+from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.training.batches import Batch, Slice, micro_batches
+from secateur.training.checkpoints import Saver
+from secateur.training.init import fresh_weights, stored_weights
+from secateur.training.loop import Housekeeping, train
+from secateur.training.metrics import Metrics, check_trackers
+from secateur.training.parallel import Execution, Trainee, place
+from secateur.training.recipe import Recipe, learning_rate, make_optimizer
+from secateur.training.throughput import Meter, peak_of
+from secateur.training.watchdog import Stop, Watch, stop_on_signals
 
 # --- what is read
 
@@ -370,7 +370,7 @@ def test_nothing_that_is_asked_for_loses_what_a_run_has_done(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.verbs.training._write", killed)
+        patch.setattr("secateur.cli.verbs.training._write", killed)
         assert main(command(world, out, *every)) == 130
     kept = sorted((tmp_path / "out.partial").rglob("*"))
     capsys.readouterr()
@@ -382,7 +382,7 @@ def test_nothing_that_is_asked_for_loses_what_a_run_has_done(
             def refused(*_: object, **__: object) -> None:
                 raise UserError("what is found late")
 
-            patch.setattr(f"secateur.verbs.training.{late}", refused)
+            patch.setattr(f"secateur.cli.verbs.training.{late}", refused)
             assert main(command(world, out, *every)) == 2
     assert sorted((tmp_path / "out.partial").rglob("*")) == kept
     assert main(command(world, out)) == 0

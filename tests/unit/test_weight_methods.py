@@ -13,15 +13,15 @@ from torch import Tensor
 
 from formulas import NAMES, Subject, capture, follow, linears, naive_obs, pruned
 from helpers import calibration, hf, tiny_family, windows
-from secateur.calibrate.stats import Gram, MeanSquare
-from secateur.checkpoint import Checkpoint
+from secateur.calibration.statistics import Gram, MeanSquare
 from secateur.errors import UserError
+from secateur.methods.selection import Selector
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
-from secateur.plan import Plan
-from secateur.prune import make_plan, write_pruned
-from secateur.select import Selector
-from secateur.target import Pattern, Target
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.plan import Plan
+from secateur.pruning.pipeline import make_plan, write_pruned
+from secateur.pruning.target import Pattern, Target
 
 HALF, THIRD, TWO_FOUR, FOUR_EIGHT = (
     Target(ratio=0.5), Target(ratio=0.33), Target(pattern=Pattern(2, 4)), Target(pattern=Pattern(4, 8)),

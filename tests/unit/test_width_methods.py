@@ -11,16 +11,16 @@ from torch import Tensor
 
 from formulas import NAMES, Piece, Subject, agrees, capture, fits, groups_lost, hidden_pieces, pieces
 from helpers import calibration
-from secateur.calibrate.evidence import Place
-from secateur.calibrate.stats import Mean, NormByPosition, Variance
+from secateur.calibration.place import Place
+from secateur.calibration.statistics import Mean, NormByPosition, Variance
 from secateur.errors import UserError
-from secateur.methods import WidthMethod, get_method
+from secateur.methods.base import WidthMethod, get_method
 from secateur.methods.flap import FLAP
 from secateur.methods.minitron_width import MinitronWidth
-from secateur.plan import Plan
-from secateur.prune import make_plan
-from secateur.shapes import Shape
-from secateur.target import Target
+from secateur.model.plan import Plan
+from secateur.model.shapes import Shape
+from secateur.pruning.pipeline import make_plan
+from secateur.pruning.target import Target
 
 ALL = {"hidden": 40, "ffn": 44, "kv_heads": 2}
 LAYERED = {"ffn": 44, "kv_heads": 2}

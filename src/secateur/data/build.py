@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from secateur import progress
 from secateur.data.encode import Encoder
+from secateur.data.external_sort import Bucket, Runs
 from secateur.data.manifest import Split
-from secateur.data.pool import encoded
 from secateur.data.readers import Document
-from secateur.data.runs import Bucket, Runs
 from secateur.data.shards import SHARD_TOKENS, ShardWriter, TokenStore
 from secateur.data.sources import Source
 from secateur.data.tokenizer import token_hash_of
+from secateur.data.worker_pool import encoded
 from secateur.errors import UserError
 
 __all__ = ["HELDOUT", "TRAIN", "Built", "Holdout", "counted", "hash_splits", "is_heldout", "write_splits"]

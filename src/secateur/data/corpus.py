@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from secateur import progress
+from secateur.config import Count, Fraction, Positive, spec
 from secateur.data.build import HELDOUT, TRAIN, Holdout, counted, hash_splits, is_heldout, write_splits
 from secateur.data.encode import Encoder
 from secateur.data.shards import TokenStore, smallest_dtype, write_manifest
@@ -22,7 +23,6 @@ from secateur.data.sources import Source, open_source
 from secateur.data.tokenizer import id_bound, load_tokenizer, train_tokenizer
 from secateur.files import sha256_tree
 from secateur.hub import local_checkpoint
-from secateur.spec import Count, Fraction, Positive, spec
 
 __all__ = ["HELDOUT", "TRAIN", "CorpusSpec", "build_corpus"]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from secateur.config import RUNTIME, Positive, spec
 from secateur.files import sha256_tree, write_json
-from secateur.spec import RUNTIME, Positive, spec
 
 __all__ = ["FORMAT", "Column", "Manifest", "Shard", "Split", "smallest_dtype", "write_manifest"]
 

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.data.columns import ColumnWriter
+from secateur.config import fingerprint, parse
 from secateur.data.encode import hash_of_ids
 from secateur.data.manifest import FORMAT, Column, Manifest, Shard, Split, smallest_dtype, write_manifest
+from secateur.data.npy_writer import ColumnWriter
 from secateur.errors import UserError, did_you_mean
 from secateur.files import read_json, sha256_file, sha256_tree
-from secateur.spec import fingerprint, parse
 
 __all__ = [
     "FORMAT",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from secateur import progress
-from secateur.data.packages import FOREIGN, PACKAGES, package
+from secateur.data.installed_code import FOREIGN, PACKAGES, package
 from secateur.data.readers import (
     TEXT_EXTENSIONS,
     Document,

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.data.examples import int64_features
 from secateur.data.readers import Document, text_of
 from secateur.data.sources import FileSource, Source, folder_domain, named, walk
+from secateur.data.tf_example import int64_features
 from secateur.errors import UserError
 from secateur.files import read_json
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from secateur.calibrate.stats import Mean, Variance
-from secateur.methods import Place, WidthMethod
-from secateur.spec import spec
+from secateur.calibration.statistics import Mean, Variance
+from secateur.config import spec
+from secateur.methods.base import Place, WidthMethod
 
 
 @spec

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from secateur.calibrate.stats import MeanGradient, MeanSquareGradient
-from secateur.methods import Place, WidthMethod
-from secateur.spec import spec
+from secateur.calibration.statistics import MeanGradient, MeanSquareGradient
+from secateur.config import spec
+from secateur.methods.base import Place, WidthMethod
 
 
 @spec

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from secateur.methods import RemovalMethod
-from secateur.spec import spec
+from secateur.config import spec
+from secateur.methods.base import RemovalMethod
 
 
 @spec

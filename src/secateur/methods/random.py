@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.methods import LayerMethod, Place, Statistics, WeightMethod, WidthMethod
-from secateur.spec import spec
+from secateur.config import spec
+from secateur.methods.base import LayerMethod, Place, Statistics, WeightMethod, WidthMethod
 
 _NO_SOURCE = "a control: uniform random scores"
 

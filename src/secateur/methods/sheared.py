@@ -19,8 +19,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.methods import LearnedMethod
-from secateur.spec import Positive, spec
+from secateur.config import Positive, spec
+from secateur.methods.base import LearnedMethod
 
 __all__ = ["Sheared"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.calibrate.stats import MeanGradient
-from secateur.methods import LayerMethod, Place, RemovalMethod
-from secateur.spec import spec
+from secateur.calibration.statistics import MeanGradient
+from secateur.config import spec
+from secateur.methods.base import LayerMethod, Place, RemovalMethod
 
 
 @spec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from secateur.calibrate.stats import MeanCosine
-from secateur.methods import LayerMethod, Place
-from secateur.spec import spec
+from secateur.calibration.statistics import MeanCosine
+from secateur.config import spec
+from secateur.methods.base import LayerMethod, Place
 
 
 @spec

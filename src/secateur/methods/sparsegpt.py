@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from secateur.calibrate.stats import Gram
+from secateur.calibration.statistics import Gram
+from secateur.config import Positive, spec
 from secateur.errors import UserError
-from secateur.methods import Selector, Statistics, WeightMethod
-from secateur.spec import Positive, spec
+from secateur.methods.base import Selector, Statistics, WeightMethod
 
 
 @spec

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from secateur.calibrate.stats import MeanSquare
-from secateur.methods import Statistics, WeightMethod
-from secateur.spec import spec
+from secateur.calibration.statistics import MeanSquare
+from secateur.config import spec
+from secateur.methods.base import Statistics, WeightMethod
 
 
 @spec

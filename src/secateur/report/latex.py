@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from secateur.report.compare import SCRATCH
-from secateur.report.forecast_text import ACCOUNTS, crossover_brief
-from secateur.report.sentences import BUDGETS, group_name
-from secateur.report.verdict import Judgement
-from secateur.report.words import MINUS, loss, number
+from secateur.comparison.naming import BUDGETS, group_name
+from secateur.comparison.twins import SCRATCH
+from secateur.formatting import MINUS, loss, number
+from secateur.report.forecast_prose import ACCOUNTS, crossover_brief
+from secateur.report.judgement import Judgement
 
 __all__ = ["comparisons_tex", "escaped", "forecasts_tex"]
 

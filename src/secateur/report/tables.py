@@ -9,13 +9,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from secateur.report.compare import SCRATCH, Estimate
-from secateur.report.fit import Estimate as Fitted
-from secateur.report.index import Index, group_of
-from secateur.report.ledger import ACCOUNTS, account_flops, best, own_cost, setting_total
-from secateur.report.results import Cell
-from secateur.report.verdict import Judgement
-from secateur.report.versus import Versus
+from secateur.comparison.index import Index, group_of
+from secateur.comparison.ledger import ACCOUNTS, account_flops, best, own_cost, setting_total
+from secateur.comparison.records import Cell
+from secateur.comparison.twins import SCRATCH, Estimate
+from secateur.forecast.fit import Estimate as Fitted
+from secateur.report.judgement import Judgement
+from secateur.report.studies import Versus
 
 __all__ = [
     "across_rows",

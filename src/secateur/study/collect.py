@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, Running, StageNote
+from secateur.config import fingerprint, identity
 from secateur.errors import UserError
-from secateur.evaluate.results import Measurement
-from secateur.evaluate.results import Results as MeasuredResults
+from secateur.evaluation.results import Measurement
+from secateur.evaluation.results import Results as MeasuredResults
 from secateur.files import read_json
-from secateur.report.results import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, Running, StageNote
+from secateur.model.shapes import removed, train_flops
 from secateur.runtime import environment
-from secateur.shapes import removed, train_flops
-from secateur.spec import fingerprint, identity
-from secateur.study.measuring import COST, RESULTS
 from secateur.study.spec import Study
-from secateur.study.stages import Stage, unique, with_inputs
+from secateur.study.stage import Stage, unique, with_inputs
+from secateur.study.stages.evaluate import COST, RESULTS
 from secateur.study.store import Store
 
 __all__ = ["collect"]

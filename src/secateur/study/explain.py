@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.study.stages import VERSIONS, Stage
+from secateur.study.stage import VERSIONS, Stage
 from secateur.study.status import state_of
 from secateur.study.store import Store
 

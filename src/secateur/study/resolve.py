@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint import TOKENIZER_FILES, Checkpoint
+from secateur.config import fingerprint
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
-from secateur.evaluate.protocols import text_source
-from secateur.evaluate.task_files import examples_file, task_file
+from secateur.evaluation.lm_eval.task_files import examples_file, task_file
+from secateur.evaluation.protocols import text_source
 from secateur.files import sha256_file, sha256_tree
-from secateur.shapes import Shape
-from secateur.spec import fingerprint
+from secateur.model.checkpoint import TOKENIZER_FILES, Checkpoint
+from secateur.model.shapes import Shape
 from secateur.study.spec import Measure, Parent, Study
 
 __all__ = ["SHARDS", "Known", "KnownParent", "resolve", "split_places"]

@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from secateur.config import RUNTIME, Count, Fraction, Listed, Positive, load_yaml, parse, spec
 from secateur.data.corpus import CorpusSpec
 from secateur.errors import UserError, did_you_mean
-from secateur.evaluate.suite import Suite
-from secateur.methods import get_method, known_methods
-from secateur.shapes import Shape
-from secateur.spec import RUNTIME, Count, Fraction, Listed, Positive, load_yaml, parse, spec
-from secateur.target import Target
-from secateur.train.distill import Distill
-from secateur.train.optim import Recipe
+from secateur.evaluation.suite import Suite
+from secateur.methods.base import get_method, known_methods
+from secateur.model.shapes import Shape
+from secateur.pruning.target import Target
+from secateur.training.distill import Distill
+from secateur.training.recipe import Recipe
 
 __all__ = [
     "Calibrate",

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.progress import clock, console
-from secateur.study.stages import Stage, unique
+from secateur.study.stage import Stage, unique
 from secateur.study.store import Store
 
 __all__ = ["Row", "rows", "state_of", "summary", "watch"]

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from secateur import ranks
+from secateur import distributed
+from secateur.config import fingerprint
 from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, sync_tree, write_json
 from secateur.progress import say
-from secateur.spec import fingerprint
-from secateur.study.claims import Claim, ClaimLost, Claims
-from secateur.study.stages import VERSIONS, Stage
+from secateur.study.runner.lease import Claim, ClaimLost, Claims
+from secateur.study.stage import VERSIONS, Stage
 
 __all__ = ["PROGRESS", "Ended", "Store", "key_of"]
 
@@ -216,10 +216,10 @@ class Store:
         """
         name = f"{identity['method']}-{fingerprint([VERSIONS[stage.kind], identity])[:12]}"
         folder, seal = self.out / "scores" / name, self.out / "scores" / name / "scores.json"
-        if not ranks.first():
-            ranks.wait()  # until the first process has looked at what is there
+        if not distributed.first():
+            distributed.wait()  # until the first process has looked at what is there
             yield folder
-            ranks.wait()
+            distributed.wait()
             return
         waiting = f"{stage.name}: waits for its scores, which another stage is computing"
         claim = self.claims.wait(f"scores-{name}", lambda: say(waiting))
@@ -228,9 +228,9 @@ class Store:
             if seal.exists() and not _intact(seal):
                 say(f"{stage.name}: the scores in {folder} are damaged and computed again")
                 shutil.rmtree(folder)
-            ranks.wait()
+            distributed.wait()
             yield folder
-            ranks.wait()  # until none reads in it any more
+            distributed.wait()  # until none reads in it any more
             claim.check()
             if not seal.exists():
                 sync_tree(folder)

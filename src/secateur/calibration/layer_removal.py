@@ -1,0 +1,55 @@
+"""The loss without some of the blocks, for every run of them that could be removed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from secateur import distributed
+from secateur.calibration.block_walk import BlockWalk, States
+
+__all__ = ["GROUP_BYTES", "removal_losses"]
+
+GROUP_BYTES = 2**29  #: states that the candidates may hold together
+
+
+def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
+    """The loss with each contiguous run of ``length`` blocks bypassed.
+
+    The states before a run are those of the full model, so candidate ``i`` costs only the blocks after its run. Groups
+    of windows take their turns, so that the states of all candidates fit into memory.
+
+    Returns:
+        The full model's loss, and the loss of each candidate, by the index of the run's first block.
+    """
+    candidates = len(walk.layers) - length + 1
+    width = walk.checkpoint.shape.hidden * walk.dtype.itemsize
+    together = max(1, GROUP_BYTES // ((candidates + 1) * walk.most[0].numel() * width))
+    groups = [walk.batches[i : i + together] for i in range(0, len(walk.most), together)]  # as many in each process
+    for step, group in enumerate(groups):
+        if step >= walk.journal.finished:
+            part = f", part {step + 1} of {len(groups)}" if len(groups) > 1 else ""
+            for losses in walk.show(step, distributed.add(_removal_losses(walk, length, group, part))):
+                walk.journal.put(step, {f"losses.{step}": losses})
+            walk.journal.finish(step)
+    total = torch.stack([walk.journal[f"losses.{step}"] for step in range(len(groups))]).sum(dim=0)
+    full, *without = (total / walk.targets).tolist()
+    return full, without
+
+
+def _removal_losses(walk: BlockWalk, length: int, batches: Sequence[Tensor], part: str) -> Tensor:
+    """Summed losses over some windows, float64: of the full model, then with each run bypassed."""
+    full = walk.start(batches)
+    candidates: dict[int, States] = {}  # first bypassed block -> states so far
+    last = len(walk.layers) - length
+    for block in walk.blocks(part=part):
+        if block.index <= last:
+            candidates[block.index] = full
+        full = block.run(full)
+        for first in candidates:
+            if block.index >= first + length:
+                candidates[first] = block.run(candidates[first], consume=True)
+    losses = walk.head().losses(batches, [full, *(candidates[first] for first in range(last + 1))])
+    return torch.tensor(losses, dtype=torch.float64)

@@ -1,0 +1,261 @@
+"""Statistics, gathered batch by batch and merged without order mattering beyond rounding.
+
+Three kinds: of activations ``x`` [windows, positions, channels] at a site, of the states that enter and leave a block,
+and of gradients of the loss with respect to weights. Within a piece of a batch sums are taken in float32, over pieces
+in float64; Gram matrices are float32 throughout.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from secateur import distributed
+
+__all__ = [
+    "GradientStatistic",
+    "Gram",
+    "Mean",
+    "MeanCosine",
+    "MeanGradient",
+    "MeanSquare",
+    "MeanSquareGradient",
+    "NormByPosition",
+    "StateStatistic",
+    "Statistic",
+    "Variance",
+    "join",
+]
+
+
+class Statistic(ABC):
+    """An accumulator over batches of activations.
+
+    Args:
+        width: channels of one unit at this site: the head size where heads are seen, else one.
+    """
+
+    def __init__(self, width: int = 1) -> None:
+        self.width = width
+        self.total: Tensor | None = None
+        self.count = 0
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:
+        """Take in one batch [windows, positions, channels]."""
+
+    def value(self) -> Tensor:
+        """The statistic over all batches so far, float32."""
+        assert self.total is not None, "no batch has been seen"
+        return (self.total / self.count).float()
+
+    def join(self, device: str) -> None:
+        """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
+        self.total = distributed.add(distributed.like_first(self.total, device))
+        self.count = distributed.add_count(self.count)
+
+    def _add(self, total: Tensor, count: int) -> None:
+        self.total = total if self.total is None else self.total + total
+        self.count += count
+
+
+def _pieces(x: Tensor, values: int = 2**18) -> Iterator[Tensor]:
+    """A batch as [tokens, channels] in float32, so many values at a time that copies are small and stay in a cache."""
+    for piece in x.flatten(0, 1).split(max(values // x.shape[-1], 1)):
+        yield piece.float()
+
+
+class Mean(Statistic):
+    """Mean over all tokens of ``x``, for each channel: [channels]."""
+
+    def update(self, x: Tensor) -> None:
+        for tokens in _pieces(x):
+            self._add(tokens.sum(dim=0).double(), len(tokens))
+
+
+class MeanSquare(Statistic):
+    """Mean over all tokens of ``x^2``, for each channel: [channels]."""
+
+    def update(self, x: Tensor) -> None:
+        for tokens in _pieces(x):
+            self._add(tokens.square().sum(dim=0).double(), len(tokens))
+
+
+class Variance(Statistic):
+    """Variance over all N tokens, with ``1/(N-1)``, for each channel: [channels].
+
+    Pieces of batches are merged by their means and squared deviations (Chan et al., 1979), which does not cancel.
+    """
+
+    def __init__(self, width: int = 1) -> None:
+        super().__init__(width)
+        self.mean: Tensor | float = 0.0
+
+    def update(self, x: Tensor) -> None:
+        for tokens in _pieces(x):
+            near = tokens[0]  # the difference from a token of the piece is exact where a large mean would drown it
+            apart = tokens - near
+            count, mean = len(tokens), apart.mean(dim=0)
+            shift = near.double() + mean - self.mean
+            between = shift.square() * (self.count * count / (self.count + count))
+            self.mean = self.mean + shift * (count / (self.count + count))
+            self._add(apart.sub_(mean).square_().sum(dim=0).double() + between, count)
+
+    def value(self) -> Tensor:
+        assert self.total is not None, "no batch has been seen"
+        return (self.total / max(self.count - 1, 1)).float()
+
+    def join(self, device: str) -> None:
+        own = self.count
+        super().join(device)  # the squared deviations within each process; now those between them
+        assert self.total is not None
+        mean = self.mean + torch.zeros_like(self.total)
+        self.mean = distributed.add(mean * own) / self.count
+        self.total += distributed.add((mean - self.mean).square() * own)
+
+
+class Gram(Statistic):
+    """Mean over all tokens of ``x x^T``: [channels, channels].
+
+    There is one matrix from the first batch to the value: it always holds the mean so far, and only the tiles on and
+    above its diagonal are worked out.
+    """
+
+    tile = 512  #: rows of the matrix that are updated at once
+    tokens = 512  #: tokens that are taken in at once, so that a float32 copy is needed of no more
+
+    def update(self, x: Tensor) -> None:
+        if self.total is None:
+            self.total = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32)
+        for piece in x.flatten(0, 1).split(self.tokens):
+            tokens = piece.float()
+            before, self.count = self.count, self.count + len(tokens)
+            for rows in self._rows():
+                self.total[rows, rows.start :].addmm_(
+                    tokens[:, rows].T, tokens[:, rows.start :], beta=before / self.count, alpha=1 / self.count
+                )
+
+    def value(self) -> Tensor:
+        """The statistic over all batches so far, float32: the matrix itself, which a later batch changes."""
+        assert self.total is not None, "no batch has been seen"
+        for rows in self._rows():
+            tile = self.total[rows, rows]
+            tile.copy_(tile.triu() + tile.triu(1).T)
+            self.total[rows.stop :, rows] = self.total[rows, rows.stop :].T
+        return self.total
+
+    def join(self, device: str) -> None:
+        own, self.count = self.count, distributed.add_count(self.count)
+        self.total = distributed.add(distributed.like_first(self.total, device).mul_(own / self.count))
+
+    def _rows(self) -> list[slice]:
+        assert self.total is not None
+        return [slice(first, first + self.tile) for first in range(0, len(self.total), self.tile)]
+
+
+class NormByPosition(Statistic):
+    """Mean over all windows of a unit's L2 norm, ``|x|`` for a channel, at each position: [positions, units]."""
+
+    def update(self, x: Tensor) -> None:
+        if self.total is None:
+            self.total = x.new_zeros(x.shape[1], x.shape[2] // self.width, dtype=torch.float32)
+        for window in x:  # one by one, since the norms take as much room as what they are of
+            self.total += window.float().unflatten(-1, (-1, self.width)).norm(dim=-1)
+        self.count += len(x)
+
+
+class StateStatistic(ABC):
+    """An accumulator over the hidden states before and after a block."""
+
+    @abstractmethod
+    def update(self, before: Tensor, after: Tensor) -> None:
+        """Take in one batch, both [windows, positions, hidden]."""
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The statistic over all batches so far."""
+
+    @abstractmethod
+    def join(self, device: str) -> None:
+        """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
+
+
+class MeanCosine(StateStatistic):
+    """Mean over all tokens of the cosine between a state before and after the block: a scalar.
+
+    What is summed is one minus the cosine, by the change ``d = g - h`` of the state:
+    ``(d.d - (d.(g + h) / (|g| + |h|))^2) / (2 |g| |h|)``. Where a block changes little, the cosine itself would be
+    rounded to 1.
+    """
+
+    def __init__(self) -> None:
+        self.total, self.tokens = 0.0, 0
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        for h, g in zip(_pieces(before), _pieces(after), strict=True):
+            change, both = g - h, g + h
+            lengths = [torch.linalg.vector_norm(v, dim=-1).double() for v in (h, g)]
+            longer = torch.linalg.vecdot(change, both).double() / sum(lengths)
+            square = torch.linalg.vecdot(change, change).double() - longer.square()
+            self.total += float((square / (2 * lengths[0] * lengths[1])).sum())
+            self.tokens += len(h)
+
+    def value(self) -> Tensor:
+        return 1 - torch.tensor(self.total / self.tokens, dtype=torch.float64)
+
+    def join(self, device: str) -> None:
+        self.total = float(distributed.add(torch.tensor([self.total], dtype=torch.float64)))
+        self.tokens = distributed.add_count(self.tokens)
+
+
+class GradientStatistic(ABC):
+    """An accumulator over windows of the gradient of a window's mean loss with respect to one tensor."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.windows = 0
+
+    def update(self, gradient: Tensor) -> None:
+        """Take in one window's gradient."""
+        term = self.term(gradient)
+        self.total = term if self.total is None else self.total.add_(term)
+        self.windows += 1
+
+    @abstractmethod
+    def term(self, gradient: Tensor) -> Tensor:
+        """What is averaged: a new tensor."""
+
+    def value(self) -> Tensor:
+        """The mean over all windows, of the tensor's size; it takes the place of the sum, and no window may follow."""
+        assert self.total is not None, "no window has been seen"
+        self.total.div_(self.windows)
+        self.windows = 1
+        return self.total
+
+    def join(self, device: str) -> None:
+        """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
+        self.total = distributed.add(distributed.like_first(self.total, device))
+        self.windows = distributed.add_count(self.windows)
+
+
+class MeanGradient(GradientStatistic):
+    """The gradient of the calibration loss, ``dL/dW``."""
+
+    def term(self, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+class MeanSquareGradient(GradientStatistic):
+    """Mean square of the windows' gradients: the diagonal of the empirical Fisher matrix, for the Hessian's."""
+
+    def term(self, gradient: Tensor) -> Tensor:
+        return gradient.square()
+
+
+def join(statistics: Iterable[Statistic | StateStatistic | GradientStatistic], device: str) -> None:
+    """Merge each statistic over all processes; with one it stays as it is, to the last bit."""
+    for statistic in statistics if distributed.world() > 1 else ():
+        statistic.join(device)

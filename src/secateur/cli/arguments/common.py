@@ -1,0 +1,191 @@
+"""What the arguments of several verbs have in common: parsers, their errors, and types."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from secateur.errors import UserError, did_you_mean
+
+__all__ = [
+    "Formatter",
+    "Parser",
+    "above_zero",
+    "add_verb",
+    "amount",
+    "computing",
+    "count",
+    "count_or_none",
+    "holdout",
+    "positive",
+    "ratio",
+    "ratios",
+    "windows",
+]
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, with the nearest name."""
+
+    write_epilog: Callable[[], str] | None = None  #: for an epilog that it takes a moment to write
+
+    def format_help(self) -> str:
+        if self.write_epilog is not None:
+            self.epilog = self.write_epilog()
+        return super().format_help()
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        # The parser of the verb tells what is left over, since it knows the options; argparse lets the outermost one.
+        found, left = super().parse_known_args(*args, **kwargs)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: " in message and "choose from" in message:
+            given = message.split("invalid choice: ")[1].split(" (")[0].strip("'\"")
+            options = [o.strip(" '\")") for o in message.split("choose from")[1].split(",")]
+            message = f"{message.split(': invalid')[0]}: {given!r} is not known{did_you_mean(given, options)}"
+        elif message.startswith("unrecognized arguments: "):
+            given = message.removeprefix("unrecognized arguments: ").split()[0]
+            options = [o for action in self._actions for o in action.option_strings]
+            near = did_you_mean(given.partition("=")[0], options)
+            message = (
+                f"{given} is not an option{near}" if given.startswith("-") else f"{given!r} is one argument too many"
+            )
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class Formatter(argparse.HelpFormatter):
+    """Keeps the lines of a text that has several, and says a default where there is one."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in (action.help or "")
+        return f"{action.help} (default: %(default)s)" if told else action.help
+
+
+def add_verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | None = None) -> Parser:
+    """Add a verb: its line in the list, its description, and ``--json``."""
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. {detail}",
+        epilog=epilog,
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    return parser
+
+
+def computing(parser: argparse.ArgumentParser) -> None:
+    """Where and in what portions to compute."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--batch", type=positive, help="windows at once; execution only (default: about 512 tokens, 16384 on a GPU)"
+    )
+
+
+def windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") -> None:
+    """How text is cut; ``most`` says how much of it is read."""
+    # The defaults are those of verbs.ids: it has to know what was said and what was not.
+    parser.add_argument("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
+    parser.add_argument("--windows", type=positive, help=f"windows at most (default: {most})")
+    parser.add_argument(
+        "--seqlen", type=positive, help=f"tokens in a window, or the model's limit if less (default: {seqlen})"
+    )
+
+
+def amount(parser: argparse.ArgumentParser, several: str) -> None:
+    """How much to remove, and of what."""
+    parser.add_argument(
+        "--ratio", type=ratios, metavar="R[,R...]", help=f"share to remove, between 0 and 1; several {several}"
+    )
+    parser.add_argument(
+        "--of",
+        choices=("total", "non-embedding"),
+        help="parameters that the ratio counts (default: non-embedding; for sparse methods always the weights of the "
+        "blocks' linears)",
+    )
+    parser.add_argument(
+        "--shape",
+        metavar="SIZES",
+        help="sizes to reach instead: hidden=3072,ffn=9216 or layers=16 or heads=20,ffn=6528",
+    )
+    parser.add_argument(
+        "--axes",
+        metavar="AXES",
+        help="what a width method narrows: hidden, ffn, kv (KV heads with their query heads), e.g. kv,ffn; for sheared "
+        "also layers (default: the method's own choice)",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number above zero."""
+    if not re.fullmatch(r"0*[1-9]\d{0,17}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A count above zero, such as 700k."""
+    from secateur.config import parse_count  # imported late, since it loads pydantic
+
+    try:
+        value = parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
+    return value
+
+
+def count_or_none(text: str) -> int:
+    """A count, or zero."""
+    return 0 if text.strip() == "0" else count(text)
+
+
+def _number(text: str) -> float:
+    """NaN, which lies in no range, for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def holdout(text: str) -> float:
+    """A share that may be zero."""
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0, for no held-out split, to below 1")
+    return value
+
+
+def ratios(text: str) -> list[float]:
+    """Ratios, each once."""
+    ratios = [ratio(part.strip()) for part in text.split(",")]
+    if len(set(ratios)) < len(ratios):
+        raise argparse.ArgumentTypeError(f"{text!r} names a ratio twice")
+    return ratios
+
+
+def above_zero(text: str) -> float:
+    """A finite number above zero."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return value
+
+
+def ratio(text: str) -> float:
+    """A share between 0 and 1."""
+    value = _number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio between 0 and 1, both excluded")
+    return value

@@ -1,0 +1,239 @@
+"""The arguments of verbs about single models, and the data for them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from secateur.cli import manual
+from secateur.cli.arguments.common import (
+    add_verb,
+    amount,
+    computing,
+    count,
+    count_or_none,
+    holdout,
+    positive,
+    windows,
+)
+
+__all__ = ["add_compare", "add_data", "add_evaluate", "add_inspect", "add_prune", "add_shapes", "add_train"]
+
+
+def _context(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--context",
+        type=positive,
+        help="window that FLOPs per token are averaged over (default: 2048, or the model's limit if less)",
+    )
+
+
+def add_inspect(verbs: Any) -> None:
+    """``secateur inspect``."""
+    inspect = add_verb(
+        verbs,
+        "inspect",
+        "describe a checkpoint",
+        "It reads the weights to count zeros and to look for NaN; nothing is run.",
+    )
+    inspect.add_argument("model", help="Hugging Face checkpoint directory")
+    _context(inspect)
+
+
+def add_shapes(verbs: Any) -> None:
+    """``secateur shapes``."""
+    shapes = add_verb(
+        verbs,
+        "shapes",
+        "say what a model comes to, and what it would come to pruned",
+        "It counts parameters, FLOPs and KV cache from config.json alone; no weights are needed. With a ratio it shows "
+        "the legal shapes nearest to it, and how far off they are.",
+        manual.SHAPES,
+    )
+    shapes.add_argument("model", metavar="CONFIG_OR_DIR", help="config.json, or a directory that has one")
+    amount(shapes, "are shown one after the other")
+    shapes.add_argument("--method", help="the shape that this method would reach")
+    _context(shapes)
+
+
+def add_data(verbs: Any) -> None:
+    """``secateur data``."""
+    data = add_verb(
+        verbs,
+        "data",
+        "turn text into token shards for training",
+        "It encodes documents in several processes, leaves out those that repeat an earlier one, holds some out, and "
+        "writes the rest in a shuffled order. A document's side and place follow from the hash of its text and the "
+        "seed. Kill it at any moment and run it again to go on.",
+        manual.DATA,
+    )
+    data.add_argument("source", metavar="SOURCE", help=manual.DOCUMENTS)
+    data.add_argument("out", metavar="OUT", help="new directory to write")
+    data.add_argument("--tokenizer", required=True, metavar="DIR", help="directory with the tokenizer, or a checkpoint")
+    data.add_argument("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
+    data.add_argument("--split", help="split to read, for hf: and arrow: (default: train)")
+    data.add_argument(
+        "--domain",
+        metavar="FIELD",
+        help="field that names a document's domain (default: the first subfolder that its file lies in)",
+    )
+    data.add_argument(
+        "--holdout", type=holdout, default=0.05, metavar="SHARE", help="share of the documents held out; 0 for none"
+    )
+    data.add_argument("--documents", type=count, metavar="N", help="read at most so many, e.g. 200k (default: all)")
+    data.add_argument("--seed", type=int, default=0, help="of the order of documents")
+    data.add_argument("--workers", type=positive, help="processes; execution only (default: one for each core)")
+    data.add_argument("--shard-tokens", type=count, metavar="N", help="tokens in a file (default: 67108864)")
+
+
+def add_prune(verbs: Any) -> None:
+    """``secateur prune``."""
+    prune = add_verb(
+        verbs,
+        "prune",
+        "prune a checkpoint",
+        "It scores the model block by block, most methods on calibration text, decides what to keep (plan.json, "
+        "plan.safetensors) and writes a checkpoint that plain transformers opens. Shapes are rounded to steps; what "
+        "was removed is printed beside what was asked.",
+    )
+    prune.write_epilog = manual.prune
+    prune.add_argument("model", help="Hugging Face checkpoint directory")
+    prune.add_argument("out", help="new directory to write")
+    prune.add_argument("--method", required=True, help="one of the methods below")
+    amount(prune, "give one checkpoint each, OUT/ratio-R, scored once where the scores do not depend on it")
+    prune.add_argument(
+        "--pattern",
+        metavar="N:M",
+        help="zeros of sparse methods: keep N weights of each M in a row, e.g. 2:4 or 4:8 (default: unstructured)",
+    )
+    prune.add_argument(
+        "--allocation",
+        choices=("uniform", "global"),
+        default="uniform",
+        help="width methods: every layer keeps as many channels, or layers compete",
+    )
+    prune.add_argument(
+        "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the method; may be repeated"
+    )
+    prune.add_argument("--tasks-data", metavar="DIR", help="minitron-depth: where the task's data lies")
+    prune.add_argument("--task-limit", metavar="N", type=positive, help="minitron-depth: examples of the task at most")
+    prune.add_argument("--calibration", metavar="SOURCE", help=f"{manual.SOURCES}; for sheared also shards:DIR")
+    windows(prune, "128")
+    computing(prune)
+    prune.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the forward passes; statistics and scores are float32 or better (auto: bfloat16 on a GPU)",
+    )
+    prune.add_argument(
+        "--states",
+        choices=("auto", "device", "ram", "disk"),
+        default="auto",
+        help="where hidden states between blocks lie: on the device that computes them, which saves copies; in memory; "
+        "or on disk, where a resumed run need not run finished blocks again (auto: on a GPU if it then needs at most "
+        "8 GB and half of what is free there; else in memory, or on disk where that is short)",
+    )
+    prune.add_argument("--resume", action="store_true", help="go on with a run that was killed, at its last block")
+
+
+def add_train(verbs: Any) -> None:
+    """``secateur train``."""
+    train = add_verb(
+        verbs,
+        "train",
+        "train a model on an exact number of tokens",
+        "It reads a slice of the data once, to the last token, in an order that a seed fixes, whatever the number of "
+        "processes. A sparse model keeps its masks. After a kill, the same command goes on from its last checkpoint.",
+        manual.TRAIN,
+    )
+    train.add_argument("out", help="new directory to write")
+    train.add_argument("--init", required=True, metavar="scratch|DIR", help="fresh weights, or those of a checkpoint")
+    train.add_argument("--like", metavar="DIR", help="checkpoint or config.json of the shape, for --init scratch")
+    train.add_argument("--tokens", required=True, type=count, help="budget: 700k, 7e5, 50B ...")
+    train.add_argument("--data", required=True, metavar="shards:DIR", help="what `secateur data` has written")
+    train.add_argument("--skip", type=count_or_none, default=0, metavar="TOKENS", help="tokens to leave out before")
+    train.add_argument("--recipe", metavar="FILE", help="YAML with the keys below")
+    train.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable"
+    )
+    train.add_argument("--teacher", metavar="DIR", help="checkpoint to distil from, of the model's vocabulary")
+    for name, reading, what in (
+        ("--temperature", float, "softens both distributions (default: 1)"),
+        ("--alpha", float, "share of the divergence from the teacher; the rest is the usual loss (default: 1)"),
+        ("--top-k", positive, "compare the teacher's likeliest N ids, all others as one (default: all apart)"),
+    ):
+        train.add_argument(
+            name, type=reading, metavar="N" if reading is positive else "X", help=f"with --teacher: {what}"
+        )
+    train.add_argument("--points", type=positive, default=8, help="measurements of the held-out loss along the run")
+    train.add_argument("--heldout-windows", type=positive, default=256, help="windows that it is measured on, at most")
+    train.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    train.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of what is computed; weights, moments and sums stay float32 (auto: bfloat16 on a GPU)",
+    )
+    train.add_argument("--micro-batch", type=positive, metavar="N", help="windows at once in a process (default: 8)")
+    train.add_argument("--recompute", action="store_true", help="hold no activations within blocks: a third more time")
+    train.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
+    train.add_argument("--replicas", type=positive, default=1, help="groups of processes that each hold the model")
+    train.add_argument("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
+    train.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints of the run that stay")
+    train.add_argument("--track", action="append", choices=("tensorboard", "wandb"), help="send the metrics there too")
+
+
+def add_evaluate(verbs: Any) -> None:
+    """``secateur eval``."""
+    evaluate = add_verb(
+        verbs,
+        "eval",
+        "measure held-out loss, perplexity, accuracy on tasks, and cost",
+        "Text is encoded with the checkpoint's own tokenizer and cut into windows, whose first token is context only. "
+        "Several checkpoints give one table, if their figures were measured in the same way.",
+        manual.EVAL,
+    )
+    evaluate.add_argument("model", nargs="+", help="Hugging Face checkpoint directory; several for one table")
+    evaluate.add_argument(
+        "--data", metavar="SOURCE", help=f"held-out text: {manual.SOURCES}, shards:DIR (its held-out split)"
+    )
+    evaluate.add_argument("--suite", metavar="NAME[,NAME...]", help="what to measure besides; see below")
+    evaluate.add_argument(
+        "--tasks-data", metavar="DIR", help="folder with <task>.jsonl (default: the Hugging Face Hub)"
+    )
+    evaluate.add_argument("--task-limit", type=positive, metavar="N", help="documents of each task, from the first")
+    evaluate.add_argument(
+        "--few-shot",
+        type=count_or_none,
+        metavar="N",
+        help="examples in each prompt of a task (default: as the task says)",
+    )
+    evaluate.add_argument("--text-data", metavar="DIR", help="folder with c4.jsonl ... (default: the Hugging Face Hub)")
+    evaluate.add_argument("--protocol", default="heldout", help="of the perplexities: heldout or paper-train-split")
+    windows(evaluate, "the whole text; 256 for perplexities", "2048; 8192 for perplexities")
+    evaluate.add_argument(
+        "--stride", type=positive, metavar="N", help="tokens from window to window (default: windows side by side)"
+    )
+    evaluate.add_argument("--out", metavar="DIR", help="write results, and those of every item, for `secateur compare`")
+    computing(evaluate)
+    evaluate.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of weights and products; losses are summed in float64 (auto: bfloat16 on a GPU)",
+    )
+
+
+def add_compare(verbs: Any) -> None:
+    """``secateur compare``."""
+    compare = add_verb(
+        verbs,
+        "compare",
+        "say which of two evaluated models is better, if that can be told",
+        "It reads what `secateur eval --out` has written and compares item by item: windows or documents of text, "
+        "documents of tasks. Nothing is run.",
+        manual.COMPARE,
+    )
+    compare.add_argument("a", metavar="A.json[,A.json...]", help="results of one model, one file for each seed")
+    compare.add_argument("b", metavar="B.json[,B.json...]", help="results of the other, seeds in the same order")

@@ -1,0 +1,171 @@
+"""The arguments of verbs about studies, and of what their runs are asked."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from secateur.cli import manual
+from secateur.cli.arguments.common import (
+    Parser,
+    above_zero,
+    add_verb,
+    count,
+    positive,
+    ratio,
+)
+
+__all__ = ["add_demo", "add_recommend", "add_study"]
+
+
+def add_demo(verbs: Any) -> None:
+    """``secateur demo``."""
+    demo = add_verb(
+        verbs,
+        "demo",
+        "run the demonstration study",
+        "It pretrains a small parent on the standard library's sources, prunes it at three granularities, retrains, "
+        "trains the from-scratch twins, evaluates everything and writes a report. Run again, it finds what is done.",
+    )
+    demo.add_argument("--out", default="runs/demo", help="directory of the study's stages and report")
+    _running(demo)
+    demo.set_defaults(only=[], keep_going=False, dry_run=False, launcher="local", slurm=[])
+
+
+_STUDY_ACTIONS = {
+    "plan": (
+        "print the stages with tokens and FLOPs",
+        "It tells what a study costs before anything starts. Nothing is run or written.",
+    ),
+    "run": ("run what is not done, then report", "Kill it at any moment and run it again to go on."),
+    "status": ("say where each stage stands", "Nothing is run or written; any host that sees the directory can ask."),
+    "explain": ("say why a stage is done or not", "It names what differs from the nearest stage that is done."),
+    "report": (
+        "write the report from the records, or compare two studies",
+        "Nothing is trained; what is missing is shown as missing.",
+    ),
+    "stage": ("do one stage", "Launchers call it; study run is the way to run a study."),
+}
+
+
+def add_study(verbs: Any) -> None:
+    """``secateur study`` and its actions."""
+    study = verbs.add_parser(
+        "study",
+        help="plan, run and report a study file",
+        description="A study file (YAML) declares a parent, methods, ratios and budgets; see studies/demo.yaml.",
+        allow_abbrev=False,
+    )
+    actions = study.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
+    for name, (summary, detail) in _STUDY_ACTIONS.items():
+        action = add_verb(actions, name, summary, detail, manual.STUDY.get(name))
+        action.add_argument("file", help="study file")
+        if name == "plan":
+            help_ = "what a device does, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
+            action.add_argument("--flops-per-second", type=count, metavar="X", help=help_)
+        else:
+            action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
+        _OF_ACTION.get(name, lambda _: None)(action)
+    # Not for people: it is in no list. argparse has no word for that.
+    actions._choices_actions = [found for found in actions._choices_actions if found.dest != "stage"]
+
+
+def _running(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--jobs", type=positive, help="stages at once (default: one for each core, or GPU)")
+    run.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        help="each stage gets a core, or a GPU, of its own (default: the study's compute.device)",
+    )
+
+
+def _study_run(run: argparse.ArgumentParser) -> None:
+    _running(run)
+    run.add_argument(
+        "--only",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="run stages of these names and what they are made from, e.g. 'wanda-*/P-R'; repeatable",
+    )
+    run.add_argument(
+        "--launcher", choices=("local", "slurm"), default="local", help="processes here, or jobs of SLURM (submitit)"
+    )
+    run.add_argument(
+        "--slurm", metavar="KEY=VALUE", action="append", default=[], help="what a job asks for, see below; repeatable"
+    )
+    run.add_argument("--keep-going", action="store_true", help="after a failure, run all that does not depend on it")
+    run.add_argument("--dry-run", action="store_true", help="say what would run, and why; run and write nothing")
+
+
+def _study_status(status: argparse.ArgumentParser) -> None:
+    status.add_argument("--watch", action="store_true", help="show a table that follows the study until it is done")
+
+
+def _study_report(report: argparse.ArgumentParser) -> None:
+    help_ = "a second study file: compare the two, by what they have in common, in versus-NAME.html"
+    report.add_argument("other", nargs="?", metavar="OTHER", help=help_)
+    report.add_argument("--other-out", metavar="DIR", help="directory of its stages (default: runs/NAME)")
+
+
+def _study_explain(explain: argparse.ArgumentParser) -> None:
+    explain.add_argument("stage", metavar="STAGE", help="its name, as study plan prints it, also with its kind before")
+
+
+def _study_stage(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("fingerprint", help="of the stage")
+    stage.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    stage.add_argument("--parent", type=positive, metavar="PID", help="end when this process does")
+
+
+_OF_ACTION = {
+    "run": _study_run,
+    "status": _study_status,
+    "explain": _study_explain,
+    "report": _study_report,
+    "stage": _study_stage,
+}
+
+
+def add_recommend(verbs: Any) -> None:
+    """``secateur recommend``."""
+    recommend = add_verb(
+        verbs,
+        "recommend",
+        "say which path pays, by published figures or by a study's",
+        "It fits both paths' losses against tokens, and tells who is ahead at a budget and from where on the other "
+        "catches up, with intervals, how far the question lies from what was run, and what both paths cost.",
+        manual.RECOMMEND,
+    )
+    size = recommend.add_mutually_exclusive_group(required=True)
+    size.add_argument("--params", type=count, metavar="N", help="parameters of the parent: 8e9, 8B ...")
+    size.add_argument("--model", metavar="CONFIG_OR_DIR", help="the parent's config.json instead, for exact FLOPs")
+    recommend.add_argument("--ratio", type=ratio, required=True, metavar="R", help="share to remove, between 0 and 1")
+    recommend.add_argument("--tokens", type=count, required=True, metavar="N", help="budget after pruning: 50B ...")
+    recommend.add_argument("--granularity", choices=tuple(manual.METHODS), help="what is removed (default: any)")
+    recommend.add_argument("--method", help="pruning method, as for prune (default: any)")
+    recommend.add_argument(
+        "--parent",
+        choices=("have", "must-train"),
+        default="have",
+        help="whether the parent is there, its cost sunk, or has to be trained",
+    )
+    recommend.add_argument("--parent-tokens", type=count, metavar="N", help="tokens that the parent is trained on")
+    recommend.add_argument(
+        "--children", type=positive, default=1, metavar="K", help="pruned models that share the parent's cost"
+    )
+    recommend.add_argument("--study", metavar="DIR", help="folder of a study of your own (default: published figures)")
+    recommend.add_argument(
+        "--noise",
+        type=above_zero,
+        metavar="NATS",
+        help="standard deviation of a run's loss between seeds (default: what the runs show, with 0.01 as a prior)",
+    )
+    recommend.add_argument("--cost-per-hour", type=above_zero, metavar="X", help="price of an accelerator")
+    recommend.add_argument(
+        "--flops-per-second", type=above_zero, metavar="F", help="what it sustains in training, e.g. 4e14"
+    )
+    recommend.add_argument("--pilot", metavar="FILE", help="write the study that would tell more")
+    recommend.add_argument(
+        "--like", metavar="STUDY", help="study file whose corpus, parent and recipe the pilot takes over"
+    )

@@ -1,0 +1,61 @@
+"""The command line: verbs that explain themselves, one line and exit code 2 on bad input, ``--json`` everywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from secateur import distributed
+from secateur.cli import manual
+from secateur.cli.arguments import parser
+from secateur.errors import RunError, UserError, disk_full, first_line, out_of_memory
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    try:
+        with distributed.together():
+            arguments = parser().parse_args(argv)
+            several = arguments.verb in ("prune", "train", "eval") or getattr(arguments, "action", "") == "stage"
+            if distributed.world() > 1 and not several:
+                raise UserError(
+                    f"{arguments.verb}: runs in one process; of all verbs only prune, train and eval take several"
+                )
+            # Imported late: --help must not wait for torch.
+            from secateur.cli.verbs import function_of
+
+            answer, text, code = function_of(arguments)(arguments)
+            print(json.dumps(answer, ensure_ascii=False) if arguments.json else text, flush=True)
+            return code
+    except UserError as error:
+        return distributed.end(2, f"secateur: error: {error}")
+    except RunError as error:
+        return distributed.end(error.code, f"secateur: error: {error}")
+    except distributed.Lost as lost:
+        return distributed.end(1, f"secateur: error: {lost}")
+    except BrokenPipeError:
+        # The reader of our output, e.g. head, has enough; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return distributed.end(130, "\nsecateur: interrupted; run the same command again to go on")
+    except Exception as error:
+        if out_of_memory(error):
+            offer = manual.memory(argv or sys.argv[1:])
+            return distributed.end(1, f"secateur: error: out of memory; {offer} ({first_line(error)})")
+        if disk_full(error):
+            return distributed.end(
+                1, f"secateur: error: the disk is full; make room, then run the same again ({first_line(error)})"
+            )
+        if distributed.world() == 1:
+            raise
+        return distributed.end(1, traceback.format_exc())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""What ``--help`` teaches: the methods and examples. Texts only, so that help does not wait for PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from secateur.errors import UserError
+from secateur.methods.plugins import announced
+
+__all__ = [
+    "COMPARE",
+    "DATA",
+    "DOCUMENTS",
+    "EPILOG",
+    "EVAL",
+    "METHODS",
+    "RECOMMEND",
+    "SHAPES",
+    "SOURCES",
+    "STUDY",
+    "TRAIN",
+    "memory",
+    "prune",
+]
+
+#: verb -> what needs less memory if it is lowered, or taken
+_MEMORY = {
+    "prune": (("--batch", "--windows"), ("--states disk", "--dtype bfloat16")),
+    "train": (("--micro-batch",), ("--recompute", "--dtype bfloat16")),
+}
+
+
+def memory(given: Sequence[str]) -> str:
+    """What is offered to someone who ran out of memory with these arguments: nothing that they have taken already."""
+    said = f"{' '.join(given)} ".replace("=", " ")
+    lower, take = _MEMORY.get(given[0] if given else "", (("--batch", "--windows"), ()))
+    lower = [option for option in lower if f"{option} 1 " not in said]
+    if " tokens:" in said:  # all its windows are used
+        lower = [option for option in lower if option != "--windows"]
+    more = [option for option in take if option not in said]
+    offers = [f"{verb} {' or '.join(options)}" for verb, options in (("lower", lower), ("take", more)) if options]
+    return ", or ".join(offers) or "take a machine with more"
+
+
+EPILOG = """\
+examples:
+  secateur demo                                  the whole journey in minutes, on any machine
+  secateur inspect DIR                           shape, parameters, sparsity, FLOPs, provenance
+  secateur shapes DIR --ratio 0.5                what half of it would be, from config.json alone
+  secateur data text:FOLDER OUT --tokenizer DIR  documents as token shards, to train on
+  secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
+  secateur train OUT --init DIR --tokens 1M --data shards:DIR     retrain it, or train from scratch
+  secateur eval OUT --data text:FILE             held-out loss and perplexity
+  secateur eval A B --suite zero-shot --out DIR  accuracy on the eight tasks of the study, side by side
+  secateur compare DIR/A.json DIR/B.json         which of them is better, if that can be told
+  secateur study plan studies/demo.yaml          what a study will run, with tokens and FLOPs
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B         which path pays, and how sure that is
+
+`secateur VERB --help` explains a verb. Exit codes: 0 done, 1 a stage or run failed, 2 bad input, 75 told to
+stop and saved (the same command goes on), 130 interrupted.
+"""
+
+SOURCES = (
+    "stdlib, python, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], "
+    "or tokens:FILE.npy (ids [windows, tokens], used as they are)"
+)
+
+DOCUMENTS = (
+    "stdlib, python, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], or of ids: "
+    "arrow:PATH[:column] (what datasets saved), array_record:PATH[:feature]"
+)
+
+DATA = """\
+examples:
+  secateur data text:corpus OUT --tokenizer DIR
+  secateur data text:corpus OUT --tokenizer DIR --field content --domain source --workers 16
+  secateur data hf:NAME:config OUT --tokenizer DIR --documents 2M --holdout 0.001
+  secateur data arrow:DIR:input_ids OUT --tokenizer DIR    rows of ids; the tokenizer tells the vocabulary
+  secateur data array_record:DIR OUT --tokenizer DIR       records of ids, if the package array_record is installed
+
+Memory does not grow with the corpus. While it works it takes about twice the disk that the ids will, in OUT and
+OUT.partial. What decides order and sides, and what is in OUT, is told in docs/data.md.
+"""
+
+#: granularity -> method -> what goes, and its options
+METHODS: dict[str, dict[str, tuple[str, str]]] = {
+    "depth": {
+        "shortgpt": ("layers that turn the hidden state least", ""),
+        "minitron-depth": (
+            "the contiguous run of layers that the loss, or a task's accuracy, misses least",
+            "task=NAME",
+        ),
+        "shortened-llama": ("layers of the least first-order effect on the loss", "keep_first=N, keep_last=N"),
+        "shortened-llama-ppl": ("layers whose removal, each alone, raises perplexity least", ""),
+        "random-depth": ("layers at random", "seed=N"),
+    },
+    "width": {
+        "llm-pruner": (
+            "FFN channels and heads by a Taylor expansion of the loss in their weights",
+            "order=first|second|mixed, aggregate=element|vector",
+        ),
+        "minitron-width": ("hidden and FFN channels, heads if asked, by the magnitude of activations", ""),
+        "wanda-sp": ("FFN channels and heads by Wanda's score of their weights", ""),
+        "flap": ("FFN channels and heads that fluctuate least; their mean becomes a bias", "bias=auto|require|none"),
+        "random-width": ("hidden and FFN channels, heads if asked, at random", "seed=N"),
+    },
+    "depth+width": {
+        "sheared": (
+            "layers, hidden and FFN channels and heads by gates that are learned in training",
+            "steps=N, windows=N, rate=X, mask_rate=X, multiplier_rate=X, phi=X, warmup=SHARE, seed=N",
+        ),
+    },
+    "sparse": {
+        "magnitude": ("the smallest weights of each linear", ""),
+        "wanda": ("weights by magnitude times the norm of their input, in each row", ""),
+        "sparsegpt": ("weights whose removal the others can make up for best", "block=N, damping=X"),
+        "random-weight": ("weights at random, as many in every row", "seed=N"),
+    },
+}
+
+_HEADINGS = {
+    "depth": "depth: whole layers go; --ratio or --shape layers=N",
+    "width": "width: channels of every layer go; --ratio or --shape hidden=N,ffn=N,heads=N,kv_heads=N",
+    "depth+width": "depth+width: layers and channels go; --ratio or --shape layers=N,hidden=N,ffn=N,heads=N",
+    "sparse": "sparse: single weights become zero; --ratio or --pattern N:M",
+}
+
+
+def _methods() -> str:
+    width = max(len(name) for methods in METHODS.values() for name in methods)
+    lines = []
+    for granularity, methods in METHODS.items():
+        lines.append(f"  {_HEADINGS[granularity]}")
+        for name, (what, options) in methods.items():
+            lines.append(f"    {name:{width}}  {what}")
+            lines += [f"    {'':{width}}  --option {option}" for option in options.split(", ") if option]
+    return "\n".join(lines)
+
+
+def _of_packages() -> str:
+    """The methods of installed packages; they are not loaded, so that none can stand in the way."""
+    built_in = {name for methods in METHODS.values() for name in methods}
+    try:
+        lines = [f"    {name}  ({found.value.strip()})" for name, found in sorted(announced(built_in).items())]
+    except UserError as error:
+        lines = [f"    {error}"]
+    return "\n".join(["", "  of installed packages", *lines]) if lines else ""
+
+
+def prune() -> str:
+    """The methods, those of installed packages among them, which it takes a moment to find; and examples."""
+    return f"""\
+methods, by what they remove (packages may bring more):
+{_methods()}{_of_packages()}
+
+Of these, magnitude and the random ones, the controls, read no calibration text. Several ratios take about as long as
+one, except with wanda, sparsegpt, wanda-sp, minitron-depth and sheared: their scores follow from what was cut before,
+or from how much is to go, so that each ratio takes as long as alone.
+
+sheared trains the whole model for steps * windows * seqlen tokens, and can read them from shards:DIR. It stops with
+exit code 1 if its gates do not come to the shape asked for.
+
+examples:
+  secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
+  secateur prune DIR OUT --method minitron-width --shape hidden=3072,ffn=9216 --calibration text:FILE
+  secateur prune DIR OUT --method minitron-depth --ratio 0.25 --option task=winogrande --tasks-data DIR
+  secateur prune DIR OUT --method flap --ratio 0.2 --axes ffn --allocation global --calibration stdlib
+  secateur prune DIR OUT --method wanda --pattern 2:4 --calibration tokens:ids.npy
+  secateur prune DIR OUT --method minitron-width --ratio 0.5,0.6,0.7 --calibration text:FILE    three outputs
+  secateur prune DIR OUT --method sparsegpt --ratio 0.5 --calibration text:FILE --states disk --resume
+  secateur prune DIR OUT --method magnitude --ratio 0.5
+  secateur prune DIR OUT --method sheared --shape layers=24,hidden=2048,ffn=5504 --calibration shards:DIR
+  secateur prune DIR OUT --method sheared --ratio 0.5 --axes layers,hidden,ffn,kv --calibration text:FILE
+  torchrun --nproc-per-node 8 -m secateur prune DIR OUT --method wanda --ratio 0.5 --calibration text:FILE
+
+Under torchrun the processes, each on a GPU of its own, share the calibration windows; the result is the same up to
+rounding. The first one decides and writes: OUT must lie where all can read it. Resume with as many processes.
+"""
+
+
+SHAPES = """\
+examples:
+  secateur shapes config.json                              parameters, FLOPs, KV cache
+  secateur shapes DIR --ratio 0.5                          fewer layers, narrower, or fewer heads: side by side
+  secateur shapes DIR --ratio 0.5 --of total --axes kv,ffn
+  secateur shapes DIR --shape layers=16,ffn=9216           any shape, before any method is chosen
+"""
+
+
+#: action of ``study`` -> examples
+STUDY = {
+    "run": """\
+examples:
+  secateur study run FILE --dry-run               what would run, and why
+  secateur study run FILE --only 'wanda-*/P-R'    some stages, and what they are made from
+  secateur study run FILE --jobs 4 --keep-going   four at a time; a failure stops only what depends on it
+  secateur study run FILE --launcher slurm --slurm partition=gpu --slurm time=240 --slurm mem=64G
+
+keys of --slurm, with their defaults:
+  partition=  account=  qos=  constraint=  mem=    as sbatch takes them      time=60    minutes of a job; a longer
+  cpus=1    for each process                                                 stage is queued again and goes on
+  gpus=     of a node (default: one for each process on it, with --device cuda)
+  nodes=1   that share a stage of several processes    array=256  jobs at once    grace=90  seconds to save in
+
+Several may run one study at once, on several hosts if they share the disk: no stage is done twice, and each waits for
+what another is doing. A host that is silent for two minutes is taken for dead. Finished stages are compared with their
+hashes first, and what is damaged is done again. What each stage says is in OUT/logs. Exit code 1 if a stage failed.
+""",
+    "status": """\
+examples:
+  secateur study status FILE            once
+  secateur study status FILE --watch    a table that follows the study; Ctrl-C ends the watching alone
+""",
+    "explain": """\
+examples:
+  secateur study explain FILE wanda-0.5/P-R           all stages of that name
+  secateur study explain FILE 'train wanda-0.5/P-R'   one of them
+""",
+}
+
+TRAIN = """\
+keys of the recipe (--recipe FILE, --set KEY=VALUE), with their defaults:
+  sequence=8192            tokens in a window           tokens_per_step=4194304  a multiple of sequence
+  peak_rate=3e-4           learning rate after warm-up  warmup=0.05              share of the steps
+  schedule=cosine|wsd      to final_share at the end    final_share=0.1          of the peak
+  decay=0.2                share of the steps, wsd      weight_decay=0.1         on matrices only
+  beta1=0.9 beta2=0.95 epsilon=1e-8                     clip=1.0                 largest norm of the gradient
+  seed=0 init_std=0.02     of fresh weights             data_seed=0              order of the windows
+  attention=window|document    how far attention reaches back: over the whole window, or within the document
+
+examples:
+  secateur data text:FOLDER CORPUS --tokenizer DIR
+  secateur train OUT --init PRUNED --tokens 50M --data shards:CORPUS --skip 200M --set peak_rate=1e-4
+  secateur train OUT --init scratch --like PRUNED --tokens 50M --data shards:CORPUS    its twin, masks kept
+  secateur train OUT --init PRUNED --teacher DIR --alpha 0.5 --tokens 50M --data shards:CORPUS    distil from DIR
+  torchrun --nproc-per-node 8 -m secateur train OUT --init DIR --tokens 50e9 --data shards:CORPUS --dtype bfloat16
+
+With --teacher, a token's loss is alpha T^2 KL(teacher || student) + (1 - alpha) times the usual one, both at
+temperature T within the KL; held-out losses stay the usual ones. The teacher's forward passes count as FLOPs.
+
+Killed, the same command goes on from its last checkpoint, on as many processes as you like. SIGTERM and SIGUSR1 make
+it save and stop with exit code 75. OUT holds the checkpoint, train.json (what was asked, tokens, curve, FLOPs) and
+metrics.jsonl (a line for each step).
+"""
+
+
+RECOMMEND = """\
+Which account decides: a parent that is there costs nothing more, so both paths get --tokens (equal training tokens).
+One that must be trained counts, so training from scratch gets its tokens as well, or its share of them (equal total
+tokens). Equal FLOPs is told beside them: a token of the parent costs more than one of the small model.
+
+examples:
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B --granularity width --parent must-train --parent-tokens 200B
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B --parent must-train --parent-tokens 200B --children 4
+  secateur recommend --params 8B --ratio 0.5 --tokens 100B --cost-per-hour 2.5 --flops-per-second 4e14
+  secateur recommend --model config.json --ratio 0.5 --tokens 20B --method minitron-depth
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B --pilot pilot.yaml
+  secateur recommend --params 8B --ratio 0.5 --tokens 50B --study runs/mine
+  secateur recommend --params 2M --ratio 0.5 --tokens 1M --study runs/mine --like mine.yaml --pilot next.yaml
+
+The published figures are those of arXiv:2606.14150, for one parent at one ratio. What is assumed, what the intervals
+cover, and how far such fits were off: docs/prediction.md.
+"""
+
+
+EVAL = """\
+suites, joined by commas as you like:
+  perplexity   C4, WikiText and CNN/DailyMail: 256 windows of 8192 tokens at most
+  zero-shot    winogrande, arc_challenge, arc_easy, hellaswag, piqa, sciq, boolq, openbookqa
+  paper        both of these, and the held-out loss on --data
+  cost         parameters, bytes, KV cache, tokens a second, time to first token, memory, on this device
+  any other name is a task, group or tag of lm-eval (gsm8k, mmlu, ai2_arc), or a pattern (arithmetic_*)
+
+Tasks go through lm-evaluation-harness (pip install 'secateur[tasks]'), with as many examples in the prompt as the task
+says, mostly none, or --few-shot N; a request longer than the model's positions loses its beginning, as in the harness,
+which is told. --protocol heldout reads held-out
+splits; paper-train-split reads the train splits of the published study, which overlap with its calibration text.
+
+local data, in place of the Hugging Face Hub:
+  --tasks-data DIR   DIR/<task>.jsonl, one document a line in the fields of the task's dataset on the Hub; examples in
+                     the prompt are drawn from DIR/<task>.examples.jsonl
+  --text-data DIR    DIR/c4.*, DIR/wikitext.* and DIR/cnn_dailymail.* (.txt, .jsonl, .parquet or a folder of them;
+                     text in the field text, of cnn_dailymail in article); c4-train.* ... for paper-train-split
+
+examples:
+  secateur eval DIR --data shards:CORPUS                         loss, by domain and by position
+  secateur eval DIR --suite paper --data shards:CORPUS --out results
+  secateur eval DIR --suite zero-shot --tasks-data tasks --task-limit 200
+  secateur eval DIR --suite mmlu,gsm8k --few-shot 5
+  secateur eval PRUNED SCRATCH --suite perplexity,arc_easy --text-data texts --tasks-data tasks --out results
+  secateur eval PARENT PRUNED --suite cost --device cuda
+  torchrun --nproc-per-node 8 -m secateur eval DIR --suite paper --data shards:CORPUS
+
+With --out, DIR/<model>.json has all figures and DIR/<model>.jsonl.gz every item; killed, the same command goes on with
+what is left to measure. docs/evaluation.md tells the rest.
+"""
+
+
+COMPARE = """\
+For each figure: how much better A is, with a 95% interval by a paired bootstrap over items, on how many items either is
+better, and the sign test of that. With several seeds on both sides, in pairs, also the 95% interval over seeds by
+Student's t. A verdict needs every interval to exclude zero; else it is too close to call. Figures that were measured in
+different ways are refused.
+
+examples:
+  secateur eval PRUNED SCRATCH --suite paper --data shards:CORPUS --out results
+  secateur compare results/PRUNED.json results/SCRATCH.json
+  secateur compare p0.json,p1.json,p2.json s0.json,s1.json,s2.json      three seeds each
+"""

@@ -1,0 +1,35 @@
+"""What each verb does: arguments in; a JSON-able answer, its text for people, and the exit code out."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from importlib import import_module
+
+from secateur.cli.verbs.answer import Answer
+from secateur.runtime import quiet
+
+__all__ = ["function_of"]
+
+_MODULES = {
+    "compare": "evaluation",
+    "data": "data",
+    "demo": "studies",
+    "eval": "evaluation",
+    "inspect": "describe",
+    "prune": "pruning",
+    "recommend": "recommend",
+    "shapes": "describe",
+    "study": "studies",
+    "study plan": "planning",
+    "train": "training",
+}
+
+
+def function_of(arguments: Namespace) -> Callable[[Namespace], Answer]:
+    """What a verb calls. Its module alone is imported, since some take seconds and no verb needs all."""
+    quiet()
+    verb: str = arguments.verb
+    module = _MODULES.get(f"{verb} {getattr(arguments, 'action', '')}", _MODULES[verb])
+    name = {"eval": "evaluate", "study": f"study_{getattr(arguments, 'action', '')}"}.get(verb, verb)
+    return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,0 +1,126 @@
+"""The study that would tell more: a small one with the question's proportions, or the next run of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from secateur.config import load_yaml, parse
+from secateur.errors import UserError
+from secateur.files import write_text
+from secateur.forecast.advice import Case, Question
+from secateur.formatting import count
+
+__all__ = ["write_pilot"]
+
+_STDLIB = 3_000_000  #: training tokens that Python's standard library has to give, with a margin
+_LAYERS, _HEAD = 6, 16
+_VOCABULARY = 512
+_TOKENS_A_PARAMETER = 20  # of a parent whose tokens are not known: about what compute-optimal training gives
+_METHODS = {"depth": ["minitron-depth"], "width": ["minitron-width"], "sparse": ["wanda"]}
+
+
+def write_pilot(out: Path, question: Question, found: list[Case], like: Path | None) -> dict[str, Any]:
+    """Write a study file that ``secateur study plan`` and ``run`` take.
+
+    Args:
+        out: the new file.
+        question: what it is to tell.
+        found: the cases; the first one's best next run gives the budget of a study ``like`` the user's own.
+        like: a study file whose corpus, parent and recipe are taken over; without it a parent is made up that runs on
+            the standard library, with as many tokens for each parameter as the question has, as far as that text goes.
+
+    Returns:
+        ``file``, ``study`` (its contents), ``says`` (what it tells, in a sentence).
+
+    Raises:
+        UserError: if ``out`` is there already, or the study could not be.
+    """
+    from secateur.study.spec import Study, load_study
+
+    if out.exists():
+        raise UserError(f"{out}: already exists; name a new file for --pilot")
+    if like is None:
+        raw, says = _scaled(question)
+    else:
+        load_study(like)  # an error in it is told as that file's
+        raw, says = _next(question, found, dict(load_yaml(like)))
+    raw |= {"name": "pilot", "title": f"Pilot: {says}", "methods": _methods(question), "ratios": [question.ratio]}
+    raw["settings"] = ["equal_training_tokens", *(["equal_total_tokens"] if question.must_train else [])]
+    parse(Study, raw, origin=f"the pilot study {out}")
+    head = f"# Written by `secateur recommend`. {says}\n#   secateur study plan {out}     what it costs\n"
+    write_text(out, head + yaml.safe_dump(raw, sort_keys=False, width=120))
+    return {"file": str(out), "study": raw, "says": says}
+
+
+def _methods(question: Question) -> list[str]:
+    if question.method is not None:
+        return [question.method]
+    if question.granularity is None:
+        return [name for names in _METHODS.values() for name in names]
+    if question.granularity not in _METHODS:
+        raise UserError(f"--pilot: no method of granularity {question.granularity} is known to it; name one: --method")
+    return _METHODS[question.granularity]
+
+
+def _ladder(tokens: int) -> list[int]:
+    """Budgets that make a curve, up to the one asked for."""
+    return [max(1, tokens // 4), max(1, tokens // 2), tokens]
+
+
+def _next(question: Question, found: list[Case], raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The user's study with the budget that would tell most."""
+    runs = [run for case in found for run in case.next_runs]
+    best = min(runs, key=lambda run: (run.width, run.tokens), default=None)
+    tokens = (
+        best.tokens if best else max((p.tokens for case in found for p in case.fit.points), default=question.tokens)
+    )
+    raw["retrain"] = {**raw["retrain"], "tokens": tokens}
+    return raw, f"R = {_plain(tokens)} tokens beside what has been run."
+
+
+def _scaled(question: Question) -> tuple[dict[str, Any], str]:
+    """A study of the question's proportions on the text at hand."""
+    parent = question.parent_tokens or _TOKENS_A_PARAMETER * question.parameters
+    asked = (parent + question.tokens) / question.parameters
+    sizes = [h for h in range(32, 513, 32) if asked * _non_embedding(h) <= _STDLIB] or [32]
+    hidden = sizes[-1]
+    total = round(min(asked * _non_embedding(hidden), _STDLIB))
+    retrain = max(2048, round(total * question.tokens / (parent + question.tokens)))
+    had = total / _non_embedding(hidden)
+    raw: dict[str, Any] = {
+        "name": "pilot",
+        "title": "",
+        "corpus": {"source": "stdlib", "vocabulary": _VOCABULARY},
+        "parent": {
+            "tokens": max(16384, total - retrain),
+            "hidden": hidden,
+            "ffn": 3 * hidden,
+            "layers": _LAYERS,
+            "heads": hidden // _HEAD,
+            "kv_heads": hidden // _HEAD // 2,
+        },
+        "methods": [],
+        "ratios": [],
+        "retrain": {"tokens": _ladder(retrain), "peak_rate": 5e-4},
+        "settings": [],
+        "calibration": {"windows": 64},
+        "recipe": {"sequence": 128, "tokens_per_step": 1024, "peak_rate": 4e-3, "init_std": 0.06},
+        "evaluation": {"windows": 128, "points": 5},
+    }
+    says = (
+        f"A parent of {_plain(_non_embedding(hidden))} parameters outside its embeddings, P+R = {had:.3g} tokens for "
+        f"each of them where the question has {asked:.3g}; with a corpus of your own it can be larger."
+    )
+    return raw, says
+
+
+def _non_embedding(hidden: int) -> int:
+    """Parameters of the pilot's parent outside its embeddings: 12 h^2 a layer with half as many KV heads; no norms."""
+    return 12 * hidden**2 * _LAYERS
+
+
+def _plain(value: float) -> str:
+    return count(value).replace("\u00a0", " ")

@@ -1,0 +1,177 @@
+"""The tables of eval and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.comparison.items import FEW, Comparison
+from secateur.evaluation.results import Measurement, Results, check_same_protocols
+from secateur.evaluation.suite import ZERO_SHOT
+
+__all__ = ["comparison_table", "results_table"]
+
+_ABSENT = "-"
+
+
+def results_table(results: Sequence[Results]) -> str:
+    """Figures of one or several models side by side, and under which protocols they hold.
+
+    Raises:
+        UserError: if two models were measured under different protocols.
+    """
+    names = check_same_protocols((r.model, m.name, m.protocol) for r in results for m in r.measurements)
+    firsts = {name: next(m for r in results if (m := r.of(name))) for name in names}
+    rows: list[list[str]] = []
+    for name, measured in firsts.items():
+        rows.append([_title(measured), *(_figure(r.of(name)) for r in results)])
+        if measured.kind == "loss":
+            rows.append(["  perplexity", *(_detail(r.of(name), "perplexity") for r in results)])
+            rows += _breakdown(name, results, "by_domain", lambda part: f"  domain {part['domain']}")
+    if set(ZERO_SHOT) <= set(names):
+        values = [[m.value for t in ZERO_SHOT if (m := r.of(t))] for r in results]
+        rows.append(["average of the eight zero-shot tasks", *(f"{np.mean(v):.4f}" for v in values)])
+    rows += _costs(results)
+    lines = _aligned([["", *(Path(r.model).name or r.model for r in results)], *rows])
+    lines += [f"{name}: {_protocol(measured)}" for name, measured in firsts.items()]
+    lines += [_workload(results[0].cost)] if results[0].cost else []
+    lines += [f"{r.model}: sparsity: {r.cost['sparsity']['note']}" for r in results if r.cost]
+    return "\n".join(lines)
+
+
+def _title(measured: Measurement) -> str:
+    unit = measured.scale.replace("nats per ", "nats/") if measured.kind == "loss" else measured.protocol["metric"]
+    return f"{measured.name}, {unit}"
+
+
+def _figure(measured: Measurement | None) -> str:
+    if measured is None:
+        return _ABSENT
+    if measured.kind == "loss" or any(item["value"] is None for item in measured.items):
+        return f"{measured.value:.4f}"
+    values = np.asarray([item["value"] for item in measured.items], dtype=np.float64)
+    spread = f" ±{values.std(ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{measured.value:.4f}{spread}"
+
+
+def _detail(measured: Measurement | None, key: str) -> str:
+    return f"{measured.details[key]:.4f}" if measured else _ABSENT
+
+
+def _breakdown(name: str, results: Sequence[Results], key: str, title: Any) -> list[list[str]]:
+    """Rows of the parts of a loss; all models have the same ones, since the protocol is one."""
+    parts = [found.details.get(key, []) if (found := r.of(name)) else [] for r in results]
+    first = next((p for p in parts if p), [])
+    return [[title(part), *(f"{p[i]['loss']:.4f}" if p else _ABSENT for p in parts)] for i, part in enumerate(first)]
+
+
+def _protocol(measured: Measurement) -> str:
+    """What a figure was measured on, in a line."""
+    protocol = measured.protocol
+    mark = f"protocol {protocol['fingerprint'][:16]}"
+    if measured.tasks:
+        how = "documents" if protocol["by_size"] else "tasks"
+        return (
+            f"mean of {len(measured.tasks)} tasks over {how}, {protocol['documents']:,} documents, "
+            f"lm-eval {protocol['lm_eval']}, {mark}"
+        )
+    if "lm_eval" in protocol:
+        shots = f"{protocol['few_shot']}-shot" if protocol["few_shot"] else "zero-shot"
+        error = ", ± one standard error" if "±" in _figure(measured) else ""
+        return (
+            f"{len(measured.items):,} documents, lm-eval {protocol['lm_eval']}, task version {protocol['version']}, "
+            f"{shots}{error}, {mark}"
+        )
+    stride = f", stride {protocol['stride']}" if "stride" in protocol else ""
+    split = f" ({protocol['split']})" if "split" in protocol else ""
+    return (
+        f"{protocol['source']}{split}: {protocol['tokens']:,} tokens predicted in {protocol['windows']:,} windows of "
+        f"{protocol['seqlen']:,}{stride}, hash {protocol['hash'][:16]}, {mark}"
+    )
+
+
+def _costs(results: Sequence[Results]) -> list[list[str]]:
+    """A row for each figure of cost."""
+    tables = [{_key(f): f for f in r.cost["figures"]} if r.cost else {} for r in results]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [[_cost_title(*key), *(_cost(table.get(key)) for table in tables)] for key in keys]
+
+
+def _key(figure: dict[str, Any]) -> tuple[str, str, str, int | None]:
+    return figure["name"], figure["unit"], figure["execution"], figure.get("batch")
+
+
+def _cost_title(name: str, unit: str, execution: str, batch: int | None) -> str:
+    at = f", batch {batch}" if batch else ""
+    how = f", {execution}" if execution != "dense" else ""
+    return f"{name}{at}{how}, {unit}"
+
+
+def _cost(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return _ABSENT
+    value = _number(figure["value"])
+    return f"{value} ({_number(figure['low'])} to {_number(figure['high'])})" if "low" in figure else value
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _workload(cost: Any) -> str:
+    work = cost["workload"]
+    threads = f", {cost['threads']} threads" if cost["threads"] else ""
+    return (
+        f"cost: on {cost['device']}{threads}, {cost['dtype']}, prompts of {work['prompt']} tokens, {work['new']} new "
+        f"ones; medians of {work['repeats']} after {work['warm_up']} to warm up (with quartiles)"
+    )
+
+
+def comparison_table(found: Sequence[Comparison], a: Sequence[str], b: Sequence[str]) -> str:
+    """What two models differ in, and how sure that is."""
+    seeds = len(a) > 1
+    head = ["", "A", "B", "A better by", "95% interval", *(["over seeds"] if seeds else []), "items", "p", "verdict"]
+    rows = [head]
+    for c in found:
+        if c.difference is None or c.low is None or c.high is None or c.a is None or c.b is None or c.p is None:
+            dashes = [_ABSENT] * (len(head) - 2)
+            rows.append([c.name, *dashes, f"{c.verdict}: {c.reason}"])
+            continue
+        over = []
+        if seeds:
+            over = [f"{c.seed_low:+.4f} to {c.seed_high:+.4f}"] if c.seed_low is not None else [_ABSENT]
+        rows.append(
+            [
+                c.name,
+                f"{c.a:.4f}",
+                f"{c.b:.4f}",
+                f"{c.difference:+.4f}",
+                f"{c.low:+.4f} to {c.high:+.4f}",
+                *over,
+                f"{c.above}:{c.below} of {c.items} {c.unit}",
+                f"{c.p:.3g}",
+                f"{c.verdict} is better" if c.verdict in ("A", "B") else c.verdict,
+            ]
+        )
+    lines = [f"A: {', '.join(a)}", f"B: {', '.join(b)}", *_aligned(rows)]
+    lines.append("items: on how many A and B are better; p: two-sided sign test over them; loss in nats per token")
+    if any(c.items is not None and c.items < FEW and c.verdict == "too close to call" for c in found):
+        lines.append(f"of fewer than {FEW} items intervals are too narrow; there a verdict needs p below 0.05 as well")
+    if not seeds:
+        lines.append("the interval covers the choice of items, not the noise of training; several seeds cover both")
+    return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns, the first one to the left, the others to the right but for a last one of words."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

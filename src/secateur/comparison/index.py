@@ -1,0 +1,119 @@
+"""Comparisons by name: which cells, pruned models and parents belong together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from secateur.comparison.records import Cell, Cost, Parent, Pruned, Results
+from secateur.model.families import Granularity
+
+__all__ = ["PRUNED", "Group", "Index", "Model", "group_of"]
+
+PRUNED = "P-R"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One pruned model: what was made of which parent by which method."""
+
+    parent: str
+    method: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """One comparison: a pruned and retrained model with everything that it is held against."""
+
+    parent: str
+    method: str
+    target: str
+    retrain_tokens: int
+    objective: str
+    seed: int | None  #: None: all seeds of the comparison together
+
+    @property
+    def pooled(self) -> Group:
+        """The comparison without its seed."""
+        return dataclasses.replace(self, seed=None)
+
+    @property
+    def model(self) -> Model:
+        """The pruned model that it is about."""
+        return Model(self.parent, self.method, self.target)
+
+
+class Index:
+    """The records of a study, found by what they are of."""
+
+    def __init__(self, results: Results):
+        self.results = results
+        self.parents: dict[str, Parent] = {parent.name: parent for parent in results.parents}
+        self.pruned: dict[Model, Pruned] = {Model(p.parent, p.method, p.target): p for p in results.pruned}
+        self.cells: dict[tuple[Group, str], Cell] = {(group_of(cell), cell.name): cell for cell in results.cells}
+        self.groups = self._groups()
+        self.pools: dict[Group, tuple[Group, ...]] = {}  #: a comparison without its seed -> itself with each seed
+        for group in self.groups:
+            self.pools[group.pooled] = (*self.pools.get(group.pooled, ()), group)
+        self.comparisons = tuple(self._shown(pool, seeds) for pool, seeds in self.pools.items())
+
+    def _groups(self) -> tuple[Group, ...]:
+        """Every comparison in the study's order; a pruned model without a run yet is among them."""
+        found = dict.fromkeys(group_of(cell) for cell in self.results.cells)
+        trained = {group.model for group in found}
+        like = next(iter(found), Group("", "", "", 0, "", 0))
+        for model in self.pruned:
+            if model not in trained:
+                found[dataclasses.replace(like, **dataclasses.asdict(model))] = None
+        return tuple(found)
+
+    def _shown(self, pool: Group, seeds: Sequence[Group]) -> Group:
+        """What a reader knows a comparison as: without its seed only where the study has several."""
+        return pool if self.several_seeds else seeds[0]
+
+    @property
+    def several_seeds(self) -> bool:
+        """Whether any two comparisons differ in their seed."""
+        return len({group.seed for group in self.groups}) > 1
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        """The pruned models that are compared, in the study's order."""
+        return tuple(dict.fromkeys(group.model for group in self.groups))
+
+    def cell(self, group: Group, name: str) -> Cell | None:
+        """The run called ``name`` in a comparison with a seed."""
+        return self.cells.get((group, name))
+
+    def over_seeds(self, group: Group, name: str) -> list[Cell | None]:
+        """The runs called ``name``, one for each seed of the comparison, in the order of ``pools``."""
+        return [self.cell(one, name) for one in self.pools[group.pooled]]
+
+    def of(self, group: Group) -> list[Cell]:
+        """Every run of a comparison, all its seeds."""
+        return [cell for cell in self.results.cells if group_of(cell).pooled == group.pooled]
+
+    def parent_cost(self, name: str) -> Cost | None:
+        """Of pretraining; None where nobody knows it."""
+        parent = self.parents.get(name)
+        return parent.cost if parent else None
+
+    def ratio(self, model: Model) -> float | None:
+        """The share that was asked for or achieved."""
+        found = self.pruned.get(model) or self._any_cell(model)
+        return found.ratio if found else None
+
+    def granularity(self, model: Model) -> Granularity | None:
+        """What was removed: layers, channels or weights."""
+        found = self.pruned.get(model) or self._any_cell(model)
+        return found.granularity if found else None
+
+    def _any_cell(self, model: Model) -> Cell | None:
+        return next((cell for cell in self.results.cells if group_of(cell).model == model), None)
+
+
+def group_of(cell: Cell) -> Group:
+    """The comparison, with its seed, that a cell belongs to."""
+    return Group(cell.parent, cell.method, cell.target, cell.retrain_tokens, cell.objective, cell.seed)

@@ -1,0 +1,183 @@
+"""What everything cost: each run by itself, and with its parent under three accounts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from secateur.comparison.index import PRUNED, Group, Index, Model, group_of
+from secateur.comparison.naming import group_name, model_name
+from secateur.comparison.records import Cell, Cost
+from secateur.comparison.twins import SCRATCH
+from secateur.formatting import TIMES
+
+__all__ = [
+    "ACCOUNTS",
+    "FORMULA",
+    "Account",
+    "Forward",
+    "account_flops",
+    "best",
+    "forwards",
+    "own_cost",
+    "pieces",
+    "pipelines",
+    "rests_on_parent",
+    "setting_total",
+]
+
+Account = Literal["sunk", "shared", "charged"]
+
+#: How much of the parent's pretraining is added to what rests on it.
+ACCOUNTS: dict[Account, str] = {
+    "sunk": "the parent is there anyway: nothing",
+    "shared": "P divided by the pruned models that the study makes of it",
+    "charged": "P in full",
+}
+
+FORMULA = (
+    "FLOPs of training = 3 x tokens x forward FLOPs per token (the backward pass costs two forward passes); a teacher "
+    "adds its own forward FLOPs for each token. Forward FLOPs per token = 2 x (weights of the blocks' linears + "
+    "vocabulary x hidden, the head) + 4 x layers x heads x head_dim x (sequence + 1) / 2, the attention over the "
+    "positions that a causal window sees on average. Norms, activations and the embedding's look-up are left out; "
+    "zeroed weights count in full, since dense kernels multiply them."
+).replace(" x ", f" {TIMES} ")
+
+Row = dict[str, Any]
+
+
+def rests_on_parent(cell: Cell) -> bool:
+    """Whether a run could not be without the parent: it took over its weights, or a mask that was found on them."""
+    return cell.path == "pruned" or cell.pruning is not None
+
+
+def own_cost(cell: Cell) -> Cost | None:
+    """Training, the scoring that it rests on, and the sweep that chose its rate; None where the scoring is unknown."""
+    if cell.path == "pruned" and cell.pruning is None:
+        return None
+    cost = cell.training
+    for part in (cell.pruning, cell.sweep):
+        cost = cost + part if part else cost
+    return cost
+
+
+def account_flops(index: Index, cell: Cell, account: Account) -> float | None:
+    """FLOPs of a run with what went before it; None where the parent's are needed and nobody knows them."""
+    own = own_cost(cell)
+    if own is None:
+        return None
+    if account == "sunk" or not rests_on_parent(cell):
+        return own.flops
+    parent = index.parents.get(cell.parent)
+    if parent is None or parent.cost is None:
+        return None
+    return own.flops + parent.cost.flops / (max(parent.children, 1) if account == "shared" else 1)
+
+
+def setting_total(index: Index, cell: Cell) -> tuple[int | None, float | None]:
+    """Tokens and FLOPs as the settings count them: with the parent and the scoring for what has its weights.
+
+    A twin that keeps the parent's mask counts by its own run alone, as "from scratch" has it; the accounts above
+    charge it for the mask.
+    """
+    if cell.init not in ("pruned", "shuffled-weights"):
+        return cell.training.tokens, cell.training.flops
+    parent = index.parent_cost(cell.parent)
+    if parent is None or cell.pruning is None:
+        return None, None
+    return parent.tokens + cell.training.tokens, (parent + cell.pruning + cell.training).flops
+
+
+def best(index: Index) -> dict[tuple[Group, str], tuple[Account, ...]]:
+    """For each run, the accounts in which no run of the same target has a lower loss for as many FLOPs or fewer."""
+    found: dict[tuple[Group, str], tuple[Account, ...]] = {}
+    for account in ACCOUNTS:
+        targets: dict[str, list[tuple[float, float, tuple[Group, str]]]] = {}
+        for key, cell in index.cells.items():
+            flops = account_flops(index, cell, account)
+            if cell.evaluation and flops is not None:
+                targets.setdefault(cell.target, []).append((flops, cell.evaluation.loss, key))
+        for runs in targets.values():
+            lowest, at = float("inf"), float("inf")
+            for flops, loss, key in sorted(runs, key=lambda run: run[:2]):
+                if loss < lowest or (loss, flops) == (lowest, at):  # a run that serves several comparisons is as good
+                    lowest, at = loss, flops
+                    found[key] = (*found.get(key, ()), account)
+    return found
+
+
+def pieces(index: Index) -> list[Row]:
+    """What each piece of work cost by itself."""
+    several = len(index.parents) > 1
+    rows: list[Row] = []
+    for parent in index.results.parents:
+        what = f"pretraining {parent.name}" if several else "pretraining the parent"
+        rows.append({"what": what, "cost": parent.cost})
+    rows += [
+        {"what": "scoring", "of": model_name(model, index.models), "cost": pruned.cost}
+        for model, pruned in index.pruned.items()
+    ]
+    whats = {"pruned": "retraining", "scratch": "training from scratch", "control": "training a control"}
+    for cell in index.results.cells:
+        name = group_name(group_of(cell), index.groups, target=True)
+        rows.append({"what": whats[cell.path], "name": cell.name, "of": name, "cost": cell.training})
+        if cell.sweep:
+            rows.append({"what": "sweep of learning rates", "name": cell.name, "of": name, "cost": cell.sweep})
+    return rows
+
+
+def pipelines(index: Index) -> list[Row]:
+    """What the two paths cost in all at equal total tokens, side by side; empty where that is not a setting."""
+    rows = []
+    for group in index.comparisons:
+        first = index.pools[group.pooled][0]
+        pruned, scratch = index.cell(first, PRUNED), index.cell(first, SCRATCH["total"])
+        ours, theirs = (setting_total(index, cell) if cell else (None, None) for cell in (pruned, scratch))
+        if scratch:
+            rows.append(
+                {
+                    "group": group_name(group, index.comparisons, target=True),
+                    "pruned_tokens": ours[0],
+                    "pruned_flops": ours[1],
+                    "scratch_tokens": theirs[0],
+                    "scratch_flops": theirs[1],
+                    "ratio": ours[1] / theirs[1] if ours[1] and theirs[1] else None,
+                }
+            )
+    return rows
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one token costs an architecture forwards."""
+
+    name: str
+    flops: float
+    attention: float | None  #: the part of it that is attention; None where the sequence is not recorded
+
+
+def forwards(index: Index) -> list[Forward]:
+    """Forward FLOPs per token of each parent and pruned architecture, from what the runs recorded."""
+    sequence = index.results.recipe.get("sequence")
+    rows = []
+    for parent in index.results.parents:
+        if parent.cost and parent.cost.tokens:
+            name = "parent" if len(index.parents) == 1 else parent.name
+            rows.append(_forward(name, parent.cost, parent.shape, sequence))
+    trained: dict[Model, Cost] = {}
+    for cell in index.results.cells:
+        if cell.path == "pruned" and not cell.objective and cell.training.tokens:  # a teacher would count as well
+            trained.setdefault(group_of(cell).model, cell.training)
+    for model, cost in trained.items():
+        if model in index.pruned:
+            rows.append(_forward(model_name(model, index.models), cost, index.pruned[model].shape, sequence))
+    return rows
+
+
+def _forward(name: str, cost: Cost, shape: dict[str, Any], sequence: int | None) -> Forward:
+    keys = ("layers", "heads", "head_dim")
+    attention = None
+    if sequence and all(key in shape for key in keys):
+        attention = 4.0 * math.prod(shape[key] for key in keys) * (sequence + 1) / 2
+    return Forward(name, cost.flops / cost.tokens / 3, attention)

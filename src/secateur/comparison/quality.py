@@ -1,0 +1,141 @@
+"""Quality beyond the held-out loss: tasks, perplexities, and the loss by domain, pruned against scratch, paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+from secateur.comparison.index import PRUNED, Group, Index
+from secateur.comparison.items import Comparison, compare
+from secateur.comparison.records import Cell, Evaluation
+from secateur.comparison.twins import SCRATCH, Setting, Verdict, Winner, is_planned, settings_of
+from secateur.config import fingerprint
+from secateur.evaluation.results import LOSS, Kind, Measurement
+from secateur.evaluation.results import Results as Measured
+
+__all__ = ["QualityRow", "by_domain", "contradicting", "measurement_rows", "quality_rows"]
+
+_DOMAIN = "loss on "
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One figure of a pruned and retrained model beside that of its from-scratch twin."""
+
+    setting: Setting
+    group: Group
+    comparison: Comparison  #: A: pruned; B: scratch
+
+    @property
+    def winner(self) -> Winner:
+        """Which of the two is better."""
+        names: dict[str, Winner] = {"A": "pruned", "B": "scratch", "not measured": "not measured"}
+        return names.get(self.comparison.verdict, "too close to call")
+
+
+def quality_rows(index: Index) -> list[QualityRow]:
+    """Every figure besides the held-out loss as a whole, of every comparison in every setting.
+
+    Seeds of which either side was not measured are left out; where none is left, there is no row.
+    """
+    rows = []
+    for setting in settings_of(index):
+        for group in index.comparisons:
+            if is_planned(index, group, setting):
+                rows += [QualityRow(setting, group, found) for found in _compared(index, group, SCRATCH[setting])]
+    return rows
+
+
+def _compared(index: Index, group: Group, name: str) -> list[Comparison]:
+    seeds = index.pools[group.pooled] if group.seed is None else (group,)
+    pairs = [(_measured(index.cell(seed, PRUNED)), _measured(index.cell(seed, name))) for seed in seeds]
+    both = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
+    if not both:
+        return []
+    known: dict[str, set[str]] = {}
+    for measurement in (m for pair in both for side in pair for m in side.measurements):
+        known.setdefault(measurement.name, set()).add(measurement.protocol["fingerprint"])
+    unlike = {name for name, protocols in known.items() if len(protocols) > 1}
+    ours, theirs = ([_without(side, unlike) for side in sides] for sides in zip(*both, strict=True))
+    kinds: dict[str, Kind] = {m.name: m.kind for m in both[0][0].measurements}
+    reason = "the two were measured under different protocols"
+    return compare(ours, theirs) + [
+        Comparison(name, kinds.get(name, "loss"), "not measured", reason=reason) for name in sorted(unlike)
+    ]
+
+
+def _without(measured: Measured, names: Set[str]) -> Measured:
+    return replace(measured, measurements=[m for m in measured.measurements if m.name not in names])
+
+
+def _measured(cell: Cell | None) -> Measured | None:
+    """What was measured of a run, its held-out loss taken apart by domain."""
+    if cell is None or cell.evaluation is None or not cell.evaluation.measured:
+        return None
+    found = [part for whole in cell.evaluation.measured for part in (whole, *by_domain(whole))]
+    return Measured(cell.name, [part for part in found if part.name != LOSS])
+
+
+def by_domain(measured: Measurement) -> list[Measurement]:
+    """A loss taken apart by the domains of its documents; empty where they have none."""
+    domains: dict[str, list[Any]] = {}
+    for item in measured.items:
+        if "domain" in item:
+            domains.setdefault(item["domain"], []).append(item)
+    return [
+        replace(
+            measured,
+            name=f"{_DOMAIN}{domain}" if measured.name == LOSS else f"{measured.name} on {domain}",
+            value=sum(i["value"] * i["tokens"] for i in items) / sum(i["tokens"] for i in items),
+            protocol={"fingerprint": fingerprint([measured.protocol["fingerprint"], domain])},
+            items=items,
+            details={},
+        )
+        for domain, items in sorted(domains.items())
+    ]
+
+
+def contradicting(verdicts: Sequence[Verdict], rows: Sequence[QualityRow]) -> list[tuple[Verdict, QualityRow]]:
+    """Where the accuracy on tasks decides for one path and the held-out loss for the other.
+
+    With several tasks it is their average that counts, and no single one.
+    """
+    accuracies: dict[tuple[Setting, Group], QualityRow] = {}
+    for row in rows:  # the average comes last
+        if row.comparison.kind == "accuracy":
+            accuracies[row.setting, row.group] = row
+    decided = ("pruned", "scratch")
+    pairs = [(v, accuracies.get((v.setting, v.group))) for v in verdicts if v.winner in decided]
+    return [(v, row) for v, row in pairs if row and row.winner in decided and row.winner != v.winner]
+
+
+def measurement_rows(index: Index) -> list[dict[str, Any]]:
+    """Every figure of every model, one a row, those of the parents first: losses, by domain and position, and tasks."""
+    rows = []
+    for parent in index.results.parents:
+        rows += _figures({"model": parent.name, "method": None, "target": None}, parent.evaluation)
+    for pruned in index.results.pruned:
+        about = {"model": f"{pruned.method}-{pruned.target} before retraining", "method": pruned.method}
+        rows += _figures({**about, "target": pruned.target}, pruned.evaluation)
+    for cell in index.results.cells:
+        about = {"model": cell.name, "method": cell.method, "target": cell.target}
+        more = {"retrain_tokens": cell.retrain_tokens, "objective": cell.objective, "seed": cell.seed}
+        rows += _figures({**about, **more}, cell.evaluation)
+    return rows
+
+
+def _figures(about: dict[str, Any], evaluation: Evaluation | None) -> list[dict[str, Any]]:
+    keys = ("model", "method", "target", "retrain_tokens", "objective", "seed")
+    named = {key: about.get(key) for key in keys}
+    rows = []
+    for found in evaluation.measured if evaluation else ():
+        common = {"unit": found.scale, "protocol": found.protocol["fingerprint"]}
+        figures = [(part.name, part.value) for part in (found, *by_domain(found))]
+        figures += [(f"{found.name} behind {p['from']} to {p['to']} tokens", p["loss"]) for p in _positions(found)]
+        rows += [{**named, "figure": name, "value": value, **common} for name, value in figures]
+    return rows
+
+
+def _positions(found: Measurement) -> Sequence[Any]:
+    return found.details.get("by_position", ())

@@ -1,0 +1,178 @@
+"""What a report is made of: the study's records as plain values. No file, no model and no clock is known here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from secateur.evaluation.results import Measurement
+from secateur.model.families import Granularity
+
+__all__ = [
+    "Cell",
+    "Cost",
+    "Evaluation",
+    "Init",
+    "Parent",
+    "Point",
+    "Pruned",
+    "Results",
+    "Running",
+    "StageNote",
+]
+
+Init = Literal[
+    "pruned",  # the parent's weights under the plan
+    "scratch",  # new weights; of a sparse cell, the parent's whole architecture
+    "redrawn",  # the parent's mask, new weights
+    "permuted",  # that mask with its rows and columns permuted, new weights
+    "random-mask",  # as many weights kept in each linear, at random, new weights
+    "shuffled-weights",  # the kept weights of the parent, permuted within each tensor
+    "dense-twin",  # new weights, and as many of them as the sparse model keeps, dense
+]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One held-out evaluation along a training run."""
+
+    tokens: int  #: tokens that this run has trained on so far
+    loss: float  #: held-out loss, nats per token
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss of one checkpoint under one protocol."""
+
+    loss: float  #: mean negative log-likelihood, nats per predicted token
+    perplexity: float  #: exp(loss)
+    tokens: int  #: predicted tokens
+    protocol: str  #: fingerprint of the protocol; figures of different protocols are never compared
+    windows: tuple[float, ...]  #: mean loss of each held-out window, in order: what makes comparisons paired
+    sparsity: float  #: share of exact zeros among the block linears' weights
+    measured: tuple[Measurement, ...] = ()  #: this loss by document, then perplexities and tasks, with their items
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a model costs to run, measured on one device."""
+
+    device: str
+    dtype: str
+    figures: tuple[Mapping[str, Any], ...]  #: each with ``name``, ``value``, ``unit``, ``execution`` and more
+    note: str  #: what its zeros gain
+
+    def figure(self, name: str, execution: str = "dense") -> Mapping[str, Any] | None:
+        """A figure of that name, at the smallest batch; None where it was not measured."""
+        found = [f for f in self.figures if f["name"] == name and f["execution"] == execution]
+        return min(found, key=lambda figure: figure.get("batch", 0), default=None)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of work took."""
+
+    tokens: int
+    flops: float  #: by formula (:meth:`secateur.model.shapes.Shape.forward_flops`)
+    seconds: float | None = None  #: measured, times the devices (GPUs, or CPU cores) at work; None: not measured
+
+    def __add__(self, other: Cost) -> Cost:
+        seconds = None if self.seconds is None or other.seconds is None else self.seconds + other.seconds
+        return Cost(self.tokens + other.tokens, self.flops + other.flops, seconds)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model that is pruned."""
+
+    name: str  #: as the study file calls it
+    shape: dict[str, Any]  #: hidden, ffn, layers, heads, kv_heads, head_dim, vocabulary, tied
+    parameters: int
+    non_embedding: int
+    cost: Cost | None  #: of its pretraining, P tokens; None for a public checkpoint whose tokens the study does not say
+    children: int  #: pruned models that the study makes of it: they share its cost in the account "shared"
+    curve: tuple[Point, ...]  #: empty for a public checkpoint
+    evaluation: Evaluation | None  #: None: not measured, or failed
+    running: Running | None = None  #: None: not measured
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One pruned model before any retraining."""
+
+    parent: str
+    method: str  #: as the study file calls it: the method's name, or a label of its own
+    granularity: Granularity
+    target: str  #: what was asked for, e.g. "0.5", "4b-depth" or "2:4"
+    ratio: float  #: as asked; the achieved share (non-embedding, or of the blocks' weights) for shapes and patterns
+    ratio_total: float  #: share of all parameters removed (zeroed, for sparse)
+    ratio_non_embedding: float  #: the same without embeddings and head
+    shape: dict[str, Any]
+    cost: Cost  #: of scoring, or of learning what to cut
+    detail: str  #: one line, e.g. "layers 2-4 removed"
+    evaluation: Evaluation | None
+    layers: tuple[dict[str, Any], ...] = ()  #: for each layer of the parent: kept (bool), ffn, kv, sparsity
+    running: Running | None = None  #: of all that is trained of it, and of its twins; None: not measured
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained model: a path under a budget.
+
+    ``parent``, ``method``, ``target``, ``retrain_tokens``, ``objective`` and ``seed`` name the comparison that it
+    belongs to; a model that serves several comparisons is a cell of each.
+    """
+
+    name: str  #: "P-R"; "S_R", "S_{P+R}", "S_F" or "S_{P+F}"; a control's is its init
+    path: Literal["pruned", "scratch", "control"]
+    init: Init  #: where its weights are from
+    parent: str
+    method: str
+    granularity: Granularity
+    target: str
+    ratio: float
+    retrain_tokens: int  #: R of its comparison
+    objective: str  #: of the comparison's pruned run: "" for the language-model loss
+    seed: int
+    parameters: int
+    non_embedding: int  #: those that are not zeroed, outside the embeddings
+    training: Cost  #: of this run alone, the teacher's forward passes counted
+    pruning: Cost | None  #: of the scoring that it rests on: the pruned model's, or that of the mask it took over
+    sweep: Cost | None  #: of the learning-rate sweep that chose its rate; None where there was none
+    peak_rate: float | None  #: None: not chosen yet
+    curve: tuple[Point, ...]  #: begins at tokens = 0, before the first step
+    evaluation: Evaluation | None  #: at the end; None: not measured, or failed
+    shape: dict[str, Any]  #: as of :class:`Parent`
+    stages: tuple[str, ...]  #: fingerprints of all that it is made from, each after its inputs, and of what measured it
+
+
+@dataclass(frozen=True)
+class StageNote:
+    """Provenance of one stage."""
+
+    name: str
+    kind: str
+    fingerprint: str
+    state: Literal["done", "missing", "failed"]
+    seconds: float | None  #: wall time of the attempt that finished it; None where it is unknown
+    folder: str  #: relative to the study's folder
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the page shows."""
+
+    name: str
+    title: str
+    fingerprint: str  #: of the study's specification
+    parents: tuple[Parent, ...]  #: the first is the one that the study file calls its own
+    pruned: tuple[Pruned, ...]
+    cells: tuple[Cell, ...]
+    corpus: dict[str, Any]  #: source, documents, tokens, hashes
+    protocol: dict[str, Any]  #: of the held-out evaluation: windows, seqlen, tokens, fingerprint
+    recipe: dict[str, Any]  #: of the training
+    stages: tuple[StageNote, ...]
+    environment: dict[str, str] = field(default_factory=dict)  #: versions, device, threads
+    study_yaml: str = ""  #: the study file's text

@@ -1,0 +1,236 @@
+"""What a model costs to run: size, KV cache, speed of reading and writing, memory, measured where it runs.
+
+Speeds are of plain transformers in the type that is named: comparisons between models, not the best a serving engine
+could do. Every speed is the median over repeats, after a warm-up, with its quartiles. Reading (prefill) is one pass
+over a prompt that ends with the first new token; writing (decode) is one token after the other with the KV cache,
+greedily. Peak memory is what torch allocated on a GPU; on a CPU, the whole process without mapped files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from secateur.memory import watched
+from secateur.model.checkpoint import Checkpoint, positions
+from secateur.model.plan import JSON_FILE, load_masks
+from secateur.progress import task
+from secateur.runtime import environment
+
+__all__ = ["Figure", "Workload", "measure_cost", "pattern_of", "sparsity"]
+
+DENSE, SEMI_STRUCTURED = "dense", "2:4 kernels"
+NEEDS = "not measured: needs a GPU of compute capability 8.0 or newer"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed."""
+
+    prompt: int = 512  #: tokens that are read, or what the model's positions leave room for
+    new: int = 64  #: tokens that are written
+    batches: tuple[int, ...] = (1, 8)
+    repeats: int = 7
+    warm_up: int = 2
+
+    def within(self, limit: int | None) -> Workload:
+        """The workload that fits a model's positions."""
+        if limit is None or self.prompt + self.new <= limit:
+            return self
+        new = max(2, min(self.new, limit // 4))
+        return Workload(max(1, limit - new), new, self.batches, self.repeats, self.warm_up)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure; ``low`` and ``high`` are the quartiles of what was repeated."""
+
+    name: str
+    value: float
+    unit: str
+    execution: str = DENSE
+    batch: int | None = None
+    low: float | None = None
+    high: float | None = None
+    repeats: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, without what does not apply."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workload = Workload()) -> dict[str, Any]:
+    """Measure what a model costs to run on the device that it is on, in its type.
+
+    Args:
+        checkpoint: that the model was loaded from.
+        model: in evaluation mode.
+        workload: what is timed; cut to the model's positions.
+
+    Returns:
+        ``figures``, each with its unit; the ``workload`` as it was; ``device``, ``dtype``, ``threads`` and versions;
+        and what ``sparsity`` gains, or why that was not measured.
+    """
+    workload = workload.within(positions(checkpoint.config))
+    device = str(model.device)
+    figures = _sizes(checkpoint, model)
+    rounds = len(workload.batches) * (workload.warm_up + workload.repeats)
+    with task("measure the cost", rounds) as progress:
+        figures += _speeds(model, workload, DENSE, progress.advance)
+    sparsity, more = _sparse(checkpoint, model, workload)
+    return {
+        "device": _called(device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "environment": environment(),
+        "workload": {**vars(workload), "batches": list(workload.batches)},
+        "figures": [figure.record() for figure in (*figures, *more)],
+        "sparsity": sparsity,
+    }
+
+
+def _called(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def _sizes(checkpoint: Checkpoint, model: PreTrainedModel) -> list[Figure]:
+    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}  # tied ones once
+    return [
+        Figure("parameters", sum(p.numel() for p in model.parameters()), "parameters"),
+        Figure("checkpoint on disk", checkpoint.stored_bytes, "bytes"),
+        Figure("weights in memory", sum(held.values()), "bytes"),
+    ]
+
+
+def _speeds(
+    model: PreTrainedModel, workload: Workload, execution: str, advance: Callable[[], None] | None = None
+) -> list[Figure]:
+    """Prefill, decode, time to the first token and peak memory, for each size of batch."""
+    figures = []
+    device = str(model.device)
+    for batch in workload.batches:
+        ids = _prompt(model, batch, workload.prompt)
+        seconds, held = [], 0
+        with watched(device) as use:
+            for repeat in range(-workload.warm_up, workload.repeats):
+                *taken, held = _run(model, ids, workload.new)
+                if repeat >= 0:
+                    seconds.append(taken)
+                if advance:
+                    advance()
+        cache = held / (batch * (workload.prompt + workload.new - 1))
+        first, rest = np.asarray(seconds).T
+        measured = [
+            ("prefill", batch * workload.prompt / first, "tokens/s"),
+            ("decode", batch * (workload.new - 1) / rest, "tokens/s"),
+            ("time to first token", 1e3 * first, "ms"),
+        ]
+        figures += [_repeated(name, values, unit, execution, batch) for name, values, unit in measured]
+        peak = use.device if device.startswith("cuda") else use.memory
+        if peak is not None:
+            figures.append(Figure("peak memory", peak, "bytes", execution, batch))
+        if batch == workload.batches[0]:
+            figures.append(Figure("KV cache", cache, "bytes/token", execution))
+    return figures
+
+
+def _repeated(name: str, values: np.ndarray, unit: str, execution: str, batch: int) -> Figure:
+    low, median, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
+    return Figure(name, median, unit, execution, batch, low, high, len(values))
+
+
+def _prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary: int = model.config.vocab_size
+    return torch.randint(vocabulary, (batch, length), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, float, int]:
+    """Read ``ids`` [batch, positions] and write ``new`` tokens.
+
+    Returns:
+        Seconds until the first new token, seconds for the others, and the bytes of the KV cache at the end.
+    """
+
+    def step(some: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out: Any = model(input_ids=some, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1:].argmax(dim=-1), out.past_key_values
+
+    begun = _now(model)
+    token, cache = step(ids, None)
+    first = _now(model)
+    for _ in range(new - 1):
+        token, cache = step(token, cache)
+    over = _now(model)
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    return first - begun, over - first, held
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def pattern_of(masks: Mapping[str, Tensor]) -> str | None:
+    """``2:4`` if each mask keeps at most two of four weights in a row, else ``unstructured``; None without masks."""
+    if not masks:
+        return None
+    fits = all(m.shape[1] % 4 == 0 and int(m.reshape(-1, 4).sum(dim=1).max()) <= 2 for m in masks.values())
+    return "2:4" if fits else "unstructured"
+
+
+def sparsity(checkpoint: Checkpoint) -> float:
+    """The share of exact zeros among the weights of the block linears."""
+    zeros = weights = 0
+    layers = checkpoint.shape.layers
+    with task("count zeros", layers) as progress:
+        for layer in range(layers):
+            for linear in checkpoint.family.linears:
+                tensor = checkpoint.tensor(checkpoint.family.block_tensor(layer, linear))
+                zeros += int((tensor == 0).sum())
+                weights += tensor.numel()
+            progress.advance()
+    return zeros / weights
+
+
+def _sparse(
+    checkpoint: Checkpoint, model: PreTrainedModel, workload: Workload
+) -> tuple[dict[str, Any], Sequence[Figure]]:
+    """What the masks beside a checkpoint gain, in words and figures."""
+    masks = load_masks(checkpoint.directory) if (checkpoint.directory / JSON_FILE).exists() else {}
+    pattern = pattern_of(masks)
+    if pattern is None:
+        return {"pattern": None, "note": "no masks: the model is dense"}, []
+    zeros = 1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
+    told: dict[str, Any] = {"pattern": pattern, "zeros": zeros}
+    if pattern == "unstructured":
+        gains = "dense kernels multiply the zeros too: neither speed nor memory gain anything from them"
+        return {**told, "note": gains}, []
+    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
+        return {**told, "note": NEEDS}, []
+    try:
+        _use_semi_structured(model, masks)
+        with task("measure 2:4 kernels", 0):
+            return {**told, "note": "with torch.sparse semi-structured kernels"}, _speeds(
+                model, workload, SEMI_STRUCTURED
+            )
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return {**told, "note": f"not measured: the 2:4 kernels refuse this model: {' '.join(str(error).split())}"}, []
+
+
+def _use_semi_structured(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
+    """Hold the masked weights, in place, as torch's 2:4 kernels want them."""
+    from torch.sparse import to_sparse_semi_structured
+
+    for name in masks:
+        linear: Any = model.get_submodule(name.removesuffix(".weight"))
+        linear.weight = nn.Parameter(to_sparse_semi_structured(linear.weight.detach()), requires_grad=False)

@@ -1,0 +1,280 @@
+"""Held-out loss and perplexity, token by token, under a protocol that has a fingerprint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from secateur import distributed
+from secateur.config import fingerprint
+from secateur.data.tokenizer import Stream, token_hash
+from secateur.errors import UserError
+from secateur.evaluation.results import Measurement
+from secateur.losses.next_token import model_loss
+from secateur.runtime import pick_batch
+
+__all__ = ["Losses", "Protocol", "evaluate", "measure_loss", "token_losses", "window_losses"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a loss is measured on. Losses of different fingerprints are never compared.
+
+    Every window is read on its own. Its first tokens are context only: one, so that it predicts ``length - 1`` tokens,
+    or, where windows overlap, those that the window before has predicted.
+    """
+
+    windows: tuple[Tensor, ...]  #: int64 ids, [windows, positions] each; several where sizes or contexts differ
+    source: str
+    contexts: tuple[int, ...] = ()  #: tokens of context in the windows of each part; empty for one everywhere
+    documents: tuple[Tensor, ...] = ()  #: the number of each token's document, sizes as of ``windows``; if several
+    domains: tuple[str, ...] = ()  #: of each document, by its number
+    name: str = ""  #: of a protocol that has one, e.g. ``heldout/c4``
+    split: str | None = None  #: of the dataset
+    stride: int | None = None  #: tokens from a window's start to the next one's; None for its length
+    bos: bool | None = None  #: whether the tokenizer begins a text with BOS; None where ids come as they are
+    note: str | None = None  #: what a reader of the figure has to know
+
+    @classmethod
+    def of_stream(
+        cls,
+        stream: Stream | NDArray[np.integer],
+        seqlen: int,
+        source: str,
+        *,
+        stride: int | None = None,
+        whole: bool = False,
+        **said: Any,
+    ) -> Protocol:
+        """Cut a token stream [tokens] into windows.
+
+        Args:
+            stream: with its documents, or the ids alone.
+            seqlen: tokens in a window; a shorter last one counts too if it has something to predict.
+            source: where the ids are from.
+            stride: from window to window; None for ``seqlen``. With less they overlap, so that every token but the
+                first is predicted, each once.
+            whole: leave a shorter last window out.
+            said: further fields.
+
+        Raises:
+            UserError: if there are fewer than two tokens, or, with ``whole``, no whole window.
+        """
+        ids = stream.ids if isinstance(stream, Stream) else stream
+        if ids.size < 2:
+            raise UserError(f"{source}: has fewer than two tokens; there is nothing to predict")
+        if whole and ids.size < seqlen:
+            raise UserError(f"{source}: {ids.size:,} tokens are less than a window of {seqlen:,}; give more text")
+        step = stride or seqlen
+        if not 1 <= step <= seqlen:
+            raise UserError(
+                f"a stride of {step} leaves tokens out between windows of {seqlen}; make it {seqlen} or less"
+            )
+        overlap = max(1, seqlen - step)
+        starts = np.arange(0, max(ids.size - seqlen, -1) + 1, step)
+        last = len(starts) * step  # start of the shorter window
+        groups = [(starts[:1], 1, seqlen), (starts[1:], overlap, seqlen)] if overlap > 1 else [(starts, 1, seqlen)]
+        tail = int(ids.size) - last
+        if not whole and tail > (overlap if last else 1):
+            groups.append((np.array([last]), overlap if last else 1, tail))
+        groups = [group for group in groups if len(group[0])]
+
+        def cut(tokens: np.ndarray) -> tuple[Tensor, ...]:
+            return tuple(torch.from_numpy(tokens[at[:, None] + np.arange(size)]) for at, _, size in groups)
+
+        fields: dict[str, Any] = {"stride": step if step < seqlen and len(groups) > 1 else None, **said}
+        if overlap > 1:
+            fields["contexts"] = tuple(context for _, context, _ in groups)
+        if isinstance(stream, Stream) and ids.size and stream.documents[0] != stream.documents[-1]:
+            fields |= {"documents": cut(stream.documents), "domains": stream.domains}
+        return cls(cut(ids), source, **fields)
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens."""
+        return sum(part.shape[0] * (part.shape[1] - context) for part, context in self.parts())
+
+    def parts(self) -> list[tuple[Tensor, int]]:
+        """Windows of one size, [windows, positions], and how many tokens of each are context."""
+        return list(zip(self.windows, self.contexts or (1,) * len(self.windows), strict=True))
+
+    def record(self) -> dict[str, Any]:
+        """What identifies the protocol, with its fingerprint, and what it is called."""
+        content: dict[str, Any] = {
+            "source": self.source,
+            "windows": sum(part.shape[0] for part in self.windows),
+            "seqlen": self.windows[0].shape[1],
+            "tokens": self.tokens,
+            "hash": token_hash(np.concatenate([part.numpy().reshape(-1) for part in self.windows])),
+        }
+        if self.stride is not None:
+            content["stride"] = self.stride
+        # The same ids under another path are the same measurement.
+        identity = fingerprint({k: v for k, v in content.items() if k != "source"})
+        said = {"name": self.name or None, "split": self.split, "bos": self.bos, "note": self.note}
+        return {**{k: v for k, v in said.items() if v is not None}, **content, "fingerprint": identity}
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Next-token losses (nats): ids [windows, positions] -> float32 [windows, positions - 1], without gradients."""
+    return model_loss(model, ids)[1]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of every predicted token under a protocol.
+
+    ``losses`` are float32 [windows, positions - 1], one for each part of the protocol; where a token is context only,
+    they do not count.
+    """
+
+    protocol: Protocol
+    losses: tuple[Tensor, ...]
+
+    def windows(self) -> list[tuple[int, float]]:
+        """Each window's predicted tokens and their summed loss (nats)."""
+        return [
+            (part.shape[1] - context, total)
+            for (part, context), found in zip(self.protocol.parts(), self.losses, strict=True)
+            for total in found[:, context - 1 :].double().sum(dim=1).tolist()
+        ]
+
+    def documents(self) -> dict[int, tuple[int, float]]:
+        """Each document's predicted tokens and their summed loss (nats), by its number; one without any is absent."""
+        width = len(self.protocol.domains)
+        counts, sums = np.zeros(width, dtype=np.int64), np.zeros(width)
+        for (_, context), found, of in zip(self.protocol.parts(), self.losses, self.protocol.documents, strict=True):
+            numbers, values = of[:, context:].numpy().reshape(-1), found[:, context - 1 :].double().numpy().reshape(-1)
+            counts += np.bincount(numbers, minlength=width)
+            sums += np.bincount(numbers, values, minlength=width)
+        return {n: (int(counts[n]), float(sums[n])) for n in np.flatnonzero(counts).tolist()}
+
+    def domains(self) -> list[dict[str, Any]]:
+        """The mean loss of the documents of each domain; empty where there is only one."""
+        totals: dict[str, tuple[int, float]] = {}
+        for number, (count, total) in self.documents().items() if self.protocol.documents else ():
+            before = totals.get(self.protocol.domains[number], (0, 0.0))
+            totals[self.protocol.domains[number]] = before[0] + count, before[1] + total
+        if len(totals) < 2:
+            return []
+        return [{"domain": d, "tokens": n, "loss": total / n} for d, (n, total) in sorted(totals.items())]
+
+    def positions(self) -> list[dict[str, Any]]:
+        """The mean loss by the number of tokens that stand before the predicted one: 1, 2 to 3, 4 to 7 and so on."""
+        width = max(part.shape[1] for part in self.protocol.windows)
+        sums, counts = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.int64)
+        for (part, context), found in zip(self.protocol.parts(), self.losses, strict=True):
+            sums[context : part.shape[1]] += found[:, context - 1 :].double().sum(dim=0)
+            counts[context : part.shape[1]] += part.shape[0]
+        buckets, start = [], 1
+        while start < width:
+            stop = min(2 * start, width)
+            count = int(counts[start:stop].sum())
+            if count:
+                mean = float(sums[start:stop].sum()) / count
+                buckets.append({"from": start, "to": stop - 1, "tokens": count, "loss": mean})
+            start = stop
+        return buckets
+
+    def mean(self) -> float:
+        """The mean over all predicted tokens (nats).
+
+        Raises:
+            UserError: if it is not finite.
+        """
+        windows = self.windows()
+        loss = math.fsum(total for _, total in windows) / sum(count for count, _ in windows)
+        if not math.isfinite(loss):
+            raise UserError(f"{self.protocol.source}: the loss is {loss}; the model puts out NaN or infinity")
+        return loss
+
+    def summary(self) -> dict[str, Any]:
+        """``loss`` (nats per predicted token), ``perplexity``, ``tokens``, and ``windows``: each window's mean loss.
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
+        loss, means = self.mean(), [total / count for count, total in self.windows()]
+        return {"loss": loss, "perplexity": perplexity(loss), "tokens": self.protocol.tokens, "windows": means}
+
+
+@torch.no_grad()
+def window_losses(
+    model: PreTrainedModel,
+    protocol: Protocol,
+    *,
+    batch: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Losses:
+    """Measure a model; several processes share the windows, and all have the answer.
+
+    Args:
+        model: it is put into evaluation mode for the time.
+        protocol: the windows.
+        batch: windows at once; None for what suits the device.
+        advance: told the number of tokens after each batch.
+    """
+    was_training = model.training
+    model.eval()
+    found = []
+    for part in protocol.windows:
+        losses = torch.zeros(part.shape[0], part.shape[1] - 1)
+        mine = torch.arange(part.shape[0]).split(batch or pick_batch(part.shape[1], str(model.device)))
+        for rows in mine[distributed.rank() :: distributed.world()]:
+            losses[rows] = token_losses(model, part[rows].to(model.device)).float().cpu()
+            if advance:
+                advance(part[rows].numel() * distributed.world())
+        found.append(distributed.add(losses))
+    model.train(was_training)
+    return Losses(protocol, tuple(found))
+
+
+def evaluate(
+    model: PreTrainedModel,
+    protocol: Protocol,
+    *,
+    batch: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """The loss of a model, window by window; arguments as of :func:`window_losses`.
+
+    Returns:
+        :meth:`Losses.summary`.
+
+    Raises:
+        UserError: if the loss is not finite.
+    """
+    return window_losses(model, protocol, batch=batch, advance=advance).summary()
+
+
+def measure_loss(found: Losses, name: str) -> Measurement:
+    """A loss with its perplexity, its course over positions, and the documents, or else windows, that make it up.
+
+    Raises:
+        UserError: if the loss is not finite.
+    """
+    loss = found.mean()
+    unit = "documents" if found.protocol.documents else "windows"
+    parts = found.documents() if found.protocol.documents else dict(enumerate(found.windows()))
+    items: list[dict[str, Any]] = [{"value": total / count, "tokens": count} for count, total in parts.values()]
+    details: dict[str, Any] = {"perplexity": perplexity(loss), "tokens": found.protocol.tokens}
+    details |= {"by_position": found.positions()}
+    if domains := found.domains():
+        details["by_domain"] = domains
+        for number, item in zip(parts, items, strict=True):
+            item["domain"] = found.protocol.domains[number]
+    return Measurement(name, "loss", loss, found.protocol.record(), unit, items, details)
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss (nats), bounded so that it stays finite."""
+    return math.exp(min(loss, 700))

@@ -1,0 +1,167 @@
+"""Named protocols of perplexity: which texts, which split, how they are joined and cut into windows.
+
+``heldout`` reads splits that nothing is trained or calibrated on. ``paper-train-split`` reads what the study of
+arXiv:2606.14150 reads, by its published scripts: the beginning of *train* splits, joined to one text. Its figures are
+there to be set beside the published ones; WikiText-103's train split is also that study's calibration text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from secateur.data.readers import TEXT_EXTENSIONS
+from secateur.data.sources import Document, Source, open_source
+from secateur.data.tokenizer import Stream, encode, encode_documents
+from secateur.errors import RunError, UserError
+from secateur.evaluation.loss import Protocol
+from secateur.progress import say
+
+__all__ = ["PROTOCOLS", "SEQLEN", "WINDOWS", "Text", "begins_with_bos", "text_protocol", "text_source"]
+
+WINDOWS = 256  #: at most
+SEQLEN = 8192  #: tokens in a window, unless the model has fewer positions
+
+_CHARACTERS = 8  # read for each token that is wanted, at first
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of a protocol."""
+
+    name: str  #: of the measurement, e.g. ``heldout/c4``
+    file: str  #: its name in a local folder, without the ending
+    hub: str  #: ``dataset:configuration`` on the Hugging Face Hub
+    split: str
+    field: str = "text"
+    join: str | None = None  #: rows are put together with this between them; None encodes each as a document
+    rows: int | None = None  #: read at most so many
+    whole: bool = False  #: leave out a last window that is shorter
+    note: str | None = None
+
+
+_OVERLAP = "train split, as the published study reads it; it may overlap with calibration and training text"
+
+PROTOCOLS: dict[str, tuple[Text, ...]] = {
+    "heldout": (
+        Text("heldout/c4", "c4", "allenai/c4:en", "validation"),
+        Text("heldout/wikitext", "wikitext", "Salesforce/wikitext:wikitext-103-raw-v1", "test", join="\n\n"),
+        Text("heldout/cnn_dailymail", "cnn_dailymail", "abisee/cnn_dailymail:3.0.0", "test", "article"),
+    ),
+    "paper-train-split": tuple(
+        Text(f"paper-train-split/{file}", f"{file}-train", hub, "train", field, join, rows, True, _OVERLAP)
+        for file, hub, field, join, rows in (
+            ("c4", "allenai/c4:en", "text", " ", 8192),
+            ("wikitext", "Salesforce/wikitext:wikitext-103-v1", "text", "\n\n", 32768),
+            ("cnn_dailymail", "abisee/cnn_dailymail:3.0.0", "article", " ", 16384),
+        )
+    ),
+}
+
+
+def text_protocol(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: str | None = None,
+    positions: int | None = None,
+    windows: int = WINDOWS,
+    seqlen: int = SEQLEN,
+    stride: int | None = None,
+) -> Protocol:
+    """The windows of a text, in the tokens of a tokenizer.
+
+    Args:
+        text: which.
+        tokenizer: of the model.
+        data: a folder with ``<file>.txt``, ``.jsonl`` or ``.parquet``, or a folder ``<file>`` of them; None for the
+            Hub.
+        positions: that the model has; windows are no longer. None for no limit.
+        windows: at most.
+        seqlen: tokens in a window.
+        stride: from window to window; None for windows side by side.
+
+    Raises:
+        UserError: if the text is not there, cannot be read or is too short.
+    """
+    source = text_source(text, data)
+    used = min(seqlen, positions or seqlen)
+    if used < seqlen:
+        say(f"{text.name}: windows of {used} tokens: the model has no more positions")
+    step = min(stride or used, used)
+    limit = used + (windows - 1) * step
+    rows = islice(source.documents(), text.rows)
+    try:
+        if text.join is None:
+            stream = encode_documents(rows, tokenizer, limit)
+        else:
+            stream = _joined(rows, text.join, tokenizer, limit)
+    except RunError as error:  # the Hub's
+        raise RunError(f"{error}; or name --text-data DIR with {_names(text)}", error.code) from None
+    source_name = text.hub if data is None else source.name
+    return Protocol.of_stream(
+        stream,
+        used,
+        source_name,
+        stride=step,
+        whole=text.whole,
+        name=text.name,
+        split=text.split,
+        bos=begins_with_bos(tokenizer),
+        note=text.note,
+    )
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts BOS before a text by itself."""
+    ids: Sequence[int] = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _joined(rows: Iterator[Document], join: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Stream:
+    """The ids of rows put together to one text; no more rows are read than give ``limit`` tokens.
+
+    Ids depend on text behind them only across a few characters, so that a text which is cut far behind the last token
+    that counts gives the same ones.
+    """
+    texts: list[str] = []
+    characters, wanted = 0, _CHARACTERS * limit
+    while True:
+        more = False
+        for row in rows:
+            texts.append(row.text)
+            characters += len(row.text) + len(join)
+            if characters >= wanted:
+                more = True
+                break
+        ids = encode(tokenizer, [join.join(texts)])[0]
+        if not more or len(ids) > limit + 16:
+            return Stream(ids[:limit], np.zeros(len(ids[:limit]), dtype=np.int64), ("",))
+        wanted *= 2
+
+
+def text_source(text: Text, data: str | None) -> Source:
+    """Where a text is read from; arguments and errors as of :func:`text_protocol`."""
+    blank = text.join is not None
+    if data is None:
+        return open_source(f"hf:{text.hub}", field=text.field, split=text.split, blank=blank)
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{data}: no such folder; name one that holds {_names(text)}")
+    for name in (text.file, *(text.file + ending for ending in TEXT_EXTENSIONS)):
+        if (folder / name).exists():
+            return open_source(f"text:{folder / name}", field=text.field, blank=blank)
+    raise UserError(
+        f"{folder}: holds no {_names(text)}, the {text.split} split of {text.hub} with its text in {text.field!r}; "
+        "put it there, or leave --text-data out to read it from the Hugging Face Hub"
+    )
+
+
+def _names(text: Text) -> str:
+    *most, last = (text.file + ending for ending in TEXT_EXTENSIONS)
+    return f"{', '.join(most)} or {last}"

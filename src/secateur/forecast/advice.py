@@ -1,0 +1,212 @@
+"""A question, held against the evidence nearest to it: who is ahead, from where on, and how far off the evidence is.
+
+Curves of another size are read at the same number of tokens per parameter of the target, ``N_0 * (1 - ratio)`` of a
+parent of ``N_0`` parameters (``N_0`` itself for sparse methods, which remove none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from secateur.forecast.crossover import REACH, Crossover, Lead, NextRun, crossover, lead, narrowing
+from secateur.forecast.curve import CurvePoint
+from secateur.forecast.evidence import Evidence
+from secateur.forecast.fit import DEFAULT_FORM, Fit, fit_pair, pairs
+
+__all__ = ["Account", "Advice", "Case", "Distance", "Question", "advise", "bearing", "case_of"]
+
+Name = Literal["training", "total", "flops"]
+Winner = Literal["pruned", "scratch", "too close to call", "beyond what these runs can tell"]
+Choice = Literal["prune", "train from scratch", "too close to call", "cannot be told", "depends on the method"]
+
+_CHOICES: dict[Winner, Choice] = {
+    "pruned": "prune",
+    "scratch": "train from scratch",
+    "too close to call": "too close to call",
+    "beyond what these runs can tell": "cannot be told",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked."""
+
+    parameters: float  #: of the parent, in all
+    ratio: float  #: share to remove
+    tokens: int  #: R
+    granularity: str | None = None  #: None: any
+    method: str | None = None  #: None: any
+    must_train: bool = False  #: whether the parent has to be trained first
+    parent_tokens: int | None = None  #: P; None where it is not known
+    children: int = 1  #: pruned models that share the parent's training
+    dearer: float | None = None  #: FLOPs of a token of the parent over those of the target; by parameters unless given
+
+    def target(self, granularity: str | None, parent: float | None = None, ratio: float | None = None) -> float:
+        """Parameters of the pruned model, unless others are given: of this question's parent and ratio."""
+        left = 1.0 if granularity == "sparse" else 1 - (self.ratio if ratio is None else ratio)
+        return (self.parameters if parent is None else parent) * left
+
+    @property
+    def decides(self) -> Name:
+        """The account that a recommendation goes by."""
+        return "total" if self.must_train else "training"
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far the question lies from the evidence in one respect."""
+
+    what: str
+    asked: float
+    low: float  #: the smallest that was run
+    high: float  #: the largest
+
+    @property
+    def factor(self) -> float:
+        """How many times the question lies above the evidence, or (below one) below it; 1 within."""
+        if self.asked > self.high:
+            return self.asked / self.high
+        return self.asked / self.low if self.asked < self.low else 1.0
+
+    @property
+    def outside(self) -> bool:
+        """Whether the question lies outside of what was run, by more than a tenth."""
+        return not 1 / 1.1 <= self.factor <= 1.1
+
+
+@dataclass(frozen=True)
+class Account:
+    """One way to make the two paths equal. Tokens are in the question's units."""
+
+    name: Name
+    extra: float  #: tokens that the from-scratch model gets beyond R
+    lead: Lead
+    crossover: Crossover  #: in the evidence's tokens; times the case's ``scale`` they are the question's
+    winner: Winner
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the runs of one method and ratio say."""
+
+    method: str
+    granularity: str
+    ratio: float
+    fit: Fit
+    scale: float  #: tokens of the question for each of the evidence, at equal tokens per parameter
+    accounts: tuple[Account, ...]
+    distances: tuple[Distance, ...]
+    next_runs: tuple[NextRun, ...]  #: that would narrow the crossover that decides, the best first
+
+    def account(self, name: Name) -> Account:
+        """One of the accounts."""
+        return next(account for account in self.accounts if account.name == name)
+
+
+def bearing(evidence: Evidence, question: Question) -> list[list[CurvePoint]]:
+    """The runs that bear on a question, method by method, each at the ratio nearest to the question's."""
+    found = pairs(evidence.points)
+    nearest: dict[str, float] = {}
+    for method, ratio in sorted(found, key=lambda pair: (abs(pair[1] - question.ratio), pair[1])):
+        nearest.setdefault(method, ratio)
+    methods = dict.fromkeys(method for method, _ in found)
+    return [found[method, nearest[method]] for method in methods if _fits(evidence, question, method)]
+
+
+def _fits(evidence: Evidence, question: Question, method: str) -> bool:
+    """Whether the evidence of a method bears on the question: the method itself, or failing that its granularity."""
+    if question.method in evidence.granularity:
+        return method == question.method
+    return question.granularity in (None, evidence.granularity[method])
+
+
+def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint], noise: float | None = None) -> Case:
+    """Fit the runs of one method and ratio, and ask them.
+
+    Args:
+        evidence: that the runs are from.
+        question: what is asked.
+        points: the runs.
+        noise: as for :func:`secateur.forecast.fit.fit_pair`.
+
+    Raises:
+        UserError: if the runs contradict one another, or are too few.
+    """
+    method, ratio = points[0].method, points[0].ratio
+    granularity = evidence.granularity[method]
+    fit = fit_pair(points, DEFAULT_FORM, parent_loss=evidence.parent_loss, noise=noise)
+    target = question.target(granularity)
+    theirs = question.target(granularity, evidence.parent_parameters, ratio)
+    scale = target / theirs
+    extras: dict[Name, float] = {"training": 0.0}
+    if question.parent_tokens is not None:
+        share = question.parent_tokens / question.children
+        extras |= {"total": share, "flops": share * (question.dearer or question.parameters / target)}
+    accounts = tuple(_account(fit, question.tokens, name, extra, scale) for name, extra in extras.items())
+    decisive = next(a for a in accounts if a.name == question.decides)
+    return Case(
+        method,
+        granularity,
+        ratio,
+        fit,
+        scale,
+        accounts,
+        tuple(_distances(evidence, question, fit, theirs, decisive.extra)),
+        tuple(narrowing(fit, decisive.crossover)),
+    )
+
+
+def _account(fit: Fit, tokens: float, name: Name, extra: float, scale: float) -> Account:
+    found = lead(fit, tokens / scale, extra / scale)
+    budgets, most = fit.budgets("pruned"), max(p.tokens for p in fit.points)
+    near = budgets[0] / REACH <= tokens / scale and (tokens + extra) / scale <= REACH * most
+    winner: Winner = found.winner if near else "beyond what these runs can tell"
+    return Account(name, extra, found, crossover(fit, extra / scale), winner)
+
+
+def _distances(evidence: Evidence, question: Question, fit: Fit, theirs: float, extra: float) -> Iterator[Distance]:
+    """From the question to the evidence, whose pruned model has ``theirs`` parameters."""
+    point = fit.points[0]
+    target = question.target(evidence.granularity[point.method])
+    pruned, scratch = ([tokens / theirs for tokens in fit.budgets(path)] for path in ("pruned", "scratch"))
+    yield Distance("parameters of the parent", question.parameters, *[evidence.parent_parameters] * 2)
+    yield Distance("ratio", question.ratio, point.ratio, point.ratio)
+    yield Distance("retraining, tokens a parameter", question.tokens / target, pruned[0], pruned[-1])
+    yield Distance("from scratch, tokens a parameter", (question.tokens + extra) / target, scratch[0], scratch[-1])
+    if question.parent_tokens is not None and evidence.parent_tokens is not None:
+        theirs = evidence.parent_tokens / evidence.parent_parameters
+        yield Distance("the parent, tokens a parameter", question.parent_tokens / question.parameters, theirs, theirs)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do, by the account that decides."""
+
+    choice: Choice
+    why: str
+    extrapolates: bool  #: whether the question lies outside of what was run
+
+
+def advise(evidence: Evidence, question: Question, found: Sequence[Case]) -> Advice:
+    """Sum up the cases; without any, what the source says in words."""
+    if not found:
+        said = [finding for finding in evidence.findings if finding.account == question.decides]
+        winner: Winner | None = next((finding.winner for finding in said if finding.winner), None)
+        why = "; ".join(finding.says for finding in said) or "no run of it is there"
+        return Advice(_CHOICES[winner] if winner else "cannot be told", f"no losses to go by; {why}", True)
+    winners: dict[str, Winner] = {case.method: case.account(question.decides).winner for case in found}
+    kinds: set[Winner] = set(winners.values())
+    return Advice(
+        _CHOICES[kinds.pop()] if len(kinds) == 1 else "depends on the method",
+        "; ".join(_told(case, question) for case in found),
+        any(distance.outside for case in found for distance in case.distances),
+    )
+
+
+def _told(case: Case, question: Question) -> str:
+    """The winner of the account that decides; where the parent counts, also that at equal FLOPs if it is another."""
+    winner = case.account(question.decides).winner
+    by_flops = case.account("flops").winner if question.must_train else winner
+    return f"{case.method}: {winner}" + (f" (at equal FLOPs: {by_flops})" if by_flops != winner else "")

@@ -1,0 +1,158 @@
+"""Which path is ahead at a budget, from which budget on the other catches up, and which run would tell it better.
+
+``R`` is the budget of the pruned model. The from-scratch model gets ``rate * R + extra`` tokens: none extra at equal
+training tokens, those of the parent at equal total tokens, or as many as the parent's FLOPs would pay for; the rate is
+one unless a token of retraining costs other FLOPs than one from scratch, as under a teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from secateur.forecast.curve import PATHS, Floats, Path
+from secateur.forecast.fit import LEVEL, Estimate, Fit, estimate
+
+__all__ = ["REACH", "Crossover", "Lead", "NextRun", "crossover", "lead", "narrowing", "next_runs"]
+
+REACH = 10  #: how many times the largest budget run anything is said of
+
+_GRID = 300  # budgets looked at, evenly spread in the logarithm
+_TRUTHS = 100  # draws that are taken for the truth, one after the other, to see what a further run would tell
+_SEED = 42
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Who is ahead at one budget."""
+
+    difference: Estimate  #: loss(scratch) - loss(pruned), nats per token: positive where pruning is ahead
+    likely_pruned: float  #: share of the draws in which it is
+
+    @property
+    def winner(self) -> Literal["pruned", "scratch", "too close to call"]:
+        """The path ahead, if the whole interval says so."""
+        low, high = self.difference.low, self.difference.high
+        return "pruned" if low > 0 else "scratch" if high < 0 else "too close to call"
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Where the path that is behind at the smallest budget catches up with the other.
+
+    Attributes:
+        leader: the path ahead at ``lowest``, by the best curves; None where they are level.
+        budget: R, in tokens, of the first budget at which the other is no worse: ``lowest`` where it is so from the
+            start, infinite where it is not so up to ``horizon``.
+        lowest: the smallest budget that is looked at: the smallest that a pruned model was run on.
+        horizon: the largest: :data:`REACH` times the largest budget run.
+        draws: the budget of each draw.
+    """
+
+    leader: Path | None
+    budget: Estimate
+    lowest: float
+    horizon: float
+    draws: Floats
+
+
+def lead(fit: Fit, tokens: float, extra: float = 0.0, rate: float = 1.0) -> Lead:
+    """Compare the paths at R = ``tokens``, where the from-scratch model gets ``rate * tokens + extra``."""
+    theirs = rate * tokens + extra
+    drawn = fit.drawn("scratch", theirs) - fit.drawn("pruned", tokens)
+    best = float(fit.loss("scratch", theirs) - fit.loss("pruned", tokens))
+    return Lead(estimate(best, drawn), float(np.mean(drawn > 0)))
+
+
+def crossover(fit: Fit, extra: float = 0.0, rate: float = 1.0) -> Crossover:
+    """Find where the path behind catches up, where the from-scratch model gets ``rate * R + extra`` tokens."""
+    lowest = float(fit.budgets("pruned")[0])
+    horizon = REACH * float(max(p.tokens for p in fit.points))
+    budgets = np.geomspace(lowest, horizon, _GRID)
+    theirs = rate * budgets + extra
+    ahead = fit.loss("scratch", theirs) - fit.loss("pruned", budgets)
+    drawn = fit.drawn("scratch", theirs) - fit.drawn("pruned", budgets)
+    leader: Path | None = "pruned" if ahead[0] > 0 else "scratch" if ahead[0] < 0 else None
+    sign = -1.0 if leader == "scratch" else 1.0
+    found = _first_not_above(sign * np.vstack([ahead, drawn]), budgets)
+    return Crossover(leader, estimate(float(found[0]), found[1:]), lowest, horizon, found[1:])
+
+
+def _first_not_above(leads: Floats, budgets: Floats) -> Floats:
+    """For each row the first budget at which it is zero or less, between two of them by their logarithms."""
+    under = leads <= 0
+    at = np.where(under.any(axis=1), under.argmax(axis=1), -1)
+    found = np.full(len(leads), math.inf)
+    found[at == 0] = budgets[0]
+    rows = np.flatnonzero(at > 0)
+    before, after = leads[rows, at[rows] - 1], leads[rows, at[rows]]
+    logs = np.log(budgets)
+    step = logs[1] - logs[0]
+    found[rows] = np.exp(logs[at[rows] - 1] + step * before / (before - after))
+    return found
+
+
+@dataclass(frozen=True)
+class NextRun:
+    """What one more run would be expected to do to an interval."""
+
+    path: Path
+    tokens: int
+    width: float  #: of the interval after it, as a share of what it is now; a mean over what the run may show
+
+
+def next_runs(fit: Fit, quantity: Floats, candidates: Sequence[tuple[Path, int]] | None = None) -> list[NextRun]:
+    """Rank further runs by how much each would narrow the interval of ``quantity``, the best first.
+
+    Each of many draws is taken for the truth. The run then shows that draw's loss with noise, and the draws are
+    weighted by how well they agree with it; the interval is that of the weighted draws. It is what adding the run and
+    fitting again comes to, without the fitting.
+
+    Args:
+        fit: what is known.
+        quantity: what is to be told, for each draw; finite.
+        candidates: path and tokens of each run; unless given, every budget of either path once more, those halfway
+            between neighbours, and twice the largest.
+
+    Returns:
+        The runs; none where there is nothing to narrow.
+    """
+    order = np.argsort(quantity, kind="stable")
+    values = quantity[order]
+    now = _width(values, np.full((1, len(values)), 1 / len(values)))[0]
+    if now == 0:
+        return []
+    truths = np.linspace(0, len(values) - 1, min(_TRUTHS, len(values))).astype(int)
+    noise = fit.noise * np.random.default_rng(_SEED).standard_normal(len(truths))
+    found = []
+    for path, tokens in candidates or _candidates(fit):
+        losses = fit.drawn(path, tokens)[order]
+        shown = losses[truths] + noise
+        agreement = np.exp(-0.5 * ((losses - shown[:, None]) / fit.noise) ** 2)
+        then = _width(values, agreement / agreement.sum(axis=1, keepdims=True))
+        found.append(NextRun(path, tokens, float(np.mean(then) / now)))
+    return sorted(found, key=lambda run: (run.width, run.tokens, run.path))
+
+
+def narrowing(fit: Fit, found: Crossover) -> list[NextRun]:
+    """:func:`next_runs` for the logarithm of a crossover; a draw without one counts as the horizon."""
+    return next_runs(fit, np.log(np.minimum(found.draws, found.horizon)))
+
+
+def _candidates(fit: Fit) -> list[tuple[Path, int]]:
+    every = sorted({p.tokens for p in fit.points})
+    between = [round(math.sqrt(a * b)) for a, b in pairwise(every) if b > 1.5 * a]
+    return [(path, tokens) for path in PATHS for tokens in sorted({*every, *between, 2 * every[-1]})]
+
+
+def _width(values: Floats, weights: Floats) -> Floats:
+    """Width of the interval of rising ``values`` under each row of weights."""
+    tail = (1 - LEVEL) / 2
+    sums = np.cumsum(weights, axis=1)
+    low, high = ((sums < q).sum(axis=1).clip(max=len(values) - 1) for q in (tail, 1 - tail))
+    return values[high] - values[low]

@@ -1,0 +1,154 @@
+"""What a recommendation rests on: finished runs of both paths, published or from a study's own folder."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from secateur.comparison.naming import is_pattern
+from secateur.errors import UserError, did_you_mean
+from secateur.forecast.curve import CurvePoint
+
+__all__ = ["Accuracy", "Evidence", "Finding", "of_study"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Average zero-shot accuracy of both paths at equal total tokens, in percent; without an interval."""
+
+    method: str
+    granularity: str
+    scratch: float
+    pruned: float
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a source says in words of all its methods."""
+
+    account: str  #: training, or total
+    winner: Literal["pruned", "scratch"] | None  #: None: it depends
+    says: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Finished runs that compare both paths.
+
+    Attributes:
+        source: where the figures come from, in words.
+        parent_parameters: of the parent, in all.
+        parent_tokens: that the parent was trained on; None where it is not known.
+        parent_loss: the parent's held-out loss, in nats per token; None where it was not measured.
+        points: the runs, at the end of their schedules.
+        granularity: method -> depth, width or sparse.
+        accuracies: where there are any.
+        findings: what else the source says.
+        absent: runs of the source that have no held-out loss.
+    """
+
+    source: str
+    parent_parameters: float
+    parent_tokens: int | None
+    parent_loss: float | None
+    points: tuple[CurvePoint, ...]
+    granularity: Mapping[str, str]
+    accuracies: tuple[Accuracy, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    absent: int = 0
+
+
+_CELLS = ("name", "method", "granularity", "seed", "ratio", "ratio_total", "parameters", "train_tokens", "loss")
+_CURVES = ("name", "tokens", "loss")
+
+
+def of_study(folder: Path) -> Evidence:
+    """Read ``cells.csv`` and ``curves.csv`` of a study's folder.
+
+    A run counts by its loss at the end. The losses along it were measured before its learning rate had fallen, and
+    shorter runs end lower than that.
+
+    Raises:
+        UserError: if they are missing, are no such files, or hold no run with a loss.
+    """
+    points: dict[CurvePoint, None] = {}  # a run that serves several comparisons has a row for each
+    granularity: dict[str, str] = {}
+    sizes: set[int] = set()
+    absent = 0
+    for line, row in _read(folder / "cells.csv", _CELLS):
+        if not row["name"].startswith(("P-", "S_")):  # a control
+            continue
+        if not row["loss"]:
+            absent += 1
+            continue
+        where = f"{folder / 'cells.csv'}: line {line}"
+        point = _point(row, where)
+        points[point] = None
+        granularity[point.method] = row["granularity"]
+        zeroed = row["granularity"] == "sparse"  # its weights are still there
+        sizes.add(round(point.parameters / (1 - (0.0 if zeroed else _number(row, "ratio_total", where)))))
+    if not points:
+        raise UserError(f"{folder}: none of its runs has a held-out loss; run the study first: secateur study run FILE")
+    if max(sizes) - min(sizes) > 1 + 1e-6 * max(sizes):
+        raise UserError(f"{folder / 'cells.csv'}: its runs are of parents of different sizes; name one study's folder")
+    curve = [row for _, row in _read(folder / "curves.csv", _CURVES) if row["name"] == "parent"]
+    where = f"{folder / 'curves.csv'}: the parent's last point"
+    return Evidence(
+        source=f"the study in {folder}",
+        parent_parameters=float(max(sizes)),
+        parent_tokens=int(_number(curve[-1], "tokens", where)) if curve else None,
+        parent_loss=_number(curve[-1], "loss", where) if curve else None,
+        points=tuple(points),
+        granularity=granularity,
+        absent=absent,
+    )
+
+
+def _point(row: Mapping[str, str], where: str) -> CurvePoint:
+    return CurvePoint(
+        path="pruned" if row["name"].startswith("P-") else "scratch",
+        method=_method(row),
+        ratio=_number(row, "ratio", where),
+        parameters=int(_number(row, "parameters", where)),
+        tokens=int(_number(row, "train_tokens", where)),
+        loss=_number(row, "loss", where),
+        seed=int(_number(row, "seed", where)),
+        name=row["name"],
+    )
+
+
+def _method(row: Mapping[str, str]) -> str:
+    """The method with its pattern and objective, which make another curve at the same ratio."""
+    target, objective = row.get("target", ""), row.get("objective", "")
+    pattern = f" {target}" if is_pattern(target) else ""
+    return row["method"] + pattern + (f" ({objective})" if objective else "")
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file with the line that each stands on."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            head = reader.fieldnames or []
+            missing = [column for column in columns if column not in head]
+            if missing:
+                raise UserError(f"{path}: has no column {missing[0]!r}{did_you_mean(missing[0], head)}")
+            return [(reader.line_num, {key: value or "" for key, value in row.items() if key}) for row in reader]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --study takes a folder that `secateur study run` has written") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def _number(row: Mapping[str, str], key: str, where: str) -> float:
+    try:
+        value = float(row[key])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where}: {key} is {row[key]!r}, not a number")
+    return value

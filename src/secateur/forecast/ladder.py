@@ -1,0 +1,243 @@
+"""What a study's ladders say of budgets that were not run: fitted curves, crossovers, who is ahead on each account.
+
+An *account* is what the two paths have as much of: training tokens, total tokens, or FLOPs with the parent's
+pretraining left out (sunk), shared by its children, or charged in full. At a budget R of the pruned model each account
+gives the from-scratch model a number of tokens, and the fitted curves say what it would come to there. Where a run of
+just that account is in the study, its own paired difference stands in the place of the fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from secateur.comparison.index import PRUNED, Index, Model, group_of
+from secateur.comparison.naming import model_name
+from secateur.comparison.records import Cell
+from secateur.comparison.twins import Setting, Verdict, Winner
+from secateur.errors import UserError
+from secateur.forecast.crossover import REACH, Crossover, NextRun, crossover, lead, narrowing
+from secateur.forecast.curve import PATHS, CurvePoint
+from secateur.forecast.fit import Estimate, Fit, fit_pair
+
+__all__ = ["Account", "Allowance", "Basis", "Forecast", "Forecasts", "Outlook", "Standing", "forecast"]
+
+Account = Literal["training", "total", "training-flops", "shared-flops", "total-flops"]
+Basis = Literal["measured", "between the budgets run", "beyond the budgets run", "out of reach"]
+
+_LADDER = 3  #: finished budgets of one path that make a ladder
+_FURTHER = 2  #: how many times the largest R of the ladder is forecast
+_SETTINGS: Mapping[Account, Setting] = {
+    "training": "training",
+    "total": "total",
+    "training-flops": "training-flops",
+    "total-flops": "total-flops",
+}
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """Tokens that the from-scratch model gets on an account: ``rate`` for each of R, and ``extra`` beside."""
+
+    account: Account
+    extra: float = 0.0
+    rate: float = 1.0
+
+    def tokens(self, retrain: float) -> float:
+        """At R = ``retrain``."""
+        return self.rate * retrain + self.extra
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Who is ahead on one account at one budget.
+
+    ``difference`` is loss(scratch) - loss(pruned), nats per token, with its 95% interval: of the held-out text (and
+    the seeds) where it was measured, of the fit where it was not. None where the twin's budget is out of reach.
+    """
+
+    tokens: int  #: R
+    scratch_tokens: float
+    basis: Basis
+    winner: Winner
+    difference: Estimate | None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One account of a ladder: where the path behind catches up, and who is ahead at each budget."""
+
+    allowance: Allowance
+    crossover: Crossover | None  #: None: even at the smallest R the twin's budget is out of reach
+    standings: tuple[Standing, ...]  #: at each R of the ladder, and last at the further budget
+
+    @property
+    def last(self) -> Standing:
+        """At the largest R that was run."""
+        return self.standings[-2]
+
+    @property
+    def further(self) -> Standing:
+        """At a budget that was not run."""
+        return self.standings[-1]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The curves of one pruned model and its from-scratch twin, and what they say on each account."""
+
+    model: Model
+    objective: str
+    name: str
+    fit: Fit
+    further: int  #: tokens: R of the forecast, twice the largest of the ladder
+    outlooks: tuple[Outlook, ...]  #: one for each account whose costs are known
+    next_run: NextRun | None  #: what would narrow the crossover at equal training tokens most; None: nothing is open
+
+    def loss(self, path: Literal["scratch", "pruned"]) -> Estimate:
+        """Of one path on as many training tokens as the further budget."""
+        return self.fit.at(path, self.further)
+
+
+@dataclass(frozen=True)
+class Forecasts:
+    """Of every ladder of a study."""
+
+    found: tuple[Forecast, ...]
+    unfitted: tuple[str, ...]  #: why a ladder has none, a line each
+
+
+def forecast(index: Index, verdicts: tuple[Verdict, ...]) -> Forecasts:
+    """Fit every ladder of a study. A pure function of its records.
+
+    A ladder is a pruned model, under one objective, with three or more finished budgets of one of its two paths. Runs
+    are of all seeds; a twin counts by its own training, whatever comparison it was made for.
+
+    Args:
+        index: the records.
+        verdicts: their paired comparisons, over seeds where there are several.
+    """
+    found: list[Forecast] = []
+    unfitted: list[str] = []
+    ladders: dict[tuple[Model, str], list[Cell]] = {}
+    for cell in index.results.cells:
+        if cell.path != "control" and cell.evaluation and math.isfinite(cell.evaluation.loss):
+            ladders.setdefault((group_of(cell).model, cell.objective), []).append(cell)
+    for (model, objective), cells in ladders.items():
+        if not _is_ladder(cells):
+            continue
+        name = model_name(model, index.models) + (f" ({objective})" if objective else "")
+        try:
+            found.append(_forecast(index, verdicts, model, objective, name, cells))
+        except UserError as error:
+            unfitted.append(f"{name}: {error}")
+    return Forecasts(tuple(found), tuple(unfitted))
+
+
+def _is_ladder(cells: list[Cell]) -> bool:
+    budgets: dict[str, set[int]] = {}
+    for cell in cells:
+        budgets.setdefault(cell.path, set()).add(cell.training.tokens)
+    return max(map(len, budgets.values())) >= _LADDER
+
+
+def _forecast(
+    index: Index, verdicts: tuple[Verdict, ...], model: Model, objective: str, name: str, cells: list[Cell]
+) -> Forecast:
+    missing = [path for path in PATHS if not any(cell.path == path for cell in cells)]
+    if missing:
+        raise UserError(f"no finished {missing[0]} run under this objective; a forecast needs both paths")
+    if len({cell.evaluation.protocol for cell in cells if cell.evaluation}) > 1:
+        raise UserError("its runs were evaluated under different protocols")
+    fit = _fitted(tuple(dict.fromkeys(map(_point, cells))))
+    ladder = fit.budgets("pruned")
+    further = _FURTHER * ladder[-1]
+    measured = {
+        (verdict.setting, verdict.group.retrain_tokens): verdict
+        for verdict in verdicts
+        if verdict.group.model == model and verdict.group.objective == objective and verdict.difference is not None
+    }
+    outlooks = []
+    for allowance in _allowances(index, cells):
+        setting = _SETTINGS.get(allowance.account)
+        standings = [
+            _measured(measured[setting, r], allowance)
+            if setting and (setting, r) in measured
+            else _standing(fit, allowance, r)
+            for r in (*ladder, further)
+        ]
+        outlooks.append(Outlook(allowance, _crossover(fit, allowance), tuple(standings)))
+    runs = narrowing(fit, crossover(fit))
+    return Forecast(model, objective, name, fit, further, tuple(outlooks), runs[0] if runs else None)
+
+
+def _crossover(fit: Fit, allowance: Allowance) -> Crossover | None:
+    reach = REACH * max(p.tokens for p in fit.points)
+    if allowance.tokens(fit.budgets("pruned")[0]) > reach:
+        return None
+    return crossover(fit, allowance.extra, allowance.rate)
+
+
+@lru_cache(maxsize=256)
+def _fitted(points: tuple[CurvePoint, ...]) -> Fit:
+    """The page, the tables and the text of one report ask for the same fit, which takes seconds."""
+    return fit_pair(points)
+
+
+def _point(cell: Cell) -> CurvePoint:
+    assert cell.evaluation
+    return CurvePoint(
+        path="pruned" if cell.name == PRUNED else "scratch",
+        method=cell.method,
+        ratio=cell.ratio,
+        parameters=cell.parameters,
+        tokens=cell.training.tokens,
+        loss=cell.evaluation.loss,
+        seed=cell.seed,
+        name=cell.name,
+    )
+
+
+def _allowances(index: Index, cells: list[Cell]) -> Iterator[Allowance]:
+    """The accounts whose costs are known, as the settings count them: a twin by its own run alone.
+
+    FLOPs of a token are those that the records have of training; a teacher's are in those of the pruned path.
+    """
+    yield Allowance("training")
+    pruned = next(cell for cell in cells if cell.path == "pruned")
+    scratch = next(cell for cell in cells if cell.path == "scratch")
+    parent = index.parents.get(pruned.parent)
+    cost = parent.cost if parent else None
+    if cost:
+        yield Allowance("total", cost.tokens)
+    if pruned.pruning is None:
+        return
+    each = scratch.training.flops / scratch.training.tokens
+    rate = pruned.training.flops / pruned.training.tokens / each
+    yield Allowance("training-flops", pruned.pruning.flops / each, rate)
+    if parent and cost:
+        shared = pruned.pruning.flops + cost.flops / max(parent.children, 1)
+        yield Allowance("shared-flops", shared / each, rate)
+        yield Allowance("total-flops", (pruned.pruning.flops + cost.flops) / each, rate)
+
+
+def _measured(verdict: Verdict, allowance: Allowance) -> Standing:
+    assert verdict.difference is not None and verdict.low is not None and verdict.high is not None
+    tokens = verdict.group.retrain_tokens
+    difference = Estimate(verdict.difference, verdict.low, verdict.high)
+    return Standing(tokens, allowance.tokens(tokens), "measured", verdict.winner, difference)
+
+
+def _standing(fit: Fit, allowance: Allowance, tokens: int) -> Standing:
+    """By the fitted curves; nothing is said of budgets more than :data:`REACH` times the largest that was run."""
+    theirs = allowance.tokens(tokens)
+    ours, twins = fit.budgets("pruned"), fit.budgets("scratch")
+    if max(theirs, tokens) > REACH * max(ours[-1], twins[-1]):
+        return Standing(tokens, theirs, "out of reach", "not measured", None)
+    within = ours[0] <= tokens <= ours[-1] and twins[0] <= theirs <= twins[-1]
+    found = lead(fit, tokens, allowance.extra, allowance.rate)
+    basis: Basis = "between the budgets run" if within else "beyond the budgets run"
+    return Standing(tokens, theirs, basis, found.winner, found.difference)

@@ -1,0 +1,98 @@
+"""The law across ratios on a study's records, method by method: what it says, and how far off it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import product
+
+from secateur.comparison.index import Index
+from secateur.comparison.naming import is_pattern
+from secateur.comparison.records import Cell
+from secateur.errors import UserError
+from secateur.forecast.ratio_law import LeftOutRatio, RatioLaw, Retrained, fit_ratios, leave_one_ratio_out
+from secateur.formatting import method_name
+
+__all__ = ["MethodLaw", "Prediction", "across_ratios"]
+
+_LADDER = 3  # budgets, and two ratios, from which on the law is tried
+_FURTHER = 2  # times the largest budget, as for the curves of one ratio
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the law says of one parent, ratio and budget."""
+
+    parent: str
+    ratio: float
+    tokens: int
+    loss: float  #: nats per token
+    measured: float | None  #: mean over seeds; None: not run
+
+
+@dataclass(frozen=True)
+class MethodLaw:
+    """The law of one method under one objective."""
+
+    method: str
+    objective: str
+    name: str
+    law: RatioLaw | None  #: None: it could not be fitted
+    reason: str  #: why not
+    left_out: tuple[LeftOutRatio, ...] = ()  #: each ratio predicted from the others
+    refused: tuple[float, ...] = ()  #: ratios without which the law cannot be fitted
+    predictions: tuple[Prediction, ...] = ()
+
+    @property
+    def left_out_error(self) -> float | None:
+        """Root of the mean square of predicted less measured, nats; None where no ratio could be left out."""
+        squares = [run.error**2 for run in self.left_out]
+        return math.sqrt(sum(squares) / len(squares)) if squares else None
+
+
+def across_ratios(index: Index) -> tuple[MethodLaw, ...]:
+    """Fit the law to every method with two or more ratios and three or more budgets of retraining."""
+    methods: dict[tuple[str, str, str], list[Cell]] = {}
+    for cell in index.results.cells:
+        if cell.path == "pruned" and cell.evaluation and math.isfinite(cell.evaluation.loss):
+            pattern = cell.target if is_pattern(cell.target) else ""  # another law at the same ratio
+            methods.setdefault((cell.method, pattern, cell.objective), []).append(cell)
+    found = []
+    for (method, _, objective), cells in methods.items():
+        ratios, budgets = {cell.ratio for cell in cells}, {cell.training.tokens for cell in cells}
+        if len(ratios) > 1 and len(budgets) >= _LADDER:
+            found.append(_law(index, method, objective, cells))
+    return tuple(found)
+
+
+def _law(index: Index, method: str, objective: str, cells: list[Cell]) -> MethodLaw:
+    name = method_name(method) + (f" ({objective})" if objective else "")
+    try:
+        runs = [_retrained(index, cell) for cell in cells]
+        law = fit_ratios(runs)
+    except UserError as error:
+        return MethodLaw(method, objective, name, None, str(error))
+    left_out, refused = leave_one_ratio_out(runs)
+    return MethodLaw(method, objective, name, law, "", tuple(left_out), tuple(refused), _predictions(law))
+
+
+def _retrained(index: Index, cell: Cell) -> Retrained:
+    parent = index.parents.get(cell.parent)
+    ours, theirs = cell.evaluation, parent.evaluation if parent else None
+    if not parent or not ours or not theirs:
+        raise UserError("the parent's held-out loss is not measured, from which the law starts")
+    if ours.protocol != theirs.protocol:
+        raise UserError("its runs and their parent were evaluated under different protocols")
+    return Retrained(cell.parent, parent.parameters, theirs.loss, cell.ratio, cell.training.tokens, ours.loss)
+
+
+def _predictions(law: RatioLaw) -> tuple[Prediction, ...]:
+    """At every budget of the study and at twice the largest, run or not."""
+    parents = {run.parent: run for run in law.runs}
+    budgets = sorted({run.tokens for run in law.runs})
+    found = []
+    for run, ratio, tokens in product(parents.values(), law.ratios, [*budgets, _FURTHER * budgets[-1]]):
+        same = [r.loss for r in law.runs if (r.parent, r.ratio, r.tokens) == (run.parent, ratio, tokens)]
+        asked = Retrained(run.parent, run.parent_parameters, run.parent_loss, ratio, tokens, math.nan)
+        found.append(Prediction(run.parent, ratio, tokens, law.loss(asked), sum(same) / len(same) if same else None))
+    return tuple(found)

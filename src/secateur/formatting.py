@@ -1,0 +1,163 @@
+"""Numbers and names as people read them: every figure of the page and of the terminal goes through here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = [
+    "MINUS",
+    "NOT_MEASURED",
+    "TIMES",
+    "count",
+    "decimals",
+    "duration",
+    "listing",
+    "loss",
+    "method_name",
+    "number",
+    "plain",
+    "points",
+    "probability",
+    "scientific",
+    "share",
+    "signed",
+    "size",
+    "spelled",
+    "symbols",
+]
+
+NOT_MEASURED = "not measured"  #: what stands wherever a figure is missing; never 0, never an empty cell
+
+MINUS, TIMES, _NBSP = "\u2212", "\u00d7", "\u00a0"
+_SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+_SYMBOL = re.compile(r"S_\{(P\+[RF])\}|S_([RF])\b")
+_SPELLED = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+#: The authors' own spelling of their methods; any other method keeps the name that the study gives it.
+_METHODS = {
+    "flap": "FLAP",
+    "llm-pruner": "LLM-Pruner",
+    "magnitude": "Magnitude",
+    "minitron-depth": "Minitron-depth",
+    "minitron-width": "Minitron-width",
+    "sheared": "Sheared LLaMA",
+    "sheared-llama": "Sheared LLaMA",
+    "shortened-llama": "Shortened LLaMA",
+    "shortgpt": "ShortGPT",
+    "sparsegpt": "SparseGPT",
+    "wanda": "Wanda",
+    "wanda-sp": "Wanda-sp",
+}
+
+
+def method_name(name: str) -> str:
+    """``"shortgpt"`` -> ``"ShortGPT"``."""
+    return _METHODS.get(name, name)
+
+
+def count(value: float) -> str:
+    """Three significant digits and a unit: 700000 -> ``"700 k"``, 1712345 -> ``"1.71 M"``."""
+    if value < 1000:
+        return f"{value:g}"
+    value = float(f"{value:.3g}")  # rounded before the unit is chosen: 999,999 is 1 M, not 1000 k
+    power = min(int(math.log10(value) + 1e-9) // 3, 4)
+    return f"{value / 1000**power:.4g}{_NBSP}{' kMBT'[power]}"
+
+
+def scientific(value: float) -> str:
+    """FLOPs: 1.234e13 -> ``"1.23 × 10¹³"``."""
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa}{_NBSP}{TIMES}{_NBSP}10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
+def loss(value: float | None, digits: int = 3) -> str:
+    """Nats per token, or the words for a figure that is missing."""
+    return NOT_MEASURED if value is None else number(value, digits)
+
+
+def number(value: float, digits: int) -> str:
+    """A fixed-point number with a true minus sign, and none on zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference, with its sign."""
+    return f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def points(value: float) -> str:
+    """A difference of shares, in points: -0.0335 -> ``"−3.35"``; what rounds to zero has no minus."""
+    return signed(round(100 * value, 2) + 0.0, 2)
+
+
+def probability(value: float) -> str:
+    """A p-value: 0.0312 -> ``"0.031"``, and what is less than a thousandth as such."""
+    return "< 0.001" if value < 0.001 else number(value, 3)
+
+
+def decimals(*values: float) -> int:
+    """Two decimals, or as many (up to five) as keep every value that is not zero from being shown as zero."""
+    return next((d for d in range(2, 5) if all(abs(v) < 1e-9 or round(v, d) != 0 for v in values)), 5)
+
+
+def share(value: float | None) -> str:
+    """0.4353 -> ``"43.5%"``."""
+    return NOT_MEASURED if value is None else f"{100 * value:.1f}%"
+
+
+def duration(seconds: float | None) -> str:
+    """Wall time: 3723 -> ``"1 h 02 min"``."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 60:
+        return f"{seconds:.1f}{_NBSP}s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes}{_NBSP}min"
+    return f"{minutes // 60}{_NBSP}h{_NBSP}{minutes % 60:02d}{_NBSP}min"
+
+
+def listing(items: Sequence[str]) -> str:
+    """``["a", "b", "c"]`` -> ``"a, b and c"``."""
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def spelled(value: int) -> str:
+    """Small whole numbers as words."""
+    return _SPELLED[value] if 0 <= value < len(_SPELLED) else str(value)
+
+
+def symbols(text: str, form: str) -> str:
+    """The from-scratch runs named in a text as ``form`` writes them: ``S_{P+R}``, with ``"S({})"`` -> ``S(P+R)``."""
+    return _SYMBOL.sub(lambda found: form.format(found[1] or found[2]), text)
+
+
+def plain(value: Any) -> str:
+    """Any recorded setting as one line of text."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, dict):
+        return "; ".join(f"{key} {plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(item) for item in value)
+    return str(value)
+
+
+def size(count: float) -> str:
+    """Bytes as people say them: ``3.4 GB``."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

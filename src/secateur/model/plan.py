@@ -1,0 +1,193 @@
+"""The plan: what is kept of a model. Small, inspectable, hashed; it cuts the model and shapes its scratch twin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import UserError
+from secateur.files import read_json, sha256_file, write_json
+from secateur.model.families import Axis, Granularity
+from secateur.model.safetensors_io import Stored, TensorFile, write_tensors
+from secateur.model.shapes import Shape
+from secateur.runtime import environment
+
+__all__ = ["JSON_FILE", "TENSOR_FILE", "Plan", "load_masks"]
+
+JSON_FILE = "plan.json"
+TENSOR_FILE = "plan.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method decided to keep.
+
+    Attributes:
+        keep_layers: sorted indices of the kept layers.
+        keep_hidden: sorted indices of the kept hidden channels.
+        keep_ffn: for each kept layer of the *old* numbering, sorted indices of its kept FFN channels.
+        keep_kv: likewise its kept KV heads; the query heads that share a KV head go with it.
+        masks: tensor name -> bool of the weight's size, True where kept; empty unless sparse.
+        weights: tensor name -> new values of a weight, where a method updates those that stay; not saved with the plan.
+        biases: tensor name -> what is added to a bias to make up for removed channels.
+        scores: name -> float32 scores, as evidence: ``layers``, ``hidden``, ``ffn.<layer>``, ``kv.<layer>``.
+        calibration: what the scores were computed on, with the hash of the token ids.
+        summary: the scores and the selection in a few plain values.
+    """
+
+    method: str
+    granularity: Granularity
+    asked: dict[str, Any]  #: ratio, shape or pattern, and the options, as they were asked for
+    before: Shape
+    after: Shape
+    keep_layers: Tensor
+    keep_hidden: Tensor
+    keep_ffn: dict[int, Tensor]
+    keep_kv: dict[int, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    zeroed: int = 0  #: weights that the masks drop
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    source: str = ""  #: digest of the checkpoint that was scored
+
+    @classmethod
+    def keeping_all(
+        cls, method: str, granularity: Granularity, asked: dict[str, Any], shape: Shape, **fields: Any
+    ) -> Plan:
+        """A plan that keeps everything but what ``fields`` say."""
+        kept: dict[str, Any] = {
+            "after": shape,
+            "keep_layers": torch.arange(shape.layers),
+            "keep_hidden": torch.arange(shape.hidden),
+            "keep_ffn": {layer: torch.arange(shape.ffn) for layer in range(shape.layers)},
+            "keep_kv": {layer: torch.arange(shape.kv_heads) for layer in range(shape.layers)},
+        }
+        return cls(method=method, granularity=granularity, asked=asked, before=shape, **(kept | fields))
+
+    def indices(self, axis: Axis, layer: int) -> Tensor | None:
+        """The kept indices of an axis in a layer; None where all are kept."""
+        if axis is None or axis == "head":
+            return None
+        if isinstance(axis, tuple):
+            return self._end_to_end(axis, layer)
+        if axis == "hidden":
+            return _unless_all(self.keep_hidden, self.before.hidden)
+        if axis == "ffn":
+            return _unless_all(self.keep_ffn[layer], self.before.ffn)
+        groups = _unless_all(self.keep_kv[layer], self.before.kv_heads)
+        if groups is None:
+            return None
+        width = self.before.head_dim * (self.before.heads // self.before.kv_heads if axis == "query" else 1)
+        return (groups[:, None] * width + torch.arange(width)).reshape(-1)
+
+    def _end_to_end(self, axis: tuple[str, ...], layer: int) -> Tensor | None:
+        found, start = [], 0
+        for part in axis:
+            size = self.before.axis_size(part)
+            indices = self.indices(part, layer)
+            found.append(start + (torch.arange(size) if indices is None else indices))
+            start += size
+        return _unless_all(torch.cat(found), start)
+
+    def parts(self, axis: Axis, layer: int) -> list[tuple[int, int]]:
+        """For each part of an axis: the channels kept, and the zeros behind them where other layers keep more."""
+        found = []
+        for part in axis if isinstance(axis, tuple) else (axis,):
+            indices = self.indices(part, layer)
+            kept = self.before.axis_size(part) if indices is None else len(indices)
+            found.append((kept, self.after.axis_size(part) - kept))
+        return found
+
+    def removed(self) -> dict[str, float]:
+        """The share of parameters that is gone (zeroed, for masks): ``total`` and ``non_embedding``."""
+        zeros = self.zeroed
+        for layer in self.keep_layers.tolist() if not self.masks else ():
+            zeros += (self.after.ffn - len(self.keep_ffn[layer])) * self.after.unit_parameters("ffn")
+            zeros += (self.after.kv_heads - len(self.keep_kv[layer])) * self.after.unit_parameters("kv")
+        if not self.masks:
+            zeros += self.before.total - self.after.total
+            embedding = self.before.embedding - self.after.embedding
+            return {
+                "total": zeros / self.before.total,
+                "non_embedding": (zeros - embedding) / self.before.non_embedding,
+            }
+        return {"total": zeros / self.before.total, "non_embedding": zeros / self.before.non_embedding}
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """What is left of each layer of the old numbering: ``kept``; of a kept one ``ffn`` and ``kv``, the units that
+        stay, and ``sparsity``, the share of its linears' weights that a mask drops."""
+        kept, found = set(self.keep_layers.tolist()), []
+        for layer in range(self.before.layers):
+            if layer not in kept:
+                found.append({"kept": False})
+                continue
+            masks = [self.masks[n] for n in map(self._linear(layer), self.before.family.linears) if n in self.masks]
+            dropped = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks) if masks else 0.0
+            units = {"ffn": len(self.keep_ffn[layer]), "kv": len(self.keep_kv[layer])}
+            found.append({"kept": True, **units, "sparsity": dropped})
+        return found
+
+    def _linear(self, layer: int) -> Callable[[str], str]:
+        return lambda linear: self.before.family.block_tensor(layer, linear)
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Write ``plan.json`` and ``plan.safetensors`` into ``directory`` and return the former's content."""
+        tensors = {"keep.layers": self.keep_layers, "keep.hidden": self.keep_hidden}
+        for layer in self.keep_layers.tolist():
+            tensors |= {f"keep.ffn.{layer}": self.keep_ffn[layer], f"keep.kv.{layer}": self.keep_kv[layer]}
+        tensors |= {f"bias.{name}": bias.float() for name, bias in self.biases.items()}
+        tensors |= {f"score.{name}": score.float() for name, score in self.scores.items()}
+        stored = [Stored.of(name, tensor) for name, tensor in tensors.items()]
+        for layer in range(self.before.layers) if self.masks else ():
+            for rest, axes in self.before.block_tensors().items():  # as large as the model: read one at a time
+                if (name := self.before.family.block_tensor(layer, rest)) in self.masks:
+                    size = self.before.tensor_size(axes)
+                    stored.append(Stored(f"mask.{name}", torch.bool, size, lambda name=name: (self.masks[name],)))
+        write_tensors(directory / TENSOR_FILE, stored)
+        content = {
+            "method": self.method,
+            "granularity": self.granularity,
+            "asked": self.asked,
+            "ratio": {"asked": self.asked.get("ratio"), **self.removed()},
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+            "calibration": self.calibration,
+            "summary": self.summary,
+            "source": self.source,
+            "tensors": sha256_file(directory / TENSOR_FILE),
+        }
+        content["fingerprint"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        content["versions"] = environment()  # beside the identity: other versions may decide the same
+        write_json(directory / JSON_FILE, content)
+        return content
+
+
+def load_masks(directory: Path) -> dict[str, Tensor]:
+    """Read the masks of a saved plan: tensor name -> bool; empty where it has none.
+
+    They are views into the mapped file, not to be written to.
+
+    Raises:
+        UserError: if the plan is missing or its tensors are not those that were saved with it.
+    """
+    content, file = read_json(directory / JSON_FILE), directory / TENSOR_FILE
+    if not isinstance(content, dict) or "tensors" not in content:
+        raise UserError(f"{directory / JSON_FILE}: is not a plan")
+    if not file.is_file() or sha256_file(file) != content["tensors"]:
+        raise UserError(f"{file}: is not the file that {JSON_FILE} was written with")
+    tensors = TensorFile(file)
+    return {name.removeprefix("mask."): tensors.tensor(name) for name in tensors.names if name.startswith("mask.")}
+
+
+def _unless_all(kept: Tensor, size: int) -> Tensor | None:
+    return None if kept.numel() == size else kept

@@ -1,0 +1,350 @@
+"""Shapes and their arithmetic: parameters, FLOPs, KV-cache bytes, and the way from a ratio to a legal shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.errors import UserError, did_you_mean
+from secateur.model.families import FAMILIES, LLAMA, Axis, Family, family_of
+
+__all__ = [
+    "SIZES",
+    "SPACES",
+    "Shape",
+    "Share",
+    "explicit",
+    "multiple_of",
+    "removed",
+    "solve_depth",
+    "solve_width",
+    "teacher_flops",
+    "train_flops",
+]
+
+SPACES = ("layers", "hidden", "ffn", "kv")  #: what a shape can be narrowed in: its layers, or a space of channels
+SIZES = ("hidden", "ffn", "layers", "heads", "kv_heads")  #: the sizes that a shape can be asked for by
+Share = Literal["non_embedding", "total"]  #: which parameters a ratio counts
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that fix a decoder's parameter count."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+    switches: tuple[str, ...] = ()  #: config keys that switch optional tensors on, e.g. ``attention_bias``
+    family: Family = dataclasses.field(default=LLAMA, repr=False)
+
+    @classmethod
+    def of_config(cls, config: Any, *, where: str) -> Shape:
+        """Read a Hugging Face config object.
+
+        Raises:
+            UserError: if its family is not known, or a size is no whole number above zero.
+        """
+        family = family_of(config.model_type, where=where)
+        sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in family.config_keys.items()}
+        if sizes.get("kv_heads") is None:  # as older files have it
+            sizes["kv_heads"] = sizes["heads"]
+        if sizes.get("head_dim") is None:
+            sizes["head_dim"] = sizes["hidden"] // max(sizes["heads"], 1)
+        _check_sizes({key: sizes[name] for name, key in family.config_keys.items()}, where)
+        _check_sizes({"vocab_size": config.vocab_size}, where)
+        if sizes["heads"] % sizes["kv_heads"]:
+            raise UserError(f"{where}: {sizes['heads']} query heads cannot share {sizes['kv_heads']} KV heads evenly")
+        switches = tuple(sorted({key for key in family.optional.values() if getattr(config, key, False)}))
+        return cls(
+            **sizes,
+            vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+            switches=switches,
+            family=family,
+        )
+
+    def axis_size(self, axis: Axis) -> int:
+        """How many channels an axis has; ``None`` is the vocabulary."""
+        if isinstance(axis, tuple):
+            return sum(self.axis_size(part) for part in axis)
+        return {
+            None: self.vocabulary,
+            "hidden": self.hidden,
+            "ffn": self.ffn,
+            "kv": self.kv_heads * self.head_dim,
+            "query": self.heads * self.head_dim,
+            "head": self.head_dim,
+        }[axis]
+
+    def units(self, space: str) -> int:
+        """How many units of a space can be kept or dropped: layers, channels, or KV heads with their query heads."""
+        return {"layers": self.layers, "hidden": self.hidden, "ffn": self.ffn, "kv": self.kv_heads}[space]
+
+    def unit_parameters(self, space: str) -> int:
+        """Parameters that go with one unit of ``ffn`` or ``kv`` in one layer."""
+        smaller = self.narrowed(space, self.units(space) - 1)
+        return self.block_parameters - smaller.block_parameters
+
+    def narrowed(self, space: str, units: int) -> Shape:
+        """The shape with so many units in a space; query heads follow their KV heads."""
+        if space == "kv":
+            return dataclasses.replace(self, kv_heads=units, heads=units * (self.heads // self.kv_heads))
+        return dataclasses.replace(self, **{space: units})
+
+    def tensor_size(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+        """The size of a tensor whose axes lie in these spaces."""
+        return tuple(self.axis_size(axis) for axis in axes)
+
+    def block_tensors(self) -> dict[str, tuple[Axis, ...]]:
+        """The tensors that a block of this shape has: name -> spaces."""
+        optional = self.family.optional
+        return {n: axes for n, axes in self.family.block.items() if n not in optional or optional[n] in self.switches}
+
+    @property
+    def block_weights(self) -> int:
+        """The weights of the blocks' linears, which sparse methods prune."""
+        axes = self.block_tensors()
+        return self.layers * sum(math.prod(self.tensor_size(axes[linear])) for linear in self.family.linears)
+
+    def switched_on(self, keys: Sequence[str]) -> Shape:
+        """The shape with optional tensors besides its own."""
+        return dataclasses.replace(self, switches=tuple(sorted({*self.switches, *keys})))
+
+    @property
+    def refused_by_config(self) -> bool:
+        """Whether the family's own config refuses this shape: heads that do not divide the hidden size."""
+        return self.family.heads_divide_hidden and self.hidden % self.heads != 0
+
+    def openable(self, *, where: str) -> Shape:
+        """This shape, under a family whose config accepts it: the same function may have a less strict one.
+
+        Raises:
+            UserError: if there is none.
+        """
+        if not self.refused_by_config:
+            return self
+        relaxed = self.family.relaxed
+        if relaxed is None or self.switches:
+            raise UserError(
+                f"{where}: transformers refuses a {self.family.name} of hidden size {self.hidden} with {self.heads} "
+                "heads, which do not divide it; choose another number of heads or hidden size"
+            )
+        sibling = next(family for family in FAMILIES if relaxed[0] in family.model_types)
+        return dataclasses.replace(self, family=sibling)
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of one decoder block."""
+        return sum(math.prod(self.tensor_size(axes)) for axes in self.block_tensors().values())
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of one block's linears: what sparse methods prune."""
+        return sum(math.prod(self.tensor_size(self.family.block[name])) for name in self.family.linears)
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding, and of the head where it is not tied to it."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def non_embedding(self) -> int:
+        """Parameters outside the embedding and the head."""
+        return self.layers * self.block_parameters + self.hidden  # + the final norm
+
+    @property
+    def total(self) -> int:
+        """All parameters; tied ones count once."""
+        return self.embedding + self.non_embedding
+
+    def forward_flops(self, context: int) -> float:
+        """FLOPs to process one token forwards, averaged over the positions of a causal window.
+
+        Two for each weight of the blocks' linears and of the head, and ``4 * heads * head_dim`` for each layer and
+        attended position (scores and values), of which there are ``(context + 1) / 2`` on average. Norms, activations
+        and the embedding look-up are left out. Sparse weights count in full: dense kernels multiply their zeros.
+        """
+        weights = self.layers * self.linear_parameters + self.vocabulary * self.hidden
+        attention = 4 * self.layers * self.heads * self.head_dim * (context + 1) / 2
+        return 2.0 * weights + attention
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of KV cache for each token at 16 bits."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+    def config_changes(self) -> dict[str, Any]:
+        """The keys of config.json that say this shape."""
+        return {key: getattr(self, name) for name, key in self.family.config_keys.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """The sizes as plain values."""
+        names = ("hidden", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocabulary", "tied")
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        return f"hidden {self.hidden}, FFN {self.ffn}, layers {self.layers}, heads {self.heads}/{self.kv_heads} KV"
+
+
+def train_flops(shape: Shape, tokens: int, context: int) -> float:
+    """FLOPs of training on ``tokens``: the backward pass costs twice the forward pass."""
+    return 3.0 * tokens * shape.forward_flops(context)
+
+
+def teacher_flops(teacher: Shape, tokens: int, context: int) -> float:
+    """FLOPs of a teacher that reads ``tokens``, forwards only; they come on top of the student's training."""
+    return tokens * teacher.forward_flops(context)
+
+
+def removed(before: Shape, after: Shape) -> dict[str, float]:
+    """The share of parameters that ``after`` lacks: ``total`` and ``non_embedding``."""
+    return {
+        "total": 1 - after.total / before.total,
+        "non_embedding": 1 - after.non_embedding / before.non_embedding,
+    }
+
+
+def multiple_of(size: int, divisor: int = 1) -> int:
+    """The step in which an axis is narrowed: hardware-friendly, and fine enough to come near a ratio.
+
+    It is ``divisor`` times the largest power of two that keeps it at most 128 and leaves 16 steps or more.
+    """
+    step = divisor
+    while step * 2 <= 128 and size // (step * 2) >= 16:
+        step *= 2
+    return step
+
+
+def _counted(shape: Shape, of: Share) -> Any:
+    return shape.total if of == "total" else shape.non_embedding
+
+
+def solve_depth(shape: Shape, ratio: float, of: Share = "non_embedding") -> Shape:
+    """The shape with that share of the parameters removed, to the nearest layer.
+
+    Raises:
+        UserError: if no layer would be left, or none removed.
+    """
+    shares = {n: removed(shape, dataclasses.replace(shape, layers=n))[of] for n in range(shape.layers + 1)}
+    layers = min(shares, key=lambda n: (round(abs(shares[n] - ratio), 4), n % 2))  # halves to even, as round() has it
+    if not 1 <= layers < shape.layers:
+        legal = [f"{shares[n]:.3g}" for n in range(shape.layers - 1, 0, -1)]
+        legal = [*legal[:3], f"... (one for each layer) ... {legal[-1]}"] if len(legal) > 12 else legal
+        told = ", ".join(legal) or "none"
+        raise UserError(f"--ratio {ratio:g}: of {shape.layers} layers it would keep {layers}; possible: {told}")
+    return dataclasses.replace(shape, layers=layers)
+
+
+def solve_width(
+    shape: Shape, ratio: float, spaces: Sequence[str] = ("hidden", "ffn"), of: Share = "non_embedding"
+) -> Shape:
+    """The smaller shape nearest to the ratio; what is not named stays.
+
+    Channels go in steps of :func:`multiple_of`, heads in whole KV groups, and the named spaces shrink alike as far as
+    the steps allow: of the shapes that come within a hundredth of all parameters, and within a tenth of those that are
+    to go or to stay (or, failing that, of the nearest ones), the one whose spaces keep the most similar shares.
+
+    Args:
+        shape: the shape to narrow.
+        ratio: the share of parameters to remove.
+        spaces: which of ``layers``, ``hidden``, ``ffn`` and ``kv`` may shrink.
+        of: which parameters the ratio counts.
+
+    Raises:
+        UserError: if no legal shape comes within five hundredths, or half of what is to go or to stay.
+    """
+    steps = _steps(shape, spaces)
+    grid = np.ix_(*(np.arange(steps[space], shape.units(space) + 1, steps[space]) for space in spaces))
+    every: Any = shape  # all candidates at once: counts are sums of products, so that sizes may as well be arrays
+    for space, sizes in zip(spaces, grid, strict=True):
+        every = every.narrowed(space, sizes)
+    gone = 1 - _counted(every, of) / _counted(shape, of)
+    gone = np.where((gone > 0) & ~np.asarray(every.refused_by_config), gone, np.nan)  # itself is no candidate
+    least, room = np.min(np.abs(gone - ratio), initial=np.inf, where=gone > 0), min(ratio, 1 - ratio)
+    if least > min(0.05, room / 2):
+        raise UserError(f"--ratio {ratio:g}: {_reach(gone, ratio, steps)}")
+    shares = [np.log(sizes / shape.units(space)) for space, sizes in zip(spaces, grid, strict=True)]
+    unlike = np.broadcast_to(_most(shares) + _most([-share for share in shares]), gone.shape)
+    drift = np.abs(gone - ratio)
+    near = np.flatnonzero(drift <= max(least, min(0.01, room / 10)))
+    # Least unlike, then nearest; rounded, so that the last bits of a logarithm decide nothing.
+    best = min(near, key=lambda i: (round(float(unlike.flat[i]), 9), float(drift.flat[i])))
+    found = shape
+    for space, sizes, at in zip(spaces, grid, np.unravel_index(best, gone.shape), strict=True):
+        found = found.narrowed(space, int(sizes.flat[at]))
+    return found
+
+
+def _steps(shape: Shape, spaces: Sequence[str]) -> dict[str, int]:
+    """In what steps each of the spaces is narrowed."""
+    divisor = shape.heads if shape.family.heads_divide_hidden and "kv" not in spaces else 1
+    steps = {"layers": 1, "hidden": multiple_of(shape.hidden, divisor), "ffn": multiple_of(shape.ffn), "kv": 1}
+    return {space: steps[space] for space in spaces}
+
+
+def _most(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    most = arrays[0]
+    for array in arrays[1:]:
+        most = np.maximum(most, array)
+    return most
+
+
+def _reach(gone: NDArray[np.float64], ratio: float, steps: Mapping[str, int]) -> str:
+    """What narrowing can remove, for an error; ``gone`` has each candidate's share, NaN where one is not legal."""
+    units = {"layers": "layer", "hidden": "hidden channel", "ffn": "FFN channel", "kv": "KV head"}
+    named = ", ".join(f"{step} {units[space]}{'s' if step > 1 else ''}" for space, step in steps.items())
+    legal = gone[gone > 0]
+    if not legal.size:
+        return f"this model cannot be narrowed at all in steps of {named}"
+    nearest = legal[np.abs(legal - ratio).argmin()]
+    how = "too small" if ratio < legal.min() else "too large" if ratio > legal.max() else "falls between two steps"
+    return (
+        f"{how}; narrowing this model in steps of {named} removes {legal.min():.4g} to {legal.max():.4g}, "
+        f"nearest {nearest:.4g}"
+    )
+
+
+def explicit(shape: Shape, sizes: Mapping[str, int]) -> Shape:
+    """The shape with these sizes in place of its own.
+
+    Args:
+        shape: the shape to cut.
+        sizes: ``hidden``, ``ffn``, ``layers``, ``heads`` or ``kv_heads`` -> size; query heads and KV heads follow each
+            other.
+
+    Raises:
+        UserError: on a size that is unknown, is not between one and the present one, or splits a KV group.
+    """
+    for name, size in sizes.items():
+        if name not in SIZES:
+            raise UserError(f"--shape: {name!r} is not a size{did_you_mean(name, SIZES)}")
+        if not 1 <= size <= getattr(shape, name):
+            raise UserError(f"--shape: {name}={size} is not between 1 and the model's {getattr(shape, name)}")
+    group = shape.heads // shape.kv_heads
+    heads = sizes.get("heads", sizes.get("kv_heads", shape.kv_heads) * group)
+    kv_heads = sizes.get("kv_heads", heads // group)
+    if heads % group:
+        raise UserError(f"--shape: heads={heads} splits a KV group: {group} query heads share each KV head")
+    if heads != kv_heads * group:
+        raise UserError(
+            f"--shape: heads={heads},kv_heads={kv_heads}: {group} query heads share each KV head, so {kv_heads} KV "
+            f"heads go with {kv_heads * group} query heads"
+        )
+    return dataclasses.replace(shape, **{**sizes, "heads": heads, "kv_heads": kv_heads})
+
+
+def _check_sizes(sizes: Mapping[str, Any], where: str) -> None:
+    for key, size in sizes.items():
+        if not isinstance(size, int) or not 1 <= size < 2**24:
+            raise UserError(f"{where}: {key} should be a whole number above zero and below {2**24:,}, not {size!r}")

@@ -1,0 +1,149 @@
+"""The one surgeon: cuts a checkpoint to a plan, for every method and family."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from secateur.errors import UserError
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.families import Axis
+from secateur.model.plan import Plan
+from secateur.model.safetensors_io import Stored
+
+__all__ = ["cut_config", "cut_tensors"]
+
+_ROWS = 4096  # of the embedding or the head at once
+
+
+def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[Stored]:
+    """What the plan keeps of each tensor, under the new layer numbers; it is read and cut when it is written."""
+    family = checkpoint.family
+    for name, axes in checkpoint.outer_tensors().items():
+        size, dtype = plan.after.tensor_size(axes), checkpoint.dtype_of(name)
+        yield Stored(name, dtype, size, partial(_outer_parts, checkpoint, plan, name, axes))
+    stored = checkpoint.shape.block_tensors()
+    for new, old in enumerate(plan.keep_layers.tolist()):
+        for rest, axes in plan.after.block_tensors().items():
+            name = family.block_tensor(old, rest)
+            dtype = checkpoint.dtype_of(name) if rest in stored else checkpoint.dtype
+            size = plan.after.tensor_size(axes)
+            make = partial(_block_tensor, checkpoint, plan, old, rest, axes)
+            yield Stored(family.block_tensor(new, rest), dtype, size, lambda make=make: (make(),))
+
+
+def _outer_parts(checkpoint: Checkpoint, plan: Plan, name: str, axes: tuple[Axis, ...]) -> Iterator[Tensor]:
+    """A tensor outside the blocks; matrices, whose rows are the vocabulary, which is never cut, come in pieces."""
+    rows = plan.before.tensor_size(axes)[0]
+    step = _ROWS if len(axes) > 1 else rows
+    for start in range(0, rows, step):
+        part = checkpoint.rows(name, start, min(start + step, rows))
+        yield _kept_scale(name, _slice(part, axes, plan, layer=-1), plan)
+
+
+def _block_tensor(checkpoint: Checkpoint, plan: Plan, layer: int, rest: str, axes: tuple[Axis, ...]) -> Tensor:
+    name = checkpoint.family.block_tensor(layer, rest)
+    if rest in checkpoint.shape.block_tensors():
+        tensor = plan.weights[name] if name in plan.weights else checkpoint.tensor(name)
+    else:  # a bias that the plan switches on
+        tensor = torch.zeros(plan.before.tensor_size(axes), dtype=checkpoint.dtype)
+    if name in plan.biases:
+        tensor = (tensor.float() + plan.biases[name]).to(tensor.dtype)
+    if name in plan.masks:
+        tensor = tensor.masked_fill(~plan.masks[name], 0)
+    return _slice(_kept_mean(rest, tensor, axes, plan, layer=layer), axes, plan, layer=layer)
+
+
+def _slice(tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Tensor:
+    for dimension, axis in enumerate(axes):
+        indices = plan.indices(axis, layer)
+        if indices is not None:
+            tensor = tensor.index_select(dimension, indices)
+        parts = plan.parts(axis, layer)
+        if any(missing for _, missing in parts):
+            tensor = _pad(tensor, dimension, parts)
+    return tensor
+
+
+def _pad(tensor: Tensor, dimension: int, parts: list[tuple[int, int]]) -> Tensor:
+    """Put zeros behind each part of a dimension."""
+    padded = []
+    for piece, (_, missing) in zip(tensor.split([kept for kept, _ in parts], dimension), parts, strict=True):
+        padded += [piece, piece.new_zeros([*piece.shape[:dimension], missing, *piece.shape[dimension + 1 :]])]
+    return torch.cat(padded, dimension)
+
+
+def _kept_mean(name: str, tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Tensor:
+    """Undo what the zeros behind a norm's channels would change by themselves.
+
+    A norm that runs over several heads divides by the root of a mean, which counts the zeros of the heads that this
+    layer lacks and others have. The norm's weight makes up for it.
+    """
+    if len(axes) != 1 or not name.endswith(".weight"):
+        return tensor
+    ((kept, missing),) = plan.parts(axes[0], layer)
+    if not missing:
+        return tensor
+    factor, offset = math.sqrt(kept / (kept + missing)), plan.before.family.norm_offset
+    return ((tensor.float() + offset) * factor - offset).to(tensor.dtype)
+
+
+def _kept_scale(name: str, tensor: Tensor, plan: Plan) -> Tensor:
+    """Undo what a narrower residual stream would change by itself.
+
+    A model that multiplies its embeddings by the root of the hidden size would multiply a narrower one by less. The
+    embedding makes up for it; where it is also the head, the final norm takes the same factor back.
+    """
+    family = plan.before.family
+    if not family.embedding_grows or plan.before.hidden == plan.after.hidden:
+        return tensor
+    factor = math.sqrt(plan.before.hidden / plan.after.hidden)
+    if name == family.embedding:
+        return (tensor.float() * factor).to(tensor.dtype)
+    if name == family.final_norm and plan.before.tied:
+        return ((tensor.float() + family.norm_offset) / factor - family.norm_offset).to(tensor.dtype)
+    return tensor
+
+
+def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The content of config.json after the cut; ``head_dim`` is always written, since hidden / heads may not be it.
+
+    Raises:
+        UserError: if transformers would not open it: some configurations hold sizes to rules that no table here knows.
+    """
+    other_family = plan.after.family is not plan.before.family
+    config = _spelled_out(checkpoint) if other_family else dict(checkpoint.raw_config)
+    config |= plan.after.config_changes() | dict.fromkeys(plan.after.switches, True)
+    for key in checkpoint.family.per_layer_keys:
+        # The config object spells out what older files derive from a period, which cut layers no longer follow.
+        values = getattr(checkpoint.config, key, None)
+        if isinstance(values, list) and len(values) == plan.before.layers and (key in config or _cuts_layers(plan)):
+            config[key] = [values[layer] for layer in plan.keep_layers.tolist()]
+    if other_family:
+        assert plan.before.family.relaxed is not None
+        model_type, architecture, besides = plan.before.family.relaxed
+        config |= {"model_type": model_type, "architectures": [architecture], **besides}
+    try:
+        CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"transformers refuses the shape {plan.after} for this model: {reason}; ask for another, e.g. by --axes ffn"
+        ) from None
+    return config
+
+
+def _spelled_out(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration with all defaults, which another family may have others for."""
+    return {key: value for key, value in checkpoint.config.to_diff_dict().items() if not key.startswith("_")}
+
+
+def _cuts_layers(plan: Plan) -> bool:
+    return plan.after.layers < plan.before.layers

@@ -1,0 +1,292 @@
+"""learn -> plan: train a model under gates until they have the shape asked for, and say what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import distributed
+from secateur.config import identity
+from secateur.errors import RunError
+from secateur.evaluation.loss import Protocol
+from secateur.methods.base import LearnedMethod
+from secateur.methods.selection import keep_channels
+from secateur.model.checkpoint import Checkpoint, copy_tokenizer, skeleton
+from secateur.model.plan import Plan
+from secateur.model.shapes import Shape
+from secateur.pruning.pipeline import check_config
+from secateur.pruning.target import Target
+from secateur.training.batches import Data
+from secateur.training.gates import Gates
+from secateur.training.heldout import domain_losses
+from secateur.training.init import stored_weights
+from secateur.training.loop import Housekeeping, train
+from secateur.training.mixture import Mixture
+from secateur.training.output import write_trained
+from secateur.training.parallel import Execution, Trainee, place
+from secateur.training.recipe import Recipe
+
+__all__ = ["cut_plan", "follow", "gate_values", "learn", "learning_recipe", "write_gated"]
+
+_NEAR = 0.02  #: how far from its target, as a share of the units, a mean of expected sizes may end
+_POINTS = 16  #: of the curve
+
+
+def learning_recipe(method: LearnedMethod, sequence: int, micro_batch: int) -> Recipe:
+    """How weights train along with the gates, whose own rates do not follow its schedule.
+
+    Args:
+        method: with its options.
+        sequence: tokens in a window.
+        micro_batch: windows at once.
+    """
+    return Recipe(
+        sequence=sequence,
+        tokens_per_step=method.windows * sequence,
+        peak_rate=method.rate or 1.0,  # of no weight, where none is trained
+        data_seed=method.seed,
+        seed=method.seed,
+        micro_batch=micro_batch,
+    )
+
+
+def learn(
+    checkpoint: Checkpoint,
+    name: str,
+    target: Target,
+    data: Data,
+    *,
+    method: LearnedMethod,
+    record: Mapping[str, Any],
+    execution: Execution,
+    house: Housekeeping,
+    measure: Callable[[Trainee], float | None] = lambda _: None,
+    out: Path,
+) -> tuple[Plan, Checkpoint]:
+    """Learn what to cut; all processes together.
+
+    Args:
+        checkpoint: the model.
+        name: of the method.
+        target: the shape, or the ratio.
+        data: what to train on, under :func:`learning_recipe`.
+        method: it.
+        record: what identifies the data, for the plan.
+        execution: where and how to compute.
+        house: checkpoints of the run, metrics, progress.
+        measure: gives a held-out loss along the way.
+        out: an existing folder for the trained model.
+
+    Returns:
+        The plan; and the model before the cut, its weights trained and multiplied by their gates, in ``out``.
+
+    Raises:
+        UserError: on a target that this model has no shape for.
+        RunError: if the gates did not come near the target, or training ended early.
+    """
+    after = target.shape(checkpoint.shape, method, name)
+    check_config(checkpoint, after)
+    model = skeleton(checkpoint.config, checkpoint.directory)
+    model.requires_grad_(method.rate > 0)
+    gates = Gates(model, method, checkpoint.shape, after)
+    trainee = place(model, stored_weights(checkpoint), execution, gates)
+    result = train(trainee, data, masks={}, measure=measure, points=_POINTS, house=house)
+    scores = gates.scores()
+    _check_reached(method, scores, checkpoint.shape, after, result["curve"], house)
+    plan = cut_plan(
+        checkpoint,
+        name,
+        method,
+        scores,
+        after,
+        asked=target.record(method) | {"options": identity(method)},
+        calibration={**record, "tokens": result["tokens"], "method_source": method.source},
+        told={key: result[key] for key in ("steps", "targets", "curve")},
+    )
+    return plan, write_gated(checkpoint, trainee, gate_values(method, scores, after), out)
+
+
+def follow(
+    mixture: Mixture,
+    protocols: Mapping[str, Protocol],
+    micro_batch: int,
+    tell: Callable[[Mapping[str, float]], None] = lambda _: None,
+) -> Callable[[Trainee], float | None]:
+    """What measures held-out losses along the way, and has the shares of several domains follow them.
+
+    Args:
+        mixture: what is trained on; its references are the losses of the model before anything is cut.
+        protocols: domain -> held-out windows.
+        micro_batch: windows at once.
+        tell: told the losses of several domains.
+
+    Returns:
+        a model -> the loss over all domains, in nats a token; None where nothing is held out.
+    """
+
+    def measure(trainee: Trainee) -> float | None:
+        losses = domain_losses(trainee, protocols, micro_batch)
+        if len(mixture.ranges) > 1:
+            if mixture.references:
+                mixture.update(losses)
+            mixture.references = mixture.references or losses
+            tell(losses)
+        tokens = sum(protocol.tokens for protocol in protocols.values())
+        return sum(losses[name] * protocol.tokens for name, protocol in protocols.items()) / tokens if tokens else None
+
+    return measure
+
+
+def cut_plan(
+    checkpoint: Checkpoint,
+    name: str,
+    method: LearnedMethod,
+    scores: Mapping[str, Tensor],
+    after: Shape,
+    *,
+    asked: dict[str, Any],
+    calibration: dict[str, Any],
+    told: Mapping[str, Any],
+) -> Plan:
+    """What stays: the units whose gates have the highest parameters, exactly as many as the shape has.
+
+    Args:
+        checkpoint: the model.
+        name: of the method.
+        method: it.
+        scores: space -> the gates' parameters, [rows, units] (:meth:`secateur.training.gates.Gates.scores`).
+        after: the shape.
+        asked: as it was asked for.
+        calibration: what the gates were learned on.
+        told: for the summary.
+    """
+    kept = {space: _kept(a, after, space) for space, a in scores.items()}
+    layers = kept["layers"][0] if "layers" in kept else torch.arange(checkpoint.shape.layers)
+    fields: dict[str, Any] = {"keep_layers": layers}
+    evidence: dict[str, Tensor] = {}
+    for space, a in scores.items():
+        if space in ("layers", "hidden"):
+            fields[f"keep_{space}"], evidence[space] = kept[space][0], a[0]
+        else:
+            fields[f"keep_{space}"] = {layer: kept[space][layer] for layer in layers.tolist()}
+            evidence |= {f"{space}.{layer}": a[layer] for layer in layers.tolist()}
+    before = checkpoint.shape
+    changed = [
+        f"{words} {before.units(space)} to {after.units(space)}" for space, words in _WORDS.items() if space in kept
+    ]
+    undecided = {space: _undecided(method, a, layers) for space, a in scores.items()}
+    return Plan.keeping_all(
+        name,
+        method.granularity,
+        asked,
+        before,
+        after=after,
+        source=checkpoint.digest,
+        calibration=calibration,
+        summary={"detail": ", ".join(changed), "undecided": undecided, **told},
+        scores=evidence,
+        **fields,
+    )
+
+
+_WORDS = {"layers": "layers", "hidden": "hidden channels", "ffn": "FFN channels", "kv": "KV heads"}
+
+
+def _undecided(method: LearnedMethod, a: Tensor, layers: Tensor) -> float:
+    """The share of gates, in the layers that stay, that are neither surely open nor surely shut."""
+    chance = method.active(a[layers] if len(a) > 1 else a)
+    return float(((chance > 0.1) & (chance < 0.9)).float().mean())
+
+
+def _check_reached(
+    method: LearnedMethod,
+    scores: Mapping[str, Tensor],
+    before: Shape,
+    after: Shape,
+    curve: list[dict[str, Any]],
+    house: Housekeeping,
+) -> None:
+    """Refuse gates that are not near the shape: which of them to cut would then be an arbitrary choice."""
+    for space, a in scores.items():
+        units, goal = before.units(space), after.units(space)
+        sizes = method.active(a).sum(dim=1)
+        worst = int((sizes - goal).abs().argmax())
+        if abs(float(sizes[worst]) - goal) > max(0.5, _NEAR * units):
+            past = ", ".join(f"{point[space]:.4g}" for point in curve[1:])
+            where = f" in layer {worst}" if len(sizes) > 1 else ""
+            raise RunError(
+                f"{house.label}: the gates did not settle: {space} is expected to keep {float(sizes[worst]):.4g} "
+                f"of {units}{where}, and {goal} were asked (on average along the run: {past}); "
+                "give it more --option steps=N, or a higher --option phi=X and multiplier_rate=X"
+            )
+
+
+def _kept(a: Tensor, after: Shape, space: str) -> Tensor:
+    """The units of the highest ``a`` in each row, as many as asked: [rows, kept], sorted."""
+    return torch.stack([keep_channels(row, after.units(space)) for row in a])
+
+
+def gate_values(method: LearnedMethod, scores: Mapping[str, Tensor], after: Shape) -> dict[str, Tensor]:
+    """What each unit is multiplied by when the model is cut: its gate without noise, zero where it goes.
+
+    A unit that stays only to make up the number may have a gate of zero. It gets the probability that it is open, so
+    that it can still learn.
+    """
+    values = {}
+    for space, a in scores.items():
+        kept, gates = _kept(a, after, space), method.settled(a)
+        gates = gates.where(gates > 0, method.active(a))
+        values[space] = torch.zeros_like(a).scatter(1, kept, gates.gather(1, kept))
+    return values
+
+
+def write_gated(checkpoint: Checkpoint, trainee: Trainee, values: Mapping[str, Tensor], out: Path) -> Checkpoint:
+    """Write the trained model with its gates multiplied in, in the types of the checkpoint; all processes together.
+
+    Args:
+        checkpoint: what it was.
+        trainee: what it is now.
+        values: space -> the gates, [rows, units].
+        out: an existing folder.
+    """
+    write_trained(
+        out,
+        trainee,
+        checkpoint.raw_config,
+        checkpoint.dtype_of,
+        provenance={"kind": "trained", "init": "checkpoint", "source": checkpoint.digest},
+        line="A model with learned gates multiplied in, before it was cut.",
+        change=lambda name, tensor: _gated(tensor, name, checkpoint.shape, values),
+    )
+    if distributed.first():
+        copy_tokenizer(checkpoint.directory, out)
+    distributed.wait()
+    return Checkpoint(out)
+
+
+def _gated(tensor: Tensor, name: str, shape: Shape, values: Mapping[str, Tensor]) -> Tensor:
+    """A tensor with the gates multiplied into it that its module has in training (:mod:`secateur.training.gates`)."""
+    family = shape.family
+    if name == family.final_norm and "hidden" in values:
+        return _scaled(tensor, values["hidden"][0], family.norm_offset)
+    if not name.startswith(f"{family.layers}."):
+        return tensor
+    number, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
+    layer, module = int(number), rest.rpartition(".")[0]
+    if rest in family.linears:
+        space = {"query": "kv"}.get(axis := str(family.block[rest][1]), axis)
+        if space in values:
+            gates = values[space][0 if space == "hidden" else layer].to(tensor.device)
+            tensor = tensor * gates.repeat_interleave(shape.axis_size(axis) // len(gates))
+    if module in family.writers and "layers" in values:
+        is_norm = tensor.dim() == 1 and f"{module}.weight" not in family.linears
+        tensor = _scaled(tensor, values["layers"][0, layer], family.norm_offset if is_norm else 0.0)
+    return tensor
+
+
+def _scaled(weight: Tensor, gate: Tensor, offset: float) -> Tensor:
+    return (weight + offset) * gate.to(weight.device) - offset

@@ -1,0 +1,302 @@
+"""score -> select -> plan: one function for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.block_walk import BlockWalk
+from secateur.calibration.journal import Workspace
+from secateur.calibration.statistics import GradientStatistic
+from secateur.config import identity
+from secateur.data.tokenizer import token_hash
+from secateur.errors import UserError
+from secateur.evaluation.lm_eval.tasks import Task
+from secateur.methods.base import LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod, get_method
+from secateur.model.checkpoint import Checkpoint, copy_tokenizer, model_card, write_checkpoint
+from secateur.model.plan import Plan
+from secateur.model.shapes import Shape
+from secateur.model.surgery import cut_config, cut_tensors
+from secateur.pruning.scoring import decide
+from secateur.pruning.target import Target
+from secateur.runtime import pick_batch
+
+__all__ = [
+    "Calibration",
+    "achieved",
+    "asked_words",
+    "check_config",
+    "make_plan",
+    "reads_text",
+    "scores_identity",
+    "scoring_flops",
+    "task_of",
+    "write_pruned",
+]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The token ids that scores are computed on."""
+
+    windows: Tensor  #: int64 [windows, positions]
+    source: str  #: where they are from
+
+    def record(self) -> dict[str, Any]:
+        """What identifies them."""
+        count, length = self.windows.shape
+        return {
+            "source": self.source,
+            "windows": count,
+            "seqlen": length,
+            "tokens": count * length,
+            "hash": token_hash(self.windows.numpy()),
+        }
+
+
+def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, context: int) -> float:
+    """FLOPs of scoring: forward passes over the calibration tokens, in whole models' worth.
+
+    A width method takes one pass, or two where each block runs before and after its own pruning, as it does for sparse
+    methods. Where scores are of gradients, a backward pass counts as two more, and one again for the second forward
+    pass that it needs. Removals take one pass and, for each candidate, the blocks behind it. Learning is training: a
+    backward pass counts as two more, or as one where the weights stay as they are.
+    """
+    if not method.calibrated:
+        return 0.0
+    passes = 1.0
+    if isinstance(method, LearnedMethod):
+        passes += 2.0 if method.rate > 0 else 1.0
+    elif isinstance(method, RemovalMethod):
+        length = shape.layers - after.layers if method.runs else 1
+        passes += sum(range(shape.layers - length + 1)) / shape.layers
+    elif any(issubclass(kind, GradientStatistic) for kind in method.needs):
+        passes += 3.0
+    elif isinstance(method, WeightMethod) or (isinstance(method, WidthMethod) and method.sequential):
+        passes += 1.0 - 1 / shape.layers  # nothing sees what the last block puts out
+    return passes * tokens * shape.forward_flops(context)
+
+
+def reads_text(method: Method) -> bool:
+    """Whether the method scores on calibration text, and not on weights alone or by a task."""
+    return method.calibrated and not task_of(method)
+
+
+def task_of(method: Method) -> str:
+    """The task that the method goes by; empty for none."""
+    return method.task if isinstance(method, RemovalMethod) else ""
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    method: str,
+    target: Target,
+    calibration: Calibration | None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    task: Task | None = None,
+    batch: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    workspace: Workspace | None = None,
+) -> Plan:
+    """Score a checkpoint with a method and select what to keep.
+
+    Of several processes (:mod:`secateur.distributed`) each calls this with the same arguments, except for the device.
+
+    Args:
+        checkpoint: the model; it is read block by block.
+        method: a name from the registry.
+        target: how much to remove, and of what.
+        calibration: what to score on; None for methods that do not read text (:func:`reads_text`).
+        options: of the method.
+        task: how to measure the task that the method's options name; None for its defaults.
+        batch: windows at once; None for what suits the device.
+        device: where to compute.
+        dtype: of the forward pass; statistics and scores are float32 or better.
+        workspace: where to keep what is found block by block; scores that are there already are not computed again.
+            Several processes need a directory that they all see.
+
+    Raises:
+        UserError: on an unknown method or option, one that learns (:func:`secateur.pruning.learned.learn`), a target that this
+            model has no shape for, or values that are not finite.
+    """
+    found = get_method(method, options)
+    if isinstance(found, LearnedMethod):
+        raise UserError(f"{method}: learns what to cut in training and has no scores before; use secateur prune")
+    after = target.shape(checkpoint.shape, found, method)
+    check_config(checkpoint, after)
+    if reads_text(found) and calibration is None:
+        raise UserError(f"--calibration: {method} is scored on text; name some")
+    if task_of(found) and task is None:
+        task = Task(task_of(found), few_shot=0)
+    if task is not None:
+        _ = task.requests  # what is wrong with the task is told before the weights are read
+    windows = calibration.windows if calibration and reads_text(found) else None
+    _check_finite(checkpoint, whole=task is not None)
+    by_window = any(issubclass(kind, GradientStatistic) for kind in found.needs)
+    workspace, key = workspace or Workspace(), _journal_key(found, target, checkpoint.shape, after)
+    walk = BlockWalk(
+        checkpoint,
+        windows,
+        batch=1 if by_window else batch,
+        device=device,
+        label=f"score {method}",
+        dtype=dtype,
+        store=workspace.store(key),
+        journal=workspace.journal(key),
+    )
+    if found.draws:
+        walk.journal.finished = 0  # what is drawn first belongs to the first block
+    with walk.journal.behind(device):
+        decided = decide(found, walk, target, after, task, batch)
+    walk.journal.close()
+    record: dict[str, Any] = calibration.record() if windows is not None and calibration else {"source": None}
+    if windows is not None and dtype != torch.float32:
+        record["dtype"] = str(dtype).removeprefix("torch.")
+    asked = target.record(found) | ({"options": identity(found)} if identity(found) else {})
+    fields = {"after": after, "calibration": {**record, "method_source": found.source}, **decided}
+    return Plan.keeping_all(method, found.granularity, asked, checkpoint.shape, source=checkpoint.digest, **fields)
+
+
+def scores_identity(
+    checkpoint: Checkpoint,
+    method: str,
+    target: Target,
+    calibration: Calibration | None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    batch: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any] | None:
+    """What the scores depend on that :func:`make_plan` finds for the same arguments, to the last bit.
+
+    Returns:
+        Plain values, equal where one journal serves; None where keeping it would not pay: masks and weights are as
+        large as the model and serve one plan, and accuracies on a task are in no journal.
+
+    Raises:
+        UserError: as :func:`make_plan`.
+    """
+    found = get_method(method, options)
+    if isinstance(found, WeightMethod) or task_of(found):
+        return None
+    windows = calibration.windows if calibration and reads_text(found) else None
+    if windows is not None:
+        batch = batch or pick_batch(windows.shape[1], device)
+    return {
+        "source": checkpoint.digest,
+        "method": method,
+        "options": identity(found),
+        "journal": _journal_key(found, target, checkpoint.shape, target.shape(checkpoint.shape, found, method)),
+        "calibration": token_hash(windows.numpy()) if windows is not None else None,
+        "batch": batch,  # decides how sums are rounded, as the device does
+        "device": torch.device(device).type,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _journal_key(method: Method, target: Target, before: Shape, after: Shape) -> str:
+    """Names what is found on the way: equal where it is the same whatever the ratio."""
+    if isinstance(method, WeightMethod):
+        return f"weights-{target.pattern or target.ratio}".replace(":", "of")
+    if isinstance(method, RemovalMethod):
+        return f"removal-{before.layers - after.layers if method.runs else 1}"
+    if isinstance(method, WidthMethod):
+        spaces = "-".join(target.spaces(method))
+        if method.sequential and target.allocation == "uniform":
+            sizes = "-".join(str(after.units(space)) for space in target.spaces(method))
+            return f"width-{spaces}-{sizes}"
+        return f"width-{spaces}"
+    return "layers"
+
+
+def check_config(checkpoint: Checkpoint, after: Shape) -> None:
+    """Refuse a shape that transformers will not open, before anything is scored."""
+    kept = {"after": after, "keep_layers": torch.arange(after.layers)}
+    cut_config(checkpoint, Plan.keeping_all("", "width", {}, checkpoint.shape, **kept))
+
+
+def _check_finite(checkpoint: Checkpoint, *, whole: bool) -> None:
+    """Refuse NaN and infinity in the tensors that no walk over the blocks looks at: those outside, or all of them."""
+    for name in checkpoint.tensors() if whole else checkpoint.outer_tensors():
+        checkpoint.check_finite(name, checkpoint.tensor(name))
+
+
+def achieved(plan: Plan) -> dict[str, Any]:
+    """What was removed, beside what was asked.
+
+    Returns:
+        ``asked``: the ratio, None where a shape or a pattern was given; ``of``: what it is a share of (``total``,
+        ``non_embedding`` or ``block_weights``); the shares removed, ``total``, ``non_embedding`` and, for masks,
+        ``block_weights``; ``drift``: the share of that kind less the one asked.
+    """
+    asked, of = plan.asked.get("ratio"), plan.asked.get("of")
+    shares = plan.removed()
+    if plan.masks:
+        shares["block_weights"] = plan.zeroed / plan.before.block_weights
+    return {"asked": asked, "of": of, **shares, "drift": None if asked is None else shares[of or ""] - asked}
+
+
+def asked_words(asked: Mapping[str, Any]) -> str:
+    """What was asked for (``Plan.asked``) as people say it."""
+    said = []
+    if "ratio" in asked:
+        said.append(f"{100 * asked['ratio']:.4g}% of {_COUNTED[asked['of']]}")
+    if "shape" in asked:
+        said.append(",".join(f"{name}={size}" for name, size in asked["shape"].items()))
+    said += [f"{key} {asked[key]}" for key in ("pattern", "allocation") if key in asked]
+    if "axes" in asked:
+        said.append(f"axes {','.join(asked['axes'])}")
+    return ", ".join(said)
+
+
+_COUNTED = {
+    "total": "all parameters",
+    "non_embedding": "the parameters outside the embeddings",
+    "block_weights": "the weights of the blocks' linears",
+}
+
+
+def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | None = None) -> dict[str, Any]:
+    """Cut the checkpoint to the plan and write it, the plan, the tokenizer and a card into the existing ``out``.
+
+    Returns:
+        The content of ``plan.json``.
+    """
+    content = plan.save(out)
+    share = achieved(plan)
+    lines = [
+        f"Pruned with **{plan.method}** ({plan.granularity}) by secateur, asked for {asked_words(plan.asked)}: "
+        f"{plan.summary['detail']}.",
+        "",
+        f"- removed: {100 * share['total']:.1f}% of all parameters, "
+        f"{100 * share['non_embedding']:.1f}% of those outside the embeddings",
+        f"- shape: {plan.after}",
+        f"- calibration: {plan.calibration['tokens']:,} tokens of {plan.calibration['source']}"
+        if plan.calibration["source"]
+        else "- calibration: none, no text was read",
+        "- not retrained; `plan.json` and `plan.safetensors` hold the scores and the selection",
+    ]
+    write_checkpoint(
+        out,
+        cut_config(checkpoint, plan),
+        cut_tensors(checkpoint, plan),
+        provenance={
+            "kind": "pruned",
+            "method": plan.method,
+            "ratio": share,
+            "plan": content["fingerprint"],
+            "source": plan.source,
+            "calibration": plan.calibration,
+        },
+        card=model_card(f"Pruned with {plan.method}", base, lines),
+    )
+    copy_tokenizer(checkpoint.directory, out)
+    return content

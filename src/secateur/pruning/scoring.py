@@ -1,0 +1,339 @@
+"""score -> select: evidence goes to the method, its scores to the selector. One function for each kind of method."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.block_walk import Block, BlockWalk
+from secateur.calibration.layer_removal import removal_losses
+from secateur.calibration.place import Place, evidence
+from secateur.calibration.statistics import Mean
+from secateur.errors import UserError
+from secateur.evaluation.layer_removal import removal_accuracies
+from secateur.evaluation.lm_eval.tasks import Task
+from secateur.methods.base import LayerMethod, RemovalMethod, WeightMethod, WidthMethod
+from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest
+from secateur.model.checkpoint import is_finite
+from secateur.model.shapes import Shape
+from secateur.progress import say
+from secateur.pruning.target import Target
+
+__all__ = ["decide"]
+
+Decision = dict[str, Any]  #: fields of a plan
+
+
+def decide(
+    method: LayerMethod | RemovalMethod | WidthMethod | WeightMethod,
+    walk: BlockWalk,
+    target: Target,
+    after: Shape,
+    task: Task | None,
+    batch: int | None,
+) -> Decision:
+    """Score, and select what to keep.
+
+    Args:
+        method: how.
+        walk: over the blocks.
+        target: how much to remove, and of what.
+        after: the shape that this comes to.
+        task: what removals are measured by; None for the loss.
+        batch: examples of the task at once.
+    """
+    if isinstance(method, RemovalMethod):
+        return _decide_runs(method, walk, after, task, batch)
+    if isinstance(method, LayerMethod):
+        return _decide_layers(method, walk, after)
+    if isinstance(method, WidthMethod):
+        return _decide_width(method, walk, target, after)
+    return _decide_weights(method, walk, target)
+
+
+def _decide_runs(
+    method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None, batch: int | None
+) -> Decision:
+    """Try each candidate's removal; take out the run, or the layers, that the model misses least."""
+    layers = walk.checkpoint.shape.layers
+    gone = layers - after.layers
+    length = gone if method.runs else 1
+    if task:
+        full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
+    else:
+        full, without = removal_losses(walk, length)  # which asks the journal first
+    scores = method.score(full, torch.tensor(without, dtype=torch.float64))
+    _check_finite(walk, {"layers": scores})
+    firsts = lowest(scores, 1 if method.runs else gone)
+    measured = "accuracy" if task else "loss"
+    kept = _kept_layers(layers, {layer for first in firsts for layer in range(first, first + length)})
+    candidates = [{"first": i, "last": i + length - 1, measured: value} for i, value in enumerate(without)]
+    summary = {"detail": _removed_layers(layers, kept), f"{measured}_full": full, "candidates": candidates}
+    if task:
+        summary["task"] = task.record()
+    return {"keep_layers": kept, "scores": {"layers": scores}, "summary": summary}
+
+
+def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decision:
+    """Score the layers one by one; take out those of the lowest scores."""
+    layers = walk.checkpoint.shape.layers
+    for block, places in evidence(walk, method.needs, ("layer",)):
+        assert block is not None
+        walk.journal.put(block.index, {f"score.{block.index}": method.score(places["layer"][0]).cpu()})
+        del places
+    scores = torch.stack([walk.journal[f"score.{layer}"] for layer in range(layers)])
+    _check_finite(walk, {"layers": scores[scores != torch.inf]})  # infinity spares a layer
+    scored, gone = torch.isfinite(scores), layers - after.layers
+    if gone > int(scored.sum()):
+        raise UserError(f"{gone} layers are to go, but only {int(scored.sum())} may; spare fewer or remove less")
+    kept = _kept_layers(layers, set(lowest(scores, gone)))
+    candidates = [{"first": i, "last": i, "score": s if scored[i] else None} for i, s in enumerate(scores.tolist())]
+    summary = {"detail": _removed_layers(layers, kept), "candidates": candidates}
+    return {"keep_layers": kept, "scores": {"layers": scores}, "summary": summary}
+
+
+def _check_finite(walk: BlockWalk, scores: Mapping[str, Tensor]) -> None:
+    for name, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise UserError(f"{walk.checkpoint.directory}: the scores of {name} are NaN or infinite")
+
+
+def _kept_layers(layers: int, gone: set[int]) -> Tensor:
+    return torch.tensor([layer for layer in range(layers) if layer not in gone])
+
+
+def _removed_layers(layers: int, kept: Tensor) -> str:
+    stays = set(kept.tolist())
+    gone = [layer for layer in range(layers) if layer not in stays]
+    if len(gone) == 1:
+        return f"layer {gone[0]} of 0-{layers - 1} removed"
+    contiguous = gone == list(range(gone[0], gone[-1] + 1))
+    named = f"{gone[0]}-{gone[-1]}" if contiguous else ", ".join(map(str, gone))
+    return f"layers {named} of 0-{layers - 1} removed"
+
+
+def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: Shape) -> Decision:
+    """Score the units of each space; keep as many in every layer, or let layers compete."""
+    spaces = target.spaces(method)
+    layered = [space for space in spaces if space != "hidden"]
+    uniform = target.allocation == "uniform"
+    cutting = method.sequential and uniform and "hidden" not in spaces
+
+    def cut(block: Block) -> None:
+        for space in layered:
+            score = walk.journal[f"score.{space}.{block.index}"]
+            gone = torch.ones(len(score), dtype=torch.bool)
+            gone[keep_channels(score, after.units(space))] = False
+            reader = f"{walk.family.reader(space)}.weight"
+            weight = block.weight(reader)
+            columns = gone.repeat_interleave(weight.shape[1] // len(score))
+            block.set_weight(reader, weight * ~columns.to(walk.device))
+
+    for block, places in evidence(walk, method.needs, spaces, replay=cut if cutting else None):
+        step = len(walk.layers) if block is None else block.index
+        walk.journal.put(step, _score_units(method, places, layered if block is not None else (), step))
+        del places
+        if cutting:
+            assert block is not None
+            cut(block)
+    scores: dict[str, Tensor] = dict(walk.journal.below("score."))
+    if hidden := [score for _, score in sorted(walk.journal.below("hidden.").items(), key=lambda item: int(item[0]))]:
+        scores["hidden"] = torch.stack(hidden).sum(dim=0)
+    means = walk.journal.below("mean.")
+    _check_finite(walk, scores)
+    scores = dict(sorted(scores.items(), key=_by_layer))  # gradients come from the last block to the first
+    kept = _keep_units(walk.checkpoint.shape, scores, target, after)
+    if not uniform:
+        after = _padded(walk.checkpoint.shape, kept)
+        after = after.switched_on(method.switches(after, spaces))
+    return _width_decision(method, walk, scores, kept, means, after)
+
+
+def _score_units(
+    method: WidthMethod, places: Mapping[str, Sequence[Place]], layered: Sequence[str], step: int
+) -> dict[str, Tensor]:
+    """What one block says of the units of each space, by the names that the journal has for it."""
+    found: dict[str, Tensor] = {}
+    for place in places.get("hidden", ()):
+        score = method.score(place).cpu()
+        found[f"hidden.{step}"] = found[f"hidden.{step}"] + score if f"hidden.{step}" in found else score
+    for space in layered:
+        place = places[space][0]
+        found[f"score.{space}.{step}"] = method.score(place).cpu()
+        if Mean in place.stats:
+            found[f"mean.{space}.{step}"] = place.stats[Mean].cpu()
+    return found
+
+
+def _by_layer(item: tuple[str, Tensor]) -> tuple[int, str]:
+    space, _, layer = item[0].partition(".")
+    return int(layer or -1), space
+
+
+def _keep_units(shape: Shape, scores: Mapping[str, Tensor], target: Target, after: Shape) -> dict[str, Tensor]:
+    """Sorted indices of the units that stay, for each group of scores."""
+    if target.allocation == "uniform":
+        return {n: keep_channels(s, after.units(n.partition(".")[0])).cpu() for n, s in scores.items()}
+    assert target.ratio is not None
+    costs = {name: shape.unit_parameters(name.partition(".")[0]) for name in scores}
+    counted = shape.total if target.of == "total" else shape.non_embedding
+    return keep_globally(scores, costs, target.ratio * counted)
+
+
+def _padded(shape: Shape, kept: Mapping[str, Tensor]) -> Shape:
+    """The narrowest shape that the config accepts and that has room for what every layer keeps."""
+    for space in ("ffn", "kv"):
+        most = max((len(indices) for name, indices in kept.items() if name.startswith(f"{space}.")), default=None)
+        if most is not None:
+            wide_enough = (shape.narrowed(space, units) for units in range(most, shape.units(space) + 1))
+            shape = next(candidate for candidate in wide_enough if not candidate.refused_by_config)
+    return shape
+
+
+def _width_decision(
+    method: WidthMethod,
+    walk: BlockWalk,
+    scores: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    after: Shape,
+) -> Decision:
+    before = walk.checkpoint.shape
+    biases, uncompensated = _compensate(method, walk, kept, means, after)
+    summary: dict[str, Any] = {
+        "detail": ", ".join(
+            _narrowed(space, before, after, kept)
+            for space in ("hidden", "ffn", "kv")
+            if any(name.partition(".")[0] == space for name in kept)
+        ),
+        "importance": {name: _curve(score) for name, score in scores.items()},
+        "importance_kept": {name: _share(score, kept[name]) for name, score in scores.items()},
+    }
+    if method.bias != "none":
+        summary["bias"] = {"compensated": sorted({name.split(".", 3)[-1] for name in biases}), "not": uncompensated}
+    ragged = {n: len(k) for n, k in kept.items() if n != "hidden" and len(k) < after.units(n.partition(".")[0])}
+    if ragged:
+        summary["units_kept"] = {name: len(indices) for name, indices in kept.items()}
+        say(
+            "layers keep different numbers of channels: the checkpoint is padded with zeros to the widest, so it is "
+            "smaller and faster by its padded shape alone"
+        )
+    fields: Decision = {"after": after, "scores": dict(scores), "summary": summary, "biases": biases}
+    if "hidden" in kept:
+        fields["keep_hidden"] = kept["hidden"]
+    for space in ("ffn", "kv"):
+        layers = {int(n.partition(".")[2]): k for n, k in kept.items() if n.startswith(f"{space}.")}
+        if layers:
+            fields[f"keep_{space}"] = dict(sorted(layers.items()))
+    return fields
+
+
+def _narrowed(space: str, before: Shape, after: Shape, kept: Mapping[str, Tensor]) -> str:
+    words = {"hidden": "hidden", "ffn": "FFN", "kv": "KV heads"}
+    counts = {len(indices) for name, indices in kept.items() if name.partition(".")[0] == space}
+    reached = f"{min(counts)}-{max(counts)}" if len(counts) > 1 else f"{max(counts)}"
+    tail = f" (heads {before.heads} to {after.heads})" if space == "kv" and len(counts) == 1 else ""
+    return f"{words[space]} {before.units(space)} to {reached}{' channels' if space != 'kv' else ''}{tail}"
+
+
+def _curve(scores: Tensor, points: int = 33) -> list[float]:
+    """The scores from the highest to the lowest, thinned out to so many points, both ends among them."""
+    ranked = scores.sort(descending=True).values
+    if ranked.numel() <= points:
+        return ranked.tolist()
+    return ranked[torch.linspace(0, ranked.numel() - 1, points).round().long()].tolist()
+
+
+def _share(scores: Tensor, kept: Tensor) -> float | None:
+    """The share of importance that stays; None where scores may be negative and have no shares."""
+    total = float(scores.sum())
+    return float(scores[kept.to(scores.device)].sum()) / total if total > 0 and float(scores.min()) >= 0 else None
+
+
+def _compensate(
+    method: WidthMethod, walk: BlockWalk, kept: Mapping[str, Tensor], means: Mapping[str, Tensor], after: Shape
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What removed channels put out on average: bias -> addition; and the linears without a bias -> the reason."""
+    biases: dict[str, Tensor] = {}
+    refused: dict[str, str] = {}
+    for name, indices in kept.items() if method.bias != "none" else ():
+        space, _, layer = name.partition(".")
+        reader = walk.family.reader(space)
+        if after.family.bias_switch(reader) is None:
+            refused[reader] = f"{after.family.name} has no option in its config that gives {reader} a bias"
+            continue
+        weight = walk.checkpoint.tensor(walk.family.block_tensor(int(layer), f"{reader}.weight")).float()
+        gone = torch.ones(walk.checkpoint.shape.units(space), dtype=torch.bool)
+        gone[indices] = False
+        columns = gone.repeat_interleave(weight.shape[1] // gone.numel())
+        biases[walk.family.block_tensor(int(layer), f"{reader}.bias")] = weight[:, columns] @ means[name].cpu()[columns]
+    if refused and method.bias == "require":
+        raise UserError(f"--option bias=require: {'; '.join(refused.values())}")
+    if refused:
+        say(f"no bias compensation where the family has no bias: {'; '.join(refused.values())}")
+    return biases, refused
+
+
+def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Decision:
+    """Prune block after block, each seeing what the pruned ones before it put out."""
+    family = walk.family
+    select = Selector(target.sparsity, method.compare, target.pattern.of if target.pattern else None)
+    wanted: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
+    masks, weights = walk.journal.below("mask."), walk.journal.below("weight.")
+
+    def put_back(block: Block) -> None:
+        for linear in family.linears:
+            name = family.block_tensor(block.index, linear)
+            block.set_weight(
+                linear, weights[name] if method.updates else block.weight(linear) * masks[name].to(walk.device)
+            )
+
+    for block, stats in walk.observed(wanted, replay=put_back):
+        walk.journal.put(block.index, _prune_block(method, block, stats, select))
+    zeros = {name: int(count) for name, count in walk.journal.below("zeros.").items()}
+    shape = walk.checkpoint.shape
+    pruned, total = sum(zeros.values()), shape.block_weights
+    sizes = {linear: math.prod(shape.tensor_size(shape.block_tensors()[linear])) for linear in family.linears}
+    names = [(family.block_tensor(layer, linear), linear) for layer in range(shape.layers) for linear in family.linears]
+    summary = {
+        "detail": f"{pruned:,} of {total:,} block weights zeroed ({100 * pruned / total:.1f}%)"
+        + (f", pattern {target.pattern}" if target.pattern else ""),
+        "sparsity": {name: zeros[name] / sizes[linear] for name, linear in names},
+    }
+    return {"masks": masks, "weights": weights, "zeroed": pruned, "summary": summary}
+
+
+def _prune_block(
+    method: WeightMethod, block: Block, stats: dict[str, dict[type, Tensor]], select: Selector
+) -> dict[str, Tensor]:
+    """Prune a block's linears in place and return what becomes of them: masks, how many zeros, and changed weights.
+
+    The statistics are given up on the way: there are matrices of all pairs of channels among them.
+    """
+    walk, found = block.walk, dict[str, Tensor]()
+    for site, linears in itertools.groupby(walk.family.linears, walk.family.site_of):
+        names = {linear: walk.family.block_tensor(block.index, linear) for linear in linears}
+        statistics = stats.pop(site, {})
+        if not all(is_finite(value) for value in statistics.values()):
+            read = next(iter(names.values()))
+            raise UserError(
+                f"{walk.checkpoint.directory}: what {read} reads is too large: a sum of squares is infinite"
+            )
+        shared = method.prepare(statistics)
+        del statistics
+        for linear, name in names.items():
+            weight, keep = method.prune(block.weight(linear), shared, select)
+            if not is_finite(weight):
+                raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
+            if method.updates:  # as it will be stored, so that the next block sees what is written
+                weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name))
+            block.set_weight(linear, weight)
+            found[f"mask.{name}"] = keep
+            found[f"zeros.{name}"] = keep.numel() - keep.count_nonzero()  # a sum of bool copies it to int64
+        del shared
+    return found

@@ -1,0 +1,223 @@
+"""The report's figures: which there are, how they become files, and those that the page holds itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from secateur.comparison.ablation import controls
+from secateur.comparison.index import Group, Index, Model
+from secateur.comparison.naming import BUDGETS, group_name, model_name
+from secateur.comparison.serving_cost import AXES, Axis, served
+from secateur.comparison.twins import Setting, Verdict
+from secateur.files import write_bytes, write_text
+from secateur.formatting import method_name
+from secateur.progress import task
+from secateur.report.figures.curves import curve_limits, draw_curves
+from secateur.report.figures.differences import draw_differences
+from secateur.report.figures.forecast import draw_forecast
+from secateur.report.figures.ladder import draw_ladder, draw_ratios
+from secateur.report.figures.model import draw_controls, draw_layers
+from secateur.report.figures.palette import LIGHT, RC, ROLES, Palette, themed
+from secateur.report.figures.pareto import draw_pareto
+from secateur.report.figures.svg import inline
+from secateur.report.judgement import Judgement
+
+__all__ = ["KINDS", "Kind", "Panel", "inline_panels", "panels", "save_figures"]
+
+Kind = Literal["differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers"]
+KINDS: tuple[Kind, ...] = ("differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers")
+_INLINED = 12  #: figures of one kind that the page holds; it names the files of the rest
+_DRAWN = Callable[[Palette], tuple[Figure, str]]  # -> the figure, and what it shows in words
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure, not drawn yet."""
+
+    name: str  #: of its file, without suffix
+    kind: Kind
+    title: str
+    draw: _DRAWN
+    about: Group | Model | None = None  #: the comparison or pruned model that it is of; None: several
+    inlined: bool = True  #: whether the page holds it; else its file alone does
+
+
+def panels(judgement: Judgement) -> list[Panel]:
+    """Every figure of the study."""
+    index = judgement.index
+    kinds: dict[Kind, Iterator[tuple[str, str, _DRAWN, Group | Model | None]]] = {
+        "differences": _differences(judgement),
+        "ladder": _ladders(index),
+        "ratios": _ratios(judgement),
+        "forecast": _forecasts(judgement),
+        "pareto": _pareto(index),
+        "curves": _curves(index),
+        "controls": _controls(index),
+        "layers": _layers(index),
+    }
+    return [
+        Panel(f"{kind}-{name or f'{number:02d}'}", kind, title, draw, about, number <= _INLINED)
+        for kind, found in kinds.items()
+        for number, (name, title, draw, about) in enumerate(found, 1)
+    ]
+
+
+def _differences(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, None]]:
+    for setting in judgement.settings:
+        told = " ".join(text for _, text in judgement.of(setting))
+        title = f"Loss saved by pruning at equal {BUDGETS[setting]}"
+
+        def draw(palette: Palette, setting: Setting = setting, told: str = told) -> tuple[Figure, str]:
+            return draw_differences(judgement.verdicts, setting, judgement.index.comparisons, palette), told
+
+        yield setting, title, draw, None
+
+
+def _ladders(index: Index) -> Iterator[tuple[str, str, _DRAWN, Model]]:
+    ladders: dict[tuple[Model, str], list[Group]] = {}
+    for group in index.pools:
+        ladders.setdefault((group.model, group.objective), []).append(group)
+    for (model, objective), groups in ladders.items():
+        if len(groups) > 1:
+            rungs = sorted(groups, key=lambda group: group.retrain_tokens)
+            name = model_name(model, index.models) + (f", {objective}" if objective else "")
+
+            def draw(palette: Palette, rungs=rungs, name=name) -> tuple[Figure, str]:
+                return draw_ladder(index, rungs, name, palette)
+
+            yield "", f"{name}: final held-out loss against R", draw, model
+
+
+def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, None]]:
+    index = judgement.index
+    several = len(index.parents) > 1
+    found: dict[tuple[str, str, str], dict[int, list[tuple[float, Verdict]]]] = {}
+    for verdict in judgement.verdicts:
+        group, ratio = verdict.group, index.ratio(verdict.group.model)
+        if verdict.setting == "training" and ratio is not None:
+            budgets = found.setdefault((group.parent, group.method, group.objective), {})
+            budgets.setdefault(group.retrain_tokens, []).append((ratio, verdict))
+    for (parent, method, objective), budgets in found.items():
+        if len({ratio for pairs in budgets.values() for ratio, _ in pairs}) > 1:
+            notes = [parent] * several + [objective] * bool(objective)
+            name = method_name(method) + (f" ({', '.join(notes)})" if notes else "")
+
+            def draw(palette: Palette, budgets=budgets, name=name) -> tuple[Figure, str]:
+                return draw_ratios(dict(sorted(budgets.items())), name, palette)
+
+            yield "", f"{name}: loss saved by pruning against the ratio", draw, None
+
+
+def _forecasts(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, Model]]:
+    for found in judgement.forecasts.found:
+
+        def draw(palette: Palette, found=found) -> tuple[Figure, str]:
+            return draw_forecast(found, palette)
+
+        yield "", f"{found.name}: fitted curves and where they cross", draw, found.model
+
+
+def _pareto(index: Index) -> Iterator[tuple[str, str, _DRAWN, None]]:
+    for axis in AXES:
+        points, device = served(index, axis)
+        if len(points) > 1:
+
+            def draw(palette: Palette, points=points, device=device, axis: Axis = axis) -> tuple[Figure, str]:
+                return draw_pareto(points, axis, device, palette)
+
+            yield axis, f"Held-out loss against {axis}", draw, None
+
+
+def _curves(index: Index) -> Iterator[tuple[str, str, _DRAWN, Group]]:
+    limits = curve_limits(index)
+    for group in index.comparisons:
+        name = group_name(group, index.comparisons, target=True)
+
+        def draw(palette: Palette, group=group) -> tuple[Figure, str]:
+            return draw_curves(index, group, index.comparisons, limits, palette)
+
+        yield "", f"{name}: held-out loss in training", draw, group
+
+
+def _controls(index: Index) -> Iterator[tuple[str, str, _DRAWN, Group]]:
+    for group in index.comparisons:
+        found = controls(index, group)
+        name = group_name(group, index.comparisons, target=True)
+        if found:
+
+            def draw(palette: Palette, found=found, name=name) -> tuple[Figure, str]:
+                return draw_controls(found, name, palette)
+
+            yield "", f"{name}: what is inherited", draw, group
+
+
+def _layers(index: Index) -> Iterator[tuple[str, str, _DRAWN, Model]]:
+    for model, pruned in index.pruned.items():
+        parent = index.parents.get(model.parent)
+        if pruned.layers:
+            name = model_name(model, list(index.pruned))
+
+            def draw(palette: Palette, pruned=pruned, parent=parent, name=name) -> tuple[Figure, str]:
+                return draw_layers(pruned, parent.shape if parent else {}, name, palette)
+
+            yield "", f"{name}: what is left of each layer", draw, model
+
+
+def inline_panels(judgement: Judgement) -> list[tuple[Panel, str]]:
+    """Every panel with its SVG for the page: themed, accessible, its ids its own; empty for what is a file alone."""
+    found = []
+    with mpl.rc_context(RC):
+        for panel in panels(judgement):
+            svg = ""
+            if panel.inlined:
+                figure, description = panel.draw(ROLES)
+                svg = inline(themed(_svg(figure, panel.title, transparent=True)), panel.name, panel.title, description)
+            found.append((panel, svg))
+    return found
+
+
+def save_figures(judgement: Judgement, folder: Path) -> list[Path]:
+    """Write every panel into ``folder`` as an SVG in light colours, those of the page also as a PDF; returns the files.
+
+    A PDF takes most of the time, since fonts are embedded as TrueType, which journals ask for.
+    """
+    written = []
+    drawn = panels(judgement)
+    with mpl.rc_context(RC), task("figures of the report", len(drawn)) as progress:
+        for panel in drawn:
+            figure, _ = panel.draw(LIGHT)
+            svg, pdf = (folder / f"{panel.name}.{suffix}" for suffix in ("svg", "pdf"))
+            write_text(svg, _svg(figure, panel.title))
+            written.append(svg)
+            if panel.inlined:
+                write_bytes(pdf, _pdf(figure, panel.title))
+                written.append(pdf)
+            progress.advance()
+    # An earlier build may have had more comparisons. Only names that this function gives are taken away.
+    ours = [path for kind in KINDS for path in folder.glob(f"{kind}-*")]
+    for path in ours:
+        if path.suffix in (".svg", ".pdf") and path not in written:
+            path.unlink()
+    return written
+
+
+def _svg(figure: Figure, title: str, *, transparent: bool = False) -> str:
+    """SVG without a date or the writer's version: the same figure, the same bytes."""
+    buffer = io.StringIO()
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None, "Title": title}
+    figure.savefig(buffer, format="svg", transparent=transparent, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _pdf(figure: Figure, title: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = {"CreationDate": None, "Creator": None, "Producer": None, "Title": title}
+    figure.savefig(buffer, format="pdf", metadata=metadata)
+    return buffer.getvalue()

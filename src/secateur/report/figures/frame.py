@@ -1,0 +1,70 @@
+"""What figures have in common: quiet axes, and a legend below them, where it can hide nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from secateur.report.figures.palette import Palette
+
+__all__ = ["LegendRow", "draw_legend", "legend_height", "panel", "quiet"]
+
+_ROW = 0.235  # inches
+
+
+@dataclass(frozen=True)
+class LegendRow:
+    """One row of a legend."""
+
+    label: str
+    value: str
+    style: dict[str, Any] | None  #: of the sample; None: nothing was drawn
+
+
+def legend_height(rows: int) -> float:
+    """Inches that a legend with so many rows and a note takes."""
+    return 0.28 + _ROW * rows
+
+
+def panel(title: str, rows: int, palette: Palette, *, plot: float = 2.78) -> tuple[Figure, Axes]:
+    """A figure 4 inches wide: its title, axes ``plot`` inches high with their labels, room for a legend below."""
+    foot = legend_height(rows)
+    height = plot + foot
+    figure = Figure(figsize=(4.0, height))
+    bottom = (foot + 0.62) / height
+    axes = figure.add_axes((0.56 / 4.0, bottom, 1 - 0.72 / 4.0, 1 - bottom - 0.42 / height))
+    size = 10.5 if len(title) <= 44 else 10.5 * 44 / len(title)
+    figure.text(0.02, 1 - 0.06 / height, title, va="top", weight="bold", color=palette.ink, size=size)
+    return figure, axes
+
+
+def quiet(axes: Axes, palette: Palette, y_label: str) -> None:
+    """Ticks, spines and grid that stay behind the data; ``y_label`` stands above the axis."""
+    where = {"xycoords": ("figure fraction", "axes fraction"), "xytext": (0, 6), "textcoords": "offset points"}
+    axes.annotate(y_label, (0.02, 1), size=8.5, color=palette.muted, **where)
+    axes.grid(axis="y", color=palette.rule, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.patch.set_visible(False)
+    axes.tick_params(which="both", color=palette.rule, labelcolor=palette.ink, length=3.5)
+    axes.tick_params(which="minor", length=2)
+    for spine in axes.spines.values():
+        spine.set_color(palette.rule)
+
+
+def draw_legend(figure: Figure, rows: Sequence[LegendRow], note: str, palette: Palette) -> None:
+    """One row for each series: sample, words, figures; then a note."""
+    height, top = figure.get_figheight(), legend_height(len(rows))
+    for index, row in enumerate(rows):
+        y = (top - 0.18 - _ROW * index) / height
+        if row.style:
+            # three points, so that the marker sits in the middle of a sample of the line
+            sample = Line2D([0.02, 0.0675, 0.115], [y] * 3, transform=figure.transFigure, markevery=[1], **row.style)
+            figure.add_artist(sample)
+        figure.text(0.145, y, row.label, va="center", size=9, color=palette.ink)
+        figure.text(0.985, y, row.value, va="center", ha="right", size=9, color=palette.ink)
+    figure.text(0.02, 0.1 / height, note, va="center", size=8.5, color=palette.muted)

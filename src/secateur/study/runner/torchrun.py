@@ -1,0 +1,55 @@
+"""The command that does one stage in processes of its own, one or several."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from secateur.errors import REQUEUE
+from secateur.study.stage import Stage
+from secateur.study.store import Ended, Store
+
+__all__ = ["command", "ended_with", "processes_of"]
+
+
+def processes_of(stage: Stage) -> int:
+    """How many processes compute the stage together."""
+    return int(stage.runtime.get("processes", 1))
+
+
+def command(
+    stage: Stage, file: Path, out: Path, device: str, *, nodes: int = 1, node: int = 0, address: str = ""
+) -> list[str]:
+    """The command line of a stage, under torchrun where it takes several processes.
+
+    Args:
+        stage: to do.
+        file: the study file.
+        out: the study's directory.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        nodes: machines that share its processes.
+        node: which of them this one is.
+        address: ``host:port`` of the first of them.
+    """
+    verb = ["-m", "secateur", "study", "stage", str(file), stage.fingerprint, "--out", str(out), "--device", device]
+    count = processes_of(stage)
+    if count == 1:
+        return [sys.executable, *verb]
+    host, _, port = address.partition(":")
+    where = ["--nnodes", str(nodes), "--node-rank", str(node), "--master-addr", host, "--master-port", port]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count // nodes)]
+    return [*torchrun, *(where if nodes > 1 else ["--standalone"]), *verb]
+
+
+def ended_with(stage: Stage, store: Store, code: int) -> Ended:
+    """What became of a stage whose command has ended with an exit code; torchrun passes none on but 0."""
+    runtime = store.runtime(stage)
+    if store.done(stage) and code == 0:
+        return Ended("done")
+    if code == REQUEUE or runtime.get("stopped"):
+        return Ended("stopped", f"{stage.name}: told to stop; the same command goes on")
+    if runtime.get("error"):
+        return Ended("failed", str(runtime["error"]))
+    if store.held(stage):
+        return Ended("elsewhere")
+    return Ended("failed", f"its process ended with exit code {code} (see {store.log(stage)})")

@@ -1,0 +1,81 @@
+"""What each kind of stage does. Each function reads its inputs' folders, writes its own and returns its result.
+
+Under ``torchrun`` all processes call :func:`run_stage` together; training and pruning share their work, and the first
+process writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from secateur.config import parse
+from secateur.data.corpus import CorpusSpec, build_corpus
+from secateur.data.shards import TokenStore
+from secateur.errors import UserError
+from secateur.files import read_json
+from secateur.hub import local_checkpoint
+from secateur.model.checkpoint import Checkpoint
+from secateur.study.resolve import SHARDS
+from secateur.study.stage import Stage
+from secateur.study.stages.evaluate import cost_stage, evaluate_stage
+from secateur.study.stages.prune import prune_stage
+from secateur.study.stages.train import train_stage
+from secateur.study.store import Store
+
+__all__ = ["run_stage"]
+
+
+def run_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
+    """Do the stage's work in the folder ``work`` and return its result, plain values only."""
+    return _KINDS[stage.kind](stage, store, work)
+
+
+def _corpus(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
+    places = {key: value for key, value in stage.runtime.items() if key in ("source", "tokenizer")}
+    raw = {key: value for key, value in stage.identity.items() if key != "digest"} | places
+    source = raw["source"]
+    if not source.startswith(SHARDS):
+        return build_corpus(parse(CorpusSpec, raw, origin="corpus"), work)
+    tokens = TokenStore(Path(source.removeprefix(SHARDS)))
+    for entry in tokens.folder.iterdir():  # links stand for the shards, which may be larger than any study
+        if not (work / entry.name).exists():
+            os.symlink(entry.resolve(), work / entry.name)
+    counted = {side: tokens.tokens(side) for side in tokens.manifest.splits}
+    return {"source": f"{SHARDS}{tokens.folder.name}", "tokens": counted, "fingerprint": tokens.fingerprint}
+
+
+def _fetch(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
+    """A checkpoint that is there already: a link to it stands for its weights."""
+    directory = local_checkpoint(stage.runtime["checkpoint"])
+    checkpoint = Checkpoint(directory)
+    found, said = checkpoint.shape.as_dict(), stage.identity["shape"]
+    wrong = next((key for key, value in found.items() if said[key] != value), None)
+    if wrong:
+        raise UserError(f"{directory}: has {wrong} {found[wrong]}, and the study says {said[wrong]}")
+    (work / "model").unlink(missing_ok=True)
+    os.symlink(directory.resolve(), work / "model")
+    return {"checkpoint": directory.name, "parameters": {"total": checkpoint.shape.total}}
+
+
+def _select(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
+    """The rate whose trial ended lowest on held-out windows that no final figure uses."""
+    losses = {}
+    for name, trial in stage.inputs.items():
+        record = read_json(store.folder(trial) / "record.json")["result"]
+        losses[name] = record["curve"][-1]["loss"]
+    best = min(losses, key=lambda name: losses[name])
+    return {"peak_rate": float(best), "losses": losses}
+
+
+_KINDS: dict[str, Callable[[Stage, Store, Path], dict[str, Any]]] = {
+    "corpus": _corpus,
+    "fetch": _fetch,
+    "prune": prune_stage,
+    "train": train_stage,
+    "select": _select,
+    "evaluate": evaluate_stage,
+    "cost": cost_stage,
+}

@@ -1,0 +1,50 @@
+"""What stages read of those before them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from secateur.data.domains import held_out_stream
+from secateur.data.shards import TokenStore
+from secateur.errors import UserError
+from secateur.evaluation.loss import Protocol
+from secateur.study.stage import Stage
+from secateur.study.store import Store
+
+__all__ = ["corpus_tokens", "held_out", "model_of"]
+
+
+def corpus_tokens(stage: Stage, store: Store) -> TokenStore:
+    """The tokens of the study's corpus.
+
+    Raises:
+        UserError: if they end before the stage's slice does.
+    """
+    tokens = TokenStore(store.folder(stage.inputs["corpus"]))
+    _, stop = stage.identity.get("slice", (0, 0))
+    if tokens.tokens("train") < stop:
+        raise UserError(
+            f"the corpus has {tokens.tokens('train'):,} training tokens, but the budgets need {stop:,}; "
+            "give more text, or lower parent.tokens or retrain.tokens"
+        )
+    return tokens
+
+
+def model_of(stage: Stage, store: Store, role: str = "model") -> Path:
+    """The checkpoint directory of an input."""
+    return store.folder(stage.inputs[role]) / "model"
+
+
+def held_out(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Protocol:
+    """What losses are measured on, as :func:`secateur.data.domains.held_out_stream` has it.
+
+    Args:
+        tokens: the corpus.
+        windows: how many; the whole split where it has no more.
+        seqlen: tokens in a window.
+        skip: of those that as many windows by themselves would be, none is taken.
+
+    Raises:
+        UserError: if there are none.
+    """
+    return Protocol.of_stream(held_out_stream(tokens, windows, seqlen, skip), seqlen, "held-out documents")

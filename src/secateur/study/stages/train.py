@@ -1,0 +1,196 @@
+"""The stage that trains: first weights, masks, objective, the loop, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from secateur import distributed
+from secateur.config import parse
+from secateur.data.tokenizer import load_tokenizer
+from secateur.files import read_json
+from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.model.plan import JSON_FILE, Plan, load_masks
+from secateur.model.shapes import Shape
+from secateur.model.surgery import cut_config
+from secateur.pruning.target import Pattern
+from secateur.runtime import pick_device
+from secateur.study.stage import Stage
+from secateur.study.stages.controls import permuted_mask, random_mask, shuffled
+from secateur.study.stages.inputs import corpus_tokens, held_out, model_of
+from secateur.study.store import Store
+from secateur.training.batches import Slice
+from secateur.training.distill import Distill, Distillation, check_teacher
+from secateur.training.heldout import held_out_loss
+from secateur.training.init import fresh_weights, llama_config, stored_weights
+from secateur.training.loop import Housekeeping, train
+from secateur.training.masks import Masks
+from secateur.training.output import write_trained
+from secateur.training.parallel import Execution, place, place_teacher
+from secateur.training.recipe import Recipe
+from secateur.training.watchdog import stop_on_signals
+
+__all__ = ["train_stage"]
+
+STATE = "state"  #: what a trunk leaves behind for the runs that continue it
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model before its first step."""
+
+    model: Any
+    weights: Callable[[str], Tensor]
+    masks: Mapping[str, Tensor]
+
+
+def train_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
+    """Train on the stage's slice; all processes together.
+
+    Returns:
+        What :func:`secateur.training.loop.train` does, with ``parameters`` and ``peak_rate``.
+    """
+    asked = stage.identity
+    recipe = _recipe(stage, store)
+    tokens = corpus_tokens(stage, store)
+    start, stop = asked["slice"]
+    measured = asked["evaluation"]
+    protocol = held_out(tokens, measured["windows"], recipe.sequence, measured["skip"])
+    execution = _execution(stage)
+    first = _start(stage, store, recipe)
+    trainee = place(first.model, first.weights, execution, _objective(stage, store, recipe, execution))
+    with stop_on_signals() as told:
+        result = train(
+            trainee,
+            Slice(tokens, start, stop, recipe),
+            masks=first.masks,
+            measure=lambda model: held_out_loss(model, protocol, recipe.micro_batch),
+            points=measured["points"],
+            house=Housekeeping(
+                folder=work / "checkpoints",
+                label=stage.name,
+                origin=_origin(stage, store),
+                behind=execution.device.startswith("cuda"),
+                stop=told,
+            ),
+        )
+    Masks(trainee.model, first.masks).check()
+    if asked.get("keep") == STATE and distributed.first():
+        _keep_state(work)
+    out = work / "model"
+    if distributed.first():
+        out.mkdir(exist_ok=True)
+    config, dtype = trainee.model.config, getattr(torch, asked["dtype"])
+    write_trained(
+        out,
+        trainee,
+        config.to_diff_dict() | {"model_type": config.model_type, "dtype": asked["dtype"]},
+        lambda _: dtype,
+        provenance={"kind": "trained", "init": asked["init"], "tokens": result["tokens"], "stage": stage.fingerprint},
+        line=f"Trained by secateur on {result['tokens']:,} tokens from {asked['init']} weights ({stage.name}).",
+        title=stage.name,
+    )
+    if not distributed.first():
+        return {}
+    load_tokenizer(tokens.folder / "tokenizer").save_pretrained(out)
+    shape = Checkpoint(out).shape
+    counted = {"total": shape.total, "non_embedding": shape.non_embedding}
+    return {**result, "parameters": counted, "peak_rate": recipe.peak_rate}
+
+
+def _recipe(stage: Stage, store: Store) -> Recipe:
+    """The stage's recipe; a rate that was swept for is the one that won."""
+    raw = {**stage.identity["recipe"], "micro_batch": stage.runtime["micro_batch"]}
+    if "rate" in stage.inputs:
+        raw["peak_rate"] = read_json(store.folder(stage.inputs["rate"]) / "record.json")["result"]["peak_rate"]
+    return parse(Recipe, raw, origin="recipe")
+
+
+def _execution(stage: Stage) -> Execution:
+    how = stage.runtime
+    replicas = how["replicas"] if distributed.world() > 1 else 1
+    return Execution(pick_device(how["device"]), stage.identity["dtype"], replicas, how["recompute"], how["compile"])
+
+
+def _origin(stage: Stage, store: Store) -> Path | None:
+    """The checkpoint that the stage continues."""
+    if stage.identity["init"] != "continued":
+        return None
+    return store.folder(stage.inputs["model"]) / STATE
+
+
+def _keep_state(work: Path) -> None:
+    """Keep the last training checkpoint, which goes with the others when the stage is finished."""
+    last = max((work / "checkpoints").glob("step-*"))
+    shutil.rmtree(work / STATE, ignore_errors=True)
+    shutil.copytree(last, work / STATE, copy_function=os.link)
+
+
+def _objective(stage: Stage, store: Store, recipe: Recipe, execution: Execution) -> Distillation | None:
+    """The teacher in its place; None for the language-model loss."""
+    if "objective" not in stage.identity:
+        return None
+    spec = parse(Distill, stage.identity["objective"], origin="objective")
+    teacher = Checkpoint(model_of(stage, store, "teacher"))
+    student = stage.facts["shape"]
+    check_teacher(teacher, student, store.folder(stage.inputs["corpus"]) / "tokenizer", recipe.sequence)
+    return Distillation(
+        spec, place_teacher(skeleton(teacher.config, teacher.directory), stored_weights(teacher), execution)
+    )
+
+
+def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
+    """The weights that the stage begins with, and the masks that it must keep."""
+    init = stage.identity["init"]
+    if init == "scratch":
+        model = skeleton(_config(stage, store, recipe), store.folder(stage.inputs["corpus"]))
+        return Start(model, fresh_weights(model, std=recipe.init_std, seed=recipe.seed), {})
+    weights = Checkpoint(model_of(stage, store, "model" if "model" in stage.inputs else "plan"))
+    masks = _masks(stage, store)
+    model = skeleton(weights.config, weights.directory)
+    if init in ("pruned", "continued"):
+        return Start(model, stored_weights(weights), masks)
+    if init == "shuffled-weights":
+        return Start(model, shuffled(stored_weights(weights), masks, recipe.seed), masks)
+    pattern = _pattern(weights.directory)
+    if init == "permuted":
+        masks = {name: permuted_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
+    elif init == "random-mask":
+        masks = {name: random_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
+    return Start(model, fresh_weights(model, std=recipe.init_std, seed=recipe.seed), masks)
+
+
+def _masks(stage: Stage, store: Store) -> dict[str, Tensor]:
+    """Those of the plan that the stage rests on, through the runs that it continues."""
+    at = stage
+    while at.kind == "train" and "plan" not in at.inputs:
+        if "model" not in at.inputs:
+            return {}
+        at = at.inputs["model"]
+    return load_masks(store.folder(at if at.kind == "prune" else at.inputs["plan"]) / "model")
+
+
+def _pattern(directory: Path) -> Pattern | None:
+    text = read_json(directory / JSON_FILE)["asked"].get("pattern")
+    return Pattern.parse(text) if text else None
+
+
+def _config(stage: Stage, store: Store, recipe: Recipe) -> Any:
+    """The configuration of a model of the stage's shape: a Llama, or what its parent would be cut to."""
+    sizes = stage.identity["shape"]
+    shape = Shape(**{**sizes, "switches": tuple(sizes["switches"]), "family": stage.facts["shape"].family})
+    if "like" not in stage.inputs:
+        tokenizer = load_tokenizer(store.folder(stage.inputs["corpus"]) / "tokenizer")
+        return llama_config(shape, context=recipe.sequence, tokenizer=tokenizer)
+    parent = Checkpoint(model_of(stage, store, "like"))
+    kept = {"after": shape, "keep_layers": torch.arange(shape.layers)}
+    raw = cut_config(parent, Plan.keeping_all("", "width", {}, parent.shape, **kept))
+    return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)

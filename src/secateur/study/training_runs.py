@@ -1,0 +1,240 @@
+"""Runs as stages: one schedule each, or a trunk that budgets share, at a rate that is given or was swept for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.config import identity
+from secateur.evaluation.cost import Workload
+from secateur.model.shapes import Shape, teacher_flops, train_flops
+from secateur.study.grid import Comparison
+from secateur.study.spec import Objective, Study
+from secateur.study.stage import Stage
+from secateur.training.recipe import Recipe
+
+__all__ = ["Inputs", "Runs", "sizes_of"]
+
+Inputs = Mapping[str, Stage]
+
+
+class Runs:
+    """The stages of a study, as far as they are there, and what adds a run to them.
+
+    Args:
+        study: it.
+        corpus: the stage that all others rest on.
+        suite: what is measured of every model besides its held-out loss, with what identifies its content.
+    """
+
+    def __init__(self, study: Study, corpus: Stage, suite: Mapping[str, Any]) -> None:
+        self.study, self.corpus, self.suite = study, corpus, suite
+        self.sequence = study.recipe.sequence
+        self.start = 0  #: the first token of all retraining
+        self.stages = [corpus]
+
+    def recipe_of(self, comparison: Comparison) -> Recipe:
+        if comparison.seed is None:
+            return self.study.recipe
+        return dataclasses.replace(self.study.recipe, seed=comparison.seed, data_seed=comparison.seed)
+
+    def run(
+        self,
+        comparison: Comparison,
+        facts: Mapping[str, Any],
+        shape: Shape,
+        first: int,
+        tokens: int,
+        init: str,
+        recipe: Recipe,
+        inputs: Inputs,
+        objective: Objective | None = None,
+        *,
+        ladder: bool = True,
+    ) -> Stage:
+        """One trained model: in one run, or as the end of a trunk that its ladder shares, at a rate that was swept."""
+        name = self._name(comparison, facts["name"])
+        span = (first, first + tokens)
+        if self.study.retrain.trunk == "shared" and ladder:
+            return self._branch(name, comparison, facts, shape, span, init, recipe, inputs, objective)
+        if self.study.sweep:
+            inputs = {**inputs, "rate": self._sweep(comparison, facts, shape, init, recipe, inputs, objective)}
+            facts = {**facts, "sweep": inputs["rate"]}
+        return self.train(name, shape, span, init, recipe, facts, inputs, objective)
+
+    def _name(self, comparison: Comparison, path: str) -> str:
+        entry = comparison.pruning.entry
+        parts = [f"{comparison.pruning.label}/{path}"]
+        if len(entry.tokens or self.study.retrain.tokens) > 1:
+            parts.append(f"@{_short(comparison.tokens)}")
+        if comparison.objective.label:
+            parts.append(f"+{comparison.objective.label}")
+        if len(entry.seeds or self.study.seeds) > 1:
+            parts.append(f"~s{comparison.seed}")
+        return "".join(parts)
+
+    def _branch(
+        self,
+        name: str,
+        comparison: Comparison,
+        facts: Mapping[str, Any],
+        shape: Shape,
+        span: tuple[int, int],
+        init: str,
+        recipe: Recipe,
+        inputs: Inputs,
+        objective: Objective | None,
+    ) -> Stage:
+        """The decay of one budget, behind the segments of the trunk that the smaller budgets of its ladder need too."""
+        first, stop = span
+        more = [t - comparison.tokens for t in comparison.pruning.entry.tokens or self.study.retrain.tokens]
+        ends = sorted(stop + difference for difference in more if difference <= 0)
+        step = recipe.tokens_per_step
+        forks = [first + math.floor((1 - recipe.decay) * (end - first) / step) * step for end in ends]
+        warm = recipe.warmup * (ends[0] - first) / max(step, forks[0] - first)
+        at, chain = first, dict(inputs)
+        before: tuple[Stage, ...] = ()
+        for number, fork in enumerate(dict.fromkeys(forks)):
+            if fork == at:
+                continue
+            trunk = dataclasses.replace(recipe, schedule="constant", warmup=min(0.99, warm) if number == 0 else 0.0)
+            named = f"{name.partition('@')[0]}/trunk@{_short(fork - first)}"
+            kind = init if at == first else "continued"
+            stage = self.train(
+                named, shape, (at, fork), kind, trunk, {"path": "trunk", "shape": shape}, chain, objective
+            )
+            before = (*before, stage)
+            chain, at = {**inputs, "model": stage}, fork
+        decay = dataclasses.replace(recipe, schedule="linear", warmup=0.0)
+        return self.train(
+            name, shape, (at, stop), "continued" if at > first else init, decay, facts, chain, objective, before=before
+        )
+
+    def _sweep(
+        self,
+        comparison: Comparison,
+        facts: Mapping[str, Any],
+        shape: Shape,
+        init: str,
+        recipe: Recipe,
+        inputs: Inputs,
+        objective: Objective | None,
+    ) -> Stage:
+        """Trials at each rate, and the choice among them: for an architecture and a path, whatever the budget."""
+        sweep = self.study.sweep
+        assert sweep
+        budgets = comparison.pruning.entry.tokens or self.study.retrain.tokens
+        tokens = sweep.tokens or min(budgets)
+        label = f"{comparison.pruning.label}/sweep-{facts['init']}" + ("-kd" if objective and objective.distill else "")
+        skip = self.study.evaluation.windows
+        trials = {}
+        for rate in sweep.rates:
+            tried = dataclasses.replace(recipe, peak_rate=rate)
+            told = {"path": "trial", "shape": shape}
+            span = (self.start, self.start + tokens)
+            trials[f"{rate:g}"] = self.train(
+                f"{label}@{rate:g}", shape, span, init, tried, told, inputs, objective, held_out=(skip, sweep.windows)
+            )
+        asked = {"rates": [float(rate) for rate in sweep.rates]}
+        return self.add(Stage("select", label, asked, trials, facts={"trials": tuple(trials.values())}))
+
+    def train(
+        self,
+        name: str,
+        shape: Shape,
+        span: tuple[int, int],
+        init: str,
+        recipe: Recipe,
+        facts: Mapping[str, Any],
+        inputs: Inputs = {},  # noqa: B006 - never changed
+        objective: Objective | None = None,
+        *,
+        before: tuple[Stage, ...] = (),
+        held_out: tuple[int, int] | None = None,
+    ) -> Stage:
+        """A run over the tokens ``span``.
+
+        Args:
+            name: of the stage.
+            shape: of the model.
+            span: its tokens.
+            init: where its weights are from.
+            recipe: how it is trained; its rate counts unless ``inputs`` have a ``rate``.
+            facts: what the report needs to know.
+            inputs: role -> stage.
+            objective: what is minimised; None for the language-model loss.
+            before: the runs that it continues.
+            held_out: windows passed over, and windows measured; None for those of the final figures.
+        """
+        study = self.study
+        told, fresh = identity(recipe), init in ("random", "scratch", "dense-twin")
+        if init in ("pruned", "continued", "shuffled-weights"):  # nothing is drawn: nothing of the drawing is identity
+            unused = ("init_std",) if init == "shuffled-weights" else ("init_std", "seed")
+            told = {key: value for key, value in told.items() if key not in unused}
+        if "rate" in inputs:
+            told["peak_rate"] = None
+        skip, windows = held_out or (0, study.evaluation.windows)
+        points = study.evaluation.points if held_out is None and facts["path"] != "trunk" else 1
+        tokens = span[1] - span[0]
+        distill = objective.distill if objective else None
+        flops = train_flops(shape, tokens, self.sequence)
+        if distill:
+            flops += teacher_flops(inputs["teacher"].facts["shape"], tokens, self.sequence)
+        asked = {
+            "init": "scratch" if fresh else init,
+            "shape": sizes_of(shape) if fresh else None,
+            "slice": list(span),
+            "recipe": told,
+            "dtype": study.compute.dtype,
+            "evaluation": {"skip": skip, "windows": windows, "points": points},
+            **({"objective": identity(distill)} if distill else {}),
+            **({"keep": "state"} if facts["path"] == "trunk" else {}),
+        }
+        runtime = {**self.runtime(), "micro_batch": recipe.micro_batch}
+        cost = (sum(s.tokens for s in before) + tokens, sum(s.flops for s in before) + flops)
+        rate = None if "rate" in inputs else recipe.peak_rate
+        known = {**facts, "shape": shape, "cost": cost, "before": before, "peak_rate": rate}
+        return self.add(Stage("train", name, asked, {"corpus": self.corpus, **inputs}, tokens, flops, runtime, known))
+
+    def runtime(self) -> dict[str, Any]:
+        compute = self.study.compute
+        keys = ("device", "processes", "replicas", "recompute", "compile")
+        return {key: getattr(compute, key) for key in keys}
+
+    def evaluate(self, model: Stage) -> None:
+        """Measure how good a model is; and, of a parent and of what is pruned, what it costs to run.
+
+        A retrained model, and its twin, have the shape and the zeros of the pruned one, and with them its cost.
+        """
+        measured, device = self.study.evaluation, self.study.compute.device
+        name = f"{model.name}/pruned" if model.kind == "prune" else model.name
+        asked = {"windows": measured.windows, "seqlen": self.sequence}
+        asked |= {"suite": self.suite} if self.suite else {}
+        asked |= {"dtype": self.study.compute.dtype} if self.study.compute.dtype != "float32" else {}
+        runtime = {"device": device, "text_data": measured.text_data, "tasks_data": measured.tasks_data}
+        facts = {"of": model.fingerprint}
+        self.add(Stage("evaluate", name, asked, {"corpus": self.corpus, "model": model}, 0, 0.0, runtime, facts))
+        if measured.asked.cost and (model.kind == "prune" or model.facts["path"] == "parent"):
+            timed = {"workload": identity(Workload())}
+            self.add(Stage("cost", name, timed, {"model": model}, 0, 0.0, {"device": device}, facts))
+
+    def add(self, stage: Stage) -> Stage:
+        self.stages.append(stage)
+        return stage
+
+
+def sizes_of(shape: Shape) -> Any:
+    """A shape as plain values, without its family."""
+    fields = dataclasses.fields(shape)
+    return identity({f.name: getattr(shape, f.name) for f in fields if f.name != "family"})
+
+
+def _short(tokens: int) -> str:
+    """``400k``, ``1.5M``, ``52.4288B``; in full where that would be inexact."""
+    for suffix, unit in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        text = f"{tokens / unit:.6g}"
+        if tokens >= unit and round(float(text) * unit) == tokens:
+            return f"{text}{suffix}"
+    return str(tokens)

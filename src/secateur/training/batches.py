@@ -1,0 +1,205 @@
+"""What is read at each step: exact tokens, in an order that depends neither on processes nor on micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from secateur.losses.next_token import IGNORED
+from secateur.training.recipe import Recipe
+
+__all__ = ["Batch", "Data", "Slice", "Span", "Tokens", "WindowTokens", "document_names", "micro_batches", "read_batch"]
+
+Span = tuple[int, int]  #: the tokens [start, stop) of a split
+
+
+class Tokens(Protocol):
+    """A split of a corpus that can be read by token index."""
+
+    def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]: ...
+
+    def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]: ...
+
+    def documents_in(self, split: str, start: int, stop: int) -> range: ...
+
+    def document_name(self, split: str, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of one length; ``positions`` are those within documents, where attention stays within them."""
+
+    ids: Tensor  #: int64 [windows, positions]
+    positions: Tensor | None = None  #: int64 of the same size
+    targets: Tensor | None = None  #: int64 [windows, positions - 1]; None for the tokens that follow
+
+    @classmethod
+    def empty(cls) -> Batch:
+        """What a process without windows computes, so that it takes part in what all processes do: no loss."""
+        return cls(torch.zeros(1, 2, dtype=torch.int64), None, torch.full((1, 1), IGNORED))
+
+
+class Data(Protocol):
+    """What a run reads, step by step: :class:`Slice`, or what chooses its windows otherwise."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    def spans(self, step: int) -> list[Span]: ...
+
+    def batch(self, spans: Sequence[Span]) -> Batch: ...
+
+    def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]: ...
+
+    def state(self) -> Any:
+        """What the next steps depend on besides their number, as plain values; it is saved with a checkpoint."""
+
+    def restore(self, state: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The tokens ``[start, stop)`` of a corpus's training split, read once each as ``recipe`` says."""
+
+    store: Tokens
+    start: int
+    stop: int
+    recipe: Recipe
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
+
+    @property
+    def steps(self) -> int:
+        """How many steps they take."""
+        return self.recipe.steps(self.tokens)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The slice's whole windows in the order in which they are read: neighbours in a document end up far apart."""
+        generator = torch.Generator().manual_seed(self.recipe.data_seed)
+        return torch.randperm(self.tokens // self.recipe.sequence, generator=generator)
+
+    def spans(self, step: int) -> list[Span]:
+        """The windows of a step, of all processes; the last step's last one is what is left, and may be shorter."""
+        length = self.recipe.sequence
+        each = self.recipe.tokens_per_step // length
+        starts = (self.start + self.order[step * each : (step + 1) * each] * length).tolist()
+        spans = [(at, at + length) for at in starts]
+        rest = self.tokens % length
+        if rest and step == self.steps - 1:
+            spans.append((self.stop - rest, self.stop))
+        return spans
+
+    def batch(self, spans: Sequence[Span]) -> Batch:
+        """Read windows of one length; none give the empty batch."""
+        return read_batch(self.store, self.recipe, spans)
+
+    def state(self) -> None:
+        """Nothing: what a step reads follows from its number."""
+
+    def restore(self, state: None) -> None:
+        """Nothing is to be restored."""
+
+    def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]:
+        """The names of the documents, at most so many, that the windows lie in."""
+        return document_names(self.store, spans, most)
+
+
+class WindowTokens:
+    """Windows of ids in memory, end to end, as :class:`Tokens`: each is a document of its own, whatever the split.
+
+    Args:
+        ids: int64 [windows, length].
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.length = ids.numpy().reshape(-1), ids.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.ids)
+
+    def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
+        """The ids from ``start`` to ``stop``: int64 [stop - start]."""
+        self._check(start, stop)
+        return self.ids[start:stop].copy()
+
+    def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
+        """The place of each token in its window, or from ``start`` where the window began before."""
+        self._check(start, stop)
+        at = np.arange(start, stop, dtype=np.int64)
+        return at - np.maximum(at // self.length * self.length, start)
+
+    def documents_in(self, split: str, start: int, stop: int) -> range:
+        """The windows that have tokens between ``start`` and ``stop``."""
+        self._check(start, stop)
+        return range(start // self.length, -(-stop // self.length) if stop > start else start // self.length)
+
+    def document_name(self, split: str, index: int) -> str:
+        """E.g. ``window 17``."""
+        return f"window {index}"
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.tokens:
+            raise ValueError(f"not a slice of {self.tokens} tokens: {start} to {stop}")
+
+
+def read_batch(store: Tokens, recipe: Recipe, spans: Sequence[Span]) -> Batch:
+    """Read windows of one length, with positions where attention stays within documents; none give the empty batch."""
+    if not spans:
+        return Batch.empty()
+    ids = torch.from_numpy(np.stack([store.read("train", *span) for span in spans]))
+    if recipe.attention == "window":
+        return Batch(ids)
+    return Batch(ids, torch.from_numpy(np.stack([store.positions("train", *span) for span in spans])))
+
+
+def document_names(store: Tokens, spans: Sequence[Span], most: int) -> list[str]:
+    """The names of the documents, at most so many, that the windows lie in."""
+    found = {index: None for span in spans for index in store.documents_in("train", *span)}
+    return [store.document_name("train", index) for index in list(found)[:most]]
+
+
+def micro_batches(spans: Sequence[Span], size: int, *, rank: int, world: int) -> list[list[Span]]:
+    """This process's part of a step's windows, at most ``size`` of one length at once.
+
+    Every process gets as many lists, since all compute together; some may be empty. A window of one token predicts
+    nothing and is in none.
+    """
+    shares = [_groups(part, size) for part in _split([s for s in spans if s[1] - s[0] > 1], world)]
+    most = max(len(share) for share in shares)
+    return shares[rank] + [[]] * (most - len(shares[rank]))
+
+
+def _split(spans: Sequence[Span], parts: int) -> list[Sequence[Span]]:
+    each, more = divmod(len(spans), parts)
+    ends = [(i + 1) * each + min(i + 1, more) for i in range(parts)]
+    return [spans[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def _groups(spans: Sequence[Span], size: int) -> list[list[Span]]:
+    groups: list[list[Span]] = []
+    for span in spans:
+        last = groups[-1] if groups else []
+        if last and len(last) < size and last[0][1] - last[0][0] == span[1] - span[0]:
+            last.append(span)
+        else:
+            groups.append([span])
+    return groups

@@ -1,0 +1,75 @@
+"""Held-out loss of a model in training, whole or domain by domain, its windows shared by all processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from secateur import distributed
+from secateur.data.domains import ByDomain
+from secateur.data.shards import TokenStore
+from secateur.errors import RunError
+from secateur.evaluation.loss import Protocol
+from secateur.training.batches import Batch
+from secateur.training.parallel import Trainee
+
+__all__ = ["domain_losses", "domain_protocols", "held_out_loss"]
+
+
+@torch.no_grad()
+def held_out_loss(trainee: Trainee, protocol: Protocol, batch: int) -> float:
+    """The mean loss (nats a predicted token) under a protocol; all processes together.
+
+    Args:
+        trainee: it is put into evaluation mode for the time.
+        protocol: the windows.
+        batch: windows at once in each process.
+
+    Raises:
+        RunError: if the loss is not finite.
+    """
+    trainee.eval()
+    sums: list[float] = []
+    for part in protocol.windows:
+        shares = [range(len(part))[i :: distributed.world()] for i in range(distributed.world())]
+        mine = list(shares[distributed.rank()])
+        found = torch.zeros(len(part), dtype=torch.float64)
+        for start in range(0, len(shares[0]), batch):  # the first process has the most
+            chosen = mine[start : start + batch]
+            windows = Batch(part[chosen]) if chosen else Batch.empty()
+            each = trainee(windows.ids, None, windows.targets)[1]
+            found[chosen] = each.double().sum(dim=1)[: len(chosen)].cpu()
+        sums += distributed.add(found).tolist()
+    trainee.train()
+    loss = math.fsum(sums) / protocol.tokens
+    if not math.isfinite(loss):
+        raise RunError(f"{protocol.source}: the held-out loss is {loss}; lower peak_rate")
+    return loss
+
+
+def domain_losses(trainee: Trainee, protocols: Mapping[str, Protocol], batch: int) -> dict[str, float]:
+    """The mean loss of each domain (nats a predicted token), as :func:`held_out_loss` gives it; all processes together.
+
+    A domain without a protocol has no loss, which is not one of zero.
+    """
+    return {name: held_out_loss(trainee, protocol, batch) for name, protocol in protocols.items()}
+
+
+def domain_protocols(store: TokenStore, sequence: int, most: int) -> dict[str, Protocol]:
+    """The first whole held-out windows of each domain: at most ``most`` of ``sequence`` tokens.
+
+    A domain without a whole window is absent. So are all where nothing was held out.
+    """
+    split = "heldout"
+    if split not in store.manifest.splits:
+        return {}
+    view = ByDomain(store, split, 0, store.tokens(split), sequence)
+    found = {}
+    for name, (start, stop) in view.ranges.items():
+        windows = min(most, (stop - start) // sequence)
+        ids = torch.from_numpy(view.read(split, start, start + windows * sequence))
+        source = f"held-out documents of domain {name}" if name else "held-out documents"
+        found[name] = Protocol((ids.reshape(windows, sequence),), source)
+    return found

@@ -1,0 +1,56 @@
+"""A trained model as a checkpoint, whatever it is spread over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import distributed
+from secateur.model.checkpoint import in_writing_order, model_card, write_checkpoint
+from secateur.model.safetensors_io import Stored
+from secateur.training.parallel import Trainee, whole
+
+__all__ = ["write_trained"]
+
+
+def write_trained(
+    out: Path,
+    trainee: Trainee,
+    config: dict[str, Any],
+    dtype: Callable[[str], torch.dtype],
+    *,
+    provenance: dict[str, Any],
+    line: str,
+    title: str | None = None,
+    change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+) -> None:
+    """Write a model; all processes give their parts, the first one writes, tensor by tensor.
+
+    Args:
+        out: an existing directory.
+        trainee: the model.
+        config: the content of config.json.
+        dtype: name of a parameter -> the type that it is stored in.
+        provenance: for ``secateur.json``.
+        line: what the card says.
+        title: of the card; the directory's name unless given.
+        change: name of a parameter and its whole float32 value -> what is written.
+    """
+
+    def stored(name: str, parameter: Tensor) -> Stored:
+        def parts() -> tuple[Tensor]:
+            return (change(name, whole(parameter.detach())).to(dtype(name)),)
+
+        return Stored(name, dtype(name), tuple(parameter.shape), parts)
+
+    tensors = [stored(name, parameter) for name, parameter in trainee.model.named_parameters()]
+    if distributed.first():
+        card = model_card(title or out.name, None, [line])
+        write_checkpoint(out, config, tensors, provenance=provenance, card=card)
+        return
+    for tensor in in_writing_order(tensors):
+        list(tensor.parts())
