@@ -23,7 +23,7 @@ import numpy as np
 
 from secateur.errors import UserError
 from secateur.forecast.crossover import REACH, crossover
-from secateur.forecast.curve import FORMS, PATHS, CurvePoint, Path
+from secateur.forecast.curve import CURVE_FORMS, PATHS, CurvePoint, Path
 from secateur.forecast.evidence import Evidence, of_study
 from secateur.forecast.fit import DEFAULT_FORM, DRAWS, LeftOut, fit_pair, leave_last_out
 from secateur.forecast.published import LABELS, exact, published
@@ -103,7 +103,7 @@ def study(folder: FilePath) -> None:
     """Print the tables of a study's folder: leave-last-out by every form, the default's runs, and the ratios."""
     evidence = of_study(folder)
     print("| form | runs left out | RMS, nats | largest error |\n|---|---|---|---|")
-    for form in FORMS:
+    for form in CURVE_FORMS:
         left = leave_last_out(evidence.points, form, parent_loss=evidence.parent_loss, draws=1)
         errors = [run.error for run in left]
         if errors:
@@ -179,7 +179,7 @@ def main() -> None:
         study(arguments.folder)
         return
     for last in (2, 1):
-        print("\n".join([*(error_row(form, last) for form in FORMS), ""]))
+        print("\n".join([*(error_row(form, last) for form in CURVE_FORMS), ""]))
     print("\n".join(interval_rows(2)))
 
 

@@ -19,11 +19,11 @@ import torch
 from secateur.data.sources import open_source
 from secateur.data.tokenizer import encode_stream, load_tokenizer
 from secateur.errors import UserError
-from secateur.evaluation.loss import Protocol, evaluate
+from secateur.evaluation.loss import Protocol, evaluate_loss
 from secateur.model.checkpoint import Checkpoint
 from secateur.pruning.pipeline import Calibration, make_plan, write_pruned
 from secateur.pruning.target import Pattern, Target
-from secateur.runtime import quiet
+from secateur.runtime import quiet_libraries
 
 #: title -> method, options, and what is said of the target besides the ratio
 Row = tuple[str, dict[str, Any], dict[str, Any]]
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="draws of each random control")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.7])
     asked = parser.parse_args()
-    quiet()
+    quiet_libraries()
     checkpoint = Checkpoint(asked.model)
     length = asked.seqlen
     seen = _ids(checkpoint, asked.calibration, asked.windows * length)
@@ -94,9 +94,9 @@ def main() -> None:
         plan = make_plan(checkpoint, method, Target(**besides, **target), calibration, options=options)
         with tempfile.TemporaryDirectory() as out:
             write_pruned(checkpoint, plan, Path(out))
-            return float(evaluate(Checkpoint(out).load(), protocol)["perplexity"])
+            return float(evaluate_loss(Checkpoint(out).load(), protocol)["perplexity"])
 
-    dense = evaluate(checkpoint.load(), protocol)["perplexity"]
+    dense = evaluate_loss(checkpoint.load(), protocol)["perplexity"]
     print(f"dense: {dense:.3f}; calibration {calibration.record()['hash'][:12]}, {protocol.tokens:,} held-out tokens\n")
     print("| granularity | method | " + " | ".join(f"{ratio:g}" for ratio in asked.ratios) + " |")
     print("|---|---|" + "---|" * len(asked.ratios))

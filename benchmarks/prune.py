@@ -39,7 +39,7 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 10**9  #: bytes of memory in the memory case
 IMPORTS = {
-    "secateur": "import accelerate, secateur.cli, secateur.cli.verbs.pruning; from transformers import LlamaForCausalLM",
+    "secateur": "import accelerate, secateur.cli.verbs.pruning; from transformers import LlamaForCausalLM",
     "reference": "import benchmarks.reference.__main__; from transformers import LlamaForCausalLM",
 }
 

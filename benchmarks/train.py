@@ -160,9 +160,9 @@ def by_secateur(size: Size, dtype: str, device: str, steps: int, laps: Laps, *, 
     from secateur.model.checkpoint import skeleton
     from secateur.training.batches import Slice
     from secateur.training.init import fresh_weights
-    from secateur.training.loop import Housekeeping, train
+    from secateur.training.loop import RunOptions, train_loop
     from secateur.training.metrics import Metrics
-    from secateur.training.parallel import Execution, place
+    from secateur.training.parallel import Execution, place_model
     from secateur.training.recipe import Recipe
     from secateur.training.throughput import Meter
 
@@ -181,7 +181,7 @@ def by_secateur(size: Size, dtype: str, device: str, steps: int, laps: Laps, *, 
     recipe = Recipe(sequence=size.sequence, tokens_per_step=step, micro_batch=size.windows, peak_rate=1e-4)
     model = skeleton(config(size), Path("config.json"))
     execution = Execution(device, "bfloat16" if dtype == "bfloat16" else "float32")
-    trainee = place(model, fresh_weights(model, std=0.02, seed=0), execution)
+    trainee = place_model(model, fresh_weights(model, std=0.02, seed=0), execution)
     masks = {}
     if masked:
         for name, parameter in trainee.model.named_parameters():
@@ -189,8 +189,8 @@ def by_secateur(size: Size, dtype: str, device: str, steps: int, laps: Laps, *, 
                 masks[name] = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) > 0.5
     data = Slice(Random(size), 0, steps * step, recipe)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
-        house = Housekeeping(Path(folder), "benchmark", save_every=steps, metrics=Kept(None), meter=Lapping())
-        train(trainee, data, masks=masks, measure=lambda _: None, points=1, house=house)
+        house = RunOptions(Path(folder), "benchmark", save_every=steps, metrics=Kept(None), meter=Lapping())
+        train_loop(trainee, data, masks=masks, measure=lambda _: None, points=1, house=house)
     return losses
 
 
@@ -199,17 +199,17 @@ def contend(arguments: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from secateur.memory import watched
-    from secateur.runtime import quiet
+    from secateur.memory import track_resources
+    from secateur.runtime import quiet_libraries
 
     transformers.logging.set_verbosity_error()
-    quiet()
+    quiet_libraries()
     size, name = SIZES[arguments.sizes], arguments.contender
     laps, options = Laps(), (arguments.dtypes, arguments.device, arguments.steps)
     torch.randn(512, 512) @ torch.randn(512, 512)
-    with watched(arguments.device) as before:
+    with track_resources(arguments.device) as before:
         time.sleep(0.2)
-    with watched(arguments.device) as use:
+    with track_resources(arguments.device) as use:
         if name == "trainer":
             losses = by_trainer(size, *options, laps)
         else:

@@ -23,7 +23,7 @@ from secateur.pruning.learned import learn, learning_recipe
 from secateur.pruning.pipeline import Calibration
 from secateur.pruning.target import Target
 from secateur.training.batches import WindowTokens
-from secateur.training.loop import Housekeeping
+from secateur.training.loop import RunOptions
 from secateur.training.metrics import Metrics
 from secateur.training.mixture import Mixture
 from secateur.training.parallel import Execution
@@ -230,7 +230,7 @@ def learned(
         method=found,
         record=calibration(ids).record(),
         execution=Execution(),
-        house=Housekeeping(folder / "steps", "learn", save_every=5, metrics=Metrics(folder / "metrics.jsonl")),
+        house=RunOptions(folder / "steps", "learn", save_every=5, metrics=Metrics(folder / "metrics.jsonl")),
         measure=measure,
         out=folder / "trained",
     )

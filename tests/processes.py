@@ -49,6 +49,6 @@ def _do(jobs: list[list[str]], told: Path, rank: int, group: dict[str, object]) 
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
-    with distributed.together():
+    with distributed.process_group():
         for job in jobs:
             assert main(job) == 0, job

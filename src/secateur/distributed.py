@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Lost",
-    "add",
-    "add_count",
-    "add_texts",
-    "alone",
-    "end",
-    "every",
-    "first",
-    "from_first",
-    "like_first",
-    "local",
+    "ProcessLost",
+    "all_reduce",
+    "all_true",
+    "barrier",
+    "broadcast",
+    "ensure_group",
+    "exit_all",
+    "gather_texts",
+    "is_main",
+    "like_main",
+    "local_rank",
+    "process_group",
     "rank",
-    "same",
-    "share",
-    "together",
-    "wait",
-    "world",
+    "require_equal",
+    "shard",
+    "sum_count",
+    "world_size",
 ]
 
 _PATIENCE = timedelta(days=7)  # the others wait while the first one writes; torchrun ends them should it die
 
 
-class Lost(Exception):
+class ProcessLost(Exception):
     """Another process has ended, and with it the run."""
 
 
@@ -58,7 +58,7 @@ class _Group:
 _group: _Group | None = None
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return _group.world if _group else 1
 
@@ -68,24 +68,24 @@ def rank() -> int:
     return _group.rank if _group else 0
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this is the process that decides and writes."""
     return rank() == 0
 
 
-def local() -> tuple[int, int]:
+def local_rank() -> tuple[int, int]:
     """Which of the processes on this machine this is, and how many there are."""
-    if world() == 1:
+    if world_size() == 1:
         return 0, 1
-    return int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    return int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the processes that torchrun started beside this one while the block runs; all but the first keep quiet.
 
     Tensors on a GPU are summed by nccl, all others by gloo. After an exception the group is left as it is: to take it
-    down would wait for processes that are elsewhere. :func:`end` is the way out then.
+    down would wait for processes that are elsewhere. :func:`exit_all` is the way out then.
     """
     global _group
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -101,14 +101,14 @@ def together() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
     _group = _Group(number, count, store)
-    with contextlib.nullcontext() if first() else _quiet():
+    with contextlib.nullcontext() if is_main() else _quiet():
         yield
-        wait()
+        barrier()
     distributed.destroy_process_group()
     _group = None
 
 
-def alone() -> None:
+def ensure_group() -> None:
     """Where there are no others, be a group of one: what is sharded needs a group."""
     from torch import cuda, distributed
 
@@ -123,13 +123,13 @@ def alone() -> None:
 def _quiet() -> Iterator[None]:
     from secateur import progress
 
-    progress.set_listener(progress.Nobody())
+    progress.set_listener(progress.SilentListener())
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
     progress.close()
 
 
-def end(code: int, message: str) -> int:
+def exit_all(code: int, message: str) -> int:
     """Say on standard error why the run ends, unless another process has said why, and return the exit code.
 
     Of several processes each ends here and now, and torchrun ends those that wait for it.
@@ -144,9 +144,9 @@ def end(code: int, message: str) -> int:
             store.set("told", "")
         # As soon as one is gone torchrun ends the others: let the one that tells do so, and the first one tidy up.
         _await("told", 10)
-        if first():
-            store.set("first", "")
-        _await("first", 3)  # in vain if that one is elsewhere
+        if is_main():
+            store.set("is_main", "")
+        _await("is_main", 3)  # in vain if that one is elsewhere
     except RuntimeError:  # the store has gone with the process that held it
         pass
     sys.stdout.flush()
@@ -165,20 +165,20 @@ def _all_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise Lost(f"process {rank()} has lost another one: {' '.join(str(error).split())[:200]}") from error
+        raise ProcessLost(f"process {rank()} has lost another one: {' '.join(str(error).split())[:200]}") from error
 
 
-def share(windows: Tensor, of: int | None = None) -> Tensor:
+def shard(windows: Tensor, of: int | None = None) -> Tensor:
     """A process's part of the windows [windows, positions], maybe empty; none has more than the first one.
 
     Args:
         windows: of all processes.
         of: whose part; None for this one's.
     """
-    return windows.tensor_split(world())[rank() if of is None else of]
+    return windows.tensor_split(world_size())[rank() if of is None else of]
 
 
-def add(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes, in its own place if it is contiguous."""
     if _group is None:
         return tensor
@@ -190,19 +190,19 @@ def add(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def add_count(count: int) -> int:
+def sum_count(count: int) -> int:
     """Sum a number over all processes."""
     import torch
 
-    return int(add(torch.tensor([count])))
+    return int(all_reduce(torch.tensor([count])))
 
 
-def every(true: bool) -> bool:
+def all_true(true: bool) -> bool:
     """Whether something holds in all processes."""
-    return add_count(int(true)) == world()
+    return sum_count(int(true)) == world_size()
 
 
-def add_texts(texts: Mapping[int, str], count: int) -> list[str]:
+def gather_texts(texts: Mapping[int, str], count: int) -> list[str]:
     """Bring together texts by their numbers, of which each process has some and no two have the same.
 
     Args:
@@ -215,22 +215,22 @@ def add_texts(texts: Mapping[int, str], count: int) -> list[str]:
     sizes = torch.zeros(count, dtype=torch.int64)
     for number, data in packed.items():
         sizes[number] = len(data)
-    stops = add(sizes).cumsum(0).tolist()
+    stops = all_reduce(sizes).cumsum(0).tolist()
     starts = [0, *stops[:-1]]
     letters = torch.zeros(stops[-1] if stops else 0, dtype=torch.uint8)
     for number, data in packed.items():
         letters[starts[number] : stops[number]] = torch.tensor(list(data), dtype=torch.uint8)
-    every = bytes(add(letters).tolist())
+    every = bytes(all_reduce(letters).tolist())
     return [every[start:stop].decode() for start, stop in zip(starts, stops, strict=True)]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until all processes have come here."""
     if _group:
-        add_count(0)
+        sum_count(0)
 
 
-def from_first(tensor: Tensor) -> Tensor:
+def broadcast(tensor: Tensor) -> Tensor:
     """Give a contiguous tensor the values that it has in the first process."""
     if _group is None:
         return tensor
@@ -241,7 +241,7 @@ def from_first(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def like_first(tensor: Tensor | None, device: str) -> Tensor:
+def like_main(tensor: Tensor | None, device: str) -> Tensor:
     """The tensor, or, in a process that has none, zeros of the size and type that it has in the first one."""
     import torch
 
@@ -249,11 +249,11 @@ def like_first(tensor: Tensor | None, device: str) -> Tensor:
     if tensor is not None:
         seen = [types.index(tensor.dtype), tensor.dim(), *tensor.shape]
         told[: len(seen)] = torch.tensor(seen)
-    kind, dimensions, *size = from_first(told).tolist()
+    kind, dimensions, *size = broadcast(told).tolist()
     return torch.zeros(size[:dimensions], dtype=types[kind], device=device) if tensor is None else tensor
 
 
-def same(what: str, digest: str) -> None:
+def require_equal(what: str, digest: str) -> None:
     """Refuse to go on where another process was given something else.
 
     Args:
@@ -266,5 +266,5 @@ def same(what: str, digest: str) -> None:
     import torch
 
     mine = torch.tensor(list(bytes.fromhex(digest)))
-    if not every(torch.equal(from_first(mine.clone()), mine)):
+    if not all_true(torch.equal(broadcast(mine.clone()), mine)):
         raise UserError(f"{what} is not the same in all processes; give each the same files")

@@ -11,20 +11,20 @@ __all__ = [
     "MINUS",
     "NOT_MEASURED",
     "TIMES",
+    "byte_size",
     "count",
     "decimals",
     "duration",
-    "listing",
+    "join_words",
     "loss",
     "method_name",
     "number",
+    "percent",
     "plain",
     "points",
     "probability",
     "scientific",
-    "share",
     "signed",
-    "size",
     "spelled",
     "symbols",
 ]
@@ -105,7 +105,7 @@ def decimals(*values: float) -> int:
     return next((d for d in range(2, 5) if all(abs(v) < 1e-9 or round(v, d) != 0 for v in values)), 5)
 
 
-def share(value: float | None) -> str:
+def percent(value: float | None) -> str:
     """0.4353 -> ``"43.5%"``."""
     return NOT_MEASURED if value is None else f"{100 * value:.1f}%"
 
@@ -122,7 +122,7 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60}{_NBSP}h{_NBSP}{minutes % 60:02d}{_NBSP}min"
 
 
-def listing(items: Sequence[str]) -> str:
+def join_words(items: Sequence[str]) -> str:
     """``["a", "b", "c"]`` -> ``"a, b and c"``."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
@@ -154,7 +154,7 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def size(count: float) -> str:
+def byte_size(count: float) -> str:
     """Bytes as people say them: ``3.4 GB``."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:

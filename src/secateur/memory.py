@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Use", "free_device_memory", "free_memory", "watched"]
+__all__ = ["ResourceUse", "free_device_memory", "free_memory", "track_resources"]
 
 _STATUS = Path("/proc/self/status")
 
 
 @dataclass
-class Use:
+class ResourceUse:
     """What a run took."""
 
     seconds: float = 0.0
@@ -24,13 +24,13 @@ class Use:
 
 
 @contextlib.contextmanager
-def watched(device: str, interval: float = 0.05) -> Iterator[Use]:
+def track_resources(device: str, interval: float = 0.05) -> Iterator[ResourceUse]:
     """Watch this process while the block runs; the figures are there when it ends.
 
     Memory is what the process alone holds (``RssAnon``): mapped files, such as the checkpoint, can be dropped and read
     again at any time, and do not count. It is sampled, so that a peak shorter than ``interval`` seconds may be missed.
     """
-    use, start, over = Use(), time.monotonic(), threading.Event()
+    use, start, over = ResourceUse(), time.monotonic(), threading.Event()
 
     def sample() -> None:
         while True:

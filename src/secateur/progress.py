@@ -11,12 +11,23 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-__all__ = ["Lines", "Listener", "Nobody", "Task", "clock", "close", "listener", "say", "set_listener", "task"]
+__all__ = [
+    "LineListener",
+    "Listener",
+    "ProgressTask",
+    "SilentListener",
+    "clock_time",
+    "close",
+    "listener",
+    "notify",
+    "set_listener",
+    "track",
+]
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def clock(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
     """``75`` as ``1:15``; hours appear when there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -68,7 +79,7 @@ class Bars:
         console.print(text, markup=False)
 
 
-class Lines:
+class LineListener:
     """One line for each task every ``interval`` seconds, on standard error or where ``write`` puts it."""
 
     def __init__(self, interval: float = 15.0, write: Callable[[str], object] | None = None) -> None:
@@ -85,7 +96,7 @@ class Lines:
         elif now - last >= self.interval and done > first:
             eta = (now - start) * (total - done) / (done - first)
             self.seen[key] = (start, first, now)
-            self.message(f"{key}: {100 * done / max(total, 1e-9):.0f}%  {note}  ETA {clock(eta)}")
+            self.message(f"{key}: {100 * done / max(total, 1e-9):.0f}%  {note}  ETA {clock_time(eta)}")
 
     def finish(self, key: str) -> None:
         self.seen.pop(key, None)
@@ -94,7 +105,7 @@ class Lines:
         self.write(text)
 
 
-class Nobody:
+class SilentListener:
     """Shows nothing."""
 
     def update(self, key: str, done: float, total: float, note: str) -> None:
@@ -114,7 +125,7 @@ def listener() -> Listener:
     """What shows progress at present."""
     global _listener
     if _listener is None:
-        _listener = Bars() if console.is_terminal else Lines()
+        _listener = Bars() if console.is_terminal else LineListener()
     return _listener
 
 
@@ -132,12 +143,12 @@ def close() -> None:
     _listener = None
 
 
-def say(text: str) -> None:
+def notify(text: str) -> None:
     """Print one message on standard error."""
     listener().message(text)
 
 
-class Task:
+class ProgressTask:
     """One piece of work under way."""
 
     def __init__(self, key: str, total: float) -> None:
@@ -150,10 +161,10 @@ class Task:
 
 
 @contextlib.contextmanager
-def task(key: str, total: float) -> Iterator[Task]:
+def track(key: str, total: float) -> Iterator[ProgressTask]:
     """Show progress named ``key`` until the block ends; ``total`` is 0 where nobody knows it."""
     listener().update(key, 0.0, total, "")
     try:
-        yield Task(key, total)
+        yield ProgressTask(key, total)
     finally:
         listener().finish(key)

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["calm_environment", "cores", "environment", "pick_batch", "pick_device", "pick_dtype", "quiet"]
+__all__ = [
+    "calm_environment",
+    "core_count",
+    "environment",
+    "pick_batch",
+    "pick_device",
+    "pick_dtype",
+    "quiet_libraries",
+]
 
 
 def calm_environment(threads: int) -> None:
@@ -26,7 +34,7 @@ def calm_environment(threads: int) -> None:
     os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"})
 
 
-def quiet() -> None:
+def quiet_libraries() -> None:
     """Keep transformers' own bars and notices off the terminal; ours say what is going on."""
     from transformers.utils import logging
 
@@ -51,11 +59,11 @@ def pick_device(name: str) -> str:
         raise UserError(f"--device {name}: is not known; name auto, cpu, cuda, cuda:1 ... or mps")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
-    if distributed.world() == 1 or name == "cpu":
+    if distributed.world_size() == 1 or name == "cpu":
         return name
     if name != "cuda":
         raise UserError(f"--device {name}: several processes compute on cpu, or on cuda, each on a device of its own")
-    number, devices = distributed.local()[0], torch.cuda.device_count()
+    number, devices = distributed.local_rank()[0], torch.cuda.device_count()
     if number >= devices:
         raise UserError(f"--nproc-per-node: there are {devices} CUDA devices; start as many processes, or --device cpu")
     torch.cuda.set_device(number)  # where nccl computes
@@ -86,6 +94,6 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), **found, "machine": platform.machine(), "system": sys.platform}
 
 
-def cores() -> int:
+def core_count() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, StageNote
+from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, Pruned, StageNote, StudyResults
 
 P, R = 700_000, 200_000
 PROTOCOL = "5d0e2b6c9f1a4e77a3c1"
@@ -152,14 +152,14 @@ def _stages() -> tuple[StageNote, ...]:
     )
 
 
-def example() -> Results:
+def example() -> StudyResults:
     """The whole study, everything measured."""
     cells = [
         cell(method, name, row[2 + i], salt=10 * m + i)
         for m, (method, row) in enumerate(METHODS.items())
         for i, name in enumerate(NAMES)
     ]
-    return Results(
+    return StudyResults(
         name="demo",
         title="Prune a small language model, or train it from scratch?",
         fingerprint="c0ffee5ca1ab1e0ddba11ba5eba11f1a5c0",
@@ -188,7 +188,7 @@ def example() -> Results:
     )
 
 
-def large() -> Results:
+def large() -> StudyResults:
     """Two methods at two ratios, a ladder of three R, two seeds, every setting, controls, distillation.
 
     Gaps narrow with R and with the ratio; at equal total tokens Wanda keeps an edge and Minitron-depth is overtaken.
@@ -233,7 +233,7 @@ def _rung(method: str, target: str, tokens: int, seed: int) -> list[Cell]:
     return found
 
 
-def broken() -> Results:
+def broken() -> StudyResults:
     """A study in trouble: ratios and seeds, a failed evaluation, a missing run, another protocol, a wrecked model."""
     whole = example()
     cells = [

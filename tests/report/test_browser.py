@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 from example import R, broken, example, large
 
-from secateur.comparison.records import Results
+from secateur.comparison.records import StudyResults
 from secateur.report.judgement import judge
 from secateur.report.page import render
 
@@ -76,7 +76,7 @@ def pages(ladder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return {**folders, "ladder": ladder}
 
 
-def part() -> Results:
+def part() -> StudyResults:
     """One model of the ladder, with everything that there is of it at one budget."""
     whole = large()
     cells = [c for c in whole.cells if (c.method, c.target) == ("wanda", "0.5") and c.retrain_tokens == R]

@@ -14,7 +14,7 @@ import pytest
 from example import METHODS, broken, example
 
 from secateur.comparison.provenance import spark
-from secateur.comparison.records import Point, Results
+from secateur.comparison.records import Point, StudyResults
 from secateur.report.figures.palette import ROLES
 from secateur.report.judgement import judge
 from secateur.report.page import build_report, render
@@ -58,11 +58,11 @@ class Page(HTMLParser):
         return " ".join("".join(self.text).split())
 
 
-def rendered(results: Results) -> str:
+def rendered(results: StudyResults) -> str:
     return render(judge(results))
 
 
-def build(results: Results, folder: Path) -> Path:
+def build(results: StudyResults, folder: Path) -> Path:
     return build_report(judge(results), folder)
 
 

@@ -10,12 +10,12 @@ from example import NAMES, broken, cell, evaluation, example, large
 from secateur.comparison.findings import Finding, find
 from secateur.comparison.index import Index
 from secateur.comparison.intervals import bootstrap_interval
-from secateur.comparison.records import Cell, Results
+from secateur.comparison.records import Cell, StudyResults
 from secateur.report.judgement import judge
 from secateur.report.terminal import text_table
 
 
-def study(*cells: Cell) -> Results:
+def study(*cells: Cell) -> StudyResults:
     return dataclasses.replace(example(), cells=cells, pruned=())
 
 
@@ -27,11 +27,11 @@ def comparison(method: str, gap: float | None, total: float | None = None, *, sa
     ]
 
 
-def found(results: Results, key: str) -> Finding:
+def found(results: StudyResults, key: str) -> Finding:
     return next(finding for finding in find(Index(results)) if finding.key == key)
 
 
-def answers(results: Results, key: str) -> dict[str, str]:
+def answers(results: StudyResults, key: str) -> dict[str, str]:
     return {row.who: row.answer for row in found(results, key).rows}
 
 

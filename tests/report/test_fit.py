@@ -10,8 +10,8 @@ import pytest
 
 from secateur.errors import UserError
 from secateur.forecast.crossover import REACH, crossover, lead, next_runs
-from secateur.forecast.curve import FORMS, CurvePoint, Form, Path, Problem, _huber, law
-from secateur.forecast.fit import NOISE, Fit, estimate, fit_pair, leave_last_out, pairs
+from secateur.forecast.curve import CURVE_FORMS, CurvePoint, Form, Path, Problem, _huber, law
+from secateur.forecast.fit import NOISE, Fit, fit_pair, leave_last_out, pairs, percentile_interval
 
 LADDER = (10_000, 30_000, 50_000, 250_000, 500_000)
 SHARED = {"scratch": (2.2, 0.4, 0.6, 0.0), "pruned": (2.2, 0.15, 0.3, 0.0)}  # E, G at 50,000 tokens, alpha, H
@@ -56,7 +56,7 @@ def test_a_known_curve_comes_back(form: str, curves: dict[str, tuple[float, floa
             assert float(fit.loss(path, tokens)) == pytest.approx(true(curves, path, tokens), abs=1e-3)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.name)
+@pytest.mark.parametrize("form", CURVE_FORMS.values(), ids=lambda form: form.name)
 def test_slopes_are_those_of_finite_differences(form: Form) -> None:
     problem = Problem(points(OWN, seeds=2), form, 2.1)
     vector = problem.starts()[4] + 0.1 * np.arange(len(problem.centres))
@@ -68,7 +68,7 @@ def test_slopes_are_those_of_finite_differences(form: Form) -> None:
 def test_a_draw_is_a_fit_of_its_own() -> None:
     """The best vector has the least cost of Huber losses, by a plain loop over them, among its neighbours."""
     found = points(OWN, LADDER[:3], noise=0.02)
-    problem = Problem(found, FORMS["shared-floor"], None)
+    problem = Problem(found, CURVE_FORMS["shared-floor"], None)
     best = problem.solve(problem.losses, problem.centres, 0.01, problem.starts())
 
     def cost(vector: np.ndarray) -> float:
@@ -84,7 +84,7 @@ def test_a_draw_is_a_fit_of_its_own() -> None:
             assert cost(best + step * np.eye(len(best))[i]) > cost(best)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.name)
+@pytest.mark.parametrize("form", CURVE_FORMS.values(), ids=lambda form: form.name)
 def test_many_fits_at_once_are_the_fits_one_by_one(form: Form) -> None:
     problem = Problem(points(OWN, LADDER[:4], seeds=2), form, 2.1)
     random = np.random.default_rng(3)
@@ -185,7 +185,7 @@ def test_a_further_run_narrows_as_refitting_with_it_does() -> None:
     assert [run.width for run in ranked] == sorted(run.width for run in ranked)
     best = ranked[0]
     assert best.path == "pruned" and best.tokens > 30_000 and best.width < 0.9
-    now = estimate(0.0, far - np.median(far))
+    now = percentile_interval(0.0, far - np.median(far))
     widths = []
     for draw in range(0, 200, 50):
         shown = float(fit.drawn("pruned", best.tokens)[draw])
@@ -201,7 +201,7 @@ def test_nothing_to_narrow() -> None:
 
 
 def test_an_interval_with_infinities_holds_its_value() -> None:
-    found = estimate(4.0, np.array([5.0, 6.0, math.inf, math.inf]))
+    found = percentile_interval(4.0, np.array([5.0, 6.0, math.inf, math.inf]))
     assert (found.low, found.high) == (4.0, math.inf)
 
 

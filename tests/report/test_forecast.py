@@ -12,7 +12,7 @@ import pytest
 from example import LADDER, P, cell, evaluation, example, pruned
 
 from secateur.comparison.index import Index
-from secateur.comparison.records import Cell, Results
+from secateur.comparison.records import Cell, StudyResults
 from secateur.forecast.ladder import Forecast, Outlook
 from secateur.forecast.ratios import across_ratios
 from secateur.report.forecast_prose import crossover_brief, misfit_sentence, outlook_sentence, standing_sentence
@@ -43,11 +43,11 @@ def ladder(**changes: Any) -> list[Cell]:
     return [*found, cell(METHOD, "S_{P+R}", scratch_law(P + LADDER[0]), tokens=LADDER[0], salt=20, **changes)]
 
 
-def study(cells: list[Cell], **changes: Any) -> Results:
+def study(cells: list[Cell], **changes: Any) -> StudyResults:
     return dataclasses.replace(example(), cells=tuple(cells), pruned=(pruned(METHOD),), **changes)
 
 
-def one(results: Results) -> Forecast:
+def one(results: StudyResults) -> Forecast:
     found = judge(results).forecasts
     assert not found.unfitted and len(found.found) == 1
     return found.found[0]
@@ -201,7 +201,7 @@ def grid() -> list[Cell]:
     return found
 
 
-def records(cells: list[Cell], parent_loss: float) -> Results:
+def records(cells: list[Cell], parent_loss: float) -> StudyResults:
     parent = dataclasses.replace(PARENT, evaluation=evaluation(parent_loss, 99))
     targets = dict.fromkeys(c.target for c in cells)
     return dataclasses.replace(

@@ -14,9 +14,9 @@ from example import SCORING, P, R, broken, cell, example, large, pruned
 from secateur.comparison.ablation import controls, parts
 from secateur.comparison.index import Group, Index
 from secateur.comparison.intervals import bootstrap_interval
-from secateur.comparison.ledger import account_flops, best, forwards, own_cost, pieces, setting_total
+from secateur.comparison.ledger import account_flops, forwards, lowest_loss, own_cost, pieces, setting_total
 from secateur.comparison.objectives import objective_rows
-from secateur.comparison.records import Cell, Cost, Results
+from secateur.comparison.records import Cell, Cost, StudyResults
 from secateur.model.shapes import Shape, train_flops
 from secateur.report.judgement import judge
 from secateur.report.latex import comparisons_tex, escaped
@@ -27,7 +27,7 @@ PARENT = example().parents[0]
 PARENT_FLOPS = PARENT.cost.flops if PARENT.cost else math.nan
 
 
-def study(*cells: Cell) -> Results:
+def study(*cells: Cell) -> StudyResults:
     return dataclasses.replace(example(), cells=cells, pruned=())
 
 
@@ -71,7 +71,7 @@ def test_the_settings_count_the_parent_for_the_pruned_path_alone():
 
 def test_best_runs_are_those_that_a_naive_search_finds():
     index = Index(large())
-    found = best(index)
+    found = lowest_loss(index)
     for account in ("sunk", "shared", "charged"):
         runs = {
             key: (account_flops(index, c, account), c.evaluation.loss) for key, c in index.cells.items() if c.evaluation

@@ -12,8 +12,8 @@ from example import cell, evaluation, example
 
 from secateur.comparison.index import Index
 from secateur.comparison.quality import by_domain, measurement_rows, quality_rows
-from secateur.comparison.records import Cell, Results, Running
-from secateur.comparison.serving_cost import Served, front, served
+from secateur.comparison.records import Cell, Running, StudyResults
+from secateur.comparison.serving_cost import ServingCost, front, serving_costs
 from secateur.comparison.twins import SCRATCH
 from secateur.evaluation.results import LOSS, Measurement
 from secateur.report.judgement import answer_json, judge
@@ -42,13 +42,15 @@ def measured(run: Cell, *found: Measurement) -> Cell:
     return dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, measured=found))
 
 
-def study(ours: list[Measurement], theirs: list[Measurement], *, loss: tuple[float, float] = (5.0, 5.3)) -> Results:
+def study(
+    ours: list[Measurement], theirs: list[Measurement], *, loss: tuple[float, float] = (5.0, 5.3)
+) -> StudyResults:
     pruned = measured(cell("wanda", "P-R", loss[0]), *ours)
     scratch = measured(cell("wanda", "S_R", loss[1], salt=1), *theirs)
     return dataclasses.replace(example(), cells=(pruned, scratch))
 
 
-def rows(results: Results) -> dict[str, Any]:
+def rows(results: StudyResults) -> dict[str, Any]:
     return {row.comparison.name: row for row in quality_rows(Index(results))}
 
 
@@ -140,7 +142,7 @@ def running(ms: float, megabytes: float, *, device: str = "cpu", fast: float | N
     return Running(device, "float32", tuple(figures), "no masks: the model is dense")
 
 
-def with_costs(costs: dict[str, Running], parent: Running | None = None) -> Results:
+def with_costs(costs: dict[str, Running], parent: Running | None = None) -> StudyResults:
     results = example()
     pruned = tuple(dataclasses.replace(p, running=costs.get(p.method)) for p in results.pruned)
     parents = tuple(dataclasses.replace(p, running=parent) for p in results.parents)
@@ -148,7 +150,7 @@ def with_costs(costs: dict[str, Running], parent: Running | None = None) -> Resu
 
 
 def test_twins_cost_what_the_pruned_model_does() -> None:
-    points, told = served(Index(with_costs({"minitron-depth": running(5, 2)}, running(10, 4))), "time")
+    points, told = serving_costs(Index(with_costs({"minitron-depth": running(5, 2)}, running(10, 4))), "time")
     assert told == "cpu, float32"
     assert {(point.run, round(point.cost, 6)) for point in points} == {
         ("parent", 10.0),
@@ -160,9 +162,9 @@ def test_twins_cost_what_the_pruned_model_does() -> None:
 
 def test_memory_and_kernels_have_points_of_their_own() -> None:
     index = Index(with_costs({"wanda": running(8, 4, fast=6)}))
-    memory, _ = served(index, "memory")
+    memory, _ = serving_costs(index, "memory")
     assert {point.cost for point in memory} == {4e6}
-    times, _ = served(index, "time")
+    times, _ = serving_costs(index, "time")
     costs = {(point.execution, round(point.cost, 6)) for point in times}
     assert costs == {("dense", 8.0), ("2:4 kernels", 6.0)}
 
@@ -180,14 +182,14 @@ def test_times_that_scatter_are_told() -> None:
 
 def test_devices_do_not_share_an_axis() -> None:
     costs = {"minitron-depth": running(5, 2), "minitron-width": running(6, 2), "wanda": running(1, 4, device="H100")}
-    points, told = served(Index(with_costs(costs)), "time")
+    points, told = serving_costs(Index(with_costs(costs)), "time")
     assert told == "cpu, float32"
     assert {point.model.method for point in points if point.model} == {"minitron-depth", "minitron-width"}
 
 
 def test_the_front_holds_what_none_beats() -> None:
-    def point(cost: float, loss: float) -> Served:
-        return Served(None, "parent", "dense", loss, cost, cost, cost)
+    def point(cost: float, loss: float) -> ServingCost:
+        return ServingCost(None, "parent", "dense", loss, cost, cost, cost)
 
     points = [point(3, 2.0), point(1, 5.0), point(2, 3.0), point(2, 3.5), point(4, 2.5), point(1.5, 5.5)]
     assert [(p.cost, p.loss) for p in front(points)] == [(1, 5.0), (2, 3.0), (3, 2.0)]

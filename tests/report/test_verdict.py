@@ -10,13 +10,13 @@ import pytest
 from example import METHODS, NAMES, R, broken, cell, curve, evaluation, example, large, pruned
 
 from secateur.comparison.intervals import bootstrap_interval, pooled_interval
-from secateur.comparison.records import Cell, Results
+from secateur.comparison.records import Cell, StudyResults
 from secateur.comparison.twins import Verdict
 from secateur.report.judgement import answer_json, judge
 from secateur.report.terminal import text_table
 
 
-def study(*cells: Cell) -> Results:
+def study(*cells: Cell) -> StudyResults:
     return dataclasses.replace(example(), cells=cells, pruned=())
 
 
@@ -25,7 +25,7 @@ def trio(p_r: float | None, s_r: float | None, s_pr: float | None, method: str =
     return [cell(method, name, loss, salt=i, **kw) for i, (name, loss) in enumerate(losses)]
 
 
-def verdict(results: Results, setting: str) -> Verdict:
+def verdict(results: StudyResults, setting: str) -> Verdict:
     (found,) = (v for v in judge(results).verdicts if v.setting == setting)
     return found
 

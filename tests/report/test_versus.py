@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from example import R, cell, evaluation, example
 
-from secateur.comparison.records import Cell, Results
+from secateur.comparison.records import Cell, StudyResults
 from secateur.errors import UserError
 from secateur.report.judgement import judge
 from secateur.report.page import build_versus
-from secateur.report.studies import Versus, versus
+from secateur.report.studies import StudyComparison, compare_studies
 from secateur.report.terminal import text_versus
 
 
-def shifted(by: dict[str, float], **changes: object) -> Results:
+def shifted(by: dict[str, float], **changes: object) -> StudyResults:
     """The example with the losses of some runs moved by as much on every window."""
 
     def move(one: Cell) -> Cell:
@@ -34,8 +34,8 @@ def shifted(by: dict[str, float], **changes: object) -> Results:
     return dataclasses.replace(results, cells=tuple(move(one) for one in results.cells), **changes)  # type: ignore[arg-type]
 
 
-def both(a: Results, b: Results) -> Versus:
-    return versus(judge(a), judge(b))
+def both(a: StudyResults, b: StudyResults) -> StudyComparison:
+    return compare_studies(judge(a), judge(b))
 
 
 def test_a_study_and_itself_differ_in_nothing() -> None:

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
-from secateur.study.runner.lease import Claim, ClaimLost, Claims
+from secateur.study.runner.lease import Lease, LeaseLost, Leases
 from secateur.study.stage import Stage
 from secateur.study.store import Store
 
 KEY = "stage"
 
 
-def claims(folder: Path, machine: str = "here") -> Claims:
-    return Claims(folder, beat=0.05, stale=0.5, machine=machine)
+def claims(folder: Path, machine: str = "here") -> Leases:
+    return Leases(folder, beat=0.05, stale=0.5, machine=machine)
 
 
-def take(found: Claims) -> Claim | None:
+def take(found: Leases) -> Lease | None:
     look = found.look(KEY)
     return found.take(KEY, look.number) if look.free else None
 
 
-def held(found: Claim | None) -> Claim:
+def held(found: Lease | None) -> Lease:
     assert found is not None
     return found
 
@@ -34,10 +34,10 @@ def held(found: Claim | None) -> Claim:
 def test_of_many_that_see_it_free_one_gets_it(tmp_path: Path) -> None:
     """Threads stand for processes: what decides is a hard link, and not what they share."""
     for number in range(0, 20, 2):
-        got: list[Claim | None] = []
+        got: list[Lease | None] = []
         together = threading.Barrier(8)
 
-        def reach(after: int, together: threading.Barrier = together, got: list[Claim | None] = got) -> None:
+        def reach(after: int, together: threading.Barrier = together, got: list[Lease | None] = got) -> None:
             together.wait()
             got.append(claims(tmp_path).take(KEY, after))
 
@@ -61,7 +61,7 @@ def test_a_holder_that_beats_keeps_it_and_one_that_is_silent_loses_it(tmp_path: 
     while time.monotonic() < over:
         assert not other.look(KEY).free
         time.sleep(0.02)
-    claim.claims = Claims(tmp_path, beat=60.0, stale=0.5, machine="here")  # as a process that was stopped
+    claim.claims = Leases(tmp_path, beat=60.0, stale=0.5, machine="here")  # as a process that was stopped
     silent = claims(tmp_path, "there")
     assert not silent.look(KEY).free, "one look tells nothing of a heartbeat"
     started = time.monotonic()
@@ -70,7 +70,7 @@ def test_a_holder_that_beats_keeps_it_and_one_that_is_silent_loses_it(tmp_path: 
     assert time.monotonic() - started > 0.4
     second = held(silent.take(KEY, silent.look(KEY).number))
     assert not claim.valid and second.valid
-    with pytest.raises(ClaimLost, match="taken this stage over"):
+    with pytest.raises(LeaseLost, match="taken this stage over"):
         claim.check()
     second.release()
 
@@ -100,12 +100,12 @@ def test_death_on_this_machine_is_noticed_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path), KEY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        here = Claims(tmp_path)
+        here = Leases(tmp_path)
         assert not here.look(KEY).free
         holder.kill()
         holder.wait()
         assert here.look(KEY).free
-        assert not Claims(tmp_path, machine="there").look(KEY).free, "another machine cannot know yet"
+        assert not Leases(tmp_path, machine="there").look(KEY).free, "another machine cannot know yet"
 
 
 def test_waiting_ends_when_there_is_nothing_to_wait_for(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_who_has_lost_a_claim_cannot_publish(checks: int, tmp_path: Path) -> Non
     if checks == 0:
         take_over()
     first.check = checked  # type: ignore[method-assign]
-    with pytest.raises(ClaimLost):
+    with pytest.raises(LeaseLost):
         store.finish(stage, work, first, {"loss": 0.0}, {})
     assert not store.done(stage)
     (second,) = others
@@ -149,7 +149,7 @@ def test_who_has_lost_a_claim_cannot_publish(checks: int, tmp_path: Path) -> Non
     assert (mine / "checkpoint").read_text() == "half", "it goes on with what was there"
     store.finish(stage, mine, second, {"loss": 1.0}, {"seconds": 1.0})
     first.check = lambda: None  # type: ignore[method-assign]
-    with pytest.raises(ClaimLost):  # what is there is not replaced
+    with pytest.raises(LeaseLost):  # what is there is not replaced
         store.finish(stage, work, first, {"loss": 2.0}, {})
     assert store.record(stage) == {"loss": 1.0} and store.damage(stage) is None
     for claim in (first, second):

@@ -15,13 +15,13 @@ import torch
 from test_study import study_file
 
 from secateur.errors import UserError
-from secateur.evaluation.results import Results
+from secateur.evaluation.results import EvaluationResults
 from secateur.report.judgement import judge
 from secateur.study.collect import collect
 from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
 from secateur.study.runner import local
-from secateur.study.runner.worker import do_stage
+from secateur.study.runner.worker import run_stage_attempt
 from secateur.study.spec import load_study
 from secateur.study.stage import Stage
 from secateur.study.stages.evaluate import RESULTS
@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 
 def do(stage: Stage, out: Path) -> None:
-    ended = do_stage(stage, Store(out))
+    ended = run_stage_attempt(stage, Store(out))
     assert ended.how == "done", ended.text
 
 
@@ -149,7 +149,7 @@ def test_a_group_and_examples_are_part_of_a_study(text: Path, tmp_path: Path, mo
     for stage in stages(suited(tmp_path, text, ["wmdp", "arc_easy"], tasks_data=str(tmp_path), few_shot=1)):
         if stage.kind in ("corpus", "train", "evaluate") and stage.name in ("corpus", "text", "parent", asked.name):
             do(stage, out)
-    found = Results.load(Store(out).folder(asked) / RESULTS)
+    found = EvaluationResults.load(Store(out).folder(asked) / RESULTS)
     assert [m.name for m in found.measurements] == ["loss", "wmdp_bio", "wmdp_chem", "wmdp_cyber", "arc_easy", "wmdp"]
     assert [m.protocol["few_shot"] for m in found.measurements[1:5]] == [0, 0, 0, 1]  # wmdp says 0 itself
     *parts, _, whole = (m.value for m in found.measurements[1:])
@@ -181,14 +181,14 @@ def test_a_study_measures_its_models_item_by_item_and_goes_on_after_a_kill(text:
     stage = next(s for s in every if s.kind == "evaluate" and s.name == "wanda-0.5/P-R")
     before = store.folder(stage)
     wanted = {p.name: p.read_bytes() for p in before.iterdir() if p.name != "runtime.json"}
-    whole = Results.load(before / RESULTS)
+    whole = EvaluationResults.load(before / RESULTS)
     assert [m.name for m in whole.measurements] == ["loss", "arc_easy", "arc_challenge"]
     items = gzip.decompress(before.joinpath("results.jsonl.gz").read_bytes()).splitlines()
     assert sum(json.loads(line)["measurement"] == "arc_easy" for line in items) == 12
     shutil.rmtree(before)
     half = store.stages / f"{stage.folder}.partial-0"
     half.mkdir()
-    Results(whole.model, whole.measurements[:2]).save(half / RESULTS)
+    EvaluationResults(whole.model, whole.measurements[:2]).save(half / RESULTS)
     asked: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         from secateur.evaluation import suite
@@ -205,7 +205,7 @@ def test_nothing_runs_beside_what_is_timed(text: Path, tmp_path: Path) -> None:
     found = stages(suited(tmp_path, text, ["cost"]))
     timed = next(s for s in found if s.kind == "cost")
     other = next(s for s in found if s.kind == "train")
-    here = local.Local(tmp_path, jobs=2, device="cpu")
+    here = local.LocalLauncher(tmp_path, jobs=2, device="cpu")
     assert here.room(timed)
     assert here.room(other)
     here.workers = [busy := _Busy(other)]  # type: ignore[list-item]

@@ -10,8 +10,8 @@ import yaml
 
 from secateur.cli import main
 from secateur.errors import UserError
-from secateur.study.planner import saved_by_trunks, stages_of, tokens_needed
-from secateur.study.resolve import Known, KnownParent, resolve
+from secateur.study.planner import stages_of, tokens_needed, trunk_savings
+from secateur.study.resolve import ResolvedParent, ResolvedStudy, resolve
 from secateur.study.spec import Study, load_study
 from secateur.study.stage import Stage, unique
 
@@ -36,8 +36,8 @@ def study(folder: Path, **changes: Any) -> Study:
 
 
 def planned(of: Study) -> list[Stage]:
-    parents = {name: KnownParent(p.shape(of.corpus.vocabulary)) for name, p in of.all_parents.items()}  # type: ignore[arg-type]
-    return unique(stages_of(of, Known("text", parents)))
+    parents = {name: ResolvedParent(p.shape(of.corpus.vocabulary)) for name, p in of.all_parents.items()}  # type: ignore[arg-type]
+    return unique(stages_of(of, ResolvedStudy("text", parents)))
 
 
 def named(stages: list[Stage], name: str, kind: str = "train") -> Stage:
@@ -130,7 +130,7 @@ def test_settings_equal_tokens_or_flops(tmp_path: Path) -> None:
 def test_a_ladder_has_runs_of_its_own_unless_it_shares_its_trunk(tmp_path: Path) -> None:
     budgets = [2048, 4096, 8192]
     own = planned(study(tmp_path, retrain={"tokens": budgets}, settings="equal_training_tokens"))
-    assert saved_by_trunks(own) == (16_000 + 2 * sum(budgets),) * 2
+    assert trunk_savings(own) == (16_000 + 2 * sum(budgets),) * 2
     recipe = {"sequence": 32, "tokens_per_step": 64, "schedule": "wsd", "decay": 0.25}
     shared = planned(
         study(
@@ -147,7 +147,7 @@ def test_a_ladder_has_runs_of_its_own_unless_it_shares_its_trunk(tmp_path: Path)
     assert trunks[0].identity["init"] == "pruned" and trunks[1].inputs["model"] is trunks[0]
     first = named(shared, "minitron-depth-0.5/P-R@2.048k")
     assert first.inputs["model"].fingerprint == trunks[0].fingerprint
-    assert saved_by_trunks(shared) == (16_000 + 2 * (6144 + 3 * 0 + 512 + 1024 + 2048), 16_000 + 2 * sum(budgets))
+    assert trunk_savings(shared) == (16_000 + 2 * (6144 + 3 * 0 + 512 + 1024 + 2048), 16_000 + 2 * sum(budgets))
 
 
 def test_a_sweep_chooses_for_each_path_and_counts(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from secateur.calibration.journal import Journal
 from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
 from secateur.study.runner.scheduler import run_stages
-from secateur.study.runner.worker import do_stage
+from secateur.study.runner.worker import run_stage_attempt
 from secateur.study.spec import load_study
 from secateur.study.stage import Stage
 from secateur.study.store import Store
@@ -32,7 +32,7 @@ LAYERS = 8
 
 def work(stage: Stage, out: Path) -> str | None:
     """Do a stage in this process; say what went wrong."""
-    ended = do_stage(stage, Store(out))
+    ended = run_stage_attempt(stage, Store(out))
     return None if ended.how == "done" else f"{ended.how}: {ended.text}"
 
 
@@ -74,7 +74,7 @@ def world(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worl
 def said() -> Iterator[list[str]]:
     """What is told while a stage runs."""
     lines: list[str] = []
-    listener = progress.Lines()
+    listener = progress.LineListener()
     listener.message = lines.append  # type: ignore[method-assign]
     progress.set_listener(listener)
     yield lines

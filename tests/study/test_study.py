@@ -20,10 +20,10 @@ from secateur import progress
 from secateur.cli import main
 from secateur.data.shards import TokenStore
 from secateur.model.plan import load_masks
-from secateur.study.explain import why
+from secateur.study.explain import explain_stage
 from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
-from secateur.study.runner.lease import Claim
+from secateur.study.runner.lease import Lease
 from secateur.study.runner.worker import _Told, _told
 from secateur.study.spec import load_study
 from secateur.study.stage import Stage
@@ -188,7 +188,7 @@ def test_status_tells_where_each_stage_stands(text: Path, tmp_path: Path, capsys
     stages = stages_by_name(file)
     begun, failed, running = (stages[name] for name in ("parent", "wanda-0.5/S_R", "corpus"))
 
-    def claim(stage: Stage) -> Claim:
+    def claim(stage: Stage) -> Lease:
         claim = store.claims.take(key_of(stage), store.claims.look(key_of(stage)).number)
         assert claim is not None
         return claim
@@ -212,12 +212,14 @@ def test_a_running_stage_tells_other_processes_how_far_it_is(tmp_path: Path) -> 
     assert claim is not None
     with claim:
         store.begin(stage, claim)
-        with _told(stage, store, store.working(stage, claim.number)), progress.task("x", 200) as task:
+        with _told(stage, store, store.working(stage, claim.number)), progress.track("x", 200) as task:
             task.advance(50, "loss 3.200")
             assert state_of(stage, Store(tmp_path))[0] == "running"
         note = json.loads((store.working(stage, claim.number) / "progress.json").read_text())
         assert note == {"task": "x", "share": 0.0, "note": "", "seconds_left": None}
-        listener = _Told(progress.Nobody(), store.working(stage, claim.number) / "progress.json", progress.Nobody())
+        listener = _Told(
+            progress.SilentListener(), store.working(stage, claim.number) / "progress.json", progress.SilentListener()
+        )
         listener.began["x"] = (time.monotonic() - 10, 0.0)
         listener.update("x", 50, 200, "loss 3.200")
         assert state_of(stage, Store(tmp_path)) == ("running", "25%  loss 3.200  ETA 0:30")
@@ -270,7 +272,7 @@ def test_explain_names_the_input_that_changed(tmp_path: Path) -> None:
             store.begin(stage, claim)
             store.finish(stage, store.working(stage, claim.number), claim, {}, {})
     corpus, parent = pair(0.2, 2e-3)
-    found = why(parent, [corpus, parent], store)
+    found = explain_stage(parent, [corpus, parent], store)
     assert [str(change) for change in found.changes] == [
         "recipe.rate: 0.001 -> 0.002",
         "input corpus (corpus corpus): holdout: 0.1 -> 0.2",

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from secateur.comparison.items import AVERAGE, Comparison, compare
+from secateur.comparison.items import AVERAGE, Comparison, compare_results
 from secateur.errors import UserError
-from secateur.evaluation.results import Measurement, Results, check_same_protocols, items_file
+from secateur.evaluation.results import EvaluationResults, Measurement, check_same_protocols, items_file
 
 
 def task(values: list[int], name: str = "piqa", mark: str = "a") -> Measurement:
@@ -33,20 +33,20 @@ def only(found: list[Comparison]) -> Comparison:
 
 def test_a_difference_beyond_the_noise() -> None:
     a, b = [1] * 70 + [0] * 30, [0] * 40 + [1] * 30 + [0] * 30
-    found = only(compare([Results("a", [task(a)])], [Results("b", [task(b)])]))
+    found = only(compare_results([EvaluationResults("a", [task(a)])], [EvaluationResults("b", [task(b)])]))
     assert (found.verdict, found.a, found.b, found.difference) == ("A", 0.7, 0.3, pytest.approx(0.4))
     assert found.low is not None and found.high is not None and 0.29 < found.low < 0.32 and 0.48 < found.high < 0.51
     assert (found.above, found.below, found.items) == (40, 0, 100)
     assert found.p == pytest.approx(2 * 0.5**40)
-    turned = only(compare([Results("b", [task(b)])], [Results("a", [task(a)])]))
+    turned = only(compare_results([EvaluationResults("b", [task(b)])], [EvaluationResults("a", [task(a)])]))
     assert turned.verdict == "B" and turned.difference == pytest.approx(-0.4)
 
 
 def test_too_close_to_call_is_a_result() -> None:
     a, b = [1, 0] * 50, [1, 0] * 48 + [0, 1, 1, 0]
-    found = only(compare([Results("a", [task(a)])], [Results("b", [task(b)])]))
+    found = only(compare_results([EvaluationResults("a", [task(a)])], [EvaluationResults("b", [task(b)])]))
     assert found.verdict == "too close to call" and found.p == 1.0
-    same = only(compare([Results("a", [task(a)])], [Results("a", [task(a)])]))
+    same = only(compare_results([EvaluationResults("a", [task(a)])], [EvaluationResults("a", [task(a)])]))
     assert (same.verdict, same.difference, same.low, same.high) == ("too close to call", 0, 0, 0)
 
 
@@ -55,7 +55,11 @@ def test_a_lower_loss_is_better_and_tokens_count() -> None:
     tokens = generator.integers(1, 90, 60).tolist()
     b = generator.normal(3, 1, 60)
     a = b - 0.2 + generator.normal(0, 0.02, 60)
-    found = only(compare([Results("a", [loss(a.tolist(), tokens)])], [Results("b", [loss(b.tolist(), tokens)])]))
+    found = only(
+        compare_results(
+            [EvaluationResults("a", [loss(a.tolist(), tokens)])], [EvaluationResults("b", [loss(b.tolist(), tokens)])]
+        )
+    )
     wanted = float(((b - a) * tokens).sum() / sum(tokens))
     assert found.verdict == "A" and found.difference == pytest.approx(wanted)
     assert found.low is not None and found.high is not None and found.low < wanted < found.high < found.low + 0.03
@@ -65,29 +69,31 @@ def test_the_average_counts_a_task_once() -> None:
     sides = []
     for right in (0.9, 0.5):
         few, many = [1] * 10, [1] * int(1000 * right) + [0] * int(1000 * (1 - right) + 0.5)
-        sides.append([Results("x", [task(few, "piqa"), task(many, "sciq")])])
-    average = compare(*sides)[-1]
+        sides.append([EvaluationResults("x", [task(few, "piqa"), task(many, "sciq")])])
+    average = compare_results(*sides)[-1]
     assert average.name == AVERAGE and average.items == 1010
     assert (average.a, average.b) == (pytest.approx(0.95), pytest.approx(0.75)) and average.verdict == "A"
 
 
 def test_seeds_must_agree() -> None:
-    def seeds(shares: list[float]) -> list[Results]:
-        return [Results(f"{s}", [task([1] * int(100 * s) + [0] * int(100 - 100 * s))]) for s in shares]
+    def seeds(shares: list[float]) -> list[EvaluationResults]:
+        return [EvaluationResults(f"{s}", [task([1] * int(100 * s) + [0] * int(100 - 100 * s))]) for s in shares]
 
     base = seeds([0.3, 0.3, 0.3])
-    steady = only(compare(seeds([0.7, 0.72, 0.68]), base))
+    steady = only(compare_results(seeds([0.7, 0.72, 0.68]), base))
     assert steady.verdict == "A" and steady.seeds == pytest.approx((0.4, 0.42, 0.38))
-    unsteady = only(compare(seeds([0.9, 0.31, 0.32]), base))  # far apart on documents, but it hangs on one seed
+    unsteady = only(compare_results(seeds([0.9, 0.31, 0.32]), base))  # far apart on documents, but it hangs on one seed
     assert unsteady.low is not None and unsteady.low > 0
     assert unsteady.seed_low is not None and unsteady.seed_low < 0 and unsteady.verdict == "too close to call"
     with pytest.raises(UserError, match="A has 3 seeds and B has 2"):
-        compare(base, base[:2])
+        compare_results(base, base[:2])
 
 
 def test_what_cannot_be_compared() -> None:
-    one = Results("a", [task([1, 0, 1]), task([1], "sciq")])
-    found = {c.name: c for c in compare([one], [Results("b", [task([1], "sciq"), task([1, 1], "boolq")])])}
+    one = EvaluationResults("a", [task([1, 0, 1]), task([1], "sciq")])
+    found = {
+        c.name: c for c in compare_results([one], [EvaluationResults("b", [task([1], "sciq"), task([1, 1], "boolq")])])
+    }
     assert {c.verdict for c in found.values()} == {"not measured"}
     assert found["piqa"].reason == "B has no piqa" and found["boolq"].reason == "A has no boolq"
     assert found["sciq"].reason == "fewer than two items give no interval" and found["sciq"].a is None
@@ -96,7 +102,7 @@ def test_what_cannot_be_compared() -> None:
     ):
         other = task([1, 0, 1], mark="b")
         other.protocol["version"] = 2.0  # type: ignore[index]
-        compare([one], [Results("b", [other])])
+        compare_results([one], [EvaluationResults("b", [other])])
 
 
 def test_same_names_need_same_protocols() -> None:
@@ -106,8 +112,8 @@ def test_same_names_need_same_protocols() -> None:
         check_same_protocols([*measured, ("c", "y", {"fingerprint": "1"})])
 
 
-def saved(folder: Path) -> tuple[Path, Results]:
-    results = Results("m", [task([1, 0, 1]), loss([2.5, 3.5], [3, 4])], None, {"device": "cpu"})
+def saved(folder: Path) -> tuple[Path, EvaluationResults]:
+    results = EvaluationResults("m", [task([1, 0, 1]), loss([2.5, 3.5], [3, 4])], None, {"device": "cpu"})
     path = folder / "m.json"
     results.save(path)
     return path, results
@@ -115,7 +121,7 @@ def saved(folder: Path) -> tuple[Path, Results]:
 
 def test_files_round_trip_to_the_same_bytes(tmp_path: Path) -> None:
     path, results = saved(tmp_path)
-    loaded = Results.load(path)
+    loaded = EvaluationResults.load(path)
     assert loaded == results
     (tmp_path / "again").mkdir()
     loaded.save(tmp_path / "again" / "m.json")
@@ -144,4 +150,4 @@ def test_damaged_files(change: Any, message: str, tmp_path: Path) -> None:
     path, _ = saved(tmp_path)
     change(path)
     with pytest.raises(UserError, match=message):
-        Results.load(path)
+        EvaluationResults.load(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from secateur.pruning.target import Pattern
-from secateur.study.stages.controls import permuted_mask, random_mask, shuffled
+from secateur.study.stages.controls import permuted_mask, random_mask, shuffle_weights
 
 MASK = torch.rand(24, 32, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 0.9, 32)
 CHOSEN = torch.rand(24, 8, 4, generator=torch.Generator().manual_seed(1)).argsort(2)[..., :2]
@@ -39,7 +39,7 @@ def test_a_pattern_survives() -> None:
 
 def test_shuffled_weights_are_the_same_values_elsewhere() -> None:
     weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(2)) * MASK
-    read = shuffled(lambda name: weight, {"a": MASK}, 0)
+    read = shuffle_weights(lambda name: weight, {"a": MASK}, 0)
     found = read("a")
     assert torch.equal(found != 0, MASK)
     assert torch.equal(found[MASK].sort().values, weight[MASK].sort().values)

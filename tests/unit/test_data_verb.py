@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from secateur.cli import main
 from secateur.data import external_sort as runs
 from secateur.data.build import Holdout, write_splits
-from secateur.data.encode import Encoder, encode
+from secateur.data.encode import Encoder, encode_texts
 from secateur.data.readers import Document
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
@@ -110,7 +110,7 @@ def test_the_answer_says_what_was_written(world: Path, tmp_path: Path, capsys: p
     assert answer["disk"] == sum(map(len, files(tmp_path / "out").values()))
     for split in ("train", "heldout"):
         texts = documents(tmp_path / "out", split)
-        ids = np.concatenate(encode(load_tokenizer(world / "tokenizer"), texts))
+        ids = np.concatenate(encode_texts(load_tokenizer(world / "tokenizer"), texts))
         assert (store.read(split, 0, store.tokens(split)) == ids).all()
         assert answer["documents"][split] == len(texts) == store.documents(split)
         assert answer["bytes"][split] == sum(len(text.encode()) for text in texts)

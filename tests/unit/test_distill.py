@@ -19,12 +19,12 @@ from secateur.cli import main
 from secateur.config import parse
 from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import UserError
-from secateur.losses.next_token import IGNORED, model_loss
+from secateur.losses.next_token import IGNORE_INDEX, model_loss
 from secateur.model.checkpoint import Checkpoint, skeleton
 from secateur.model.shapes import Shape, teacher_flops, train_flops
 from secateur.training.distill import Distill, Distillation, check_teacher
 from secateur.training.init import stored_weights
-from secateur.training.parallel import Execution, Trainee, place, place_teacher
+from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
 
 #: what differs from the student in a teacher
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,12 +53,12 @@ def placed(directory: Path, execution: Execution | None = None) -> PreTrainedMod
     return place_teacher(skin, stored_weights(checkpoint), execution or Execution())
 
 
-def trainee(student: Path, teacher: Path, execution: Execution | None = None, **options: Any) -> Trainee:
+def trainee(student: Path, teacher: Path, execution: Execution | None = None, **options: Any) -> TrainModule:
     execution = execution or Execution()
     checkpoint = Checkpoint(student)
     objective = Distillation(Distill(**options), placed(teacher, execution))
     skin = skeleton(checkpoint.config, student)
-    return place(skin, stored_weights(checkpoint), execution, objective)
+    return place_model(skin, stored_weights(checkpoint), execution, objective)
 
 
 # --- losses
@@ -101,7 +101,7 @@ def test_ignored_targets_and_documents(tmp_path: Path) -> None:
     taught, ids = trainee(*directories, temperature=2.0, alpha=0.5).train(), windows(3, 8)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(3, 8)  # two texts in a window
     targets = ids[:, 1:].clone()
-    targets[:, 2] = IGNORED
+    targets[:, 2] = IGNORE_INDEX
     total, each, _ = taught(ids, positions, targets)
     apart = [taught(part)[1] for part in (ids[:, :3], ids[:, 3:])]
     torch.testing.assert_close(each, torch.cat([apart[0], torch.zeros(3, 1), apart[1]], dim=1), rtol=1e-4, atol=1e-5)

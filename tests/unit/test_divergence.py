@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from helpers import largest, near
 from secateur.losses import next_token as token_loss
 from secateur.losses.kl import summed_divergence
-from secateur.losses.next_token import IGNORED, Readout, summed_loss
+from secateur.losses.next_token import IGNORE_INDEX, Readout, summed_loss
 
 TOKENS, HIDDEN, WIDE, VOCABULARY = 24, 16, 20, 61
 
@@ -35,7 +35,7 @@ def case(
     theirs = torch.randn(tokens, WIDE, generator=draw) * scale, torch.randn(VOCABULARY, WIDE, generator=draw)
     targets = torch.randint(0, VOCABULARY, (tokens,), generator=draw)
     if ignore:
-        targets[:ignore] = targets[tokens // 2] = IGNORED
+        targets[:ignore] = targets[tokens // 2] = IGNORE_INDEX
     return Readout(hidden, weight, caps[0]), Readout(*theirs, caps[1]), targets
 
 
@@ -106,7 +106,7 @@ def test_against_the_formula(options: dict[str, Any], chunk: int | None, caps: A
     (total * 0.37).backward()
     wanted, of_hidden, of_weight = naive(student, teacher, targets, **options, factor=0.37)
     assert total.dtype == losses.dtype == torch.float32 and not losses.requires_grad
-    assert not losses[targets == IGNORED].any() and (losses[targets != IGNORED] > 0).all()
+    assert not losses[targets == IGNORE_INDEX].any() and (losses[targets != IGNORE_INDEX] > 0).all()
     near(losses, wanted, 2e-6)
     near(total, wanted.sum(), 1e-6)
     near(student.hidden.grad, of_hidden, 2e-6)

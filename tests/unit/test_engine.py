@@ -186,8 +186,8 @@ def test_reading_ahead_holds_two_blocks_and_tells_of_a_bad_one_in_its_turn() -> 
         return {"weight": torch.full((2,), float(index))}
 
     with pytest.raises(UserError, match="block 3"):
-        for tensors in weights.ahead([1, 2, 3, 4], block, "cpu", torch.bfloat16):
+        for tensors in weights.prefetch([1, 2, 3, 4], block, "cpu", torch.bfloat16):
             shown.append((float(tensors["weight"][0]), tensors["weight"].dtype))
             assert len(read) <= len(shown) + 1
     assert shown == [(1.0, torch.bfloat16), (2.0, torch.bfloat16)] and read == [1, 2, 3]
-    assert list(weights.ahead([], block, "cpu", torch.float32)) == []
+    assert list(weights.prefetch([], block, "cpu", torch.float32)) == []

@@ -22,8 +22,8 @@ from secateur.cli.verbs.evaluation import evaluate
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import train_tokenizer
 from secateur.evaluation.lm_eval.tasks import METRICS
-from secateur.evaluation.results import Results, items_file
-from secateur.study.stages.inputs import held_out
+from secateur.evaluation.results import EvaluationResults, items_file
+from secateur.study.stages.inputs import holdout_protocol
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
 
@@ -225,7 +225,7 @@ def test_few_windows_are_spread_over_the_held_out_split(call: Callable[..., Any]
     line = "eval {w}/llama-0 --data shards:{w}/shards --seqlen 32 --windows 3"
     (spread,), (first,) = (call(line + more)["results"] for more in ("", " --stride 16"))
     protocols = [result["measurements"][0]["protocol"] for result in (spread, first)]
-    of_a_study = held_out(TokenStore(world / "shards"), 3, 32).record()
+    of_a_study = holdout_protocol(TokenStore(world / "shards"), 3, 32).record()
     assert protocols[0]["fingerprint"] == of_a_study["fingerprint"] and protocols[0]["windows"] == 3
     assert {part["domain"] for part in spread["measurements"][0]["by_domain"]} == {"books", "web"}
     assert "by_domain" not in first["measurements"][0] and protocols[1]["stride"] == 16
@@ -280,7 +280,7 @@ def test_several_processes_give_the_same(world: Path, roomy: Path, tmp_path: Pat
     command = [str(roomy), *line, "--device", "cpu", "--out"]
     assert main(["eval", *command, str(tmp_path / "one")]) == 0
     together(2, [["eval", *command, str(tmp_path / "two")]], tmp_path)
-    one, two = (Results.load(tmp_path / folder / f"{roomy.name}.json") for folder in ("one", "two"))
+    one, two = (EvaluationResults.load(tmp_path / folder / f"{roomy.name}.json") for folder in ("one", "two"))
     written = [[item["written"] for item in m.items] for r in (one, two) if (m := r.of("gsm8k"))]
     assert len(written) == 2 and written[0] == written[1] and len(written[0]) == 3
     for ours, theirs in zip(one.record()["measurements"], two.record()["measurements"], strict=True):

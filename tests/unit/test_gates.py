@@ -17,7 +17,7 @@ from secateur.pruning.learned import cut_plan, gate_values, write_gated
 from secateur.pruning.pipeline import write_pruned
 from secateur.training.gates import Gates
 from secateur.training.init import stored_weights
-from secateur.training.parallel import Execution, Trainee, place
+from secateur.training.parallel import Execution, TrainModule, place_model
 
 IDS = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(0))
 
@@ -28,10 +28,10 @@ def target_of(shape: Shape) -> Shape:
     return smaller.narrowed("kv", 2).openable(where="test")
 
 
-def gated(checkpoint: Checkpoint, after: Shape) -> tuple[Trainee, Gates]:
+def gated(checkpoint: Checkpoint, after: Shape) -> tuple[TrainModule, Gates]:
     model = skeleton(checkpoint.config, checkpoint.directory)
     gates = Gates(model, get_method("sheared"), checkpoint.shape, after)
-    return place(model, stored_weights(checkpoint), Execution(), gates), gates
+    return place_model(model, stored_weights(checkpoint), Execution(), gates), gates
 
 
 def set_gates(gates: Gates, after: Shape, *, soft: bool) -> None:

@@ -90,7 +90,7 @@ def test_what_is_written_behind_are_the_same_bytes(
 
 
 def test_a_copy_is_of_what_the_stream_had_left_and_waits_in_page_locked_memory() -> None:
-    thread = behind.Behind("cuda")
+    thread = behind.AsyncWriter("cuda")
     values = torch.zeros(2**24, device="cuda")
     torch.cuda._sleep(10**8)  # the kernels before it are slow
     values += 1

@@ -12,7 +12,7 @@ from secateur.data.domains import spread
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
-from secateur.study.stages.inputs import held_out
+from secateur.study.stages.inputs import holdout_protocol
 
 
 def starts(store: TokenStore, protocol: Protocol) -> list[int]:
@@ -37,13 +37,13 @@ def test_spread_is_even(count: int, of: int) -> None:
 def test_windows_are_spread_over_the_split(tmp_path: Path) -> None:
     store = corpus(tmp_path)
     count = store.tokens("heldout") // SEQUENCE
-    found = starts(store, held_out(store, 10, SEQUENCE))
+    found = starts(store, holdout_protocol(store, 10, SEQUENCE))
     assert found == [i * count // 10 for i in range(10)]
 
 
 def test_each_token_knows_its_document_and_domain(tmp_path: Path) -> None:
     store = corpus(tmp_path)
-    protocol = held_out(store, 10, SEQUENCE)
+    protocol = holdout_protocol(store, 10, SEQUENCE)
     offsets = store.offsets("heldout")
     seen: dict[int, int] = {}
     for number, window in zip(starts(store, protocol), protocol.documents[0], strict=True):
@@ -57,7 +57,7 @@ def test_each_token_knows_its_document_and_domain(tmp_path: Path) -> None:
 
 def test_a_short_split_is_taken_whole(tmp_path: Path) -> None:
     store = corpus(tmp_path)
-    protocol = held_out(store, 10_000, SEQUENCE)
+    protocol = holdout_protocol(store, 10_000, SEQUENCE)
     total = store.tokens("heldout")
     assert sum(part.numel() for part in protocol.windows) == total
     assert protocol.windows[-1].shape[1] == total % SEQUENCE
@@ -66,8 +66,8 @@ def test_a_short_split_is_taken_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("final", "chosen"), [(10, 5), (40, 40), (3, 1000)])
 def test_a_sweep_chooses_on_windows_that_no_final_figure_uses(tmp_path: Path, final: int, chosen: int) -> None:
     store = corpus(tmp_path)
-    ours = starts(store, held_out(store, final, SEQUENCE))
-    theirs = starts(store, held_out(store, chosen, SEQUENCE, skip=final))
+    ours = starts(store, holdout_protocol(store, final, SEQUENCE))
+    theirs = starts(store, holdout_protocol(store, chosen, SEQUENCE, skip=final))
     assert theirs
     assert not set(ours) & set(theirs)
     count = store.tokens("heldout") // SEQUENCE
@@ -76,4 +76,4 @@ def test_a_sweep_chooses_on_windows_that_no_final_figure_uses(tmp_path: Path, fi
 
 def test_no_window_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to predict"):
-        held_out(corpus(tmp_path), 4, SEQUENCE, skip=10_000)
+        holdout_protocol(corpus(tmp_path), 4, SEQUENCE, skip=10_000)

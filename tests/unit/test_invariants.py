@@ -19,7 +19,7 @@ from formulas import Subject, pruned
 from helpers import FAMILIES, SCORED, calibration, hf, learned, logits, windows
 from secateur.calibration.statistics import Gram
 from secateur.methods.base import METHODS, get_method
-from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest
+from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest_indices
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
@@ -156,7 +156,7 @@ def test_channels_of_the_highest_scores_stay(values: list[int], data: st.DataObj
     assert kept.tolist() == sorted(sorted(range(len(values)), key=lambda c: (-values[c], c))[:count])
     assert kept.dtype == torch.int64
     assert set(keep_channels(scores, data.draw(st.integers(1, count))).tolist()) <= set(kept.tolist())
-    assert lowest(scores, count) == sorted(sorted(range(len(values)), key=lambda c: (values[c], c))[:count])
+    assert lowest_indices(scores, count) == sorted(sorted(range(len(values)), key=lambda c: (values[c], c))[:count])
 
 
 @settings(deadline=None, max_examples=50)

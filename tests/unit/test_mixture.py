@@ -21,14 +21,14 @@ from secateur.data.domains import ByDomain
 from secateur.data.shards import ShardWriter, TokenStore, write_manifest
 from secateur.errors import RunError, UserError
 from secateur.training.batches import Data, Span, WindowTokens, micro_batches
-from secateur.training.heldout import domain_losses, domain_protocols, held_out_loss
-from secateur.training.loop import Housekeeping, train
+from secateur.training.heldout import domain_losses, domain_protocols, heldout_loss
+from secateur.training.loop import RunOptions, train_loop
 from secateur.training.metrics import Metrics
 from secateur.training.mixture import Mixture
-from secateur.training.parallel import Trainee
+from secateur.training.parallel import TrainModule
 from secateur.training.recipe import Recipe
 from secateur.training.throughput import Meter
-from secateur.training.watchdog import Stop
+from secateur.training.watchdog import StopSignal
 
 NAMES = ("books", "code", "web", "none", "rare")
 SEQUENCE = 8
@@ -399,7 +399,7 @@ def test_losses_by_domain(tmp_path: Path) -> None:
     wanted = by_token(store, "heldout", 0, store.tokens("heldout"))
     protocols = domain_protocols(store, SEQUENCE, 4)
     assert list(protocols) == ["books", "code", "web"]  # one has no document, one no whole window
-    losses = domain_losses(Trainee(model), protocols, batch=3)
+    losses = domain_losses(TrainModule(model), protocols, batch=3)
     for name, protocol in protocols.items():
         count = min(4, len(wanted[name]) // SEQUENCE)
         ids = torch.tensor([token for token, _, _ in wanted[name][: count * SEQUENCE]]).reshape(count, SEQUENCE)
@@ -415,7 +415,7 @@ def test_losses_without_domains_or_held_out_documents(tmp_path: Path) -> None:
     assert {name: len(protocol.windows[0]) for name, protocol in plain.items()} == {"": 3}
     assert plain[""].source == "held-out documents"
     assert domain_protocols(corpus(tmp_path / "none", held_out=False), SEQUENCE, 3) == {}
-    assert domain_losses(Trainee(hf(tiny_llama(tmp_path))), {}, batch=3) == {}
+    assert domain_losses(TrainModule(hf(tiny_llama(tmp_path))), {}, batch=3) == {}
 
 
 # --- runs
@@ -427,15 +427,15 @@ def run(folder: Path, model: Any, store: TokenStore, references: dict[str, float
     data = Mixture(view, view.ranges, RECIPE, 12, references)
     protocols, shares = domain_protocols(store, SEQUENCE, 3), list[dict[str, float]]()
 
-    def measure(trainee: Trainee) -> float:
+    def measure(trainee: TrainModule) -> float:
         shares.append(data.weights)
         losses = domain_losses(trainee, protocols, batch=2)
         data.update(losses)
         return sum(losses.values()) / len(losses)
 
     house = {"save_every": 2, **house}
-    result = train(
-        Trainee(model), data, masks={}, measure=measure, points=6, house=Housekeeping(folder, "run", **house)
+    result = train_loop(
+        TrainModule(model), data, masks={}, measure=measure, points=6, house=RunOptions(folder, "run", **house)
     )
     return result, data, shares
 
@@ -444,14 +444,14 @@ def test_a_killed_run_ends_at_the_same_bits(tmp_path: Path) -> None:
     directory, store = tiny_llama(tmp_path), corpus(tmp_path)
     whole, cut = hf(directory), hf(directory)
     protocols = domain_protocols(store, SEQUENCE, 3)
-    start = domain_losses(Trainee(whole), protocols, batch=2)
+    start = domain_losses(TrainModule(whole), protocols, batch=2)
     references = {name: loss - 0.4 * number for number, (name, loss) in enumerate(start.items())}
     result, data, shares = run(tmp_path / "whole", whole, store, references)
     natural = Mixture(data.store, data.ranges, RECIPE, 12).weights
     assert shares[0] == natural != shares[1]  # what is measured before the first step counts
     assert result["tokens"] == data.tokens == 12 * RECIPE.tokens_per_step
     assert data.weights["web"] > 1.5 * natural["web"] and data.weights["books"] < natural["books"]
-    stop = Stop()
+    stop = StopSignal()
 
     class Early(Meter):
         def step(self, tokens: int, seconds: float) -> None:
@@ -479,16 +479,16 @@ def test_a_window_twice_in_a_step_counts_twice(tmp_path: Path) -> None:
         def write(self, entry: dict[str, Any]) -> None:
             seen.append(entry)
 
-    house = Housekeeping(tmp_path / "steps", "run", metrics=Kept(None))
-    train(Trainee(model), data, masks={}, measure=lambda t: None, points=1, house=house)
+    house = RunOptions(tmp_path / "steps", "run", metrics=Kept(None))
+    train_loop(TrainModule(model), data, masks={}, measure=lambda t: None, points=1, house=house)
     assert [entry["loss"] for entry in seen] == [pytest.approx(wanted, rel=1e-5)]
 
 
 def test_held_out_loss_is_the_mean_over_domains(tmp_path: Path) -> None:
     """Weighted by their predicted tokens: a domain's loss is nothing but the loss of its windows."""
-    store, trainee = corpus(tmp_path), Trainee(hf(tiny_llama(tmp_path)))
+    store, trainee = corpus(tmp_path), TrainModule(hf(tiny_llama(tmp_path)))
     protocols = domain_protocols(store, SEQUENCE, 5)
     losses = domain_losses(trainee, protocols, batch=4)
     together = type(protocols["web"])(tuple(p.windows[0] for p in protocols.values()), "all")
     mean = sum(losses[name] * p.tokens for name, p in protocols.items()) / together.tokens
-    assert held_out_loss(trainee, together, batch=4) == pytest.approx(mean, rel=1e-6)
+    assert heldout_loss(trainee, together, batch=4) == pytest.approx(mean, rel=1e-6)

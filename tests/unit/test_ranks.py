@@ -54,7 +54,7 @@ def check_statistics(windows):
     torch.manual_seed(0)
     x, gradients = 3 + torch.randn(windows, 6, 8), torch.randn(windows, 5, 4)
     states = [(x[i : i + 1], x[i : i + 1] + torch.randn(1, 6, 8)) for i in range(windows)]
-    mine = distributed.share(torch.arange(windows)).tolist()
+    mine = distributed.shard(torch.arange(windows)).tolist()
     cases = [(kind, (2,), [(x[i : i + 1],) for i in range(windows)])
              for kind in (stats.Mean, stats.MeanSquare, stats.Variance, stats.Gram, stats.NormByPosition)]
     cases += [(kind, (), [(g,) for g in gradients]) for kind in (stats.MeanGradient, stats.MeanSquareGradient)]
@@ -65,7 +65,7 @@ def check_statistics(windows):
 
 def kill_the_first(self, step, real=Journal.finish):
     real(self, step)
-    if step == 1 and distributed.first():
+    if step == 1 and distributed.is_main():
         os.kill(os.getpid(), signal.SIGKILL)
 
 def fail_in_the_second(self, *arguments, real=engine.Block.run, **options):
@@ -74,7 +74,7 @@ def fail_in_the_second(self, *arguments, real=engine.Block.run, **options):
     return real(self, *arguments, **options)
 
 jobs = json.load(open(sys.argv[1]))
-with distributed.together():
+with distributed.process_group():
     check_statistics(7)
     check_statistics(2)
     for job in jobs["prune"]:
@@ -177,7 +177,7 @@ def test_windows_are_shared_out(count: int, sizes: list[int], monkeypatch: pytes
     parts = []
     for rank in range(3):
         be(monkeypatch, rank, 3)
-        parts.append(distributed.share(windows(count)))
+        parts.append(distributed.shard(windows(count)))
     assert [len(part) for part in parts] == sizes and torch.equal(torch.cat(parts), windows(count))
 
 

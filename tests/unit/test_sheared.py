@@ -23,7 +23,7 @@ from secateur.pruning.pipeline import scoring_flops
 from secateur.pruning.target import Target
 from secateur.training.gates import Gates
 from secateur.training.init import stored_weights
-from secateur.training.parallel import Execution, place
+from secateur.training.parallel import Execution, place_model
 from secateur.training.recipe import make_optimizer, set_rate
 
 IDS = torch.randint(0, 61, (40, 16), generator=torch.Generator().manual_seed(3))
@@ -56,7 +56,7 @@ def test_the_objective_is_the_loss_and_the_penalty_by_hand(tmp_path: Path) -> No
     after = Target.parse(shape=SHAPE).shape(checkpoint.shape, Sheared(), "sheared")
     model = skeleton(checkpoint.config, checkpoint.directory)
     gates = Gates(model, Sheared(warmup=0.5), checkpoint.shape, after)
-    trainee = place(model, stored_weights(checkpoint), Execution(), gates).train()
+    trainee = place_model(model, stored_weights(checkpoint), Execution(), gates).train()
     gates.begin(24, 100)  # half way down to the shape
     before, kept = checkpoint.shape, float(torch.sigmoid(torch.tensor(4 - 2 / 3 * math.log(0.1 / 1.1))))
     total = 0.0
@@ -173,7 +173,7 @@ def test_multipliers_wait_until_the_target_stands_then_step_by_the_constraint(ch
     after = Target.parse(shape="ffn=32").shape(checkpoint.shape, Sheared(), "sheared")
     model = skeleton(checkpoint.config, checkpoint.directory)
     gates = Gates(model, Sheared(warmup=0.5), checkpoint.shape, after)
-    trainee = place(model, stored_weights(checkpoint), Execution(), gates).train()
+    trainee = place_model(model, stored_weights(checkpoint), Execution(), gates).train()
     kept = float(Sheared().active(torch.tensor(4.0)))
     for step, wanted in ((10, 0.0), (49, kept - 32 / 48)):
         gates.begin(step, 100)

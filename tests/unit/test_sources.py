@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from secateur import progress
-from secateur.data.installed_code import PACKAGES, package
+from secateur.data.installed_code import PACKAGES, package_source
 from secateur.data.sources import Document, FileSource, open_source
 from secateur.errors import RunError, UserError
 
@@ -93,15 +93,15 @@ def test_a_package_that_is_not_whole_is_told_with_its_remedy(tmp_path: Path, mon
     (tmp_path / "p-1.dist-info" / "METADATA").write_text("Name: p\nVersion: 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=r"the package p has no list of its files"):
-        package("p")
+        package_source("p")
     files = ("p/b.py", "p/a.py", "p/version.py", "p/tests/x.py", "p/c.so", "../../bin/p.py")
     (tmp_path / "p-1.dist-info" / "RECORD").write_text("".join(f"{name},,\n" for name in files))
     with pytest.raises(UserError, match=r"p/b.py is not there; install it"):
-        package("p")
+        package_source("p")
     (tmp_path / "p").mkdir()
     for name in ("a", "b"):
         (tmp_path / "p" / f"{name}.py").write_text(name)
-    assert package("p") == {f"p/{name}.py": tmp_path / "p" / f"{name}.py" for name in ("a", "b")}
+    assert package_source("p") == {f"p/{name}.py": tmp_path / "p" / f"{name}.py" for name in ("a", "b")}
 
 
 def test_stdlib_replaces_bytes_that_are_not_utf8_and_skips_empty_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -337,7 +337,7 @@ def test_the_hub_out_of_reach(tmp_path: Path):
 
 
 def test_progress_without_a_known_end_tells_how_far(capsys: pytest.CaptureFixture[str]):
-    shown = progress.Lines(interval=0.0)
+    shown = progress.LineListener(interval=0.0)
     for done in (0.0, 0.0, 0.0):
         shown.update("read hf:x", done, 0, "1,000 documents")
     shown.update("read text:x", 0.0, 10, "")

@@ -23,14 +23,14 @@ from secateur.calibration import place as evidence
 from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.checksum import SIZE, checksum
 from secateur.calibration.journal import Journal, StateStore
-from secateur.calibration.malloc import heap_for
+from secateur.calibration.malloc import reserve_heap
 from secateur.calibration.place import Place
 from secateur.cli import main, manual
 from secateur.methods.base import get_method
 from secateur.model.checkpoint import Checkpoint, write_checkpoint
 from secateur.model.safetensors_io import Stored, TensorFile, write_tensors
 from secateur.model.shapes import Shape
-from secateur.pruning.memory_estimate import estimate
+from secateur.pruning.memory_estimate import estimate_memory
 from secateur.pruning.target import Target
 
 METHODS = ["shortgpt", "minitron-depth", "shortened-llama", "minitron-width", "wanda-sp", "flap", "wanda", "sparsegpt"]
@@ -358,7 +358,7 @@ def test_a_checkpoint_is_pruned_in_a_fraction_of_its_size(method: str, large: Pa
 def test_the_room_on_disk_is_that_of_what_is_written(method: str, masks: int, large: Path) -> None:
     checkpoint, found, target = Checkpoint(large), get_method(method), Target(ratio=0.5)
     after = target.shape(checkpoint.shape, found, method)
-    needs = estimate(found, checkpoint.shape, 4, 64, 4, torch.float32, checkpoint.stored_bytes, [after])
+    needs = estimate_memory(found, checkpoint.shape, 4, 64, 4, torch.float32, checkpoint.stored_bytes, [after])
     assert needs.disk("ram") == pytest.approx(2 * after.total + masks * checkpoint.shape.block_weights, rel=0.01)
 
 
@@ -388,7 +388,7 @@ def test_under_a_limit_activations_stay_out_of_the_heap() -> None:
     """Whose holes a limit counts, so that a model of many layers would not fit where one of few does."""
 
     def in_heap() -> bool:
-        with heap_for(2**22):
+        with reserve_heap(2**22):
             activation = torch.ones(2**19)
         line = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
         first, last = (int(end, 16) for end in line.split()[0].split("-"))
@@ -431,7 +431,7 @@ def test_too_little_memory_is_told_in_one_line(large: Path, tmp_path: Path) -> N
     ],
 )
 def test_what_is_offered_where_memory_is_short_is_not_done_already(given: str, offered: str) -> None:
-    assert manual.memory(given.split()) == offered
+    assert manual.memory_hint(given.split()) == offered
 
 
 def test_where_the_note_of_what_was_asked_is_gone_the_way_out_is_named(

@@ -17,14 +17,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from helpers import hf, logits, tiny_llama
-from secateur.comparison.items import AVERAGE, compare
+from secateur.comparison.items import AVERAGE, compare_results
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.layer_removal import removal_accuracies
 from secateur.evaluation.lm_eval.accuracy import check_tasks, language_model, measure_task
-from secateur.evaluation.lm_eval.groups import Group, check_groups, expand, measure_groups
+from secateur.evaluation.lm_eval.groups import TaskGroup, check_groups, expand, measure_groups
 from secateur.evaluation.lm_eval.tasks import Task
-from secateur.evaluation.results import Measurement, Results
+from secateur.evaluation.results import EvaluationResults, Measurement
 from secateur.evaluation.suite import Suite, measure
 from secateur.model.checkpoint import Checkpoint
 
@@ -143,7 +143,7 @@ def test_the_figure_of_a_group_is_the_harness_s_own(
     by_size: bool, make: Callable[..., Path], data: Path, others: list[str]
 ) -> None:
     import lm_eval
-    from lm_eval.api.group import Group as Theirs
+    from lm_eval.api.group import TaskGroup as Theirs
     from lm_eval.config.group import AggMetricConfig
 
     directory = make()
@@ -176,17 +176,17 @@ def test_a_group_is_compared_on_its_documents_and_counts_once(
     for seed in (0, 1):
         directory = make(seed)
         found = measured(directory, tasks)
-        sides.append(Results(directory.name, [*found, *measure_groups([group], found)]))
-    compared = {c.name: c for c in compare(sides[:1], sides[1:])}
+        sides.append(EvaluationResults(directory.name, [*found, *measure_groups([group], found)]))
+    compared = {c.name: c for c in compare_results(sides[:1], sides[1:])}
     values = [{m.name: m.value for m in side.measurements} for side in sides]
     whole, average = compared["mmlu_other"], compared[AVERAGE]
     assert whole.difference == pytest.approx(values[0]["mmlu_other"] - values[1]["mmlu_other"])
     assert whole.items == sum(compared[name].items or 0 for name in others) and whole.low <= whole.difference  # type: ignore[operator]
     assert average.a == pytest.approx((values[0]["mmlu_other"] + values[0]["sciq"]) / 2)
     assert average.items == (whole.items or 0) + 7
-    part = Group("part", tuple(others[:3]), "acc", True)  # inside of the other one, as mmlu has groups
+    part = TaskGroup("part", tuple(others[:3]), "acc", True)  # inside of the other one, as mmlu has groups
     nested = [replace(s, measurements=[*s.measurements, *measure_groups([part], s.measurements)]) for s in sides]
-    again = {c.name: c for c in compare(nested[:1], nested[1:])}
+    again = {c.name: c for c in compare_results(nested[:1], nested[1:])}
     assert "part" in again and again[AVERAGE] == average
     assert average.low <= average.difference <= average.high  # type: ignore[operator]
 
@@ -276,10 +276,10 @@ def test_a_text_as_a_whole(make: Callable[..., Path], data: Path) -> None:
 
 
 def test_a_figure_of_all_documents_together(make: Callable[..., Path], data: Path) -> None:
-    sides = [Results("", measured(make(seed), [Task("cola", str(data))])) for seed in (0, 1)]
+    sides = [EvaluationResults("", measured(make(seed), [Task("cola", str(data))])) for seed in (0, 1)]
     (found,) = sides[0].measurements
     assert found.kind == "score" and found.scale == "mcc" and {item["value"] for item in found.items} == {None}
-    (compared,) = compare(sides[:1], sides[1:])
+    (compared,) = compare_results(sides[:1], sides[1:])
     assert compared.verdict == "not measured"
     assert compared.reason == "mcc is of all documents together, and single ones have none"
 

@@ -15,7 +15,7 @@ from helpers import FAMILY_CONFIGS, hf, largest, near, tiny_family, windows
 from secateur.errors import UserError
 from secateur.evaluation.loss import token_losses
 from secateur.losses import next_token as token_loss
-from secateur.losses.next_token import IGNORED, model_loss, summed_loss
+from secateur.losses.next_token import IGNORE_INDEX, model_loss, summed_loss
 
 TOKENS, HIDDEN, VOCABULARY = 24, 16, 61
 
@@ -34,7 +34,7 @@ def case(tokens: int = TOKENS, *, ignore: int = 0, scale: float = 1.0, seed: int
     weight = torch.randn(VOCABULARY, HIDDEN, generator=draw)
     targets = torch.randint(0, VOCABULARY, (tokens,), generator=draw)
     if ignore:
-        targets[:ignore] = targets[tokens // 2] = IGNORED
+        targets[:ignore] = targets[tokens // 2] = IGNORE_INDEX
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
@@ -67,7 +67,7 @@ def test_against_the_formula(chunk: int | None, cap: float | None, ignore: int) 
     wanted, of_hidden, of_weight = naive(hidden, weight, targets, cap, 0.37)
     assert total.shape == () and total.dtype == losses.dtype == torch.float32
     assert not losses.requires_grad and losses.shape == (TOKENS,)
-    assert (losses == 0).tolist() == (targets == IGNORED).tolist()
+    assert (losses == 0).tolist() == (targets == IGNORE_INDEX).tolist()
     near(losses, wanted, 2e-6)
     near(total, wanted.sum(), 1e-6)
     near(hidden.grad, of_hidden, 2e-6)
@@ -347,7 +347,7 @@ def test_positions_and_targets_can_be_given(tmp_path: Path) -> None:
     model, ids = hf(tiny_family(tmp_path, "llama")), windows(3, 8)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(3, 8)  # two texts in a window
     targets = ids[:, 1:].clone()
-    targets[:, 2] = IGNORED  # what the second begins with cannot be known
+    targets[:, 2] = IGNORE_INDEX  # what the second begins with cannot be known
     total, losses = model_loss(model, ids, position_ids=positions, targets=targets)
     apart = [token_losses(model, part) for part in (ids[:, :3], ids[:, 3:])]
     wanted = torch.cat([apart[0], torch.zeros(3, 1), apart[1]], dim=1)

@@ -25,10 +25,10 @@ from secateur.model.shapes import Shape
 from secateur.training.batches import Slice
 from secateur.training.checkpoints import Saver
 from secateur.training.init import fresh_weights, llama_config
-from secateur.training.loop import Housekeeping, train
+from secateur.training.loop import RunOptions, train_loop
 from secateur.training.masks import Masks
 from secateur.training.metrics import Metrics
-from secateur.training.parallel import Execution, Trainee, place
+from secateur.training.parallel import Execution, TrainModule, place_model
 from secateur.training.recipe import Recipe, learning_rate, make_optimizer
 
 DOCUMENT = 13  # tokens in one
@@ -78,7 +78,7 @@ def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: torch.rand(model.get_parameter(n).shape, generator=draw) > 0.5 for n in names}
 
 
-def held_out(trainee: Trainee) -> float:
+def held_out(trainee: TrainModule) -> float:
     trainee.eval()
     loss = naive_loss(trainee.model, windows(2, 8))
     trainee.train()
@@ -97,7 +97,7 @@ def run(
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"masks": {}, "measure": held_out, "points": 3, **changes}
     data = Slice(store or Store(), 100, 100 + tokens, recipe)
-    return train(Trainee(model), data, house=Housekeeping(folder, "test", **(house or {})), **options)
+    return train_loop(TrainModule(model), data, house=RunOptions(folder, "test", **(house or {})), **options)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -263,7 +263,7 @@ def test_the_loop_against_one_by_hand(masked: bool, variant: dict[str, bool], cl
         )  # weights move by 1e-3
     moved = max(float((start[n] - p).abs().max()) for n, p in weights(model).items() if n not in masks)
     assert moved > 1e-3
-    assert result["curve"][-1]["loss"] == pytest.approx(held_out(Trainee(reference)), rel=1e-5)
+    assert result["curve"][-1]["loss"] == pytest.approx(held_out(TrainModule(reference)), rel=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 64])
@@ -282,7 +282,7 @@ def test_masks_hold_exactly(tmp_path: Path) -> None:
     model = tiny()
     masks, points = masks_of(model), []
 
-    def measure(held: Trainee) -> float:
+    def measure(held: TrainModule) -> float:
         points.append(sum(int((held.model.get_parameter(n) != 0)[~m].sum()) for n, m in masks.items()))
         return 1.0
 
@@ -328,10 +328,10 @@ def test_revived_weights_are_found() -> None:
 # --- stopping and going on
 
 
-def stopping_measure(after: int) -> Callable[[Trainee], float]:
+def stopping_measure(after: int) -> Callable[[TrainModule], float]:
     calls = []
 
-    def measure(model: Trainee) -> float:
+    def measure(model: TrainModule) -> float:
         calls.append(0)
         if len(calls) > after:
             raise KeyboardInterrupt
@@ -393,9 +393,9 @@ def test_a_trunk_and_its_decay_are_one_run_with_both(masked: bool, tmp_path: Pat
     masks = masks_of(tiny()) if masked else {}
 
     def part(model: PreTrainedModel, span: tuple[int, int], folder: str, **how: Any) -> Path | None:
-        house = Housekeeping(tmp_path / folder, "test", origin=how.pop("origin", None))
+        house = RunOptions(tmp_path / folder, "test", origin=how.pop("origin", None))
         data = InOrder(Store(), *span, dataclasses.replace(recipe, **how))
-        train(Trainee(model), data, masks=masks, measure=held_out, points=1, house=house)
+        train_loop(TrainModule(model), data, masks=masks, measure=held_out, points=1, house=house)
         return max((tmp_path / folder).glob("step-*"))
 
     whole, parts = tiny(), tiny()
@@ -505,7 +505,7 @@ def test_a_bad_window_is_found_among_good_ones(tmp_path: Path) -> None:
 
 def fresh(config: Any, *, std: float, seed: int) -> PreTrainedModel:
     model = skeleton(config, Path("x"))
-    return place(model, fresh_weights(model, std=std, seed=seed), Execution()).model
+    return place_model(model, fresh_weights(model, std=std, seed=seed), Execution()).model
 
 
 def test_new_models() -> None:

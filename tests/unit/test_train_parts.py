@@ -24,12 +24,12 @@ from secateur.model.checkpoint import Checkpoint, skeleton
 from secateur.training.batches import Batch, Slice, micro_batches
 from secateur.training.checkpoints import Saver
 from secateur.training.init import fresh_weights, stored_weights
-from secateur.training.loop import Housekeeping, train
+from secateur.training.loop import RunOptions, train_loop
 from secateur.training.metrics import Metrics, check_trackers
-from secateur.training.parallel import Execution, Trainee, place
+from secateur.training.parallel import Execution, TrainModule, place_model
 from secateur.training.recipe import Recipe, learning_rate, make_optimizer
 from secateur.training.throughput import Meter, peak_of
-from secateur.training.watchdog import Stop, Watch, stop_on_signals
+from secateur.training.watchdog import StopSignal, Watchdog, stop_on_signals
 
 # --- what is read
 
@@ -73,7 +73,7 @@ def test_attention_stays_within_documents(family: str, tmp_path: Path) -> None:
     model = hf(tiny_family(tmp_path, family))
     store, recipe = Documents(9, 5, 10), Recipe(sequence=24, tokens_per_step=24, attention="document")
     batch = Slice(store, 0, 24, recipe).batch([(0, 24)])
-    trainee = Trainee(model)
+    trainee = TrainModule(model)
     with torch.no_grad():
         together = trainee(batch.ids, batch.positions)[1][0]
         across = trainee(batch.ids)[1][0]
@@ -87,7 +87,7 @@ def test_attention_stays_within_documents(family: str, tmp_path: Path) -> None:
 def test_the_empty_batch_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
     model = hf(tiny_llama(tmp_path))
     batch = Batch.empty()
-    loss, each, _ = Trainee(model)(batch.ids, batch.positions, batch.targets)
+    loss, each, _ = TrainModule(model)(batch.ids, batch.positions, batch.targets)
     loss.backward()
     assert loss.item() == 0 and not each.any()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -114,7 +114,7 @@ def test_wsd(steps: int) -> None:
 def test_models_are_placed_as_they_are_stored(family: str, tmp_path: Path) -> None:
     directory = tiny_family(tmp_path, family)
     checkpoint = Checkpoint(directory)
-    placed = place(skeleton(checkpoint.config, directory), stored_weights(checkpoint), Execution(recompute=True))
+    placed = place_model(skeleton(checkpoint.config, directory), stored_weights(checkpoint), Execution(recompute=True))
     plain, ids = hf(directory), torch.arange(24).reshape(2, 12)
     loss, _, _ = placed.train()(ids)
     loss.backward()
@@ -197,7 +197,7 @@ def test_the_meter() -> None:
 
 def test_a_leap_of_the_loss_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     told: list[dict[str, Any]] = []
-    watch = Watch("run", report=told.append)
+    watch = Watchdog("run", report=told.append)
     losses = [3 - 0.01 * i + 0.005 * (i % 3) for i in range(40)] + [4.0, 4.1, 2.6]
     for step, loss in enumerate(losses):
         watch.step(step, loss)
@@ -207,7 +207,7 @@ def test_a_leap_of_the_loss_is_told_once(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_a_stalled_step_is_told_while_it_lasts() -> None:
     told: list[dict[str, Any]] = []
-    with Watch("run", least=0.2, report=told.append) as watch:
+    with Watchdog("run", least=0.2, report=told.append) as watch:
         for step in range(5):
             watch.step(step, 1.0)
         over = time.monotonic() + 20
@@ -233,7 +233,7 @@ def run(folder: Path, model: Any, **house: Any) -> dict[str, Any]:
     data = Slice(store, 0, 320, recipe)
     house = {"save_every": 3, **house}
     options: dict[str, Any] = {"masks": {}, "measure": lambda _: None, "points": 2}
-    return train(Trainee(model), data, house=Housekeeping(folder, "run", **house), **options)
+    return train_loop(TrainModule(model), data, house=RunOptions(folder, "run", **house), **options)
 
 
 def test_a_run_without_held_out_text_has_no_held_out_loss(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_stopped_run_saves_first(behind: bool, tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path)
     whole, cut = hf(directory), hf(directory)
     wanted = run(tmp_path / "whole", whole)
-    stop = Stop()
+    stop = StopSignal()
 
     class Early(Meter):
         def step(self, tokens: int, seconds: float) -> None:
@@ -290,9 +290,9 @@ def test_moments_of_pruned_weights_stay_zero(tmp_path: Path) -> None:
         n: torch.rand(model.get_parameter(n).shape, generator=torch.Generator().manual_seed(1)) > 0.5 for n in names
     }
     store, recipe = Documents(*[20] * 20), Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-2)
-    house = Housekeeping(tmp_path / "steps", "run")
+    house = RunOptions(tmp_path / "steps", "run")
     options: dict[str, Any] = {"masks": masks, "measure": lambda _: None, "points": 1}
-    train(Trainee(model), Slice(store, 0, 320, recipe), house=house, **options)
+    train_loop(TrainModule(model), Slice(store, 0, 320, recipe), house=house, **options)
     optimizer = make_optimizer(model.parameters(), recipe)
     assert Saver(tmp_path / "steps", dict(model.named_parameters()), optimizer).load()
     for name, mask in masks.items():

@@ -11,21 +11,21 @@ from torch import Tensor
 
 from secateur import distributed
 
-__all__ = ["Behind", "pays"]
+__all__ = ["AsyncWriter", "is_worthwhile"]
 
 _Done = TypeVar("_Done")
 
 
-def pays(device: str) -> bool:
+def is_worthwhile(device: str) -> bool:
     """Whether there is time to be won.
 
     On a CPU the thread would only take the cores from the computation; and of several processes all wait for what the
     first one writes, since they go on with it.
     """
-    return device.startswith("cuda") and distributed.world() == 1
+    return device.startswith("cuda") and distributed.world_size() == 1
 
 
-class Behind:
+class AsyncWriter:
     """Does jobs in a thread, in the order in which they were given; after one that failed, none.
 
     Args:

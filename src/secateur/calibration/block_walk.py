@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur import distributed
-from secateur.calibration.hooks import Observer, SeenAll
+from secateur.calibration.hooks import Observer, StopForward
 from secateur.calibration.journal import Journal, StateStore
-from secateur.calibration.lm_head import Head
-from secateur.calibration.malloc import heap_for, map_tensors, release_memory
-from secateur.calibration.prefetch import ahead, in_turn
+from secateur.calibration.lm_head import LMHead
+from secateur.calibration.malloc import map_tensors, release_memory, reserve_heap
+from secateur.calibration.prefetch import on_demand, prefetch
 from secateur.calibration.statistics import StateStatistic, Statistic, join
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint, is_finite, skeleton
-from secateur.progress import say, task
+from secateur.progress import notify, track
 from secateur.runtime import pick_batch
 
 __all__ = ["Block", "BlockWalk", "States"]
@@ -80,8 +80,8 @@ class BlockWalk:
         if windows is not None:
             batch = batch or pick_batch(windows.shape[1], device)
             self.batches, self.most = (
-                _batches(distributed.share(windows), batch),
-                _batches(distributed.share(windows, 0), batch),
+                _batches(distributed.shard(windows), batch),
+                _batches(distributed.shard(windows, 0), batch),
             )
             self.targets = windows.shape[0] * (windows.shape[1] - 1)
         self.device, self.dtype = device, dtype
@@ -168,7 +168,7 @@ class BlockWalk:
                     onwards = replay is None and block.index + 1 < len(self.layers)
                     stats, left = block.observe(states, wanted, state_kinds, keep=onwards)
                 yield from self.show(block.index, (block, stats))
-                if runs and replay and not distributed.first():
+                if runs and replay and not distributed.is_main():
                     replay(block)
                 if runs and replay is None:
                     states = left
@@ -182,10 +182,10 @@ class BlockWalk:
 
     def show(self, step: int, shown: _Shown) -> Iterator[_Shown]:
         """Yield to the first process what is to be decided on; the others take up what it then put into the journal."""
-        if distributed.first():
+        if distributed.is_main():
             yield shown
-        distributed.wait()
-        if not distributed.first():
+        distributed.barrier()
+        if not distributed.is_main():
             self.journal.take_up(step)
 
     def _kept_states(self, index: int) -> States | None:
@@ -205,9 +205,9 @@ class BlockWalk:
             if states is None:
                 break
             held.append(states)
-        if not distributed.every(not damage):
-            say(f"{damage or 'states of another process are damaged'}; blocks that were finished are run once more")
-        return held if distributed.every(len(held) == len(self.batches)) else None
+        if not distributed.all_true(not damage):
+            notify(f"{damage or 'states of another process are damaged'}; blocks that were finished are run once more")
+        return held if distributed.all_true(len(held) == len(self.batches)) else None
 
     def blocks(self, *, start: int = 0, backwards: bool = False, part: str = "") -> Iterator[Block]:
         """Yield the blocks in order, each with its weights loaded; they are freed when the next one is asked for.
@@ -218,10 +218,10 @@ class BlockWalk:
             part: what progress is told besides.
         """
         order = list(enumerate(self.layers))[start:]
-        with contextlib.ExitStack() as held, task(f"{self.label}{part}", len(self.layers)) as progress:
+        with contextlib.ExitStack() as held, track(f"{self.label}{part}", len(self.layers)) as progress:
             progress.advance(start)
             order = order[::-1] if backwards else order
-            load = ahead if self.device.startswith("cuda") else in_turn
+            load = prefetch if self.device.startswith("cuda") else on_demand
             weights = load([index for index, _ in order], self._read_block, self.device, self.dtype)
             held.enter_context(contextlib.closing(weights))
             for index, module in order:
@@ -240,7 +240,7 @@ class BlockWalk:
     def loss(self, states: States) -> float:
         """Mean next-token loss (nats) of states that left the last block."""
         losses = torch.tensor(self.head().losses(self.batches, [states]), dtype=torch.float64)
-        return float(distributed.add(losses)) / self.targets
+        return float(distributed.all_reduce(losses)) / self.targets
 
     @property
     def norm(self) -> nn.Module:
@@ -252,9 +252,9 @@ class BlockWalk:
         """The embedding; it holds rows of those tokens that :meth:`embed_only` saw last."""
         return self.model.get_submodule(self.family.embedding.removesuffix(".weight"))
 
-    def head(self) -> Head:
+    def head(self) -> LMHead:
         """What turns states into losses; after :meth:`start`."""
-        return Head(self.checkpoint, self.norm, self.device)
+        return LMHead(self.checkpoint, self.norm, self.device)
 
     def _place(self, name: str, tensor: Tensor) -> None:
         self.checkpoint.check_finite(name, tensor)
@@ -305,7 +305,7 @@ class Block:
             UserError: if what comes out is not finite.
         """
         left: States = []
-        with heap_for(self._activation(states)):
+        with reserve_heap(self._activation(states)):
             for i in range(len(states)):
                 out = self.forward(states[i])
                 if not is_finite(out):
@@ -361,10 +361,10 @@ class Block:
             if keep or watch:
                 left = self.run(states, key=self.index + 1, keep=keep, consume=keep, watch=watch)
             else:
-                hooks.enter_context(heap_for(self._activation(states)))
+                hooks.enter_context(reserve_heap(self._activation(states)))
                 for batch in states:
                     pending.update(wanted)
-                    with contextlib.suppress(SeenAll):
+                    with contextlib.suppress(StopForward):
                         self.forward(batch)
         join([*itertools.chain(*gathered.values()), *watch], self.walk.device)
         found: dict[str, dict[type, Tensor]] = {}

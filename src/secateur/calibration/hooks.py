@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from secateur.calibration.statistics import Statistic
 
-__all__ = ["Observer", "SeenAll"]
+__all__ = ["Observer", "StopForward"]
 
 
-class SeenAll(Exception):
+class StopForward(Exception):
     """All that is wanted of a batch has been seen; what the block does next is not needed."""
 
 
@@ -42,4 +42,4 @@ class Observer:
         if self.pending is not None:
             self.pending.discard(self.site)
             if not self.pending:
-                raise SeenAll
+                raise StopForward

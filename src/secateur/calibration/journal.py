@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from secateur import distributed
-from secateur.calibration.async_writer import Behind, pays
+from secateur.calibration.async_writer import AsyncWriter, is_worthwhile
 from secateur.calibration.checksum import SIZE, checksum
 from secateur.files import write_text
 from secateur.model.safetensors_io import Stored, TensorFile, write_tensors
-from secateur.progress import say
+from secateur.progress import notify
 
 __all__ = ["Journal", "StateStore", "Workspace"]
 
@@ -41,19 +41,19 @@ class Journal(Mapping[str, Tensor]):
         self.finished = 0  #: steps that need not be done again
         self.complete = False  #: whether the walk came to its end
         self._held: dict[str, Tensor | TensorFile | Future[TensorFile]] = {}
-        self._behind: Behind | None = None
+        self._behind: AsyncWriter | None = None
         if directory is None:
             return
-        if distributed.first():
+        if distributed.is_main():
             try:
                 self._take_up(directory)
             except (FileNotFoundError, ValueError, SafetensorError) as error:
-                say(f"{directory}: begun anew, because what was kept there is damaged ({error})")
+                notify(f"{directory}: begun anew, because what was kept there is damaged ({error})")
                 shutil.rmtree(directory)
                 self.finished, self.complete, self._held = 0, False, {}
             directory.mkdir(parents=True, exist_ok=True)
-        distributed.wait()  # until the first process has looked at what is there
-        if not distributed.first():
+        distributed.barrier()  # until the first process has looked at what is there
+        if not distributed.is_main():
             self._take_up(directory)
 
     def _take_up(self, directory: Path) -> None:
@@ -65,7 +65,7 @@ class Journal(Mapping[str, Tensor]):
         every = sorted(directory.glob("step-*.safetensors"))
         for path in every if self.complete else map(self._file, range(self.finished)):
             file = self._index(path)
-            if distributed.first() and path.with_suffix(".sum").read_text() != checksum(file.bytes).hex():
+            if distributed.is_main() and path.with_suffix(".sum").read_text() != checksum(file.bytes).hex():
                 raise ValueError(f"{path.name} is not as it was written")
 
     @contextlib.contextmanager
@@ -75,10 +75,10 @@ class Journal(Mapping[str, Tensor]):
         When the block ends all is on disk. What goes wrong in the thread is raised when the next step is put in, when
         what it should have written is asked for, or at the end.
         """
-        if self.directory is None or not pays(device):
+        if self.directory is None or not is_worthwhile(device):
             yield
             return
-        self._behind = Behind(device)
+        self._behind = AsyncWriter(device)
         try:
             yield
             self.settle()
@@ -117,9 +117,9 @@ class Journal(Mapping[str, Tensor]):
 
     def finish(self, step: int) -> None:
         """Note that all that comes of a step is there, once it is in every process."""
-        distributed.wait()
+        distributed.barrier()
         self.finished = step + 1
-        if self.directory is not None and distributed.first():
+        if self.directory is not None and distributed.is_main():
             note = partial(write_text, self.directory / "finished", str(self.finished))
             self._behind.do(note) if self._behind else note()
 
@@ -127,7 +127,7 @@ class Journal(Mapping[str, Tensor]):
         """Note that the walk came to its end: what was found serves whoever asks for it again."""
         self.settle()
         self.complete = True
-        if self.directory is not None and distributed.first():
+        if self.directory is not None and distributed.is_main():
             write_text(self.directory / "complete", "")
 
     def _file(self, step: int) -> Path:

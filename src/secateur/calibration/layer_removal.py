@@ -31,7 +31,7 @@ def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
     for step, group in enumerate(groups):
         if step >= walk.journal.finished:
             part = f", part {step + 1} of {len(groups)}" if len(groups) > 1 else ""
-            for losses in walk.show(step, distributed.add(_removal_losses(walk, length, group, part))):
+            for losses in walk.show(step, distributed.all_reduce(_removal_losses(walk, length, group, part))):
                 walk.journal.put(step, {f"losses.{step}": losses})
             walk.journal.finish(step)
     total = torch.stack([walk.journal[f"losses.{step}"] for step in range(len(groups))]).sum(dim=0)

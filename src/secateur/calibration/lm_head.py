@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from secateur.model.checkpoint import Checkpoint
 
-__all__ = ["Head"]
+__all__ = ["LMHead"]
 
 _VALUES = 2**24  # of the head in float32 at once
 _TOKENS = 2**14  # of the vocabulary at once, at most
 
 
-class Head:
+class LMHead:
     """The final norm and the matrix that turns states into logits.
 
     Args:

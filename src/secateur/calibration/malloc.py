@@ -9,7 +9,7 @@ import resource
 import sys
 from collections.abc import Iterator
 
-__all__ = ["heap_for", "map_tensors", "release_memory"]
+__all__ = ["map_tensors", "release_memory", "reserve_heap"]
 
 
 def release_memory() -> None:
@@ -29,7 +29,7 @@ def map_tensors(larger_than: int = 2**17) -> None:
 
 
 @contextlib.contextmanager
-def heap_for(activation: int) -> Iterator[None]:
+def reserve_heap(activation: int) -> Iterator[None]:
     """Let activations of so many bytes lie in the heap, which keeps their room from one batch to the next.
 
     Each page that is given back must be zeroed when it is taken again: a fifth of the time of a small model's walk.

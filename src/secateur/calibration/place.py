@@ -14,7 +14,7 @@ from secateur.calibration.statistics import GradientStatistic, StateStatistic, S
 from secateur.model.families import Axis
 from secateur.model.shapes import Shape
 
-__all__ = ["Place", "evidence"]
+__all__ = ["Place", "walk_places"]
 
 Tensors = Mapping[str, tuple[Tensor, tuple[Axis, ...]]]  #: name -> a tensor and the spaces of its axes
 
@@ -76,7 +76,7 @@ class Place:
         return found
 
 
-def evidence(
+def walk_places(
     walk: BlockWalk,
     needs: Sequence[type],
     spaces: Sequence[str],

@@ -9,19 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-__all__ = ["ahead", "in_turn"]
+__all__ = ["on_demand", "prefetch"]
 
 Loaded = Generator[dict[str, Tensor], None, None]  #: blocks' weights: the name within the block -> tensor
 Read = Callable[[int], Mapping[str, Tensor]]  #: index of a block -> its tensors as they are stored
 
 
-def in_turn(order: Sequence[int], read: Read, device: str, dtype: torch.dtype) -> Loaded:
+def on_demand(order: Sequence[int], read: Read, device: str, dtype: torch.dtype) -> Loaded:
     """Yield each block's weights on the device, when they are asked for. What is held is one block."""
     for index in order:
         yield {name: _sent(tensor, device, dtype) for name, tensor in read(index).items()}
 
 
-def ahead(order: Sequence[int], read: Read, device: str, dtype: torch.dtype) -> Loaded:
+def prefetch(order: Sequence[int], read: Read, device: str, dtype: torch.dtype) -> Loaded:
     """Yield each block's weights on the device, while a thread reads the next block and copies it there.
 
     On a GPU the copy has a stream of its own, from page-locked memory, so that neither the host nor the kernels of the

@@ -54,8 +54,8 @@ class Statistic(ABC):
 
     def join(self, device: str) -> None:
         """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
-        self.total = distributed.add(distributed.like_first(self.total, device))
-        self.count = distributed.add_count(self.count)
+        self.total = distributed.all_reduce(distributed.like_main(self.total, device))
+        self.count = distributed.sum_count(self.count)
 
     def _add(self, total: Tensor, count: int) -> None:
         self.total = total if self.total is None else self.total + total
@@ -113,8 +113,8 @@ class Variance(Statistic):
         super().join(device)  # the squared deviations within each process; now those between them
         assert self.total is not None
         mean = self.mean + torch.zeros_like(self.total)
-        self.mean = distributed.add(mean * own) / self.count
-        self.total += distributed.add((mean - self.mean).square() * own)
+        self.mean = distributed.all_reduce(mean * own) / self.count
+        self.total += distributed.all_reduce((mean - self.mean).square() * own)
 
 
 class Gram(Statistic):
@@ -148,8 +148,8 @@ class Gram(Statistic):
         return self.total
 
     def join(self, device: str) -> None:
-        own, self.count = self.count, distributed.add_count(self.count)
-        self.total = distributed.add(distributed.like_first(self.total, device).mul_(own / self.count))
+        own, self.count = self.count, distributed.sum_count(self.count)
+        self.total = distributed.all_reduce(distributed.like_main(self.total, device).mul_(own / self.count))
 
     def _rows(self) -> list[slice]:
         assert self.total is not None
@@ -207,8 +207,8 @@ class MeanCosine(StateStatistic):
         return 1 - torch.tensor(self.total / self.tokens, dtype=torch.float64)
 
     def join(self, device: str) -> None:
-        self.total = float(distributed.add(torch.tensor([self.total], dtype=torch.float64)))
-        self.tokens = distributed.add_count(self.tokens)
+        self.total = float(distributed.all_reduce(torch.tensor([self.total], dtype=torch.float64)))
+        self.tokens = distributed.sum_count(self.tokens)
 
 
 class GradientStatistic(ABC):
@@ -237,8 +237,8 @@ class GradientStatistic(ABC):
 
     def join(self, device: str) -> None:
         """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
-        self.total = distributed.add(distributed.like_first(self.total, device))
-        self.windows = distributed.add_count(self.windows)
+        self.total = distributed.all_reduce(distributed.like_main(self.total, device))
+        self.windows = distributed.sum_count(self.windows)
 
 
 class MeanGradient(GradientStatistic):
@@ -257,5 +257,5 @@ class MeanSquareGradient(GradientStatistic):
 
 def join(statistics: Iterable[Statistic | StateStatistic | GradientStatistic], device: str) -> None:
     """Merge each statistic over all processes; with one it stays as it is, to the last bit."""
-    for statistic in statistics if distributed.world() > 1 else ():
+    for statistic in statistics if distributed.world_size() > 1 else ():
         statistic.join(device)

@@ -19,10 +19,10 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     try:
-        with distributed.together():
+        with distributed.process_group():
             arguments = parser().parse_args(argv)
             several = arguments.verb in ("prune", "train", "eval") or getattr(arguments, "action", "") == "stage"
-            if distributed.world() > 1 and not several:
+            if distributed.world_size() > 1 and not several:
                 raise UserError(
                     f"{arguments.verb}: runs in one process; of all verbs only prune, train and eval take several"
                 )
@@ -33,28 +33,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(answer, ensure_ascii=False) if arguments.json else text, flush=True)
             return code
     except UserError as error:
-        return distributed.end(2, f"secateur: error: {error}")
+        return distributed.exit_all(2, f"secateur: error: {error}")
     except RunError as error:
-        return distributed.end(error.code, f"secateur: error: {error}")
-    except distributed.Lost as lost:
-        return distributed.end(1, f"secateur: error: {lost}")
+        return distributed.exit_all(error.code, f"secateur: error: {error}")
+    except distributed.ProcessLost as lost:
+        return distributed.exit_all(1, f"secateur: error: {lost}")
     except BrokenPipeError:
         # The reader of our output, e.g. head, has enough; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return distributed.end(130, "\nsecateur: interrupted; run the same command again to go on")
+        return distributed.exit_all(130, "\nsecateur: interrupted; run the same command again to go on")
     except Exception as error:
         if out_of_memory(error):
-            offer = manual.memory(argv or sys.argv[1:])
-            return distributed.end(1, f"secateur: error: out of memory; {offer} ({first_line(error)})")
+            offer = manual.memory_hint(argv or sys.argv[1:])
+            return distributed.exit_all(1, f"secateur: error: out of memory; {offer} ({first_line(error)})")
         if disk_full(error):
-            return distributed.end(
+            return distributed.exit_all(
                 1, f"secateur: error: the disk is full; make room, then run the same again ({first_line(error)})"
             )
-        if distributed.world() == 1:
+        if distributed.world_size() == 1:
             raise
-        return distributed.end(1, traceback.format_exc())
+        return distributed.exit_all(1, traceback.format_exc())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secateur.errors import UserError
-from secateur.methods.plugins import announced
+from secateur.methods.plugins import plugin_methods
 
 __all__ = [
     "COMPARE",
@@ -19,18 +19,18 @@ __all__ = [
     "SOURCES",
     "STUDY",
     "TRAIN",
-    "memory",
-    "prune",
+    "memory_hint",
+    "prune_epilog",
 ]
 
 #: verb -> what needs less memory if it is lowered, or taken
 _MEMORY = {
-    "prune": (("--batch", "--windows"), ("--states disk", "--dtype bfloat16")),
+    "prune_epilog": (("--batch", "--windows"), ("--states disk", "--dtype bfloat16")),
     "train": (("--micro-batch",), ("--recompute", "--dtype bfloat16")),
 }
 
 
-def memory(given: Sequence[str]) -> str:
+def memory_hint(given: Sequence[str]) -> str:
     """What is offered to someone who ran out of memory with these arguments: nothing that they have taken already."""
     said = f"{' '.join(given)} ".replace("=", " ")
     lower, take = _MEMORY.get(given[0] if given else "", (("--batch", "--windows"), ()))
@@ -141,13 +141,13 @@ def _of_packages() -> str:
     """The methods of installed packages; they are not loaded, so that none can stand in the way."""
     built_in = {name for methods in METHODS.values() for name in methods}
     try:
-        lines = [f"    {name}  ({found.value.strip()})" for name, found in sorted(announced(built_in).items())]
+        lines = [f"    {name}  ({found.value.strip()})" for name, found in sorted(plugin_methods(built_in).items())]
     except UserError as error:
         lines = [f"    {error}"]
     return "\n".join(["", "  of installed packages", *lines]) if lines else ""
 
 
-def prune() -> str:
+def prune_epilog() -> str:
     """The methods, those of installed packages among them, which it takes a moment to find; and examples."""
     return f"""\
 methods, by what they remove (packages may bring more):

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from secateur.comparison.index import Group, Index
 from secateur.comparison.records import Cell, Init
-from secateur.comparison.twins import Estimate, Paired, estimate, paired
+from secateur.comparison.twins import MeanDifference, Paired, mean_difference, pair_cells
 from secateur.formatting import decimals, number
 from secateur.report.prose import interval
 
-__all__ = ["CONTROLS", "Control", "Part", "controls", "parts"]
+__all__ = ["CONTROLS", "ControlGap", "Part", "controls", "parts"]
 
 #: Where the weights of each model are from, as a reader is told. In the order in which each inherits more.
 CONTROLS: dict[Init, str] = {
@@ -25,7 +25,7 @@ CONTROLS: dict[Init, str] = {
 
 
 @dataclass(frozen=True)
-class Control:
+class ControlGap:
     """One of the models that a pruned one is taken apart by."""
 
     init: Init
@@ -40,7 +40,7 @@ class Part:
     what: str
     against: Init
     of: Init
-    mean: Estimate | None  #: loss(against) - loss(of); None: not measured
+    mean: MeanDifference | None  #: loss(against) - loss(of); None: not measured
     sentence: str
 
 
@@ -67,7 +67,7 @@ def _runs(index: Index, group: Group) -> dict[Init, dict[int, Cell]]:
     return found
 
 
-def controls(index: Index, group: Group) -> tuple[Control, ...]:
+def controls(index: Index, group: Group) -> tuple[ControlGap, ...]:
     """The models at equal training tokens, from what inherits nothing to the pruned run; empty without a control."""
     runs = _runs(index, group)
     if not any(cell.path == "control" for cells in runs.values() for cell in cells.values()):
@@ -76,7 +76,7 @@ def controls(index: Index, group: Group) -> tuple[Control, ...]:
     for init, label in CONTROLS.items():
         losses = [cell.evaluation.loss for cell in runs.get(init, {}).values() if cell.evaluation]
         if init in runs:
-            rows.append(Control(init, label, sum(losses) / len(losses) if losses else None))
+            rows.append(ControlGap(init, label, sum(losses) / len(losses) if losses else None))
     return tuple(rows)
 
 
@@ -94,12 +94,12 @@ def parts(index: Index, group: Group) -> tuple[Part, ...]:
 
 def _part(runs: dict[Init, dict[int, Cell]], what: str, against: Init, of: Init) -> Part:
     seeds = [seed for seed in runs[of] if seed in runs[against]]
-    found = [paired(runs[of][seed], runs[against][seed], of, against) for seed in seeds]
-    mean = estimate([one for one in found if isinstance(one, Paired)])
+    found = [pair_cells(runs[of][seed], runs[against][seed], of, against) for seed in seeds]
+    mean = mean_difference([one for one in found if isinstance(one, Paired)])
     return Part(what, against, of, mean, _sentence(what, mean))
 
 
-def _sentence(what: str, mean: Estimate | None) -> str:
+def _sentence(what: str, mean: MeanDifference | None) -> str:
     start = what[0].upper() + what[1:]
     if mean is None:
         return f"{start.rstrip(',')}: not measured."

@@ -11,23 +11,34 @@ from dataclasses import dataclass
 from typing import Literal
 
 from secateur.comparison.index import PRUNED, Group, Index, Model
-from secateur.comparison.twins import SCRATCH, Estimate, Paired, Setting, average, estimate, is_planned, paired
+from secateur.comparison.twins import (
+    SCRATCH,
+    MeanDifference,
+    Paired,
+    Setting,
+    average,
+    is_planned,
+    mean_difference,
+    pair_cells,
+)
 from secateur.formatting import decimals, method_name, number
 from secateur.report.prose import interval
 
-__all__ = ["Answer", "Finding", "Row", "find"]
+__all__ = ["Finding", "FindingAnswer", "FindingRow", "find"]
 
-Answer = Literal["holds", "does not hold", "too close to call", "not measured"]
+FindingAnswer = Literal["holds", "does not hold", "too close to call", "not measured"]
 Contrast = dict[int, Paired]  # seed -> what is positive where the finding holds; empty: not measured
 
 
 @dataclass(frozen=True)
-class Row:
+class FindingRow:
     """What a finding comes to for one method, or for all."""
 
     who: str
-    answer: Answer
-    mean: Estimate | None  #: of the contrast, nats per token, positive where the finding holds; None: not measured
+    answer: FindingAnswer
+    mean: (
+        MeanDifference | None
+    )  #: of the contrast, nats per token, positive where the finding holds; None: not measured
     comparisons: int  #: measured
     sentence: str
 
@@ -39,10 +50,10 @@ class Finding:
     key: Literal["equal-tokens", "tokens", "ratio", "granularity"]
     claim: str
     measured_as: str  #: what the contrast is
-    rows: tuple[Row, ...]  #: for each method, then for all together
+    rows: tuple[FindingRow, ...]  #: for each method, then for all together
 
     @property
-    def answer(self) -> Answer:
+    def answer(self) -> FindingAnswer:
         """For all methods together."""
         return self.rows[-1].answer
 
@@ -82,7 +93,7 @@ def _gap(index: Index, group: Group, setting: Setting) -> Contrast:
     """loss(scratch) - loss(P-R) of a comparison, seed by seed; seeds that were not measured are left out."""
     name = SCRATCH[setting]
     found = {
-        one.seed: paired(index.cell(one, PRUNED), index.cell(one, name), PRUNED, name)
+        one.seed: pair_cells(index.cell(one, PRUNED), index.cell(one, name), PRUNED, name)
         for one in index.pools[group.pooled]
     }
     return {seed: gap for seed, gap in found.items() if seed is not None and isinstance(gap, Paired)}
@@ -136,7 +147,7 @@ def _granularity(index: Index) -> Finding:
     kinds = {group: index.granularity(group.model) for group in gaps}
     fine = {group: gap for group, gap in gaps.items() if kinds[group] == "sparse"}
     coarse = {group: {s: -p for s, p in gap.items()} for group, gap in gaps.items() if kinds[group] == "depth"}
-    rows: list[Row] = []
+    rows: list[FindingRow] = []
     if fine and coarse:
         rows = [*_rows(fine, "All sparse methods"), *_rows(coarse, "All depth methods")]
         rows.append(_both(_row("", fine), _row("", coarse)))
@@ -148,14 +159,14 @@ def _granularity(index: Index) -> Finding:
     )
 
 
-def _both(one: Row, two: Row) -> Row:
+def _both(one: FindingRow, two: FindingRow) -> FindingRow:
     """What two claims come to together: one that fails is enough to fail both."""
-    order: tuple[Answer, ...] = ("does not hold", "not measured", "too close to call", "holds")
-    both: Answer = min((one.answer, two.answer), key=order.index)
-    return Row("Both parts", both, None, one.comparisons + two.comparisons, f"Both parts together: {both}.")
+    order: tuple[FindingAnswer, ...] = ("does not hold", "not measured", "too close to call", "holds")
+    both: FindingAnswer = min((one.answer, two.answer), key=order.index)
+    return FindingRow("Both parts", both, None, one.comparisons + two.comparisons, f"Both parts together: {both}.")
 
 
-def _rows(contrasts: dict[Group, Contrast], everyone: str = "All methods") -> tuple[Row, ...]:
+def _rows(contrasts: dict[Group, Contrast], everyone: str = "All methods") -> tuple[FindingRow, ...]:
     """A row for each method, and one for all where there are several."""
     methods = list(dict.fromkeys(group.method for group in contrasts))
     rows = [
@@ -165,16 +176,16 @@ def _rows(contrasts: dict[Group, Contrast], everyone: str = "All methods") -> tu
     return (*rows, _row(everyone, contrasts)) if len(methods) > 1 else tuple(rows)
 
 
-def _row(who: str, contrasts: dict[Group, Contrast]) -> Row:
+def _row(who: str, contrasts: dict[Group, Contrast]) -> FindingRow:
     means, used = average(contrasts.values())
-    mean = estimate(means)
+    mean = mean_difference(means)
     if mean is None:
-        return Row(who, "not measured", None, 0, f"{who}: not measured.")
-    answer: Answer = "holds" if mean.sign > 0 else "does not hold" if mean.sign < 0 else "too close to call"
+        return FindingRow(who, "not measured", None, 0, f"{who}: not measured.")
+    answer: FindingAnswer = "holds" if mean.sign > 0 else "does not hold" if mean.sign < 0 else "too close to call"
     digits = decimals(mean.value, mean.low, mean.high)
     over = [] if len(contrasts) == 1 else [f"mean of {used} comparisons"]
     if used < len(contrasts):
         over = [f"mean of {used} of {len(contrasts)} comparisons, those measured with the same seeds"]
     over += [f"{mean.seeds} seeds"] if mean.seeds > 1 else []
     notes = "; ".join([interval(mean.low, mean.high, digits), *over])
-    return Row(who, answer, mean, used, f"{who}: {answer}, {number(mean.value, digits)} nats ({notes}).")
+    return FindingRow(who, answer, mean, used, f"{who}: {answer}, {number(mean.value, digits)} nats ({notes}).")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.comparison.records import Cell, Cost, Parent, Pruned, Results
+from secateur.comparison.records import Cell, Cost, Parent, Pruned, StudyResults
 from secateur.model.families import Granularity
 
 __all__ = ["PRUNED", "Group", "Index", "Model", "group_of"]
@@ -48,7 +48,7 @@ class Group:
 class Index:
     """The records of a study, found by what they are of."""
 
-    def __init__(self, results: Results):
+    def __init__(self, results: StudyResults):
         self.results = results
         self.parents: dict[str, Parent] = {parent.name: parent for parent in results.parents}
         self.pruned: dict[Model, Pruned] = {Model(p.parent, p.method, p.target): p for p in results.pruned}

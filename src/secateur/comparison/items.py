@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from secateur.comparison.intervals import bootstrap_interval, mean_interval, seed_interval, sign_test
 from secateur.errors import UserError
-from secateur.evaluation.results import Kind, Measurement, Results, check_same_protocols
+from secateur.evaluation.results import EvaluationResults, Measurement, MeasurementKind, check_same_protocols
 
-__all__ = ["AVERAGE", "FEW", "Comparison", "compare"]
+__all__ = ["AVERAGE", "FEW", "Comparison", "compare_results"]
 
 AVERAGE = "average of tasks"
 FEW = 30  #: items, below which a bootstrap's interval alone is not trusted
@@ -35,7 +35,7 @@ class Comparison:
     """
 
     name: str
-    kind: Kind
+    kind: MeasurementKind
     verdict: Verdict
     a: float | None = None
     b: float | None = None
@@ -57,7 +57,7 @@ class Comparison:
         return {**asdict(self), "seeds": list(self.seeds)}
 
 
-def compare(a: Sequence[Results], b: Sequence[Results]) -> list[Comparison]:
+def compare_results(a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> list[Comparison]:
     """Compare two models, each measured once or, trained from several seeds, as often.
 
     Args:
@@ -93,7 +93,7 @@ def _apart(measured: Sequence[Measurement]) -> list[str]:
     return [known.name for known in measured if known.name in kept]
 
 
-def _compare(name: str, a: Sequence[Results], b: Sequence[Results]) -> Comparison:
+def _compare(name: str, a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> Comparison:
     known = next(m for r in (*a, *b) if (m := r.of(name)))
     for side, results in (("A", a), ("B", b)):
         if any(r.of(name) is None for r in results):
@@ -123,13 +123,13 @@ def _unfit(known: Measurement, parts: Sequence[Measurement]) -> str:
     return ""
 
 
-def _of(results: Results, name: str) -> Measurement:
+def _of(results: EvaluationResults, name: str) -> Measurement:
     found = results.of(name)
     assert found is not None, name
     return found
 
 
-def _better(name: str, a: Sequence[Results], b: Sequence[Results]) -> NDArray[np.float64]:
+def _better(name: str, a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> NDArray[np.float64]:
     """How much better A is on each item, in the mean over seeds."""
     found = []
     for pair in zip(a, b, strict=True):
@@ -138,7 +138,7 @@ def _better(name: str, a: Sequence[Results], b: Sequence[Results]) -> NDArray[np
     return np.mean(found, axis=0)
 
 
-def _shares(measured: Measurement, results: Results) -> list[tuple[str, float]]:
+def _shares(measured: Measurement, results: EvaluationResults) -> list[tuple[str, float]]:
     """The tasks that a figure is the mean of, and what each of them counts; a single one counts all."""
     if not measured.tasks:
         return [(measured.name, 1.0)]
@@ -147,7 +147,7 @@ def _shares(measured: Measurement, results: Results) -> list[tuple[str, float]]:
     return [(task, size / sum(sizes)) for task, size in zip(measured.tasks, sizes, strict=True)]
 
 
-def _average(names: Sequence[str], a: Sequence[Results], b: Sequence[Results]) -> Comparison:
+def _average(names: Sequence[str], a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> Comparison:
     """The mean of accuracies, in which a task counts once however many documents it has, and a group as much."""
     shares = [(task, share) for name in names for task, share in _shares(_of(a[0], name), a[0])]
     better = [_better(task, a, b) for task, _ in shares]

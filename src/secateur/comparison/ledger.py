@@ -18,8 +18,8 @@ __all__ = [
     "Account",
     "Forward",
     "account_flops",
-    "best",
     "forwards",
+    "lowest_loss",
     "own_cost",
     "pieces",
     "pipelines",
@@ -89,7 +89,7 @@ def setting_total(index: Index, cell: Cell) -> tuple[int | None, float | None]:
     return parent.tokens + cell.training.tokens, (parent + cell.pruning + cell.training).flops
 
 
-def best(index: Index) -> dict[tuple[Group, str], tuple[Account, ...]]:
+def lowest_loss(index: Index) -> dict[tuple[Group, str], tuple[Account, ...]]:
     """For each run, the accounts in which no run of the same target has a lower loss for as many FLOPs or fewer."""
     found: dict[tuple[Group, str], tuple[Account, ...]] = {}
     for account in ACCOUNTS:

@@ -10,7 +10,7 @@ from typing import Literal
 from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.naming import model_name
 from secateur.comparison.records import Cell
-from secateur.comparison.twins import Estimate, Paired, estimate, paired
+from secateur.comparison.twins import MeanDifference, Paired, mean_difference, pair_cells
 from secateur.formatting import count, decimals, number
 from secateur.report.prose import interval
 
@@ -29,7 +29,9 @@ class ObjectiveRow:
     second: Group
     first_loss: float | None
     second_loss: float | None
-    mean: Estimate | None  #: loss(first) - loss(second), so positive where the second is better; None: not measured
+    mean: (
+        MeanDifference | None
+    )  #: loss(first) - loss(second), so positive where the second is better; None: not measured
     flop_ratio: float | None  #: training FLOPs of the second over those of the first
 
     @property
@@ -63,8 +65,8 @@ def objective_rows(index: Index) -> tuple[ObjectiveRow, ...]:
         ratio = _ratio(ours[seeds[0]], theirs[seeds[0]])
         same_flops = ratio is not None and abs(ratio - 1) <= _SAME_FLOPS
         # positive where the second is better
-        found = [paired(theirs[seed], ours[seed], PRUNED, PRUNED) for seed in seeds]
-        mean = estimate([one for one in found if isinstance(one, Paired)])
+        found = [pair_cells(theirs[seed], ours[seed], PRUNED, PRUNED) for seed in seeds]
+        mean = mean_difference([one for one in found if isinstance(one, Paired)])
         losses = _mean([ours[seed] for seed in seeds]), _mean([theirs[seed] for seed in seeds])
         kinds: dict[Literal["tokens", "FLOPs"], bool] = {
             "tokens": first.retrain_tokens == second.retrain_tokens,

@@ -11,7 +11,7 @@ from secateur.comparison.naming import target_words
 from secateur.comparison.records import Cell, Point, StageNote
 from secateur.formatting import count, loss, method_name, plain
 
-__all__ = ["Run", "runs_of", "spark"]
+__all__ = ["RunHistory", "runs_of", "spark"]
 
 _WIDTH, _HEIGHT = 240.0, 48.0  # of the line's box, in its own units
 
@@ -27,7 +27,7 @@ _INIT = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RunHistory:
     """One trained model, as the page tells of it by itself.
 
     Attributes:
@@ -46,7 +46,7 @@ class Run:
     stages: tuple[StageNote, ...]
 
 
-def runs_of(index: Index, model: Model) -> list[Run]:
+def runs_of(index: Index, model: Model) -> list[RunHistory]:
     """The runs that belong to a pruned model, in the order of the table."""
     notes = {note.fingerprint: note for note in index.results.stages}
     found = []
@@ -54,7 +54,7 @@ def runs_of(index: Index, model: Model) -> list[Run]:
         if group_of(cell).model == model:
             stages = tuple(notes[key] for key in cell.stages if key in notes)
             facts = _facts(cell, [stage for stage in stages if stage.kind == "train"][-1:])
-            found.append(Run(number, cell, facts, spark(cell.curve), _told(cell.curve), stages))
+            found.append(RunHistory(number, cell, facts, spark(cell.curve), _told(cell.curve), stages))
     return found
 
 

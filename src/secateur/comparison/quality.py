@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.comparison.index import PRUNED, Group, Index
-from secateur.comparison.items import Comparison, compare
+from secateur.comparison.items import Comparison, compare_results
 from secateur.comparison.records import Cell, Evaluation
 from secateur.comparison.twins import SCRATCH, Setting, Verdict, Winner, is_planned, settings_of
 from secateur.config import fingerprint
-from secateur.evaluation.results import LOSS, Kind, Measurement
-from secateur.evaluation.results import Results as Measured
+from secateur.evaluation.results import LOSS, Measurement, MeasurementKind
+from secateur.evaluation.results import EvaluationResults as Measured
 
 __all__ = ["QualityRow", "by_domain", "contradicting", "measurement_rows", "quality_rows"]
 
@@ -58,9 +58,9 @@ def _compared(index: Index, group: Group, name: str) -> list[Comparison]:
         known.setdefault(measurement.name, set()).add(measurement.protocol["fingerprint"])
     unlike = {name for name, protocols in known.items() if len(protocols) > 1}
     ours, theirs = ([_without(side, unlike) for side in sides] for sides in zip(*both, strict=True))
-    kinds: dict[str, Kind] = {m.name: m.kind for m in both[0][0].measurements}
+    kinds: dict[str, MeasurementKind] = {m.name: m.kind for m in both[0][0].measurements}
     reason = "the two were measured under different protocols"
-    return compare(ours, theirs) + [
+    return compare_results(ours, theirs) + [
         Comparison(name, kinds.get(name, "loss"), "not measured", reason=reason) for name in sorted(unlike)
     ]
 

@@ -17,9 +17,9 @@ __all__ = [
     "Parent",
     "Point",
     "Pruned",
-    "Results",
     "Running",
     "StageNote",
+    "StudyResults",
 ]
 
 Init = Literal[
@@ -161,7 +161,7 @@ class StageNote:
 
 
 @dataclass(frozen=True)
-class Results:
+class StudyResults:
     """Everything that the page shows."""
 
     name: str

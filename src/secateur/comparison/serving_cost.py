@@ -12,17 +12,17 @@ from secateur.comparison.naming import model_name
 from secateur.comparison.records import Running
 from secateur.comparison.twins import SCRATCH
 
-__all__ = ["AXES", "Axis", "Served", "front", "running_rows", "served"]
+__all__ = ["AXES", "CostAxis", "ServingCost", "front", "running_rows", "serving_costs"]
 
-Axis = Literal["time", "memory"]
-AXES: tuple[Axis, ...] = ("time", "memory")
+CostAxis = Literal["time", "memory"]
+AXES: tuple[CostAxis, ...] = ("time", "memory")
 
 
 _STEADY = 0.2  #: of a median: what its quartiles may be apart on a device that does nothing else
 
 
 @dataclass(frozen=True)
-class Served:
+class ServingCost:
     """One trained model as whoever serves it sees it."""
 
     model: Model | None  #: None: the parent
@@ -65,7 +65,7 @@ def scatters(running: Running) -> bool:
     return any(figure["high"] - figure["low"] > _STEADY * figure["value"] for figure in speeds)
 
 
-def served(index: Index, axis: Axis) -> tuple[list[Served], str]:
+def serving_costs(index: Index, axis: CostAxis) -> tuple[list[ServingCost], str]:
     """Every model with a loss and a cost, and what the cost was measured on.
 
     Of a ladder each run is shown at the largest budget that it has, under the language-model loss. Costs of different
@@ -75,7 +75,7 @@ def served(index: Index, axis: Axis) -> tuple[list[Served], str]:
     if not every:
         return [], ""
     (device, dtype), _ = Counter((running.device, running.dtype) for running in every).most_common(1)[0]
-    points: list[Served] = []
+    points: list[ServingCost] = []
 
     def add(model: Model | None, run: str, running: Running | None, losses: Sequence[float]) -> None:
         if running is None or not losses or (running.device, running.dtype) != (device, dtype):
@@ -83,7 +83,7 @@ def served(index: Index, axis: Axis) -> tuple[list[Served], str]:
         for execution in dict.fromkeys(figure["execution"] for figure in running.figures):
             cost = _cost(running, axis, execution)
             if cost:
-                points.append(Served(model, run, execution, sum(losses) / len(losses), *cost))
+                points.append(ServingCost(model, run, execution, sum(losses) / len(losses), *cost))
 
     for parent in index.results.parents:
         add(None, "parent", parent.running, [parent.evaluation.loss] if parent.evaluation else [])
@@ -105,7 +105,7 @@ def _last(index: Index) -> dict[tuple[Model, str], list[float]]:
     return found
 
 
-def _cost(running: Running, axis: Axis, execution: str) -> tuple[float, float, float] | None:
+def _cost(running: Running, axis: CostAxis, execution: str) -> tuple[float, float, float] | None:
     """A cost with its quartiles: ms a written token, one sequence at a time; or bytes.
 
     The memory is the peak on a GPU. On a CPU that of the whole process would hide small models behind libraries, so
@@ -124,9 +124,9 @@ def _ms(speed: Mapping[str, Any]) -> tuple[float, float, float]:
     return (each * 3)[0], (each * 3)[1], (each * 3)[2]
 
 
-def front(points: Sequence[Served]) -> list[Served]:
+def front(points: Sequence[ServingCost]) -> list[ServingCost]:
     """The models that none beats: of lower loss than all that cost as little, cheapest first."""
-    found: list[Served] = []
+    found: list[ServingCost] = []
     for point in sorted(points, key=lambda point: (point.cost, point.loss)):
         if not found or point.loss < found[-1].loss:
             found.append(point)

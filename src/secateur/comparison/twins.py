@@ -16,16 +16,16 @@ from secateur.comparison.records import Cell, Evaluation
 __all__ = [
     "SCRATCH",
     "SETTINGS",
-    "Estimate",
+    "MeanDifference",
     "Paired",
     "Setting",
     "Verdict",
     "Winner",
     "average",
-    "compare",
-    "estimate",
+    "compare_twins",
     "is_planned",
-    "paired",
+    "mean_difference",
+    "pair_cells",
     "settings_of",
 ]
 
@@ -63,7 +63,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanDifference:
     """A mean difference in nats per token and its 95% interval."""
 
     value: float
@@ -100,7 +100,7 @@ class Verdict:
     planned: int = 1  #: seeds that the comparison has
 
 
-def paired(better: Cell | None, worse: Cell | None, better_name: str, worse_name: str) -> Paired | str:
+def pair_cells(better: Cell | None, worse: Cell | None, better_name: str, worse_name: str) -> Paired | str:
     """loss(worse) - loss(better), window by window; or why it was not measured."""
     ours, theirs = better.evaluation if better else None, worse.evaluation if worse else None
     reason = _absence(better_name, better) or _absence(worse_name, worse)
@@ -112,12 +112,12 @@ def paired(better: Cell | None, worse: Cell | None, better_name: str, worse_name
     return Paired(theirs.loss - ours.loss, windows, ours.protocol)
 
 
-def estimate(seeds: Sequence[Paired]) -> Estimate | None:
+def mean_difference(seeds: Sequence[Paired]) -> MeanDifference | None:
     """The mean over seeds with its interval; None where there is no seed, or where their protocols differ."""
     if len({(one.protocol, len(one.windows)) for one in seeds}) != 1:
         return None
     low, high = pooled_interval(np.stack([one.windows for one in seeds]))
-    return Estimate(float(np.mean([one.value for one in seeds])), low, high, len(seeds))
+    return MeanDifference(float(np.mean([one.value for one in seeds])), low, high, len(seeds))
 
 
 def average(comparisons: Iterable[dict[int, Paired]]) -> tuple[list[Paired], int]:
@@ -149,7 +149,7 @@ def settings_of(index: Index) -> tuple[Setting, ...]:
     return tuple(setting for setting in SETTINGS if SCRATCH[setting] in names)
 
 
-def compare(index: Index, groups: Sequence[Group]) -> tuple[Verdict, ...]:
+def compare_twins(index: Index, groups: Sequence[Group]) -> tuple[Verdict, ...]:
     """Judge ``groups`` in every setting of the study, setting by setting; one without a seed, over all its seeds."""
     return tuple(
         _judge(index, setting, group)
@@ -173,9 +173,9 @@ def _judge(index: Index, setting: Setting, group: Group) -> Verdict:
     seeds = index.pools[group] if group.seed is None else (group,)
     pairs = [(index.cell(one, PRUNED), index.cell(one, name)) for one in seeds]
     ratio = next((r for ours, theirs in pairs if (r := _flop_ratio(index, ours, theirs)) is not None), None)
-    found = [paired(*pair, PRUNED, name) for pair in pairs]
+    found = [pair_cells(*pair, PRUNED, name) for pair in pairs]
     measured = [one for one in found if isinstance(one, Paired)]
-    mean = estimate(measured)
+    mean = mean_difference(measured)
     if mean is None:
         reason = next(
             (one for one in found if isinstance(one, str)), "its seeds were evaluated under several protocols"

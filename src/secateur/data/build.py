@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from secateur import progress
 from secateur.data.encode import Encoder
-from secateur.data.external_sort import Bucket, Runs
+from secateur.data.external_sort import Bucket, SortedRuns
 from secateur.data.manifest import Split
 from secateur.data.readers import Document
 from secateur.data.shards import SHARD_TOKENS, ShardWriter, TokenStore
 from secateur.data.sources import Source
 from secateur.data.tokenizer import token_hash_of
-from secateur.data.worker_pool import encoded
+from secateur.data.worker_pool import encode_in_workers
 from secateur.errors import UserError
 
 __all__ = ["HELDOUT", "TRAIN", "Built", "Holdout", "counted", "hash_splits", "is_heldout", "write_splits"]
@@ -112,26 +112,26 @@ def write_splits(
         UserError: if the source cannot be read, or a side is empty.
     """
     work.mkdir(parents=True, exist_ok=True)
-    runs = Runs(work, encoder.dtype)
+    runs = SortedRuns(work, encoder.dtype)
     if not runs.complete:
         _encode(source, encoder, runs, documents, workers)
     return _write(runs, out, holdout, shard_tokens)
 
 
-def _encode(source: Source, encoder: Encoder, runs: Runs, limit: int | None, workers: int) -> None:
+def _encode(source: Source, encoder: Encoder, runs: SortedRuns, limit: int | None, workers: int) -> None:
     """The first pass: what the runs do not have yet is read and encoded."""
-    with progress.task(f"read {source.name}", limit or source.size() or 0) as task:
+    with progress.track(f"read {source.name}", limit or source.size() or 0) as task:
         stream = counted(source.documents(), task, limit, lambda: f", {runs.tokens:,} tokens")
         if runs.documents:
-            progress.say(f"{source.name}: {runs.documents:,} documents are encoded already")
+            progress.notify(f"{source.name}: {runs.documents:,} documents are encoded already")
             next(islice(stream, runs.documents - 1, runs.documents), None)  # read, and not looked at
-        for block in encoded(batched(stream), encoder, workers):
+        for block in encode_in_workers(batched(stream), encoder, workers):
             runs.add(block)
         runs.finish()
 
 
 def counted(
-    documents: Iterable[Document], task: progress.Task, limit: int | None, note: Callable[[], str] = str
+    documents: Iterable[Document], task: progress.ProgressTask, limit: int | None, note: Callable[[], str] = str
 ) -> Iterator[Document]:
     """At most ``limit`` documents, whose progress is told: out of so many, or of the bytes that the task expects."""
     amount = 0
@@ -165,12 +165,12 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write(runs: Runs, out: Path, holdout: Holdout, shard_tokens: int) -> Built:
+def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> Built:
     """The second pass: the runs, in order, become shards."""
     domains = runs.domains
     sides = [TRAIN, *([HELDOUT] if holdout.share else [])]
     counts = {side: np.zeros((len(domains), 3), dtype=np.int64) for side in sides}
-    with ExitStack() as stack, progress.task("bring into order", runs.tokens) as task:
+    with ExitStack() as stack, progress.track("bring into order", runs.tokens) as task:
         writers = {}
         for side in sides:
             writers[side] = ShardWriter(out, side, _dtype(runs), shard_tokens, domains=len(domains) > 1)
@@ -190,7 +190,7 @@ def _write(runs: Runs, out: Path, holdout: Holdout, shard_tokens: int) -> Built:
     return Built(splits, domains if len(domains) > 1 else [], runs.documents - read, counts)
 
 
-def _dtype(runs: Runs) -> Any:
+def _dtype(runs: SortedRuns) -> Any:
     return "uint16" if runs.dtype.itemsize == 2 else "uint32"
 
 
@@ -207,7 +207,7 @@ def _take(writer: ShardWriter, bucket: Bucket, chosen: NDArray[np.bool_], counts
 def hash_splits(store: TokenStore) -> dict[str, str]:
     """The ``token_hash`` of each split's ids."""
     found = {}
-    with progress.task("hash the ids", sum(store.tokens(split) for split in store.manifest.splits)) as task:
+    with progress.track("hash the ids", sum(store.tokens(split) for split in store.manifest.splits)) as task:
 
         def counted(parts: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
             for part in parts:

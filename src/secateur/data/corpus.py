@@ -97,7 +97,7 @@ def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
 
 def _learn(source: Source, spec: CorpusSpec) -> PreTrainedTokenizerFast:
     """The tokenizer that the distinct train documents give."""
-    with progress.task("train the tokenizer", spec.documents or source.size() or 0) as task:
+    with progress.track("train the tokenizer", spec.documents or source.size() or 0) as task:
 
         def texts() -> Iterator[str]:
             seen: set[bytes] = set()

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import Stream
 
-__all__ = ["ByDomain", "document_stream", "held_out_stream", "spread", "window_stream"]
+__all__ = ["ByDomain", "document_stream", "heldout_stream", "spread", "window_stream"]
 
 
 def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Stream:
@@ -47,7 +47,7 @@ def window_stream(store: TokenStore, split: str, windows: NDArray[np.integer], l
     return Stream(np.concatenate([part.ids for part in parts]), documents, tuple(domains[n] for n in kept.tolist()))
 
 
-def held_out_stream(store: TokenStore, windows: int, length: int, skip: int = 0) -> Stream:
+def heldout_stream(store: TokenStore, windows: int, length: int, skip: int = 0) -> Stream:
     """Held-out windows, spread evenly over the split, so that no few long documents stand for all.
 
     Args:

@@ -19,7 +19,7 @@ from secateur.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["ROW", "Block", "Encoder", "encode", "hash_of_ids"]
+__all__ = ["ROW", "EncodedBlock", "Encoder", "encode_texts", "hash_of_ids"]
 
 #: What is known of a document. ``order``: the first 16 bytes of its seeded hash; ``place``: its number in the source;
 #: ``hash``: the first eight bytes of the SHA-256 of its text; ``bytes``: of its text; ``domain``: index of a name.
@@ -29,7 +29,7 @@ ROW = np.dtype(
 
 
 @dataclass(frozen=True)
-class Block:
+class EncodedBlock:
     """Documents, encoded: ``rows`` of dtype ROW, their ``ids`` one after the other, and the names of their domains."""
 
     rows: NDArray[np.void]
@@ -37,7 +37,7 @@ class Block:
     domains: list[str]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.int64]]:
     """Encode documents by the rule of ``data/tokenizer.py``: for each, int64 ids of shape [tokens]."""
     if not texts:
         return []
@@ -75,13 +75,13 @@ class Encoder:
     dtype: Literal["uint16", "uint32"]
     seed: int
 
-    def __call__(self, documents: Sequence[Document]) -> Block:
+    def __call__(self, documents: Sequence[Document]) -> EncodedBlock:
         """Encode and hash documents.
 
         Raises:
             UserError: for a document with an id outside the vocabulary.
         """
-        texts = iter(encode(self.tokenizer, [d.text for d in documents if d.ids is None]))
+        texts = iter(encode_texts(self.tokenizer, [d.text for d in documents if d.ids is None]))
         arrays = [self._checked(d) if d.ids is not None else next(texts) for d in documents]
         data = [document.text.encode() for document in documents]
         digests = [
@@ -97,7 +97,7 @@ class Encoder:
         rows["bytes"] = [len(text) for text in data]
         rows["domain"] = [names.setdefault(document.domain, len(names)) for document in documents]
         ids = np.concatenate([np.zeros(0, dtype=self.dtype), *(array.astype(self.dtype) for array in arrays)])
-        return Block(rows, ids, list(names))
+        return EncodedBlock(rows, ids, list(names))
 
     def _checked(self, document: Document) -> NDArray[np.integer]:
         ids = document.ids

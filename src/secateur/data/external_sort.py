@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.data.encode import ROW, Block
+from secateur.data.encode import ROW, EncodedBlock
 from secateur.errors import UserError
 from secateur.files import read_json, sync_tree, write_json
 
-__all__ = ["BYTES", "FENCES", "Bucket", "Runs"]
+__all__ = ["BYTES", "FENCES", "Bucket", "SortedRuns"]
 
 BYTES = 2**26  #: of a run, and of a bucket where there are no more than FENCES
 FENCES = 2**12
@@ -43,7 +43,7 @@ class Bucket:
     ids: NDArray[np.unsignedinteger]
 
 
-class Runs:
+class SortedRuns:
     """The runs in ``folder``; what an unfinished process left there is taken over.
 
     Args:
@@ -63,7 +63,7 @@ class Runs:
         self.documents = self._taken = sum(told["documents"] for told in self._told)
         self.complete = (folder / "complete.json").is_file()
         self._tokens = sum(told["tokens"] for told in self._told)
-        self._blocks: list[Block] = []
+        self._blocks: list[EncodedBlock] = []
         self._bytes = 0
         self._names: dict[str, int] = {name: i for i, name in enumerate(self.domains)}
 
@@ -77,7 +77,7 @@ class Runs:
         """Names of the domains of all documents, sorted."""
         return sorted({name for told in self._told for name in told["domains"]})
 
-    def add(self, block: Block) -> None:
+    def add(self, block: EncodedBlock) -> None:
         """Take the next documents of the source.
 
         Raises:
@@ -91,7 +91,7 @@ class Runs:
             self._names.setdefault(name, len(self._names))
         if len(self._names) > _MOST_DOMAINS:
             raise UserError(f"there are more than {_MOST_DOMAINS} domains; name a field with fewer values")
-        self._blocks.append(Block(rows, block.ids, block.domains))
+        self._blocks.append(EncodedBlock(rows, block.ids, block.domains))
         self._bytes += rows.nbytes + block.ids.nbytes
         if self._bytes >= BYTES:
             self._write()

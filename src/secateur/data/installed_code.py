@@ -13,7 +13,7 @@ from pathlib import Path
 
 from secateur.errors import UserError
 
-__all__ = ["FOREIGN", "PACKAGES", "package"]
+__all__ = ["FOREIGN", "PACKAGES", "package_source"]
 
 PACKAGES = (
     "accelerate",
@@ -51,7 +51,7 @@ FOREIGN = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "id
 _BUILT = {"version.py", "_version.py", "__config__.py"}
 
 
-def package(name: str) -> dict[str, Path]:
+def package_source(name: str) -> dict[str, Path]:
     """The Python files of an installed package, by the path that it is imported from, sorted.
 
     Raises:

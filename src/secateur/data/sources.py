@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from secateur import progress
-from secateur.data.installed_code import FOREIGN, PACKAGES, package
+from secateur.data.installed_code import FOREIGN, PACKAGES, package_source
 from secateur.data.readers import (
     TEXT_EXTENSIONS,
     Document,
@@ -162,7 +162,7 @@ class HubSource:
         import datasets  # takes a second, and only this source needs it
 
         if self.local is None:
-            progress.say(f"{self.name}: asking the Hugging Face Hub")
+            progress.notify(f"{self.name}: asking the Hugging Face Hub")
         with self._mended():
             return datasets.load_dataset(self.path, self.config, split=self.split, streaming=True)
 
@@ -215,7 +215,7 @@ def _open_stdlib(rest: str, fields: Fields, split: str) -> Source:
 def _open_python(rest: str, fields: Fields, split: str) -> Source:
     files = {f"stdlib/{name}": path for name, path in _library(fields).items()}
     for name in PACKAGES:
-        files |= package(name)
+        files |= package_source(name)
     return FileSource("python", files, read_lossy)
 
 
@@ -314,7 +314,7 @@ def walk(root: Path, extensions: tuple[str, ...] = (), skip: Set[str] = frozense
 def _hash_files(files: Mapping[str, Path]) -> str:
     pairs = []
     sizes = [path.stat().st_size for path in files.values()]
-    with progress.task("hash the source", sum(sizes)) as task, ThreadPoolExecutor(_HASHES) as pool:
+    with progress.track("hash the source", sum(sizes)) as task, ThreadPoolExecutor(_HASHES) as pool:
         for name, size, digest in zip(files, sizes, pool.map(sha256_file, files.values()), strict=True):
             pairs.append([name, digest])
             task.advance(size)

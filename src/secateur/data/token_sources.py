@@ -21,9 +21,9 @@ from secateur.data.tf_example import int64_features
 from secateur.errors import UserError
 from secateur.files import read_json
 
-__all__ = ["FORMS", "is_tokenized", "open_tokenized"]
+__all__ = ["TOKEN_SOURCE_FORMS", "is_tokenized", "open_tokenized"]
 
-FORMS = ("arrow:PATH", "array_record:PATH")  #: how such sources are named
+TOKEN_SOURCE_FORMS = ("arrow:PATH", "array_record:PATH")  #: how such sources are named
 
 _COLUMN = "input_ids"
 _RECORDS = 1024  # read at once
@@ -31,7 +31,7 @@ _RECORDS = 1024  # read at once
 
 def is_tokenized(source: str) -> bool:
     """Whether a source is named as one of ids."""
-    return any(source.startswith(form.partition("PATH")[0]) for form in FORMS)
+    return any(source.startswith(form.partition("PATH")[0]) for form in TOKEN_SOURCE_FORMS)
 
 
 def open_tokenized(source: str, *, split: str = "train", domain: str | None = None) -> Source:

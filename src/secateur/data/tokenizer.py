@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secateur import progress
-from secateur.data.encode import encode
+from secateur.data.encode import encode_texts
 from secateur.data.readers import Document
 from secateur.errors import UserError
 
@@ -28,9 +28,9 @@ __all__ = [
     "Stream",
     "batches",
     "check_vocabulary",
-    "encode",
     "encode_documents",
     "encode_stream",
+    "encode_texts",
     "id_bound",
     "load_tokenizer",
     "token_hash",
@@ -146,9 +146,9 @@ def encode_documents(
     parts: list[NDArray[np.int64]] = []
     domains: list[str] = []
     found = 0
-    with progress.task("tokenize", limit or 1) as task:
+    with progress.track("tokenize", limit or 1) as task:
         for batch in batches(documents, 16):
-            rows = encode(tokenizer, [document.text for document in batch])
+            rows = encode_texts(tokenizer, [document.text for document in batch])
             parts += rows
             domains += [document.domain for document in batch]
             size = sum(map(len, rows))

@@ -17,16 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from secateur.data.encode import Block, Encoder
+from secateur.data.encode import EncodedBlock, Encoder
 from secateur.data.readers import Document
 from secateur.errors import RunError, UserError
 
-__all__ = ["encoded"]
+__all__ = ["encode_in_workers"]
 
 _AHEAD = 8  # batches for each worker that are read before their turn: one long document holds up no other worker
 
 
-def encoded(batches: Iterable[Sequence[Document]], encoder: Encoder, workers: int) -> Iterator[Block]:
+def encode_in_workers(batches: Iterable[Sequence[Document]], encoder: Encoder, workers: int) -> Iterator[EncodedBlock]:
     """The blocks of the batches, in their order, whatever the number of workers.
 
     Args:
@@ -77,7 +77,7 @@ class _Workers:
         """A future of the batch's block."""
         return self.threads.submit(self._ask, batch)
 
-    def _ask(self, batch: Sequence[Document]) -> Block:
+    def _ask(self, batch: Sequence[Document]) -> EncodedBlock:
         pipe = self.idle.get()
         try:
             pipe.send(batch)
@@ -117,7 +117,7 @@ def _work(pipe: Connection) -> None:
         while True:
             batch = pipe.recv()
             try:
-                answer: Block | Exception = encoder(batch)
+                answer: EncodedBlock | Exception = encoder(batch)
             except UserError as error:
                 answer = error
             except Exception:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from secateur.memory import watched
-from secateur.model.checkpoint import Checkpoint, positions
+from secateur.memory import track_resources
+from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.model.plan import JSON_FILE, load_masks
-from secateur.progress import task
+from secateur.progress import track
 from secateur.runtime import environment
 
 __all__ = ["Figure", "Workload", "measure_cost", "pattern_of", "sparsity"]
@@ -78,11 +78,11 @@ def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workl
         ``figures``, each with its unit; the ``workload`` as it was; ``device``, ``dtype``, ``threads`` and versions;
         and what ``sparsity`` gains, or why that was not measured.
     """
-    workload = workload.within(positions(checkpoint.config))
+    workload = workload.within(max_positions(checkpoint.config))
     device = str(model.device)
     figures = _sizes(checkpoint, model)
     rounds = len(workload.batches) * (workload.warm_up + workload.repeats)
-    with task("measure the cost", rounds) as progress:
+    with track("measure the cost", rounds) as progress:
         figures += _speeds(model, workload, DENSE, progress.advance)
     sparsity, more = _sparse(checkpoint, model, workload)
     return {
@@ -118,7 +118,7 @@ def _speeds(
     for batch in workload.batches:
         ids = _prompt(model, batch, workload.prompt)
         seconds, held = [], 0
-        with watched(device) as use:
+        with track_resources(device) as use:
             for repeat in range(-workload.warm_up, workload.repeats):
                 *taken, held = _run(model, ids, workload.new)
                 if repeat >= 0:
@@ -192,7 +192,7 @@ def sparsity(checkpoint: Checkpoint) -> float:
     """The share of exact zeros among the weights of the block linears."""
     zeros = weights = 0
     layers = checkpoint.shape.layers
-    with task("count zeros", layers) as progress:
+    with track("count zeros", layers) as progress:
         for layer in range(layers):
             for linear in checkpoint.family.linears:
                 tensor = checkpoint.tensor(checkpoint.family.block_tensor(layer, linear))
@@ -219,7 +219,7 @@ def _sparse(
         return {**told, "note": NEEDS}, []
     try:
         _use_semi_structured(model, masks)
-        with task("measure 2:4 kernels", 0):
+        with track("measure 2:4 kernels", 0):
             return {**told, "note": "with torch.sparse semi-structured kernels"}, _speeds(
                 model, workload, SEMI_STRUCTURED
             )

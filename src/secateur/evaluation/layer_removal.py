@@ -50,7 +50,7 @@ def removal_accuracies(
 
     layers: nn.ModuleList = model.get_submodule(checkpoint.family.layers)  # type: ignore[assignment]
     candidates = range(len(layers) - length + 1)
-    with progress.task(f"score by {task.name}", 1 + len(candidates)) as bar:
+    with progress.track(f"score by {task.name}", 1 + len(candidates)) as bar:
         full = accuracy()
         say_truncation(asked, task)
         bar.advance(1, f"full model {full:.3f}")

@@ -21,7 +21,7 @@ from secateur.evaluation.results import Measurement
 from secateur.losses.next_token import model_loss
 from secateur.runtime import pick_batch
 
-__all__ = ["Losses", "Protocol", "evaluate", "measure_loss", "token_losses", "window_losses"]
+__all__ = ["Losses", "Protocol", "evaluate_loss", "measure_loss", "token_losses", "window_losses"]
 
 
 @dataclass(frozen=True)
@@ -229,16 +229,16 @@ def window_losses(
     for part in protocol.windows:
         losses = torch.zeros(part.shape[0], part.shape[1] - 1)
         mine = torch.arange(part.shape[0]).split(batch or pick_batch(part.shape[1], str(model.device)))
-        for rows in mine[distributed.rank() :: distributed.world()]:
+        for rows in mine[distributed.rank() :: distributed.world_size()]:
             losses[rows] = token_losses(model, part[rows].to(model.device)).float().cpu()
             if advance:
-                advance(part[rows].numel() * distributed.world())
-        found.append(distributed.add(losses))
+                advance(part[rows].numel() * distributed.world_size())
+        found.append(distributed.all_reduce(losses))
     model.train(was_training)
     return Losses(protocol, tuple(found))
 
 
-def evaluate(
+def evaluate_loss(
     model: PreTrainedModel,
     protocol: Protocol,
     *,

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.readers import TEXT_EXTENSIONS
 from secateur.data.sources import Document, Source, open_source
-from secateur.data.tokenizer import Stream, encode, encode_documents
+from secateur.data.tokenizer import Stream, encode_documents, encode_texts
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
-from secateur.progress import say
+from secateur.progress import notify
 
 __all__ = ["PROTOCOLS", "SEQLEN", "WINDOWS", "Text", "begins_with_bos", "text_protocol", "text_source"]
 
@@ -92,7 +92,7 @@ def text_protocol(
     source = text_source(text, data)
     used = min(seqlen, positions or seqlen)
     if used < seqlen:
-        say(f"{text.name}: windows of {used} tokens: the model has no more positions")
+        notify(f"{text.name}: windows of {used} tokens: the model has no more positions")
     step = min(stride or used, used)
     limit = used + (windows - 1) * step
     rows = islice(source.documents(), text.rows)
@@ -139,7 +139,7 @@ def _joined(rows: Iterator[Document], join: str, tokenizer: PreTrainedTokenizerB
             if characters >= wanted:
                 more = True
                 break
-        ids = encode(tokenizer, [join.join(texts)])[0]
+        ids = encode_texts(tokenizer, [join.join(texts)])[0]
         if not more or len(ids) > limit + 16:
             return Stream(ids[:limit], np.zeros(len(ids[:limit]), dtype=np.int64), ("",))
         wanted *= 2

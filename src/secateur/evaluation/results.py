@@ -19,9 +19,11 @@ from secateur.errors import UserError
 from secateur.files import read_json, write_bytes, write_json
 from secateur.version import __version__
 
-__all__ = ["LOSS", "Kind", "Measurement", "Results", "check_same_protocols", "items_file"]
+__all__ = ["LOSS", "EvaluationResults", "Measurement", "MeasurementKind", "check_same_protocols", "items_file"]
 
-Kind = Literal["loss", "accuracy", "score"]  # a score is another metric of a task, mostly the higher the better
+MeasurementKind = Literal[
+    "loss", "accuracy", "score"
+]  # a score is another metric of a task, mostly the higher the better
 
 LOSS = "loss"  #: what the held-out loss is called, beside perplexities and tasks
 
@@ -35,7 +37,7 @@ class Measurement:
     """
 
     name: str  #: e.g. ``loss``, ``heldout/c4`` or ``arc_easy``
-    kind: Kind
+    kind: MeasurementKind
     value: float  #: nats per predicted token, the share of documents, or what the metric gives
     protocol: Mapping[str, Any]  #: what it is measured on, with its ``fingerprint``
     unit: str  #: what an item is: ``documents`` or ``windows``
@@ -75,7 +77,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Results:
+class EvaluationResults:
     """All figures of one model."""
 
     model: str
@@ -109,7 +111,7 @@ class Results:
         write_json(path, {**self.record(), "items": {"file": items_file(path).name, "sha256": digest}})
 
     @classmethod
-    def load(cls, path: Path) -> Results:
+    def load(cls, path: Path) -> EvaluationResults:
         """Read what :meth:`save` has written.
 
         Raises:

@@ -16,8 +16,8 @@ from secateur.evaluation.lm_eval.tasks import METRICS, Task
 from secateur.evaluation.loss import Protocol, measure_loss, window_losses
 from secateur.evaluation.protocols import PROTOCOLS, SEQLEN, WINDOWS, Text, text_protocol
 from secateur.evaluation.results import Measurement
-from secateur.model.checkpoint import Checkpoint, positions
-from secateur.progress import task as shown
+from secateur.model.checkpoint import Checkpoint, max_positions
+from secateur.progress import track as shown
 
 __all__ = ["SUITES", "Suite", "measure", "text_protocols"]
 
@@ -96,7 +96,7 @@ def text_protocols(
             text,
             tokenizer,
             data=data,
-            positions=positions(checkpoint.config),
+            positions=max_positions(checkpoint.config),
             windows=windows or WINDOWS,
             seqlen=seqlen or SEQLEN,
             stride=stride,

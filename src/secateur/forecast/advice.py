@@ -15,7 +15,7 @@ from secateur.forecast.curve import CurvePoint
 from secateur.forecast.evidence import Evidence
 from secateur.forecast.fit import DEFAULT_FORM, Fit, fit_pair, pairs
 
-__all__ = ["Account", "Advice", "Case", "Distance", "Question", "advise", "bearing", "case_of"]
+__all__ = ["Advice", "AdviceAccount", "Case", "Distance", "Question", "advise", "bearing", "case_of"]
 
 Name = Literal["training", "total", "flops"]
 Winner = Literal["pruned", "scratch", "too close to call", "beyond what these runs can tell"]
@@ -77,7 +77,7 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Account:
+class AdviceAccount:
     """One way to make the two paths equal. Tokens are in the question's units."""
 
     name: Name
@@ -96,11 +96,11 @@ class Case:
     ratio: float
     fit: Fit
     scale: float  #: tokens of the question for each of the evidence, at equal tokens per parameter
-    accounts: tuple[Account, ...]
+    accounts: tuple[AdviceAccount, ...]
     distances: tuple[Distance, ...]
     next_runs: tuple[NextRun, ...]  #: that would narrow the crossover that decides, the best first
 
-    def account(self, name: Name) -> Account:
+    def account(self, name: Name) -> AdviceAccount:
         """One of the accounts."""
         return next(account for account in self.accounts if account.name == name)
 
@@ -158,12 +158,12 @@ def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint]
     )
 
 
-def _account(fit: Fit, tokens: float, name: Name, extra: float, scale: float) -> Account:
+def _account(fit: Fit, tokens: float, name: Name, extra: float, scale: float) -> AdviceAccount:
     found = lead(fit, tokens / scale, extra / scale)
     budgets, most = fit.budgets("pruned"), max(p.tokens for p in fit.points)
     near = budgets[0] / REACH <= tokens / scale and (tokens + extra) / scale <= REACH * most
     winner: Winner = found.winner if near else "beyond what these runs can tell"
-    return Account(name, extra, found, crossover(fit, extra / scale), winner)
+    return AdviceAccount(name, extra, found, crossover(fit, extra / scale), winner)
 
 
 def _distances(evidence: Evidence, question: Question, fit: Fit, theirs: float, extra: float) -> Iterator[Distance]:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from secateur.forecast.curve import PATHS, Floats, Path
-from secateur.forecast.fit import LEVEL, Estimate, Fit, estimate
+from secateur.forecast.fit import LEVEL, Fit, Interval, percentile_interval
 
 __all__ = ["REACH", "Crossover", "Lead", "NextRun", "crossover", "lead", "narrowing", "next_runs"]
 
@@ -31,7 +31,7 @@ _SEED = 42
 class Lead:
     """Who is ahead at one budget."""
 
-    difference: Estimate  #: loss(scratch) - loss(pruned), nats per token: positive where pruning is ahead
+    difference: Interval  #: loss(scratch) - loss(pruned), nats per token: positive where pruning is ahead
     likely_pruned: float  #: share of the draws in which it is
 
     @property
@@ -55,7 +55,7 @@ class Crossover:
     """
 
     leader: Path | None
-    budget: Estimate
+    budget: Interval
     lowest: float
     horizon: float
     draws: Floats
@@ -66,7 +66,7 @@ def lead(fit: Fit, tokens: float, extra: float = 0.0, rate: float = 1.0) -> Lead
     theirs = rate * tokens + extra
     drawn = fit.drawn("scratch", theirs) - fit.drawn("pruned", tokens)
     best = float(fit.loss("scratch", theirs) - fit.loss("pruned", tokens))
-    return Lead(estimate(best, drawn), float(np.mean(drawn > 0)))
+    return Lead(percentile_interval(best, drawn), float(np.mean(drawn > 0)))
 
 
 def crossover(fit: Fit, extra: float = 0.0, rate: float = 1.0) -> Crossover:
@@ -80,7 +80,7 @@ def crossover(fit: Fit, extra: float = 0.0, rate: float = 1.0) -> Crossover:
     leader: Path | None = "pruned" if ahead[0] > 0 else "scratch" if ahead[0] < 0 else None
     sign = -1.0 if leader == "scratch" else 1.0
     found = _first_not_above(sign * np.vstack([ahead, drawn]), budgets)
-    return Crossover(leader, estimate(float(found[0]), found[1:]), lowest, horizon, found[1:])
+    return Crossover(leader, percentile_interval(float(found[0]), found[1:]), lowest, horizon, found[1:])
 
 
 def _first_not_above(leads: Floats, budgets: Floats) -> Floats:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-__all__ = ["FORMS", "PATHS", "CurvePoint", "Floats", "Form", "Path", "Problem", "law"]
+__all__ = ["CURVE_FORMS", "PATHS", "CurvePoint", "Floats", "Form", "Path", "Problem", "law"]
 
 Path = Literal["scratch", "pruned"]
 Floats = NDArray[np.float64]
@@ -57,7 +57,7 @@ class Form:
 
 
 #: The forms that are tried, and reported, all of them.
-FORMS: dict[str, Form] = {
+CURVE_FORMS: dict[str, Form] = {
     form.name: form
     for form in (
         Form("own", "each path has its own floor, amplitude and exponent"),

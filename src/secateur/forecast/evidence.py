@@ -13,7 +13,7 @@ from secateur.comparison.naming import is_pattern
 from secateur.errors import UserError, did_you_mean
 from secateur.forecast.curve import CurvePoint
 
-__all__ = ["Accuracy", "Evidence", "Finding", "of_study"]
+__all__ = ["Accuracy", "Evidence", "PublishedFinding", "of_study"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Finding:
+class PublishedFinding:
     """What a source says in words of all its methods."""
 
     account: str  #: training, or total
@@ -58,7 +58,7 @@ class Evidence:
     points: tuple[CurvePoint, ...]
     granularity: Mapping[str, str]
     accuracies: tuple[Accuracy, ...] = ()
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[PublishedFinding, ...] = ()
     absent: int = 0
 
 

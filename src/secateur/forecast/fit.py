@@ -13,20 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from secateur.errors import UserError, did_you_mean
-from secateur.forecast.curve import FORMS, PATHS, CurvePoint, Floats, Form, Path, Problem, law
+from secateur.forecast.curve import CURVE_FORMS, PATHS, CurvePoint, Floats, Form, Path, Problem, law
 
 __all__ = [
     "DEFAULT_FORM",
     "DRAWS",
     "LEVEL",
     "NOISE",
-    "Estimate",
     "Fit",
+    "Interval",
     "LeftOut",
-    "estimate",
     "fit_pair",
     "leave_last_out",
     "pairs",
+    "percentile_interval",
 ]
 
 #: Chosen by leave-last-out on the published ladder; docs/prediction.md has the errors of all.
@@ -40,7 +40,7 @@ _SEED = 42
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Interval:
     """A figure with its interval at :data:`LEVEL`."""
 
     value: float
@@ -48,11 +48,11 @@ class Estimate:
     high: float
 
 
-def estimate(value: float, draws: Floats) -> Estimate:
+def percentile_interval(value: float, draws: Floats) -> Interval:
     """``value`` with the percentile interval of its draws, which may hold infinities; it never lies outside."""
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(draws, (tail, 1 - tail), method="inverted_cdf")
-    return Estimate(value, min(float(low), value), max(float(high), value))
+    return Interval(value, min(float(low), value), max(float(high), value))
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Fit:
         curves = self.draws[:, PATHS.index(path)].T
         return law(curves.reshape(4, -1, *[1] * budgets.ndim), budgets / self.scale)
 
-    def at(self, path: Path, tokens: float) -> Estimate:
+    def at(self, path: Path, tokens: float) -> Interval:
         """The loss at a budget, with what the fit leaves open; a single run scatters by ``noise`` around it."""
-        return estimate(float(self.loss(path, tokens)), self.drawn(path, tokens))
+        return percentile_interval(float(self.loss(path, tokens)), self.drawn(path, tokens))
 
     def budgets(self, path: Path) -> list[int]:
         """The budgets that were run, in tokens, rising."""
@@ -127,13 +127,13 @@ def fit_pair(
     Raises:
         UserError: on an unknown form, too few points, or points that contradict one another.
     """
-    if form not in FORMS:
-        raise UserError(f"form: {form!r} is not known{did_you_mean(form, FORMS)}")
-    if FORMS[form].floor == "parent" and parent_loss is None:
+    if form not in CURVE_FORMS:
+        raise UserError(f"form: {form!r} is not known{did_you_mean(form, CURVE_FORMS)}")
+    if CURVE_FORMS[form].floor == "parent" and parent_loss is None:
         raise UserError(f"form {form}: needs the parent's held-out loss")
     _check(points)
     points = tuple(sorted(points, key=lambda p: (p.path, p.tokens, p.seed, p.name)))  # their order tells nothing
-    problem = Problem(points, FORMS[form], parent_loss)
+    problem = Problem(points, CURVE_FORMS[form], parent_loss)
     deviation, freedom = noise or NOISE, _NOISE_WEIGHT
     best = problem.solve(problem.losses, problem.centres, deviation, problem.starts())
     if noise is None:
@@ -147,7 +147,7 @@ def fit_pair(
         shown[draw] = problem.losses * np.exp(moved)  # in logarithms, as the fit has it: no loss falls below zero
         centres[draw] = problem.centres + problem.widths * random.standard_normal(len(best))
     drawn = problem.curves(problem.solve_many(shown, centres, sizes, best))
-    return Fit(FORMS[form], points, problem.scale, deviation, problem.curves(best), drawn)
+    return Fit(CURVE_FORMS[form], points, problem.scale, deviation, problem.curves(best), drawn)
 
 
 def _pooled_noise(points: Sequence[CurvePoint], problem: Problem, best: Floats) -> tuple[float, int]:
@@ -192,7 +192,7 @@ class LeftOut:
     """A run that was left out of a fit, and what the fit of the shorter ones says of it."""
 
     point: CurvePoint
-    predicted: Estimate
+    predicted: Interval
 
     @property
     def error(self) -> float:

@@ -21,16 +21,16 @@ from secateur.comparison.twins import Setting, Verdict, Winner
 from secateur.errors import UserError
 from secateur.forecast.crossover import REACH, Crossover, NextRun, crossover, lead, narrowing
 from secateur.forecast.curve import PATHS, CurvePoint
-from secateur.forecast.fit import Estimate, Fit, fit_pair
+from secateur.forecast.fit import Fit, Interval, fit_pair
 
-__all__ = ["Account", "Allowance", "Basis", "Forecast", "Forecasts", "Outlook", "Standing", "forecast"]
+__all__ = ["AccountName", "Allowance", "Basis", "Forecast", "Forecasts", "Outlook", "Standing", "forecast"]
 
-Account = Literal["training", "total", "training-flops", "shared-flops", "total-flops"]
+AccountName = Literal["training", "total", "training-flops", "shared-flops", "total-flops"]
 Basis = Literal["measured", "between the budgets run", "beyond the budgets run", "out of reach"]
 
 _LADDER = 3  #: finished budgets of one path that make a ladder
 _FURTHER = 2  #: how many times the largest R of the ladder is forecast
-_SETTINGS: Mapping[Account, Setting] = {
+_SETTINGS: Mapping[AccountName, Setting] = {
     "training": "training",
     "total": "total",
     "training-flops": "training-flops",
@@ -42,7 +42,7 @@ _SETTINGS: Mapping[Account, Setting] = {
 class Allowance:
     """Tokens that the from-scratch model gets on an account: ``rate`` for each of R, and ``extra`` beside."""
 
-    account: Account
+    account: AccountName
     extra: float = 0.0
     rate: float = 1.0
 
@@ -63,7 +63,7 @@ class Standing:
     scratch_tokens: float
     basis: Basis
     winner: Winner
-    difference: Estimate | None
+    difference: Interval | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Forecast:
     outlooks: tuple[Outlook, ...]  #: one for each account whose costs are known
     next_run: NextRun | None  #: what would narrow the crossover at equal training tokens most; None: nothing is open
 
-    def loss(self, path: Literal["scratch", "pruned"]) -> Estimate:
+    def loss(self, path: Literal["scratch", "pruned"]) -> Interval:
         """Of one path on as many training tokens as the further budget."""
         return self.fit.at(path, self.further)
 
@@ -227,7 +227,7 @@ def _allowances(index: Index, cells: list[Cell]) -> Iterator[Allowance]:
 def _measured(verdict: Verdict, allowance: Allowance) -> Standing:
     assert verdict.difference is not None and verdict.low is not None and verdict.high is not None
     tokens = verdict.group.retrain_tokens
-    difference = Estimate(verdict.difference, verdict.low, verdict.high)
+    difference = Interval(verdict.difference, verdict.low, verdict.high)
     return Standing(tokens, allowance.tokens(tokens), "measured", verdict.winner, difference)
 
 

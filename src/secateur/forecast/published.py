@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secateur.forecast.curve import CurvePoint, Path
-from secateur.forecast.evidence import Accuracy, Evidence, Finding
+from secateur.forecast.evidence import Accuracy, Evidence, PublishedFinding
 
 __all__ = ["LABELS", "exact", "published"]
 
@@ -35,8 +35,10 @@ _ACCURACIES = (
 )
 
 _FINDINGS = (
-    Finding("training", "pruned", "pruned weights beat random ones; less so after more tokens, and hardly at 0.8"),
-    Finding("total", None, "fine granularity keeps an advantage; coarse granularity is matched or overtaken"),
+    PublishedFinding(
+        "training", "pruned", "pruned weights beat random ones; less so after more tokens, and hardly at 0.8"
+    ),
+    PublishedFinding("total", None, "fine granularity keeps an advantage; coarse granularity is matched or overtaken"),
 )
 
 

@@ -1,6 +1,6 @@
 """The divergence of a student's next-token distribution from a teacher's, in chunks of tokens.
 
-As with :mod:`secateur.losses.next_token`, neither model's logits [tokens, vocabulary] are ever held: those of a chunk become
+As in :mod:`secateur.losses.next_token`, no model's logits [tokens, vocabulary] are ever held: those of a chunk become
 its losses and its gradients at once. With ``s`` and ``t`` the logits of student and teacher, bent by their caps, ``y``
 a token's target, ``T`` the temperature and ``a`` (alpha) the divergence's share (arXiv:1503.02531), for each token::
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from secateur.losses.next_token import (
-    IGNORED,
+    IGNORE_INDEX,
     Readout,
     as_computed,
     bend,
@@ -70,7 +70,7 @@ def summed_divergence(
         raise ValueError(f"vocabularies of {len(student.weight)} and {len(teacher.weight)} ids do not fit")
     if not len(teacher.hidden) == len(student.hidden) == len(targets):
         raise ValueError(f"{len(student.hidden)} and {len(teacher.hidden)} states and {len(targets)} targets")
-    counted = targets != IGNORED
+    counted = targets != IGNORE_INDEX
     reached = targets.where(counted, 0)
     states, head = as_computed(teacher.hidden.detach()), as_computed(teacher.weight.detach())
     top_k = top_k if top_k is not None and top_k < len(head) else None  # of all ids nothing is left to put together

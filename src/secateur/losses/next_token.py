@@ -27,9 +27,9 @@ from secateur.model.families import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["IGNORED", "Readout", "chunked_sum", "model_loss", "readout", "summed_loss"]
+__all__ = ["IGNORE_INDEX", "Readout", "chunked_sum", "model_loss", "readout", "summed_loss"]
 
-IGNORED = -100  #: a target that is not counted
+IGNORE_INDEX = -100  #: a target that is not counted
 
 _CUDA_VALUES = 2**24  # logits at once on a GPU: enough to fill it
 _LEAST = 16  # tokens at once, at least: every chunk reads the whole head and its whole gradient
@@ -47,8 +47,8 @@ def model_loss(
         model: with or without tied embeddings.
         ids: int64 [windows, positions].
         position_ids: int64 [windows, positions]; None for 0, 1, 2 ...
-        targets: int64 [windows, positions - 1], what each position but the last should predict, ``IGNORED`` where that
-            does not count; None for the next id.
+        targets: int64 [windows, positions - 1], what each position but the last should predict, ``IGNORE_INDEX`` where
+            that does not count; None for the next id.
 
     Returns:
         The sum, differentiable in the parameters, and each loss, [windows, positions - 1]; see :func:`summed_loss`.
@@ -103,7 +103,7 @@ def summed_loss(
     Args:
         hidden: what the head reads, [tokens, hidden], float32 or bfloat16.
         weight: the head, [vocabulary, hidden], of the same type.
-        targets: int64 [tokens]; ``IGNORED`` where a token does not count.
+        targets: int64 [tokens]; ``IGNORE_INDEX`` where a token does not count.
         cap: bounds logits to ``cap * tanh(logits / cap)``.
         chunk: tokens at once; None for what suits the device.
 
@@ -117,7 +117,7 @@ def summed_loss(
     """
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {[*targets.shape]} do not fit hidden {[*hidden.shape]}")
-    counted = targets != IGNORED
+    counted = targets != IGNORE_INDEX
     reached = targets.where(counted, 0)
     return chunked_sum(hidden, weight, counted, lambda part, logits: _slopes(logits, reached[part], cap), chunk=chunk)
 

@@ -20,7 +20,7 @@ from secateur.calibration.place import Place
 from secateur.calibration.statistics import GradientStatistic, StateStatistic, Statistic
 from secateur.config import parse, parse_value
 from secateur.errors import UserError, did_you_mean
-from secateur.methods.plugins import announced
+from secateur.methods.plugins import plugin_methods
 from secateur.methods.selection import Selector
 from secateur.model.families import Granularity
 from secateur.model.shapes import Shape
@@ -231,7 +231,7 @@ _SHOWN: dict[type, tuple[type, ...]] = {
 
 @functools.cache
 def _plugins() -> dict[str, Callable[[], Any]]:
-    return {name: entry.load for name, entry in announced(METHODS).items()}
+    return {name: entry.load for name, entry in plugin_methods(METHODS).items()}
 
 
 def known_methods() -> list[str]:

@@ -10,12 +10,12 @@ from secateur.errors import UserError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-__all__ = ["announced"]
+__all__ = ["plugin_methods"]
 
 ENTRY_POINTS = "secateur.methods"  #: where installed packages announce methods of their own
 
 
-def announced(taken: Container[str]) -> dict[str, EntryPoint]:
+def plugin_methods(taken: Container[str]) -> dict[str, EntryPoint]:
     """Name -> where the method is, for every name that is not ``taken``.
 
     Raises:

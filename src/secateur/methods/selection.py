@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Selector", "keep_channels", "keep_globally", "lowest", "pruned_of"]
+__all__ = ["Selector", "count_pruned", "keep_channels", "keep_globally", "lowest_indices"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Selector:
         """Mark what is kept: scores [out, in] -> bool [out, in]. Pruned first among equals is the lower index."""
         groups = scores.reshape(-1, self.span) if self.span else scores
         groups = groups.reshape(1, -1) if self.within == "linear" and not self.span else groups
-        prune = pruned_of(groups.shape[1], self.sparsity)
+        prune = count_pruned(groups.shape[1], self.sparsity)
         if not prune:
             return torch.ones_like(scores, dtype=torch.bool)
         threshold = _lowest(groups, prune)
@@ -46,7 +46,7 @@ class Selector:
         return gone.logical_not_().reshape(scores.shape)
 
 
-def pruned_of(size: int, sparsity: float) -> int:
+def count_pruned(size: int, sparsity: float) -> int:
     """How many weights a group of so many loses: ``floor(sparsity * size)``, reckoned in decimals."""
     # In binary, 0.29 * 100 is 28.999999999999996 and (1 - 3/7) * 7 is 3.9999999999999996.
     return math.floor(Fraction(sparsity).limit_denominator(10**9) * size)
@@ -104,6 +104,6 @@ def keep_globally(scores: Mapping[str, Tensor], costs: Mapping[str, int], remove
     return {n: stays[starts[i] : starts[i + 1]].nonzero().flatten() for i, n in enumerate(names)}
 
 
-def lowest(scores: Tensor, count: int = 1) -> list[int]:
+def lowest_indices(scores: Tensor, count: int = 1) -> list[int]:
     """The indices of the ``count`` lowest scores, the lower index first among equals, sorted."""
     return sorted(scores.argsort(stable=True)[:count].tolist())

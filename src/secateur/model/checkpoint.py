@@ -24,9 +24,9 @@ from transformers import AutoConfig
 from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, write_json, write_text
 from secateur.model.families import Axis, Family, family_of
-from secateur.model.safetensors_io import CONVERT, Stored, TensorFile, write_tensors, written_order
+from secateur.model.safetensors_io import CONVERT, Stored, TensorFile, write_order, write_tensors
 from secateur.model.shapes import Shape
-from secateur.progress import task
+from secateur.progress import track
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ __all__ = [
     "TOKENIZER_FILES",
     "Checkpoint",
     "copy_tokenizer",
-    "in_writing_order",
+    "in_write_order",
     "is_finite",
+    "max_positions",
     "model_card",
     "model_tensors",
-    "positions",
     "read_config",
     "skeleton",
     "write_checkpoint",
@@ -83,7 +83,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape]:
     return raw, config, Shape.of_config(config, where=str(path))
 
 
-def positions(config: PreTrainedConfig) -> int | None:
+def max_positions(config: PreTrainedConfig) -> int | None:
     """How many positions the model has; None where its configuration sets no limit."""
     return getattr(config, "max_position_embeddings", None)
 
@@ -209,7 +209,7 @@ class Checkpoint:
         """SHA-256 over the bytes of every weight file and the configuration."""
         files = sorted(self._paths)
         parts = []
-        with task("hash the weights", len(files)) as progress:
+        with track("hash the weights", len(files)) as progress:
             for path in files:
                 parts.append(sha256_file(path))
                 progress.advance()
@@ -297,7 +297,7 @@ def write_checkpoint(
     count = len(shards)
     names = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     total = sum(stored.bytes for shard in shards for stored in shard)
-    with task("write the weights", total) as progress:
+    with track("write the weights", total) as progress:
         for name, shard in zip(names, shards, strict=True):
             write_tensors(out / name, shard, {"format": "pt"}, progress.advance)
     if count > 1:
@@ -308,10 +308,10 @@ def write_checkpoint(
     write_text(out / "README.md", card)
 
 
-def in_writing_order(tensors: Iterable[Stored], shard_bytes: int = SHARD_BYTES) -> Iterator[Stored]:
+def in_write_order(tensors: Iterable[Stored], shard_bytes: int = SHARD_BYTES) -> Iterator[Stored]:
     """The tensors in the order in which :func:`write_checkpoint` makes them."""
     for shard in _shards(tensors, shard_bytes):
-        yield from written_order(shard)
+        yield from write_order(shard)
 
 
 def _shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:

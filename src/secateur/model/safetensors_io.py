@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.errors import UserError
 
-__all__ = ["CONVERT", "Stored", "TensorFile", "write_tensors", "written_order"]
+__all__ = ["CONVERT", "Stored", "TensorFile", "write_order", "write_tensors"]
 
 _NAMES = {
     torch.float64: "F64",
@@ -132,7 +132,7 @@ class Stored:
         return torch.Size(self.size).numel() * self.dtype.itemsize
 
 
-def written_order(tensors: Iterable[Stored]) -> list[Stored]:
+def write_order(tensors: Iterable[Stored]) -> list[Stored]:
     """The widest types first, so that each tensor lies at a multiple of its type's size; names are sorted."""
     return sorted(tensors, key=lambda stored: (-stored.dtype.itemsize, stored.name))
 
@@ -154,7 +154,7 @@ def write_tensors(
     Raises:
         ValueError: if a tensor turns out to be of another type or size than was said.
     """
-    ordered = written_order(tensors)
+    ordered = write_order(tensors)
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     start = 0
     for stored in ordered:

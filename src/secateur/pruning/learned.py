@@ -24,13 +24,13 @@ from secateur.training.batches import Data
 from secateur.training.gates import Gates
 from secateur.training.heldout import domain_losses
 from secateur.training.init import stored_weights
-from secateur.training.loop import Housekeeping, train
+from secateur.training.loop import RunOptions, train_loop
 from secateur.training.mixture import Mixture
 from secateur.training.output import write_trained
-from secateur.training.parallel import Execution, Trainee, place
+from secateur.training.parallel import Execution, TrainModule, place_model
 from secateur.training.recipe import Recipe
 
-__all__ = ["cut_plan", "follow", "gate_values", "learn", "learning_recipe", "write_gated"]
+__all__ = ["cut_plan", "gate_values", "learn", "learning_recipe", "track_domain_losses", "write_gated"]
 
 _NEAR = 0.02  #: how far from its target, as a share of the units, a mean of expected sizes may end
 _POINTS = 16  #: of the curve
@@ -63,8 +63,8 @@ def learn(
     method: LearnedMethod,
     record: Mapping[str, Any],
     execution: Execution,
-    house: Housekeeping,
-    measure: Callable[[Trainee], float | None] = lambda _: None,
+    house: RunOptions,
+    measure: Callable[[TrainModule], float | None] = lambda _: None,
     out: Path,
 ) -> tuple[Plan, Checkpoint]:
     """Learn what to cut; all processes together.
@@ -93,8 +93,8 @@ def learn(
     model = skeleton(checkpoint.config, checkpoint.directory)
     model.requires_grad_(method.rate > 0)
     gates = Gates(model, method, checkpoint.shape, after)
-    trainee = place(model, stored_weights(checkpoint), execution, gates)
-    result = train(trainee, data, masks={}, measure=measure, points=_POINTS, house=house)
+    trainee = place_model(model, stored_weights(checkpoint), execution, gates)
+    result = train_loop(trainee, data, masks={}, measure=measure, points=_POINTS, house=house)
     scores = gates.scores()
     _check_reached(method, scores, checkpoint.shape, after, result["curve"], house)
     plan = cut_plan(
@@ -110,12 +110,12 @@ def learn(
     return plan, write_gated(checkpoint, trainee, gate_values(method, scores, after), out)
 
 
-def follow(
+def track_domain_losses(
     mixture: Mixture,
     protocols: Mapping[str, Protocol],
     micro_batch: int,
     tell: Callable[[Mapping[str, float]], None] = lambda _: None,
-) -> Callable[[Trainee], float | None]:
+) -> Callable[[TrainModule], float | None]:
     """What measures held-out losses along the way, and has the shares of several domains follow them.
 
     Args:
@@ -128,7 +128,7 @@ def follow(
         a model -> the loss over all domains, in nats a token; None where nothing is held out.
     """
 
-    def measure(trainee: Trainee) -> float | None:
+    def measure(trainee: TrainModule) -> float | None:
         losses = domain_losses(trainee, protocols, micro_batch)
         if len(mixture.ranges) > 1:
             if mixture.references:
@@ -208,7 +208,7 @@ def _check_reached(
     before: Shape,
     after: Shape,
     curve: list[dict[str, Any]],
-    house: Housekeeping,
+    house: RunOptions,
 ) -> None:
     """Refuse gates that are not near the shape: which of them to cut would then be an arbitrary choice."""
     for space, a in scores.items():
@@ -244,7 +244,7 @@ def gate_values(method: LearnedMethod, scores: Mapping[str, Tensor], after: Shap
     return values
 
 
-def write_gated(checkpoint: Checkpoint, trainee: Trainee, values: Mapping[str, Tensor], out: Path) -> Checkpoint:
+def write_gated(checkpoint: Checkpoint, trainee: TrainModule, values: Mapping[str, Tensor], out: Path) -> Checkpoint:
     """Write the trained model with its gates multiplied in, in the types of the checkpoint; all processes together.
 
     Args:
@@ -262,9 +262,9 @@ def write_gated(checkpoint: Checkpoint, trainee: Trainee, values: Mapping[str, T
         line="A model with learned gates multiplied in, before it was cut.",
         change=lambda name, tensor: _gated(tensor, name, checkpoint.shape, values),
     )
-    if distributed.first():
+    if distributed.is_main():
         copy_tokenizer(checkpoint.directory, out)
-    distributed.wait()
+    distributed.barrier()
     return Checkpoint(out)
 
 

@@ -14,11 +14,11 @@ from secateur.methods.base import Method, RemovalMethod, WeightMethod
 from secateur.model.shapes import Shape
 from secateur.training.recipe import Recipe
 
-__all__ = ["Estimate", "estimate", "learning"]
+__all__ = ["MemoryEstimate", "estimate_memory", "estimate_training_memory"]
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes, above what the process holds already; of several processes, what the first one needs."""
 
     block: int  #: one block's weights, statistics and activations, where it is computed
@@ -41,7 +41,7 @@ class Estimate:
         return self.kept + self.output + (processes * self.states if states == "disk" else 0)
 
 
-def estimate(
+def estimate_memory(
     method: Method,
     shape: Shape,
     windows: int,
@@ -50,7 +50,7 @@ def estimate(
     dtype: torch.dtype,
     stored: int,
     outputs: Sequence[Shape],
-) -> Estimate:
+) -> MemoryEstimate:
     """Reckon what scoring ``windows`` of ``seqlen`` tokens and cutting will need.
 
     Args:
@@ -87,10 +87,12 @@ def estimate(
         kept = shape.block_weights * (1 + (2 if method.updates else 0))
         output += shape.block_weights * len(outputs)
     leaving = kept // shape.layers
-    return Estimate(block, weights * dtype.itemsize, leaving, states, kept * len(outputs), output)
+    return MemoryEstimate(block, weights * dtype.itemsize, leaving, states, kept * len(outputs), output)
 
 
-def learning(shape: Shape, outputs: Sequence[Shape], recipe: Recipe, *, trained: bool, dtype: str) -> tuple[int, int]:
+def estimate_training_memory(
+    shape: Shape, outputs: Sequence[Shape], recipe: Recipe, *, trained: bool, dtype: str
+) -> tuple[int, int]:
     """Reckon what learning a shape will need, in all processes together.
 
     Args:

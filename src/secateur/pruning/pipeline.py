@@ -22,17 +22,17 @@ from secateur.model.checkpoint import Checkpoint, copy_tokenizer, model_card, wr
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import cut_config, cut_tensors
-from secateur.pruning.scoring import decide
+from secateur.pruning.scoring import score_and_select
 from secateur.pruning.target import Target
 from secateur.runtime import pick_batch
 
 __all__ = [
     "Calibration",
-    "achieved",
-    "asked_words",
     "check_config",
+    "describe_target",
     "make_plan",
     "reads_text",
+    "removed_shares",
     "scores_identity",
     "scoring_flops",
     "task_of",
@@ -123,8 +123,8 @@ def make_plan(
             Several processes need a directory that they all see.
 
     Raises:
-        UserError: on an unknown method or option, one that learns (:func:`secateur.pruning.learned.learn`), a target that this
-            model has no shape for, or values that are not finite.
+        UserError: on an unknown method or option, one that learns
+            (:func:`secateur.pruning.learned.learn`), a target that this model has no shape for, or values that are not finite.
     """
     found = get_method(method, options)
     if isinstance(found, LearnedMethod):
@@ -154,7 +154,7 @@ def make_plan(
     if found.draws:
         walk.journal.finished = 0  # what is drawn first belongs to the first block
     with walk.journal.behind(device):
-        decided = decide(found, walk, target, after, task, batch)
+        decided = score_and_select(found, walk, target, after, task, batch)
     walk.journal.close()
     record: dict[str, Any] = calibration.record() if windows is not None and calibration else {"source": None}
     if windows is not None and dtype != torch.float32:
@@ -229,7 +229,7 @@ def _check_finite(checkpoint: Checkpoint, *, whole: bool) -> None:
         checkpoint.check_finite(name, checkpoint.tensor(name))
 
 
-def achieved(plan: Plan) -> dict[str, Any]:
+def removed_shares(plan: Plan) -> dict[str, Any]:
     """What was removed, beside what was asked.
 
     Returns:
@@ -244,7 +244,7 @@ def achieved(plan: Plan) -> dict[str, Any]:
     return {"asked": asked, "of": of, **shares, "drift": None if asked is None else shares[of or ""] - asked}
 
 
-def asked_words(asked: Mapping[str, Any]) -> str:
+def describe_target(asked: Mapping[str, Any]) -> str:
     """What was asked for (``Plan.asked``) as people say it."""
     said = []
     if "ratio" in asked:
@@ -271,9 +271,9 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
         The content of ``plan.json``.
     """
     content = plan.save(out)
-    share = achieved(plan)
+    share = removed_shares(plan)
     lines = [
-        f"Pruned with **{plan.method}** ({plan.granularity}) by secateur, asked for {asked_words(plan.asked)}: "
+        f"Pruned with **{plan.method}** ({plan.granularity}) by secateur, asked for {describe_target(plan.asked)}: "
         f"{plan.summary['detail']}.",
         "",
         f"- removed: {100 * share['total']:.1f}% of all parameters, "

@@ -12,24 +12,24 @@ from torch import Tensor
 
 from secateur.calibration.block_walk import Block, BlockWalk
 from secateur.calibration.layer_removal import removal_losses
-from secateur.calibration.place import Place, evidence
+from secateur.calibration.place import Place, walk_places
 from secateur.calibration.statistics import Mean
 from secateur.errors import UserError
 from secateur.evaluation.layer_removal import removal_accuracies
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.methods.base import LayerMethod, RemovalMethod, WeightMethod, WidthMethod
-from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest
+from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest_indices
 from secateur.model.checkpoint import is_finite
 from secateur.model.shapes import Shape
-from secateur.progress import say
+from secateur.progress import notify
 from secateur.pruning.target import Target
 
-__all__ = ["decide"]
+__all__ = ["score_and_select"]
 
 Decision = dict[str, Any]  #: fields of a plan
 
 
-def decide(
+def score_and_select(
     method: LayerMethod | RemovalMethod | WidthMethod | WeightMethod,
     walk: BlockWalk,
     target: Target,
@@ -69,7 +69,7 @@ def _decide_runs(
         full, without = removal_losses(walk, length)  # which asks the journal first
     scores = method.score(full, torch.tensor(without, dtype=torch.float64))
     _check_finite(walk, {"layers": scores})
-    firsts = lowest(scores, 1 if method.runs else gone)
+    firsts = lowest_indices(scores, 1 if method.runs else gone)
     measured = "accuracy" if task else "loss"
     kept = _kept_layers(layers, {layer for first in firsts for layer in range(first, first + length)})
     candidates = [{"first": i, "last": i + length - 1, measured: value} for i, value in enumerate(without)]
@@ -82,7 +82,7 @@ def _decide_runs(
 def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decision:
     """Score the layers one by one; take out those of the lowest scores."""
     layers = walk.checkpoint.shape.layers
-    for block, places in evidence(walk, method.needs, ("layer",)):
+    for block, places in walk_places(walk, method.needs, ("layer",)):
         assert block is not None
         walk.journal.put(block.index, {f"score.{block.index}": method.score(places["layer"][0]).cpu()})
         del places
@@ -91,7 +91,7 @@ def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decisi
     scored, gone = torch.isfinite(scores), layers - after.layers
     if gone > int(scored.sum()):
         raise UserError(f"{gone} layers are to go, but only {int(scored.sum())} may; spare fewer or remove less")
-    kept = _kept_layers(layers, set(lowest(scores, gone)))
+    kept = _kept_layers(layers, set(lowest_indices(scores, gone)))
     candidates = [{"first": i, "last": i, "score": s if scored[i] else None} for i, s in enumerate(scores.tolist())]
     summary = {"detail": _removed_layers(layers, kept), "candidates": candidates}
     return {"keep_layers": kept, "scores": {"layers": scores}, "summary": summary}
@@ -134,7 +134,7 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
             columns = gone.repeat_interleave(weight.shape[1] // len(score))
             block.set_weight(reader, weight * ~columns.to(walk.device))
 
-    for block, places in evidence(walk, method.needs, spaces, replay=cut if cutting else None):
+    for block, places in walk_places(walk, method.needs, spaces, replay=cut if cutting else None):
         step = len(walk.layers) if block is None else block.index
         walk.journal.put(step, _score_units(method, places, layered if block is not None else (), step))
         del places
@@ -219,7 +219,7 @@ def _width_decision(
     ragged = {n: len(k) for n, k in kept.items() if n != "hidden" and len(k) < after.units(n.partition(".")[0])}
     if ragged:
         summary["units_kept"] = {name: len(indices) for name, indices in kept.items()}
-        say(
+        notify(
             "layers keep different numbers of channels: the checkpoint is padded with zeros to the widest, so it is "
             "smaller and faster by its padded shape alone"
         )
@@ -275,7 +275,7 @@ def _compensate(
     if refused and method.bias == "require":
         raise UserError(f"--option bias=require: {'; '.join(refused.values())}")
     if refused:
-        say(f"no bias compensation where the family has no bias: {'; '.join(refused.values())}")
+        notify(f"no bias compensation where the family has no bias: {'; '.join(refused.values())}")
     return biases, refused
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from secateur.errors import UserError, did_you_mean
-from secateur.methods.selection import pruned_of
+from secateur.methods.selection import count_pruned
 from secateur.model.shapes import SIZES, SPACES, Shape, Share, explicit, solve_depth, solve_width
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Target:
                     )
             return
         most = max(method.competing(out, row) for out, row in sizes.values())
-        if not pruned_of(most, self.sparsity):
+        if not count_pruned(most, self.sparsity):
             digits = 10 ** (len(str(most)) + 2)
             least = math.ceil(digits / most) / digits  # rounded up, so that it is one that removes something
             raise UserError(

@@ -9,14 +9,14 @@ from typing import Any
 
 from secateur.comparison.naming import BUDGETS
 from secateur.forecast.crossover import REACH, Crossover
-from secateur.forecast.fit import NOISE, Estimate
-from secateur.forecast.ladder import Account, Forecast, Forecasts, Outlook, Standing
+from secateur.forecast.fit import NOISE, Interval
+from secateur.forecast.ladder import AccountName, Forecast, Forecasts, Outlook, Standing
 from secateur.forecast.ratios import MethodLaw
 from secateur.formatting import count, decimals, loss, number
 from secateur.report.prose import interval
 
 __all__ = [
-    "ACCOUNTS",
+    "ACCOUNT_NAMES",
     "catches_up",
     "crossover_brief",
     "crossover_json",
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 #: What both paths have as much of on each account.
-ACCOUNTS: dict[Account, str] = {
+ACCOUNT_NAMES: dict[AccountName, str] = {
     "training": BUDGETS["training"],
     "total": BUDGETS["total"],
     "training-flops": "FLOPs, the parent sunk",
@@ -82,7 +82,7 @@ def crossover_brief(found: Crossover | None) -> str:
 
 def outlook_sentence(outlook: Outlook) -> str:
     """Where the path behind catches up on one account."""
-    start = f"At equal {ACCOUNTS[outlook.allowance.account]}"
+    start = f"At equal {ACCOUNT_NAMES[outlook.allowance.account]}"
     if outlook.crossover is None:
         first = outlook.standings[0]
         return f"{start}: {_out_of_reach(first)}."
@@ -90,9 +90,9 @@ def outlook_sentence(outlook: Outlook) -> str:
     return f"{start}: {told[0].lower()}{told[1:]}"
 
 
-def standing_sentence(standing: Standing, account: Account) -> str:
+def standing_sentence(standing: Standing, account: AccountName) -> str:
     """Who is ahead on one account at one budget, by how much, and what that rests on."""
-    start = f"At equal {ACCOUNTS[account]} and R = {count(standing.tokens)}"
+    start = f"At equal {ACCOUNT_NAMES[account]} and R = {count(standing.tokens)}"
     difference = standing.difference
     if difference is None:
         return f"{start}: {_out_of_reach(standing)}."
@@ -122,7 +122,7 @@ def further_sentence(found: Forecast) -> str:
     )
 
 
-def _span(found: Estimate) -> str:
+def _span(found: Interval) -> str:
     return f"{loss(found.value)} ({loss(found.low)} to {loss(found.high)})"
 
 

@@ -12,8 +12,8 @@ from secateur.comparison.findings import Finding, find
 from secateur.comparison.index import Index
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.quality import QualityRow, contradicting, quality_rows
-from secateur.comparison.records import Results
-from secateur.comparison.twins import Estimate, Setting, Verdict, compare, settings_of
+from secateur.comparison.records import StudyResults
+from secateur.comparison.twins import MeanDifference, Setting, Verdict, compare_twins, settings_of
 from secateur.forecast.ladder import Forecasts, forecast
 from secateur.forecast.ratios import MethodLaw, across_ratios
 from secateur.report.forecast_prose import forecasts_json, laws_json
@@ -40,7 +40,7 @@ class Judgement:
     contradictions: tuple[str, ...]  #: where tasks decide for the other path than the held-out loss
 
     @property
-    def results(self) -> Results:
+    def results(self) -> StudyResults:
         """What was judged."""
         return self.index.results
 
@@ -63,11 +63,11 @@ class Judgement:
 _NO_TWINS = "No model of this study was trained from scratch: it compares pruned ones with one another."
 
 
-def judge(results: Results) -> Judgement:
+def judge(results: StudyResults) -> Judgement:
     """Compare every pruned run with its from-scratch twins. A pure function: the same results, the same judgement."""
     index = Index(results)
     settings = settings_of(index)
-    verdicts = compare(index, index.comparisons)
+    verdicts = compare_twins(index, index.comparisons)
     headlines: dict[Setting, str] = {
         setting: headline([verdict for verdict in verdicts if verdict.setting == setting]) for setting in settings
     }
@@ -77,7 +77,7 @@ def judge(results: Results) -> Judgement:
         settings=settings,
         verdicts=verdicts,
         sentences=tuple(sentence(verdict, index.comparisons) for verdict in verdicts),
-        by_seed=compare(index, index.groups) if index.several_seeds else (),
+        by_seed=compare_twins(index, index.groups) if index.several_seeds else (),
         headlines=headlines,
         answer=answer(verdicts) if settings or not results.cells else _NO_TWINS,
         findings=find(index),
@@ -131,7 +131,7 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def _mean_json(mean: Estimate | None) -> dict[str, Any]:
+def _mean_json(mean: MeanDifference | None) -> dict[str, Any]:
     """A paired difference; None where it was not measured."""
     return {"difference": mean.value if mean else None, "interval": [mean.low, mean.high] if mean else None}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from secateur.comparison.naming import BUDGETS, group_name
 from secateur.comparison.twins import SCRATCH
 from secateur.formatting import MINUS, loss, number
-from secateur.report.forecast_prose import ACCOUNTS, crossover_brief
+from secateur.report.forecast_prose import ACCOUNT_NAMES, crossover_brief
 from secateur.report.judgement import Judgement
 
 __all__ = ["comparisons_tex", "escaped", "forecasts_tex"]
@@ -54,7 +54,7 @@ def forecasts_tex(judgement: Judgement) -> str:
         for outlook in found.outlooks:
             crossing = outlook.crossover
             leader = (crossing.leader or "level") if crossing else "--"
-            cells = (found.name, ACCOUNTS[outlook.allowance.account], leader, crossover_brief(crossing))
+            cells = (found.name, ACCOUNT_NAMES[outlook.allowance.account], leader, crossover_brief(crossing))
             rows.append([escaped(cell) for cell in cells])
     caption = "% Where the path that is behind at the smallest R catches up, by fitted curves"
     return "\n".join(["% Needs \\usepackage{booktabs}", caption, *_tabular(head, rows)]) + "\n"

@@ -24,7 +24,7 @@ from secateur.files import write_text
 from secateur.forecast.ladder import Forecast
 from secateur.report.figures.collection import KINDS, Panel, inline_panels, save_figures
 from secateur.report.forecast_prose import (
-    ACCOUNTS as EQUALS,
+    ACCOUNT_NAMES as EQUALS,
 )
 from secateur.report.forecast_prose import (
     crossover_brief,
@@ -37,7 +37,7 @@ from secateur.report.forecast_prose import (
 from secateur.report.judgement import Judgement
 from secateur.report.latex import comparisons_tex, forecasts_tex
 from secateur.report.prose import brief, sentence
-from secateur.report.studies import Versus
+from secateur.report.studies import StudyComparison
 from secateur.report.tables import (
     across_rows,
     cell_rows,
@@ -67,7 +67,7 @@ _FILTERS = (
     words.plain,
     words.probability,
     words.scientific,
-    words.share,
+    words.percent,
     words.signed,
 )
 
@@ -103,7 +103,7 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
     return page
 
 
-def build_versus(found: Versus, folder: Path) -> Path:
+def build_versus(found: StudyComparison, folder: Path) -> Path:
     """Write the page that compares study A with B, and its data, into A's folder: ``versus-B.html`` and ``.csv``."""
     name = f"versus-{found.b.results.name}"
     write_text(folder / f"{name}.csv", rows_csv(versus_rows(found)))
@@ -249,7 +249,7 @@ def _each(judgement: Judgement, model: Model, drawn: Sequence[tuple[Panel, Marku
 def _removed(pruned: Pruned | None) -> str:
     if pruned is None:
         return ""
-    total, dense = words.share(pruned.ratio_total), words.share(pruned.ratio_non_embedding)
+    total, dense = words.percent(pruned.ratio_total), words.percent(pruned.ratio_non_embedding)
     return f"{pruned.detail}; {total} of all parameters, {dense} of those outside the embeddings."
 
 

@@ -8,7 +8,7 @@ from secateur.comparison.index import Group
 from secateur.comparison.naming import BUDGETS, group_name
 from secateur.comparison.quality import QualityRow
 from secateur.comparison.twins import Setting, Verdict, Winner
-from secateur.formatting import decimals, listing, number, points, spelled
+from secateur.formatting import decimals, join_words, number, points, spelled
 
 __all__ = [
     "answer",
@@ -103,7 +103,7 @@ def _who(found: Sequence[Group], among: Sequence[Group]) -> str:
         return f"{'both' if len(found) == 2 else 'all ' + spelled(len(found))} {noun}"
     if len(found) > _MOST_NAMES:
         return f"{len(found)} of {len(among)} {noun}"
-    return listing([group_name(group, among) for group in found])
+    return join_words([group_name(group, among) for group in found])
 
 
 def _several(groups: Sequence[Group]) -> bool:

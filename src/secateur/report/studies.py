@@ -9,11 +9,11 @@ from typing import Any
 
 from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.naming import group_name
-from secateur.comparison.twins import SCRATCH, Estimate, Paired, Setting, Verdict, estimate, paired
+from secateur.comparison.twins import SCRATCH, MeanDifference, Paired, Setting, Verdict, mean_difference, pair_cells
 from secateur.errors import UserError
 from secateur.report.judgement import Judgement
 
-__all__ = ["GapRow", "RunRow", "Versus", "versus"]
+__all__ = ["GapRow", "RunRow", "StudyComparison", "compare_studies"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RunRow:
     run: str
     a: float | None  #: held-out loss, nats per token
     b: float | None
-    difference: Estimate | None  #: b - a, paired over windows; positive: A is better
+    difference: MeanDifference | None  #: b - a, paired over windows; positive: A is better
     reason: str = ""  #: why there is no difference
 
 
@@ -36,7 +36,7 @@ class GapRow:
     setting: Setting
     a: Verdict
     b: Verdict
-    difference: Estimate | None  #: what pruning saves in A less what it saves in B, nats per token
+    difference: MeanDifference | None  #: what pruning saves in A less what it saves in B, nats per token
 
     @property
     def agree(self) -> bool | None:
@@ -46,7 +46,7 @@ class GapRow:
 
 
 @dataclass(frozen=True)
-class Versus:
+class StudyComparison:
     """Two studies, compared."""
 
     a: Judgement
@@ -68,7 +68,7 @@ class Versus:
         return f"{names} give the same verdict in {sum(told)} of {len(told)} comparisons that both have measured."
 
 
-def versus(a: Judgement, b: Judgement) -> Versus:
+def compare_studies(a: Judgement, b: Judgement) -> StudyComparison:
     """Compare two studies by what they call alike: method, target, R, objective and, where there are several, parent.
 
     Losses under one protocol are compared window by window, over the seeds that both have. Under different protocols
@@ -88,7 +88,7 @@ def versus(a: Judgement, b: Judgement) -> Versus:
         )
     among = [group for group, _ in both]
     verdicts = [{(v.setting, v.group.pooled): v for v in judgement.verdicts} for judgement in (a, b)]
-    return Versus(
+    return StudyComparison(
         a,
         b,
         tuple(row for pair in both for row in _runs(a.index, b.index, *pair, group_name(pair[0], among, target=True))),
@@ -119,12 +119,12 @@ def _runs(a: Index, b: Index, ours: Group, theirs: Group, name: str) -> Iterator
         cells = [(a.cell(one, run), b.cell(other, run)) for one, other in seeds]
         if not any(one for one, _ in cells) or not any(other for _, other in cells):
             continue
-        found = [paired(one, other, f"{run} of A", f"{run} of B") for one, other in cells]
+        found = [pair_cells(one, other, f"{run} of A", f"{run} of B") for one, other in cells]
         measured = [pair for pair in found if isinstance(pair, Paired)]
         reason = next((pair for pair in found if isinstance(pair, str)), "")
         losses = [[c.evaluation.loss for c in side if c and c.evaluation] for side in zip(*cells, strict=True)]
         means = [sum(side) / len(side) if side else None for side in losses]
-        yield RunRow(name, run, means[0], means[1], estimate(measured) if measured else None, reason)
+        yield RunRow(name, run, means[0], means[1], mean_difference(measured) if measured else None, reason)
 
 
 def _gap(a: Index, b: Index, setting: Setting, ours: Verdict, theirs: Verdict, among: list[Group]) -> GapRow:
@@ -132,22 +132,22 @@ def _gap(a: Index, b: Index, setting: Setting, ours: Verdict, theirs: Verdict, a
     saved: list[Paired] = []
     for one, other in _seeds(a, b, ours.group.pooled, theirs.group.pooled):
         twin = SCRATCH[setting]
-        gap = paired(a.cell(one, PRUNED), a.cell(one, twin), PRUNED, twin)
-        gap_b = paired(b.cell(other, PRUNED), b.cell(other, twin), PRUNED, twin)
+        gap = pair_cells(a.cell(one, PRUNED), a.cell(one, twin), PRUNED, twin)
+        gap_b = pair_cells(b.cell(other, PRUNED), b.cell(other, twin), PRUNED, twin)
         if isinstance(gap, Paired) and isinstance(gap_b, Paired):
             difference = gap.minus(gap_b)
             saved += [difference] if isinstance(difference, Paired) else []
-    return GapRow(name, setting, ours, theirs, estimate(saved) if saved else _independent(ours, theirs))
+    return GapRow(name, setting, ours, theirs, mean_difference(saved) if saved else _independent(ours, theirs))
 
 
-def _independent(ours: Verdict, theirs: Verdict) -> Estimate | None:
+def _independent(ours: Verdict, theirs: Verdict) -> MeanDifference | None:
     """A difference of savings measured on different texts: half-widths of the intervals add as squares."""
     parts = (ours.difference, ours.low, ours.high, theirs.difference, theirs.low, theirs.high)
     if None in parts:
         return None
     a, a_low, a_high, b, b_low, b_high = (float(part) for part in parts if part is not None)
     down, up = math.hypot(a - a_low, b_high - b), math.hypot(a_high - a, b - b_low)
-    return Estimate(a - b, a - b - down, a - b + up, min(ours.seeds, theirs.seeds))
+    return MeanDifference(a - b, a - b - down, a - b + up, min(ours.seeds, theirs.seeds))
 
 
 def _differing(a: Judgement, b: Judgement) -> Iterator[tuple[str, Any, Any]]:

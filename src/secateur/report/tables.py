@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from secateur.comparison.index import Index, group_of
-from secateur.comparison.ledger import ACCOUNTS, account_flops, best, own_cost, setting_total
+from secateur.comparison.ledger import ACCOUNTS, account_flops, lowest_loss, own_cost, setting_total
 from secateur.comparison.records import Cell
-from secateur.comparison.twins import SCRATCH, Estimate
-from secateur.forecast.fit import Estimate as Fitted
+from secateur.comparison.twins import SCRATCH, MeanDifference
+from secateur.forecast.fit import Interval as Fitted
 from secateur.report.judgement import Judgement
-from secateur.report.studies import Versus
+from secateur.report.studies import StudyComparison
 
 __all__ = [
     "across_rows",
@@ -39,7 +39,7 @@ def cell_rows(judgement: Judgement) -> list[Row]:
     verdicts = {
         (verdict.group, SCRATCH[verdict.setting]): verdict for verdict in judgement.by_seed or judgement.verdicts
     }
-    on_front = best(index)
+    on_front = lowest_loss(index)
     rows = []
     for cell in judgement.results.cells:
         group = group_of(cell)
@@ -174,10 +174,10 @@ def across_rows(judgement: Judgement) -> list[Row]:
     ]
 
 
-def versus_rows(found: Versus) -> list[Row]:
+def versus_rows(found: StudyComparison) -> list[Row]:
     """Two studies: one row for each run that both have, then one for each verdict; differences of the latter A - B."""
 
-    def row(kind: str, name: str, of: str, a: float | None, b: float | None, mean: Estimate | None) -> Row:
+    def row(kind: str, name: str, of: str, a: float | None, b: float | None, mean: MeanDifference | None) -> Row:
         figures = (mean.value, mean.low, mean.high) if mean else (None, None, None)
         about = {"kind": kind, "comparison": name, "of": of, "a": a, "b": b}
         return about | dict(zip(("difference", "low", "high"), figures, strict=True))

@@ -13,11 +13,11 @@ from secateur.comparison.naming import BUDGETS, group_name, target_words
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.records import Cell, Evaluation, Parent
 from secateur.comparison.twins import SCRATCH, Setting, Winner
-from secateur.formatting import MINUS, TIMES, count, listing, loss
+from secateur.formatting import MINUS, TIMES, count, join_words, loss
 from secateur.report.forecast_prose import further_sentence, misfit_sentence, next_sentence, outlook_sentence
 from secateur.report.judgement import Judgement
 from secateur.report.prose import brief
-from secateur.report.studies import Versus
+from secateur.report.studies import StudyComparison
 from secateur.report.tables import cell_rows
 
 __all__ = ["POOLED_NOTE", "text_table", "text_versus"]
@@ -62,7 +62,7 @@ def text_table(judgement: Judgement) -> str:
     return _ascii("\n".join(lines)) + "\n"
 
 
-def text_versus(found: Versus) -> str:
+def text_versus(found: StudyComparison) -> str:
     """Two studies for a terminal: their verdicts side by side, and how far they agree."""
     names = [found.a.results.name, found.b.results.name]
     head = ["comparison", "equal", "A saves", "B saves", "A - B", "95% interval", "agree"]
@@ -176,8 +176,10 @@ def _verdict_columns(settings: Sequence[Setting]) -> str:
     ways = [f"at equal {BUDGETS[setting]} (P-R against {SCRATCH[setting]})" for setting in settings]
     if len(settings) <= 2:
         which = "columns say" if len(settings) == 2 else "column says"
-        return f"The last {which} which has the lower loss {listing(ways)}."
-    return f"The last column says which has the lower loss, P (pruned), S (scratch) or ~ (too close), {listing(ways)}."
+        return f"The last {which} which has the lower loss {join_words(ways)}."
+    return (
+        f"The last column says which has the lower loss, P (pruned), S (scratch) or ~ (too close), {join_words(ways)}."
+    )
 
 
 def _aligned(rows: list[list[str]], names: int, words: int) -> list[str]:

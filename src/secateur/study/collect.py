@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, Pruned, Results, Running, StageNote
+from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, Pruned, Running, StageNote, StudyResults
 from secateur.config import fingerprint, identity
 from secateur.errors import UserError
+from secateur.evaluation.results import EvaluationResults as MeasuredResults
 from secateur.evaluation.results import Measurement
-from secateur.evaluation.results import Results as MeasuredResults
 from secateur.files import read_json
 from secateur.model.shapes import removed, train_flops
 from secateur.runtime import environment
@@ -23,7 +23,7 @@ from secateur.study.store import Store
 __all__ = ["collect"]
 
 
-def collect(study: Study, stages: list[Stage], store: Store, study_yaml: str) -> Results:
+def collect(study: Study, stages: list[Stage], store: Store, study_yaml: str) -> StudyResults:
     """Read the records of a study's stages; what is missing is None, never zero.
 
     Raises:
@@ -33,7 +33,7 @@ def collect(study: Study, stages: list[Stage], store: Store, study_yaml: str) ->
     if corpus is None:
         raise UserError(f"{store.out}: holds no finished stage of this study; run it first: secateur study run FILE")
     found = _Records(study, stages, store)
-    return Results(
+    return StudyResults(
         name=study.name,
         title=study.title or study.name,
         fingerprint=fingerprint(study),

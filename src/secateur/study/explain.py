@@ -10,7 +10,7 @@ from secateur.study.stage import VERSIONS, Stage
 from secateur.study.status import state_of
 from secateur.study.store import Store
 
-__all__ = ["Change", "Why", "why"]
+__all__ = ["Change", "Explanation", "explain_stage"]
 
 _ABSENT = object()
 
@@ -34,7 +34,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Why:
+class Explanation:
     """Where a stage stands, and why.
 
     Attributes:
@@ -50,7 +50,7 @@ class Why:
     changes: tuple[Change, ...] = ()
 
 
-def why(stage: Stage, stages: list[Stage], store: Store, damage: str | None = None) -> Why:
+def explain_stage(stage: Stage, stages: list[Stage], store: Store, damage: str | None = None) -> Explanation:
     """Say why a stage will run, or why it need not.
 
     Args:
@@ -61,9 +61,9 @@ def why(stage: Stage, stages: list[Stage], store: Store, damage: str | None = No
     """
     state, note = state_of(stage, store)
     if damage:
-        return Why("damaged", f"{damage}; it will be done again")
+        return Explanation("damaged", f"{damage}; it will be done again")
     if state == "done":
-        return Why(state, f"{store.folder(stage).name} is what the study file asks for")
+        return Explanation(state, f"{store.folder(stage).name} is what the study file asks for")
     nearest, changes = _nearest(stage, {s.fingerprint for s in stages}, store)
     told = {
         "failed": f"it failed: {note}",
@@ -72,7 +72,7 @@ def why(stage: Stage, stages: list[Stage], store: Store, damage: str | None = No
     }.get(state)
     if told is None and changes:
         told = "; ".join(map(str, changes[:3])) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
-    return Why(state, told or "nothing like it has been done yet", nearest, changes)
+    return Explanation(state, told or "nothing like it has been done yet", nearest, changes)
 
 
 def _nearest(stage: Stage, current: set[str], store: Store) -> tuple[str | None, tuple[Change, ...]]:

@@ -11,12 +11,12 @@ from secateur.errors import UserError
 from secateur.methods.base import Method, get_method
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Target
-from secateur.study.spec import Control, ControlKind, Entry, Objective, Setting, SettingKind, Study
+from secateur.study.spec import ControlKind, ControlSpec, MethodEntry, ObjectiveSpec, SettingKind, SettingSpec, Study
 
-__all__ = ["PATHS", "Comparison", "Pruning", "comparisons", "prunings"]
+__all__ = ["TWIN_NAMES", "PlannedComparison", "Pruning", "comparisons", "prunings"]
 
 #: What a from-scratch twin is called, by what it has in common with the pruned run.
-PATHS: dict[SettingKind, str] = {
+TWIN_NAMES: dict[SettingKind, str] = {
     "equal_training_tokens": "S_R",
     "equal_total_tokens": "S_{P+R}",
     "equal_training_flops": "S_F",
@@ -28,7 +28,7 @@ PATHS: dict[SettingKind, str] = {
 class Pruning:
     """One model to be made: an entry of the study at one target."""
 
-    entry: Entry
+    entry: MethodEntry
     parent: str
     name: str  #: of the target
     target: Target
@@ -52,12 +52,12 @@ class Pruning:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PlannedComparison:
     """A pruned run and what it is held against."""
 
     pruning: Pruning
     tokens: int  #: R
-    objective: Objective
+    objective: ObjectiveSpec
     seed: int | None  #: None: the recipe's own
     settings: tuple[SettingKind, ...]
     controls: tuple[ControlKind, ...]
@@ -86,7 +86,7 @@ def prunings(study: Study, shapes: dict[str, Shape]) -> list[Pruning]:
     return found
 
 
-def comparisons(study: Study, pruning: Pruning) -> Iterator[Comparison]:
+def comparisons(study: Study, pruning: Pruning) -> Iterator[PlannedComparison]:
     """What is trained of a pruned model, and what it is held against."""
     entry = pruning.entry
     settings = _or(entry.settings, study.settings)
@@ -111,14 +111,14 @@ def comparisons(study: Study, pruning: Pruning) -> Iterator[Comparison]:
                 drawn = [c.init for c in controls if _at(c, tokens) and _applies(c.init, pruning)]
                 drawn = [] if objective.label else drawn  # they are of the shape and the weights, whatever is minimised
                 kept_controls = tuple(kind for kind in drawn if not _excluded(study, {**told, "control": kind}))
-                yield Comparison(pruning, tokens, objective, seed, kept, kept_controls)
+                yield PlannedComparison(pruning, tokens, objective, seed, kept, kept_controls)
 
 
 def _or(own: Any, common: Any) -> Any:
     return common if own is None else own
 
 
-def _at(chosen: Setting | Control, tokens: int) -> bool:
+def _at(chosen: SettingSpec | ControlSpec, tokens: int) -> bool:
     return chosen.tokens is None or tokens in chosen.tokens
 
 

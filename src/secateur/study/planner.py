@@ -15,18 +15,18 @@ from secateur.errors import UserError
 from secateur.methods.base import LearnedMethod
 from secateur.model.shapes import solve_width
 from secateur.pruning.pipeline import scoring_flops
-from secateur.study.grid import PATHS, Comparison, Pruning, comparisons, prunings
-from secateur.study.resolve import Known, split_places
+from secateur.study.grid import TWIN_NAMES, PlannedComparison, Pruning, comparisons, prunings
+from secateur.study.resolve import ResolvedStudy, split_places
 from secateur.study.spec import ControlKind, SettingKind, Study
 from secateur.study.stage import Stage, unique
-from secateur.study.training_runs import Inputs, Runs, sizes_of
+from secateur.study.training_runs import Inputs, TrainingRuns, sizes_of
 
-__all__ = ["saved_by_trunks", "stages_of", "tokens_needed"]
+__all__ = ["stages_of", "tokens_needed", "trunk_savings"]
 
 _EQUAL_TOTAL = ("equal_total_tokens", "equal_total_flops")
 
 
-def stages_of(study: Study, known: Known) -> list[Stage]:
+def stages_of(study: Study, known: ResolvedStudy) -> list[Stage]:
     """All stages of a study, each after its inputs.
 
     Several cells may need the same stage, e.g. when two ratios come to one shape: it is listed for each, under one
@@ -43,8 +43,8 @@ def tokens_needed(stages: Sequence[Stage]) -> int:
     return max((stage.identity["slice"][1] for stage in stages if "slice" in stage.identity), default=0)
 
 
-class _Builder(Runs):
-    def __init__(self, study: Study, known: Known) -> None:
+class _Builder(TrainingRuns):
+    def __init__(self, study: Study, known: ResolvedStudy) -> None:
         asked, places = split_places(identity(study.text))
         corpus = Stage("corpus", "corpus", {**asked, "digest": known.corpus}, runtime=places)
         super().__init__(study, corpus, known.suite)
@@ -142,7 +142,7 @@ class _Builder(Runs):
 
     # --- cells ------------------------------------------------------------------------------------------------------
 
-    def _pruned_run(self, comparison: Comparison, pruned: Stage) -> Stage:
+    def _pruned_run(self, comparison: PlannedComparison, pruned: Stage) -> Stage:
         """P-R."""
         pruning, objective = comparison.pruning, comparison.objective
         tokens = self._retrained(comparison)
@@ -157,7 +157,7 @@ class _Builder(Runs):
         self.evaluate(run)
         return run
 
-    def _retrained(self, comparison: Comparison) -> int:
+    def _retrained(self, comparison: PlannedComparison) -> int:
         """The tokens of a pruned run: R, or as many as its teacher leaves of the FLOPs that R takes without one."""
         objective, pruning = comparison.objective, comparison.pruning
         if objective.distill is None or objective.equal == "tokens":
@@ -165,7 +165,7 @@ class _Builder(Runs):
         alone = 3 * pruning.after.forward_flops(self.sequence)
         return self._whole(comparison.tokens * alone / (alone + pruning.before.forward_flops(self.sequence)))
 
-    def _twin(self, comparison: Comparison, setting: SettingKind, pruned: Stage, run: Stage) -> None:
+    def _twin(self, comparison: PlannedComparison, setting: SettingKind, pruned: Stage, run: Stage) -> None:
         """The same architecture from new weights; of a sparse model, under its mask."""
         pruning = comparison.pruning
         first = self.start
@@ -185,7 +185,7 @@ class _Builder(Runs):
             tokens = self._whole(spent / (3 * pruning.after.forward_flops(self.sequence)))
         sparse = pruning.method.granularity == "sparse"
         init = "redrawn" if sparse else "scratch"
-        facts = {**self._facts(pruning), **self._compared(comparison, PATHS[setting], init, "scratch")}
+        facts = {**self._facts(pruning), **self._compared(comparison, TWIN_NAMES[setting], init, "scratch")}
         facts |= {"pruning": pruned if sparse else None}
         inputs = {"plan": pruned} if sparse else self._like(pruning.parent)
         recipe = self.recipe_of(comparison)
@@ -193,7 +193,7 @@ class _Builder(Runs):
         stage = self.run(comparison, facts, pruning.after, first, tokens, init, recipe, inputs, ladder=not flops_equal)
         self.evaluate(stage)
 
-    def _control(self, comparison: Comparison, init: ControlKind, pruned: Stage) -> None:
+    def _control(self, comparison: PlannedComparison, init: ControlKind, pruned: Stage) -> None:
         pruning = comparison.pruning
         shape, inputs = pruning.after, {"plan": pruned}
         if init == "shuffled-weights":
@@ -209,7 +209,7 @@ class _Builder(Runs):
         stage = self.run(comparison, facts, shape, self.start, tokens, init, recipe, inputs, ladder=False)
         self.evaluate(stage)
 
-    def _compared(self, comparison: Comparison, name: str, init: str, path: str) -> dict[str, Any]:
+    def _compared(self, comparison: PlannedComparison, name: str, init: str, path: str) -> dict[str, Any]:
         seed = self.study.recipe.seed if comparison.seed is None else comparison.seed
         return {
             "path": path,
@@ -230,7 +230,7 @@ class _Builder(Runs):
         return max(1, round(tokens / self.sequence)) * self.sequence
 
 
-def saved_by_trunks(stages: Sequence[Stage]) -> tuple[int, int]:
+def trunk_savings(stages: Sequence[Stage]) -> tuple[int, int]:
     """Training tokens of a study's runs, and how many they would be if no run shared a trunk."""
     trained = [stage for stage in unique(stages) if stage.kind == "train"]
     alone = sum(stage.facts["cost"][0] for stage in trained if stage.facts["path"] != "trunk")

@@ -17,15 +17,15 @@ from secateur.evaluation.protocols import text_source
 from secateur.files import sha256_file, sha256_tree
 from secateur.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from secateur.model.shapes import Shape
-from secateur.study.spec import Measure, Parent, Study
+from secateur.study.spec import EvaluationSpec, ParentSpec, Study
 
-__all__ = ["SHARDS", "Known", "KnownParent", "resolve", "split_places"]
+__all__ = ["SHARDS", "ResolvedParent", "ResolvedStudy", "resolve", "split_places"]
 
 HUB, SHARDS, TEXT = "hf:", "shards:", "text:"
 
 
 @dataclass(frozen=True)
-class KnownParent:
+class ResolvedParent:
     """A parent's sizes; and, of a checkpoint, what identifies its weights."""
 
     shape: Shape
@@ -33,15 +33,15 @@ class KnownParent:
 
 
 @dataclass(frozen=True)
-class Known:
+class ResolvedStudy:
     """What stages depend on besides the study file."""
 
     corpus: str  #: identifies the content of the text source
-    parents: Mapping[str, KnownParent]
+    parents: Mapping[str, ResolvedParent]
     suite: Mapping[str, Any] = field(default_factory=dict)  #: what is measured besides the held-out loss, with digests
 
 
-def resolve(study: Study) -> Known:
+def resolve(study: Study) -> ResolvedStudy:
     """Look up what a study file names; no network is asked.
 
     Raises:
@@ -49,10 +49,10 @@ def resolve(study: Study) -> Known:
     """
     parents = {name: _parent(study, name, parent) for name, parent in study.all_parents.items()}
     corpus = _corpus(study, min(parent.shape.vocabulary for parent in parents.values()))
-    return Known(corpus, parents, _suite(study.evaluation))
+    return ResolvedStudy(corpus, parents, _suite(study.evaluation))
 
 
-def _suite(measured: Measure) -> dict[str, Any]:
+def _suite(measured: EvaluationSpec) -> dict[str, Any]:
     """The texts and tasks, each with the digest of its local file; None where it is of the Hub."""
     asked, found = measured.asked, {}
     if asked.texts:
@@ -63,7 +63,7 @@ def _suite(measured: Measure) -> dict[str, Any]:
     return found
 
 
-def _tasks(measured: Measure) -> dict[str, Any]:
+def _tasks(measured: EvaluationSpec) -> dict[str, Any]:
     """The single tasks that the suite comes to, each with the digest of its local file; and what else identifies them.
 
     What is as usual has no entry: the same measurement has the same identity whatever else can be asked for by now.
@@ -131,19 +131,19 @@ def _corpus(study: Study, rows: int) -> str:
     )
 
 
-def _parent(study: Study, name: str, parent: Parent) -> KnownParent:
+def _parent(study: Study, name: str, parent: ParentSpec) -> ResolvedParent:
     where = "parent" if study.parent else f"parents.{name}"
     said = parent.shape(study.corpus.vocabulary)
     if parent.checkpoint is None:
         assert said is not None
-        return KnownParent(said)
+        return ResolvedParent(said)
     if parent.checkpoint.startswith(HUB):
         if said is None:
             raise UserError(
                 f"{where}: give the sizes of {parent.checkpoint}, so that it can be planned without a network"
             )
-        return KnownParent(said, parent.checkpoint)
+        return ResolvedParent(said, parent.checkpoint)
     checkpoint = Checkpoint(parent.checkpoint)
     if said is not None and said.as_dict() != checkpoint.shape.as_dict():
         raise UserError(f"{where}: {parent.checkpoint} has {checkpoint.shape}, not the sizes given; leave them out")
-    return KnownParent(checkpoint.shape, checkpoint.digest)
+    return ResolvedParent(checkpoint.shape, checkpoint.digest)

@@ -20,17 +20,17 @@ from secateur.training.distill import Distill
 from secateur.training.recipe import Recipe
 
 __all__ = [
-    "Calibrate",
-    "Compute",
-    "Control",
-    "Entry",
-    "Measure",
-    "Objective",
-    "Parent",
-    "Retrain",
-    "Setting",
+    "CalibrationSpec",
+    "ComputeSpec",
+    "ControlSpec",
+    "EvaluationSpec",
+    "MethodEntry",
+    "ObjectiveSpec",
+    "ParentSpec",
+    "RetrainSpec",
+    "SettingSpec",
     "Study",
-    "Sweep",
+    "SweepSpec",
     "load_study",
 ]
 
@@ -52,7 +52,7 @@ Budgets = Annotated[tuple[Count, ...], Listed(), Field(min_length=1)]
 
 
 @spec
-class Parent:
+class ParentSpec:
     """A model that is pruned: a Llama of this shape that the study pretrains, or a checkpoint that is there already.
 
     For a checkpoint in a directory all sizes may be left out, and are then read from its configuration; those of a
@@ -98,7 +98,7 @@ class Parent:
 
 
 @spec
-class Objective(Distill):
+class ObjectiveSpec(Distill):
     """What a pruned model's retraining minimises: the language-model loss, or the divergence from its parent."""
 
     kind: Literal["language-model", "distill"]  # type: ignore[assignment]
@@ -121,13 +121,13 @@ class Objective(Distill):
 
 
 @spec
-class Retrain:
+class RetrainSpec:
     """The training of pruned models. Their from-scratch twins see the same tokens under the study's recipe."""
 
     tokens: Budgets  #: R; several make a ladder, each with a schedule of its own
     peak_rate: Rate | None = None  #: of the pruned runs; the recipe's unless given
-    objective: Annotated[tuple[Objective, ...], Listed("kind"), Field(min_length=1)] = (
-        Objective(kind="language-model"),
+    objective: Annotated[tuple[ObjectiveSpec, ...], Listed("kind"), Field(min_length=1)] = (
+        ObjectiveSpec(kind="language-model"),
     )
     trunk: Literal["own", "shared"] = (
         "own"  #: shared: the budgets of a ladder have one trunk, and only decays of their own
@@ -135,7 +135,7 @@ class Retrain:
 
 
 @spec
-class Setting:
+class SettingSpec:
     """What a from-scratch twin has in common with the pruned run."""
 
     kind: SettingKind
@@ -143,19 +143,19 @@ class Setting:
 
 
 @spec
-class Control:
+class ControlSpec:
     """A run at equal training tokens that shares some of what a pruned model inherits."""
 
     init: ControlKind
     tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: as in a setting
 
 
-Settings = Annotated[tuple[Setting, ...], Listed("kind")]
-Controls = Annotated[tuple[Control, ...], Listed("init")]
+Settings = Annotated[tuple[SettingSpec, ...], Listed("kind")]
+Controls = Annotated[tuple[ControlSpec, ...], Listed("init")]
 
 
 @spec
-class Entry:
+class MethodEntry:
     """A method with how much it shall remove; what is not said is the study's own."""
 
     method: Annotated[str, AfterValidator(_known_method)]
@@ -172,7 +172,7 @@ class Entry:
     settings: Settings | None = None
     seeds: Annotated[tuple[Seed, ...] | None, Listed()] = None
     controls: Controls | None = None
-    objective: Annotated[tuple[Objective, ...] | None, Listed("kind")] = None  #: retrain.objective
+    objective: Annotated[tuple[ObjectiveSpec, ...] | None, Listed("kind")] = None  #: retrain.objective
 
     @property
     def label(self) -> str:
@@ -200,7 +200,7 @@ class Entry:
 
 
 @spec
-class Calibrate:
+class CalibrationSpec:
     """What pruning scores are computed on: windows of the parent's own training slice."""
 
     windows: Positive = 128
@@ -208,7 +208,7 @@ class Calibrate:
 
 
 @spec
-class Measure:
+class EvaluationSpec:
     """What is measured of every model: its held-out loss, and what a suite names besides."""
 
     windows: Positive = 256  #: spread over the held-out split
@@ -238,7 +238,7 @@ class Measure:
 
 
 @spec
-class Sweep:
+class SweepSpec:
     """Learning rates that are tried, on tokens of the run's own slice, for each architecture and path."""
 
     rates: Annotated[tuple[Rate, ...], Field(min_length=2)]
@@ -247,7 +247,7 @@ class Sweep:
 
 
 @spec
-class Compute:
+class ComputeSpec:
     """How stages compute."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"  #: of the forward pass in training; weights and sums are float32
@@ -288,20 +288,20 @@ class Study:
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     title: str = ""
     corpus: CorpusSpec
-    parent: Parent | None = None
-    parents: Mapping[Label, Parent] | None = None  #: instead of ``parent``, by name
-    methods: Annotated[tuple[Entry, ...], Listed("method"), Field(min_length=1)]
+    parent: ParentSpec | None = None
+    parents: Mapping[Label, ParentSpec] | None = None  #: instead of ``parent``, by name
+    methods: Annotated[tuple[MethodEntry, ...], Listed("method"), Field(min_length=1)]
     ratios: Annotated[tuple[Fraction, ...], Listed()] = ()
-    retrain: Retrain
-    settings: Settings = (Setting(kind="equal_training_tokens"), Setting(kind="equal_total_tokens"))
+    retrain: RetrainSpec
+    settings: Settings = (SettingSpec(kind="equal_training_tokens"), SettingSpec(kind="equal_total_tokens"))
     controls: Controls = ()
     seeds: Annotated[tuple[Seed, ...], Listed()] = ()  #: those of the recipe unless given
     exclude: tuple[Exclude, ...] = ()
-    sweep: Sweep | None = None
-    calibration: Calibrate = Calibrate()
+    sweep: SweepSpec | None = None
+    calibration: CalibrationSpec = CalibrationSpec()
     recipe: Recipe = Recipe()
-    evaluation: Measure = Measure()
-    compute: Compute = Compute()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    compute: ComputeSpec = ComputeSpec()
     children: Positive | None = None  #: that share a parent's cost; the study's own pruned models unless given
 
     def __post_init__(self) -> None:
@@ -342,7 +342,7 @@ class Study:
                 raise UserError(f"methods: an entry appears twice: {label} at {target}; give one of them another name")
 
     @property
-    def all_parents(self) -> Mapping[str, Parent]:
+    def all_parents(self) -> Mapping[str, ParentSpec]:
         """Every parent by its name, the study's own first."""
         return self.parents or {"parent": self.parent}  # type: ignore[dict-item]
 
@@ -354,7 +354,7 @@ class Study:
             return self.corpus
         return replace(self.corpus, tokenizer=names[0])
 
-    def parent_of(self, entry: Entry) -> str:
+    def parent_of(self, entry: MethodEntry) -> str:
         """The name of the parent that an entry prunes."""
         return entry.parent or next(iter(self.all_parents))
 

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from secateur.config import fingerprint
 
-__all__ = ["VERSIONS", "Kind", "Stage", "unique", "with_inputs"]
+__all__ = ["VERSIONS", "Stage", "StageKind", "unique", "with_inputs"]
 
-Kind = Literal["corpus", "fetch", "train", "select", "prune", "evaluate", "cost"]
+StageKind = Literal["corpus", "fetch", "train", "select", "prune", "evaluate", "cost"]
 
 #: Raised when a stage of the kind would give other results from the same identity.
-VERSIONS: dict[Kind, int] = {
+VERSIONS: dict[StageKind, int] = {
     "corpus": 2,
     "fetch": 1,
     "train": 5,
@@ -37,7 +37,7 @@ class Stage:
         facts: what the report needs to know of the stage (method, target, path); derived, not part of the identity.
     """
 
-    kind: Kind
+    kind: StageKind
     name: str
     identity: Mapping[str, Any]
     inputs: Mapping[str, Stage] = field(default_factory=dict)

@@ -11,17 +11,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from secateur.progress import clock, console
+from secateur.progress import clock_time, console
 from secateur.study.stage import Stage, unique
 from secateur.study.store import Store
 
-__all__ = ["Row", "rows", "state_of", "summary", "watch"]
+__all__ = ["StatusRow", "rows", "state_of", "summary", "watch"]
 
 _COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 
 
 @dataclass(frozen=True)
-class Row:
+class StatusRow:
     """A stage and where it stands.
 
     Attributes:
@@ -35,9 +35,9 @@ class Row:
     note: str
 
 
-def rows(stages: list[Stage], store: Store) -> list[Row]:
+def rows(stages: list[Stage], store: Store) -> list[StatusRow]:
     """Where each stage stands."""
-    return [Row(stage.kind, stage.name, *state_of(stage, store)) for stage in unique(stages)]
+    return [StatusRow(stage.kind, stage.name, *state_of(stage, store)) for stage in unique(stages)]
 
 
 def state_of(stage: Stage, store: Store) -> tuple[str, str]:
@@ -57,11 +57,11 @@ def _how_far(stage: Stage, store: Store) -> str:
     told = store.progress(stage)
     parts = [] if told.get("share") is None else [f"{told['share']:.0%}"]
     parts += [told["note"]] if told.get("note") else []
-    parts += [] if told.get("seconds_left") is None else [f"ETA {clock(told['seconds_left'])}"]
+    parts += [] if told.get("seconds_left") is None else [f"ETA {clock_time(told['seconds_left'])}"]
     return "  ".join(parts)
 
 
-def summary(found: list[Row]) -> str:
+def summary(found: list[StatusRow]) -> str:
     """How many stages are in each state."""
     counts = Counter(row.state for row in found)
     return f"{counts['done']} of {len(found)} stages done" + "".join(
@@ -69,7 +69,7 @@ def summary(found: list[Row]) -> str:
     )
 
 
-def watch(look: Callable[[], list[Row]], title: str, every: float = 2.0) -> list[Row]:
+def watch(look: Callable[[], list[StatusRow]], title: str, every: float = 2.0) -> list[StatusRow]:
     """Show a live table until all is done or someone interrupts; return the last look."""
     found = look()
     with Live(console=console, auto_refresh=False) as live:
@@ -85,7 +85,7 @@ def watch(look: Callable[[], list[Row]], title: str, every: float = 2.0) -> list
     return found
 
 
-def _table(found: list[Row], title: str) -> Table:
+def _table(found: list[StatusRow], title: str) -> Table:
     table = Table(title=f"{title}: {summary(found)}", title_justify="left", box=None, pad_edge=False)
     for column in ("state", "kind", "stage", ""):
         table.add_column(column, no_wrap=column != "")

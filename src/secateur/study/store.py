@@ -23,18 +23,18 @@ from secateur import distributed
 from secateur.config import fingerprint
 from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, sync_tree, write_json
-from secateur.progress import say
-from secateur.study.runner.lease import Claim, ClaimLost, Claims
+from secateur.progress import notify
+from secateur.study.runner.lease import Lease, LeaseLost, Leases
 from secateur.study.stage import VERSIONS, Stage
 
-__all__ = ["PROGRESS", "Ended", "Store", "key_of"]
+__all__ = ["PROGRESS", "StageOutcome", "Store", "key_of"]
 
 PROGRESS = "progress.json"  #: how far an unfinished stage is
 _RECORD, _RUNTIME, _FILES = "record.json", "runtime.json", "files.json"
 
 
 @dataclass(frozen=True)
-class Ended:
+class StageOutcome:
     """What became of a stage.
 
     Attributes:
@@ -52,7 +52,7 @@ class Store:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.stages = out / "stages"
-        self.claims = Claims(out / "claims")
+        self.claims = Leases(out / "claims")
 
     def folder(self, stage: Stage) -> Path:
         """Where the finished stage lies, or would."""
@@ -130,7 +130,7 @@ class Store:
         """The partial folder of whoever holds claim ``number``."""
         return self.stages / f"{stage.folder}.partial-{number}"
 
-    def begin(self, stage: Stage, claim: Claim) -> int:
+    def begin(self, stage: Stage, claim: Lease) -> int:
         """Make the stage's partial folder, with what an earlier attempt left there; return the number of attempts.
 
         From here on whoever held the stage before finds the folder that it works in gone.
@@ -155,7 +155,7 @@ class Store:
         with contextlib.suppress(OSError, UserError):
             write_json(work / _RUNTIME, {**read_json(work / _RUNTIME), **facts})
 
-    def finish(self, stage: Stage, work: Path, claim: Claim, result: dict[str, Any], runtime: dict[str, Any]) -> None:
+    def finish(self, stage: Stage, work: Path, claim: Lease, result: dict[str, Any], runtime: dict[str, Any]) -> None:
         """Write the record and the hashes and let the stage appear, whole.
 
         Raises:
@@ -193,7 +193,7 @@ class Store:
         try:
             os.rename(work, self.stages / stage.folder)
         except OSError as error:  # gone with the claim, or the stage is there already
-            raise ClaimLost(f"another process has taken this stage over ({error.strerror})") from None
+            raise LeaseLost(f"another process has taken this stage over ({error.strerror})") from None
 
     def discard(self, stage: Stage) -> None:
         """Remove a finished stage that is damaged; its claim must be held."""
@@ -216,21 +216,21 @@ class Store:
         """
         name = f"{identity['method']}-{fingerprint([VERSIONS[stage.kind], identity])[:12]}"
         folder, seal = self.out / "scores" / name, self.out / "scores" / name / "scores.json"
-        if not distributed.first():
-            distributed.wait()  # until the first process has looked at what is there
+        if not distributed.is_main():
+            distributed.barrier()  # until the first process has looked at what is there
             yield folder
-            distributed.wait()
+            distributed.barrier()
             return
         waiting = f"{stage.name}: waits for its scores, which another stage is computing"
-        claim = self.claims.wait(f"scores-{name}", lambda: say(waiting))
+        claim = self.claims.wait(f"scores-{name}", lambda: notify(waiting))
         assert claim is not None
         with claim:
             if seal.exists() and not _intact(seal):
-                say(f"{stage.name}: the scores in {folder} are damaged and computed again")
+                notify(f"{stage.name}: the scores in {folder} are damaged and computed again")
                 shutil.rmtree(folder)
-            distributed.wait()
+            distributed.barrier()
             yield folder
-            distributed.wait()  # until none reads in it any more
+            distributed.barrier()  # until none reads in it any more
             claim.check()
             if not seal.exists():
                 sync_tree(folder)

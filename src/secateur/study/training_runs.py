@@ -10,17 +10,17 @@ from typing import Any
 from secateur.config import identity
 from secateur.evaluation.cost import Workload
 from secateur.model.shapes import Shape, teacher_flops, train_flops
-from secateur.study.grid import Comparison
-from secateur.study.spec import Objective, Study
+from secateur.study.grid import PlannedComparison
+from secateur.study.spec import ObjectiveSpec, Study
 from secateur.study.stage import Stage
 from secateur.training.recipe import Recipe
 
-__all__ = ["Inputs", "Runs", "sizes_of"]
+__all__ = ["Inputs", "TrainingRuns", "sizes_of"]
 
 Inputs = Mapping[str, Stage]
 
 
-class Runs:
+class TrainingRuns:
     """The stages of a study, as far as they are there, and what adds a run to them.
 
     Args:
@@ -35,14 +35,14 @@ class Runs:
         self.start = 0  #: the first token of all retraining
         self.stages = [corpus]
 
-    def recipe_of(self, comparison: Comparison) -> Recipe:
+    def recipe_of(self, comparison: PlannedComparison) -> Recipe:
         if comparison.seed is None:
             return self.study.recipe
         return dataclasses.replace(self.study.recipe, seed=comparison.seed, data_seed=comparison.seed)
 
     def run(
         self,
-        comparison: Comparison,
+        comparison: PlannedComparison,
         facts: Mapping[str, Any],
         shape: Shape,
         first: int,
@@ -50,7 +50,7 @@ class Runs:
         init: str,
         recipe: Recipe,
         inputs: Inputs,
-        objective: Objective | None = None,
+        objective: ObjectiveSpec | None = None,
         *,
         ladder: bool = True,
     ) -> Stage:
@@ -64,7 +64,7 @@ class Runs:
             facts = {**facts, "sweep": inputs["rate"]}
         return self.train(name, shape, span, init, recipe, facts, inputs, objective)
 
-    def _name(self, comparison: Comparison, path: str) -> str:
+    def _name(self, comparison: PlannedComparison, path: str) -> str:
         entry = comparison.pruning.entry
         parts = [f"{comparison.pruning.label}/{path}"]
         if len(entry.tokens or self.study.retrain.tokens) > 1:
@@ -78,14 +78,14 @@ class Runs:
     def _branch(
         self,
         name: str,
-        comparison: Comparison,
+        comparison: PlannedComparison,
         facts: Mapping[str, Any],
         shape: Shape,
         span: tuple[int, int],
         init: str,
         recipe: Recipe,
         inputs: Inputs,
-        objective: Objective | None,
+        objective: ObjectiveSpec | None,
     ) -> Stage:
         """The decay of one budget, behind the segments of the trunk that the smaller budgets of its ladder need too."""
         first, stop = span
@@ -114,13 +114,13 @@ class Runs:
 
     def _sweep(
         self,
-        comparison: Comparison,
+        comparison: PlannedComparison,
         facts: Mapping[str, Any],
         shape: Shape,
         init: str,
         recipe: Recipe,
         inputs: Inputs,
-        objective: Objective | None,
+        objective: ObjectiveSpec | None,
     ) -> Stage:
         """Trials at each rate, and the choice among them: for an architecture and a path, whatever the budget."""
         sweep = self.study.sweep
@@ -149,7 +149,7 @@ class Runs:
         recipe: Recipe,
         facts: Mapping[str, Any],
         inputs: Inputs = {},  # noqa: B006 - never changed
-        objective: Objective | None = None,
+        objective: ObjectiveSpec | None = None,
         *,
         before: tuple[Stage, ...] = (),
         held_out: tuple[int, int] | None = None,

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from secateur.losses.next_token import IGNORED
+from secateur.losses.next_token import IGNORE_INDEX
 from secateur.training.recipe import Recipe
 
 __all__ = ["Batch", "Data", "Slice", "Span", "Tokens", "WindowTokens", "document_names", "micro_batches", "read_batch"]
@@ -43,7 +43,7 @@ class Batch:
     @classmethod
     def empty(cls) -> Batch:
         """What a process without windows computes, so that it takes part in what all processes do: no loss."""
-        return cls(torch.zeros(1, 2, dtype=torch.int64), None, torch.full((1, 1), IGNORED))
+        return cls(torch.zeros(1, 2, dtype=torch.int64), None, torch.full((1, 1), IGNORE_INDEX))
 
 
 class Data(Protocol):

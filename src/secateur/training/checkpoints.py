@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from secateur import distributed
 from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, sync_tree, write_json
-from secateur.progress import say
+from secateur.progress import notify
 
 __all__ = ["FINISHED", "Saver"]
 
@@ -67,22 +67,22 @@ class Saver:
         """Write weights, moments and ``state`` (plain values, among them ``step``); all processes together."""
         self.finish()
         work = self.folder / _WRITING
-        if distributed.first():
+        if distributed.is_main():
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
-        distributed.wait()
+        distributed.barrier()
         tensors = self._tensors()
         state = {**state, "curve": list(state.get("curve", ())), "before": self.before}
         writer = HuggingFaceStorageWriter(str(work), _files(tensors), save_distributed=True)
         if self.behind:
             if self._group is None:  # of its own: the threads of a save must not meet the run's own messages
-                distributed.alone()
+                distributed.ensure_group()
                 self._group = torch.distributed.new_group(backend="gloo")
             written: Any = async_save(tensors, storage_writer=writer, process_group=self._group)
             self._waiting = (written, state)
             return
         with _quietly(), _plainly():
-            save(tensors, storage_writer=writer, no_dist=distributed.world() == 1)
+            save(tensors, storage_writer=writer, no_dist=distributed.world_size() == 1)
         self._complete(state)
 
     def finish(self) -> None:
@@ -97,9 +97,9 @@ class Saver:
     def _complete(self, state: dict[str, Any]) -> None:
         """Hash the shards and let the checkpoint appear."""
         work, final = self.folder / _WRITING, self.folder / f"step-{state['step']:08}"
-        distributed.wait()
+        distributed.barrier()
         hashes = _hashes(work)
-        if distributed.first():
+        if distributed.is_main():
             write_json(work / _STATE, {**state, "hashes": hashes})
             sync_tree(work)
             shutil.rmtree(final, ignore_errors=True)
@@ -107,16 +107,16 @@ class Saver:
             sync_tree(self.folder)
             for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
                 shutil.rmtree(old)
-        distributed.wait()
+        distributed.barrier()
         self.last = final
 
     def load(self) -> dict[str, Any] | None:
         """Restore the newest undamaged checkpoint; return its state, None without one."""
-        distributed.wait()
+        distributed.barrier()
         for found in sorted(self.folder.glob("step-*"), reverse=True):
             state = _undamaged(found)
             if state is None:
-                say(f"{found}: this checkpoint is damaged and passed over")
+                notify(f"{found}: this checkpoint is damaged and passed over")
                 continue
             self.before = state.pop("before")
             self._read(found, state["step"])
@@ -142,7 +142,11 @@ class Saver:
             moments = {key: torch.zeros_like(parameter.detach()) for key in _MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.tensor(float(self.before + step)), **moments}
         with _quietly(), _plainly():
-            load(self._tensors(), storage_reader=HuggingFaceStorageReader(str(found)), no_dist=distributed.world() == 1)
+            load(
+                self._tensors(),
+                storage_reader=HuggingFaceStorageReader(str(found)),
+                no_dist=distributed.world_size() == 1,
+            )
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {f"weight.{name}": parameter.detach() for name, parameter in self.parameters.items()}
@@ -161,7 +165,7 @@ def _undamaged(found: Path) -> dict[str, Any] | None:
         there = isinstance(step, int) and isinstance(state["before"], int) and bool(known)
     except (UserError, LookupError, AttributeError, TypeError):
         there, state, known = False, {}, {}
-    if not distributed.every(there):
+    if not distributed.all_true(there):
         return None
     return state if _hashes(found) == known else None
 
@@ -180,9 +184,11 @@ def _hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every shard: each process reads its part of them."""
     files = sorted(folder.glob("*.safetensors"))
     digests = torch.zeros(len(files), 32, dtype=torch.int64)
-    for number in range(distributed.rank(), len(files), distributed.world()):
+    for number in range(distributed.rank(), len(files), distributed.world_size()):
         digests[number] = torch.tensor(list(bytes.fromhex(sha256_file(files[number]))))
-    return {file.name: bytes(row).hex() for file, row in zip(files, distributed.add(digests).tolist(), strict=True)}
+    return {
+        file.name: bytes(row).hex() for file, row in zip(files, distributed.all_reduce(digests).tolist(), strict=True)
+    }
 
 
 @contextlib.contextmanager

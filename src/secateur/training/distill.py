@@ -18,9 +18,9 @@ from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import UserError
 from secateur.losses.kl import summed_divergence
 from secateur.losses.next_token import readout
-from secateur.model.checkpoint import Checkpoint, positions
+from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.model.shapes import Shape
-from secateur.training.objective import LanguageModel, Losses
+from secateur.training.objective import BatchLosses, LanguageModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,8 +47,8 @@ class Distillation(LanguageModel):
 
     Args:
         spec: temperature, share and categories.
-        teacher: with the student's vocabulary, placed (:func:`secateur.training.parallel.place_teacher`). It is a part of
-            the objective, so that FSDP gathers its blocks ahead; it is neither trained nor saved.
+        teacher: with the student's vocabulary, placed (:func:`secateur.training.parallel.place_teacher`). It is a part
+            of the objective, so that FSDP gathers its blocks ahead; it is neither trained nor saved.
     """
 
     def __init__(self, spec: Distill, teacher: PreTrainedModel) -> None:
@@ -62,7 +62,9 @@ class Distillation(LanguageModel):
         self.teacher.eval()
         return self
 
-    def forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None) -> Losses:
+    def forward(
+        self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None
+    ) -> BatchLosses:
         """Losses in nats; in training those of :func:`secateur.losses.kl.summed_divergence`."""
         if not self.training:
             return super().forward(model, ids, positions, targets)
@@ -85,7 +87,7 @@ class Distillation(LanguageModel):
         )
         if spread is not None:
             spread.reshard()
-        return Losses(total, each.view(targets.shape))
+        return BatchLosses(total, each.view(targets.shape))
 
 
 def check_teacher(teacher: Checkpoint, student: Shape, directory: Path, sequence: int) -> None:
@@ -107,7 +109,7 @@ def check_teacher(teacher: Checkpoint, student: Shape, directory: Path, sequence
             f"{where}: its vocabulary is {teacher.shape.vocabulary}, the student's {student.vocabulary}; name a "
             "teacher with the student's vocabulary, such as the model that the student was pruned from"
         )
-    limit = positions(teacher.config)
+    limit = max_positions(teacher.config)
     if limit and sequence > limit:
         raise UserError(f"{where}: it has {limit} positions, fewer than sequence={sequence}; set sequence={limit}")
     if not _same_tokens(teacher.directory, directory):

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from secateur.methods.base import LearnedMethod
 from secateur.model.shapes import SPACES, Shape
-from secateur.training.objective import LanguageModel, Losses, Objective
-from secateur.training.parallel import local, whole
+from secateur.training.objective import BatchLosses, LanguageModel, Objective
+from secateur.training.parallel import full_tensor, local_part
 
 __all__ = ["Gates"]
 
@@ -64,7 +64,7 @@ class Gates(Objective):
     def begin(self, step: int, steps: int) -> None:
         self._step, self._share = step, min(1.0, (step + 1) / max(1.0, self.method.warmup * steps))
         for a in self.a.values():  # further out a gate would no longer feel what it does to the loss
-            local(a).clamp_(-self.method.LIMIT, self.method.LIMIT)
+            local_part(a).clamp_(-self.method.LIMIT, self.method.LIMIT)
 
     def groups(self) -> list[dict[str, Any]]:
         # With an epsilon above any gradient Adam steps by its mean: d itself, and not its sign.
@@ -86,12 +86,14 @@ class Gates(Objective):
         found = self.figures()
         return "  ".join(f"{space} {found[space]:.4g}/{found[f'{space}_target']:.4g}" for space in self.spaces)
 
-    def forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None) -> Losses:
+    def forward(
+        self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None
+    ) -> BatchLosses:
         """The losses under drawn gates, and the penalty; in evaluation mode those under settled gates."""
         draw = self._drawn if self.training else (lambda space, a: self.method.settled(a))
         self.values = {space: draw(space, a) for space, a in self.a.items()}
         total, each, _ = self.loss(model, ids, positions, targets)
-        return Losses(total, each, self._penalty() if self.training else None)
+        return BatchLosses(total, each, self._penalty() if self.training else None)
 
     def _drawn(self, space: str, a: Tensor) -> Tensor:
         """Gates of this step, the same for all its batches and in all processes."""
@@ -168,7 +170,8 @@ class Gates(Objective):
     def scores(self) -> dict[str, Tensor]:
         """``a`` of every gate, [rows, units] on the CPU; all processes together."""
         return {
-            space: whole(a.detach()).cpu().clamp(-self.method.LIMIT, self.method.LIMIT) for space, a in self.a.items()
+            space: full_tensor(a.detach()).cpu().clamp(-self.method.LIMIT, self.method.LIMIT)
+            for space, a in self.a.items()
         }
 
 

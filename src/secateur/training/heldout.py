@@ -13,13 +13,13 @@ from secateur.data.shards import TokenStore
 from secateur.errors import RunError
 from secateur.evaluation.loss import Protocol
 from secateur.training.batches import Batch
-from secateur.training.parallel import Trainee
+from secateur.training.parallel import TrainModule
 
-__all__ = ["domain_losses", "domain_protocols", "held_out_loss"]
+__all__ = ["domain_losses", "domain_protocols", "heldout_loss"]
 
 
 @torch.no_grad()
-def held_out_loss(trainee: Trainee, protocol: Protocol, batch: int) -> float:
+def heldout_loss(trainee: TrainModule, protocol: Protocol, batch: int) -> float:
     """The mean loss (nats a predicted token) under a protocol; all processes together.
 
     Args:
@@ -33,7 +33,7 @@ def held_out_loss(trainee: Trainee, protocol: Protocol, batch: int) -> float:
     trainee.eval()
     sums: list[float] = []
     for part in protocol.windows:
-        shares = [range(len(part))[i :: distributed.world()] for i in range(distributed.world())]
+        shares = [range(len(part))[i :: distributed.world_size()] for i in range(distributed.world_size())]
         mine = list(shares[distributed.rank()])
         found = torch.zeros(len(part), dtype=torch.float64)
         for start in range(0, len(shares[0]), batch):  # the first process has the most
@@ -41,7 +41,7 @@ def held_out_loss(trainee: Trainee, protocol: Protocol, batch: int) -> float:
             windows = Batch(part[chosen]) if chosen else Batch.empty()
             each = trainee(windows.ids, None, windows.targets)[1]
             found[chosen] = each.double().sum(dim=1)[: len(chosen)].cpu()
-        sums += distributed.add(found).tolist()
+        sums += distributed.all_reduce(found).tolist()
     trainee.train()
     loss = math.fsum(sums) / protocol.tokens
     if not math.isfinite(loss):
@@ -49,12 +49,12 @@ def held_out_loss(trainee: Trainee, protocol: Protocol, batch: int) -> float:
     return loss
 
 
-def domain_losses(trainee: Trainee, protocols: Mapping[str, Protocol], batch: int) -> dict[str, float]:
-    """The mean loss of each domain (nats a predicted token), as :func:`held_out_loss` gives it; all processes together.
+def domain_losses(trainee: TrainModule, protocols: Mapping[str, Protocol], batch: int) -> dict[str, float]:
+    """The mean loss of each domain (nats a predicted token), as :func:`heldout_loss` gives it; all processes together.
 
     A domain without a protocol has no loss, which is not one of zero.
     """
-    return {name: held_out_loss(trainee, protocol, batch) for name, protocol in protocols.items()}
+    return {name: heldout_loss(trainee, protocol, batch) for name, protocol in protocols.items()}
 
 
 def domain_protocols(store: TokenStore, sequence: int, most: int) -> dict[str, Protocol]:

@@ -19,21 +19,21 @@ from torch.nn.utils import clip_grad_norm_
 
 from secateur import distributed
 from secateur.errors import REQUEUE, RunError
-from secateur.progress import Task, task
+from secateur.progress import ProgressTask, track
 from secateur.training.batches import Data, Span, micro_batches
 from secateur.training.checkpoints import Saver
 from secateur.training.masks import Masks
 from secateur.training.metrics import Metrics
-from secateur.training.parallel import Trainee, whole
+from secateur.training.parallel import TrainModule, full_tensor
 from secateur.training.recipe import learning_rate, make_optimizer, set_rate
 from secateur.training.throughput import Meter
-from secateur.training.watchdog import Stop, Watch
+from secateur.training.watchdog import StopSignal, Watchdog
 
-__all__ = ["Housekeeping", "train"]
+__all__ = ["RunOptions", "train_loop"]
 
 
 @dataclass(frozen=True)
-class Housekeeping:
+class RunOptions:
     """What a run does besides training."""
 
     folder: Path  #: where checkpoints lie; an earlier one found there is gone on from
@@ -44,17 +44,17 @@ class Housekeeping:
     behind: bool = False  #: checkpoints are written while the run goes on
     metrics: Metrics = field(default_factory=lambda: Metrics(None))
     meter: Meter = field(default_factory=Meter)
-    stop: Stop = field(default_factory=Stop)
+    stop: StopSignal = field(default_factory=StopSignal)
 
 
-def train(
-    trainee: Trainee,
+def train_loop(
+    trainee: TrainModule,
     data: Data,
     *,
     masks: Mapping[str, Tensor],
-    measure: Callable[[Trainee], float | None],
+    measure: Callable[[TrainModule], float | None],
     points: int,
-    house: Housekeeping,
+    house: RunOptions,
 ) -> dict[str, Any]:
     """Train in place on every token of ``data``, once; all processes together.
 
@@ -89,8 +89,8 @@ def train(
     state = found or _begin(trainee, held, measure, house)
     house.metrics.resume(state["step"])
     trainee.train()
-    watch = Watch(house.label, report=house.metrics.write)
-    with task(house.label, data.tokens) as progress, watch:
+    watch = Watchdog(house.label, report=house.metrics.write)
+    with track(house.label, data.tokens) as progress, watch:
         progress.advance(state["tokens"], "resumed" if state["step"] else "")
         for step in range(state["step"], steps):
             rate = learning_rate(recipe, step, steps)
@@ -100,7 +100,7 @@ def train(
             targets = sum(b - a - 1 for a, b in spans)
             losses, stop = _gradients(trainee, data, spans, targets, house.stop)
             held.apply_to_gradients()
-            norm = float(whole(clip_grad_norm_(weights, recipe.clip)))
+            norm = float(full_tensor(clip_grad_norm_(weights, recipe.clip)))
             loss = math.fsum(losses) / max(targets, 1)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _not_finite(data, spans, step, losses, norm, saver, house)
@@ -134,7 +134,7 @@ def train(
 
 
 def _begin(
-    trainee: Trainee, held: Masks, measure: Callable[[Trainee], float | None], house: Housekeeping
+    trainee: TrainModule, held: Masks, measure: Callable[[TrainModule], float | None], house: RunOptions
 ) -> dict[str, Any]:
     """The state of a run before its first step."""
     held.apply()
@@ -145,7 +145,9 @@ def _begin(
     return {"step": 0, "tokens": 0, "targets": 0, "curve": [first]}
 
 
-def _gradients(trainee: Trainee, data: Data, spans: list[Span], targets: int, stop: Stop) -> tuple[list[float], bool]:
+def _gradients(
+    trainee: TrainModule, data: Data, spans: list[Span], targets: int, stop: StopSignal
+) -> tuple[list[float], bool]:
     """Add up the gradient of a step's mean loss over processes and micro-batches.
 
     Args:
@@ -162,22 +164,27 @@ def _gradients(trainee: Trainee, data: Data, spans: list[Span], targets: int, st
     place = {span: number for number, span in enumerate(spans)}  # a window that is read twice has its sum at the last
     found = torch.zeros(len(spans) + 1, dtype=torch.float64)
     seen: list[tuple[Tensor, Tensor]] = []
-    groups = micro_batches(spans, data.recipe.micro_batch, rank=distributed.rank(), world=distributed.world())
+    groups = micro_batches(spans, data.recipe.micro_batch, rank=distributed.rank(), world=distributed.world_size())
     for group in groups:
         batch = data.batch(group)
         total, each, once = trainee(batch.ids, batch.positions, batch.targets)
-        loss = total * (distributed.world() / max(targets, 1))  # sharding takes the mean over the processes
+        loss = total * (distributed.world_size() / max(targets, 1))  # sharding takes the mean over the processes
         (loss if once is None else loss + once / len(groups)).backward()
         seen.append((torch.tensor([place[span] for span in group], dtype=torch.int64), each.sum(dim=1)))
     for places, sums in seen:  # the one place in a step where the host waits for the device
         found.index_add_(0, places, sums[: len(places)].double().cpu())
     found[-1] = float(stop.told)
-    distributed.add(found)
+    distributed.all_reduce(found)
     return found[:-1].tolist(), bool(found[-1])
 
 
 def _tell(
-    house: Housekeeping, progress: Task, state: dict[str, Any], consumed: int, values: Mapping[str, float], note: str
+    house: RunOptions,
+    progress: ProgressTask,
+    state: dict[str, Any],
+    consumed: int,
+    values: Mapping[str, float],
+    note: str,
 ) -> None:
     """Show and write down a finished step."""
     meter = house.meter
@@ -189,13 +196,13 @@ def _tell(
     house.metrics.write(entry if meter.utilization is None else {**entry, "mfu": meter.utilization})
 
 
-def _tell_held_out(house: Housekeeping, step: int, tokens: int, loss: float | None) -> None:
+def _tell_held_out(house: RunOptions, step: int, tokens: int, loss: float | None) -> None:
     if loss is not None:
         house.metrics.write({"step": step, "tokens": tokens, "heldout_loss": loss})
 
 
 def _not_finite(
-    data: Data, spans: list[Span], step: int, losses: list[float], norm: float, saver: Saver, house: Housekeeping
+    data: Data, spans: list[Span], step: int, losses: list[float], norm: float, saver: Saver, house: RunOptions
 ) -> RunError:
     """Say where a run broke: the step, the documents of the windows at fault, and what to go on from."""
     saver.finish()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import distributed
-from secateur.training.parallel import local, part_like
+from secateur.training.parallel import local_part, part_like
 
 __all__ = ["Masks"]
 
@@ -36,14 +36,14 @@ class Masks:
     def apply(self) -> None:
         """Zero the pruned weights."""
         for _, parameter, kept in self._kept:
-            local(parameter).mul_(kept).add_(0.0)  # of a negative weight times zero a sign would stay
+            local_part(parameter).mul_(kept).add_(0.0)  # of a negative weight times zero a sign would stay
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Zero the pruned weights' gradients, so that neither the clipping norm nor the moments know of them."""
         for _, parameter, kept in self._kept:
             if parameter.grad is not None:
-                local(parameter.grad).mul_(kept)  # what is not finite stays so, and is found
+                local_part(parameter.grad).mul_(kept)  # what is not finite stays so, and is found
 
     @torch.no_grad()
     def check(self) -> None:
@@ -54,7 +54,7 @@ class Masks:
         """
         if not self._kept:
             return
-        found = torch.stack([(local(p) != 0).logical_and_(~kept).sum() for _, p, kept in self._kept]).cpu()
-        for (name, _, _), revived in zip(self._kept, distributed.add(found).tolist(), strict=True):
+        found = torch.stack([(local_part(p) != 0).logical_and_(~kept).sum() for _, p, kept in self._kept]).cpu()
+        for (name, _, _), revived in zip(self._kept, distributed.all_reduce(found).tolist(), strict=True):
             if revived:
                 raise RuntimeError(f"{name}: {revived} pruned weights are no longer zero")

@@ -16,10 +16,10 @@ from secateur.losses.next_token import model_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LanguageModel", "Losses", "Objective"]
+__all__ = ["BatchLosses", "LanguageModel", "Objective"]
 
 
-class Losses(NamedTuple):
+class BatchLosses(NamedTuple):
     """What a batch comes to."""
 
     total: Tensor  #: what is minimised, summed over the predicted tokens; differentiable
@@ -45,14 +45,18 @@ class Objective(nn.Module):
         """The same, to be shown."""
         return ""
 
-    def forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None) -> Losses:
-        """The losses of a batch; see :meth:`secateur.training.parallel.Trainee.forward`."""
+    def forward(
+        self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None
+    ) -> BatchLosses:
+        """The losses of a batch; see :meth:`secateur.training.parallel.TrainModule.forward`."""
         raise NotImplementedError
 
 
 class LanguageModel(Objective):
     """The cross-entropy of the token that follows."""
 
-    def forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None) -> Losses:
+    def forward(
+        self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None
+    ) -> BatchLosses:
         """The losses in nats, as :func:`secateur.losses.next_token.model_loss` gives them."""
-        return Losses(*model_loss(model, ids, position_ids=positions, targets=targets))
+        return BatchLosses(*model_loss(model, ids, position_ids=positions, targets=targets))

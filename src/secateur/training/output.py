@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from secateur import distributed
-from secateur.model.checkpoint import in_writing_order, model_card, write_checkpoint
+from secateur.model.checkpoint import in_write_order, model_card, write_checkpoint
 from secateur.model.safetensors_io import Stored
-from secateur.training.parallel import Trainee, whole
+from secateur.training.parallel import TrainModule, full_tensor
 
 __all__ = ["write_trained"]
 
 
 def write_trained(
     out: Path,
-    trainee: Trainee,
+    trainee: TrainModule,
     config: dict[str, Any],
     dtype: Callable[[str], torch.dtype],
     *,
@@ -43,14 +43,14 @@ def write_trained(
 
     def stored(name: str, parameter: Tensor) -> Stored:
         def parts() -> tuple[Tensor]:
-            return (change(name, whole(parameter.detach())).to(dtype(name)),)
+            return (change(name, full_tensor(parameter.detach())).to(dtype(name)),)
 
         return Stored(name, dtype(name), tuple(parameter.shape), parts)
 
     tensors = [stored(name, parameter) for name, parameter in trainee.model.named_parameters()]
-    if distributed.first():
+    if distributed.is_main():
         card = model_card(title or out.name, None, [line])
         write_checkpoint(out, config, tensors, provenance=provenance, card=card)
         return
-    for tensor in in_writing_order(tensors):
+    for tensor in in_write_order(tensors):
         list(tensor.parts())

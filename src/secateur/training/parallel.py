@@ -25,9 +25,9 @@ from transformers import PreTrainedModel
 from secateur import distributed
 from secateur.errors import UserError
 from secateur.model.families import family_of
-from secateur.training.objective import LanguageModel, Losses, Objective
+from secateur.training.objective import BatchLosses, LanguageModel, Objective
 
-__all__ = ["Execution", "Trainee", "local", "part_like", "place", "place_teacher", "whole"]
+__all__ = ["Execution", "TrainModule", "full_tensor", "local_part", "part_like", "place_model", "place_teacher"]
 
 
 @dataclass(frozen=True)
@@ -47,34 +47,34 @@ class Execution:
     @property
     def sharded(self) -> bool:
         """Whether parameters become DTensors."""
-        return distributed.world() > 1 or self.dtype != "float32"
+        return distributed.world_size() > 1 or self.dtype != "float32"
 
     def __post_init__(self) -> None:
-        if distributed.world() % self.replicas:
+        if distributed.world_size() % self.replicas:
             raise UserError(
-                f"--replicas {self.replicas}: {distributed.world()} process(es) do not divide into so many groups; "
+                f"--replicas {self.replicas}: {distributed.world_size()} processes do not divide into so many groups; "
                 "start a multiple of it with torchrun, or leave it out"
             )
 
     @property
     def shares(self) -> bool:
         """Whether no process holds a whole model."""
-        return distributed.world() > self.replicas
+        return distributed.world_size() > self.replicas
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh:
         """All processes: those that shard the model, in as many groups as there are replicas."""
-        world = distributed.world()
+        world = distributed.world_size()
         kind = self.device.partition(":")[0]
         if kind == "cuda":
             torch.cuda.set_device(self.device)  # or a mesh of one would take the first
-        distributed.alone()
+        distributed.ensure_group()
         if self.replicas == 1:
             return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
         return init_device_mesh(kind, (self.replicas, world // self.replicas), mesh_dim_names=("replicate", "shard"))
 
 
-class Trainee(nn.Module):
+class TrainModule(nn.Module):
     """A model as training sees it: token ids in, losses out."""
 
     def __init__(self, model: PreTrainedModel, device: str = "cpu", objective: Objective | None = None) -> None:
@@ -88,7 +88,7 @@ class Trainee(nn.Module):
         found = {name.removeprefix("model."): parameter for name, parameter in self.named_parameters()}
         return {name: parameter for name, parameter in found.items() if parameter.requires_grad}
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> Losses:
+    def forward(self, ids: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> BatchLosses:
         """The losses of a batch.
 
         Args:
@@ -100,12 +100,12 @@ class Trainee(nn.Module):
         return self.objective(self.model, cast(Tensor, sent[0]), sent[1], sent[2])
 
 
-def place(
+def place_model(
     model: PreTrainedModel,
     weights: Callable[[str], Tensor],
     execution: Execution,
     objective: Objective | None = None,
-) -> Trainee:
+) -> TrainModule:
     """Give a model without weights its weights; one block is whole in memory, then each process keeps its part.
 
     Args:
@@ -115,7 +115,7 @@ def place(
         objective: what is minimised; None for the language-model loss. Of its parameters those that are not trained
             stay as and where they are, and the others are spread as the model is, but stay float32 in computing.
     """
-    trainee = Trainee(model, execution.device, objective)
+    trainee = TrainModule(model, execution.device, objective)
     dtype = None if execution.dtype == "float32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     read = {parameter for parameter in trainee.objective.parameters() if not parameter.requires_grad}
@@ -136,7 +136,7 @@ def place_teacher(model: PreTrainedModel, weights: Callable[[str], Tensor], exec
     needs no copies to be gathered.
 
     Args:
-        model: as in :func:`place`.
+        model: as in :func:`place_model`.
         weights: as there.
         execution: where and how to compute; recomputing is left out, since nothing goes back through it.
     """
@@ -194,13 +194,13 @@ def _sharder(
     def shard(module: nn.Module) -> None:
         # Whoever holds the whole model has nothing to free. What is not a block is used first and last, so that it
         # stays gathered; a teacher's is given back by whoever asks for it.
-        again = execution.shares and not isinstance(module, Trainee | PreTrainedModel)
+        again = execution.shares and not isinstance(module, TrainModule | PreTrainedModel)
         fully_shard(module, mesh=execution.mesh, mp_policy=policy, reshard_after_forward=again, ignored_params=left)
 
     return shard
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in place: what is written to it is written to the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -210,9 +210,9 @@ def part_like(parameter: Tensor, value: Tensor) -> Tensor:
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor):  # without a source each process cuts its own: nothing is sent
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return local(value)
+    return local_part(value)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor; every process has to ask for it at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -13,24 +13,24 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from secateur.progress import clock, say
+from secateur.progress import clock_time, notify
 
-__all__ = ["Stop", "Watch", "stop_on_signals"]
+__all__ = ["StopSignal", "Watchdog", "stop_on_signals"]
 
 
-class Stop:
+class StopSignal:
     """Whether the run was told to stop."""
 
     told = False
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def stop_on_signals() -> Iterator[StopSignal]:
     """Let SIGTERM and SIGUSR1, by which schedulers announce an end, ask the run to save and stop.
 
     Within the main thread only; elsewhere nothing is changed.
     """
-    stop, before = Stop(), {}
+    stop, before = StopSignal(), {}
 
     def tell(number: int, frame: FrameType | None) -> None:
         stop.told = True
@@ -44,7 +44,7 @@ def stop_on_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-class Watch:
+class Watchdog:
     """Notices leaps of the loss, and steps that take far longer than those before.
 
     Args:
@@ -71,7 +71,7 @@ class Watch:
         self._quiet_until = 0
         self._over = threading.Event()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._began = time.monotonic()
         threading.Thread(target=self._look, daemon=True).start()
         return self
@@ -111,9 +111,9 @@ class Watch:
             if not self._stalled and waited > self.patience:
                 self._stalled = True
                 usual = statistics.median(self._seconds)
-                text = f"no end of this step for {clock(waited)}; steps took {usual:.3g} s before"
+                text = f"no end of this step for {clock_time(waited)}; steps took {usual:.3g} s before"
                 self._tell(self._step, "stall", text, seconds=waited)
 
     def _tell(self, step: int, event: str, text: str, **facts: float) -> None:
-        say(f"{self.label}: step {step}: {text}")
+        notify(f"{self.label}: step {step}: {text}")
         self.report({"event": event, "step": step, **facts})

@@ -96,7 +96,7 @@ def add_prune(verbs: Any) -> None:
         "plan.safetensors) and writes a checkpoint that plain transformers opens. Shapes are rounded to steps; what "
         "was removed is printed beside what was asked.",
     )
-    prune.write_epilog = manual.prune
+    prune.write_epilog = manual.prune_epilog
     prune.add_argument("model", help="Hugging Face checkpoint directory")
     prune.add_argument("out", help="new directory to write")
     prune.add_argument("--method", required=True, help="one of the methods below")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from secateur.cli.verbs.answer import Answer
-from secateur.runtime import quiet
+from secateur.runtime import quiet_libraries
 
 __all__ = ["function_of"]
 
@@ -28,7 +28,7 @@ _MODULES = {
 
 def function_of(arguments: Namespace) -> Callable[[Namespace], Answer]:
     """What a verb calls. Its module alone is imported, since some take seconds and no verb needs all."""
-    quiet()
+    quiet_libraries()
     verb: str = arguments.verb
     module = _MODULES.get(f"{verb} {getattr(arguments, 'action', '')}", _MODULES[verb])
     name = {"eval": "evaluate", "study": f"study_{getattr(arguments, 'action', '')}"}.get(verb, verb)

@@ -17,13 +17,13 @@ from secateur.data.encode import Encoder
 from secateur.data.manifest import FORMAT, smallest_dtype, write_manifest
 from secateur.data.shards import SHARD_TOKENS, TokenStore
 from secateur.data.sources import Source, open_source
-from secateur.data.token_sources import FORMS, is_tokenized, open_tokenized
+from secateur.data.token_sources import TOKEN_SOURCE_FORMS, is_tokenized, open_tokenized
 from secateur.data.tokenizer import id_bound, load_tokenizer
 from secateur.errors import RunError, UserError
 from secateur.files import check_free, partial_directories, resumable_directory, sha256_tree
-from secateur.formatting import count, share, size
-from secateur.progress import clock, say
-from secateur.runtime import calm_environment, cores, environment
+from secateur.formatting import byte_size, count, percent
+from secateur.progress import clock_time, notify
+from secateur.runtime import calm_environment, core_count, environment
 from secateur.version import __version__
 
 __all__ = ["data"]
@@ -60,7 +60,7 @@ def data(arguments: Namespace) -> Answer:
             work,
             holdout=Holdout(arguments.holdout),
             documents=arguments.documents,
-            workers=arguments.workers or cores(),
+            workers=arguments.workers or core_count(),
             shard_tokens=asked["shard_tokens"],
         )
         told = {key: value for key, value in asked.items() if key not in ("format", "tokenizer_sha256", "shard_tokens")}
@@ -79,11 +79,13 @@ def _source(arguments: Namespace, out: Path) -> Source:
     unused += [("--split", split)] if scheme not in ("hf", "arrow") else []
     for option, value in unused:
         if value is not None:
-            say(f"{option} {value}: does not apply to {named}")
+            notify(f"{option} {value}: does not apply to {named}")
     if is_tokenized(named):
         source = open_tokenized(named, split=split or "train", domain=domain)
     else:
-        source = open_source(named, field=field or "text", split=split or "train", domain=domain, besides=FORMS)
+        source = open_source(
+            named, field=field or "text", split=split or "train", domain=domain, besides=TOKEN_SOURCE_FORMS
+        )
     folder = Path(rest).expanduser()
     if rest and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{out}: lies inside the source; name a directory elsewhere")
@@ -174,12 +176,12 @@ def _lines(answer: dict[str, Any]) -> list[str]:
     if answer["domains"]:
         sums = {name: sum(found["tokens"] for found in of.values()) for name, of in answer["domains"].items()}
         largest = sorted(sums, key=lambda name: -sums[name])
-        shown = [f"{name} {share(sums[name] / total)} ({count(sums[name])})" for name in largest[:12]]
+        shown = [f"{name} {percent(sums[name] / total)} ({count(sums[name])})" for name in largest[:12]]
         more = f" and {len(largest) - 12} more" if len(largest) > 12 else ""
         lines.append(f"domains      {', '.join(shown)}{more}, by tokens")
     return [
         *lines,
         f"vocabulary   {answer['vocabulary']:,}, ids as {answer['dtype']}",
         f"identity     {answer['fingerprint']}",
-        f"used         {clock(answer['seconds'])}, {size(answer['disk'])} of disk",
+        f"used         {clock_time(answer['seconds'])}, {byte_size(answer['disk'])} of disk",
     ]

@@ -10,12 +10,12 @@ from typing import Any
 from secateur.cli.verbs.answer import Answer
 from secateur.errors import UserError
 from secateur.evaluation.cost import sparsity
-from secateur.formatting import count, points, scientific, share
+from secateur.formatting import count, percent, points, scientific
 from secateur.methods.base import Method, get_method
-from secateur.model.checkpoint import Checkpoint, is_finite, positions, read_config
+from secateur.model.checkpoint import Checkpoint, is_finite, max_positions, read_config
 from secateur.model.shapes import SPACES, Shape, removed, solve_depth, solve_width
-from secateur.progress import say, task
-from secateur.pruning.pipeline import asked_words
+from secateur.progress import notify, track
+from secateur.pruning.pipeline import describe_target
 from secateur.pruning.target import Target
 
 __all__ = ["describe", "inspect", "shapes"]
@@ -37,9 +37,9 @@ def describe(shape: Shape, context: int) -> dict[str, Any]:
 def _context(asked: int | None, config: Any) -> int:
     """The window that FLOPs are averaged over: what was asked, unless the model's positions end before."""
     context = asked or CONTEXT
-    most = positions(config) or context
+    most = max_positions(config) or context
     if asked and most < asked:
-        say(f"FLOPs for windows of {most} tokens: the model has no more positions (--context is {asked})")
+        notify(f"FLOPs for windows of {most} tokens: the model has no more positions (--context is {asked})")
     return min(context, most)
 
 
@@ -83,7 +83,7 @@ def inspect(arguments: Namespace) -> Answer:
 def _not_finite(checkpoint: Checkpoint) -> list[str]:
     """The tensors that hold NaN or infinity."""
     names = checkpoint.tensors()
-    with task("look for NaN", len(names)) as progress:
+    with track("look for NaN", len(names)) as progress:
         found = []
         for name in names:
             if not is_finite(checkpoint.tensor(name)):
@@ -219,8 +219,8 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows += [[label, *(text(found) for found in columns.values())] for label, text in _ROWS.items()]
     if any("removed" in found for found in columns.values()):
         gone = [found.get("removed") for found in columns.values()]
-        rows.append(["removed of all", *("" if g is None else share(g["total"]) for g in gone)])
-        rows.append(["removed outside embeddings", *("" if g is None else share(g["non_embedding"]) for g in gone)])
+        rows.append(["removed of all", *("" if g is None else percent(g["total"]) for g in gone)])
+        rows.append(["removed outside embeddings", *("" if g is None else percent(g["non_embedding"]) for g in gone)])
         drifts = [found.get("drift") for found in columns.values()]
         if any(drift is not None for drift in drifts):
             rows.append(["drift, points", *("" if d is None else points(d) for d in drifts)])
@@ -256,5 +256,5 @@ def _footer(results: Sequence[Mapping[str, Any]], target: Target) -> list[str]:
     """What was asked, and what else is to be known of the results."""
     asked = {"ratio": target.ratio, "of": results[0]["of"]} if target.ratio is not None else {}
     asked |= ({"shape": target.sizes} if target.sizes else {}) | ({"axes": target.axes} if target.axes else {})
-    words = asked_words(asked)
+    words = describe_target(asked)
     return [f"asked: {words}", *(f"note: {text}" for text in dict.fromkeys(r["note"] for r in results) if text)]

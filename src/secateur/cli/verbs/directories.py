@@ -34,10 +34,10 @@ def shared_directory(
         begun: files by which one is known.
         words: what a key of ``asked`` is called before people.
     """
-    distributed.same(what, fingerprint(asked))
+    distributed.require_equal(what, fingerprint(asked))
     theirs = contextlib.nullcontext(partial_directories(out))
     ours = resumable_directory(out, asked, resume=resume, begun=begun, words=words)
-    with ours if distributed.first() else theirs as found:
-        distributed.wait()  # until they are there
+    with ours if distributed.is_main() else theirs as found:
+        distributed.barrier()  # until they are there
         yield found
-        distributed.wait()  # until none reads in them any more
+        distributed.barrier()  # until none reads in them any more

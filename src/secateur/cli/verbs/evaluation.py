@@ -12,7 +12,7 @@ from secateur import distributed
 from secateur.cli.verbs.answer import Answer
 from secateur.cli.verbs.ids import protocol_of, window_length
 from secateur.cli.verbs.scores import comparison_table, results_table
-from secateur.comparison.items import compare as compare_results
+from secateur.comparison.items import compare_results
 from secateur.data.token_files import is_token_file
 from secateur.errors import UserError
 from secateur.evaluation.cost import Workload, measure_cost
@@ -20,10 +20,10 @@ from secateur.evaluation.lm_eval.accuracy import check_tasks
 from secateur.evaluation.lm_eval.groups import check_groups, measure_groups
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.evaluation.loss import Protocol
-from secateur.evaluation.results import LOSS, Measurement, Results, check_same_protocols, items_file
+from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, check_same_protocols, items_file
 from secateur.evaluation.suite import Suite, measure, text_protocols
-from secateur.model.checkpoint import Checkpoint, positions
-from secateur.progress import say
+from secateur.model.checkpoint import Checkpoint, max_positions
+from secateur.progress import notify
 from secateur.runtime import environment, pick_device, pick_dtype
 
 __all__ = ["compare", "evaluate"]
@@ -51,7 +51,7 @@ def evaluate(arguments: Namespace) -> Answer:
         for checkpoint, protocols in zip(checkpoints, every, strict=True)
         for name, protocol in protocols.items()
     )
-    room = [most for checkpoint in checkpoints if (most := positions(checkpoint.config)) is not None]
+    room = [most for checkpoint in checkpoints if (most := max_positions(checkpoint.config)) is not None]
     workload = Workload().within(min(room, default=None))  # one for all, so that times may stand side by side
     found, notes, halves = [], [], []
     for checkpoint, protocols, path in zip(checkpoints, every, outputs, strict=True):
@@ -59,19 +59,19 @@ def evaluate(arguments: Namespace) -> Answer:
         about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
         if path is not None:
             about |= {"digest": checkpoint.digest, "environment": environment()}
-        half = _Half(path, Results(str(checkpoint.directory), about=about))
+        half = _Half(path, EvaluationResults(str(checkpoint.directory), about=about))
         measured = half.measurements(checkpoint, model, protocols, tasks, arguments.batch)
         measured += measure_groups(listed.groups, measured)
         cost = measure_cost(checkpoint, model, workload) if suite.cost else None
         del model  # before the next one is loaded
-        found.append(Results(str(checkpoint.directory), measured, cost, about))
+        found.append(EvaluationResults(str(checkpoint.directory), measured, cost, about))
         notes += _notes(arguments, checkpoint, protocols)
         halves.append(half)
     for result, path, half in zip(found, outputs, halves, strict=True):
-        if path is not None and distributed.first():
+        if path is not None and distributed.is_main():
             result.save(path)
             half.remove()
-            say(f"{result.model}: results in {path}, items in {items_file(path).name}")
+            notify(f"{result.model}: results in {path}, items in {items_file(path).name}")
     answer = {"results": [result.record() for result in found], "notes": list(dict.fromkeys(notes))}
     text = "\n".join([results_table(found), *(f"note: {note}" for note in answer["notes"])])
     return answer, text, 0
@@ -85,7 +85,7 @@ class _Half:
         empty: of the model, with all that figures of one file have in common.
     """
 
-    def __init__(self, path: Path | None, empty: Results) -> None:
+    def __init__(self, path: Path | None, empty: EvaluationResults) -> None:
         self.path = path and path.with_name(f"{path.stem}.partial.json")
         self.empty = empty
 
@@ -103,20 +103,20 @@ class _Half:
         found = self._at_hand(prints)
         for measurement in measure(checkpoint, model, protocols, tasks, batch=batch, done=found.keys()):
             found[measurement.name] = measurement
-            if self.path and distributed.first():
+            if self.path and distributed.is_main():
                 replace(self.empty, measurements=list(found.values())).save(self.path)
         return [found[name] for name in prints]
 
     def _at_hand(self, prints: Mapping[str, str]) -> dict[str, Measurement]:
         try:
-            before = Results.load(self.path) if self.path else self.empty
+            before = EvaluationResults.load(self.path) if self.path else self.empty
         except UserError:  # there is none, or a kill came between its two files
             return {}
         if before.about != self.empty.about:
             return {}
         found = {m.name: m for m in before.measurements if prints.get(m.name) == m.protocol["fingerprint"]}
         if found:
-            say(f"{self.path}: {', '.join(found)} taken up from a run that did not end")
+            notify(f"{self.path}: {', '.join(found)} taken up from a run that did not end")
         return found
 
     def remove(self) -> None:
@@ -140,7 +140,7 @@ def _suite(arguments: Namespace) -> Suite:
     ):
         if given is not None and not needed:
             raise UserError(f"{option}: nothing that was asked for reads it; name a --suite that does")
-    if suite.cost and distributed.world() > 1:
+    if suite.cost and distributed.world_size() > 1:
         raise UserError("--suite cost: is measured in one process; run it without torchrun")
     return suite
 
@@ -196,5 +196,5 @@ def compare(arguments: Namespace) -> Answer:
     return answer, comparison_table(found, *names), 0
 
 
-def _load(side: str) -> Sequence[Results]:
-    return [Results.load(Path(name.strip())) for name in side.split(",")]
+def _load(side: str) -> Sequence[EvaluationResults]:
+    return [EvaluationResults.load(Path(name.strip())) for name in side.split(",")]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from secateur.data.domains import document_stream, held_out_stream
+from secateur.data.domains import document_stream, heldout_stream
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.token_files import is_token_file, read_token_file
@@ -16,8 +16,8 @@ from secateur.data.tokenizer import Stream, check_vocabulary, encode_documents, 
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.protocols import begins_with_bos
-from secateur.model.checkpoint import Checkpoint, positions
-from secateur.progress import say
+from secateur.model.checkpoint import Checkpoint, max_positions
+from secateur.progress import notify
 from secateur.pruning.pipeline import Calibration
 
 __all__ = ["WINDOWS", "calibration_of", "protocol_of", "window_length"]
@@ -46,7 +46,7 @@ def calibration_of(
             "give more text or a smaller --seqlen"
         )
     if len(cut) < most:
-        say(f"the calibration text gives {len(cut)} windows of {length} tokens ({most} were asked)")
+        notify(f"the calibration text gives {len(cut)} windows of {length} tokens ({most} were asked)")
     return Calibration(torch.from_numpy(cut), source)
 
 
@@ -72,7 +72,7 @@ def protocol_of(
     if source.startswith("shards:"):
         store = _shards(checkpoint, source)
         if windows and step == used:
-            stream = held_out_stream(store, windows, used)
+            stream = heldout_stream(store, windows, used)
         else:  # windows that overlap follow each other
             stream = document_stream(
                 store, "heldout", 0, min(limit or store.tokens("heldout"), store.tokens("heldout"))
@@ -86,7 +86,7 @@ def protocol_of(
 def window_length(checkpoint: Checkpoint, seqlen: int | None) -> int:
     """Tokens in a window of text: what was asked, unless the model's positions end before."""
     length = seqlen or SEQLEN
-    return min(length, positions(checkpoint.config) or length)
+    return min(length, max_positions(checkpoint.config) or length)
 
 
 def _encoded(
@@ -105,7 +105,7 @@ def _encoded(
     check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     stream = encode_documents(opened.documents(), tokenizer, tokens)
     if used < length:
-        say(f"windows of {used} tokens: the model has no more positions (--seqlen is {length})")
+        notify(f"windows of {used} tokens: the model has no more positions (--seqlen is {length})")
     return stream, used
 
 
@@ -129,10 +129,12 @@ def _file(
     checkpoint: Checkpoint, source: str, field: str | None, windows: int | None, seqlen: int | None
 ) -> NDArray[np.int64]:
     """All windows of a file of ids; options that would say otherwise do not apply, which is said aloud."""
-    ids = read_token_file(source, vocabulary=checkpoint.shape.vocabulary, positions=positions(checkpoint.config))
+    ids = read_token_file(source, vocabulary=checkpoint.shape.vocabulary, positions=max_positions(checkpoint.config))
     count, length = ids.shape
     said = {"--windows": windows not in (None, count), "--seqlen": seqlen not in (None, length), "--field": bool(field)}
     unused = [option for option, differs in said.items() if differs]
     if unused:
-        say(f"{source}: all its {count} windows of {length} tokens are used; {', '.join(unused)} does not apply to it")
+        notify(
+            f"{source}: all its {count} windows of {length} tokens are used; {', '.join(unused)} does not apply to it"
+        )
     return ids

@@ -17,21 +17,21 @@ from secateur.data.domains import ByDomain
 from secateur.data.shards import TokenStore
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
-from secateur.formatting import scientific, size
-from secateur.memory import Use, watched
+from secateur.formatting import byte_size, scientific
+from secateur.memory import ResourceUse, track_resources
 from secateur.methods.base import LearnedMethod
-from secateur.model.checkpoint import Checkpoint, positions
+from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
-from secateur.progress import say
-from secateur.pruning.learned import follow, learn, learning_recipe
-from secateur.pruning.memory_estimate import learning
+from secateur.progress import notify
+from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
+from secateur.pruning.memory_estimate import estimate_training_memory
 from secateur.pruning.pipeline import scoring_flops, write_pruned
 from secateur.pruning.target import Target
 from secateur.runtime import pick_batch, pick_dtype
 from secateur.training.batches import Tokens, WindowTokens
 from secateur.training.heldout import domain_protocols
-from secateur.training.loop import Housekeeping
+from secateur.training.loop import RunOptions
 from secateur.training.metrics import Metrics
 from secateur.training.mixture import Mixture
 from secateur.training.parallel import Execution
@@ -39,7 +39,7 @@ from secateur.training.recipe import Recipe
 from secateur.training.throughput import Meter
 from secateur.training.watchdog import stop_on_signals
 
-__all__ = ["learned"]
+__all__ = ["prune_learned"]
 
 _BEGUN = "**/checkpoints/step-*/state.json"
 _HELD_OUT = 32  #: windows of each domain that a loss along the way is measured on
@@ -60,14 +60,14 @@ class Lesson:
         return Mixture(self.tokens, self.ranges, recipe, steps)
 
 
-def learned(
+def prune_learned(
     arguments: Namespace,
     checkpoint: Checkpoint,
     method: LearnedMethod,
     targets: Sequence[Target],
     outputs: Sequence[Shape],
     device: str,
-) -> tuple[list[tuple[Path, Plan, dict[str, Any]]], Use]:
+) -> tuple[list[tuple[Path, Plan, dict[str, Any]]], ResourceUse]:
     """Learn, cut and write one model for each target.
 
     Returns:
@@ -96,21 +96,21 @@ def learned(
         out, asked, "what to prune, and how", resume=arguments.resume, begun=_BEGUN, words=_WORDS
     )
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
-    with stop_on_signals() as stop, watched(device) as use, directories as (fresh, work):
+    with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):
         for target, after in zip(targets, outputs, strict=True):
             name = "" if len(targets) == 1 else f"ratio-{target.ratio:g}"
             flops = scoring_flops(checkpoint.shape, after, method, method.tokens(lesson.sequence), lesson.sequence)
-            house = Housekeeping(
+            house = RunOptions(
                 folder=work / name / "checkpoints",
                 label=f"learn {name or out.name}",
                 save_every=max(1, method.steps // 10),
                 behind=device.startswith("cuda"),
-                metrics=Metrics(work / name / "metrics.jsonl" if distributed.first() else None),
+                metrics=Metrics(work / name / "metrics.jsonl" if distributed.is_main() else None),
                 meter=Meter(flops / method.tokens(lesson.sequence)),
                 stop=stop,
             )
             plan, trained = _learn(arguments, checkpoint, method, target, lesson, recipe, execution, house)
-            if distributed.first():
+            if distributed.is_main():
                 (fresh / name).mkdir(exist_ok=True)
                 content = write_pruned(trained, plan, fresh / name, base=Path(arguments.model).name)
                 shutil.move(work / name / "metrics.jsonl", fresh / name)
@@ -137,7 +137,7 @@ def _learn(
     lesson: Lesson,
     recipe: Recipe,
     execution: Execution,
-    house: Housekeeping,
+    house: RunOptions,
 ) -> tuple[Plan, Checkpoint]:
     """One target's training."""
     mixture = lesson.mixture(recipe, method.steps)
@@ -146,9 +146,9 @@ def _learn(
         told = {"losses": losses, "shares": mixture.weights, "passes": mixture.passes}
         house.metrics.write({"step": mixture.step, "domains": told})
 
-    measure = follow(mixture, lesson.protocols, recipe.micro_batch, tell)
+    measure = track_domain_losses(mixture, lesson.protocols, recipe.micro_batch, tell)
     trained = house.folder.with_name("trained")
-    if distributed.first():
+    if distributed.is_main():
         shutil.rmtree(trained, ignore_errors=True)
         trained.mkdir(parents=True)
     try:
@@ -193,7 +193,7 @@ def _lesson(arguments: Namespace, checkpoint: Checkpoint, method: LearnedMethod)
     stop = min(windows * sequence, store.tokens("train"))
     view = ByDomain(store, "train", 0, stop, sequence)
     for name, left in view.left_out.items():
-        say(f"domain {name!r}: its {left} tokens are less than a window of {sequence}, and are not read")
+        notify(f"domain {name!r}: its {left} tokens are less than a window of {sequence}, and are not read")
     count = sum((end - start) // sequence for start, end in view.ranges.values())
     record = {"source": source, "windows": count, "seqlen": sequence, "tokens": stop, "hash": store.fingerprint}
     return Lesson(view, view.ranges, record, sequence, domain_protocols(store, sequence, _HELD_OUT))
@@ -214,25 +214,25 @@ def _announce(
         UserError: if the disk has not that much room.
     """
     if arguments.states != "auto":
-        say(f"--states: without effect, since {arguments.method} trains the whole model and keeps no states")
+        notify(f"--states: without effect, since {arguments.method} trains the whole model and keeps no states")
     tokens, shape = method.tokens(lesson.sequence), checkpoint.shape
-    if limit := positions(checkpoint.config):
+    if limit := max_positions(checkpoint.config):
         assert lesson.sequence <= limit
-    memory, disk = learning(shape, outputs, recipe, trained=method.rate > 0, dtype=execution.dtype)
+    memory, disk = estimate_training_memory(shape, outputs, recipe, trained=method.rate > 0, dtype=execution.dtype)
     disk += checkpoint.stored_bytes
     parent = next(folder for folder in Path(arguments.out).absolute().parents if folder.exists())
     room = shutil.disk_usage(parent).free
     passes = tokens / (lesson.record["windows"] * lesson.sequence)
     flops = scoring_flops(shape, outputs[0], method, tokens, lesson.sequence)
     again = f", the text read {passes:.1f} times" if passes > 1.05 else ""
-    say(
+    notify(
         f"estimate: {tokens:,} tokens in {method.steps} steps{again}, {scientific(flops)} FLOPs"
         + (" for each ratio" if len(outputs) > 1 else "")
-        + f"; {size(memory / distributed.world())} of memory above the program's own"
-        + (f" in each of {distributed.world()} processes" if distributed.world() > 1 else "")
-        + f", {size(disk)} of disk (free: {size(room)})"
+        + f"; {byte_size(memory / distributed.world_size())} of memory above the program's own"
+        + (f" in each of {distributed.world_size()} processes" if distributed.world_size() > 1 else "")
+        + f", {byte_size(disk)} of disk (free: {byte_size(room)})"
     )
     if disk > room:
         raise UserError(
-            f"{arguments.out}: needs about {size(disk)} of disk, and {size(room)} are free; write elsewhere"
+            f"{arguments.out}: needs about {byte_size(disk)} of disk, and {byte_size(room)} are free; write elsewhere"
         )

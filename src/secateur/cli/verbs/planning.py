@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.cli.verbs.answer import Answer
-from secateur.cli.verbs.studies import opened
+from secateur.cli.verbs.studies import open_study
 from secateur.formatting import count, scientific
-from secateur.study.planner import saved_by_trunks, tokens_needed
+from secateur.study.planner import tokens_needed, trunk_savings
 from secateur.study.stage import Stage, unique
 
 __all__ = ["study_plan"]
@@ -30,11 +30,11 @@ _FORMULA = (
 
 def study_plan(arguments: Namespace) -> Answer:
     """``secateur study plan FILE``."""
-    study, stages, _ = opened(arguments)
+    study, stages, _ = open_study(arguments)
     stages = unique(stages)
     speed = arguments.flops_per_second or _SPEED
     flops = sum(stage.flops for stage in stages)
-    trained, alone = saved_by_trunks(stages)
+    trained, alone = trunk_savings(stages)
     answer: dict[str, Any] = {
         "study": study.name,
         "stages": [_row(stage) for stage in stages],

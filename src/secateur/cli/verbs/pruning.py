@@ -15,20 +15,28 @@ from secateur.calibration.journal import Workspace
 from secateur.cli.verbs.answer import Answer
 from secateur.cli.verbs.directories import shared_directory
 from secateur.cli.verbs.ids import calibration_of
-from secateur.cli.verbs.learning import learned
+from secateur.cli.verbs.learning import prune_learned
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.files import BLOCKS, check_free, partial_directories
-from secateur.formatting import points, share, size
-from secateur.memory import Use, free_device_memory, free_memory, watched
+from secateur.formatting import byte_size, percent, points
+from secateur.memory import ResourceUse, free_device_memory, free_memory, track_resources
 from secateur.methods.base import LearnedMethod, Method, get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
-from secateur.progress import clock, say
-from secateur.pruning.memory_estimate import Estimate, estimate
-from secateur.pruning.pipeline import Calibration, achieved, asked_words, make_plan, reads_text, task_of, write_pruned
+from secateur.progress import clock_time, notify
+from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory
+from secateur.pruning.pipeline import (
+    Calibration,
+    describe_target,
+    make_plan,
+    reads_text,
+    removed_shares,
+    task_of,
+    write_pruned,
+)
 from secateur.pruning.target import Target
 from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
 
@@ -59,7 +67,7 @@ def prune(arguments: Namespace) -> Answer:
         raise UserError(f"{out}: lies in the model's directory {arguments.model}; name one outside it")
     _check_tokenizer(checkpoint)
     if isinstance(method, LearnedMethod):
-        return _answer(arguments, *learned(arguments, checkpoint, method, targets, outputs, device))
+        return _answer(arguments, *prune_learned(arguments, checkpoint, method, targets, outputs, device))
     calibration = _calibration(arguments, checkpoint, method)
     dtype = pick_dtype(arguments.dtype, device)
     states = _announce(arguments, checkpoint, method, calibration, outputs, device, dtype)
@@ -70,16 +78,16 @@ def prune(arguments: Namespace) -> Answer:
         "targets": [target.record(method) for target in targets],
         "calibration": calibration.record() if calibration else None,
         "batch": arguments.batch,
-        "device": device.partition(":")[0] if distributed.world() > 1 else device,
+        "device": device.partition(":")[0] if distributed.world_size() > 1 else device,
         "dtype": str(dtype),
-        "processes": distributed.world(),
+        "processes": distributed.world_size(),
         "versions": environment(),
     }
     work = partial_directories(out)[1]
     if arguments.resume and not any(work.glob(BLOCKS)):
-        say(f"--resume: there is no unfinished run in {work.parent}; this one starts from the beginning")
+        notify(f"--resume: there is no unfinished run in {work.parent}; this one starts from the beginning")
     directories = shared_directory(out, asked, "what to prune, and how", resume=arguments.resume, words=_WORDS)
-    with watched(device) as use, directories as (fresh, work):
+    with track_resources(device) as use, directories as (fresh, work):
         workspace = Workspace(work, states)
         done: list[tuple[Path, Plan, dict[str, Any]]] = []
         for target in targets:
@@ -95,7 +103,7 @@ def prune(arguments: Namespace) -> Answer:
                 dtype=dtype,
                 workspace=workspace,
             )
-            if not distributed.first():
+            if not distributed.is_main():
                 continue
             name = "" if len(targets) == 1 else f"ratio-{target.ratio:g}"
             (fresh / name).mkdir(exist_ok=True)
@@ -125,7 +133,7 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
         try:
             tokenizer = load_tokenizer(checkpoint.directory)
         except UserError as error:
-            say(f"{error}; it is copied as it is")
+            notify(f"{error}; it is copied as it is")
             return
         check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
 
@@ -159,8 +167,8 @@ def _announce(
     Raises:
         UserError: if the disk has not that much room.
     """
-    windows, seqlen = distributed.share(calibration.windows, 0).shape if calibration else (0, 0)
-    needs = estimate(
+    windows, seqlen = distributed.shard(calibration.windows, 0).shape if calibration else (0, 0)
+    needs = estimate_memory(
         method,
         checkpoint.shape,
         windows,
@@ -172,18 +180,18 @@ def _announce(
     )
     where = _place_of_states(needs, device) if arguments.states == "auto" else arguments.states
     parent = next(folder for folder in Path(arguments.out).absolute().parents if folder.exists())
-    room, disk = shutil.disk_usage(parent).free, needs.disk(where, distributed.world())
-    said = [f"{size(needs.host(device, where))} of memory above the program's own"]
-    if distributed.world() > 1:
-        said[0] += f" in each of {distributed.world()} processes"
+    room, disk = shutil.disk_usage(parent).free, needs.disk(where, distributed.world_size())
+    said = [f"{byte_size(needs.host(device, where))} of memory above the program's own"]
+    if distributed.world_size() > 1:
+        said[0] += f" in each of {distributed.world_size()} processes"
     if device != "cpu":
-        said.append(f"{size(needs.device(where))} on the device")
-    said.append(f"{size(disk)} of disk (free: {size(room)})")
-    states = f"; states ({size(needs.states)}) {_PLACES[where]}" if windows else ""
-    say(f"estimate: {', '.join(said)}{states}; the time shows after the first block")
+        said.append(f"{byte_size(needs.device(where))} on the device")
+    said.append(f"{byte_size(disk)} of disk (free: {byte_size(room)})")
+    states = f"; states ({byte_size(needs.states)}) {_PLACES[where]}" if windows else ""
+    notify(f"estimate: {', '.join(said)}{states}; the time shows after the first block")
     if disk > room:
         raise UserError(
-            f"{arguments.out}: needs about {size(disk)} of disk, and {size(room)} are free; write elsewhere"
+            f"{arguments.out}: needs about {byte_size(disk)} of disk, and {byte_size(room)} are free; write elsewhere"
         )
     return where
 
@@ -192,11 +200,11 @@ _PLACES = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
 _SMALL = 8e9  #: bytes on a GPU; 128 windows of 2048 tokens are 2.1 GB of states of a model with 8B parameters
 
 
-def _place_of_states(needs: Estimate, device: str) -> str:
+def _place_of_states(needs: MemoryEstimate, device: str) -> str:
     """On a GPU, where they are computed, if all stays small there; else in memory, or on disk where that is short."""
     if device.startswith("cuda") and needs.device("device") <= min(free_device_memory(device) / 2, _SMALL):
         return "device"
-    free, here = free_memory(), distributed.local()[1]
+    free, here = free_memory(), distributed.local_rank()[1]
     return "disk" if free is not None and here * needs.host(device, "ram") > 0.6 * free else "ram"
 
 
@@ -234,28 +242,30 @@ def _calibration(arguments: Namespace, checkpoint: Checkpoint, method: Method) -
         )
     reason = f"{arguments.method} " + (f"goes by the task {task_of(method)}" if task_of(method) else "looks at no text")
     if source is not None:
-        say(f"--calibration {source}: is not read, since {reason}")
+        notify(f"--calibration {source}: is not read, since {reason}")
     given = {"--states": arguments.states != "auto", "--dtype": arguments.dtype != "auto"}
     if not task_of(method):
         given["--batch"] = arguments.batch
     if source is None:  # else they go with it
         given |= {"--windows": arguments.windows, "--seqlen": arguments.seqlen, "--field": arguments.field}
     if unused := [option for option, is_given in given.items() if is_given]:
-        say(f"{', '.join(unused)}: without effect, since {reason}")
+        notify(f"{', '.join(unused)}: without effect, since {reason}")
     return None
 
 
-def _answer(arguments: Namespace, done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: Use) -> Answer:
-    if not distributed.first():
+def _answer(arguments: Namespace, done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: ResourceUse) -> Answer:
+    if not distributed.is_main():
         return {}, "", 0
     told = [_told(arguments, *one) for one in done]
-    used = {"seconds": use.seconds, "memory": use.memory, "device": use.device, "processes": distributed.world()}
+    used = {"seconds": use.seconds, "memory": use.memory, "device": use.device, "processes": distributed.world_size()}
     answer = {**told[0][0], "used": used}
     if len(told) > 1:
         answer = {"out": str(arguments.out), "outputs": [one for one, _ in told], "used": used}
-    said = f"{clock(use.seconds)}" + (f", at most {size(use.memory)} of memory" if use.memory is not None else "")
-    said += f", {size(use.device)} on the device" if use.device is not None else ""
-    said += f" (the first of {distributed.world()} processes)" if distributed.world() > 1 else ""
+    said = f"{clock_time(use.seconds)}" + (
+        f", at most {byte_size(use.memory)} of memory" if use.memory is not None else ""
+    )
+    said += f", {byte_size(use.device)} on the device" if use.device is not None else ""
+    said += f" (the first of {distributed.world_size()} processes)" if distributed.world_size() > 1 else ""
     lines = [line for _, lines in told for line in [*lines, ""]]
     lines[-1] = f"used         {said}"
     lines.append(f"next         secateur eval {done[0][0]} --data text:FILE")
@@ -264,7 +274,7 @@ def _answer(arguments: Namespace, done: Sequence[tuple[Path, Plan, dict[str, Any
 
 def _told(arguments: Namespace, out: Path, plan: Plan, content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """One output, for programs and for people."""
-    ratio = achieved(plan)
+    ratio = removed_shares(plan)
     answer = {
         "out": str(out),
         "method": arguments.method,
@@ -275,14 +285,13 @@ def _told(arguments: Namespace, out: Path, plan: Plan, content: dict[str, Any]) 
         "plan": content["fingerprint"],
         "summary": plan.summary,
     }
-    removed = (
-        f"{share(ratio['total'])} of all parameters, {share(ratio['non_embedding'])} of those outside the embeddings"
-    )
+    outside = percent(ratio["non_embedding"])
+    removed = f"{percent(ratio['total'])} of all parameters, {outside} of those outside the embeddings"
     if "block_weights" in ratio:
-        removed += f", {share(ratio['block_weights'])} of the weights of the blocks' linears"
+        removed += f", {percent(ratio['block_weights'])} of the weights of the blocks' linears"
     lines = [
         f"{out}: {arguments.method}, {plan.summary['detail']}",
-        f"asked        {asked_words(plan.asked)}",
+        f"asked        {describe_target(plan.asked)}",
         f"removed      {removed}",
     ]
     if ratio["drift"] is not None:

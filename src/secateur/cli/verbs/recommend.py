@@ -13,12 +13,12 @@ from secateur.cli.verbs.costs import Price, Sizes, costs
 from secateur.cli.verbs.pilot import write_pilot
 from secateur.cli.verbs.recommend_text import text
 from secateur.errors import UserError, did_you_mean
-from secateur.forecast.advice import Account, Case, Question, advise, bearing, case_of
+from secateur.forecast.advice import AdviceAccount, Case, Question, advise, bearing, case_of
 from secateur.forecast.curve import PATHS
 from secateur.forecast.evidence import Evidence, of_study
 from secateur.forecast.published import published
 from secateur.model.shapes import Shape, solve_depth, solve_width
-from secateur.progress import task
+from secateur.progress import track
 from secateur.report.forecast_prose import crossover_json
 
 __all__ = ["recommend"]
@@ -63,7 +63,7 @@ def _cases(evidence: Evidence, question: Question, noise: float | None) -> tuple
     found: list[Case] = []
     refused: list[str] = []
     groups = bearing(evidence, question)
-    with task("fit the curves", len(groups)) as progress:
+    with track("fit the curves", len(groups)) as progress:
         for points in groups:
             try:
                 found.append(case_of(evidence, question, points, noise))
@@ -168,7 +168,7 @@ def _case(case: Case, question: Question) -> dict[str, Any]:
     }
 
 
-def _account(case: Case, account: Account, question: Question) -> dict[str, Any]:
+def _account(case: Case, account: AdviceAccount, question: Question) -> dict[str, Any]:
     """One account in the question's tokens; None for a budget beyond what the runs can tell."""
     tokens = question.tokens + account.extra
     return {

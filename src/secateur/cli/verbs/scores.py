@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from secateur.comparison.items import FEW, Comparison
-from secateur.evaluation.results import Measurement, Results, check_same_protocols
+from secateur.evaluation.results import EvaluationResults, Measurement, check_same_protocols
 from secateur.evaluation.suite import ZERO_SHOT
 
 __all__ = ["comparison_table", "results_table"]
@@ -17,7 +17,7 @@ __all__ = ["comparison_table", "results_table"]
 _ABSENT = "-"
 
 
-def results_table(results: Sequence[Results]) -> str:
+def results_table(results: Sequence[EvaluationResults]) -> str:
     """Figures of one or several models side by side, and under which protocols they hold.
 
     Raises:
@@ -61,7 +61,7 @@ def _detail(measured: Measurement | None, key: str) -> str:
     return f"{measured.details[key]:.4f}" if measured else _ABSENT
 
 
-def _breakdown(name: str, results: Sequence[Results], key: str, title: Any) -> list[list[str]]:
+def _breakdown(name: str, results: Sequence[EvaluationResults], key: str, title: Any) -> list[list[str]]:
     """Rows of the parts of a loss; all models have the same ones, since the protocol is one."""
     parts = [found.details.get(key, []) if (found := r.of(name)) else [] for r in results]
     first = next((p for p in parts if p), [])
@@ -93,7 +93,7 @@ def _protocol(measured: Measurement) -> str:
     )
 
 
-def _costs(results: Sequence[Results]) -> list[list[str]]:
+def _costs(results: Sequence[EvaluationResults]) -> list[list[str]]:
     """A row for each figure of cost."""
     tables = [{_key(f): f for f in r.cost["figures"]} if r.cost else {} for r in results]
     keys = dict.fromkeys(key for table in tables for key in table)

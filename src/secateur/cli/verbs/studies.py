@@ -11,18 +11,18 @@ from secateur import distributed, progress
 from secateur.cli.verbs.answer import Answer
 from secateur.errors import REQUEUE, RunError, UserError, did_you_mean
 from secateur.evaluation.lm_eval.harness import import_harness
-from secateur.progress import say
+from secateur.progress import notify
 from secateur.report.judgement import answer_json, judge
 from secateur.report.page import build_report, build_versus
-from secateur.report.studies import versus
+from secateur.report.studies import compare_studies
 from secateur.report.tables import versus_rows
 from secateur.report.terminal import text_table, text_versus
 from secateur.runtime import pick_device
 from secateur.study.collect import collect
-from secateur.study.explain import why
+from secateur.study.explain import explain_stage
 from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
-from secateur.study.runner.local import die_with
+from secateur.study.runner.local import exit_with_parent
 from secateur.study.runner.scheduler import Outcome, run_stages, survey
 from secateur.study.runner.slurm import parse_slurm, run_on_slurm
 from secateur.study.spec import Study, load_study
@@ -30,7 +30,7 @@ from secateur.study.stage import Stage, unique, with_inputs
 from secateur.study.status import rows, summary, watch
 from secateur.study.store import Store
 
-__all__ = ["demo", "opened", "study_explain", "study_report", "study_run", "study_stage", "study_status"]
+__all__ = ["demo", "open_study", "study_explain", "study_report", "study_run", "study_stage", "study_status"]
 
 
 def demo(arguments: Namespace) -> Answer:
@@ -41,7 +41,7 @@ def demo(arguments: Namespace) -> Answer:
     return study_run(arguments)
 
 
-def opened(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
+def open_study(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
     """The study of a file, its stages, and where they lie."""
     study = load_study(Path(arguments.file))
     try:
@@ -54,7 +54,7 @@ def opened(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
 
 def study_run(arguments: Namespace) -> Answer:
     """``secateur study run FILE``."""
-    study, stages, store = opened(arguments)
+    study, stages, store = open_study(arguments)
     runs = _chosen(unique(stages), arguments.only)
     if arguments.dry_run:
         return _dry_run(study, runs, stages, store)
@@ -67,7 +67,7 @@ def study_run(arguments: Namespace) -> Answer:
     if arguments.launcher == "local":
         device = pick_device(device)
     cells = sum(s.kind == "train" for s in runs)
-    say(f"{study.name}: {len(runs)} stages ({cells} training runs) in {store.out}")
+    notify(f"{study.name}: {len(runs)} stages ({cells} training runs) in {store.out}")
     file, keep_going = Path(arguments.file), arguments.keep_going
     if arguments.launcher == "slurm":
         outcome = run_on_slurm(runs, store.out, file, options=slurm, device=device, keep_going=keep_going)
@@ -93,11 +93,13 @@ def study_run(arguments: Namespace) -> Answer:
 def _tell(outcome: Outcome, study: Study, store: Store) -> None:
     parts = [f"{outcome.already} stages found done", f"{outcome.ran - len(outcome.failed)} run"]
     parts += [f"{outcome.elsewhere} done by other processes"] if outcome.elsewhere else []
-    say(", ".join([*parts, f"{len(outcome.failed)} failed"]))
+    notify(", ".join([*parts, f"{len(outcome.failed)} failed"]))
     if outcome.left:
-        say(f"{len(outcome.left)} stages were not started after the failure; --keep-going runs what does not need it")
+        notify(
+            f"{len(outcome.left)} stages were not started after the failure; --keep-going runs what does not need it"
+        )
     if outcome.failed:
-        say(f"what each stage said is in {store.out / 'logs'}")
+        notify(f"what each stage said is in {store.out / 'logs'}")
 
 
 def _chosen(stages: list[Stage], patterns: list[str]) -> list[Stage]:
@@ -119,7 +121,9 @@ def _dry_run(study: Study, runs: list[Stage], stages: list[Stage], store: Store)
     """What ``study run`` would do, and why; nothing is run or written."""
     found = survey(runs, store)
     told = [
-        (s, why(s, stages, store, found.damaged.get(s.fingerprint))) for s in runs if s.fingerprint not in found.done
+        (s, explain_stage(s, stages, store, found.damaged.get(s.fingerprint)))
+        for s in runs
+        if s.fingerprint not in found.done
     ]
     rows = [{"kind": s.kind, "name": s.name, "state": w.state, "reason": w.reason} for s, w in told]
     answer = {"study": study.name, "out": str(store.out), "already_done": len(found.done), "would_run": rows}
@@ -130,7 +134,7 @@ def _dry_run(study: Study, runs: list[Stage], stages: list[Stage], store: Store)
 
 def study_status(arguments: Namespace) -> Answer:
     """``secateur study status FILE``."""
-    study, stages, store = opened(arguments)
+    study, stages, store = open_study(arguments)
     title = f"{study.name} in {store.out}"
     found = watch(lambda: rows(stages, store), title) if arguments.watch else rows(stages, store)
     told = [{"kind": r.kind, "name": r.name, "state": r.state, "note": r.note} for r in found]
@@ -142,14 +146,14 @@ def study_status(arguments: Namespace) -> Answer:
 
 def study_explain(arguments: Namespace) -> Answer:
     """``secateur study explain FILE STAGE``."""
-    _, stages, store = opened(arguments)
+    _, stages, store = open_study(arguments)
     named = [s for s in unique(stages) if arguments.stage in (s.name, f"{s.kind} {s.name}", s.fingerprint)]
     if not named:
         names = {s.name for s in stages} | {f"{s.kind} {s.name}" for s in stages}
         raise UserError(f"{arguments.stage}: no stage of {arguments.file}{did_you_mean(arguments.stage, names)}")
     told, lines = [], []
     for stage in named:
-        found = why(stage, stages, store, store.damage(stage) if store.done(stage) else None)
+        found = explain_stage(stage, stages, store, store.damage(stage) if store.done(stage) else None)
         changes = [{"field": c.field, "old": c.old, "new": c.new} for c in found.changes]
         told.append({"kind": stage.kind, "name": stage.name, "fingerprint": stage.fingerprint, "state": found.state})
         told[-1] |= {"reason": found.reason, "nearest": found.nearest, "changes": changes}
@@ -163,22 +167,22 @@ def study_explain(arguments: Namespace) -> Answer:
 
 def study_stage(arguments: Namespace) -> Answer:
     """``secateur study stage FILE FINGERPRINT``: do one stage, as launchers ask for it."""
-    from secateur.study.runner.worker import do_stage, on_device
+    from secateur.study.runner.worker import on_device, run_stage_attempt
 
     if arguments.parent:
-        die_with(arguments.parent)
+        exit_with_parent(arguments.parent)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # which a scheduler sends to the job as a whole
-    _, stages, store = opened(arguments)
+    _, stages, store = open_study(arguments)
     stage = next((s for s in stages if s.fingerprint == arguments.fingerprint), None)
     if stage is None:
         raise UserError(
             f"{arguments.fingerprint}: no stage of {arguments.file}, which has changed; run the study again"
         )
-    progress.set_listener(progress.Nobody())  # the stage has a log
-    ended = do_stage(on_device(stage, pick_device(arguments.device)), store)
+    progress.set_listener(progress.SilentListener())  # the stage has a log
+    ended = run_stage_attempt(on_device(stage, pick_device(arguments.device)), store)
     if ended.how == "done":
         return {"stage": stage.name, "how": ended.how}, f"{stage.kind} {stage.name}: done", 0
-    if ended.how == "elsewhere" and not distributed.first():
+    if ended.how == "elsewhere" and not distributed.is_main():
         return {}, "", 0
     raise RunError(f"{stage.kind} {stage.name}: {ended.text}", REQUEUE if ended.how == "stopped" else 1)
 
@@ -188,13 +192,13 @@ def study_report(arguments: Namespace) -> Answer:
     if arguments.other is None:
         if arguments.other_out:
             raise UserError("--other-out: says where a second study lies; name its file")
-        return _report(arguments, *opened(arguments))
+        return _report(arguments, *open_study(arguments))
     sides = []
     for file, out in ((arguments.file, arguments.out), (arguments.other, arguments.other_out)):
-        study, stages, store = opened(Namespace(file=file, out=out))
+        study, stages, store = open_study(Namespace(file=file, out=out))
         sides.append((judge(collect(study, stages, store, Path(file).read_text(encoding="utf-8"))), store))
     (a, store), (b, _) = sides
-    found = versus(a, b)
+    found = compare_studies(a, b)
     page = build_versus(found, store.out)
     rows = versus_rows(found)
     answer = {"a": a.results.name, "b": b.results.name, "page": str(page), "answer": found.answer, "rows": rows}

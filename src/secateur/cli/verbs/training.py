@@ -20,29 +20,29 @@ from secateur.data.shards import TokenStore
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
 from secateur.files import check_free, write_json
-from secateur.formatting import count, scientific, size
-from secateur.memory import Use, watched
+from secateur.formatting import byte_size, count, scientific
+from secateur.memory import ResourceUse, track_resources
 from secateur.model.checkpoint import (
     Checkpoint,
     copy_tokenizer,
-    positions,
+    max_positions,
     read_config,
     skeleton,
 )
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, load_masks
 from secateur.model.shapes import Shape, teacher_flops, train_flops
-from secateur.progress import clock, say
+from secateur.progress import clock_time, notify
 from secateur.runtime import environment, pick_device, pick_dtype
 from secateur.training.batches import Slice
 from secateur.training.checkpoints import FINISHED
 from secateur.training.distill import Distill, Distillation, check_teacher
-from secateur.training.heldout import held_out_loss
+from secateur.training.heldout import heldout_loss
 from secateur.training.init import fresh_weights, stored_weights
-from secateur.training.loop import Housekeeping
-from secateur.training.loop import train as run
+from secateur.training.loop import RunOptions
+from secateur.training.loop import train_loop as run
 from secateur.training.metrics import Metrics, check_trackers, open_trackers
 from secateur.training.output import write_trained
-from secateur.training.parallel import Execution, Trainee, place, place_teacher
+from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
 from secateur.training.recipe import Recipe
 from secateur.training.throughput import Meter, Peak, peak_of
 from secateur.training.watchdog import stop_on_signals
@@ -124,28 +124,28 @@ def train(arguments: Namespace) -> Answer:
     flops = train_flops(start.shape, data.tokens, recipe.sequence) + taught
     _announce(data, start, teacher, flops, execution, peak)
     directories = shared_directory(out, asked, "what to train, and how", resume=True, begun=FINISHED, words=_WORDS)
-    with stop_on_signals() as stop, watched(device) as use, directories as (fresh, work):
+    with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):
         named = (out.name, fingerprint(asked)[:16])
-        trackers = open_trackers(arguments.track or (), work, *named) if distributed.first() else ()
-        house = Housekeeping(
+        trackers = open_trackers(arguments.track or (), work, *named) if distributed.is_main() else ()
+        house = RunOptions(
             folder=work / "checkpoints",
             label=f"train {out.name}",
             save_every=arguments.save_every,
             keep=arguments.keep,
             behind=device.startswith("cuda"),
-            metrics=Metrics(work / "metrics.jsonl" if distributed.first() else None, trackers),
-            meter=Meter(flops / data.tokens, peak.flops * distributed.world()),
+            metrics=Metrics(work / "metrics.jsonl" if distributed.is_main() else None, trackers),
+            meter=Meter(flops / data.tokens, peak.flops * distributed.world_size()),
             stop=stop,
         )
         model = skeleton(start.config, start.directory)
         objective = teacher.objective(execution) if teacher else None
-        trainee = place(model, _weights(start, model, recipe), execution, objective)
+        trainee = place_model(model, _weights(start, model, recipe), execution, objective)
         try:
             result = run(
                 trainee,
                 data,
                 masks=start.masks,
-                measure=lambda model: held_out_loss(model, protocol, recipe.micro_batch) if protocol else None,
+                measure=lambda model: heldout_loss(model, protocol, recipe.micro_batch) if protocol else None,
                 points=arguments.points,
                 house=house,
             )
@@ -155,11 +155,13 @@ def train(arguments: Namespace) -> Answer:
         facts = {"asked": asked, "result": result, "flops": flops, "protocol": asked["evaluation"]["protocol"]}
         facts |= {"teacher_flops": taught} if teacher else {}
         _write(fresh, start, trainee, facts, dtype)
-        if distributed.first():
+        if distributed.is_main():
             for name in ("metrics.jsonl", *(arguments.track or ())):
                 if (work / name).exists():
                     shutil.move(work / name, fresh / name)
-    return _answer(arguments, start, {**facts, "meter": house.meter}, use, peak) if distributed.first() else ({}, "", 0)
+    return (
+        _answer(arguments, start, {**facts, "meter": house.meter}, use, peak) if distributed.is_main() else ({}, "", 0)
+    )
 
 
 #: what an unfinished run was asked for, as the command line has it
@@ -254,7 +256,7 @@ def _slice(arguments: Namespace, store: TokenStore, recipe: Recipe, start: Start
             f"--data {arguments.data}: has ids up to {store.vocabulary - 1}, but the model's vocabulary is "
             f"{start.shape.vocabulary}; build the data with the model's tokenizer"
         )
-    limit = positions(start.config)
+    limit = max_positions(start.config)
     if limit and recipe.sequence > limit:
         raise UserError(f"--set sequence={recipe.sequence}: the model has {limit} positions; set sequence={limit}")
     return Slice(store, first, last, recipe)
@@ -283,7 +285,7 @@ def _teacher(arguments: Namespace, start: Start, recipe: Recipe) -> Teacher | No
 def _protocol(store: TokenStore, windows: int, seqlen: int) -> Protocol | None:
     """The windows that the held-out loss is measured on; None where the data holds none out."""
     if "heldout" not in store.manifest.splits:
-        say("the data has no held-out split: no held-out loss is measured")
+        notify("the data has no held-out split: no held-out loss is measured")
         return None
     ids = store.read("heldout", 0, min(windows * seqlen, store.tokens("heldout")))
     return Protocol.of_stream(ids, seqlen, "held-out documents")
@@ -294,14 +296,14 @@ def _announce(
 ) -> None:
     sparse = f", {len(start.masks)} masked matrices" if start.masks else ""
     taught = f", distilled from {count(teacher.checkpoint.shape.total)}" if teacher else ""
-    say(
+    notify(
         f"{count(start.shape.total)} parameters{sparse}{taught}, {data.tokens:,} tokens in {data.steps:,} steps, "
-        f"{scientific(flops)} FLOPs; {distributed.world()} process(es) on {execution.device}, {execution.dtype}; "
-        f"MFU is of {scientific(peak.flops * distributed.world())} FLOPs a second ({peak.source})"
+        f"{scientific(flops)} FLOPs; {distributed.world_size()} process(es) on {execution.device}, {execution.dtype}; "
+        f"MFU is of {scientific(peak.flops * distributed.world_size())} FLOPs a second ({peak.source})"
     )
 
 
-def _write(out: Path, start: Start, trainee: Trainee, facts: dict[str, Any], dtype: str) -> None:
+def _write(out: Path, start: Start, trainee: TrainModule, facts: dict[str, Any], dtype: str) -> None:
     """The trained model as a checkpoint; all processes give their parts, the first one writes."""
     result = facts["result"]
     origin = "fresh weights" if start.checkpoint is None else f"the weights of {start.directory.name}"
@@ -322,7 +324,7 @@ def _write(out: Path, start: Start, trainee: Trainee, facts: dict[str, Any], dty
         },
         line=line,
     )
-    if not distributed.first():
+    if not distributed.is_main():
         return
     copy_tokenizer(start.directory, out)
     for name in (JSON_FILE, TENSOR_FILE) if start.masks else ():  # so that the masks hold in what follows as well
@@ -330,7 +332,7 @@ def _write(out: Path, start: Start, trainee: Trainee, facts: dict[str, Any], dty
     write_json(out / "train.json", {**facts, "versions": environment()})
 
 
-def _answer(arguments: Namespace, start: Start, facts: dict[str, Any], use: Use, peak: Peak) -> Answer:
+def _answer(arguments: Namespace, start: Start, facts: dict[str, Any], use: ResourceUse, peak: Peak) -> Answer:
     result, meter = facts["result"], facts["meter"]
     first, last = result["curve"][0]["loss"], result["curve"][-1]["loss"]
     speed = meter.tokens / meter.seconds if meter.seconds else None
@@ -360,7 +362,7 @@ def _answer(arguments: Namespace, start: Start, facts: dict[str, Any], use: Use,
     lines.append(f"FLOPs          {scientific(facts['flops'])}{theirs}")
     if speed:
         lines.append(f"speed          {speed:,.0f} tokens/s, MFU {mfu:.1%} ({peak.source})")
-    told = [f"{size(use.memory)} of memory"] if use.memory else []
-    told += [f"{size(use.device)} on the device"] if use.device else []
-    lines.append(f"took           {', '.join([clock(use.seconds), *told])}")
+    told = [f"{byte_size(use.memory)} of memory"] if use.memory else []
+    told += [f"{byte_size(use.device)} on the device"] if use.device else []
+    lines.append(f"took           {', '.join([clock_time(use.seconds), *told])}")
     return answer, "\n".join(lines), 0

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
-from secateur.evaluation.lm_eval.harness import import_harness, silenced
+from secateur.evaluation.lm_eval.harness import import_harness, silence
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.evaluation.results import Measurement
-from secateur.model.checkpoint import Checkpoint, positions
-from secateur.progress import say
+from secateur.model.checkpoint import Checkpoint, max_positions
+from secateur.progress import notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ def check_tasks(checkpoint: Checkpoint, tasks: Sequence[Task]) -> None:
         return
     _tokenizer(checkpoint)
     normalize = import_harness("lm_eval.models.utils").normalize_gen_kwargs
-    room = positions(checkpoint.config)
+    room = max_positions(checkpoint.config)
     for task in tasks:
         writing = [r for r in task.requests.instances if r.request_type == "generate_until"]
         most = max((normalize(request.args[1])["max_gen_toks"] for request in writing), default=0)
@@ -110,7 +110,7 @@ def answers(asked: Likelihoods, task: Task, directory: Path) -> list[Any]:
     found: list[Any] = [None] * len(instances)
     for kind, numbers in kinds.items():
         try:
-            with silenced():
+            with silence():
                 replies = getattr(asked, kind)([instances[number] for number in numbers])
         except ValueError:
             if kind != "loglikelihood":
@@ -137,7 +137,7 @@ def language_model(checkpoint: Checkpoint, model: PreTrainedModel, batch: int | 
         UserError: if lm-eval is not installed, or the checkpoint has no tokenizer, or one that the harness cannot use.
     """
     tokenizer = _tokenizer(checkpoint)
-    with silenced():
+    with silence():
         import_harness("lm_eval.models.huggingface")
         made: Any = import_harness("secateur.evaluation.lm_eval.likelihoods")
         return made.Likelihoods(model, tokenizer, batch=batch)
@@ -158,12 +158,12 @@ def say_truncation(asked: Likelihoods, task: Task) -> None:
     """Tell what the model had no positions for."""
     total = len(task.requests.instances)
     if asked.beheaded:
-        say(
+        notify(
             f"{task.name}: {asked.beheaded:,} of {total:,} requests are longer than the {asked.max_length} tokens that "
             "the model takes; their beginning is left out"
         )
     if asked.clipped:
-        say(
+        notify(
             f"{task.name}: in {asked.clipped:,} of them the choice alone is longer, so that only its last "
             f"{asked.max_length} tokens are scored, where lm-eval itself would give up"
         )

@@ -18,9 +18,9 @@ from secateur.config import fingerprint
 from secateur.errors import UserError, did_you_mean
 from secateur.evaluation.lm_eval.harness import import_harness, index, is_mentioned, is_task, near_tasks
 from secateur.evaluation.lm_eval.tasks import METRICS, Task
-from secateur.evaluation.results import Kind, Measurement
+from secateur.evaluation.results import Measurement, MeasurementKind
 
-__all__ = ["Group", "Member", "TaskList", "check_groups", "expand", "measure_groups"]
+__all__ = ["Member", "TaskGroup", "TaskList", "check_groups", "expand", "measure_groups"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Group:
+class TaskGroup:
     """A group that has a figure of its own."""
 
     name: str
@@ -47,7 +47,7 @@ class TaskList:
     """Single tasks, each of them once, and the groups among which there is an average."""
 
     members: tuple[Member, ...] = ()
-    groups: tuple[Group, ...] = ()
+    groups: tuple[TaskGroup, ...] = ()
 
 
 def expand(names: Sequence[str], *, where: str) -> TaskList:
@@ -61,7 +61,7 @@ def expand(names: Sequence[str], *, where: str) -> TaskList:
         UserError: if lm-eval is not installed or knows no such name, or two groups ask one task in different ways.
     """
     members: dict[str, Member] = {}
-    groups: dict[str, Group] = {}
+    groups: dict[str, TaskGroup] = {}
     for name in (found for given in names for found in _matching(given, where)):
         for member in [Member(name)] if _single(name) else _inside(name, {}, groups):
             known = members.setdefault(member.name, member)
@@ -90,7 +90,7 @@ def _single(name: str) -> bool:
     return name in METRICS or is_task(name)  # lm-eval need not be there to plan the usual ones
 
 
-def _inside(name: str, changes: Mapping[str, Any], groups: dict[str, Group]) -> Iterator[Member]:
+def _inside(name: str, changes: Mapping[str, Any], groups: dict[str, TaskGroup]) -> Iterator[Member]:
     """The tasks of a group or a tag, as its harness would build them; groups with a figure are added to ``groups``."""
     entry = index()[name]
     if entry.cfg is None:  # a tag
@@ -100,7 +100,7 @@ def _inside(name: str, changes: Mapping[str, Any], groups: dict[str, Group]) -> 
 
 
 def _of_group(
-    name: str, config: Mapping[str, Any], changes: Mapping[str, Any], groups: dict[str, Group]
+    name: str, config: Mapping[str, Any], changes: Mapping[str, Any], groups: dict[str, TaskGroup]
 ) -> Iterator[Member]:
     known = import_harness("lm_eval.config.group").GroupConfig
     fields = known.__dataclass_fields__
@@ -111,7 +111,7 @@ def _of_group(
     if group.aggregate_metric_list:
         averaged = group.aggregate_metric_list[0]
         metric = ",".join([str(averaged.metric), *(averaged.filter_list or [])[:1]])
-        groups[name] = Group(name, tuple(m.name for m in found), metric, averaged.weight_by_size)
+        groups[name] = TaskGroup(name, tuple(m.name for m in found), metric, averaged.weight_by_size)
         found = [Member(m.name, m.changes, m.metric or metric) for m in found]
     yield from found
 
@@ -124,7 +124,7 @@ def _averages(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _of_item(
-    parent: str, item: str | Mapping[str, Any], changes: Mapping[str, Any], groups: dict[str, Group]
+    parent: str, item: str | Mapping[str, Any], changes: Mapping[str, Any], groups: dict[str, TaskGroup]
 ) -> Iterator[Member]:
     """One line of a group's list: a name, a name with changes, or a group or task that is defined there."""
     own = {} if isinstance(item, str) else dict(item)
@@ -163,7 +163,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def check_groups(groups: Sequence[Group], tasks: Sequence[Task]) -> None:
+def check_groups(groups: Sequence[TaskGroup], tasks: Sequence[Task]) -> None:
     """See that every task of a group reports what the group averages, before anything is computed.
 
     Raises:
@@ -177,12 +177,12 @@ def check_groups(groups: Sequence[Group], tasks: Sequence[Task]) -> None:
                 raise UserError(f"{group.name}: averages {group.metric}, and {name} reports {told}; name its tasks")
 
 
-def _key(group: Group, reported: Iterable[str]) -> str | None:
+def _key(group: TaskGroup, reported: Iterable[str]) -> str | None:
     """What a task reports that its group averages."""
     return next((key for key in reported if group.metric in (key, key.partition(",")[0])), None)
 
 
-def measure_groups(groups: Sequence[Group], measured: Sequence[Measurement]) -> list[Measurement]:
+def measure_groups(groups: Sequence[TaskGroup], measured: Sequence[Measurement]) -> list[Measurement]:
     """The figure of each group, from those of its tasks: their mean, by their documents where the group says so.
 
     It has no items of its own: two models are compared on those of its tasks.
@@ -210,7 +210,7 @@ def measure_groups(groups: Sequence[Group], measured: Sequence[Measurement]) -> 
         same = all(
             str(key).removesuffix(",none") == task.protocol["metric"] for key, task in zip(keys, tasks, strict=True)
         )
-        kinds: set[Kind] = {task.kind for task in tasks}
+        kinds: set[MeasurementKind] = {task.kind for task in tasks}
         kind = kinds.pop() if same and len(kinds) == 1 else "score"
         value = float(np.average(values, weights=sizes))
         details = {"compared": same, **({"lower_is_better": True} if tasks[0].lower_is_better else {})}

@@ -27,7 +27,7 @@ __all__ = [
     "manager_of",
     "near_tasks",
     "place_of",
-    "silenced",
+    "silence",
 ]
 
 _NAME = re.compile(rb"""^["']?task["']?[ \t]*:[ \t]*["']?([^\s"'#\[{][^"'#\r\n]*?)["']?[ \t]*(?:#.*)?\r?$""", re.M)
@@ -48,7 +48,7 @@ def import_harness(module: str) -> Any:
 
 
 @contextlib.contextmanager
-def silenced() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Without the log messages of the harness, ``datasets`` and transformers."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -111,7 +111,7 @@ def _places() -> Mapping[str, Path]:
 def manager_of(name: str | None) -> Any:
     """The harness's manager of the one folder that a task lies in; of no folder for one that lies in none."""
     folder = None if name is None else place_of(name)
-    with silenced():
+    with silence():
         return _manager(import_harness("lm_eval.tasks").TaskManager, folder)
 
 
@@ -127,6 +127,6 @@ def index() -> Mapping[str, Any]:
     Raises:
         UserError: if lm-eval is not installed.
     """
-    progress.say("lm-eval: reading its index of groups of tasks, which takes ten seconds and more")
-    with silenced():
+    progress.notify("lm-eval: reading its index of groups of tasks, which takes ten seconds and more")
+    with silence():
         return import_harness("lm_eval.tasks").TaskManager().task_index

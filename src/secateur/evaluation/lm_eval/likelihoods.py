@@ -34,7 +34,7 @@ from secateur.runtime import pick_batch
 _HFLM: Any = importlib.import_module("lm_eval.models.huggingface").HFLM  # an optional dependency, without types
 normalize_gen_kwargs: Any = importlib.import_module("lm_eval.models.utils").normalize_gen_kwargs
 
-__all__ = ["Likelihoods", "Row", "rows_of"]
+__all__ = ["Likelihoods", "RequestRow", "rows_of"]
 
 _SEED = 1234
 _ROW = 512  #: tokens that a row of several requests may hold, unless twice its longest request is more
@@ -45,7 +45,7 @@ Tokenised = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @dataclass
-class Row:
+class RequestRow:
     """Requests that begin alike: ``shared`` ids, then a branch for each request, maybe an empty one."""
 
     shared: list[int]
@@ -131,14 +131,14 @@ class Likelihoods(_HFLM):
         """What the model writes behind each context, up to where the task says; all processes together."""
         found: dict[int, str] = {}
         one = self.batch_size_per_gpu
-        for rows in self._writing(requests)[distributed.rank() :: distributed.world()]:
+        for rows in self._writing(requests)[distributed.rank() :: distributed.world_size()]:
             self.batch_size_per_gpu = len(rows)
             torch.manual_seed(_SEED + rows[0])
             written = super().generate_until([requests[n] for n in rows], disable_tqdm=True)
             found |= dict(zip(rows, written, strict=True))
-            self.advance(len(rows) * distributed.world())
+            self.advance(len(rows) * distributed.world_size())
         self.batch_size_per_gpu = one
-        return distributed.add_texts(found, len(requests))
+        return distributed.gather_texts(found, len(requests))
 
     def _writing(self, requests: Sequence[Any]) -> list[list[int]]:
         """Batches of requests for text, by their numbers: of one way to write each, the longest first.
@@ -189,11 +189,11 @@ class Likelihoods(_HFLM):
         rows.sort(key=len, reverse=True)  # what would not fit into memory fails at once; stable, so deterministic
         found = torch.zeros(len(requests), 2, dtype=torch.float64)
         batches = list(_batches(rows, self.batch, str(self.device)))
-        for batch in batches[distributed.rank() :: distributed.world()]:
+        for batch in batches[distributed.rank() :: distributed.world_size()]:
             numbers = [number for row in batch for number in row.requests]
             found[numbers] = self._answers(batch)
-            self.advance(len(numbers) * distributed.world())
-        return [(value, bool(greedy)) for value, greedy in distributed.add(found).tolist()]
+            self.advance(len(numbers) * distributed.world_size())
+        return [(value, bool(greedy)) for value, greedy in distributed.all_reduce(found).tolist()]
 
     def _shares(self, cut: Sequence[tuple[list[int], int]]) -> bool:
         """Whether rows may hold several requests: layers that look back a few positions want masks of their own."""
@@ -202,7 +202,7 @@ class Likelihoods(_HFLM):
         window = getattr(config, "sliding_window", None)
         return config._attn_implementation in ("sdpa", "eager") and (window is None or longest <= window)
 
-    def _answers(self, rows: Sequence[Row]) -> Tensor:
+    def _answers(self, rows: Sequence[RequestRow]) -> Tensor:
         """Log-likelihood and greediness of the requests of some rows, one after the other: float64 [requests, 2]."""
         hidden = self._states(rows)
         every = [(r, row.scored(), row.targets) for r, row in enumerate(rows)]
@@ -214,7 +214,7 @@ class Likelihoods(_HFLM):
         answers = zip(values.cpu().split(counts), greedy.cpu().split(counts), strict=True)
         return torch.tensor([[float(v.double().sum()), float(g.all())] for v, g in answers], dtype=torch.float64)
 
-    def _states(self, rows: Sequence[Row]) -> Tensor:
+    def _states(self, rows: Sequence[RequestRow]) -> Tensor:
         """What the head reads: [rows, tokens of the longest, hidden]."""
         width = max(map(len, rows))
         ids, places = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
@@ -243,7 +243,7 @@ def _texts(context: str, continuation: str) -> tuple[str, ...]:
     return (context + continuation, context.rstrip()) if context else ()
 
 
-def rows_of(requests: Iterable[tuple[list[int], list[int]]], *, share: bool = True) -> list[Row]:
+def rows_of(requests: Iterable[tuple[list[int], list[int]]], *, share: bool = True) -> list[RequestRow]:
     """Put requests that follow each other and begin alike into common rows.
 
     A request joins the row before it if a fourth of every request there would be shared still, and the row not too
@@ -253,7 +253,7 @@ def rows_of(requests: Iterable[tuple[list[int], list[int]]], *, share: bool = Tr
         requests: ids that the model reads, and what the last of them are to predict.
         share: whether requests may have common rows.
     """
-    rows: list[Row] = []
+    rows: list[RequestRow] = []
     longest = 0  # request in the row
     for number, (ids, targets) in enumerate(requests):
         if rows and share:
@@ -269,7 +269,7 @@ def rows_of(requests: Iterable[tuple[list[int], list[int]]], *, share: bool = Tr
                 row.requests.append(number)
                 longest = most
                 continue
-        rows.append(Row(ids, [[]], [targets], [number]))
+        rows.append(RequestRow(ids, [[]], [targets], [number]))
         longest = len(ids)
     return rows
 
@@ -282,7 +282,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return min(len(one), len(other))
 
 
-def _batches(rows: Sequence[Row], batch: int | None, device: str) -> Iterable[Sequence[Row]]:
+def _batches(rows: Sequence[RequestRow], batch: int | None, device: str) -> Iterable[Sequence[RequestRow]]:
     """Rows, the longest first, as many at once as were asked for, or as suit the device."""
     start = 0
     while start < len(rows):

@@ -21,10 +21,10 @@ from typing import Any
 from secateur import progress
 from secateur.config import fingerprint
 from secateur.errors import UserError
-from secateur.evaluation.lm_eval.harness import import_harness, manager_of, silenced
+from secateur.evaluation.lm_eval.harness import import_harness, manager_of, silence
 from secateur.evaluation.lm_eval.task_files import local_changes, task_file
 from secateur.evaluation.loss import perplexity
-from secateur.evaluation.results import Kind
+from secateur.evaluation.results import MeasurementKind
 
 __all__ = ["METRICS", "Requests", "Score", "Task"]
 
@@ -89,7 +89,7 @@ class Task:
 class Score:
     """What the answers to a task are worth."""
 
-    kind: Kind
+    kind: MeasurementKind
     value: float
     items: list[dict[str, Any]]  #: for each document its ``value``, None if it has none of its own, maybe ``tokens``
     details: dict[str, Any]  #: ``metrics``: all that the harness reports
@@ -168,7 +168,7 @@ class Requests:
             request.resps.append(answer)
         metrics: dict[str, float] = {}
         own: list[Any] = []
-        with silenced(), contextlib.redirect_stderr(io.StringIO()):
+        with silence(), contextlib.redirect_stderr(io.StringIO()):
             self.harness.apply_filters()
             for name in self.documents[0][0].filtered_resps:
                 found = [
@@ -201,7 +201,7 @@ class Requests:
         single = len(values) == len(self.documents) and all(isinstance(v, Real) for v in values)
         if not single or not math.isclose(sum(values) / len(values), value, abs_tol=1e-9):
             return Score("score", value, [{"value": None} for _ in self.documents], details)
-        kind: Kind = "accuracy" if _is_accuracy(self.key) and all(0 <= v <= 1 for v in values) else "score"
+        kind: MeasurementKind = "accuracy" if _is_accuracy(self.key) and all(0 <= v <= 1 for v in values) else "score"
         return Score(kind, value, [{"value": float(v)} for v in values], details)
 
 
@@ -223,7 +223,7 @@ def _build(task: Task) -> Requests:
     few_shot = _few_shot(task, config)
     if task.data is None:
         where = ":".join(str(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key)) or name
-        progress.say(f"{name}: asking the Hugging Face Hub for {where}")
+        progress.notify(f"{name}: asking the Hugging Face Hub for {where}")
         local, source = {}, {"dataset": where}
         failed = f"{name}: {where} cannot be had from the Hugging Face Hub"
         hint = f"connect to the network, or name a folder that holds {name}.jsonl"
@@ -235,7 +235,7 @@ def _build(task: Task) -> Requests:
     # A group of one is how the harness lets a task's own configuration be changed.
     whole = {**config, **changes} if inside else {"group": "secateur", "task": [changes]}
     try:
-        with silenced(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        with silence(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
             loaded = manager.load(whole)["tasks"][name]
             _check_safe(name, getattr(loaded, "UNSAFE_CODE", False), getattr(loaded, "MULTIMODAL", False))
             _check_metrics(name, loaded)
@@ -259,7 +259,7 @@ def _few_shot(task: Task, config: Mapping[str, Any]) -> int:
     """How many examples each prompt has: as many as are asked for, unless the task says 0, as the harness has it."""
     own = config.get("num_fewshot")
     if task.few_shot and own == 0:
-        progress.say(f"{task.name}: has no examples in its prompts, as it says itself, whatever is asked for")
+        progress.notify(f"{task.name}: has no examples in its prompts, as it says itself, whatever is asked for")
     return (own or 0) if task.few_shot is None or own == 0 else task.few_shot
 
 

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from secateur.comparison.ablation import controls
 from secateur.comparison.index import Group, Index, Model
 from secateur.comparison.naming import BUDGETS, group_name, model_name
-from secateur.comparison.serving_cost import AXES, Axis, served
+from secateur.comparison.serving_cost import AXES, CostAxis, serving_costs
 from secateur.comparison.twins import Setting, Verdict
 from secateur.files import write_bytes, write_text
 from secateur.formatting import method_name
-from secateur.progress import task
+from secateur.progress import track
 from secateur.report.figures.curves import curve_limits, draw_curves
 from secateur.report.figures.differences import draw_differences
 from secateur.report.figures.forecast import draw_forecast
@@ -29,10 +29,19 @@ from secateur.report.figures.pareto import draw_pareto
 from secateur.report.figures.svg import inline
 from secateur.report.judgement import Judgement
 
-__all__ = ["KINDS", "Kind", "Panel", "inline_panels", "panels", "save_figures"]
+__all__ = ["KINDS", "FigureKind", "Panel", "inline_panels", "panels", "save_figures"]
 
-Kind = Literal["differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers"]
-KINDS: tuple[Kind, ...] = ("differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers")
+FigureKind = Literal["differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers"]
+KINDS: tuple[FigureKind, ...] = (
+    "differences",
+    "ladder",
+    "ratios",
+    "forecast",
+    "pareto",
+    "curves",
+    "controls",
+    "layers",
+)
 _INLINED = 12  #: figures of one kind that the page holds; it names the files of the rest
 _DRAWN = Callable[[Palette], tuple[Figure, str]]  # -> the figure, and what it shows in words
 
@@ -42,7 +51,7 @@ class Panel:
     """One figure, not drawn yet."""
 
     name: str  #: of its file, without suffix
-    kind: Kind
+    kind: FigureKind
     title: str
     draw: _DRAWN
     about: Group | Model | None = None  #: the comparison or pruned model that it is of; None: several
@@ -52,7 +61,7 @@ class Panel:
 def panels(judgement: Judgement) -> list[Panel]:
     """Every figure of the study."""
     index = judgement.index
-    kinds: dict[Kind, Iterator[tuple[str, str, _DRAWN, Group | Model | None]]] = {
+    kinds: dict[FigureKind, Iterator[tuple[str, str, _DRAWN, Group | Model | None]]] = {
         "differences": _differences(judgement),
         "ladder": _ladders(index),
         "ratios": _ratios(judgement),
@@ -126,10 +135,10 @@ def _forecasts(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, Model]]
 
 def _pareto(index: Index) -> Iterator[tuple[str, str, _DRAWN, None]]:
     for axis in AXES:
-        points, device = served(index, axis)
+        points, device = serving_costs(index, axis)
         if len(points) > 1:
 
-            def draw(palette: Palette, points=points, device=device, axis: Axis = axis) -> tuple[Figure, str]:
+            def draw(palette: Palette, points=points, device=device, axis: CostAxis = axis) -> tuple[Figure, str]:
                 return draw_pareto(points, axis, device, palette)
 
             yield axis, f"Held-out loss against {axis}", draw, None
@@ -190,7 +199,7 @@ def save_figures(judgement: Judgement, folder: Path) -> list[Path]:
     """
     written = []
     drawn = panels(judgement)
-    with mpl.rc_context(RC), task("figures of the report", len(drawn)) as progress:
+    with mpl.rc_context(RC), track("figures of the report", len(drawn)) as progress:
         for panel in drawn:
             figure, _ = panel.draw(LIGHT)
             svg, pdf = (folder / f"{panel.name}.{suffix}" for suffix in ("svg", "pdf"))

@@ -16,14 +16,14 @@ from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.naming import group_name
 from secateur.comparison.records import Cell
 from secateur.formatting import NOT_MEASURED, count, loss, number
-from secateur.report.figures.frame import LegendRow, draw_legend, panel, quiet
+from secateur.report.figures.frame import LegendRow, draw_legend, panel, style_axes
 from secateur.report.figures.palette import Palette
 
-__all__ = ["RUNS", "Run", "curve_limits", "draw_curves", "mean_loss"]
+__all__ = ["RUNS", "RunStyle", "curve_limits", "draw_curves", "mean_loss"]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunStyle:
     """How one kind of run is drawn: told apart by marker and dash as well as by colour."""
 
     cell: str
@@ -34,11 +34,11 @@ class Run:
 
 
 RUNS = (
-    Run(PRUNED, "pruned, then retrained on R", "pruned", "-", "o"),
-    Run("S_R", "from scratch on R", "scratch", (0, (4.5, 1.6)), "s"),
-    Run("S_{P+R}", "from scratch on P + R", "scratch", (0, (1.2, 1.3)), "D"),
-    Run("S_F", "from scratch, FLOPs of P-R", "scratch", (0, (7, 1.5, 1.2, 1.5)), "v"),
-    Run("S_{P+F}", "the same with the parent's", "scratch", (0, (3, 1.2, 1.2, 1.2, 1.2, 1.2)), "P"),
+    RunStyle(PRUNED, "pruned, then retrained on R", "pruned", "-", "o"),
+    RunStyle("S_R", "from scratch on R", "scratch", (0, (4.5, 1.6)), "s"),
+    RunStyle("S_{P+R}", "from scratch on P + R", "scratch", (0, (1.2, 1.3)), "D"),
+    RunStyle("S_F", "from scratch, FLOPs of P-R", "scratch", (0, (7, 1.5, 1.2, 1.5)), "v"),
+    RunStyle("S_{P+F}", "the same with the parent's", "scratch", (0, (3, 1.2, 1.2, 1.2, 1.2, 1.2)), "P"),
 )
 
 
@@ -86,11 +86,11 @@ def draw_curves(
     return figure, "; ".join(f"{row.label}: {row.value}" for row in rows) + ". Losses in nats per token."
 
 
-def _lengths(shown: dict[Run, list[Cell]]) -> list[int]:
+def _lengths(shown: dict[RunStyle, list[Cell]]) -> list[int]:
     return [cell.curve[-1].tokens for cells in shown.values() for cell in cells if cell.curve]
 
 
-def _ticks(index: Index, group: Group, shown: dict[Run, list[Cell]]) -> dict[int, str]:
+def _ticks(index: Index, group: Group, shown: dict[RunStyle, list[Cell]]) -> dict[int, str]:
     """Labelled places on the axis of tokens; the last is where it ends."""
     short, cost = group.retrain_tokens, index.parent_cost(group.parent)
     ticks = {0: "0", short: f"R\n{count(short)}"}
@@ -119,7 +119,7 @@ def _frame(axes: Axes, ticks: dict[int, str], limits: tuple[float, float], palet
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("training tokens of the run (square-root scale)", size=8.5, color=palette.muted, labelpad=2)
     axes.axvline(list(ticks)[1] if len(ticks) > 1 else 0, color=palette.rule, lw=0.9, zorder=0)
-    quiet(axes, palette, "held-out loss, nats per token")
+    style_axes(axes, palette, "held-out loss, nats per token")
 
 
 def mean_loss(cells: Sequence[Cell]) -> float | None:
@@ -128,7 +128,7 @@ def mean_loss(cells: Sequence[Cell]) -> float | None:
     return sum(losses) / len(losses) if losses else None
 
 
-def _draw_run(axes: Axes, run: Run, cells: Sequence[Cell], top: float, palette: Palette) -> LegendRow:
+def _draw_run(axes: Axes, run: RunStyle, cells: Sequence[Cell], top: float, palette: Palette) -> LegendRow:
     """Draw a run of each seed and return its row of the legend; a run without a curve has nothing to draw."""
     final = mean_loss(cells)
     drawn = [cell for cell in cells if cell.curve]
@@ -142,7 +142,7 @@ def _draw_run(axes: Axes, run: Run, cells: Sequence[Cell], top: float, palette: 
     return LegendRow(run.label, value, {"color": colour, "ls": run.dash, "marker": run.marker, "ms": 4.5})
 
 
-def _draw_curve(axes: Axes, run: Run, cell: Cell, top: float, colour: str, palette: Palette) -> None:
+def _draw_curve(axes: Axes, run: RunStyle, cell: Cell, top: float, colour: str, palette: Palette) -> None:
     tokens, losses = [p.tokens for p in cell.curve], [p.loss for p in cell.curve]
     axes.plot(tokens, losses, color=colour, ls=run.dash, zorder=3)
     marker: dict[str, Any] = {"color": colour, "ms": 5.5, "ls": "none", "clip_on": False, "zorder": 4}

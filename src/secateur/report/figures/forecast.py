@@ -15,7 +15,7 @@ from secateur.forecast.curve import Path
 from secateur.forecast.fit import LEVEL
 from secateur.forecast.ladder import Forecast
 from secateur.formatting import count, loss
-from secateur.report.figures.frame import LegendRow, draw_legend, panel, quiet
+from secateur.report.figures.frame import LegendRow, draw_legend, panel, style_axes
 from secateur.report.figures.palette import Palette
 from secateur.report.forecast_prose import crossover_brief
 
@@ -98,7 +98,7 @@ def _frame(axes: Axes, found: Forecast, span: tuple[float, float], palette: Pale
     axes.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("training tokens of the run (logarithmic)", size=8.5, color=palette.muted, labelpad=2)
-    quiet(axes, palette, "held-out loss, nats per token")
+    style_axes(axes, palette, "held-out loss, nats per token")
 
 
 def _spread(ticks: Sequence[float], limits: tuple[float, float]) -> list[float]:

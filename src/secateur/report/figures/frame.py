@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from secateur.report.figures.palette import Palette
 
-__all__ = ["LegendRow", "draw_legend", "legend_height", "panel", "quiet"]
+__all__ = ["LegendRow", "draw_legend", "legend_height", "panel", "style_axes"]
 
 _ROW = 0.235  # inches
 
@@ -43,7 +43,7 @@ def panel(title: str, rows: int, palette: Palette, *, plot: float = 2.78) -> tup
     return figure, axes
 
 
-def quiet(axes: Axes, palette: Palette, y_label: str) -> None:
+def style_axes(axes: Axes, palette: Palette, y_label: str) -> None:
     """Ticks, spines and grid that stay behind the data; ``y_label`` stands above the axis."""
     where = {"xycoords": ("figure fraction", "axes fraction"), "xytext": (0, 6), "textcoords": "offset points"}
     axes.annotate(y_label, (0.02, 1), size=8.5, color=palette.muted, **where)

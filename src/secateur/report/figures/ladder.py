@@ -13,8 +13,8 @@ from secateur.comparison.index import Group, Index
 from secateur.comparison.records import Cell
 from secateur.comparison.twins import Verdict
 from secateur.formatting import NOT_MEASURED, count, loss, signed
-from secateur.report.figures.curves import RUNS, Run, mean_loss
-from secateur.report.figures.frame import LegendRow, draw_legend, panel, quiet
+from secateur.report.figures.curves import RUNS, RunStyle, mean_loss
+from secateur.report.figures.frame import LegendRow, draw_legend, panel, style_axes
 from secateur.report.figures.palette import Palette
 
 __all__ = ["draw_ladder", "draw_ratios"]
@@ -27,7 +27,7 @@ def draw_ladder(index: Index, groups: Sequence[Group], title: str, palette: Pale
     """The rungs of one model, ordered by R: one line for each path, gaps in words between them; and all in words."""
     runs = [run for run in _LADDER if any(any(index.over_seeds(group, run.cell)) for group in groups)]
     rows: list[LegendRow] = []
-    lines: dict[Run, dict[int, float]] = {}
+    lines: dict[RunStyle, dict[int, float]] = {}
     figure, axes = panel(title, len(runs) + 1, palette)
     for run in runs:
         by_rung = {group: [c for c in index.over_seeds(group, run.cell) if c] for group in groups}
@@ -45,7 +45,7 @@ def draw_ladder(index: Index, groups: Sequence[Group], title: str, palette: Pale
         axes.axhline(measured.loss, zorder=1, **style)
     rows.append(LegendRow("the parent", loss(measured.loss if measured else None), style if measured else None))
     _token_axis(axes, [group.retrain_tokens for group in groups], palette)
-    quiet(axes, palette, "final held-out loss, nats per token")
+    style_axes(axes, palette, "final held-out loss, nats per token")
     draw_legend(figure, rows, "in the plot: S(R) \u2212 P-R at each R" if gaps else "", palette)
     told = [f"{row.label}: {row.value}" for row in rows] + [f"gap at {count(r)}: {gap}" for r, gap in gaps.items()]
     return figure, "; ".join(told) + ". Losses in nats per token, from the smallest R to the largest."
@@ -66,7 +66,7 @@ def _draw_line(axes: Axes, by_rung: dict[Group, list[Cell]], style: dict[str, An
     return means
 
 
-def _draw_gaps(axes: Axes, lines: dict[Run, dict[int, float]], palette: Palette) -> dict[int, str]:
+def _draw_gaps(axes: Axes, lines: dict[RunStyle, dict[int, float]], palette: Palette) -> dict[int, str]:
     """Write what scratch lies above pruned, at each R that has both."""
     found = {run.cell: means for run, means in lines.items()}
     pruned, scratch = found.get("P-R", {}), found.get("S_R", {})
@@ -122,7 +122,7 @@ def draw_ratios(by_budget: dict[int, list[tuple[float, Verdict]]], title: str, p
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.08, y=0.12)
     axes.set_xlabel("ratio", size=8.5, color=palette.muted, labelpad=2)
-    quiet(axes, palette, "loss(S(R)) \u2212 loss(P-R), nats per token")
+    style_axes(axes, palette, "loss(S(R)) \u2212 loss(P-R), nats per token")
     draw_legend(figure, rows, "", palette)
     ends = f"from ratio {ratios[0]:.3g} to {ratios[-1]:.3g}"
     return figure, f"Loss saved by pruning, in nats per token, {ends}. {'; '.join(told)}."

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from secateur.comparison.ablation import Control
+from secateur.comparison.ablation import ControlGap
 from secateur.comparison.records import Pruned
-from secateur.formatting import NOT_MEASURED, loss, share
+from secateur.formatting import NOT_MEASURED, loss, percent
 from secateur.report.figures.palette import Palette
 
 __all__ = ["draw_controls", "draw_layers"]
@@ -53,7 +53,7 @@ def _kept(label: str, kept: Sequence[float], layers: int) -> str:
     """How much is left, in words."""
     if label == "layers" or not kept:
         return f"{len(kept)} of {layers} kept"
-    low, high = share(min(kept)), share(max(kept))
+    low, high = percent(min(kept)), percent(max(kept))
     return f"{low} kept" if low == high else f"{low} to {high} kept"
 
 
@@ -88,7 +88,7 @@ def _draw_strip(axes: Axes, shares: Sequence[float | None], palette: Palette) ->
             axes.add_patch(Rectangle((layer + 0.08, 0), height=value, fc=palette.pruned, ec="none", **{**box, "lw": 0}))
 
 
-def draw_controls(controls: Sequence[Control], title: str, palette: Palette) -> tuple[Figure, str]:
+def draw_controls(controls: Sequence[ControlGap], title: str, palette: Palette) -> tuple[Figure, str]:
     """The losses of the pruned run and its controls, one row each, what inherits more further down; and in words."""
     rows, top, foot = len(controls), 0.5, 0.5
     height = top + 0.42 * rows + foot

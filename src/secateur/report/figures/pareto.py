@@ -11,19 +11,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from secateur.comparison.index import Model
 from secateur.comparison.naming import model_name
-from secateur.comparison.serving_cost import Axis, Served, front
+from secateur.comparison.serving_cost import CostAxis, ServingCost, front
 from secateur.formatting import loss, number, symbols
 from secateur.report.figures.curves import RUNS
-from secateur.report.figures.frame import LegendRow, draw_legend, panel, quiet
+from secateur.report.figures.frame import LegendRow, draw_legend, panel, style_axes
 from secateur.report.figures.palette import Palette
 
 __all__ = ["draw_pareto"]
 
-_LABELS: dict[Axis, str] = {"time": "ms for each written token", "memory": "MB of memory"}
+_LABELS: dict[CostAxis, str] = {"time": "ms for each written token", "memory": "MB of memory"}
 _NAMED = 6  #: models of the front that have a number and a name, those of the lowest losses
 
 
-def draw_pareto(points: Sequence[Served], axis: Axis, device: str, palette: Palette) -> tuple[Figure, str]:
+def draw_pareto(points: Sequence[ServingCost], axis: CostAxis, device: str, palette: Palette) -> tuple[Figure, str]:
     """One cost; and in words which models no other beats."""
     runs = [run for run in RUNS if any(point.run == run.cell for point in points)]
     title = "Loss against time" if axis == "time" else "Loss against memory"
@@ -53,21 +53,21 @@ def draw_pareto(points: Sequence[Served], axis: Axis, device: str, palette: Pale
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.margins(x=0.12, y=0.14)
     axes.set_xlabel(f"{_LABELS[axis]} ({device})", size=8.5, color=palette.muted, labelpad=2)
-    quiet(axes, palette, "held-out loss, nats per token")
+    style_axes(axes, palette, "held-out loss, nats per token")
     several = any(point.execution != "dense" for point in points)
     draw_legend(figure, rows, "hollow: with kernels that skip zeros" if several else "", palette)
     told = [f"{_called(p, models)}: {loss(p.loss)} at {number(p.cost * scale, 2)}" for p in best]
     return figure, f"Best at their cost ({_LABELS[axis]}): {'; '.join(told)}. Losses in nats per token."
 
 
-def _draw(axes: Axes, points: Sequence[Served], scale: float, style: dict[str, Any], palette: Palette) -> None:
+def _draw(axes: Axes, points: Sequence[ServingCost], scale: float, style: dict[str, Any], palette: Palette) -> None:
     for point in points:
         filled = style["color"] if point.execution == "dense" else palette.paper
         axes.plot([point.cost * scale], [point.loss], zorder=3, mfc=filled, **style)
         axes.plot([point.low * scale, point.high * scale], [point.loss] * 2, lw=0.9, color=style["color"], zorder=2)
 
 
-def _called(point: Served, among: Sequence[Model]) -> str:
+def _called(point: ServingCost, among: Sequence[Model]) -> str:
     if point.model is None:
         return "the parent"
     return f"{model_name(point.model, among).replace(' at ratio', '')}, {symbols(point.run, 'S({})')}"

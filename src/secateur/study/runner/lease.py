@@ -23,13 +23,13 @@ from typing import Any
 
 from secateur.errors import RunError, UserError
 
-__all__ = ["BEAT", "STALE", "Claim", "ClaimLost", "Claims"]
+__all__ = ["BEAT", "STALE", "Lease", "LeaseLost", "Leases"]
 
 BEAT = 10.0  #: seconds between heartbeats
 STALE = 120.0  #: seconds without one after which a claim may be taken over; disks of clusters show changes late
 
 
-class ClaimLost(RunError):
+class LeaseLost(RunError):
     """The claim has been taken over: what its holder has done must not be published."""
 
 
@@ -47,7 +47,7 @@ class Look:
 
 
 @dataclass
-class Claims:
+class Leases:
     """The claims below a folder, as one process sees them.
 
     Attributes:
@@ -82,7 +82,7 @@ class Claims:
             return Look(number, False)
         return Look(number, now - since > self.stale)
 
-    def take(self, key: str, after: int, lost: Callable[[], object] = lambda: None) -> Claim | None:
+    def take(self, key: str, after: int, lost: Callable[[], object] = lambda: None) -> Lease | None:
         """Make the claim that follows number ``after``; None if another process was first.
 
         Args:
@@ -109,9 +109,9 @@ class Claims:
         if not made:
             return None
         self._tidy(key, after + 1, owner)
-        return Claim(self, key, after + 1, handle, lost)
+        return Lease(self, key, after + 1, handle, lost)
 
-    def wait(self, key: str, waiting: Callable[[], object], over: Callable[[], bool] = lambda: False) -> Claim | None:
+    def wait(self, key: str, waiting: Callable[[], object], over: Callable[[], bool] = lambda: False) -> Lease | None:
         """Take a claim as soon as it is free; None if ``over`` becomes true before.
 
         Args:
@@ -186,17 +186,17 @@ class Claims:
         return self.folder / key / f"{owner}.beat"
 
 
-class Claim:
+class Lease:
     """A claim that this process holds; a context manager that releases it."""
 
-    def __init__(self, claims: Claims, key: str, number: int, handle: int, lost: Callable[[], object]) -> None:
+    def __init__(self, claims: Leases, key: str, number: int, handle: int, lost: Callable[[], object]) -> None:
         self.claims, self.key, self.number = claims, key, number
         self._handle, self._lost = handle, lost
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -214,7 +214,7 @@ class Claim:
             ClaimLost: if it is not.
         """
         if not self.valid:
-            raise ClaimLost("another process has taken this stage over, since this one gave no sign of life")
+            raise LeaseLost("another process has taken this stage over, since this one gave no sign of life")
 
     def release(self) -> None:
         """Let others have it: the next number is a claim of nobody's."""

@@ -17,12 +17,12 @@ from typing import Any
 
 from secateur import progress
 from secateur.errors import UserError
-from secateur.runtime import calm_environment, cores, quiet
-from secateur.study.runner.torchrun import command, ended_with, processes_of
+from secateur.runtime import calm_environment, core_count, quiet_libraries
+from secateur.study.runner.torchrun import outcome_of_exit, processes_of, torchrun_command
 from secateur.study.stage import Stage
-from secateur.study.store import Ended, Store
+from secateur.study.store import StageOutcome, Store
 
-__all__ = ["Local", "default_slots", "die_with"]
+__all__ = ["LocalLauncher", "default_slots", "exit_with_parent"]
 
 #: How workers start: nothing of this process may come along. For CPUs one server imports the libraries, which takes
 #: seconds, and each worker is a fork of it. A GPU's driver does not survive a fork: those workers import by themselves.
@@ -33,14 +33,14 @@ _LOST = 77  # exit code of a worker whose stage another process has taken over
 def default_slots(device: str) -> list[str]:
     """What stages run on side by side: the cores of this process, or its GPUs by number."""
     if device != "cuda":
-        return [""] * cores()
+        return [""] * core_count()
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
-class Local:
+class LocalLauncher:
     """Does stages in processes of this machine.
 
     Args:
@@ -106,7 +106,7 @@ class Local:
             self.workers.append(worker)
         worker.start(stage, after)
 
-    def wait(self, seconds: float) -> list[tuple[Stage, Ended]]:
+    def wait(self, seconds: float) -> list[tuple[Stage, StageOutcome]]:
         """Show what stages say until one ends, for so long at most."""
         over, found = time.monotonic() + seconds, []
         while not found and (left := over - time.monotonic()) > 0:
@@ -163,7 +163,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError, ConnectionError):  # of a worker that was killed; receive() tells
             self.connection.send((stage, after))
 
-    def receive(self) -> Ended | None:
+    def receive(self) -> StageOutcome | None:
         """Take what it sent; what became of its stage, if that is told."""
         try:
             name, *arguments = self.connection.recv()
@@ -171,8 +171,8 @@ class Worker:
             self.process.join()
             self.stage, self.alive = None, False
             if self.process.exitcode == _LOST:
-                return Ended("elsewhere")
-            return Ended("failed", "its process was killed (out of memory?); run again to go on")
+                return StageOutcome("elsewhere")
+            return StageOutcome("failed", "its process was killed (out of memory?); run again to go on")
         if name == "ended":
             self.stage = None
             return arguments[0]
@@ -199,7 +199,7 @@ class Group:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(slots) if device == "cuda" else ""}
         with log.open("a") as file_log:
             self.process = subprocess.Popen(
-                [*command(stage, file, out, device), "--parent", str(os.getpid())],
+                [*torchrun_command(stage, file, out, device), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=file_log,
                 stderr=file_log,
@@ -207,7 +207,7 @@ class Group:
                 start_new_session=True,  # an interrupt is for the study's process to handle
             )
 
-    def poll(self) -> Ended | None:
+    def poll(self) -> StageOutcome | None:
         """Show how far the stage says that it is; say what became of it, once it has ended."""
         code = self.process.poll()
         if code is None:
@@ -216,7 +216,7 @@ class Group:
                 progress.listener().update(self.stage.name, told["share"], 1.0, told["note"])
             return None
         progress.listener().finish(self.stage.name)
-        return ended_with(self.stage, self.store, code)
+        return outcome_of_exit(self.stage, self.store, code)
 
     def close(self, kill: bool) -> None:
         """End it."""
@@ -230,12 +230,12 @@ def _serve(connection: Connection, out: Path, device: str, parent: int) -> None:
     """Be a worker: do the stages that come, until no more do."""
     import torch
 
-    from secateur.study.runner.worker import do_stage, on_device
+    from secateur.study.runner.worker import on_device, run_stage_attempt
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the study's process's to handle
     torch.set_num_threads(1)
-    quiet()
-    die_with(parent)
+    quiet_libraries()
+    exit_with_parent(parent)
     sender = _Sender(connection)
     progress.set_listener(sender)
     store = Store(out)
@@ -245,7 +245,7 @@ def _serve(connection: Connection, out: Path, device: str, parent: int) -> None:
             return
         stage, after = given
         with _into(store.log(stage)):
-            ended = do_stage(on_device(stage, device), store, after=after, lost=lambda: os._exit(_LOST))
+            ended = run_stage_attempt(on_device(stage, device), store, after=after, lost=lambda: os._exit(_LOST))
         sender.send("ended", ended)
 
 
@@ -269,7 +269,7 @@ def _into(log: Path) -> Any:
                 os.close(copy)
 
 
-def die_with(process: int) -> None:
+def exit_with_parent(process: int) -> None:
     """End this process when another one is gone, so that a killed run leaves nothing behind."""
     parent = multiprocessing.parent_process()  # of a worker; a pipe tells, even while nobody has looked at the dead one
 

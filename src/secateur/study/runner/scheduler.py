@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from secateur import progress
-from secateur.runtime import cores
-from secateur.study.runner.local import Local
+from secateur.runtime import core_count
+from secateur.study.runner.local import LocalLauncher
 from secateur.study.stage import Stage, with_inputs
-from secateur.study.store import Ended, Store, key_of
+from secateur.study.store import StageOutcome, Store, key_of
 
 __all__ = ["Launcher", "Outcome", "Survey", "run_stages", "survey"]
 
@@ -43,7 +43,7 @@ class Launcher(Protocol):
         """Start it; ``after`` is the number of its last claim."""
         ...
 
-    def wait(self, seconds: float) -> list[tuple[Stage, Ended]]:
+    def wait(self, seconds: float) -> list[tuple[Stage, StageOutcome]]:
         """Wait for stages to end, so long at most."""
         ...
 
@@ -64,7 +64,7 @@ def survey(stages: list[Stage], store: Store) -> Survey:
     """Look for finished stages and compare each of their files with its hash."""
     found = [stage for stage in stages if store.done(stage)]
     damaged: dict[str, str] = {}
-    with progress.task("check finished stages", len(found)) as task, ThreadPoolExecutor(cores()) as pool:
+    with progress.track("check finished stages", len(found)) as task, ThreadPoolExecutor(core_count()) as pool:
         for stage, damage in zip(found, pool.map(store.damage, found), strict=True):
             if damage:
                 damaged[stage.fingerprint] = damage
@@ -97,7 +97,7 @@ def run_stages(
     run = Run(with_inputs(stages), Store(out), keep_going=keep_going)
     if not run.waiting:
         return run.outcome
-    launcher = Local(out, jobs=jobs, device=device, file=file)
+    launcher = LocalLauncher(out, jobs=jobs, device=device, file=file)
     launcher.check(list(run.waiting.values()))
     return run.through(launcher)
 
@@ -112,7 +112,7 @@ class Run:
         self.damaged = dict(found.damaged)
         for stage in stages:
             if stage.fingerprint in self.damaged:
-                progress.say(f"{stage.kind} {stage.name}: {self.damaged[stage.fingerprint]}; it is done again")
+                progress.notify(f"{stage.kind} {stage.name}: {self.damaged[stage.fingerprint]}; it is done again")
         self.waiting = {s.fingerprint: s for s in stages if s.fingerprint not in self.done}
         self.outcome = Outcome(already=len(self.done))
         self.lost: set[str] = set()  # fingerprints of stages that failed, or whose inputs did
@@ -125,7 +125,7 @@ class Run:
         running, killed = 0, True
         work = sum(stage.flops for stage in order)
         try:
-            with progress.task("whole study", work) as whole:
+            with progress.track("whole study", work) as whole:
                 while True:
                     for stage in order:
                         if stage.fingerprint in self.waiting and self._begins(stage, launcher):
@@ -160,7 +160,7 @@ class Run:
             look = self.store.claims.look(key_of(stage))
             if not look.free:
                 if fingerprint not in self.elsewhere:
-                    progress.say(f"{stage.kind} {stage.name}: another process is at it; this one waits for it")
+                    progress.notify(f"{stage.kind} {stage.name}: another process is at it; this one waits for it")
                     self.elsewhere.add(fingerprint)
             elif fingerprint not in self.damaged and self.store.done(stage):
                 del self.waiting[fingerprint]
@@ -180,9 +180,9 @@ class Run:
         names.append(stage.name)
 
     def _announce(self, stage: Stage, running: int) -> None:
-        progress.say(f"[{len(self.done) + running}/{len(self.stages)}] {stage.kind} {stage.name}")
+        progress.notify(f"[{len(self.done) + running}/{len(self.stages)}] {stage.kind} {stage.name}")
 
-    def ended(self, stage: Stage, ended: Ended) -> None:
+    def ended(self, stage: Stage, ended: StageOutcome) -> None:
         """Take note of what became of a stage that was started."""
         if ended.how == "elsewhere":  # another process was a little faster
             self.waiting[stage.fingerprint] = stage
@@ -196,7 +196,7 @@ class Run:
             self.outcome.stopped = self.outcome.stopped or ended.text
             return
         self.outcome.failed[stage.name] = ended.text
-        progress.say(f"FAILED {stage.kind} {stage.name}: {ended.text}")
+        progress.notify(f"FAILED {stage.kind} {stage.name}: {ended.text}")
 
 
 def _critical_paths(stages: list[Stage]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from secateur.study.runner.scheduler import Outcome, Run
 from secateur.study.runner.slurm_job import Job
 from secateur.study.runner.torchrun import processes_of
 from secateur.study.stage import Stage, with_inputs
-from secateur.study.store import Ended, Store, key_of
+from secateur.study.store import StageOutcome, Store, key_of
 
 __all__ = ["Slurm", "parse_slurm", "run_on_slurm"]
 
@@ -91,7 +91,7 @@ def run_on_slurm(
     try:
         return _follow(run, queue, queue.submit(run))
     except KeyboardInterrupt:
-        progress.say("the jobs go on: `study status FILE --watch` shows them, and the same command waits again")
+        progress.notify("the jobs go on: `study status FILE --watch` shows them, and the same command waits again")
         raise
 
 
@@ -99,7 +99,7 @@ def _follow(run: Run, queue: _Queue, jobs: dict[str, str]) -> Outcome:
     """Wait until every job has ended."""
     gone: dict[str, float] = {}
     work = sum(stage.flops for stage in run.waiting.values())
-    with progress.task("whole study", work) as whole:
+    with progress.track("whole study", work) as whole:
         while run.waiting:
             queued = queue.there(jobs.values())
             for stage in list(run.waiting.values()):
@@ -124,7 +124,7 @@ def _settled(stage: Stage, run: Run, queued: bool, gone: dict[str, float]) -> bo
     store, key = run.store, stage.fingerprint
     if store.done(stage) and not (key in run.damaged and (queued or store.damage(stage))):
         del run.waiting[key]
-        run.ended(stage, Ended("done"))
+        run.ended(stage, StageOutcome("done"))
         return True
     if queued or store.held(stage):
         gone.pop(key, None)
@@ -140,7 +140,7 @@ def _settled(stage: Stage, run: Run, queued: bool, gone: dict[str, float]) -> bo
         return False
     lost = f"its job has ended without a result (see {store.log(stage)} and {store.out / 'jobs'})"
     del run.waiting[key]
-    run.ended(stage, Ended("failed", str(error or lost)))
+    run.ended(stage, StageOutcome("failed", str(error or lost)))
     return True
 
 
@@ -176,7 +176,7 @@ class _Queue:
                 (needs, processes), stages = entry
                 jobs |= self._submit(stages, sorted(jobs[key] for key in needs), processes)
                 waiting.remove(entry)
-        progress.say(f"{len(jobs)} jobs, {len(groups)} submissions; what they print is in {self.folder}")
+        progress.notify(f"{len(jobs)} jobs, {len(groups)} submissions; what they print is in {self.folder}")
         return jobs
 
     def _submit(self, stages: list[Stage], after: list[str], processes: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.study.runner.torchrun import command, ended_with
+from secateur.study.runner.torchrun import outcome_of_exit, torchrun_command
 from secateur.study.stage import Stage
 from secateur.study.store import Store
 
@@ -37,10 +37,12 @@ class Job:
 
         where = submitit.JobEnvironment()
         address = f"{where.hostnames[0]}:{_PORT + int(where.job_id.partition('_')[0]) % 1000}"
-        told = command(self.stage, self.file, self.out, self.device, nodes=self.nodes, node=where.node, address=address)
+        told = torchrun_command(
+            self.stage, self.file, self.out, self.device, nodes=self.nodes, node=where.node, address=address
+        )
         self.process = subprocess.Popen(told, preexec_fn=_ignore_warning)
         code = self.process.wait()
-        ended = ended_with(self.stage, Store(self.out), code)
+        ended = outcome_of_exit(self.stage, Store(self.out), code)
         if ended.how == "stopped":  # by a signal that went to all processes of the job
             _requeue(where)
         if ended.how not in ("done", "elsewhere"):

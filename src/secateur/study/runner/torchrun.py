@@ -7,9 +7,9 @@ from pathlib import Path
 
 from secateur.errors import REQUEUE
 from secateur.study.stage import Stage
-from secateur.study.store import Ended, Store
+from secateur.study.store import StageOutcome, Store
 
-__all__ = ["command", "ended_with", "processes_of"]
+__all__ = ["outcome_of_exit", "processes_of", "torchrun_command"]
 
 
 def processes_of(stage: Stage) -> int:
@@ -17,7 +17,7 @@ def processes_of(stage: Stage) -> int:
     return int(stage.runtime.get("processes", 1))
 
 
-def command(
+def torchrun_command(
     stage: Stage, file: Path, out: Path, device: str, *, nodes: int = 1, node: int = 0, address: str = ""
 ) -> list[str]:
     """The command line of a stage, under torchrun where it takes several processes.
@@ -41,15 +41,15 @@ def command(
     return [*torchrun, *(where if nodes > 1 else ["--standalone"]), *verb]
 
 
-def ended_with(stage: Stage, store: Store, code: int) -> Ended:
+def outcome_of_exit(stage: Stage, store: Store, code: int) -> StageOutcome:
     """What became of a stage whose command has ended with an exit code; torchrun passes none on but 0."""
     runtime = store.runtime(stage)
     if store.done(stage) and code == 0:
-        return Ended("done")
+        return StageOutcome("done")
     if code == REQUEUE or runtime.get("stopped"):
-        return Ended("stopped", f"{stage.name}: told to stop; the same command goes on")
+        return StageOutcome("stopped", f"{stage.name}: told to stop; the same command goes on")
     if runtime.get("error"):
-        return Ended("failed", str(runtime["error"]))
+        return StageOutcome("failed", str(runtime["error"]))
     if store.held(stage):
-        return Ended("elsewhere")
-    return Ended("failed", f"its process ended with exit code {code} (see {store.log(stage)})")
+        return StageOutcome("elsewhere")
+    return StageOutcome("failed", f"its process ended with exit code {code} (see {store.log(stage)})")

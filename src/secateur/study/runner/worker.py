@@ -19,12 +19,12 @@ from secateur import distributed, progress
 from secateur.errors import REQUEUE, RunError, UserError, disk_full, first_line, out_of_memory
 from secateur.files import write_json
 from secateur.runtime import environment
-from secateur.study.runner.lease import Claim, ClaimLost
+from secateur.study.runner.lease import Lease, LeaseLost
 from secateur.study.stage import Stage
 from secateur.study.stages.execute import run_stage
-from secateur.study.store import PROGRESS, Ended, Store, key_of
+from secateur.study.store import PROGRESS, StageOutcome, Store, key_of
 
-__all__ = ["do_stage", "on_device"]
+__all__ = ["on_device", "run_stage_attempt"]
 
 _NOTE_EVERY = 10.0  # seconds between notes of how far a stage is
 
@@ -34,9 +34,9 @@ def on_device(stage: Stage, device: str) -> Stage:
     return dataclasses.replace(stage, runtime={**stage.runtime, "device": device})
 
 
-def do_stage(
+def run_stage_attempt(
     stage: Stage, store: Store, *, after: int | None = None, lost: Callable[[], object] = lambda: None
-) -> Ended:
+) -> StageOutcome:
     """Do a stage, unless another process is at it; of several processes together the first claims and publishes.
 
     Args:
@@ -45,31 +45,31 @@ def do_stage(
         after: the number of its last claim, which was found free; None to look.
         lost: is called, in a thread, should another process take the stage over.
     """
-    if not distributed.first():
+    if not distributed.is_main():
         return _help(stage, store)
     if after is None:
         found = store.claims.look(key_of(stage))
         after = found.number if found.free else None
     claim = None if after is None else store.claims.take(key_of(stage), after, lost)
     if claim is None:
-        distributed.add_count(0)
-        return Ended("elsewhere", "another process is at it")
+        distributed.sum_count(0)
+        return StageOutcome("elsewhere", "another process is at it")
     with claim:
         if store.done(stage) and store.damage(stage) is None:  # finished meanwhile by another process
-            distributed.add_count(0)
-            return Ended("done")
+            distributed.sum_count(0)
+            return StageOutcome("done")
         return _attempt(stage, store, claim)
 
 
-def _help(stage: Stage, store: Store) -> Ended:
+def _help(stage: Stage, store: Store) -> StageOutcome:
     """Do the part of a process that is not the first."""
-    number = distributed.add_count(0)
+    number = distributed.sum_count(0)
     if number:
         run_stage(stage, store, store.working(stage, number))
-    return Ended("done" if number else "elsewhere")
+    return StageOutcome("done" if number else "elsewhere")
 
 
-def _attempt(stage: Stage, store: Store, claim: Claim) -> Ended:
+def _attempt(stage: Stage, store: Store, claim: Lease) -> StageOutcome:
     started = time.monotonic()
     work = store.working(stage, claim.number)
     try:
@@ -78,12 +78,12 @@ def _attempt(stage: Stage, store: Store, claim: Claim) -> Ended:
         attempts = store.begin(stage, claim)
         with _told(stage, store, work) as write:
             write(f"attempt {attempts}, in {work.name}, by process {os.getpid()} on {socket.gethostname()}")
-            distributed.add_count(claim.number)  # the others have waited for the folder
+            distributed.sum_count(claim.number)  # the others have waited for the folder
             result = run_stage(stage, store, work)
             seconds = time.monotonic() - started
             store.finish(stage, work, claim, result, {"seconds": seconds, "attempts": attempts, **_how(stage)})
-            write(f"finished after {progress.clock(seconds)}")
-        return Ended("done")
+            write(f"finished after {progress.clock_time(seconds)}")
+        return StageOutcome("done")
     except Exception as error:
         ended = _explained(error, store.log(stage))
         if ended.how == "failed":
@@ -100,7 +100,7 @@ def _how(stage: Stage) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "device": stage.runtime.get("device", "cpu"),
-        "processes": distributed.world(),
+        "processes": distributed.world_size(),
         "environment": environment(),
     }
 
@@ -110,20 +110,20 @@ def _expected(error: Exception) -> bool:
     return isinstance(error, UserError | RunError)
 
 
-def _explained(error: Exception, log: Path) -> Ended:
+def _explained(error: Exception, log: Path) -> StageOutcome:
     """What an error comes to, in one line."""
-    if isinstance(error, ClaimLost):
-        return Ended("elsewhere", str(error))
+    if isinstance(error, LeaseLost):
+        return StageOutcome("elsewhere", str(error))
     if isinstance(error, RunError) and error.code == REQUEUE:
-        return Ended("stopped", str(error))
+        return StageOutcome("stopped", str(error))
     if _expected(error):
-        return Ended("failed", str(error))
+        return StageOutcome("failed", str(error))
     line = first_line(error)
     if disk_full(error):
-        return Ended("failed", f"the disk is full; make room, then run the same again ({line})")
+        return StageOutcome("failed", f"the disk is full; make room, then run the same again ({line})")
     if out_of_memory(error):
-        return Ended("failed", f"out of memory; lower recipe.micro_batch or --jobs, then run again ({line})")
-    return Ended("failed", f"{type(error).__name__}: {line} (see {log})")
+        return StageOutcome("failed", f"out of memory; lower recipe.micro_batch or --jobs, then run again ({line})")
+    return StageOutcome("failed", f"{type(error).__name__}: {line} (see {log})")
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ def _told(stage: Stage, store: Store, work: Path) -> Iterator[Callable[[str], No
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
         before = progress.listener()
-        progress.set_listener(_Told(progress.Lines(write=write), work / PROGRESS, before))
+        progress.set_listener(_Told(progress.LineListener(write=write), work / PROGRESS, before))
         try:
             yield write
         except Exception as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.pruning.target import Pattern
 
-__all__ = ["permuted_mask", "random_mask", "shuffled"]
+__all__ = ["permuted_mask", "random_mask", "shuffle_weights"]
 
 
 def permuted_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = None) -> Tensor:
@@ -46,7 +46,9 @@ def random_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = No
     return torch.empty_like(kept).scatter_(1, noise.argsort(dim=1), kept).reshape(mask.shape)
 
 
-def shuffled(weights: Callable[[str], Tensor], masks: Mapping[str, Tensor], seed: int) -> Callable[[str], Tensor]:
+def shuffle_weights(
+    weights: Callable[[str], Tensor], masks: Mapping[str, Tensor], seed: int
+) -> Callable[[str], Tensor]:
     """Weights permuted within each tensor: the same values, and none at its place. Masked ones stay zero.
 
     Args:

@@ -7,18 +7,18 @@ from typing import Any
 
 from secateur.errors import UserError
 from secateur.evaluation.cost import Workload, measure_cost, sparsity
-from secateur.evaluation.lm_eval.groups import Group, check_groups, measure_groups
+from secateur.evaluation.lm_eval.groups import TaskGroup, check_groups, measure_groups
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.evaluation.loss import measure_loss, window_losses
 from secateur.evaluation.protocols import PROTOCOLS
-from secateur.evaluation.results import LOSS, Measurement, Results
+from secateur.evaluation.results import LOSS, EvaluationResults, Measurement
 from secateur.evaluation.suite import measure, text_protocols
 from secateur.files import write_json
 from secateur.model.checkpoint import Checkpoint
-from secateur.progress import task
+from secateur.progress import track
 from secateur.runtime import pick_device, pick_dtype
 from secateur.study.stage import Stage
-from secateur.study.stages.inputs import corpus_tokens, held_out, model_of
+from secateur.study.stages.inputs import corpus_tokens, holdout_protocol, model_of
 from secateur.study.store import Store
 
 __all__ = ["COST", "RESULTS", "cost_stage", "evaluate_stage"]
@@ -38,11 +38,11 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
         ``suite``, the figures of the suite.
     """
     asked = stage.identity
-    protocol = held_out(corpus_tokens(stage, store), asked["windows"], asked["seqlen"])
+    protocol = holdout_protocol(corpus_tokens(stage, store), asked["windows"], asked["seqlen"])
     checkpoint = Checkpoint(model_of(stage, store))
     device = pick_device(stage.runtime.get("device", "auto"))
     model: Any = checkpoint.load(pick_dtype(asked.get("dtype", "float32"), device)).to(device)  # type: ignore[arg-type]
-    with task(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:
+    with track(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:
         losses = window_losses(model, protocol, advance=progress.advance)
     loss = measure_loss(losses, LOSS)
     suite = _suite(stage, checkpoint, model, work / RESULTS, loss)
@@ -60,7 +60,7 @@ def _suite(stage: Stage, checkpoint: Checkpoint, model: Any, path: Path, loss: M
     asked, told = stage.identity.get("suite", {}), stage.runtime
     texts = [text for protocol in PROTOCOLS.values() for text in protocol if text.name in asked.get("texts", {})]
     protocols = text_protocols(checkpoint, texts, data=told.get("text_data"))
-    settings, groups = asked.get("settings", {}), [Group(**group) for group in asked.get("groups", ())]
+    settings, groups = asked.get("settings", {}), [TaskGroup(**group) for group in asked.get("groups", ())]
     tasks = [
         Task(name, told.get("tasks_data"), asked["task_limit"], asked.get("few_shot"), **settings.get(name, {}))
         for name in asked.get("tasks", {})
@@ -68,20 +68,20 @@ def _suite(stage: Stage, checkpoint: Checkpoint, model: Any, path: Path, loss: M
     if groups:
         check_groups(groups, tasks)
     found = _measured(path)
-    Results(stage.name, [loss, *found]).save(path)
+    EvaluationResults(stage.name, [loss, *found]).save(path)
     for measurement in measure(checkpoint, model, protocols, tasks, done={m.name for m in found}, of=stage.name):
         found.append(measurement)
-        Results(stage.name, [loss, *found]).save(path)
+        EvaluationResults(stage.name, [loss, *found]).save(path)
     if groups:
         found += measure_groups(groups, found)
-        Results(stage.name, [loss, *found]).save(path)
+        EvaluationResults(stage.name, [loss, *found]).save(path)
     return found
 
 
 def _measured(path: Path) -> list[Measurement]:
     """What an attempt before this one has measured, but for the held-out loss and the averages of groups."""
     try:
-        return [m for m in Results.load(path).measurements if m.name != LOSS and "tasks" not in m.protocol]
+        return [m for m in EvaluationResults.load(path).measurements if m.name != LOSS and "tasks" not in m.protocol]
     except UserError:  # nothing, or a kill between two files
         return []
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from secateur.data.domains import held_out_stream
+from secateur.data.domains import heldout_stream
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
 from secateur.study.stage import Stage
 from secateur.study.store import Store
 
-__all__ = ["corpus_tokens", "held_out", "model_of"]
+__all__ = ["corpus_tokens", "holdout_protocol", "model_of"]
 
 
 def corpus_tokens(stage: Stage, store: Store) -> TokenStore:
@@ -35,8 +35,8 @@ def model_of(stage: Stage, store: Store, role: str = "model") -> Path:
     return store.folder(stage.inputs[role]) / "model"
 
 
-def held_out(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Protocol:
-    """What losses are measured on, as :func:`secateur.data.domains.held_out_stream` has it.
+def holdout_protocol(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Protocol:
+    """What losses are measured on, as :func:`secateur.data.domains.heldout_stream` has it.
 
     Args:
         tokens: the corpus.
@@ -47,4 +47,4 @@ def held_out(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Pr
     Raises:
         UserError: if there are none.
     """
-    return Protocol.of_stream(held_out_stream(tokens, windows, seqlen, skip), seqlen, "held-out documents")
+    return Protocol.of_stream(heldout_stream(tokens, windows, seqlen, skip), seqlen, "held-out documents")

@@ -15,7 +15,7 @@ from secateur.calibration.journal import Workspace
 from secateur.data.domains import ByDomain
 from secateur.methods.base import LearnedMethod, get_method
 from secateur.model.checkpoint import Checkpoint
-from secateur.pruning.learned import follow, learn, learning_recipe
+from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
 from secateur.pruning.pipeline import Calibration, make_plan, scores_identity, write_pruned
 from secateur.pruning.target import Pattern, Target
 from secateur.runtime import pick_batch, pick_device
@@ -23,7 +23,7 @@ from secateur.study.stage import Stage
 from secateur.study.stages.inputs import corpus_tokens, model_of
 from secateur.study.store import Store
 from secateur.training.heldout import domain_protocols
-from secateur.training.loop import Housekeeping
+from secateur.training.loop import RunOptions
 from secateur.training.mixture import Mixture
 from secateur.training.parallel import Execution
 from secateur.training.watchdog import stop_on_signals
@@ -49,10 +49,10 @@ def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
         windows = _calibration_windows(stage, store)
         pruning = (checkpoint, asked["method"], target, Calibration(windows, "the parent's training slice"))
         how: dict[str, Any] = {"options": asked["options"], "device": pick_device(stage.runtime["device"])}
-        scores = scores_identity(*pruning, **how) if distributed.world() == 1 else None
+        scores = scores_identity(*pruning, **how) if distributed.world_size() == 1 else None
         with store.scores(stage, scores) if scores else nullcontext(work / "checkpoints") as journals:
             plan, dense = make_plan(*pruning, **how, workspace=Workspace(journals)), checkpoint
-    if not distributed.first():
+    if not distributed.is_main():
         return {}
     (work / "model").mkdir(exist_ok=True)
     content = write_pruned(dense, plan, work / "model")
@@ -89,10 +89,10 @@ def _learned(
     view = ByDomain(tokens, "train", start, stop, sequence)
     mixture = Mixture(view, view.ranges, recipe, method.steps)
     trained = work / "trained"
-    if distributed.first():
+    if distributed.is_main():
         shutil.rmtree(trained, ignore_errors=True)
         trained.mkdir()
-    distributed.wait()
+    distributed.barrier()
     count = sum((b - a) // sequence for a, b in view.ranges.values())
     record = {"source": "the parent's training slice", "windows": count, "seqlen": sequence, "hash": tokens.fingerprint}
     with stop_on_signals() as stop_told:
@@ -104,13 +104,13 @@ def _learned(
             method=method,
             record=record,
             execution=Execution(device, asked["dtype"]),
-            house=Housekeeping(
+            house=RunOptions(
                 folder=work / "checkpoints",
                 label=stage.name,
                 save_every=max(1, method.steps // 10),
                 behind=device.startswith("cuda"),
                 stop=stop_told,
             ),
-            measure=follow(mixture, domain_protocols(tokens, sequence, _HELD_OUT), recipe.micro_batch),
+            measure=track_domain_losses(mixture, domain_protocols(tokens, sequence, _HELD_OUT), recipe.micro_batch),
             out=trained,
         )

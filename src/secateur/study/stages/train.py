@@ -24,17 +24,17 @@ from secateur.model.surgery import cut_config
 from secateur.pruning.target import Pattern
 from secateur.runtime import pick_device
 from secateur.study.stage import Stage
-from secateur.study.stages.controls import permuted_mask, random_mask, shuffled
-from secateur.study.stages.inputs import corpus_tokens, held_out, model_of
+from secateur.study.stages.controls import permuted_mask, random_mask, shuffle_weights
+from secateur.study.stages.inputs import corpus_tokens, holdout_protocol, model_of
 from secateur.study.store import Store
 from secateur.training.batches import Slice
 from secateur.training.distill import Distill, Distillation, check_teacher
-from secateur.training.heldout import held_out_loss
+from secateur.training.heldout import heldout_loss
 from secateur.training.init import fresh_weights, llama_config, stored_weights
-from secateur.training.loop import Housekeeping, train
+from secateur.training.loop import RunOptions, train_loop
 from secateur.training.masks import Masks
 from secateur.training.output import write_trained
-from secateur.training.parallel import Execution, place, place_teacher
+from secateur.training.parallel import Execution, place_model, place_teacher
 from secateur.training.recipe import Recipe
 from secateur.training.watchdog import stop_on_signals
 
@@ -56,25 +56,25 @@ def train_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     """Train on the stage's slice; all processes together.
 
     Returns:
-        What :func:`secateur.training.loop.train` does, with ``parameters`` and ``peak_rate``.
+        What :func:`secateur.training.loop.train_loop` does, with ``parameters`` and ``peak_rate``.
     """
     asked = stage.identity
     recipe = _recipe(stage, store)
     tokens = corpus_tokens(stage, store)
     start, stop = asked["slice"]
     measured = asked["evaluation"]
-    protocol = held_out(tokens, measured["windows"], recipe.sequence, measured["skip"])
+    protocol = holdout_protocol(tokens, measured["windows"], recipe.sequence, measured["skip"])
     execution = _execution(stage)
     first = _start(stage, store, recipe)
-    trainee = place(first.model, first.weights, execution, _objective(stage, store, recipe, execution))
+    trainee = place_model(first.model, first.weights, execution, _objective(stage, store, recipe, execution))
     with stop_on_signals() as told:
-        result = train(
+        result = train_loop(
             trainee,
             Slice(tokens, start, stop, recipe),
             masks=first.masks,
-            measure=lambda model: held_out_loss(model, protocol, recipe.micro_batch),
+            measure=lambda model: heldout_loss(model, protocol, recipe.micro_batch),
             points=measured["points"],
-            house=Housekeeping(
+            house=RunOptions(
                 folder=work / "checkpoints",
                 label=stage.name,
                 origin=_origin(stage, store),
@@ -83,10 +83,10 @@ def train_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
             ),
         )
     Masks(trainee.model, first.masks).check()
-    if asked.get("keep") == STATE and distributed.first():
+    if asked.get("keep") == STATE and distributed.is_main():
         _keep_state(work)
     out = work / "model"
-    if distributed.first():
+    if distributed.is_main():
         out.mkdir(exist_ok=True)
     config, dtype = trainee.model.config, getattr(torch, asked["dtype"])
     write_trained(
@@ -98,7 +98,7 @@ def train_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
         line=f"Trained by secateur on {result['tokens']:,} tokens from {asked['init']} weights ({stage.name}).",
         title=stage.name,
     )
-    if not distributed.first():
+    if not distributed.is_main():
         return {}
     load_tokenizer(tokens.folder / "tokenizer").save_pretrained(out)
     shape = Checkpoint(out).shape
@@ -116,7 +116,7 @@ def _recipe(stage: Stage, store: Store) -> Recipe:
 
 def _execution(stage: Stage) -> Execution:
     how = stage.runtime
-    replicas = how["replicas"] if distributed.world() > 1 else 1
+    replicas = how["replicas"] if distributed.world_size() > 1 else 1
     return Execution(pick_device(how["device"]), stage.identity["dtype"], replicas, how["recompute"], how["compile"])
 
 
@@ -159,7 +159,7 @@ def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
     if init in ("pruned", "continued"):
         return Start(model, stored_weights(weights), masks)
     if init == "shuffled-weights":
-        return Start(model, shuffled(stored_weights(weights), masks, recipe.seed), masks)
+        return Start(model, shuffle_weights(stored_weights(weights), masks, recipe.seed), masks)
     pattern = _pattern(weights.directory)
     if init == "permuted":
         masks = {name: permuted_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
