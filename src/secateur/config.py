@@ -68,9 +68,46 @@ Positive = Annotated[int, Field(gt=0)]
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, dataclasses.Field))
 def spec(cls: type[T]) -> type[T]:
-    """Make ``cls`` a frozen keyword-only dataclass whose unknown keys are errors when parsed."""
+    """Make ``cls`` a frozen keyword-only dataclass that checks its fields wherever it is made.
+
+    A field out of range is a UserError that names it; unknown keys are errors when it is parsed from a file.
+    """
+    own_check = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self: Any) -> None:
+        _check_fields(self)
+        if own_check:
+            own_check(self)
+
     cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[attr-defined]
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _check_fields(value: Any) -> None:
+    """Validate each field of a spec against its annotation; a count such as "50M" becomes a number."""
+    for name, adapter in _field_adapters(type(value)):
+        try:
+            checked = adapter.validate_python(_tuples(getattr(value, name)))
+        except ValidationError as error:
+            raise UserError(f"`{name}`{_explain(type(value), error)}") from None
+        object.__setattr__(value, name, checked)
+
+
+@functools.cache
+def _field_adapters(cls: type) -> list[tuple[str, TypeAdapter[Any]]]:
+    hints = get_type_hints(cls, include_extras=True)
+    strict = ConfigDict(strict=True, arbitrary_types_allowed=True)
+    return [(f.name, _adapter(hints[f.name], strict)) for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+
+def _adapter(hint: Any, config: ConfigDict) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else config)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples: Python callers may give either."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 #: Marks a field, as ``Annotated[int, RUNTIME]``, that says how to run and not what to compute.

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 
-__all__ = ["REQUEUE", "RunError", "UserError", "did_you_mean", "disk_full", "first_line", "out_of_memory"]
+__all__ = ["REQUEUE", "RunError", "UserError", "did_you_mean", "disk_full", "first_line", "out_of_memory", "spell"]
 
 
 REQUEUE = 75  #: exit code (EX_TEMPFAIL) of a run that was told to stop and has saved; the same command goes on
 
 
+_FIELD = re.compile(r"`([a-z_]+)`")
+
+
 class UserError(Exception):
-    """Bad input. The message is one line that says what is wrong, where, and how to mend it."""
+    """Bad input. The message is one line that says what is wrong, where, and what to do.
+
+    The message names fields of a request in backticks, as in "`ratio` must be between 0 and 1, got 1.5". Each face
+    spells them its own way (:func:`spell`): the command line as ``--ratio``, a study file as ``ratio:``.
+
+    Attributes:
+        field: the field at fault; None where the fault is in a file or a model. A message that begins with a field in
+            backticks needs no ``field`` of its own.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        leading = _FIELD.match(message)
+        self.field = field or (leading[1] if leading else None)
 
 
 class RunError(Exception):
@@ -29,6 +46,11 @@ class RunError(Exception):
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
         self.code = code
+
+
+def spell(message: str, spelling: Callable[[str], str | None]) -> str:
+    """Replace each field that a message names in backticks by ``spelling(field)``, where that is not None."""
+    return _FIELD.sub(lambda match: spelling(match[1]) or match[0], message)
 
 
 def did_you_mean(name: object, options: Iterable[str]) -> str:

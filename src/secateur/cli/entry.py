@@ -6,18 +6,20 @@ import json
 import os
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Sequence
 
 from secateur import distributed
 from secateur.cli import manual
 from secateur.cli.arguments import parser
-from secateur.errors import RunError, UserError, disk_full, first_line, out_of_memory
+from secateur.errors import RunError, UserError, disk_full, first_line, out_of_memory, spell
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
+    arguments: Namespace | None = None
     try:
         with distributed.process_group():
             arguments = parser().parse_args(argv)
@@ -33,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(answer, ensure_ascii=False) if arguments.json else text, flush=True)
             return code
     except UserError as error:
-        return distributed.exit_all(2, f"secateur: error: {error}")
+        message = spell(str(error), arguments.spelling) if arguments else str(error)
+        return distributed.exit_all(2, f"secateur: error: {message}")
     except RunError as error:
         return distributed.exit_all(error.code, f"secateur: error: {error}")
     except distributed.ProcessLost as lost:

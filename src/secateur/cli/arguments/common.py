@@ -44,6 +44,13 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(left)}")
         return found, left
 
+    def spelling(self, field: str) -> str | None:
+        """The option or metavar that stands for a field of a request; None where the verb has none."""
+        action = next((action for action in self._actions if action.dest == field), None)
+        if action is None:
+            return None
+        return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest.upper())
+
     def error(self, message: str) -> NoReturn:
         if "invalid choice: " in message and "choose from" in message:
             given = message.split("invalid choice: ")[1].split(" (")[0].strip("'\"")
@@ -81,6 +88,7 @@ def add_verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | Non
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    parser.set_defaults(spelling=parser.spelling)
     return parser
 
 
