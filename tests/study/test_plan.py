@@ -12,14 +12,14 @@ from secateur.cli import main
 from secateur.errors import UserError
 from secateur.study.planner import stages_of, tokens_needed, trunk_savings
 from secateur.study.resolve import ResolvedParent, ResolvedStudy, resolve
-from secateur.study.spec import Study, load_study
+from secateur.study.spec import StudySpec, load_study
 from secateur.study.stage import Stage, unique
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 BILLION = 4_194_304 * 250  # tokens that the paper counts as one billion: 4.0 M a step of 4,194,304
 
 
-def study(folder: Path, **changes: Any) -> Study:
+def study(folder: Path, **changes: Any) -> StudySpec:
     raw: dict[str, Any] = {
         "name": "micro",
         "corpus": {"vocabulary": 280},
@@ -35,7 +35,7 @@ def study(folder: Path, **changes: Any) -> Study:
     return load_study(path)
 
 
-def planned(of: Study) -> list[Stage]:
+def planned(of: StudySpec) -> list[Stage]:
     parents = {name: ResolvedParent(p.shape(of.corpus.vocabulary)) for name, p in of.all_parents.items()}  # type: ignore[arg-type]
     return unique(stages_of(of, ResolvedStudy("text", parents)))
 

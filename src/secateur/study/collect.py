@@ -15,7 +15,7 @@ from secateur.evaluation.results import Measurement
 from secateur.files import read_json
 from secateur.model.shapes import removed, train_flops
 from secateur.runtime import environment
-from secateur.study.spec import Study
+from secateur.study.spec import StudySpec
 from secateur.study.stage import Stage, unique, with_inputs
 from secateur.study.stages.evaluate import COST, RESULTS
 from secateur.study.store import Store
@@ -23,7 +23,7 @@ from secateur.study.store import Store
 __all__ = ["collect"]
 
 
-def collect(study: Study, stages: list[Stage], store: Store, study_yaml: str) -> StudyResults:
+def collect(study: StudySpec, stages: list[Stage], store: Store, study_yaml: str) -> StudyResults:
     """Read the records of a study's stages; what is missing is None, never zero.
 
     Raises:
@@ -55,7 +55,7 @@ _CELLS = ("P-R", "scratch", "control")
 class _Records:
     """The records of a study, each read once."""
 
-    def __init__(self, study: Study, stages: list[Stage], store: Store) -> None:
+    def __init__(self, study: StudySpec, stages: list[Stage], store: Store) -> None:
         self.study, self.store = study, store
         self.stages = unique(stages)
         self.records = {stage.fingerprint: store.record(stage) for stage in self.stages}

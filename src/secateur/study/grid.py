@@ -11,7 +11,15 @@ from secateur.errors import UserError
 from secateur.methods.base import Method, get_method
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Target
-from secateur.study.spec import ControlKind, ControlSpec, MethodEntry, ObjectiveSpec, SettingKind, SettingSpec, Study
+from secateur.study.spec import (
+    ControlKind,
+    ControlSpec,
+    MethodEntry,
+    ObjectiveSpec,
+    SettingKind,
+    SettingSpec,
+    StudySpec,
+)
 
 __all__ = ["TWIN_NAMES", "PlannedComparison", "Pruning", "comparisons", "prunings"]
 
@@ -63,7 +71,7 @@ class PlannedComparison:
     controls: tuple[ControlKind, ...]
 
 
-def prunings(study: Study, shapes: dict[str, Shape]) -> list[Pruning]:
+def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
     """Every model that the study prunes.
 
     Args:
@@ -86,7 +94,7 @@ def prunings(study: Study, shapes: dict[str, Shape]) -> list[Pruning]:
     return found
 
 
-def comparisons(study: Study, pruning: Pruning) -> Iterator[PlannedComparison]:
+def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedComparison]:
     """What is trained of a pruned model, and what it is held against."""
     entry = pruning.entry
     settings = _or(entry.settings, study.settings)
@@ -129,6 +137,6 @@ def _applies(control: ControlKind, pruning: Pruning) -> bool:
     return control == "shuffled-weights"
 
 
-def _excluded(study: Study, told: dict[str, Any]) -> bool:
+def _excluded(study: StudySpec, told: dict[str, Any]) -> bool:
     """Whether an exclusion covers a cell."""
     return any(exclusion.covers(told) for exclusion in study.exclude)

@@ -17,7 +17,7 @@ from secateur.model.shapes import solve_width
 from secateur.pruning.pipeline import scoring_flops
 from secateur.study.grid import TWIN_NAMES, PlannedComparison, Pruning, comparisons, prunings
 from secateur.study.resolve import ResolvedStudy, split_places
-from secateur.study.spec import ControlKind, SettingKind, Study
+from secateur.study.spec import ControlKind, SettingKind, StudySpec
 from secateur.study.stage import Stage, unique
 from secateur.study.training_runs import Inputs, TrainingRuns, sizes_of
 
@@ -26,7 +26,7 @@ __all__ = ["stages_of", "tokens_needed", "trunk_savings"]
 _EQUAL_TOTAL = ("equal_total_tokens", "equal_total_flops")
 
 
-def stages_of(study: Study, known: ResolvedStudy) -> list[Stage]:
+def stages_of(study: StudySpec, known: ResolvedStudy) -> list[Stage]:
     """All stages of a study, each after its inputs.
 
     Several cells may need the same stage, e.g. when two ratios come to one shape: it is listed for each, under one
@@ -44,7 +44,7 @@ def tokens_needed(stages: Sequence[Stage]) -> int:
 
 
 class _Builder(TrainingRuns):
-    def __init__(self, study: Study, known: ResolvedStudy) -> None:
+    def __init__(self, study: StudySpec, known: ResolvedStudy) -> None:
         asked, places = split_places(identity(study.text))
         corpus = Stage("corpus", "corpus", {**asked, "digest": known.corpus}, runtime=places)
         super().__init__(study, corpus, known.suite)

@@ -17,7 +17,7 @@ from secateur.evaluation.protocols import text_source
 from secateur.files import sha256_file, sha256_tree
 from secateur.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from secateur.model.shapes import Shape
-from secateur.study.spec import EvaluationSpec, ParentSpec, Study
+from secateur.study.spec import EvaluationSpec, ParentSpec, StudySpec
 
 __all__ = ["SHARDS", "ResolvedParent", "ResolvedStudy", "resolve", "split_places"]
 
@@ -41,7 +41,7 @@ class ResolvedStudy:
     suite: Mapping[str, Any] = field(default_factory=dict)  #: what is measured besides the held-out loss, with digests
 
 
-def resolve(study: Study) -> ResolvedStudy:
+def resolve(study: StudySpec) -> ResolvedStudy:
     """Look up what a study file names; no network is asked.
 
     Raises:
@@ -110,7 +110,7 @@ def split_places(asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
     return kept, places
 
 
-def _corpus(study: Study, rows: int) -> str:
+def _corpus(study: StudySpec, rows: int) -> str:
     """What identifies the corpus; ``rows`` are those of the smallest embedding."""
     spec = study.text
     if spec.source.startswith(SHARDS):
@@ -131,7 +131,7 @@ def _corpus(study: Study, rows: int) -> str:
     )
 
 
-def _parent(study: Study, name: str, parent: ParentSpec) -> ResolvedParent:
+def _parent(study: StudySpec, name: str, parent: ParentSpec) -> ResolvedParent:
     where = "parent" if study.parent else f"parents.{name}"
     said = parent.shape(study.corpus.vocabulary)
     if parent.checkpoint is None:

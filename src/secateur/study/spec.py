@@ -29,7 +29,7 @@ __all__ = [
     "ParentSpec",
     "RetrainSpec",
     "SettingSpec",
-    "Study",
+    "StudySpec",
     "SweepSpec",
     "load_study",
 ]
@@ -282,7 +282,7 @@ class Exclude:
 
 
 @spec
-class Study:
+class StudySpec:
     """A controlled comparison of pruning and training from scratch."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
@@ -365,14 +365,14 @@ def _once(key: str, values: Any) -> None:
             raise UserError(f"{key}: an entry appears twice: {value}")
 
 
-def load_study(path: Path) -> Study:
+def load_study(path: Path) -> StudySpec:
     """Read a study file.
 
     Raises:
         UserError: if it is missing or says something that cannot be.
     """
     try:
-        return parse(Study, load_yaml(path), origin=str(path))
+        return parse(StudySpec, load_yaml(path), origin=str(path))
     except UserError as error:
         text = str(error).replace("--option ", "options.").replace("--ratio ", "ratio ")  # a file has keys, not options
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None

@@ -11,7 +11,7 @@ from secateur.config import identity
 from secateur.evaluation.cost import Workload
 from secateur.model.shapes import Shape, teacher_flops, train_flops
 from secateur.study.grid import PlannedComparison
-from secateur.study.spec import ObjectiveSpec, Study
+from secateur.study.spec import ObjectiveSpec, StudySpec
 from secateur.study.stage import Stage
 from secateur.training.recipe import Recipe
 
@@ -29,7 +29,7 @@ class TrainingRuns:
         suite: what is measured of every model besides its held-out loss, with what identifies its content.
     """
 
-    def __init__(self, study: Study, corpus: Stage, suite: Mapping[str, Any]) -> None:
+    def __init__(self, study: StudySpec, corpus: Stage, suite: Mapping[str, Any]) -> None:
         self.study, self.corpus, self.suite = study, corpus, suite
         self.sequence = study.recipe.sequence
         self.start = 0  #: the first token of all retraining

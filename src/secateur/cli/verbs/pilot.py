@@ -38,7 +38,7 @@ def write_pilot(out: Path, question: Question, found: list[Case], like: Path | N
     Raises:
         UserError: if ``out`` is there already, or the study could not be.
     """
-    from secateur.study.spec import Study, load_study
+    from secateur.study.spec import StudySpec, load_study
 
     if out.exists():
         raise UserError(f"{out}: already exists; name a new file for --pilot")
@@ -49,7 +49,7 @@ def write_pilot(out: Path, question: Question, found: list[Case], like: Path | N
         raw, says = _next(question, found, dict(load_yaml(like)))
     raw |= {"name": "pilot", "title": f"Pilot: {says}", "methods": _methods(question), "ratios": [question.ratio]}
     raw["settings"] = ["equal_training_tokens", *(["equal_total_tokens"] if question.must_train else [])]
-    parse(Study, raw, origin=f"the pilot study {out}")
+    parse(StudySpec, raw, origin=f"the pilot study {out}")
     head = f"# Written by `secateur recommend`. {says}\n#   secateur study plan {out}     what it costs\n"
     write_text(out, head + yaml.safe_dump(raw, sort_keys=False, width=120))
     return {"file": str(out), "study": raw, "says": says}

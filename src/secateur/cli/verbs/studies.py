@@ -25,7 +25,7 @@ from secateur.study.resolve import resolve
 from secateur.study.runner.local import exit_with_parent
 from secateur.study.runner.scheduler import Outcome, run_stages, survey
 from secateur.study.runner.slurm import parse_slurm, run_on_slurm
-from secateur.study.spec import Study, load_study
+from secateur.study.spec import StudySpec, load_study
 from secateur.study.stage import Stage, unique, with_inputs
 from secateur.study.status import rows, summary, watch
 from secateur.study.store import Store
@@ -41,7 +41,7 @@ def demo(arguments: Namespace) -> Answer:
     return study_run(arguments)
 
 
-def open_study(arguments: Namespace) -> tuple[Study, list[Stage], Store]:
+def open_study(arguments: Namespace) -> tuple[StudySpec, list[Stage], Store]:
     """The study of a file, its stages, and where they lie."""
     study = load_study(Path(arguments.file))
     try:
@@ -90,7 +90,7 @@ def study_run(arguments: Namespace) -> Answer:
     return answer, text, 1 if outcome.failed else 0
 
 
-def _tell(outcome: Outcome, study: Study, store: Store) -> None:
+def _tell(outcome: Outcome, study: StudySpec, store: Store) -> None:
     parts = [f"{outcome.already} stages found done", f"{outcome.ran - len(outcome.failed)} run"]
     parts += [f"{outcome.elsewhere} done by other processes"] if outcome.elsewhere else []
     notify(", ".join([*parts, f"{len(outcome.failed)} failed"]))
@@ -117,7 +117,7 @@ def _chosen(stages: list[Stage], patterns: list[str]) -> list[Stage]:
     return with_inputs(s for s in stages if any(fnmatchcase(s.name, pattern) for pattern in patterns))
 
 
-def _dry_run(study: Study, runs: list[Stage], stages: list[Stage], store: Store) -> Answer:
+def _dry_run(study: StudySpec, runs: list[Stage], stages: list[Stage], store: Store) -> Answer:
     """What ``study run`` would do, and why; nothing is run or written."""
     found = survey(runs, store)
     told = [
@@ -205,7 +205,7 @@ def study_report(arguments: Namespace) -> Answer:
     return answer, f"{text_versus(found)}\npage: {page.resolve()}", 0
 
 
-def _report(arguments: Namespace, study: Study, stages: list[Stage], store: Store) -> Answer:
+def _report(arguments: Namespace, study: StudySpec, stages: list[Stage], store: Store) -> Answer:
     results = collect(study, stages, store, Path(arguments.file).read_text(encoding="utf-8"))
     judgement = judge(results)
     page = build_report(judgement, store.out)
