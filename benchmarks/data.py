@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 
 from secateur.cli import main as secateur
-from secateur.data.shards import ShardWriter, TokenStore, write_manifest
+from secateur.data.manifest import write_manifest
+from secateur.data.shards import ShardWriter, TokenStore
 from secateur.data.sources import open_source
 
 WINDOW = 2048

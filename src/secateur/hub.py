@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from secateur.errors import UserError
 
 __all__ = ["local_checkpoint"]
@@ -24,6 +22,8 @@ def local_checkpoint(name: str, *, weights: bool = True) -> Path:
     Raises:
         UserError: if it cannot be had.
     """
+    from huggingface_hub import snapshot_download
+
     if not name.startswith("hf:"):
         return Path(name)
     repository, _, revision = name.removeprefix("hf:").partition("@")

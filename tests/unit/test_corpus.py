@@ -11,8 +11,9 @@ import pytest
 from secateur.config import parse
 from secateur.data import external_sort as runs
 from secateur.data.corpus import CorpusSpec, build_corpus
+from secateur.data.encode import encode_texts
 from secateur.data.shards import TokenStore
-from secateur.data.tokenizer import encode, load_tokenizer, token_hash
+from secateur.data.tokenizer import load_tokenizer, token_hash
 from secateur.errors import UserError
 from secateur.files import sha256_tree
 
@@ -61,7 +62,7 @@ def test_the_record_says_what_was_written(folder: Path, tmp_path: Path):
         assert record["documents"][split] == len(texts)
         assert record["bytes"][split] == sum(len(text.encode()) for text in texts)
         ids = store.read(split, 0, store.tokens(split))
-        assert record["tokens"][split] == len(ids) == sum(map(len, encode(tokenizer, texts)))
+        assert record["tokens"][split] == len(ids) == sum(map(len, encode_texts(tokenizer, texts)))
         assert record["bytes_per_token"][split] == record["bytes"][split] / len(ids)
         assert record["sha256"][split] == token_hash(ids)
     assert record["tokenizer_sha256"] == store.manifest.tokenizer_sha256 == sha256_tree(tmp_path / "out" / "tokenizer")

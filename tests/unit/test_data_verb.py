@@ -172,7 +172,7 @@ from secateur.data import build, shards
 from secateur.data import external_sort as runs
 from secateur.cli import main
 runs.BYTES, build._BATCH_DOCUMENTS = int(sys.argv[1]), 10
-owner = {"runs": runs, "os": os, "Runs": runs.Runs, "ShardWriter": shards.ShardWriter}[sys.argv[2]]
+owner = {"runs": runs, "os": os, "Runs": runs.SortedRuns, "ShardWriter": shards.ShardWriter}[sys.argv[2]]
 name, left = sys.argv[3], [int(sys.argv[4])]
 real = getattr(owner, name)
 def deadly(*given, **named):

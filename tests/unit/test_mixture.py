@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from helpers import hf, naive_loss, tiny_llama, windows
 from secateur.data.domains import ByDomain
-from secateur.data.shards import ShardWriter, TokenStore, write_manifest
+from secateur.data.manifest import write_manifest
+from secateur.data.shards import ShardWriter, TokenStore
 from secateur.errors import RunError, UserError
 from secateur.training.batches import Data, Span, WindowTokens, micro_batches
 from secateur.training.heldout import domain_losses, domain_protocols, heldout_loss

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from secateur.data.shards import ShardWriter, TokenStore, smallest_dtype, write_manifest
+from secateur.data.manifest import smallest_dtype, write_manifest
+from secateur.data.shards import ShardWriter, TokenStore
 from secateur.data.tokenizer import train_tokenizer
 from secateur.errors import UserError
 

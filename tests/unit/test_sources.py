@@ -15,7 +15,8 @@ import pytest
 
 from secateur import progress
 from secateur.data.installed_code import PACKAGES, package_source
-from secateur.data.sources import Document, FileSource, open_source
+from secateur.data.readers import Document
+from secateur.data.sources import FileSource, open_source
 from secateur.errors import RunError, UserError
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from secateur.data.sources import Document
+from secateur.data.readers import Document
 from secateur.data.tokenizer import (
     END,
     check_vocabulary,

@@ -9,22 +9,25 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from secateur import progress
 from secateur.config import Count, Fraction, Positive, spec
-from secateur.data.build import HELDOUT, TRAIN, Holdout, counted, hash_splits, is_heldout, write_splits
+from secateur.data.build import TRAIN, Holdout, counted, hash_splits, is_heldout, write_splits
 from secateur.data.encode import Encoder
-from secateur.data.shards import TokenStore, smallest_dtype, write_manifest
+from secateur.data.manifest import smallest_dtype, write_manifest
+from secateur.data.shards import TokenStore
 from secateur.data.sources import Source, open_source
 from secateur.data.tokenizer import id_bound, load_tokenizer, train_tokenizer
 from secateur.files import sha256_tree
 from secateur.hub import local_checkpoint
 
-__all__ = ["HELDOUT", "TRAIN", "CorpusSpec", "build_corpus"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["CorpusSpec", "build_corpus"]
 
 
 @spec

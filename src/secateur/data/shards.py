@@ -18,23 +18,12 @@ from numpy.typing import NDArray
 
 from secateur.config import fingerprint, parse
 from secateur.data.encode import hash_of_ids
-from secateur.data.manifest import FORMAT, Column, Manifest, Shard, Split, smallest_dtype, write_manifest
+from secateur.data.manifest import FORMAT, Column, Manifest, Shard, Split
 from secateur.data.npy_writer import ColumnWriter
 from secateur.errors import UserError, did_you_mean
 from secateur.files import read_json, sha256_file, sha256_tree
 
-__all__ = [
-    "FORMAT",
-    "SHARD_TOKENS",
-    "Column",
-    "Manifest",
-    "Shard",
-    "ShardWriter",
-    "Split",
-    "TokenStore",
-    "smallest_dtype",
-    "write_manifest",
-]
+__all__ = ["SHARD_TOKENS", "ShardWriter", "TokenStore"]
 
 SHARD_TOKENS = 2**26  #: in a shard, unless told otherwise
 

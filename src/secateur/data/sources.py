@@ -33,7 +33,7 @@ from secateur.data.readers import (
 from secateur.errors import RunError, UserError, did_you_mean
 from secateur.files import sha256_file
 
-__all__ = ["Document", "FileSource", "Source", "folder_domain", "named", "open_source", "walk"]
+__all__ = ["FileSource", "Source", "folder_domain", "named", "open_source", "walk"]
 
 _HASHES = 4  # files hashed at once; the disk is the limit
 

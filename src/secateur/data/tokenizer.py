@@ -11,17 +11,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from secateur import progress
 from secateur.data.encode import encode_texts
 from secateur.data.readers import Document
 from secateur.errors import UserError
+
+if TYPE_CHECKING:  # `transformers` takes seconds to import; only the functions that need it pay for it
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 __all__ = [
     "END",
@@ -30,7 +31,6 @@ __all__ = [
     "check_vocabulary",
     "encode_documents",
     "encode_stream",
-    "encode_texts",
     "id_bound",
     "load_tokenizer",
     "token_hash",
@@ -56,6 +56,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     Raises:
         UserError: if ``vocabulary`` is below 257, or more than the texts can give.
     """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
     if vocabulary < _SMALLEST:
         raise UserError(f"a vocabulary of {vocabulary} is too small for all bytes; make it {_SMALLEST} or more")
     tokenizer = Tokenizer(models.BPE())
@@ -86,6 +89,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: if there is no directory, no tokenizer in it, or a broken one.
     """
+    from transformers import AutoTokenizer
+
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; name a local checkpoint or tokenizer")
     if not any(directory.glob("*token*")) and not any(directory.glob("*vocab*")):

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.readers import TEXT_EXTENSIONS
-from secateur.data.sources import Document, Source, open_source
-from secateur.data.tokenizer import Stream, encode_documents, encode_texts
+from secateur.data.encode import encode_texts
+from secateur.data.readers import TEXT_EXTENSIONS, Document
+from secateur.data.sources import Source, open_source
+from secateur.data.tokenizer import Stream, encode_documents
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
 from secateur.progress import notify
