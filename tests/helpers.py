@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from secateur.data.manifest import Split, write_manifest
 from secateur.data.shards import ShardWriter
-from secateur.methods.base import METHODS, LearnedMethod, get_method
+from secateur.methods.base import LearnedMethod
+from secateur.methods.registry import METHODS, get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
 from secateur.pruning.learned import learn, learning_recipe

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers import calibration, hf, logits, tiny_family, windows, without_layers
-from secateur.methods.base import get_method
+from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
 from secateur.pruning.pipeline import make_plan, write_pruned

@@ -17,7 +17,6 @@ __all__ = [
     "duration",
     "join_words",
     "loss",
-    "method_name",
     "number",
     "percent",
     "plain",
@@ -35,27 +34,6 @@ MINUS, TIMES, _NBSP = "\u2212", "\u00d7", "\u00a0"
 _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 _SYMBOL = re.compile(r"S_\{(P\+[RF])\}|S_([RF])\b")
 _SPELLED = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-#: The authors' own spelling of their methods; any other method keeps the name that the study gives it.
-_METHODS = {
-    "flap": "FLAP",
-    "llm-pruner": "LLM-Pruner",
-    "magnitude": "Magnitude",
-    "minitron-depth": "Minitron-depth",
-    "minitron-width": "Minitron-width",
-    "sheared": "Sheared LLaMA",
-    "sheared-llama": "Sheared LLaMA",
-    "shortened-llama": "Shortened LLaMA",
-    "shortgpt": "ShortGPT",
-    "sparsegpt": "SparseGPT",
-    "wanda": "Wanda",
-    "wanda-sp": "Wanda-sp",
-}
-
-
-def method_name(name: str) -> str:
-    """``"shortgpt"`` -> ``"ShortGPT"``."""
-    return _METHODS.get(name, name)
 
 
 def count(value: float) -> str:

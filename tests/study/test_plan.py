@@ -235,7 +235,10 @@ def test_equal_shapes_share_their_twins(tmp_path: Path) -> None:
         ({"methods": ["wanda", {"method": "wanda", "ratios": [0.5]}]}, "an entry appears twice: wanda at 0.5"),
         ({"methods": [{"method": "wanda", "ratios": 0.5, "pattern": "2:4"}]}, "say how much to remove in one way"),
         ({"methods": [{"method": "flap", "shapes": {"x": "layers=2"}}]}, "flap at x): shape: "),
-        ({"methods": [{"method": "sheared", "options": {"stepz": 3}}]}, "options.stepz: sheared has no such option"),
+        (
+            {"methods": [{"method": "sheared", "options": {"stepz": 3}}]},
+            "methods[0].options: sheared has no option 'stepz'",
+        ),
         ({"ratios": []}, "ratios: this key is required"),
         ({"retrain": {"tokens": [5, 5]}}, "retrain.tokens: an entry appears twice: 5"),
         ({"retrain": {"tokens": 5, "trunk": "shared"}}, "recipe.schedule wsd"),

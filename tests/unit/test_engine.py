@@ -14,7 +14,7 @@ from secateur.calibration.block_walk import Block, BlockWalk
 from secateur.calibration.layer_removal import removal_losses
 from secateur.calibration.statistics import MeanCosine, MeanSquare, NormByPosition
 from secateur.errors import UserError
-from secateur.methods.base import get_method
+from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import LLAMA
 from secateur.pruning.pipeline import make_plan, scoring_flops

@@ -10,7 +10,7 @@ import torch
 
 from helpers import FAMILY_CONFIGS, tiny_family
 from secateur.losses.next_token import model_loss
-from secateur.methods.base import get_method
+from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint, skeleton
 from secateur.model.shapes import Shape
 from secateur.pruning.learned import cut_plan, gate_values, write_gated

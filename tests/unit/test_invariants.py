@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from formulas import Subject, pruned
 from helpers import FAMILIES, SCORED, calibration, hf, learned, logits, windows
 from secateur.calibration.statistics import Gram
-from secateur.methods.base import METHODS, get_method
+from secateur.methods.registry import METHODS, get_method
 from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest_indices
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.model.checkpoint import Checkpoint

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -14,24 +15,19 @@ import torch
 import secateur
 from helpers import SCORED, calibration, hf, tiny_llama, windows
 from secateur.errors import UserError
-from secateur.methods.base import (
-    METHODS,
-    LayerMethod,
-    LearnedMethod,
-    RemovalMethod,
-    WeightMethod,
-    WidthMethod,
-    get_method,
-)
+from secateur.methods.base import LayerMethod, LearnedMethod, RemovalMethod, WeightMethod, WidthMethod
+from secateur.methods.registry import METHODS, get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.pruning.pipeline import make_plan
 from secateur.pruning.target import Target
 
 SOURCE = Path(secateur.__file__).parent
-FILES = sorted({SOURCE / "methods" / f"{value.partition(':')[0].rpartition('.')[2]}.py" for value in METHODS.values()})
+FILES = sorted(
+    {SOURCE / "methods" / f"{info.class_path.partition(':')[0].rpartition('.')[2]}.py" for info in METHODS.values()}
+)
 ENGINE = [
-    *sorted((SOURCE / "calibrate").glob("*.py")),
-    *(SOURCE / f"{n}.py" for n in ("select", "decide", "surgery", "plan")),
+    *sorted((SOURCE / "calibration").glob("*.py")),
+    *(SOURCE / f"{n}.py" for n in ("methods/selection", "pruning/scoring", "model/surgery", "model/plan")),
 ]
 #: what a method does not know: how activations are observed, where it runs, what is read, how much is to go
 UNKNOWN = (r"register_forward", r"hook", r"device", r"\bcuda\b", r"open\(", r"\bPath\b", r"\bratio\b", r"\bpattern\b")
@@ -43,20 +39,20 @@ def test_a_method_is_short_and_knows_its_formula_alone(file: Path) -> None:
     assert len(text.splitlines()) <= 120
     for word in UNKNOWN:
         assert not re.search(word, text, re.IGNORECASE), word
-    allowed = {"secateur.methods", "secateur.calibration.statistics", "secateur.config", "secateur.errors"}
+    allowed = {"secateur.methods.base", "secateur.calibration.statistics", "secateur.config", "secateur.errors"}
     imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
     assert {name for name in imported if name and name.startswith("secateur")} <= allowed
 
 
 def test_every_method_is_in_the_registry() -> None:
-    found = {path for path in (SOURCE / "methods").glob("*.py") if path.name != "__init__.py"}
-    assert found == set(FILES)
+    shared = {"__init__", "base", "plugins", "registry", "selection"}
+    assert {path for path in (SOURCE / "methods").glob("*.py") if path.stem not in shared} == set(FILES)
 
 
 @pytest.mark.parametrize("file", ENGINE, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_the_engine_knows_no_method_by_name(file: Path) -> None:
     text = file.read_text(encoding="utf-8").lower()
-    classes = {value.partition(":")[2] for value in METHODS.values()}
+    classes = {info.class_path.partition(":")[2] for info in METHODS.values()}
     names = {*METHODS, *(name.replace("-", "_") for name in METHODS), *(c.lower() for c in classes)} - {"magnitude"}
     for name in (*names, "minitron", "shortened", "pruner", "magnitude pruning"):
         assert name not in text, name
@@ -79,10 +75,36 @@ def test_what_a_method_says_of_itself(name: str) -> None:
         method.source = "other"
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_agrees_with_its_class(name: str) -> None:
+    info, method = METHODS[name], get_method(name)
+    assert info.granularity == method.granularity
+    assert method.source.startswith(f"arXiv:{info.source}" if info.source else "a control")
+    assert [(o.name, o.default) for o in info.options] == [(f.name, f.default) for f in dataclasses.fields(method)]
+    hints = get_type_hints(type(method))
+    for option in info.options:
+        assert option.choices == (get_args(hints[option.name]) if get_origin(hints[option.name]) is Literal else ())
+        assert get_method(name, {option.name: option.usage.partition("=")[2].partition("|")[0]})
+
+
+def test_the_registry_lists_the_methods() -> None:
+    """Twelve published methods and three controls, each with its paper in the documentation."""
+    assert len(METHODS) == 15 and [name for name, info in METHODS.items() if not info.source] == [
+        "random-depth",
+        "random-width",
+        "random-weight",
+    ]
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for name, info in METHODS.items():
+        row = next(row for row in rows if f"`{name}`" in row.split("|")[1])
+        assert info.source in row and row.count(f"arxiv.org/abs/{info.source})") == bool(info.source)
+
+
 def test_unknown_methods_and_options() -> None:
     with pytest.raises(UserError, match="did you mean 'wanda'"):
         get_method("wnada")
-    with pytest.raises(UserError, match=r"--option blok: .* did you mean 'block'"):
+    with pytest.raises(UserError, match=r"^`options`: sparsegpt has no option .blok. .* did you mean 'block'"):
         get_method("sparsegpt", {"blok": "64"})
     with pytest.raises(UserError, match="did you mean 'mixed'"):
         get_method("llm-pruner", {"order": "mixd"})

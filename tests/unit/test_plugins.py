@@ -18,8 +18,7 @@ from formulas import fits
 from helpers import hf, tiny_llama
 from secateur.cli import main
 from secateur.errors import UserError
-from secateur.methods import base as methods
-from secateur.methods.base import METHODS, get_method, known_methods
+from secateur.methods.registry import METHODS, get_method, known_methods, plugin_methods
 from secateur.methods.wanda import Wanda
 from secateur.model.checkpoint import Checkpoint
 from secateur.pruning.pipeline import make_plan
@@ -38,6 +37,7 @@ def install(folder: Path, entries: dict[str, str], **modules: str) -> Path:
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n", encoding="utf-8")
     lines = [f"{name} = {value}" for name, value in entries.items()]
     (about / "entry_points.txt").write_text("\n".join(["[secateur.methods]", *lines, ""]), encoding="utf-8")
+    plugin_methods.cache_clear()
     return folder
 
 
@@ -55,10 +55,10 @@ def documented() -> tuple[dict[str, str], str, str]:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "site"
     folder.mkdir()
-    methods._plugins.cache_clear()
+    plugin_methods.cache_clear()
     monkeypatch.syspath_prepend(folder)
     yield folder
-    methods._plugins.cache_clear()
+    plugin_methods.cache_clear()
 
 
 def test_the_documented_method_from_the_command_line(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from helpers import edit_config, files, tiny_llama
 from secateur.cli import main, manual
 from secateur.data.tokenizer import encode_stream, load_tokenizer, token_hash, train_tokenizer
-from secateur.methods.base import METHODS, get_method
+from secateur.methods.registry import METHODS, get_method
 from secateur.model.checkpoint import INDEX
 
 TEXT = "The gardener prunes the old tree, and the tree grows new leaves in spring.\n" * 40
@@ -332,10 +332,10 @@ REFUSED: list[tuple[str, str]] = [
     ("--method wanda --ratio 0.02", "--ratio 0.02: removes nothing: wanda chooses among 48 weights at a time, so it"),
     ("--method magnitude --ratio 0.5,1e-9", "--ratio 1e-09: removes nothing: magnitude chooses among 1,536 weights"),
     ("--method sparsegpt --ratio 1e-3 --option block=8", "sparsegpt chooses among 384 weights at a time"),
-    ("--method wanda --ratio 0.5 --option bias=none", "--option bias: wanda has no such option (it has none)"),
+    ("--method wanda --ratio 0.5 --option bias=none", "--option: wanda has no option 'bias' (it has none)"),
     (
         "--method sparsegpt --ratio 0.5 --option blok=3",
-        "--option blok: sparsegpt has no such option (it has block, damping); did you mean 'block'?",
+        "--option: sparsegpt has no option 'blok' (it has block, damping); did you mean 'block'?",
     ),
     ("--method sparsegpt --ratio 0.5 --option block=x", "--option of sparsegpt: block: should be a valid integer"),
     ("--method sparsegpt --ratio 0.5 --option block=[", "--option of sparsegpt: block: should be"),
@@ -390,7 +390,10 @@ def test_what_is_refused(asked: str, part: str, call: Callable[..., Call], world
     [
         # Each is wrong in all that comes after, which is looked at later.
         ("prune {w}/none {w}/model --method wnda --ratio 5e-1 --option a=b --calibration x:y", "'wnda'"),
-        ("prune {w}/none {w}/model --method wanda --option a=b --shape layers=3 --calibration x:y", "--option a"),
+        (
+            "prune {w}/none {w}/model --method wanda --option a=b --shape layers=3 --calibration x:y",
+            "--option: wanda has no option 'a'",
+        ),
         ("prune {w}/none {w}/model --method wanda --shape layers=3 --calibration x:y", "--shape: wanda"),
         (
             "prune {w}/none {w}/model --method wanda --ratio 0.5",
@@ -565,23 +568,6 @@ def test_the_model_is_left_as_it_is(call: Callable[..., Call], world: Path) -> N
     before = files(world / "model")
     assert call(PRUNE + "--method sparsegpt --ratio 0.5" + TEXT_AT).code == 0
     assert files(world / "model") == before
-
-
-def test_the_manual_names_every_method_and_option() -> None:
-    named = {
-        name: (granularity, *told) for granularity, methods in manual.METHODS.items() for name, told in methods.items()
-    }
-    assert list(named) == list(METHODS)
-    for name, (granularity, _, options) in named.items():
-        method = get_method(name)
-        assert method.granularity == granularity
-        assert [o.partition("=")[0] for o in options.split(", ") if o] == [f.name for f in fields(method)], name
-        for option in options.split(", ") if options else []:
-            key, _, values = option.partition("=")
-            for value in values.split("|") if "|" in values else []:
-                assert getattr(get_method(name, {key: value}), key) == value
-    controls = [name for name in METHODS if not get_method(name).calibrated]
-    assert controls == ["random-depth", "random-width", "magnitude", "random-weight"]
 
 
 def test_help_teaches_and_does_not_wait_for_torch() -> None:

@@ -26,7 +26,7 @@ from secateur.calibration.journal import Journal, StateStore
 from secateur.calibration.malloc import reserve_heap
 from secateur.calibration.place import Place
 from secateur.cli import main, manual
-from secateur.methods.base import get_method
+from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint, write_checkpoint
 from secateur.model.safetensors_io import Stored, TensorFile, write_tensors
 from secateur.model.shapes import Shape

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from secateur.errors import UserError
-from secateur.methods.base import METHODS, get_method
+from secateur.methods.registry import METHODS, get_method
 from secateur.model.families import FAMILIES, MISTRAL, PHI3
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Pattern, Target

@@ -14,9 +14,10 @@ from helpers import calibration
 from secateur.calibration.place import Place
 from secateur.calibration.statistics import Mean, NormByPosition, Variance
 from secateur.errors import UserError
-from secateur.methods.base import WidthMethod, get_method
+from secateur.methods.base import WidthMethod
 from secateur.methods.flap import FLAP
 from secateur.methods.minitron_width import MinitronWidth
+from secateur.methods.registry import get_method
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.pruning.pipeline import make_plan

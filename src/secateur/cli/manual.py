@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secateur.errors import UserError
-from secateur.methods.plugins import plugin_methods
+from secateur.methods.registry import METHODS, plugin_methods
 
 __all__ = [
     "COMPARE",
@@ -13,7 +13,6 @@ __all__ = [
     "DOCUMENTS",
     "EPILOG",
     "EVAL",
-    "METHODS",
     "RECOMMEND",
     "SHAPES",
     "SOURCES",
@@ -82,42 +81,6 @@ Memory does not grow with the corpus. While it works it takes about twice the di
 OUT.partial. What decides order and sides, and what is in OUT, is told in docs/data.md.
 """
 
-#: granularity -> method -> what goes, and its options
-METHODS: dict[str, dict[str, tuple[str, str]]] = {
-    "depth": {
-        "shortgpt": ("layers that turn the hidden state least", ""),
-        "minitron-depth": (
-            "the contiguous run of layers that the loss, or a task's accuracy, misses least",
-            "task=NAME",
-        ),
-        "shortened-llama": ("layers of the least first-order effect on the loss", "keep_first=N, keep_last=N"),
-        "shortened-llama-ppl": ("layers whose removal, each alone, raises perplexity least", ""),
-        "random-depth": ("layers at random", "seed=N"),
-    },
-    "width": {
-        "llm-pruner": (
-            "FFN channels and heads by a Taylor expansion of the loss in their weights",
-            "order=first|second|mixed, aggregate=element|vector",
-        ),
-        "minitron-width": ("hidden and FFN channels, heads if asked, by the magnitude of activations", ""),
-        "wanda-sp": ("FFN channels and heads by Wanda's score of their weights", ""),
-        "flap": ("FFN channels and heads that fluctuate least; their mean becomes a bias", "bias=auto|require|none"),
-        "random-width": ("hidden and FFN channels, heads if asked, at random", "seed=N"),
-    },
-    "depth+width": {
-        "sheared": (
-            "layers, hidden and FFN channels and heads by gates that are learned in training",
-            "steps=N, windows=N, rate=X, mask_rate=X, multiplier_rate=X, phi=X, warmup=SHARE, seed=N",
-        ),
-    },
-    "sparse": {
-        "magnitude": ("the smallest weights of each linear", ""),
-        "wanda": ("weights by magnitude times the norm of their input, in each row", ""),
-        "sparsegpt": ("weights whose removal the others can make up for best", "block=N, damping=X"),
-        "random-weight": ("weights at random, as many in every row", "seed=N"),
-    },
-}
-
 _HEADINGS = {
     "depth": "depth: whole layers go; --ratio or --shape layers=N",
     "width": "width: channels of every layer go; --ratio or --shape hidden=N,ffn=N,heads=N,kv_heads=N",
@@ -126,32 +89,35 @@ _HEADINGS = {
 }
 
 
-def _methods() -> str:
-    width = max(len(name) for methods in METHODS.values() for name in methods)
+def _method_lines() -> list[str]:
+    """The methods by granularity, with their options."""
+    width = max(map(len, METHODS))
     lines = []
-    for granularity, methods in METHODS.items():
-        lines.append(f"  {_HEADINGS[granularity]}")
-        for name, (what, options) in methods.items():
-            lines.append(f"    {name:{width}}  {what}")
-            lines += [f"    {'':{width}}  --option {option}" for option in options.split(", ") if option]
-    return "\n".join(lines)
+    for granularity, heading in _HEADINGS.items():
+        lines.append(f"  {heading}")
+        for name, method in METHODS.items():
+            if method.granularity == granularity:
+                lines.append(f"    {name:{width}}  {method.summary}")
+                wide = max((len(option.usage) for option in method.options), default=0)
+                lines += [f"    {'':{width}}  --option {o.usage:{wide}}  {o.meaning}" for o in method.options]
+    return lines
 
 
-def _of_packages() -> str:
-    """The methods of installed packages; they are not loaded, so that none can stand in the way."""
-    built_in = {name for methods in METHODS.values() for name in methods}
+def _plugin_lines() -> list[str]:
+    """The methods of installed packages. None is loaded, so a broken package does not break the help."""
     try:
-        lines = [f"    {name}  ({found.value.strip()})" for name, found in sorted(plugin_methods(built_in).items())]
+        lines = [f"    {name}  ({entry.value.strip()})" for name, entry in plugin_methods().items()]
     except UserError as error:
         lines = [f"    {error}"]
-    return "\n".join(["", "  of installed packages", *lines]) if lines else ""
+    return ["", "  of installed packages", *lines] if lines else []
 
 
 def prune_epilog() -> str:
     """The methods, those of installed packages among them, which it takes a moment to find; and examples."""
+    lines = "\n".join([*_method_lines(), *_plugin_lines()])
     return f"""\
 methods, by what they remove (packages may bring more):
-{_methods()}{_of_packages()}
+{lines}
 
 Of these, magnitude and the random ones, the controls, read no calibration text. Several ratios take about as long as
 one, except with wanda, sparsegpt, wanda-sp, minitron-depth and sheared: their scores follow from what was cut before,

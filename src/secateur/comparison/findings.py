@@ -21,7 +21,8 @@ from secateur.comparison.twins import (
     mean_difference,
     pair_cells,
 )
-from secateur.formatting import decimals, method_name, number
+from secateur.formatting import decimals, number
+from secateur.methods.registry import method_name
 from secateur.report.prose import interval
 
 __all__ = ["Finding", "FindingAnswer", "FindingRow", "find"]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from secateur.comparison.index import Group, Model
 from secateur.comparison.twins import Setting
-from secateur.formatting import count, method_name
+from secateur.formatting import count
+from secateur.methods.registry import method_name
 
 __all__ = ["BUDGETS", "group_name", "is_pattern", "model_name", "target_words"]
 

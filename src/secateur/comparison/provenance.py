@@ -9,7 +9,8 @@ from typing import Any
 from secateur.comparison.index import Index, Model, group_of
 from secateur.comparison.naming import target_words
 from secateur.comparison.records import Cell, Point, StageNote
-from secateur.formatting import count, loss, method_name, plain
+from secateur.formatting import count, loss, plain
+from secateur.methods.registry import method_name
 
 __all__ = ["RunHistory", "runs_of", "spark"]
 

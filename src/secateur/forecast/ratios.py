@@ -11,7 +11,7 @@ from secateur.comparison.naming import is_pattern
 from secateur.comparison.records import Cell
 from secateur.errors import UserError
 from secateur.forecast.ratio_law import LeftOutRatio, RatioLaw, Retrained, fit_ratios, leave_one_ratio_out
-from secateur.formatting import method_name
+from secateur.methods.registry import method_name
 
 __all__ = ["MethodLaw", "Prediction", "across_ratios"]
 

@@ -3,7 +3,22 @@
 A method of your own subclasses one of the classes exported here; see docs/write-a-method.md.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from secateur.methods.registry import get_method, known_methods
+
+if TYPE_CHECKING:
+    from secateur.methods.base import (
+        LayerMethod,
+        LearnedMethod,
+        Method,
+        Place,
+        RemovalMethod,
+        Selector,
+        Statistics,
+        WeightMethod,
+        WidthMethod,
+    )
 
 __all__ = [
     "LayerMethod",
@@ -21,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what a plug-in needs when it is first used: it imports torch."""
+    """Import a base class at its first use, since that imports torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from secateur.methods import base

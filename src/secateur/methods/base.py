@@ -1,4 +1,4 @@
-"""The pruning methods: what a method is, and the registry that finds it by name.
+"""The base classes of pruning methods.
 
 A method turns evidence into scores: higher means worth keeping. It sees neither a device, a hook, a ratio nor a file;
 the engine gathers what it ``needs`` and the selector decides how much to keep. The fields of a method are its options.
@@ -6,27 +6,19 @@ the engine gathers what it ``needs`` and the selector decides how much to keep. 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from secateur.calibration.place import Place
-from secateur.calibration.statistics import GradientStatistic, StateStatistic, Statistic
-from secateur.config import parse, parse_value
-from secateur.errors import UserError, did_you_mean
-from secateur.methods.plugins import plugin_methods
+from secateur.calibration.statistics import Statistic
 from secateur.methods.selection import Selector
 from secateur.model.families import Granularity
 from secateur.model.shapes import Shape
 
 __all__ = [
-    "METHODS",
     "LayerMethod",
     "LearnedMethod",
     "Method",
@@ -36,29 +28,9 @@ __all__ = [
     "Statistics",
     "WeightMethod",
     "WidthMethod",
-    "get_method",
-    "known_methods",
 ]
 
 Statistics = Mapping[type[Statistic], Tensor]  #: kind of statistic -> its value at one site
-
-METHODS = {
-    "shortgpt": "secateur.methods.shortgpt:ShortGPT",
-    "minitron-depth": "secateur.methods.minitron_depth:MinitronDepth",
-    "shortened-llama": "secateur.methods.shortened_llama:ShortenedLlama",
-    "shortened-llama-ppl": "secateur.methods.shortened_llama:ShortenedLlamaPerplexity",
-    "random-depth": "secateur.methods.random:RandomDepth",
-    "llm-pruner": "secateur.methods.llm_pruner:LLMPruner",
-    "minitron-width": "secateur.methods.minitron_width:MinitronWidth",
-    "wanda-sp": "secateur.methods.wanda_sp:WandaSP",
-    "flap": "secateur.methods.flap:FLAP",
-    "random-width": "secateur.methods.random:RandomWidth",
-    "sheared": "secateur.methods.sheared:Sheared",
-    "magnitude": "secateur.methods.magnitude:Magnitude",
-    "wanda": "secateur.methods.wanda:Wanda",
-    "sparsegpt": "secateur.methods.sparsegpt:SparseGPT",
-    "random-weight": "secateur.methods.random:RandomWeight",
-}
 
 
 class Method(ABC):
@@ -217,78 +189,3 @@ class LearnedMethod(Method):
             linear: multipliers, of the same size; they are trained to make the penalty as large as can be.
             quadratic: others.
         """
-
-
-#: what each kind of method can need: statistics of one of these kinds, since each kind takes a walk of its own
-_SHOWN: dict[type, tuple[type, ...]] = {
-    LayerMethod: (StateStatistic, GradientStatistic),
-    RemovalMethod: (),
-    WidthMethod: (Statistic, GradientStatistic),
-    WeightMethod: (Statistic,),
-    LearnedMethod: (),
-}
-
-
-@functools.cache
-def _plugins() -> dict[str, Callable[[], Any]]:
-    return {name: entry.load for name, entry in plugin_methods(METHODS).items()}
-
-
-def known_methods() -> list[str]:
-    """The names of all methods: the built-in ones, then those of installed packages."""
-    return [*METHODS, *sorted(_plugins())]
-
-
-def get_method(name: str, options: Mapping[str, Any] | None = None) -> Any:
-    """Make the method ``name``.
-
-    Args:
-        name: from :func:`known_methods`.
-        options: its fields; a string is read as YAML, as it comes from a command line.
-
-    Raises:
-        UserError: if there is none, with the nearest name, or an option is not one of its, or a package's method cannot
-            be loaded.
-    """
-    if name in METHODS:
-        module, _, attribute = METHODS[name].partition(":")
-        found = getattr(importlib.import_module(module), attribute)
-    elif name in _plugins():
-        try:
-            found = _plugins()[name]()
-        except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"{name}: the package that brings it failed: {text}") from None
-    else:
-        raise UserError(f"{name!r} is not a known method{did_you_mean(name, known_methods())}")
-    if fault := _fault(found) or _lack(found):
-        raise UserError(f"{name}: its entry point names {found!r}, {fault}")
-    names = [field.name for field in dataclasses.fields(found)]
-    for key in options or {}:
-        if key not in names:
-            near = did_you_mean(key, names).partition("; known")[0]  # all are listed anyway
-            raise UserError(f"--option {key}: {name} has no such option (it has {', '.join(names) or 'none'}){near}")
-    raw = {key: parse_value(v) if isinstance(v, str) and v else v for key, v in (options or {}).items()}
-    return parse(found, raw, origin=f"--option of {name}")
-
-
-def _fault(found: Any) -> str:
-    """What keeps an object from being a method; empty where nothing does."""
-    if not (isinstance(found, type) and issubclass(found, tuple(_SHOWN))):
-        return f"which is no subclass of {', '.join(kind.__name__ for kind in _SHOWN)}"
-    return "" if dataclasses.is_dataclass(found) else "which is not decorated with secateur.config.spec"
-
-
-def _lack(found: Any) -> str:
-    """What a method does not say that it has to, or asks for that it cannot have; empty where there is nothing."""
-    options = {field.name for field in dataclasses.fields(found)}
-    promised = {name for base in found.__mro__ for name in inspect.get_annotations(base)} - options
-    missing = {name for name in promised if not hasattr(found, name)} | found.__abstractmethods__
-    if missing:
-        return f"which does not define {', '.join(sorted(missing))}"
-    kind = next(kind for kind in _SHOWN if issubclass(found, kind))
-    if found.needs and not any(all(issubclass(need, shown) for need in found.needs) for shown in _SHOWN[kind]):
-        needs = " and ".join(need.__name__ for need in found.needs)
-        shown = " or of ".join(shown.__name__ for shown in _SHOWN[kind]) or "nothing"
-        return f"which needs {needs}, but a {kind.__name__} can need kinds of {shown}"
-    return ""

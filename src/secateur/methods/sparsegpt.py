@@ -70,7 +70,7 @@ class SparseGPT(WeightMethod):
             torch.linalg.cholesky_ex(factor.T, out=(factor.T, failed))  # in its place: such a matrix is large
             if not failed and (factor.diagonal().square() > least).all():
                 return factor.T
-        raise UserError(f"--option damping={self.damping:g}: too small to invert the Hessian of this calibration text")
+        raise UserError(f"`options`: damping={self.damping:g} cannot invert the Hessian of this text; raise it")
 
 
 def _columns(factor: Tensor, block: slice) -> Tensor:

@@ -17,7 +17,8 @@ from secateur.config import identity
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
-from secateur.methods.base import LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod, get_method
+from secateur.methods.base import LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
+from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint, copy_tokenizer, model_card, write_checkpoint
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape

@@ -22,6 +22,7 @@ from secateur.comparison.serving_cost import running_rows
 from secateur.comparison.twins import SCRATCH
 from secateur.files import write_text
 from secateur.forecast.ladder import Forecast
+from secateur.methods.registry import method_name
 from secateur.report.figures.collection import KINDS, Panel, inline_panels, save_figures
 from secateur.report.forecast_prose import (
     ACCOUNT_NAMES as EQUALS,
@@ -62,7 +63,7 @@ _FILTERS = (
     words.count,
     words.duration,
     words.loss,
-    words.method_name,
+    method_name,
     words.number,
     words.plain,
     words.probability,

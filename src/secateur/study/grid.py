@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import UserError
-from secateur.methods.base import Method, get_method
+from secateur.methods.base import Method
+from secateur.methods.registry import get_method
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Target
 from secateur.study.spec import (

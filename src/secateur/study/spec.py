@@ -11,9 +11,9 @@ from pydantic import AfterValidator, Field
 
 from secateur.config import RUNTIME, Count, Fraction, Listed, Positive, load_yaml, parse, spec
 from secateur.data.corpus import CorpusSpec
-from secateur.errors import UserError, did_you_mean
+from secateur.errors import UserError, did_you_mean, spell
 from secateur.evaluation.suite import Suite
-from secateur.methods.base import get_method, known_methods
+from secateur.methods.registry import get_method, known_methods
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Target
 from secateur.training.distill import Distill
@@ -329,7 +329,10 @@ class StudySpec:
     def _check_entries(self) -> None:
         for number, entry in enumerate(self.methods):
             where = f"methods[{number}]"
-            get_method(entry.method, entry.options)
+            try:
+                get_method(entry.method, entry.options)
+            except UserError as error:
+                raise UserError(spell(str(error), f"{where}.{{}}".format)) from None
             if entry.parent is not None and entry.parent not in self.all_parents:
                 raise UserError(
                     f"{where}.parent: {entry.parent!r} is no parent{did_you_mean(entry.parent, self.all_parents)}"
@@ -374,5 +377,5 @@ def load_study(path: Path) -> StudySpec:
     try:
         return parse(StudySpec, load_yaml(path), origin=str(path))
     except UserError as error:
-        text = str(error).replace("--option ", "options.").replace("--ratio ", "ratio ")  # a file has keys, not options
+        text = str(error).replace("--ratio ", "ratio ")  # a file has keys, not options
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None

@@ -113,7 +113,12 @@ def add_prune(verbs: Any) -> None:
         help="width methods: every layer keeps as many channels, or layers compete",
     )
     prune.add_argument(
-        "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the method; may be repeated"
+        "--option",
+        dest="options",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an option of the method; may be repeated",
     )
     prune.add_argument("--tasks-data", metavar="DIR", help="minitron-depth: where the task's data lies")
     prune.add_argument("--task-limit", metavar="N", type=positive, help="minitron-depth: examples of the task at most")

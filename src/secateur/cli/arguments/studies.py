@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from secateur.cli import manual
 from secateur.cli.arguments.common import (
@@ -14,6 +14,7 @@ from secateur.cli.arguments.common import (
     positive,
     ratio,
 )
+from secateur.model.families import Granularity
 
 __all__ = ["add_demo", "add_recommend", "add_study"]
 
@@ -142,7 +143,7 @@ def add_recommend(verbs: Any) -> None:
     size.add_argument("--model", metavar="CONFIG_OR_DIR", help="the parent's config.json instead, for exact FLOPs")
     recommend.add_argument("--ratio", type=ratio, required=True, metavar="R", help="share to remove, between 0 and 1")
     recommend.add_argument("--tokens", type=count, required=True, metavar="N", help="budget after pruning: 50B ...")
-    recommend.add_argument("--granularity", choices=tuple(manual.METHODS), help="what is removed (default: any)")
+    recommend.add_argument("--granularity", choices=get_args(Granularity), help="what is removed (default: any)")
     recommend.add_argument("--method", help="pruning method, as for prune (default: any)")
     recommend.add_argument(
         "--parent",

@@ -11,7 +11,8 @@ from secateur.cli.verbs.answer import Answer
 from secateur.errors import UserError
 from secateur.evaluation.cost import sparsity
 from secateur.formatting import count, percent, points, scientific
-from secateur.methods.base import Method, get_method
+from secateur.methods.base import Method
+from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint, is_finite, max_positions, read_config
 from secateur.model.shapes import SPACES, Shape, removed, solve_depth, solve_width
 from secateur.progress import notify, track

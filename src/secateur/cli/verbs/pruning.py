@@ -22,7 +22,8 @@ from secateur.evaluation.lm_eval.tasks import Task
 from secateur.files import BLOCKS, check_free, partial_directories
 from secateur.formatting import byte_size, percent, points
 from secateur.memory import ResourceUse, free_device_memory, free_memory, track_resources
-from secateur.methods.base import LearnedMethod, Method, get_method
+from secateur.methods.base import LearnedMethod, Method
+from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
@@ -45,7 +46,7 @@ __all__ = ["prune"]
 
 def prune(arguments: Namespace) -> Answer:
     """``secateur prune MODEL OUT``. What can fail without reading weights fails first, the cheapest first."""
-    options = _options(arguments.option)
+    options = _options(arguments.options)
     method = get_method(arguments.method, options)
     targets = _targets(arguments)
     for target in targets:

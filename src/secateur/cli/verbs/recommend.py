@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from secateur.cli import manual
 from secateur.cli.verbs.answer import Answer
 from secateur.cli.verbs.costs import Price, Sizes, costs
 from secateur.cli.verbs.pilot import write_pilot
@@ -17,6 +16,7 @@ from secateur.forecast.advice import AdviceAccount, Case, Question, advise, bear
 from secateur.forecast.curve import PATHS
 from secateur.forecast.evidence import Evidence, of_study
 from secateur.forecast.published import published
+from secateur.methods.registry import METHODS
 from secateur.model.shapes import Shape, solve_depth, solve_width
 from secateur.progress import track
 from secateur.report.forecast_prose import crossover_json
@@ -79,7 +79,7 @@ def _question(arguments: Namespace, evidence: Evidence) -> tuple[Question, Sizes
     """What is asked, and how large the models in question are."""
     method, granularity = arguments.method, arguments.granularity
     if method is not None:
-        known = {name: kind for kind, names in manual.METHODS.items() for name in names} | {**evidence.granularity}
+        known = {name: info.granularity for name, info in METHODS.items()} | {**evidence.granularity}
         if method not in known:
             raise UserError(f"--method: {method!r} is not known{did_you_mean(method, known)}")
         if granularity not in (None, known[method]):

@@ -17,7 +17,7 @@ from secateur.comparison.naming import BUDGETS, group_name, model_name
 from secateur.comparison.serving_cost import AXES, CostAxis, serving_costs
 from secateur.comparison.twins import Setting, Verdict
 from secateur.files import write_bytes, write_text
-from secateur.formatting import method_name
+from secateur.methods.registry import method_name
 from secateur.progress import track
 from secateur.report.figures.curves import curve_limits, draw_curves
 from secateur.report.figures.differences import draw_differences

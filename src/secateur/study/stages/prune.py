@@ -13,7 +13,8 @@ from torch import Tensor
 from secateur import distributed
 from secateur.calibration.journal import Workspace
 from secateur.data.domains import ByDomain
-from secateur.methods.base import LearnedMethod, get_method
+from secateur.methods.base import LearnedMethod
+from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
 from secateur.pruning.pipeline import Calibration, make_plan, scores_identity, write_pruned
