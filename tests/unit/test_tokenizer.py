@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from secateur.data.encode import encode_texts
 from secateur.data.readers import Document
 from secateur.data.tokenizer import (
     END,
     check_vocabulary,
-    encode,
     encode_stream,
     id_bound,
     load_tokenizer,
@@ -46,7 +46,7 @@ def test_training_gives_bytes_and_one_special_token(tokenizer: PreTrainedTokeniz
     assert len(tokenizer) == id_bound(tokenizer) == 280
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.eos_token_id) == (END, END, 0)
     text = " é\r\n\0日本 \U0001f331 the  hedge"
-    ids = encode(tokenizer, [text])[0]
+    ids = encode_texts(tokenizer, [text])[0]
     assert ids[0] == 0 and 0 not in ids[1:]
     assert tokenizer.decode(ids[1:].tolist()) == text
 
@@ -80,7 +80,9 @@ def test_training_refuses_a_vocabulary_out_of_range():
 def test_saved_and_loaded_it_is_the_same(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
     tokenizer.save_pretrained(tmp_path / "a")
     loaded = load_tokenizer(tmp_path / "a")
-    assert [ids.tolist() for ids in encode(loaded, TEXTS)] == [ids.tolist() for ids in encode(tokenizer, TEXTS)]
+    assert [ids.tolist() for ids in encode_texts(loaded, TEXTS)] == [
+        ids.tolist() for ids in encode_texts(tokenizer, TEXTS)
+    ]
     loaded.save_pretrained(tmp_path / "b")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -111,13 +113,13 @@ def test_loading_runs_no_code_of_the_checkpoint(tmp_path: Path):
 
 
 def test_eos_closes_documents_only_where_nothing_else_is_added(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
-    opened = encode(tokenizer, ["the hedge", "a"])
+    opened = encode_texts(tokenizer, ["the hedge", "a"])
     plain = load_tokenizer(altered(tokenizer, tmp_path / "plain", post_processor=None))
-    closed = encode(plain, ["the hedge", "a"])
+    closed = encode_texts(plain, ["the hedge", "a"])
     assert [ids.tolist() for ids in closed] == [[*ids[1:].tolist(), 0] for ids in opened]
     plain.eos_token = None
-    assert [ids.tolist() for ids in encode(plain, ["the hedge", "a"])] == [ids[1:].tolist() for ids in opened]
-    assert encode(plain, []) == []
+    assert [ids.tolist() for ids in encode_texts(plain, ["the hedge", "a"])] == [ids[1:].tolist() for ids in opened]
+    assert encode_texts(plain, []) == []
 
 
 def test_long_documents_are_neither_cut_nor_warned_about(
@@ -127,7 +129,7 @@ def test_long_documents_are_neither_cut_nor_warned_about(
     loaded = load_tokenizer(altered(tokenizer, tmp_path / "cut", truncation=cut))
     loaded.model_max_length = 4
     with caplog.at_level(logging.WARNING):
-        ids = encode(loaded, ["the hedge " * 50])[0]
+        ids = encode_texts(loaded, ["the hedge " * 50])[0]
     assert len(ids) > 50 and ids.dtype == np.int64
     assert not caplog.records
 
@@ -141,7 +143,9 @@ def test_a_stream_reads_no_more_than_it_needs(tokenizer: PreTrainedTokenizerFast
             yield Document(str(number), TEXTS[number % len(TEXTS)])
 
     whole = encode_stream(documents(40), tokenizer)
-    assert whole.tolist() == np.concatenate(encode(tokenizer, [TEXTS[n % len(TEXTS)] for n in range(40)])).tolist()
+    assert (
+        whole.tolist() == np.concatenate(encode_texts(tokenizer, [TEXTS[n % len(TEXTS)] for n in range(40)])).tolist()
+    )
     read.clear()
     assert encode_stream(documents(10_000), tokenizer, 24).tolist() == whole[:24].tolist()
     assert len(read) <= 16
