@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -23,11 +23,8 @@ from secateur.comparison.twins import SCRATCH
 from secateur.files import write_text
 from secateur.forecast.ladder import Forecast
 from secateur.methods.registry import method_name
-from secateur.report.figures.collection import KINDS, Panel, inline_panels, save_figures
 from secateur.report.forecast_prose import (
-    ACCOUNT_NAMES as EQUALS,
-)
-from secateur.report.forecast_prose import (
+    ACCOUNT_NAMES,
     crossover_brief,
     further_sentence,
     misfit_sentence,
@@ -49,6 +46,9 @@ from secateur.report.tables import (
     versus_rows,
 )
 from secateur.report.terminal import POOLED_NOTE
+
+if TYPE_CHECKING:  # imported where figures are drawn: matplotlib takes a second
+    from secateur.report.figures.collection import Panel
 
 __all__ = ["build_report", "build_versus", "render"]
 
@@ -83,6 +83,8 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
     Returns:
         The path of the page.
     """
+    from secateur.report.figures.collection import save_figures
+
     save_figures(judgement, folder / "figures")
     write_text(folder / "cells.csv", rows_csv(cell_rows(judgement)))
     write_text(folder / "comparisons.csv", rows_csv(comparison_rows(judgement)))
@@ -124,12 +126,12 @@ def build_versus(found: StudyComparison, folder: Path) -> Path:
 
 def render(judgement: Judgement) -> str:
     """The page as text."""
-    return _environment().get_template("template.html.j2").render(_context(judgement))
+    return _environment().get_template("report.html.j2").render(_context(judgement))
 
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -142,6 +144,8 @@ def _environment() -> Environment:
 
 
 def _context(judgement: Judgement) -> dict[str, Any]:
+    from secateur.report.figures.collection import KINDS, inline_panels
+
     results, index = judgement.results, judgement.index
     drawn = [(panel, Markup(svg)) for panel, svg in inline_panels(judgement)]
     each = [model for model in (_each(judgement, model, drawn) for model in index.models) if model]
@@ -192,7 +196,7 @@ def _told(found: Forecast) -> dict[str, Any]:
         ],
         "rows": [
             {
-                "equal": EQUALS[outlook.allowance.account],
+                "equal": ACCOUNT_NAMES[outlook.allowance.account],
                 "last": outlook.last,
                 "further": outlook.further,
                 "leader": outlook.crossover.leader if outlook.crossover else None,
