@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from secateur.calibration.block_walk import Block, BlockWalk
-from secateur.calibration.gradients import Gradients, gradients_of
 from secateur.calibration.statistics import GradientStatistic, StateStatistic, Statistic
 from secateur.model.families import Axis
 from secateur.model.shapes import Shape
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from secateur.calibration.block_walk import Block, BlockWalk
+    from secateur.calibration.gradients import Gradients
+
 __all__ = ["Place", "walk_places"]
 
-Tensors = Mapping[str, tuple[Tensor, tuple[Axis, ...]]]  #: name -> a tensor and the spaces of its axes
+Tensors = Mapping[str, tuple["Tensor", tuple[Axis, ...]]]  #: name -> a tensor and the spaces of its axes
 
 
 @dataclass
@@ -103,6 +106,8 @@ def walk_places(
     gradient_kinds = [kind for kind in needs if issubclass(kind, GradientStatistic)]
     state_kinds = [kind for kind in needs if issubclass(kind, StateStatistic)]
     if gradient_kinds:
+        from secateur.calibration.gradients import gradients_of
+
         for block, gradients in gradients_of(walk, gradient_kinds, outer="hidden" in spaces):
             yield block, _places(walk, block, spaces, {}, gradients)
             del gradients  # as large as the block, twice; not beside the next block's

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from secateur import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "GradientStatistic",
@@ -109,6 +110,8 @@ class Variance(Statistic):
         return (self.total / max(self.count - 1, 1)).float()
 
     def join(self, device: str) -> None:
+        import torch
+
         own = self.count
         super().join(device)  # the squared deviations within each process; now those between them
         assert self.total is not None
@@ -128,6 +131,8 @@ class Gram(Statistic):
     tokens = 512  #: tokens that are taken in at once, so that a float32 copy is needed of no more
 
     def update(self, x: Tensor) -> None:
+        import torch
+
         if self.total is None:
             self.total = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32)
         for piece in x.flatten(0, 1).split(self.tokens):
@@ -160,6 +165,8 @@ class NormByPosition(Statistic):
     """Mean over all windows of a unit's L2 norm, ``|x|`` for a channel, at each position: [positions, units]."""
 
     def update(self, x: Tensor) -> None:
+        import torch
+
         if self.total is None:
             self.total = x.new_zeros(x.shape[1], x.shape[2] // self.width, dtype=torch.float32)
         for window in x:  # one by one, since the norms take as much room as what they are of
@@ -195,6 +202,8 @@ class MeanCosine(StateStatistic):
         self.total, self.tokens = 0.0, 0
 
     def update(self, before: Tensor, after: Tensor) -> None:
+        import torch
+
         for h, g in zip(_pieces(before), _pieces(after), strict=True):
             change, both = g - h, g + h
             lengths = [torch.linalg.vector_norm(v, dim=-1).double() for v in (h, g)]
@@ -204,9 +213,13 @@ class MeanCosine(StateStatistic):
             self.tokens += len(h)
 
     def value(self) -> Tensor:
+        import torch
+
         return 1 - torch.tensor(self.total / self.tokens, dtype=torch.float64)
 
     def join(self, device: str) -> None:
+        import torch
+
         self.total = float(distributed.all_reduce(torch.tensor([self.total], dtype=torch.float64)))
         self.tokens = distributed.sum_count(self.tokens)
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from secateur.calibration.place import Place
 from secateur.calibration.statistics import Statistic
 from secateur.methods.selection import Selector
 from secateur.model.families import Granularity
 from secateur.model.shapes import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "LayerMethod",
@@ -30,7 +31,7 @@ __all__ = [
     "WidthMethod",
 ]
 
-Statistics = Mapping[type[Statistic], Tensor]  #: kind of statistic -> its value at one site
+Statistics = Mapping[type[Statistic], "Tensor"]  #: kind of statistic -> its value at one site
 
 
 class Method(ABC):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from secateur.calibration.statistics import Mean, Variance
 from secateur.config import spec
 from secateur.methods.base import Place, WidthMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @spec

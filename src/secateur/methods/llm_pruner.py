@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from secateur.calibration.statistics import MeanGradient, MeanSquareGradient
 from secateur.config import spec
 from secateur.methods.base import Place, WidthMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @spec
@@ -33,6 +33,8 @@ class LLMPruner(WidthMethod):
     aggregate: Literal["element", "vector"] = "element"
 
     def score(self, place: Place) -> Tensor:
+        import torch
+
         first, second = place.gradient(MeanGradient), place.gradient(MeanSquareGradient)
         found = []
         for name, weight in place.weights.items():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from secateur.config import spec
 from secateur.methods.base import Statistics, WeightMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @spec

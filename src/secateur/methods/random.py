@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from secateur.config import spec
 from secateur.methods.base import LayerMethod, Place, Statistics, WeightMethod, WidthMethod
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 _NO_SOURCE = "a control: uniform random scores"
 
@@ -23,10 +24,14 @@ class _Seeded:
     seed: int
 
     @cached_property
-    def _generator(self) -> torch.Generator:
+    def _generator(self) -> Generator:
+        import torch
+
         return torch.Generator().manual_seed(self.seed)
 
     def _draw(self, *size: int) -> Tensor:
+        import torch
+
         return torch.rand(size, generator=self._generator)
 
 

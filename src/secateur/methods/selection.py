@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Selector", "count_pruned", "keep_channels", "keep_globally", "lowest_indices"]
 
@@ -30,6 +30,8 @@ class Selector:
 
     def __call__(self, scores: Tensor) -> Tensor:
         """Mark what is kept: scores [out, in] -> bool [out, in]. Pruned first among equals is the lower index."""
+        import torch
+
         groups = scores.reshape(-1, self.span) if self.span else scores
         groups = groups.reshape(1, -1) if self.within == "linear" and not self.span else groups
         prune = count_pruned(groups.shape[1], self.sparsity)
@@ -54,6 +56,9 @@ def count_pruned(size: int, sparsity: float) -> int:
 
 def _lowest(groups: Tensor, count: int) -> Tensor:
     """The highest of the ``count`` lowest in each group: [groups, members] -> [groups, 1]."""
+    import numpy as np
+    import torch
+
     if groups.device.type == "cpu" and groups.dtype in (torch.float32, torch.float64):
         least = groups.amin(dim=1, keepdim=True)
         equal = groups == least  # scores of what was pruned before are all zero: partition is slow among equals
@@ -67,6 +72,8 @@ def _lowest(groups: Tensor, count: int) -> Tensor:
 
 def _counts(marks: Tensor) -> Tensor:
     """How many of each group are marked: bool [groups, members] -> int32 [groups, 1]."""
+    import torch
+
     return marks.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32)  # bool itself takes seven times as long
 
 
@@ -86,6 +93,8 @@ def keep_globally(scores: Mapping[str, Tensor], costs: Mapping[str, int], remove
     Returns:
         Group -> sorted indices (int64) of the units that stay.
     """
+    import torch
+
     names = list(scores)
     owner = torch.cat([torch.full((scores[n].numel(),), i) for i, n in enumerate(names)])
     value = torch.cat([scores[n].double().cpu() for n in names])

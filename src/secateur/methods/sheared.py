@@ -13,14 +13,15 @@ they would add up that the gates lag behind it, and drive them far beyond.
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from secateur.config import Positive, spec
 from secateur.methods.base import LearnedMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Sheared"]
 
@@ -47,15 +48,15 @@ class Sheared(LearnedMethod):
 
     def draw(self, a: Tensor, u: Tensor) -> Tensor:
         """Gates for uniform noise ``u`` in (0, 1), of the same size as ``a``."""
-        return self._stretched(torch.sigmoid((torch.logit(u) + a) / self.BETA))
+        return self._stretched(((u.logit() + a) / self.BETA).sigmoid())
 
     def settled(self, a: Tensor) -> Tensor:
         """The gates without noise."""
-        return self._stretched(torch.sigmoid(a))
+        return self._stretched(a.sigmoid())
 
     def active(self, a: Tensor) -> Tensor:
         """The probability that a gate is not zero."""
-        return torch.sigmoid(a - self.BETA * math.log(-self.GAMMA / self.ZETA))
+        return (a - self.BETA * math.log(-self.GAMMA / self.ZETA)).sigmoid()
 
     def penalty(self, d: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
         """The Lagrangian's terms, summed over the constraints: all of size [constraints]."""

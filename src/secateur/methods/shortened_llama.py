@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from secateur.calibration.statistics import MeanGradient
 from secateur.config import spec
 from secateur.methods.base import LayerMethod, Place, RemovalMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @spec
@@ -20,6 +22,8 @@ class ShortenedLlama(LayerMethod):
     keep_last: int = 0  #: layers at the end that always stay; the Taylor+ of the paper has 2
 
     def score(self, layer: Place) -> Tensor:
+        import torch
+
         if layer.layer < self.keep_first or layer.layer >= layer.shape.layers - self.keep_last:
             return torch.tensor(torch.inf)
         gradient = layer.gradient(MeanGradient)

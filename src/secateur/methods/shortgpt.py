@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from secateur.calibration.statistics import MeanCosine
 from secateur.config import spec
 from secateur.methods.base import LayerMethod, Place
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @spec

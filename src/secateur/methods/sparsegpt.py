@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from secateur.calibration.statistics import Gram
 from secateur.config import Positive, spec
 from secateur.errors import UserError
 from secateur.methods.base import Selector, Statistics, WeightMethod
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @spec
@@ -43,6 +44,8 @@ class SparseGPT(WeightMethod):
         return (weight * stats[0].diagonal().flip(0)).square()
 
     def prune(self, weight: Tensor, stats: tuple[Tensor, Tensor], select: Selector) -> tuple[Tensor, Tensor]:
+        import torch
+
         factor, dead = stats
         change, kept = torch.zeros_like(weight), torch.ones_like(weight, dtype=torch.bool)
         span = select.span or self.block
@@ -60,6 +63,8 @@ class SparseGPT(WeightMethod):
 
         It is that of H divided by its mean diagonal, which changes no score's rank and no update.
         """
+        import torch
+
         size = gram.diagonal()
         mean = size.mean()
         for power in range(8):  # float32 may see a singular matrix: damp more until it does not
@@ -92,6 +97,8 @@ def _settle(columns: Tensor, error: Tensor, root: Tensor, span: int, select: Sel
     Returns:
         The change of the weights, and what is kept.
     """
+    import torch
+
     columns, error = columns.T.contiguous(), error.T.contiguous()  # a column in one piece
     change, kept = -columns, torch.ones_like(columns, dtype=torch.bool)
     for first in range(0, len(columns), span):
