@@ -18,7 +18,7 @@ from helpers import hf, logits, tiny_family, tiny_llama, without_layers
 from secateur.data.tokenizer import load_tokenizer, train_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.layer_removal import removal_accuracies
-from secateur.evaluation.lm_eval.accuracy import answers, language_model, measure_task, say_truncation
+from secateur.evaluation.lm_eval.accuracy import language_model, measure_task, report_truncation
 from secateur.evaluation.lm_eval.tasks import METRICS, Task
 from secateur.model.checkpoint import Checkpoint
 from secateur.progress import set_listener
@@ -192,8 +192,8 @@ def test_the_full_model_s_accuracy_is_the_harness_s_own(llama: Path, data: Path)
     task = Task("piqa", str(data), limit=10)
     full, _ = removal_accuracies(Checkpoint(llama), 4, task, device="cpu")
     model = HFLM(pretrained=hf(llama), tokenizer=load_tokenizer(llama), batch_size=3)
-    loaded = {"tasks": {"piqa": task.requests.harness}}
-    found = lm_eval.evaluate(model, loaded, limit=10, bootstrap_iters=0)
+    loaded = {"tasks": {"piqa": task.requests.harness_task}}
+    found = lm_eval.evaluate(lm=model, task_dict=loaded, limit=10, bootstrap_iters=0)
     assert found is not None
     assert full == found["results"]["piqa"]["acc_norm,none"]
     assert found["n-samples"]["piqa"]["effective"] == 10
@@ -394,7 +394,7 @@ def test_the_hub_out_of_reach(
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     told = fails(Task("winogrande"))
-    assert "winogrande: allenai/winogrande:winogrande_xl cannot be had from the Hugging Face Hub (Connection" in told
+    assert "winogrande: allenai/winogrande:winogrande_xl cannot be loaded from the Hugging Face Hub (Connection" in told
     assert told.endswith("connect to the network, or name a folder that holds winogrande.jsonl")
     assert "winogrande: asking the Hugging Face Hub for allenai/winogrande" in capsys.readouterr().err
 
@@ -441,7 +441,7 @@ def test_a_choice_beyond_the_context(
     rows = read(data, "arc_easy")
     model, task = hf(directory), Task("arc_easy", str(data))
     asked = language_model(Checkpoint(directory), model)
-    found = [value for value, _ in answers(asked, task, directory)]
+    found = [value for item in measure_task(asked, task).items for value in item["loglikelihoods"]]
     wanted, long = [], 0
     for row in rows:
         for context, continuation in arc_easy_requests(row)[0]:
@@ -453,8 +453,8 @@ def test_a_choice_beyond_the_context(
                 sum(float(every[i - 1][seen[i]] - every[i - 1].logsumexp(0)) for i in range(start, len(seen)))
             )
     assert found == pytest.approx(wanted, rel=1e-4)
-    assert 0 < long == asked.clipped < asked.beheaded == len(found)
-    say_truncation(asked, task)
+    assert 0 < long == asked.truncated_choices < asked.truncated_requests == len(found)
+    report_truncation(asked, task)
     assert f"in {long} of them the choice alone is longer, so that only its last 8 tokens" in capsys.readouterr().err
 
 
@@ -471,14 +471,19 @@ def test_the_home_folder_stays_clean(data: Path, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("batch", [None, 1, 7])
 def test_likelihoods_are_the_harness_s_own(name: str, batch: int | None, llama: Path, data: Path) -> None:
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     task = Task(name, str(data))
     model, tokenizer = hf(llama), load_tokenizer(llama)
-    found = measure_task(language_model(Checkpoint(llama), model, batch), task, llama)
-    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3).loglikelihood(task.requests.harness.instances)
-    assert [v for item in found.items for v in item["loglikelihoods"]] == pytest.approx([v for v, _ in plain], rel=1e-5)
-    assert found.value == task.requests.score(plain).value == sum(item["value"] for item in found.items) / DOCUMENTS
+    found = measure_task(language_model(Checkpoint(llama), model, batch), task)
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
+    expected = [value for value, _ in plain.loglikelihood(task.requests.harness_task.instances)]
+    assert [v for item in found.items for v in item["loglikelihoods"]] == pytest.approx(expected, rel=1e-5)
+    tasks = {"tasks": {name: task.requests.harness_task}}
+    results: Any = lm_eval.evaluate(lm=plain, task_dict=tasks, bootstrap_iters=0)
+    assert found.value == results["results"][name][task.requests.key]
+    assert found.value == sum(item["value"] for item in found.items) / DOCUMENTS
     assert found.details["truncated"] == {"requests": 0, "choices": 0}
     assert len({item["document"] for item in found.items}) == DOCUMENTS
 
@@ -496,10 +501,10 @@ def test_choices_share_what_they_have_in_common(llama: Path, data: Path, monkeyp
 
     monkeypatch.setattr(Likelihoods, "_states", counting)
     task, asked = Task("arc_easy", str(data)), language_model(Checkpoint(llama), hf(llama))
-    answers(asked, task, llama)
-    monkeypatch.setattr(Likelihoods, "_shares", lambda self, cut: False)
+    measure_task(asked, task)
+    monkeypatch.setattr(Likelihoods, "_can_share_rows", lambda self, cut: False)
     shared, seen[:] = sum(seen), []
-    answers(asked, task, llama)
+    measure_task(asked, task)
     assert 1.5 * shared < sum(seen)
 
 

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError, did_you_mean
-from secateur.evaluation.lm_eval.accuracy import check_tasks, language_model, measure_task
+from secateur.evaluation.lm_eval.accuracy import check_tasks, language_model, measure_task, report_truncation
 from secateur.evaluation.lm_eval.groups import TaskList, expand
 from secateur.evaluation.lm_eval.tasks import METRICS, Task
 from secateur.evaluation.loss import Protocol, measure_loss, window_losses
 from secateur.evaluation.protocols import PROTOCOLS, SEQLEN, WINDOWS, Text, text_protocol
 from secateur.evaluation.results import Measurement
 from secateur.model.checkpoint import Checkpoint, max_positions
-from secateur.progress import track as shown
+from secateur.progress import track
 
 __all__ = ["SUITES", "Suite", "measure", "text_protocols"]
 
@@ -130,16 +130,17 @@ def measure(
         UserError: if a task cannot be had, the tokenizer does not serve, or the model puts out NaN or infinity.
     """
     label = f"evaluate {of} " if of else "evaluate "
-    left = [task for task in tasks if task.name not in done]
-    check_tasks(checkpoint, left)
+    pending = [task for task in tasks if task.name not in done]
+    check_tasks(checkpoint, pending)
     for name, protocol in protocols.items():
         if name not in done:
-            with shown(label + name, sum(part.numel() for part in protocol.windows)) as progress:
+            with track(label + name, sum(part.numel() for part in protocol.windows)) as progress:
                 losses = window_losses(model, protocol, batch=batch, advance=progress.advance)
             yield measure_loss(losses, name)
-    asked = language_model(checkpoint, model, batch) if left else None
-    for task in left:
-        assert asked is not None
-        with shown(label + task.name, len(task.requests.instances)) as progress:
-            found = measure_task(asked, task, checkpoint.directory, advance=progress.advance)
-        yield found
+    harness_model = language_model(checkpoint, model, batch) if pending else None
+    for task in pending:
+        assert harness_model is not None
+        with track(label + task.name, len(task.requests.instances)) as progress:
+            measurement = measure_task(harness_model, task, advance=progress.advance)
+        report_truncation(harness_model, task)
+        yield measurement

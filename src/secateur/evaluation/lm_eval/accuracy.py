@@ -1,17 +1,18 @@
-"""What a model answers to the tasks of lm-evaluation-harness, and how good that is, document by document."""
+"""Figures of tasks, document by document: lm-evaluation-harness evaluates a model that answers its requests."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
-from secateur.errors import UserError
+from secateur.errors import UserError, first_line
 from secateur.evaluation.lm_eval.harness import import_harness, silence
-from secateur.evaluation.lm_eval.tasks import Task
-from secateur.evaluation.results import Measurement
+from secateur.evaluation.lm_eval.tasks import Requests, Task, is_accuracy
+from secateur.evaluation.loss import perplexity
+from secateur.evaluation.results import Measurement, MeasurementKind
 from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.progress import notify
 
@@ -20,116 +21,120 @@ if TYPE_CHECKING:
 
     from secateur.evaluation.lm_eval.likelihoods import Likelihoods
 
-__all__ = ["answers", "check_tasks", "language_model", "measure_task", "say_truncation"]
+__all__ = ["check_tasks", "language_model", "measure_task", "report_truncation"]
 
 
-def measure_task(
-    asked: Likelihoods, task: Task, directory: Path, *, advance: Callable[[float], None] | None = None
-) -> Measurement:
-    """Measure the figure of a task; all processes together.
+def measure_task(model: Likelihoods, task: Task, *, advance: Callable[[float], None] | None = None) -> Measurement:
+    """Measure a model on a task; all processes together.
 
     Args:
-        asked: the model, from :func:`language_model`.
+        model: from :func:`language_model`.
         task: what to measure.
-        directory: the model's, for errors.
-        advance: told the number of requests after each batch.
+        advance: called with the number of answered requests after each batch.
 
     Raises:
-        UserError: if the task cannot be had (see :attr:`Task.requests`), the model cannot be asked or its
-            log-likelihoods are NaN or infinite (see :func:`answers`), or the harness fails to score what it answers.
+        UserError: if the task cannot be built (see :attr:`Task.requests`), a choice has no token of its own, a
+            log-likelihood is NaN or infinite, or the harness cannot score the answers.
     """
     requests = task.requests
-    asked.beheaded = asked.clipped = 0
-    asked.advance = advance or (lambda _: None)
-    found = answers(asked, task, directory)
+    model.start(task.name, advance)
+    kind, value, items, details = _figure(requests, *_evaluate(model, task))
+    for item, digest, document in zip(items, requests.digests, requests.documents, strict=True):
+        answers = [answer for request in document for answer in request.resps]
+        texts = [answer for answer in answers if isinstance(answer, str)]
+        numbers = [
+            answer[0] if isinstance(answer, tuple) else answer for answer in answers if not isinstance(answer, str)
+        ]
+        fields = {"document": digest, "loglikelihoods": numbers, "written": texts}
+        item |= {key: value for key, value in fields.items() if value}
+    details["truncated"] = {"requests": model.truncated_requests, "choices": model.truncated_choices}
+    return Measurement(task.name, kind, value, requests.protocol(), "documents", items, details)
+
+
+def _evaluate(model: Likelihoods, task: Task) -> tuple[dict[str, float], list[Any]]:
+    """Let the harness evaluate a model.
+
+    Returns:
+        Every finite metric by its key, and for each document the value of the metric that counts.
+    """
+    requests = task.requests
+    tasks = {"tasks": {task.name: requests.harness_task}}
     try:
-        score = requests.score(found)
+        with silence():
+            results = import_harness("lm_eval").evaluate(lm=model, task_dict=tasks, limit=task.limit, bootstrap_iters=0)
     except Exception as error:  # functions of tasks, and metrics that are fetched, raise any class
-        told = (str(error).strip() or "no reason given").splitlines()[0][:200]
-        raise UserError(
-            f"{task.name}: lm-eval cannot score the answers by {requests.metric} ({type(error).__name__}: {told}); "
-            "leave the task out"
-        ) from None
-    say_truncation(asked, task)
-    replies = iter(found)
-    items = [
-        {
-            "document": digest,
-            **item,
-            **_replies([next(replies) for request in document for _ in range(request.repeats)]),
-        }
-        for digest, item, document in zip(requests.digests, score.items, requests.documents, strict=True)
-    ]
-    details = {**score.details, "truncated": {"requests": asked.beheaded, "choices": asked.clipped}}
-    return Measurement(task.name, score.kind, score.value, requests.protocol(), "documents", items, details)
+        if isinstance(error, UserError) or model.answered < len(requests.instances):
+            raise
+        raise _scoring_error(task, f"{type(error).__name__}: {first_line(error)[:200]}") from None
+    totals, samples = results["results"][task.name], results["samples"][task.name]
+    filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+    keys = sorted(requests.keys, key=lambda key: filters.index(key.partition(",")[2]))
+    metrics = {key: float(totals[key]) for key in keys if _is_finite(totals.get(key))}
+    if requests.key not in metrics:
+        raise _scoring_error(task, "it gives no number")
+    metric, _, answer_filter = requests.key.partition(",")
+    rows = [sample for sample in samples if sample["filter"] == answer_filter]
+    return metrics, [row[metric] for row in rows if metric in row]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _scoring_error(task: Task, reason: str) -> UserError:
+    return UserError(
+        f"{task.name}: lm-eval cannot score the answers by {task.requests.metric} ({reason}); leave the task out"
+    )
+
+
+def _figure(
+    requests: Requests, metrics: dict[str, float], values: list[Any]
+) -> tuple[MeasurementKind, float, list[dict[str, Any]], dict[str, Any]]:
+    """Kind and value of the metric that counts, the items of the documents, and details."""
+    value, key, task = metrics[requests.key], requests.key, requests.harness_task
+    details: dict[str, Any] = {"metrics": metrics}
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        # each value: log-likelihood of the document, and its number of words or bytes
+        items = [{"value": -total / count, "tokens": count} for total, count in values]
+        loss = -sum(total for total, _ in values) / sum(count for _, count in values)
+        unit = "word" if key.startswith("word") else "byte"
+        return "loss", loss, items, {**details, "perplexity": perplexity(loss), "per": unit}
+    if not task.higher_is_better().get(key.partition(",")[0], True):
+        details["lower_is_better"] = True
+    is_mean = len(values) == len(requests.documents) and all(isinstance(v, Real) for v in values)
+    if not is_mean or not math.isclose(sum(values) / len(values), value, abs_tol=1e-9):
+        return "score", value, [{"value": None} for _ in requests.documents], details
+    kind: MeasurementKind = "accuracy" if is_accuracy(key) and all(0 <= v <= 1 for v in values) else "score"
+    return kind, value, [{"value": float(v)} for v in values], details
 
 
 def check_tasks(checkpoint: Checkpoint, tasks: Sequence[Task]) -> None:
-    """See that a model can be asked, before anything is computed.
+    """Check that a model can answer the requests of tasks, before anything is computed.
 
     Raises:
         UserError: if the checkpoint has no tokenizer, or one that the harness cannot use, or if it has no positions
-            for a question beside what a task lets a model write.
+            for a question beside the tokens that a task lets a model write.
     """
     if not tasks:
         return
     _tokenizer(checkpoint)
     normalize = import_harness("lm_eval.models.utils").normalize_gen_kwargs
-    room = max_positions(checkpoint.config)
+    positions = max_positions(checkpoint.config)
     for task in tasks:
-        writing = [r for r in task.requests.instances if r.request_type == "generate_until"]
-        most = max((normalize(request.args[1])["max_gen_toks"] for request in writing), default=0)
-        if room is not None and most >= room:
+        generated = [r for r in task.requests.instances if r.request_type == "generate_until"]
+        length = max((normalize(request.args[1])["max_gen_toks"] for request in generated), default=0)
+        if positions is not None and length >= positions:
             raise UserError(
-                f"{checkpoint.directory}: {task.name} lets a model write {most} tokens, and this one takes {room} with "
-                "the question; leave the task out"
+                f"{checkpoint.directory}: {task.name} lets a model write {length} tokens, and this one takes "
+                f"{positions} with the question; leave the task out"
             )
 
 
-def _replies(found: Sequence[Any]) -> dict[str, Any]:
-    """What a model answered about one document, as its item keeps it."""
-    likelihoods = [reply[0] if isinstance(reply, tuple) else reply for reply in found if not isinstance(reply, str)]
-    written = [reply for reply in found if isinstance(reply, str)]
-    return {**({"loglikelihoods": likelihoods} if likelihoods else {}), **({"written": written} if written else {})}
-
-
-def answers(asked: Likelihoods, task: Task, directory: Path) -> list[Any]:
-    """The answer to each request, as often as it is to be answered; all processes together.
-
-    Returns:
-        By the kind of request: the log-likelihood of a continuation (nats) and whether it is greedy, the
-        log-likelihood of a text, or what the model writes.
-
-    Raises:
-        UserError: if a choice has no token of its own, or a log-likelihood is NaN or infinite.
-    """
-    instances = task.requests.instances
-    kinds: dict[str, list[int]] = {}
-    for number, instance in enumerate(instances):
-        kinds.setdefault(instance.request_type, []).append(number)
-    found: list[Any] = [None] * len(instances)
-    for kind, numbers in kinds.items():
-        try:
-            with silence():
-                replies = getattr(asked, kind)([instances[number] for number in numbers])
-        except ValueError:
-            if kind != "loglikelihood":
-                raise
-            told = f"{task.name} has a choice without a token of its own"
-            raise UserError(f"{directory}: {told}; use another task") from None
-        for number, reply in zip(numbers, replies, strict=True):
-            found[number] = reply
-            value = reply[0] if isinstance(reply, tuple) else reply
-            if not isinstance(value, str) and not math.isfinite(value):
-                raise UserError(f"{directory}: the log-likelihoods on {task.name} are NaN or infinite")
-    return found
-
-
 def language_model(checkpoint: Checkpoint, model: PreTrainedModel, batch: int | None = None) -> Likelihoods:
-    """The model as the harness asks it, with the checkpoint's own tokenizer.
+    """Wrap a model for the harness, with the checkpoint's own tokenizer.
 
     Args:
-        checkpoint: where the tokenizer is.
+        checkpoint: holds the tokenizer.
         model: in evaluation mode, on its device.
         batch: rows at once; None for what suits the device.
 
@@ -139,8 +144,8 @@ def language_model(checkpoint: Checkpoint, model: PreTrainedModel, batch: int | 
     tokenizer = _tokenizer(checkpoint)
     with silence():
         import_harness("lm_eval.models.huggingface")
-        made: Any = import_harness("secateur.evaluation.lm_eval.likelihoods")
-        return made.Likelihoods(model, tokenizer, batch=batch)
+        likelihoods: Any = import_harness("secateur.evaluation.lm_eval.likelihoods")
+        return likelihoods.Likelihoods(model, tokenizer, name=str(checkpoint.directory), batch=batch)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -154,16 +159,15 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def say_truncation(asked: Likelihoods, task: Task) -> None:
-    """Tell what the model had no positions for."""
-    total = len(task.requests.instances)
-    if asked.beheaded:
+def report_truncation(model: Likelihoods, task: Task) -> None:
+    """Notify about requests of the last measurement that were longer than the model's positions."""
+    if model.truncated_requests:
         notify(
-            f"{task.name}: {asked.beheaded:,} of {total:,} requests are longer than the {asked.max_length} tokens that "
-            "the model takes; their beginning is left out"
+            f"{task.name}: {model.truncated_requests:,} of {len(task.requests.instances):,} requests are longer than "
+            f"the {model.max_length} tokens that the model takes; their beginning is left out"
         )
-    if asked.clipped:
+    if model.truncated_choices:
         notify(
-            f"{task.name}: in {asked.clipped:,} of them the choice alone is longer, so that only its last "
-            f"{asked.max_length} tokens are scored, where lm-eval itself would give up"
+            f"{task.name}: in {model.truncated_choices:,} of them the choice alone is longer, so that only its last "
+            f"{model.max_length} tokens are scored, where lm-eval itself would give up"
         )

@@ -1,4 +1,4 @@
-"""Documents of tasks in local files, and how a task of lm-evaluation-harness is made to read them."""
+"""Local documents of a task: reading the files, and changing the task's configuration to use them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,24 @@ Rows = list[dict[str, Any]]
 
 
 def task_file(folder: str, name: str) -> Path:
-    """Where the documents of a task lie."""
+    """The file with the documents of a task."""
     return Path(folder).expanduser() / f"{name}.jsonl"
 
 
 def examples_file(folder: str, name: str) -> Path:
-    """Where the documents lie that examples in a prompt are drawn from."""
+    """The file with the documents that become examples in the prompts of a task."""
     return Path(folder).expanduser() / f"{name}.examples.jsonl"
 
 
 def read_documents(path: Path, hint: str = "the data of a task is a folder that holds <task>.jsonl") -> Rows:
-    """The documents of a local task, one a line.
+    """Read the documents of a task, one JSON object a line.
+
+    Args:
+        path: the file.
+        hint: what to do if the file is missing.
 
     Raises:
-        UserError: if the file is missing or empty, or a line is not an object in JSON with the fields of the first one.
+        UserError: if the file is missing or empty, or a line is not a JSON object with the fields of the first one.
     """
     try:
         data = path.read_bytes()
@@ -45,12 +49,12 @@ def read_documents(path: Path, hint: str = "the data of a task is a folder that 
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", getattr(error, "reason", error))
-            raise UserError(f"{path}:{number}: not valid JSON: {reason}; mend or remove the line") from None
+            raise UserError(f"{path}:{number}: not valid JSON: {reason}; repair or remove the line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: not a JSON object; each line is one document")
         if rows and row.keys() != rows[0].keys():
-            odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
-            raise UserError(f"{path}:{number}: differs from the first document in its fields: {odd}")
+            fields = ", ".join(sorted(row.keys() ^ rows[0].keys()))
+            raise UserError(f"{path}:{number}: differs from the first document in its fields: {fields}")
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: holds no documents")
@@ -58,58 +62,66 @@ def read_documents(path: Path, hint: str = "the data of a task is a folder that 
 
 
 def local_changes(config: Mapping[str, Any], folder: str, few_shot: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """The changes of a task's configuration that make it read local files, and the hashes of these.
+    """Return the changes of a task's configuration that make it read local files, and the hashes of these files.
 
-    Without examples in the prompt the documents are all there is, whichever split they are. With examples, they are
-    drawn from a file of their own in place of the split that the task draws them from, unless the task brings them
-    along, or draws them from the very documents that it asks about.
+    Without examples in the prompt the documents serve as the only split. With examples, a second file replaces the
+    split that the task draws examples from, unless the task defines its examples itself or draws them from the
+    documents that it asks about.
 
     Args:
-        config: of the task, as the harness has it.
-        folder: with ``<task>.jsonl``, and ``<task>.examples.jsonl`` where examples are drawn from another split.
+        config: the harness's configuration of the task.
+        folder: holds ``<task>.jsonl``, and ``<task>.examples.jsonl`` if examples come from another split.
         few_shot: examples in each prompt.
 
     Raises:
-        UserError: as :func:`read_documents`, or if the task is a Python class that fetches its documents by itself.
+        UserError: as :func:`read_documents`; if there are too few examples; or if the task is a Python class, which
+            fetches its documents itself.
     """
     name = config["task"]
     if "class" in config:
         raise UserError(
-            f"{name}: lm-eval fetches its documents with code of its own, so that no local file serves; leave it out, "
-            "or leave out the local data and connect to the network"
+            f"{name}: lm-eval fetches its documents with code of its own, so local files cannot replace them; leave it "
+            "out, or leave out the local data and connect to the network"
         )
-    path = task_file(folder, name)
-    rows = read_documents(path)
-    hashes = {"sha256": sha256_file(path)}
+    path, examples = task_file(folder, name), examples_file(folder, name)
+    rows, hashes = read_documents(path), {"sha256": sha256_file(path)}
     if not few_shot:
         splits = {"training_split": None, "validation_split": None, "test_split": "local"}
-        return _reading({"local": rows}) | splits | {"fewshot_split": None, "fewshot_config": None}, hashes
-    own = config.get("fewshot_config") or {}
-    asked = config.get("test_split") or config.get("validation_split") or "local"
-    drawn = own.get("split") or config.get("fewshot_split")
-    if drawn is None and not own.get("samples"):  # the harness's own order
-        drawn = config.get("training_split") or config.get("validation_split") or asked
-    splits = {asked: rows}
-    if drawn not in (None, asked):
-        more = examples_file(folder, name)
-        hint = (
-            f"the {few_shot} examples in each prompt of {name} are drawn from it; put it there, or ask for 0 examples"
-        )
-        splits[drawn] = read_documents(more, hint)
-        hashes["examples_sha256"] = sha256_file(more)
-    there, needed = (len(splits[drawn]), few_shot + (drawn == asked)) if drawn else (few_shot, few_shot)
-    if there < needed:
-        file = path if drawn == asked else examples_file(folder, name)
-        raise UserError(f"{file}: holds {there} documents, too few to draw {few_shot} examples from; give it {needed}")
-    kept = {key: config.get(key) for key in ("training_split", "validation_split", "test_split")}
-    kept = {key: split if split in splits else None for key, split in kept.items()}
-    return _reading(splits) | kept | ({"test_split": asked} if asked == "local" else {}), hashes
+        return _dataset({"local": rows}) | splits | {"fewshot_split": None, "fewshot_config": None}, hashes
+    test_split = config.get("test_split") or config.get("validation_split") or "local"
+    example_split = _example_split(config, test_split)
+    datasets = {test_split: rows}
+    if example_split not in (None, test_split):
+        hint = f"the {few_shot} examples in each prompt of {name} are drawn from it; add the file, or use 0 examples"
+        datasets[example_split] = read_documents(examples, hint)
+        hashes["examples_sha256"] = sha256_file(examples)
+    if example_split is not None:
+        count, minimum = len(datasets[example_split]), few_shot + (example_split == test_split)
+        if count < minimum:
+            file = path if example_split == test_split else examples
+            raise UserError(
+                f"{file}: holds {count} documents, too few to draw {few_shot} examples from; needs {minimum}"
+            )
+    names = {key: config.get(key) for key in ("training_split", "validation_split", "test_split")}
+    splits = {key: split if split in datasets else None for key, split in names.items()}
+    if test_split == "local":
+        splits["test_split"] = test_split
+    return _dataset(datasets) | splits, hashes
 
 
-def _reading(splits: Mapping[str, Rows]) -> dict[str, Any]:
+def _example_split(config: Mapping[str, Any], test_split: str) -> str | None:
+    """The split that examples are drawn from, in the harness's order; None if the task defines its examples itself."""
+    settings = config.get("fewshot_config") or {}
+    split = settings.get("split") or config.get("fewshot_split")
+    if split is None and not settings.get("samples"):
+        split = config.get("training_split") or config.get("validation_split") or test_split
+    return split
+
+
+def _dataset(splits: Mapping[str, Rows]) -> dict[str, Any]:
     import datasets  # takes a second
 
-    def read(**_: Any) -> dict[str, Any]:
+    def load(**_: Any) -> dict[str, Any]:
         return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
 
-    return {"custom_dataset": read, "dataset_kwargs": None}
+    return {"custom_dataset": load, "dataset_kwargs": None}
