@@ -1,9 +1,10 @@
-"""Why a stage is not done: what sets it apart from the nearest one that is."""
+"""Why a stage is not done, and how it differs from the most similar finished stage."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from secateur.study.stage import VERSIONS, Stage
@@ -17,12 +18,12 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Change:
-    """A field that is not what it was.
+    """A field of a stage's identity whose value differs.
 
     Attributes:
-        field: with dots where it lies deeper; behind ``input ROLE (KIND NAME):`` where it is an input's.
-        old: None where there was none.
-        new: None where there is none.
+        field: with dots for nested ones; prefixed by ``input ROLE (KIND NAME):`` for a field of an input.
+        old: None if the field is new.
+        new: None if the field is gone.
     """
 
     field: str
@@ -35,19 +36,44 @@ class Change:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where a stage stands, and why.
+    """The state of a stage, and the reason.
 
     Attributes:
-        state: as ``study status`` says it.
+        state: as in :class:`secateur.study.status.StatusRow`, or ``damaged``.
         reason: one line.
-        nearest: folder of the finished stage that is most like it, and belongs to no stage of the study as it is now.
-        changes: what sets the two apart.
+        nearest: folder of the most similar finished stage, among those that the study as it is now does not use.
+        changes: how the stage differs from ``nearest``.
+        log: what the stage printed; None if it has not run.
     """
 
+    kind: str
+    name: str
+    fingerprint: str
     state: str
     reason: str
     nearest: str | None = None
     changes: tuple[Change, ...] = ()
+    log: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The explanation as plain values, as ``--json`` prints it."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "state": self.state,
+            "reason": self.reason,
+            "nearest": self.nearest,
+            "changes": [asdict(change) for change in self.changes],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.kind} {self.name}: {self.state}: {self.reason}"]
+        if self.nearest:
+            lines += [f"  most similar finished stage: {self.nearest}", *(f"    {change}" for change in self.changes)]
+        if self.log:
+            lines.append(f"  log: {self.log}")
+        return "\n".join(lines)
 
 
 def explain_stage(stage: Stage, stages: list[Stage], store: Store, damage: str | None = None) -> Explanation:
@@ -55,67 +81,80 @@ def explain_stage(stage: Stage, stages: list[Stage], store: Store, damage: str |
 
     Args:
         stage: in question.
-        stages: all of the study.
-        store: where they lie.
-        damage: what is wrong with its files, if something is.
+        stages: all stages of the study.
+        store: their results.
+        damage: what is wrong with the stage's files, if anything is.
     """
     state, note = state_of(stage, store)
+    nearest, changes = None, ()
     if damage:
-        return Explanation("damaged", f"{damage}; it will be done again")
-    if state == "done":
-        return Explanation(state, f"{store.folder(stage).name} is what the study file asks for")
-    nearest, changes = _nearest(stage, {s.fingerprint for s in stages}, store)
-    told = {
-        "failed": f"it failed: {note}",
-        "interrupted": "it was interrupted, and goes on from what it has",
-        "running": "a process is at it",
-    }.get(state)
-    if told is None and changes:
-        told = "; ".join(map(str, changes[:3])) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
-    return Explanation(state, told or "nothing like it has been done yet", nearest, changes)
+        state, reason = "damaged", f"{damage}; it will be run again"
+    elif state == "done":
+        reason = f"{store.folder(stage).name} is what the study file asks for"
+    else:
+        nearest, changes = _nearest(stage, {s.fingerprint for s in stages}, store)
+        reason = _reason(state, note, changes)
+    log = store.log(stage)
+    return Explanation(
+        stage.kind, stage.name, stage.fingerprint, state, reason, nearest, changes, log if log.is_file() else None
+    )
+
+
+def _reason(state: str, note: str, changes: tuple[Change, ...]) -> str:
+    """Why an unfinished stage is not done."""
+    if state == "failed":
+        return f"it failed: {note}"
+    if state == "interrupted":
+        return "it was interrupted, and resumes from its last checkpoint"
+    if state == "running":
+        return "a process is running it"
+    if not changes:
+        return "no similar stage is finished"
+    return "; ".join(map(str, changes[:3])) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 
 def _nearest(stage: Stage, current: set[str], store: Store) -> tuple[str | None, tuple[Change, ...]]:
-    """The finished stage of an earlier study file that differs least, and how it differs."""
+    """The folder of the finished stage of an earlier study file that differs least, and how the stage differs."""
     slug = stage.folder.removesuffix(stage.fingerprint[:12])
     best: tuple[tuple[bool, int, str], tuple[Change, ...]] | None = None
-    for folder, told in store.records(stage.kind).items():
-        if told["fingerprint"] in current:
+    for folder, record in store.records(stage.kind).items():
+        if record["fingerprint"] in current:
             continue
-        changes = tuple(_changes(stage, told, store))
+        changes = tuple(_changes(stage, record, store))
         rank = (not folder.startswith(slug), len(changes), folder)
         if best is None or rank < best[0]:
             best = rank, changes
     return (best[0][2], best[1]) if best else (None, ())
 
 
-def _changes(stage: Stage, told: Mapping[str, Any], store: Store) -> Iterator[Change]:
-    """What differs between a finished stage, as its record tells of it, and one that is asked for."""
-    if told["version"] != VERSIONS[stage.kind]:
-        yield Change(f"version of {stage.kind}", told["version"], VERSIONS[stage.kind])
-    old, new = dict(_flat(told["identity"])), dict(_flat(_plain(stage.identity)))
+def _changes(stage: Stage, record: Mapping[str, Any], store: Store) -> Iterator[Change]:
+    """How a stage differs from a finished one, given the latter's record."""
+    if record["version"] != VERSIONS[stage.kind]:
+        yield Change(f"version of {stage.kind}", record["version"], VERSIONS[stage.kind])
+    old, new = dict(_flat(record["identity"])), dict(_flat(_as_json(stage.identity)))
     for key in [*new, *(key for key in old if key not in new)]:
         if old.get(key, _ABSENT) != new.get(key, _ABSENT):
             yield Change(key, old.get(key), new.get(key))
-    for role in {**told["inputs"], **stage.inputs}:
-        before, used = told["inputs"].get(role), stage.inputs.get(role)
-        if used is None or before != used.fingerprint:
-            yield from _input_changes(role, before, used, store)
+    for role in {**record["inputs"], **stage.inputs}:
+        old_fingerprint, new_input = record["inputs"].get(role), stage.inputs.get(role)
+        if new_input is None or old_fingerprint != new_input.fingerprint:
+            yield from _input_changes(role, old_fingerprint, new_input, store)
 
 
-def _input_changes(role: str, before: str | None, used: Stage | None, store: Store) -> Iterator[Change]:
-    """Why an input is another one, as far as the earlier one is still there to compare with."""
-    name = f"input {role}" + (f" ({used.kind} {used.name})" if used else "")
-    found = store.records(used.kind).values() if used and before else ()
-    record = next((told for told in found if told["fingerprint"] == before), None)
-    if record is None or used is None:
-        yield Change(name, before and before[:12], used and used.fingerprint[:12])
+def _input_changes(role: str, old_fingerprint: str | None, stage: Stage | None, store: Store) -> Iterator[Change]:
+    """How an input differs from the earlier one; only fingerprints if the earlier one has been deleted."""
+    name = f"input {role}" + (f" ({stage.kind} {stage.name})" if stage else "")
+    records = store.records(stage.kind).values() if stage and old_fingerprint else ()
+    record = next((record for record in records if record["fingerprint"] == old_fingerprint), None)
+    if record is None or stage is None:
+        yield Change(name, old_fingerprint and old_fingerprint[:12], stage and stage.fingerprint[:12])
         return
-    for change in _changes(used, record, store):
+    for change in _changes(stage, record, store):
         yield Change(f"{name}: {change.field}", change.old, change.new)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each leaf of nested mappings, its key with dots."""
     for key, inner in value.items():
         if isinstance(inner, Mapping):
             yield from _flat(inner, f"{prefix}{key}.")
@@ -123,11 +162,11 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", inner
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+def _as_json(value: Any) -> Any:
+    """The value after a round trip through JSON: tuples become lists."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return [_as_json(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: Any) -> str:

@@ -20,6 +20,7 @@ from secateur.study.spec import (
     SettingKind,
     SettingSpec,
     StudySpec,
+    spell_keys,
 )
 
 __all__ = ["TWIN_NAMES", "PlannedComparison", "Pruning", "comparisons", "prunings"]
@@ -89,8 +90,8 @@ def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
             try:
                 after = target.shape(shapes[parent], method, entry.method)
             except UserError as error:
-                told = str(error).replace("--ratio ", "ratio ").replace("--", "")  # a study file has keys, not options
-                raise UserError(f"methods[{number}] ({entry.label} at {name}): {told}") from None
+                where = f"methods[{number}] ({entry.label} at {name})"
+                raise UserError(f"{where}: {spell_keys(str(error))}") from None
             found.append(Pruning(entry, parent, name, target, method, shapes[parent], after))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import field, fields, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
     "StudySpec",
     "SweepSpec",
     "load_study",
+    "spell_keys",
 ]
 
 SettingKind = Literal["equal_training_tokens", "equal_total_tokens", "equal_training_flops", "equal_total_flops"]
@@ -377,5 +379,11 @@ def load_study(path: Path) -> StudySpec:
     try:
         return parse(StudySpec, load_yaml(path), origin=str(path))
     except UserError as error:
-        text = str(error).replace("--ratio ", "ratio ")  # a file has keys, not options
+        text = spell_keys(str(error))
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+
+
+def spell_keys(message: str) -> str:
+    """Spell the fields that an error names in backticks as keys of a study file."""
+    message = re.sub(r"(?<![\w-])--(?=[a-z])", "", message)
+    return spell(message, str)

@@ -1,11 +1,13 @@
-"""Where a study stands, as any process that sees its directory can tell."""
+"""The state of a study's stages, as any process that can read its folder sees it."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from rich.live import Live
 from rich.table import Table
@@ -15,18 +17,18 @@ from secateur.progress import clock_time, console
 from secateur.study.stage import Stage, unique
 from secateur.study.store import Store
 
-__all__ = ["StatusRow", "rows", "state_of", "summary", "watch"]
+__all__ = ["StatusRow", "StudyStatus", "state_of", "study_status", "watch"]
 
 _COLOURS = {"done": "green", "running": "cyan", "failed": "red", "interrupted": "yellow"}
 
 
 @dataclass(frozen=True)
 class StatusRow:
-    """A stage and where it stands.
+    """The state of one stage.
 
     Attributes:
-        state: ``done``, ``running``, ``failed``, ``interrupted``, ``to do`` or, without its inputs, ``waiting``.
-        note: how far a running stage is, or the error of a failed one.
+        state: ``done``, ``running``, ``failed``, ``interrupted``, ``to do``, or ``waiting`` for its inputs.
+        note: progress of a running stage, or the error of a failed one.
     """
 
     kind: str
@@ -35,61 +37,89 @@ class StatusRow:
     note: str
 
 
-def rows(stages: list[Stage], store: Store) -> list[StatusRow]:
-    """Where each stage stands."""
-    return [StatusRow(stage.kind, stage.name, *state_of(stage, store)) for stage in unique(stages)]
+@dataclass(frozen=True)
+class StudyStatus:
+    """The state of every stage of a study; ``str()`` gives the text of ``secateur study status``."""
+
+    study: str
+    out: Path
+    stages: tuple[StatusRow, ...]
+
+    @property
+    def done(self) -> int:
+        """Number of finished stages."""
+        return sum(row.state == "done" for row in self.stages)
+
+    @property
+    def title(self) -> str:
+        """Study, folder, and the number of stages in each state."""
+        counts = Counter(row.state for row in self.stages)
+        parts = [f"{counts[state]} {state}" for state in ("running", "failed", "interrupted") if counts[state]]
+        return f"{self.study} in {self.out}: " + ", ".join([f"{self.done} of {len(self.stages)} stages done", *parts])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The status as plain values, as ``--json`` prints it."""
+        rows = [asdict(row) for row in self.stages]
+        return {"study": self.study, "out": str(self.out), "done": self.done, "stages": rows}
+
+    def __str__(self) -> str:
+        rows = (f"{row.state:11}  {row.kind:8}  {row.name}  {row.note}".rstrip() for row in self.stages)
+        return "\n".join([self.title, *rows])
+
+
+def study_status(name: str, stages: list[Stage], store: Store) -> StudyStatus:
+    """Look up the state of each stage of the study called ``name``."""
+    rows = (StatusRow(stage.kind, stage.name, *state_of(stage, store)) for stage in unique(stages))
+    return StudyStatus(name, store.out, tuple(rows))
 
 
 def state_of(stage: Stage, store: Store) -> tuple[str, str]:
-    """Where a stage stands, and a note on it."""
+    """State and note of a stage, as in :class:`StatusRow`."""
     if store.done(stage):
         return "done", ""
     if store.held(stage):
-        return "running", _how_far(stage, store)
+        return "running", _progress(stage, store)
     if error := store.runtime(stage).get("error"):
         return "failed", str(error)
     if store.partial(stage):
-        return "interrupted", _how_far(stage, store)
+        return "interrupted", _progress(stage, store)
     return "to do" if all(map(store.done, stage.inputs.values())) else "waiting", ""
 
 
-def _how_far(stage: Stage, store: Store) -> str:
-    told = store.progress(stage)
-    parts = [] if told.get("share") is None else [f"{told['share']:.0%}"]
-    parts += [told["note"]] if told.get("note") else []
-    parts += [] if told.get("seconds_left") is None else [f"ETA {clock_time(told['seconds_left'])}"]
+def _progress(stage: Stage, store: Store) -> str:
+    note = store.progress(stage)
+    parts = [] if note.get("share") is None else [f"{note['share']:.0%}"]
+    parts += [note["note"]] if note.get("note") else []
+    parts += [] if note.get("seconds_left") is None else [f"ETA {clock_time(note['seconds_left'])}"]
     return "  ".join(parts)
 
 
-def summary(found: list[StatusRow]) -> str:
-    """How many stages are in each state."""
-    counts = Counter(row.state for row in found)
-    return f"{counts['done']} of {len(found)} stages done" + "".join(
-        f", {counts[state]} {state}" for state in ("running", "failed", "interrupted") if counts[state]
-    )
+def watch(look: Callable[[], StudyStatus], every: float = 2.0) -> StudyStatus:
+    """Show a live table until all stages are done or the user interrupts; return the last status.
 
-
-def watch(look: Callable[[], list[StatusRow]], title: str, every: float = 2.0) -> list[StatusRow]:
-    """Show a live table until all is done or someone interrupts; return the last look."""
-    found = look()
+    Args:
+        look: returns the current status.
+        every: seconds between calls of ``look``.
+    """
+    status = look()
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                live.update(_table(found, title), refresh=True)
-                if all(row.state == "done" for row in found):
+                live.update(_table(status), refresh=True)
+                if status.done == len(status.stages):
                     break
                 time.sleep(every)
-                found = look()
-        except KeyboardInterrupt:  # of the watching, not of what is watched
+                status = look()
+        except KeyboardInterrupt:  # ends the watching, not the run
             pass
-    return found
+    return status
 
 
-def _table(found: list[StatusRow], title: str) -> Table:
-    table = Table(title=f"{title}: {summary(found)}", title_justify="left", box=None, pad_edge=False)
+def _table(status: StudyStatus) -> Table:
+    table = Table(title=status.title, title_justify="left", box=None, pad_edge=False)
     for column in ("state", "kind", "stage", ""):
         table.add_column(column, no_wrap=column != "")
-    for row in found:
+    for row in status.stages:
         colour = _COLOURS.get(row.state, "dim")
         table.add_row(Text(row.state, style=colour), row.kind, row.name, Text(row.note))
     return table

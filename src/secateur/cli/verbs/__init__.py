@@ -21,7 +21,6 @@ _MODULES = {
     "recommend": "recommend",
     "shapes": "describe",
     "study": "studies",
-    "study plan": "planning",
     "train": "training",
 }
 
@@ -30,6 +29,5 @@ def function_of(arguments: Namespace) -> Callable[[Namespace], Answer]:
     """What a verb calls. Its module alone is imported, since some take seconds and no verb needs all."""
     quiet_libraries()
     verb: str = arguments.verb
-    module = _MODULES.get(f"{verb} {getattr(arguments, 'action', '')}", _MODULES[verb])
     name = {"eval": "evaluate", "study": f"study_{getattr(arguments, 'action', '')}"}.get(verb, verb)
-    return getattr(import_module(f"{__name__}.{module}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[verb]}"), name)

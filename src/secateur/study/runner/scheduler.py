@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from secateur import progress
 from secateur.runtime import core_count
@@ -14,22 +14,38 @@ from secateur.study.runner.local import LocalLauncher
 from secateur.study.stage import Stage, with_inputs
 from secateur.study.store import StageOutcome, Store, key_of
 
-__all__ = ["Launcher", "Outcome", "Survey", "run_stages", "survey"]
+__all__ = ["Launcher", "StudyOutcome", "Survey", "run_stages", "survey"]
 
 _LOOK_EVERY = 1.0  # seconds between looks at what other processes are doing
 
 
 @dataclass
-class Outcome:
-    """What a run came to."""
+class StudyOutcome:
+    """The outcome of a run of a study."""
 
-    already: int = 0  #: stages found done
-    ran: int = 0  #: stages that were run here, those that failed among them
-    elsewhere: int = 0  #: stages that another process finished meanwhile
+    already_done: int = 0  #: stages that were finished before
+    ran: int = 0  #: stages that this run ran, failed ones included
+    elsewhere: int = 0  #: stages that another process finished during the run
     failed: dict[str, str] = field(default_factory=dict)  #: stage name -> one line
     skipped: list[str] = field(default_factory=list)  #: names of stages whose inputs failed
-    left: list[str] = field(default_factory=list)  #: names of stages that were not started after a failure
-    stopped: str = ""  #: why the run was stopped, if it was told to
+    not_started: list[str] = field(default_factory=list)  #: names of stages that a failure kept from starting
+    stopped: str = ""  #: why the run stopped early; empty if it did not
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome as plain values, as ``--json`` prints it."""
+        return {key: value for key, value in asdict(self).items() if key != "stopped"}
+
+    def summary(self, logs: Path) -> list[str]:
+        """The outcome in lines for people."""
+        parts = [f"{self.already_done} stages were done before", f"{self.ran - len(self.failed)} run"]
+        parts += [f"{self.elsewhere} done by other processes"] if self.elsewhere else []
+        lines = [", ".join([*parts, f"{len(self.failed)} failed"])]
+        if self.not_started:
+            lines.append(
+                f"{len(self.not_started)} stages were not started after the failure; keep-going runs those that do "
+                "not depend on it"
+            )
+        return [*lines, f"the log of each stage is in {logs}"] if self.failed else lines
 
 
 class Launcher(Protocol):
@@ -80,7 +96,7 @@ def run_stages(
     device: str = "cpu",
     file: Path | None = None,
     keep_going: bool = False,
-) -> Outcome:
+) -> StudyOutcome:
     """Run what is not done yet on this machine; stages that are done are not touched.
 
     Args:
@@ -114,11 +130,11 @@ class Run:
             if stage.fingerprint in self.damaged:
                 progress.notify(f"{stage.kind} {stage.name}: {self.damaged[stage.fingerprint]}; it is done again")
         self.waiting = {s.fingerprint: s for s in stages if s.fingerprint not in self.done}
-        self.outcome = Outcome(already=len(self.done))
+        self.outcome = StudyOutcome(already_done=len(self.done))
         self.lost: set[str] = set()  # fingerprints of stages that failed, or whose inputs did
         self.elsewhere: set[str] = set()  # fingerprints of stages that other processes are at
 
-    def through(self, launcher: Launcher) -> Outcome:
+    def through(self, launcher: Launcher) -> StudyOutcome:
         """Run what is waiting."""
         urgency = _critical_paths(self.stages)
         order = sorted(self.waiting.values(), key=lambda stage: -urgency[stage.fingerprint])
@@ -155,7 +171,7 @@ class Run:
         if inputs & self.lost:
             self.drop(stage, self.outcome.skipped)
         elif self.stopping:
-            self.drop(stage, self.outcome.left)
+            self.drop(stage, self.outcome.not_started)
         elif inputs <= self.done and launcher.room(stage):
             look = self.store.claims.look(key_of(stage))
             if not look.free:

@@ -20,7 +20,7 @@ from secateur import progress
 from secateur.config import Positive, parse, parse_value, spec
 from secateur.errors import UserError, did_you_mean, first_line
 from secateur.files import read_json, write_json, write_text
-from secateur.study.runner.scheduler import Outcome, Run
+from secateur.study.runner.scheduler import Run, StudyOutcome
 from secateur.study.runner.slurm_job import Job
 from secateur.study.runner.torchrun import processes_of
 from secateur.study.stage import Stage, with_inputs
@@ -70,7 +70,7 @@ def parse_slurm(pairs: Sequence[str]) -> Slurm:
 
 def run_on_slurm(
     stages: list[Stage], out: Path, file: Path, *, options: Slurm, device: str, keep_going: bool
-) -> Outcome:
+) -> StudyOutcome:
     """Submit what is not done yet and wait for it; interrupted, the jobs go on.
 
     Args:
@@ -95,7 +95,7 @@ def run_on_slurm(
         raise
 
 
-def _follow(run: Run, queue: _Queue, jobs: dict[str, str]) -> Outcome:
+def _follow(run: Run, queue: _Queue, jobs: dict[str, str]) -> StudyOutcome:
     """Wait until every job has ended."""
     gone: dict[str, float] = {}
     work = sum(stage.flops for stage in run.waiting.values())
@@ -134,7 +134,7 @@ def _settled(stage: Stage, run: Run, queued: bool, gone: dict[str, float]) -> bo
         return True
     error = store.runtime(stage).get("error")
     if run.stopping and not error:
-        run.drop(stage, run.outcome.left)
+        run.drop(stage, run.outcome.not_started)
         return True
     if not error and time.monotonic() - gone.setdefault(key, time.monotonic()) < _PATIENCE:
         return False

@@ -1,0 +1,132 @@
+"""The plan of a study: its stages, their tokens and FLOPs, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from secateur.formatting import count, scientific
+from secateur.study.planner import tokens_needed, trunk_savings
+from secateur.study.stage import Stage, unique
+
+__all__ = ["FLOPS_PER_SECOND", "PlannedStage", "StudyPlan", "plan_study"]
+
+FLOPS_PER_SECOND = 4e14  #: of the reference device: an H100 at about 40% of its bfloat16 peak
+
+#: kinds of stages that the text counts and does not list
+_COUNTED = {
+    "evaluate": "evaluations",
+    "cost": "measurements of what a model costs to run",
+    "select": "choices of a rate",
+}
+#: path of a stage -> the purpose of its FLOPs
+_PURPOSES = {
+    "parent": "parents",
+    "pruned": "pruning",
+    "P-R": "retraining",
+    "scratch": "from scratch",
+    "control": "controls",
+    "trunk": "trunks",
+    "trial": "rate sweeps",
+}
+_FORMULA = (
+    "FLOPs of a token forwards: 2 for each weight of the blocks' linears and of the head, and 4 x heads x head_dim for "
+    "each layer and attended position, of which there are (sequence + 1) / 2 on average. Training: three times that. A "
+    "teacher, and scoring: by the passes they take. Zeros of sparse weights count in full."
+)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with the tokens that it trains or scores on, and its FLOPs."""
+
+    kind: str
+    name: str
+    tokens: int
+    flops: float
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study will run and what it will cost; ``str()`` gives the text of ``secateur study plan``.
+
+    Attributes:
+        training_tokens_without_trunks: training tokens if no run shared a trunk.
+        corpus_tokens: training tokens that the corpus must have.
+        flops_by: purpose, such as ``retraining``, -> FLOPs.
+        flops_per_second: speed of the device that ``device_hours`` counts.
+    """
+
+    study: str
+    stages: tuple[PlannedStage, ...]
+    training_tokens: int
+    training_tokens_without_trunks: int
+    corpus_tokens: int
+    flops: float
+    flops_by: Mapping[str, float]
+    flops_per_second: float
+
+    @property
+    def device_hours(self) -> float:
+        """Hours of one device at ``flops_per_second``."""
+        return self.flops / self.flops_per_second / 3600
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain values, as ``--json`` prints it."""
+        content = asdict(self) | {"stages": [asdict(stage) for stage in self.stages]}
+        speed = content.pop("flops_per_second")
+        return content | {
+            "device_hours": {"flops_per_second": speed, "hours": self.device_hours},
+            "formula": _FORMULA,
+        }
+
+    def __str__(self) -> str:
+        purposes = ", ".join(f"{name} {scientific(flops)}" for name, flops in self.flops_by.items())
+        lines = [
+            f"{self.study}: {len(self.stages)} stages",
+            "",
+            *self._table(),
+            "",
+            f"{self.training_tokens:,} training tokens, {scientific(self.flops)} FLOPs in all: {purposes}.",
+            f"About {self.device_hours:,.3g} device-hours at {scientific(self.flops_per_second)} FLOPs a second.",
+            f"The corpus must have {self.corpus_tokens:,} training tokens.",
+        ]
+        trained, alone = self.training_tokens, self.training_tokens_without_trunks
+        if trained < alone:
+            lines.append(
+                f"Ladders share their trunks: {trained:,} tokens instead of {alone:,}, {1 - trained / alone:.0%} less."
+            )
+        return "\n".join([*lines, _FORMULA, "Nothing has been run."])
+
+    def _table(self) -> list[str]:
+        listed = [stage for stage in self.stages if stage.kind not in _COUNTED]
+        width = max(len(stage.name) for stage in listed)
+        lines = [f"{'kind':6}  {'stage':{width}}  {'tokens':>10}  {'FLOPs':>10}"]
+        for stage in listed:
+            tokens, flops = (count(stage.tokens), f"{stage.flops:.2e}") if stage.tokens else ("-", "-")
+            lines.append(f"{stage.kind:6}  {stage.name:{width}}  {tokens:>10}  {flops:>10}")
+        counts = {words: sum(stage.kind == kind for stage in self.stages) for kind, words in _COUNTED.items()}
+        return [*lines, "and " + ", ".join(f"{number} {words}" for words, number in counts.items() if number)]
+
+
+def plan_study(name: str, stages: Sequence[Stage], flops_per_second: float = FLOPS_PER_SECOND) -> StudyPlan:
+    """Sum up the tokens and FLOPs of a study's stages."""
+    stages = unique(stages)
+    trained, alone = trunk_savings(stages)
+    flops_by: dict[str, float] = {}
+    for stage in stages:
+        if stage.flops:
+            purpose = _PURPOSES[stage.facts["path"]]
+            flops_by[purpose] = flops_by.get(purpose, 0.0) + stage.flops
+    return StudyPlan(
+        study=name,
+        stages=tuple(PlannedStage(s.kind, s.name, s.tokens, s.flops, s.fingerprint) for s in stages),
+        training_tokens=trained,
+        training_tokens_without_trunks=alone,
+        corpus_tokens=tokens_needed(stages),
+        flops=sum(stage.flops for stage in stages),
+        flops_by=flops_by,
+        flops_per_second=flops_per_second,
+    )

@@ -1,0 +1,218 @@
+"""A study for Python users: plan it, run it, inspect it, report it. The command line is a thin layer over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.errors import REQUEUE, RunError, UserError, did_you_mean
+from secateur.progress import notify
+from secateur.study.explain import Explanation, explain_stage
+from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study
+from secateur.study.planner import stages_of
+from secateur.study.resolve import resolve
+from secateur.study.runner.scheduler import StudyOutcome, run_stages, survey
+from secateur.study.shipped import find_study
+from secateur.study.spec import StudySpec, load_study, spell_keys
+from secateur.study.stage import Stage, unique, with_inputs
+from secateur.study.status import StudyStatus, study_status
+from secateur.study.store import Store
+
+if TYPE_CHECKING:
+    from secateur.comparison.records import StudyResults
+    from secateur.report.judgement import Judgement
+    from secateur.study.runner.slurm import Slurm
+
+__all__ = ["RunPreview", "Study"]
+
+
+@dataclass(frozen=True)
+class RunPreview:
+    """What a run would do: ``stages`` are those that it would run, each with the reason."""
+
+    study: str
+    out: Path
+    already_done: int
+    stages: tuple[Explanation, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The preview as plain values, as ``--json`` prints it."""
+        rows = [{"kind": s.kind, "name": s.name, "state": s.state, "reason": s.reason} for s in self.stages]
+        return {"study": self.study, "out": str(self.out), "already_done": self.already_done, "would_run": rows}
+
+    def __str__(self) -> str:
+        head = f"{self.study} in {self.out}: {self.already_done} stages are done, {len(self.stages)} would run"
+        return "\n".join([head, *(f"{s.kind:8}  {s.name}  {s.reason}" for s in self.stages)])
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, its stages and the folder that holds their results.
+
+    Example:
+        >>> study = Study.load("demo")
+        >>> print(study.plan())
+        >>> study.run()
+        >>> study.report()
+
+    Attributes:
+        file: the study file.
+        spec: its content.
+        stages: all stages, each after its inputs; cells that share a stage list it once each.
+        store: the results on disk.
+    """
+
+    file: Path
+    spec: StudySpec
+    stages: list[Stage]
+    store: Store
+
+    @classmethod
+    def load(cls, name_or_path: str | Path, out: str | Path | None = None) -> Study:
+        """Read a study file and plan its stages. Nothing is run or written.
+
+        Args:
+            name_or_path: a study file, or the name of a shipped study such as ``demo``.
+            out: folder of the stages; ``runs/NAME`` unless given.
+
+        Raises:
+            UserError: if the file is missing or invalid, or the study cannot be planned.
+        """
+        file = find_study(name_or_path)
+        spec = load_study(file)
+        try:
+            stages = stages_of(spec, resolve(spec))
+        except UserError as error:
+            raise UserError(f"{file}: {spell_keys(str(error))}") from None
+        return cls(file, spec, stages, Store(Path(out or f"runs/{spec.name}")))
+
+    @property
+    def out(self) -> Path:
+        """The folder of stages, logs and the report."""
+        return self.store.out
+
+    def plan(self, flops_per_second: float = FLOPS_PER_SECOND) -> StudyPlan:
+        """Sum up what the study runs and costs."""
+        return plan_study(self.spec.name, self.stages, flops_per_second)
+
+    def run(
+        self,
+        jobs: int | None = None,
+        device: str | None = None,
+        only: Iterable[str] = (),
+        keep_going: bool = False,
+        slurm: Slurm | None = None,
+    ) -> StudyOutcome:
+        """Run the stages that are not done. A run that was interrupted resumes.
+
+        Args:
+            jobs: stages at once; None for one for each core, or GPU.
+            device: ``auto``, ``cpu`` or ``cuda``; the study's ``compute.device`` unless given.
+            only: patterns of stage names, as ``wanda-*/P-R``; their inputs are run too. Empty for all stages.
+            keep_going: after a failure, run every stage that does not depend on the failed one.
+            slurm: submit jobs with these resources instead of running on this machine.
+
+        Raises:
+            UserError: if nothing matches a pattern, the machine lacks what a stage needs, or the corpus fails.
+            RunError: if the run was told to stop; the same call resumes.
+        """
+        stages = self._select(only)
+        if self.spec.evaluation.asked.tasks:
+            from secateur.evaluation.lm_eval.harness import import_harness
+
+            import_harness("lm_eval")  # a missing package is reported now, not after hours of training
+        runs = sum(stage.kind == "train" for stage in stages)
+        notify(f"{self.spec.name}: {len(stages)} stages ({runs} training runs) in {self.out}")
+        outcome = self._launch(stages, jobs, device or self.spec.compute.device, keep_going, slurm)
+        for line in outcome.summary(self.out / "logs"):
+            notify(line)
+        if "corpus" in outcome.failed:
+            raise UserError(f"{self.file}: corpus: {outcome.failed['corpus']}")
+        if outcome.stopped:
+            done = outcome.already_done + outcome.ran
+            raise RunError(f"{outcome.stopped} ({done} of {len(stages)} stages done)", REQUEUE)
+        return outcome
+
+    def _launch(
+        self, stages: list[Stage], jobs: int | None, device: str, keep_going: bool, slurm: Slurm | None
+    ) -> StudyOutcome:
+        if slurm:
+            from secateur.study.runner.slurm import run_on_slurm
+
+            return run_on_slurm(stages, self.out, self.file, options=slurm, device=device, keep_going=keep_going)
+        from secateur.runtime import pick_device
+
+        device = pick_device(device)
+        return run_stages(stages, self.out, jobs=jobs, device=device, file=self.file, keep_going=keep_going)
+
+    def preview(self, only: Iterable[str] = ()) -> RunPreview:
+        """Say what :meth:`run` would run, and why. Nothing is run or written."""
+        stages = self._select(only)
+        found = survey(stages, self.store)
+        pending = tuple(
+            explain_stage(stage, self.stages, self.store, found.damaged.get(stage.fingerprint))
+            for stage in stages
+            if stage.fingerprint not in found.done
+        )
+        return RunPreview(self.spec.name, self.out, len(found.done), pending)
+
+    def status(self) -> StudyStatus:
+        """Look up the state of each stage."""
+        return study_status(self.spec.name, self.stages, self.store)
+
+    def explain(self, stage: str) -> list[Explanation]:
+        """Say why a stage is done or not, and what differs from the most similar finished one.
+
+        Args:
+            stage: its name, its kind and name, or its fingerprint. A name may fit several kinds: each is explained.
+
+        Raises:
+            UserError: if the study has no such stage.
+        """
+        stages = unique(self.stages)
+        matches = [s for s in stages if stage in (s.name, f"{s.kind} {s.name}", s.fingerprint)]
+        if not matches:
+            names = {s.name for s in stages} | {f"{s.kind} {s.name}" for s in stages}
+            raise UserError(f"{stage}: no stage of {self.file}{did_you_mean(stage, names)}")
+        damage = [self.store.damage(s) if self.store.done(s) else None for s in matches]
+        return [explain_stage(s, self.stages, self.store, d) for s, d in zip(matches, damage, strict=True)]
+
+    def results(self) -> StudyResults:
+        """Collect the records of the finished stages; missing values are None.
+
+        Raises:
+            UserError: if not even the corpus is finished.
+        """
+        from secateur.study.collect import collect
+
+        return collect(self.spec, self.stages, self.store, self.file.read_text(encoding="utf-8"))
+
+    def judgement(self) -> Judgement:
+        """Compare the pruned models of the results with their from-scratch twins."""
+        from secateur.report.judgement import judge
+
+        return judge(self.results())
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the report of the results and return the path of its page.
+
+        Args:
+            out: folder; the study's own unless given.
+        """
+        from secateur.report.page import build_report
+
+        return build_report(self.judgement(), Path(out or self.out))
+
+    def _select(self, only: Iterable[str]) -> list[Stage]:
+        """Stages whose names match one of the patterns, with their inputs; all without patterns."""
+        stages, patterns = unique(self.stages), tuple(only)
+        if not patterns:
+            return stages
+        names = {stage.name for stage in stages}
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(f"`only`: no stage matches {pattern!r}{did_you_mean(pattern, names)}")
+        return with_inputs(s for s in stages if any(fnmatchcase(s.name, pattern) for pattern in patterns))
