@@ -21,7 +21,8 @@ from secateur.data.tokenizer import encode_stream, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol, evaluate_loss
 from secateur.model.checkpoint import Checkpoint
-from secateur.pruning.pipeline import Calibration, make_plan, write_pruned
+from secateur.pruning.calibration import Calibration
+from secateur.pruning.pipeline import make_plan, write_pruned
 from secateur.pruning.target import Pattern, Target
 from secateur.runtime import quiet_libraries
 

@@ -20,8 +20,8 @@ from secateur.methods.base import LearnedMethod
 from secateur.methods.registry import METHODS, get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
+from secateur.pruning.calibration import Calibration
 from secateur.pruning.learned import learn, learning_recipe
-from secateur.pruning.pipeline import Calibration
 from secateur.pruning.target import Target
 from secateur.training.batches import WindowTokens
 from secateur.training.loop import RunOptions

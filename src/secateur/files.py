@@ -13,16 +13,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from secateur import distributed
+from secateur.config import fingerprint
 from secateur.errors import UserError
+from secateur.formatting import byte_size
 
 __all__ = [
     "BLOCKS",
+    "check_disk",
     "check_free",
     "partial_directories",
     "read_json",
     "resumable_directory",
     "sha256_file",
     "sha256_tree",
+    "shared_directory",
     "sync_tree",
     "write_bytes",
     "write_json",
@@ -230,3 +235,51 @@ def _remove(partial: Path, made: list[Path]) -> None:
     for parent in made:
         with contextlib.suppress(OSError):
             parent.rmdir()
+
+
+@contextlib.contextmanager
+def shared_directory(
+    out: Path,
+    identity: dict[str, Any],
+    subject: str,
+    *,
+    resume: bool,
+    begun: str = BLOCKS,
+    words: Mapping[str, str] | None = None,
+) -> Iterator[tuple[Path, Path]]:
+    """Yield the folders of :func:`resumable_directory` in all processes; the first one makes and moves them.
+
+    Args:
+        out: the directory to write.
+        identity: what it is made of, the same in all processes.
+        subject: what ``identity`` describes, for errors.
+        resume: whether to continue an unfinished run.
+        begun: pattern of the files that an unfinished run is known by.
+        words: what a key of ``identity`` is called in errors.
+    """
+    distributed.require_equal(subject, fingerprint(identity))
+    if distributed.is_main():
+        directories: contextlib.AbstractContextManager[tuple[Path, Path]] = resumable_directory(
+            out, identity, resume=resume, begun=begun, words=words
+        )
+    else:
+        directories = contextlib.nullcontext(partial_directories(out))
+    with directories as folders:
+        distributed.barrier()  # until they exist
+        yield folders
+        distributed.barrier()  # until no process reads in them any more
+
+
+def check_disk(out: Path, needed: float) -> str:
+    """Describe the disk space that a run needs and that is free.
+
+    Raises:
+        UserError: if too little is free.
+    """
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(
+            f"{out}: needs about {byte_size(needed)} of disk, and {byte_size(free)} are free; write elsewhere"
+        )
+    return f"{byte_size(needed)} of disk (free: {byte_size(free)})"

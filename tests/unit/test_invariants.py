@@ -23,7 +23,8 @@ from secateur.methods.selection import Selector, keep_channels, keep_globally, l
 from secateur.methods.sparsegpt import SparseGPT
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
-from secateur.pruning.pipeline import Calibration, make_plan, write_pruned
+from secateur.pruning.calibration import Calibration
+from secateur.pruning.pipeline import make_plan, write_pruned
 from secateur.pruning.target import Pattern, Target
 
 WIDTH = ("llm-pruner", "minitron-width", "wanda-sp", "flap", "random-width")

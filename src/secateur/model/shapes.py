@@ -242,7 +242,7 @@ def solve_depth(shape: Shape, ratio: float, of: Share = "non_embedding") -> Shap
         legal = [f"{shares[n]:.3g}" for n in range(shape.layers - 1, 0, -1)]
         legal = [*legal[:3], f"... (one for each layer) ... {legal[-1]}"] if len(legal) > 12 else legal
         told = ", ".join(legal) or "none"
-        raise UserError(f"--ratio {ratio:g}: of {shape.layers} layers it would keep {layers}; possible: {told}")
+        raise UserError(f"`ratio` {ratio:g}: of {shape.layers} layers it would keep {layers}; possible: {told}")
     return dataclasses.replace(shape, layers=layers)
 
 
@@ -273,7 +273,7 @@ def solve_width(
     gone = np.where((gone > 0) & ~np.asarray(every.refused_by_config), gone, np.nan)  # itself is no candidate
     least, room = np.min(np.abs(gone - ratio), initial=np.inf, where=gone > 0), min(ratio, 1 - ratio)
     if least > min(0.05, room / 2):
-        raise UserError(f"--ratio {ratio:g}: {_reach(gone, ratio, steps)}")
+        raise UserError(f"`ratio` {ratio:g}: {_reach(gone, ratio, steps)}")
     shares = [np.log(sizes / shape.units(space)) for space, sizes in zip(spaces, grid, strict=True)]
     unlike = np.broadcast_to(_most(shares) + _most([-share for share in shares]), gone.shape)
     drift = np.abs(gone - ratio)

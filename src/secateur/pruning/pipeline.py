@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.journal import Workspace
@@ -23,14 +21,13 @@ from secateur.model.checkpoint import Checkpoint, copy_tokenizer, model_card, wr
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import cut_config, cut_tensors
+from secateur.pruning.calibration import Calibration
 from secateur.pruning.scoring import score_and_select
-from secateur.pruning.target import Target
+from secateur.pruning.target import Target, describe_target
 from secateur.runtime import pick_batch
 
 __all__ = [
-    "Calibration",
     "check_config",
-    "describe_target",
     "make_plan",
     "reads_text",
     "removed_shares",
@@ -39,25 +36,6 @@ __all__ = [
     "task_of",
     "write_pruned",
 ]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The token ids that scores are computed on."""
-
-    windows: Tensor  #: int64 [windows, positions]
-    source: str  #: where they are from
-
-    def record(self) -> dict[str, Any]:
-        """What identifies them."""
-        count, length = self.windows.shape
-        return {
-            "source": self.source,
-            "windows": count,
-            "seqlen": length,
-            "tokens": count * length,
-            "hash": token_hash(self.windows.numpy()),
-        }
 
 
 def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, context: int) -> float:
@@ -124,8 +102,8 @@ def make_plan(
             Several processes need a directory that they all see.
 
     Raises:
-        UserError: on an unknown method or option, one that learns
-            (:func:`secateur.pruning.learned.learn`), a target that this model has no shape for, or values that are not finite.
+        UserError: on an unknown method or option, a method that learns (:func:`secateur.pruning.learned.learn`), a
+            target that this model has no shape for, or values that are not finite.
     """
     found = get_method(method, options)
     if isinstance(found, LearnedMethod):
@@ -133,7 +111,7 @@ def make_plan(
     after = target.shape(checkpoint.shape, found, method)
     check_config(checkpoint, after)
     if reads_text(found) and calibration is None:
-        raise UserError(f"--calibration: {method} is scored on text; name some")
+        raise UserError(f"`calibration`: {method} is scored on text; name a source of it")
     if task_of(found) and task is None:
         task = Task(task_of(found), few_shot=0)
     if task is not None:
@@ -243,26 +221,6 @@ def removed_shares(plan: Plan) -> dict[str, Any]:
     if plan.masks:
         shares["block_weights"] = plan.zeroed / plan.before.block_weights
     return {"asked": asked, "of": of, **shares, "drift": None if asked is None else shares[of or ""] - asked}
-
-
-def describe_target(asked: Mapping[str, Any]) -> str:
-    """What was asked for (``Plan.asked``) as people say it."""
-    said = []
-    if "ratio" in asked:
-        said.append(f"{100 * asked['ratio']:.4g}% of {_COUNTED[asked['of']]}")
-    if "shape" in asked:
-        said.append(",".join(f"{name}={size}" for name, size in asked["shape"].items()))
-    said += [f"{key} {asked[key]}" for key in ("pattern", "allocation") if key in asked]
-    if "axes" in asked:
-        said.append(f"axes {','.join(asked['axes'])}")
-    return ", ".join(said)
-
-
-_COUNTED = {
-    "total": "all parameters",
-    "non_embedding": "the parameters outside the embeddings",
-    "block_weights": "the weights of the blocks' linears",
-}
 
 
 def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | None = None) -> dict[str, Any]:

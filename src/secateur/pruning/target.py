@@ -15,7 +15,7 @@ from secateur.model.shapes import SIZES, SPACES, Shape, Share, explicit, solve_d
 if TYPE_CHECKING:
     from secateur.methods.base import Method, WeightMethod
 
-__all__ = ["Allocation", "Pattern", "Target"]
+__all__ = ["Allocation", "Pattern", "Target", "describe_target"]
 
 Allocation = Literal["uniform", "global"]
 
@@ -266,3 +266,23 @@ def _parse_axes(text: str) -> tuple[str, ...]:
     if len(set(axes)) < len(axes):
         raise UserError(f"--axes {text}: names an axis twice")
     return axes
+
+
+def describe_target(asked: Mapping[str, Any]) -> str:
+    """Describe a target (:meth:`Target.record`) in words."""
+    parts = []
+    if "ratio" in asked:
+        parts.append(f"{100 * asked['ratio']:.4g}% of {_COUNTED[asked['of']]}")
+    if "shape" in asked:
+        parts.append(",".join(f"{name}={size}" for name, size in asked["shape"].items()))
+    parts += [f"{key} {asked[key]}" for key in ("pattern", "allocation") if key in asked]
+    if "axes" in asked:
+        parts.append(f"axes {','.join(asked['axes'])}")
+    return ", ".join(parts)
+
+
+_COUNTED = {
+    "total": "all parameters",
+    "non_embedding": "the parameters outside the embeddings",
+    "block_weights": "the weights of the blocks' linears",
+}

@@ -199,7 +199,9 @@ def add_evaluate(verbs: Any) -> None:
         "Several checkpoints give one table, if their figures were measured in the same way.",
         manual.EVAL,
     )
-    evaluate.add_argument("model", nargs="+", help="Hugging Face checkpoint directory; several for one table")
+    evaluate.add_argument(
+        "models", metavar="model", nargs="+", help="checkpoint directory or Hub name; several for one table"
+    )
     evaluate.add_argument(
         "--data", metavar="SOURCE", help=f"held-out text: {manual.SOURCES}, shards:DIR (its held-out split)"
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import UserError
 from secateur.evaluation.cost import Workload, measure_cost, sparsity
-from secateur.evaluation.lm_eval.groups import TaskGroup, check_groups, measure_groups
+from secateur.evaluation.job import ResumableResults
+from secateur.evaluation.lm_eval.groups import TaskGroup, check_groups
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.evaluation.loss import measure_loss, window_losses
 from secateur.evaluation.protocols import PROTOCOLS
 from secateur.evaluation.results import LOSS, EvaluationResults, Measurement
-from secateur.evaluation.suite import measure, text_protocols
+from secateur.evaluation.suite import text_protocols
 from secateur.files import write_json
 from secateur.model.checkpoint import Checkpoint
 from secateur.progress import track
@@ -37,15 +37,15 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
         of each), ``by_position``, ``by_domain`` where there are several, and its ``protocol``; ``sparsity``; and
         ``suite``, the figures of the suite.
     """
-    asked = stage.identity
-    protocol = holdout_protocol(corpus_tokens(stage, store), asked["windows"], asked["seqlen"])
+    identity = stage.identity
+    protocol = holdout_protocol(corpus_tokens(stage, store), identity["windows"], identity["seqlen"])
     checkpoint = Checkpoint(model_of(stage, store))
     device = pick_device(stage.runtime.get("device", "auto"))
-    model: Any = checkpoint.load(pick_dtype(asked.get("dtype", "float32"), device)).to(device)  # type: ignore[arg-type]
+    model: Any = checkpoint.load(pick_dtype(identity.get("dtype", "float32"), device)).to(device)  # type: ignore[arg-type]
     with track(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:
         losses = window_losses(model, protocol, advance=progress.advance)
     loss = measure_loss(losses, LOSS)
-    suite = _suite(stage, checkpoint, model, work / RESULTS, loss)
+    suite = _measure_suite(stage, checkpoint, model, work / RESULTS, loss)
     return {
         **loss.details,
         **losses.summary(),
@@ -55,35 +55,22 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     }
 
 
-def _suite(stage: Stage, checkpoint: Checkpoint, model: Any, path: Path, loss: Measurement) -> list[Measurement]:
-    """The figures of the suite, each written to ``path`` as soon as it is there, behind the held-out loss."""
-    asked, told = stage.identity.get("suite", {}), stage.runtime
-    texts = [text for protocol in PROTOCOLS.values() for text in protocol if text.name in asked.get("texts", {})]
-    protocols = text_protocols(checkpoint, texts, data=told.get("text_data"))
-    settings, groups = asked.get("settings", {}), [TaskGroup(**group) for group in asked.get("groups", ())]
+def _measure_suite(
+    stage: Stage, checkpoint: Checkpoint, model: Any, path: Path, loss: Measurement
+) -> list[Measurement]:
+    """Measure the figures of the suite, each written to ``path`` behind the held-out loss as soon as it is known."""
+    suite, runtime = stage.identity.get("suite", {}), stage.runtime
+    texts = [text for protocol in PROTOCOLS.values() for text in protocol if text.name in suite.get("texts", {})]
+    protocols = text_protocols(checkpoint, texts, data=runtime.get("text_data"))
+    settings, groups = suite.get("settings", {}), [TaskGroup(**group) for group in suite.get("groups", ())]
     tasks = [
-        Task(name, told.get("tasks_data"), asked["task_limit"], asked.get("few_shot"), **settings.get(name, {}))
-        for name in asked.get("tasks", {})
+        Task(name, runtime.get("tasks_data"), suite["task_limit"], suite.get("few_shot"), **settings.get(name, {}))
+        for name in suite.get("tasks", {})
     ]
     if groups:
         check_groups(groups, tasks)
-    found = _measured(path)
-    EvaluationResults(stage.name, [loss, *found]).save(path)
-    for measurement in measure(checkpoint, model, protocols, tasks, done={m.name for m in found}, of=stage.name):
-        found.append(measurement)
-        EvaluationResults(stage.name, [loss, *found]).save(path)
-    if groups:
-        found += measure_groups(groups, found)
-        EvaluationResults(stage.name, [loss, *found]).save(path)
-    return found
-
-
-def _measured(path: Path) -> list[Measurement]:
-    """What an attempt before this one has measured, but for the held-out loss and the averages of groups."""
-    try:
-        return [m for m in EvaluationResults.load(path).measurements if m.name != LOSS and "tasks" not in m.protocol]
-    except UserError:  # nothing, or a kill between two files
-        return []
+    results = ResumableResults(path, EvaluationResults(stage.name), [loss])
+    return results.measure(checkpoint, model, protocols, tasks, groups, of=stage.name)
 
 
 def cost_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
@@ -95,7 +82,7 @@ def cost_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     device = pick_device(stage.runtime.get("device", "auto"))
     checkpoint = Checkpoint(model_of(stage, store))
     model: Any = checkpoint.load(pick_dtype("auto", device)).to(device)  # type: ignore[arg-type]
-    asked = stage.identity["workload"]
-    workload = Workload(**{**asked, "batches": tuple(asked["batches"])})
+    requested = stage.identity["workload"]
+    workload = Workload(**{**requested, "batches": tuple(requested["batches"])})
     write_json(work / COST, measure_cost(checkpoint, model, workload))
-    return {"workload": asked}
+    return {"workload": requested}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,23 @@ from torch import Tensor
 
 from secateur import distributed
 from secateur.calibration.journal import Workspace
-from secateur.data.domains import ByDomain
 from secateur.methods.base import LearnedMethod
 from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
-from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
-from secateur.pruning.pipeline import Calibration, make_plan, scores_identity, write_pruned
+from secateur.pruning.calibration import Calibration
+from secateur.pruning.learned_job import LearningData, learn_and_cut, learning_options
+from secateur.pruning.pipeline import make_plan, scores_identity, write_pruned
 from secateur.pruning.target import Pattern, Target
 from secateur.runtime import pick_batch, pick_device
 from secateur.study.stage import Stage
 from secateur.study.stages.inputs import corpus_tokens, model_of
 from secateur.study.store import Store
-from secateur.training.heldout import domain_protocols
-from secateur.training.loop import RunOptions
-from secateur.training.mixture import Mixture
 from secateur.training.parallel import Execution
 from secateur.training.watchdog import stop_on_signals
 
 __all__ = ["prune_stage"]
 
-_HELD_OUT = 32  #: windows of each domain that losses along the way are measured on
+_SOURCE = "the parent's training slice"
 _RECORDED = ("ratio", "before", "after", "calibration", "summary", "fingerprint")
 
 
@@ -39,79 +35,60 @@ def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     """Prune the parent to the stage's target; all processes together.
 
     Returns:
-        Of plan.json what identifies the plan, and ``layers``: what is left of each layer of the parent.
+        The fields of plan.json that identify the plan, and ``layers``: the units that each layer of the parent keeps.
     """
-    asked, target = stage.identity, _target(stage.identity["target"])
-    method = get_method(asked["method"], asked["options"])
+    identity, target = stage.identity, _target(stage.identity["target"])
+    method = get_method(identity["method"], identity["options"])
     checkpoint = Checkpoint(model_of(stage, store))
+    if distributed.is_main():
+        (work / "model").mkdir(exist_ok=True)
     if isinstance(method, LearnedMethod):
-        plan, dense = _learned(stage, store, work, checkpoint, method, target)
+        plan, content = _learn(stage, store, work, checkpoint, method, target)
     else:
-        windows = _calibration_windows(stage, store)
-        pruning = (checkpoint, asked["method"], target, Calibration(windows, "the parent's training slice"))
-        how: dict[str, Any] = {"options": asked["options"], "device": pick_device(stage.runtime["device"])}
-        scores = scores_identity(*pruning, **how) if distributed.world_size() == 1 else None
+        calibration = Calibration(_calibration_windows(stage, store), _SOURCE)
+        arguments = (checkpoint, identity["method"], target, calibration)
+        device: dict[str, Any] = {"options": identity["options"], "device": pick_device(stage.runtime["device"])}
+        scores = scores_identity(*arguments, **device) if distributed.world_size() == 1 else None
         with store.scores(stage, scores) if scores else nullcontext(work / "checkpoints") as journals:
-            plan, dense = make_plan(*pruning, **how, workspace=Workspace(journals)), checkpoint
+            plan = make_plan(*arguments, **device, workspace=Workspace(journals))
+            content = write_pruned(checkpoint, plan, work / "model") if distributed.is_main() else {}
     if not distributed.is_main():
         return {}
-    (work / "model").mkdir(exist_ok=True)
-    content = write_pruned(dense, plan, work / "model")
     return {**{key: content[key] for key in _RECORDED}, "layers": plan.by_layer()}
 
 
-def _target(asked: dict[str, Any]) -> Target:
-    pattern = Pattern.parse(asked["pattern"]) if asked["pattern"] else None
-    return Target(asked["ratio"], asked["of"], asked["sizes"], pattern, tuple(asked["axes"]), asked["allocation"])
+def _target(fields: dict[str, Any]) -> Target:
+    pattern = Pattern.parse(fields["pattern"]) if fields["pattern"] else None
+    return Target(fields["ratio"], fields["of"], fields["sizes"], pattern, tuple(fields["axes"]), fields["allocation"])
 
 
 def _calibration_windows(stage: Stage, store: Store) -> Tensor:
     """Windows of the parent's slice, chosen by seed, in the order of the corpus."""
-    asked = stage.identity
-    start, stop = asked["slice"]
-    length = asked["seqlen"]
+    start, stop = stage.identity["slice"]
+    length, calibration = stage.identity["seqlen"], stage.identity["calibration"]
     tokens = corpus_tokens(stage, store)
-    generator = torch.Generator().manual_seed(asked["calibration"]["seed"])
+    generator = torch.Generator().manual_seed(calibration["seed"])
     order = torch.randperm((stop - start) // length, generator=generator)
-    chosen = order[: asked["calibration"]["windows"]].sort().values.tolist()
-    at = [start + window * length for window in chosen]
-    return torch.stack([torch.from_numpy(tokens.read("train", i, i + length)) for i in at])
+    offsets = [start + window * length for window in order[: calibration["windows"]].sort().values.tolist()]
+    return torch.stack([torch.from_numpy(tokens.read("train", i, i + length)) for i in offsets])
 
 
-def _learned(
+def _learn(
     stage: Stage, store: Store, work: Path, checkpoint: Checkpoint, method: LearnedMethod, target: Target
-) -> tuple[Any, Checkpoint]:
+) -> tuple[Any, dict[str, Any]]:
     """Train under gates on the parent's slice, read again where it is short."""
-    asked = stage.identity
-    sequence, (start, stop) = asked["seqlen"], asked["slice"]
+    sequence, (start, stop) = stage.identity["seqlen"], stage.identity["slice"]
     device = pick_device(stage.runtime["device"])
-    recipe = learning_recipe(method, sequence, pick_batch(sequence, device))
-    tokens = corpus_tokens(stage, store)
-    view = ByDomain(tokens, "train", start, stop, sequence)
-    mixture = Mixture(view, view.ranges, recipe, method.steps)
-    trained = work / "trained"
-    if distributed.is_main():
-        shutil.rmtree(trained, ignore_errors=True)
-        trained.mkdir()
-    distributed.barrier()
-    count = sum((b - a) // sequence for a, b in view.ranges.values())
-    record = {"source": "the parent's training slice", "windows": count, "seqlen": sequence, "hash": tokens.fingerprint}
-    with stop_on_signals() as stop_told:
-        return learn(
+    data = LearningData.of_store(corpus_tokens(stage, store), start, stop, sequence, _SOURCE)
+    with stop_on_signals() as signal:
+        return learn_and_cut(
             checkpoint,
-            asked["method"],
+            stage.identity["method"],
+            method,
             target,
-            mixture,
-            method=method,
-            record=record,
-            execution=Execution(device, asked["dtype"]),
-            house=RunOptions(
-                folder=work / "checkpoints",
-                label=stage.name,
-                save_every=max(1, method.steps // 10),
-                behind=device.startswith("cuda"),
-                stop=stop_told,
-            ),
-            measure=track_domain_losses(mixture, domain_protocols(tokens, sequence, _HELD_OUT), recipe.micro_batch),
-            out=trained,
+            data,
+            Execution(device, stage.identity["dtype"]),
+            learning_options(method, work / "checkpoints", stage.name, device, signal),
+            micro_batch=pick_batch(sequence, device),
+            out=work / "model",
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,11 @@ from secateur.study.stages.inputs import corpus_tokens, holdout_protocol, model_
 from secateur.study.store import Store
 from secateur.training.batches import Slice
 from secateur.training.distill import Distill, Distillation, check_teacher
-from secateur.training.heldout import heldout_loss
 from secateur.training.init import fresh_weights, llama_config, stored_weights
-from secateur.training.loop import RunOptions, train_loop
-from secateur.training.masks import Masks
+from secateur.training.job import Start, distillation, train_model
+from secateur.training.loop import RunOptions
 from secateur.training.output import write_trained
-from secateur.training.parallel import Execution, place_model, place_teacher
+from secateur.training.parallel import Execution
 from secateur.training.recipe import Recipe
 from secateur.training.watchdog import stop_on_signals
 
@@ -43,59 +40,52 @@ __all__ = ["train_stage"]
 STATE = "state"  #: what a trunk leaves behind for the runs that continue it
 
 
-@dataclass(frozen=True)
-class Start:
-    """The model before its first step."""
-
-    model: Any
-    weights: Callable[[str], Tensor]
-    masks: Mapping[str, Tensor]
-
-
 def train_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     """Train on the stage's slice; all processes together.
 
     Returns:
         What :func:`secateur.training.loop.train_loop` does, with ``parameters`` and ``peak_rate``.
     """
-    asked = stage.identity
+    identity = stage.identity
     recipe = _recipe(stage, store)
     tokens = corpus_tokens(stage, store)
-    start, stop = asked["slice"]
-    measured = asked["evaluation"]
-    protocol = holdout_protocol(tokens, measured["windows"], recipe.sequence, measured["skip"])
+    start, stop = identity["slice"]
+    evaluation = identity["evaluation"]
     execution = _execution(stage)
-    first = _start(stage, store, recipe)
-    trainee = place_model(first.model, first.weights, execution, _objective(stage, store, recipe, execution))
-    with stop_on_signals() as told:
-        result = train_loop(
-            trainee,
+    with stop_on_signals() as signal:
+        module, result = train_model(
+            _start(stage, store, recipe),
             Slice(tokens, start, stop, recipe),
-            masks=first.masks,
-            measure=lambda model: heldout_loss(model, protocol, recipe.micro_batch),
-            points=measured["points"],
-            house=RunOptions(
+            execution=execution,
+            objective=_objective(stage, store, recipe, execution),
+            protocol=holdout_protocol(tokens, evaluation["windows"], recipe.sequence, evaluation["skip"]),
+            points=evaluation["points"],
+            options=RunOptions(
                 folder=work / "checkpoints",
                 label=stage.name,
                 origin=_origin(stage, store),
                 behind=execution.device.startswith("cuda"),
-                stop=told,
+                stop=signal,
             ),
         )
-    Masks(trainee.model, first.masks).check()
-    if asked.get("keep") == STATE and distributed.is_main():
+    if identity.get("keep") == STATE and distributed.is_main():
         _keep_state(work)
     out = work / "model"
     if distributed.is_main():
         out.mkdir(exist_ok=True)
-    config, dtype = trainee.model.config, getattr(torch, asked["dtype"])
+    config, dtype = module.model.config, getattr(torch, identity["dtype"])
     write_trained(
         out,
-        trainee,
-        config.to_diff_dict() | {"model_type": config.model_type, "dtype": asked["dtype"]},
+        module,
+        config.to_diff_dict() | {"model_type": config.model_type, "dtype": identity["dtype"]},
         lambda _: dtype,
-        provenance={"kind": "trained", "init": asked["init"], "tokens": result["tokens"], "stage": stage.fingerprint},
-        line=f"Trained by secateur on {result['tokens']:,} tokens from {asked['init']} weights ({stage.name}).",
+        provenance={
+            "kind": "trained",
+            "init": identity["init"],
+            "tokens": result["tokens"],
+            "stage": stage.fingerprint,
+        },
+        line=f"Trained by secateur on {result['tokens']:,} tokens from {identity['init']} weights ({stage.name}).",
         title=stage.name,
     )
     if not distributed.is_main():
@@ -142,9 +132,7 @@ def _objective(stage: Stage, store: Store, recipe: Recipe, execution: Execution)
     teacher = Checkpoint(model_of(stage, store, "teacher"))
     student = stage.facts["shape"]
     check_teacher(teacher, student, store.folder(stage.inputs["corpus"]) / "tokenizer", recipe.sequence)
-    return Distillation(
-        spec, place_teacher(skeleton(teacher.config, teacher.directory), stored_weights(teacher), execution)
-    )
+    return distillation(spec, teacher, execution)
 
 
 def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:

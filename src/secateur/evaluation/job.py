@@ -1,0 +1,191 @@
+"""Run an evaluate request: check everything, then measure model after model, resuming where a kill came between."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from secateur import distributed
+from secateur.data.token_files import is_token_file
+from secateur.errors import UserError
+from secateur.evaluation.cost import Workload, measure_cost
+from secateur.evaluation.lm_eval.accuracy import check_tasks
+from secateur.evaluation.lm_eval.groups import TaskGroup, check_groups, measure_groups
+from secateur.evaluation.lm_eval.tasks import Task
+from secateur.evaluation.loss import Protocol
+from secateur.evaluation.request import EvaluateRequest
+from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, check_same_protocols, items_file
+from secateur.evaluation.suite import measure, text_protocols
+from secateur.evaluation.token_windows import heldout_protocol, window_length
+from secateur.hub import local_checkpoint
+from secateur.model.checkpoint import Checkpoint, max_positions
+from secateur.progress import notify
+from secateur.runtime import environment, pick_device, pick_dtype
+
+__all__ = ["ResumableResults", "evaluate"]
+
+FEW_TOKENS = 1000  #: predicted tokens below which a loss says little
+
+
+class ResumableResults:
+    """The measurements of a model so far, written to a file after each one, so that a killed run can resume.
+
+    Args:
+        path: the results file; None to keep measurements in memory.
+        empty: results of the model without measurements, with everything that the file's figures have in common.
+        first: measurements that stand first in the file and are made by the caller.
+    """
+
+    def __init__(self, path: Path | None, empty: EvaluationResults, first: Sequence[Measurement] = ()) -> None:
+        self.path, self.empty, self.first = path, empty, list(first)
+
+    def measure(
+        self,
+        checkpoint: Checkpoint,
+        model: Any,
+        protocols: Mapping[str, Protocol],
+        tasks: Sequence[Task],
+        groups: Sequence[TaskGroup] = (),
+        *,
+        batch: int | None = None,
+        of: str | None = None,
+    ) -> list[Measurement]:
+        """Measure losses, tasks and averages of groups in the order of the request, but those in the file already.
+
+        Args:
+            checkpoint: the model's directory.
+            model: the model in memory.
+            protocols: name of a loss -> its windows.
+            tasks: with their data.
+            groups: whose averages follow the tasks.
+            batch: windows at once; None for what suits the device.
+            of: what progress is shown as; None for the default.
+        """
+        prints = {name: protocol.record()["fingerprint"] for name, protocol in protocols.items()}
+        prints |= {task.name: task.requests.protocol()["fingerprint"] for task in tasks}
+        measurements = self._load(prints)
+        done, label = measurements.keys(), {} if of is None else {"of": of}
+        self._save(list(measurements.values()))
+        for measurement in measure(checkpoint, model, protocols, tasks, batch=batch, done=done, **label):
+            measurements[measurement.name] = measurement
+            self._save(list(measurements.values()))
+        results = [measurements[name] for name in prints]
+        if groups:
+            results += measure_groups(groups, results)
+            self._save(results)
+        return results
+
+    def _save(self, measurements: Sequence[Measurement]) -> None:
+        if self.path and distributed.is_main() and (measurements or self.first):
+            replace(self.empty, measurements=[*self.first, *measurements]).save(self.path)
+
+    def _load(self, prints: Mapping[str, str]) -> dict[str, Measurement]:
+        """The measurements of an earlier attempt under the same protocols."""
+        try:
+            results = EvaluationResults.load(self.path) if self.path else self.empty
+        except UserError:  # there is none, or a kill came between its two files
+            return {}
+        if results.about != self.empty.about:
+            return {}
+        matches = {m.name: m for m in results.measurements if prints.get(m.name) == m.protocol["fingerprint"]}
+        if matches:
+            notify(f"{self.path}: {', '.join(matches)} taken from a run that did not end")
+        return matches
+
+    def remove(self) -> None:
+        """Remove the file, once the results are written elsewhere."""
+        if self.path:
+            self.path.unlink(missing_ok=True)
+            items_file(self.path).unlink(missing_ok=True)
+
+
+def evaluate(request: EvaluateRequest) -> tuple[list[EvaluationResults], list[str]]:
+    """Measure all models of a request, and write results and items where it names a folder.
+
+    Everything that may be missing is checked before anything is computed.
+
+    Returns:
+        The results of each model, and notes of caution.
+
+    Raises:
+        UserError: if a model, text or task cannot be had, or figures of one name would be measured in different ways.
+    """
+    suite = request.measured
+    if suite.cost and distributed.world_size() > 1:
+        raise UserError("`suite`: cost is measured in one process; run it without torchrun")
+    device = pick_device(request.device)
+    checkpoints = [Checkpoint(local_checkpoint(model)) for model in request.models]
+    outputs = _output_files(request, checkpoints)
+    task_list = suite.task_list()
+    data = request.tasks_data, request.task_limit, request.few_shot
+    tasks = [Task(member.name, *data, member.changes, member.metric) for member in task_list.members]
+    for task in tasks:
+        task.record()  # reports missing data now, not after hours
+    check_groups(task_list.groups, tasks)
+    for checkpoint in checkpoints:
+        check_tasks(checkpoint, tasks)
+    protocols = [_protocols(request, checkpoint) for checkpoint in checkpoints]
+    check_same_protocols(
+        (str(checkpoint.directory), name, protocol.record())
+        for checkpoint, by_name in zip(checkpoints, protocols, strict=True)
+        for name, protocol in by_name.items()
+    )
+    limits = [limit for checkpoint in checkpoints if (limit := max_positions(checkpoint.config)) is not None]
+    workload = Workload().within(min(limits, default=None))  # one for all models, so that times may stand side by side
+    results, notes, partials = [], [], []
+    for checkpoint, by_name, path in zip(checkpoints, protocols, outputs, strict=True):
+        model: Any = checkpoint.load(pick_dtype(request.dtype, device)).to(device)  # type: ignore[arg-type]
+        about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
+        if path is not None:
+            about |= {"digest": checkpoint.digest, "environment": environment()}
+        empty = EvaluationResults(str(checkpoint.directory), about=about)
+        partial = ResumableResults(path and path.with_name(f"{path.stem}.partial.json"), empty)
+        measurements = partial.measure(checkpoint, model, by_name, tasks, task_list.groups, batch=request.batch)
+        cost = measure_cost(checkpoint, model, workload) if suite.cost else None
+        del model  # before the next one is loaded
+        results.append(replace(empty, measurements=measurements, cost=cost))
+        notes += _notes(request, checkpoint, by_name)
+        partials.append(partial)
+    for result, path, partial in zip(results, outputs, partials, strict=True):
+        if path is not None and distributed.is_main():
+            result.save(path)
+            partial.remove()
+            notify(f"{result.model}: results in {path}, items in {items_file(path).name}")
+    return results, list(dict.fromkeys(notes))
+
+
+def _protocols(request: EvaluateRequest, checkpoint: Checkpoint) -> dict[str, Protocol]:
+    """The windows of every loss, in the checkpoint's own tokens."""
+    cut: dict[str, Any] = {"windows": request.windows, "seqlen": request.seqlen, "stride": request.stride}
+    protocols = {}
+    if request.data:
+        protocols[LOSS] = heldout_protocol(checkpoint, request.data, field=request.field, **cut)
+    return protocols | text_protocols(checkpoint, request.measured.texts, data=request.text_data, **cut)
+
+
+def _output_files(request: EvaluateRequest, checkpoints: Sequence[Checkpoint]) -> list[Path | None]:
+    """The results file of each model."""
+    if request.out is None:
+        return [None] * len(checkpoints)
+    paths = [Path(request.out) / f"{checkpoint.directory.resolve().name}.json" for checkpoint in checkpoints]
+    if len(set(paths)) < len(paths):
+        raise UserError("`out`: two of the models have the same name, and with it the same file; evaluate them apart")
+    for path in paths:
+        if path.exists():
+            raise UserError(f"{path}: exists; remove it, or name another `out`")
+    return list(paths)
+
+
+def _notes(request: EvaluateRequest, checkpoint: Checkpoint, protocols: Mapping[str, Protocol]) -> list[str]:
+    """Notes of caution: figures of little text, and of text that the model may have seen."""
+    notes = [f"{name}: {protocol.note}" for name, protocol in protocols.items() if protocol.note]
+    for name, protocol in protocols.items():
+        length = window_length(checkpoint, request.seqlen)
+        if protocol.tokens < FEW_TOKENS:
+            few = f"{protocol.tokens:,} predicted tokens are few"
+            notes.append(f"{name}: {few}: the figure may be far off; measure on more text")
+        elif name == LOSS and not is_token_file(protocol.source) and protocol.windows[0].shape[1] < length:
+            notes.append(f"the text is shorter than one window of {length:,} tokens; measure on more text")
+    return notes

@@ -1,0 +1,173 @@
+"""Windows of token ids for scoring and measuring: from text and a tokenizer, from shards, or from a file of ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from secateur.data.domains import document_stream, heldout_stream
+from secateur.data.readers import Document
+from secateur.data.shards import TokenStore
+from secateur.data.sources import open_source
+from secateur.data.token_files import is_token_file, read_token_file
+from secateur.data.tokenizer import Stream, check_vocabulary, encode_documents, load_tokenizer
+from secateur.errors import UserError
+from secateur.evaluation.loss import Protocol
+from secateur.evaluation.protocols import begins_with_bos
+from secateur.model.checkpoint import Checkpoint, max_positions
+from secateur.progress import notify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["CALIBRATION_WINDOWS", "calibration_windows", "heldout_protocol", "open_shards", "window_length"]
+
+SEQLEN = 2048  #: default tokens in a window
+CALIBRATION_WINDOWS = 128  #: default number of calibration windows, at most
+
+
+def calibration_windows(
+    checkpoint: Checkpoint,
+    source: str | Iterable[str],
+    *,
+    field: str | None = None,
+    windows: int | None = None,
+    seqlen: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> torch.Tensor:
+    """Cut calibration text into windows: int64 ids [windows, positions].
+
+    Args:
+        checkpoint: the model whose vocabulary and positions apply.
+        source: a source of text, ``tokens:FILE.npy``, or texts.
+        field: the text's field in .jsonl, .parquet and hf: sources; None for ``text``.
+        windows: the most windows; None for :data:`CALIBRATION_WINDOWS`.
+        seqlen: tokens in a window; None for :data:`SEQLEN`.
+        tokenizer: None for the checkpoint's own.
+
+    Raises:
+        UserError: if the source cannot be read, does not fit the model, or is shorter than one window.
+    """
+    if isinstance(source, str) and is_token_file(source):
+        return torch.from_numpy(_read_file(checkpoint, source, field, windows, seqlen))
+    limit = windows or CALIBRATION_WINDOWS
+    tokens = limit * window_length(checkpoint, seqlen)
+    stream, length, _ = _encode(checkpoint, source, field, tokens, seqlen, tokenizer)
+    ids = stream.ids
+    cut = ids[: ids.size // length * length].reshape(-1, length)
+    if not len(cut):
+        raise UserError(
+            f"`calibration`: {ids.size} tokens are less than one window of {length}; give more text or a smaller "
+            "`seqlen`"
+        )
+    if len(cut) < limit:
+        notify(f"the calibration text gives {len(cut)} windows of {length} tokens, fewer than {limit}")
+    return torch.from_numpy(cut)
+
+
+def heldout_protocol(
+    checkpoint: Checkpoint,
+    source: str,
+    *,
+    field: str | None = None,
+    windows: int | None = None,
+    seqlen: int | None = None,
+    stride: int | None = None,
+) -> Protocol:
+    """Cut held-out text into the windows that a loss is measured on; None stands for a default.
+
+    Raises:
+        UserError: if the source cannot be read, does not fit the model, or has nothing to predict.
+    """
+    if is_token_file(source):
+        return Protocol((torch.from_numpy(_read_file(checkpoint, source, field, windows, seqlen)),), source)
+    length = window_length(checkpoint, seqlen)
+    step = min(stride or length, length)
+    limit = length + (windows - 1) * step if windows else None
+    if source.startswith("shards:"):
+        store = open_shards(source, "data", checkpoint.shape.vocabulary)
+        if "heldout" not in store.manifest.splits:
+            raise UserError(f"{source}: holds no held-out documents; build it again with a `holdout` above 0")
+        if windows and step == length:
+            stream = heldout_stream(store, windows, length)
+        else:  # windows that overlap must follow each other
+            tokens = store.tokens("heldout")
+            stream = document_stream(store, "heldout", 0, min(limit or tokens, tokens))
+        return Protocol.of_stream(stream, length, source, stride=step, split="heldout")
+    stream, _, tokenizer = _encode(checkpoint, source, field, limit, seqlen, None)
+    return Protocol.of_stream(stream, length, source, stride=step, bos=begins_with_bos(tokenizer))
+
+
+def window_length(checkpoint: Checkpoint, seqlen: int | None) -> int:
+    """Tokens in a window: ``seqlen`` or the default, at most the model's positions."""
+    length = seqlen or SEQLEN
+    return min(length, max_positions(checkpoint.config) or length)
+
+
+def open_shards(source: str, field: str, vocabulary: int | None = None) -> TokenStore:
+    """Open the token shards that ``shards:DIR`` names.
+
+    Args:
+        source: the text of the request.
+        field: the request's field, for errors.
+        vocabulary: of the model, which the shards' ids must be below; None to leave it unchecked.
+
+    Raises:
+        UserError: if there are none, or they were built with a larger vocabulary.
+    """
+    scheme, _, path = source.partition(":")
+    if scheme != "shards" or not path:
+        raise UserError(f"`{field}`: {source!r} is not shards:DIR, a folder that `secateur data` has written")
+    if not (Path(path) / "manifest.json").is_file():
+        raise UserError(f"`{field}`: {source} holds no token shards; write them with `secateur data SOURCE {path}`")
+    store = TokenStore(Path(path))
+    if vocabulary is not None and store.vocabulary > vocabulary:
+        raise UserError(
+            f"`{field}`: {source} has ids up to {store.vocabulary - 1}, but the model's vocabulary is {vocabulary}; "
+            "build the data with the model's tokenizer"
+        )
+    return store
+
+
+def _encode(
+    checkpoint: Checkpoint,
+    source: str | Iterable[str],
+    field: str | None,
+    limit: int | None,
+    seqlen: int | None,
+    tokenizer: Any,
+) -> tuple[Stream, int, PreTrainedTokenizerBase]:
+    """Encode at most ``limit`` tokens of text; return the stream, the window length and the tokenizer."""
+    length = seqlen or SEQLEN
+    if length < 2:
+        raise UserError("`seqlen`: a window needs two tokens or more, one to see and one to predict")
+    documents = (
+        open_source(source, field=field or "text", besides=("tokens:FILE.npy",)).documents()
+        if isinstance(source, str)
+        else (Document(f"text {number}", text) for number, text in enumerate(source))
+    )
+    tokenizer = tokenizer or load_tokenizer(checkpoint.directory)
+    check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
+    stream = encode_documents(documents, tokenizer, limit)
+    shorter = window_length(checkpoint, seqlen)
+    if shorter < length:
+        notify(f"windows have {shorter} tokens instead of {length}: the model has no more positions")
+    return stream, shorter, tokenizer
+
+
+def _read_file(
+    checkpoint: Checkpoint, source: str, field: str | None, windows: int | None, seqlen: int | None
+) -> NDArray[np.int64]:
+    """Read all windows of a file of ids, and report the options that do not apply to it."""
+    positions = max_positions(checkpoint.config)
+    ids = read_token_file(source, vocabulary=checkpoint.shape.vocabulary, positions=positions)
+    count, length = ids.shape
+    differs = {"windows": windows not in (None, count), "seqlen": seqlen not in (None, length), "field": bool(field)}
+    if unused := [name for name, differ in differs.items() if differ]:
+        notify(f"{source}: all its {count} windows of {length} tokens are used; {', '.join(unused)} does not apply")
+    return ids

@@ -1,0 +1,113 @@
+"""A model in memory, read through the interface of a checkpoint directory: tensor by tensor, and left unchanged."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import UserError
+from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.model.families import family_of
+from secateur.model.plan import Plan
+from secateur.model.shapes import Shape
+from secateur.model.surgery import cut_config, cut_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LiveCheckpoint", "cut_model"]
+
+
+@dataclass(frozen=True)
+class _LiveTensors:
+    """The tensors of a model, as a file of tensors gives them."""
+
+    tensors: dict[str, Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def size(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name].cpu()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensors[name][start:stop].cpu()
+
+
+class LiveCheckpoint(Checkpoint):
+    """A ``PreTrainedModel`` with the interface of :class:`~secateur.model.checkpoint.Checkpoint`.
+
+    Its tensors are views of the model's parameters and are never written to.
+
+    Raises:
+        UserError: if the model is of no known family, or lacks a tensor that its configuration implies.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.directory = Path(getattr(model, "name_or_path", "") or type(model).__name__)
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.dtype = model.dtype
+        self.raw_config: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+        self.config = config
+        family_of(self.raw_config["model_type"], where=str(self.directory))
+        self.shape = Shape.of_config(config, where=str(self.directory))
+        self.family = self.shape.family
+        self._paths = []
+        tensors = _LiveTensors({name: tensor.detach() for name, tensor in model.state_dict().items()})
+        if any(tensor.is_meta for tensor in tensors.tensors.values()):
+            raise UserError(f"`model`: {self.directory} has weights on the meta device; load them first")
+        self._files = dict.fromkeys(tensors.names, tensors)  # type: ignore[assignment]
+        self._check_tensors()
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(self.tensor(name).nbytes for name in self.tensors())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over names and bytes of the tensors, and the configuration."""
+        total = hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode())
+        for name in sorted(self.tensors()):
+            total.update(name.encode())
+            total.update(self.tensor(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    @property
+    def provenance(self) -> dict[str, Any] | None:
+        return None
+
+    def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        return copy.deepcopy(self.model).to(dtype).eval()  # type: ignore[arg-type]
+
+
+def cut_model(checkpoint: Checkpoint, plan: Plan) -> PreTrainedModel:
+    """Cut a checkpoint to a plan in memory: the model that the written checkpoint would open as, in evaluation mode."""
+    from transformers import CONFIG_MAPPING
+
+    raw = cut_config(checkpoint, plan)
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
+    model = skeleton(config, checkpoint.directory)
+    tensors = {stored.name: torch.cat(list(stored.parts())) for stored in cut_tensors(checkpoint, plan)}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    model.config.dtype = checkpoint.dtype
+    if incomplete := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise UserError(f"{checkpoint.directory}: the cut leaves {incomplete[0]} without a value")
+    return model

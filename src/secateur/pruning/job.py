@@ -1,0 +1,301 @@
+"""Run a prune request: check, estimate, score, cut and write; or cut a model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur import distributed
+from secateur.calibration.journal import Workspace
+from secateur.data.tokenizer import check_vocabulary, load_tokenizer
+from secateur.errors import UserError
+from secateur.evaluation.lm_eval.tasks import Task
+from secateur.files import BLOCKS, check_disk, check_free, partial_directories, shared_directory
+from secateur.formatting import byte_size
+from secateur.hub import local_checkpoint
+from secateur.memory import ResourceUse, free_device_memory, free_memory, track_resources
+from secateur.methods.base import LearnedMethod
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.live import LiveCheckpoint, cut_model
+from secateur.model.plan import Plan, load_masks
+from secateur.model.shapes import Shape
+from secateur.progress import notify
+from secateur.pruning.calibration import Calibration
+from secateur.pruning.learned_job import prune_learned
+from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory
+from secateur.pruning.pipeline import make_plan, removed_shares, write_pruned
+from secateur.pruning.request import PruneRequest
+from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Pruned", "open_checkpoint", "prune_directory", "prune_model"]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned checkpoint. ``os.fspath`` gives its directory, so that it serves wherever a path does."""
+
+    path: Path
+    method: str
+    plan: Plan  #: what was kept, with scores and masks
+    fingerprint: str  #: of the plan
+    removed: dict[str, float]  #: shares removed: ``total``, ``non_embedding`` and, for masks, ``block_weights``
+    shape: Shape  #: after the cut
+    calibration: dict[str, Any]  #: what the scores were computed on
+    use: ResourceUse = field(default_factory=ResourceUse)  #: time and memory of the whole run
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, as ``secateur prune --json`` prints them."""
+        return {
+            "out": str(self.path),
+            "method": self.method,
+            "asked": self.plan.asked,
+            "ratio": removed_shares(self.plan),
+            "shape": self.shape.as_dict(),
+            "calibration": self.calibration,
+            "plan": self.fingerprint,
+            "summary": self.plan.summary,
+        }
+
+
+def open_checkpoint(model: Any) -> Checkpoint:
+    """Open a checkpoint directory, a Hub model or a live ``PreTrainedModel``."""
+    if isinstance(model, torch.nn.Module):
+        return LiveCheckpoint(model)  # type: ignore[arg-type]
+    return Checkpoint(local_checkpoint(model))
+
+
+def prune_model(request: PruneRequest) -> PreTrainedModel:
+    """Prune in memory.
+
+    Returns:
+        The cut model, with attributes ``plan`` (what was kept), ``masks`` (parameter name -> bool, True where kept;
+        empty unless sparse) and ``report`` (plain values, as :meth:`Pruned.record` gives them).
+
+    Raises:
+        UserError: if the request does not fit the model, or the method has to train.
+    """
+    if isinstance(request.prototype, LearnedMethod):
+        raise UserError(f"`out`: {request.method} trains the model and needs a directory to write")
+    target, *more = request.targets
+    if more:
+        raise UserError("`ratio`: a model in memory is cut to one ratio; name `out` for several")
+    checkpoint = open_checkpoint(request.model)
+    device = pick_device(request.device)
+    plan = make_plan(
+        checkpoint,
+        request.method,
+        target,
+        _calibration(request, checkpoint),
+        options=request.options,
+        task=_task(request),
+        batch=request.batch,
+        device=device,
+        dtype=pick_dtype(request.dtype, device),
+    )
+    model: Any = cut_model(checkpoint, plan)
+    if isinstance(checkpoint, LiveCheckpoint):
+        model = model.to(checkpoint.model.device)
+    model.plan, model.masks = plan, dict(plan.masks)
+    model.report = {"asked": plan.asked, "ratio": removed_shares(plan), "summary": plan.summary}
+    model.report |= {"method": plan.method, "shape": plan.after.as_dict(), "calibration": plan.calibration}
+    return model
+
+
+def prune_directory(request: PruneRequest) -> list[Pruned]:
+    """Prune into the directory ``out``, one checkpoint for each target; all processes together.
+
+    What can fail without reading weights fails first, the cheapest first.
+
+    Returns:
+        One entry for each target; empty in all processes but the first.
+    """
+    device = pick_device(request.device)
+    if request.states == "device" and device == "cpu":
+        raise UserError("`states`: device: blocks are computed on the CPU here; its memory is ram")
+    out = Path(request.out)
+    checkpoint = open_checkpoint(request.model)
+    outputs = [target.shape(checkpoint.shape, request.prototype, request.method) for target in request.targets]
+    check_free(out)
+    if out.resolve().is_relative_to(checkpoint.directory.resolve()):
+        raise UserError(f"{out}: lies in the model's directory {checkpoint.directory}; name one outside it")
+    _check_tokenizer(checkpoint, request)
+    if isinstance(request.prototype, LearnedMethod):
+        return [Pruned(*entry) for entry in _entries(*prune_learned(request, checkpoint, outputs, device))]
+    calibration = _calibration(request, checkpoint)
+    dtype = pick_dtype(request.dtype, device)
+    states = _estimate(request, checkpoint, calibration, outputs, device, dtype)
+    identity = {
+        "model": checkpoint.digest,
+        "method": request.method,
+        "options": dict(request.options),
+        "targets": [target.record(request.prototype) for target in request.targets],
+        "calibration": calibration.record() if calibration else None,
+        "batch": request.batch,
+        "device": device.partition(":")[0] if distributed.world_size() > 1 else device,
+        "dtype": str(dtype),
+        "processes": distributed.world_size(),
+        "versions": environment(),
+    }
+    work = partial_directories(out)[1]
+    if request.resume and not any(work.glob(BLOCKS)):
+        notify(f"resume: there is no unfinished run in {work.parent}; this one starts from the beginning")
+    directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, words=_WORDS)
+    done: list[tuple[Path, Plan, dict[str, Any]]] = []
+    with track_resources(device) as use, directories as (fresh, work):
+        workspace = Workspace(work, states)
+        for target in request.targets:
+            plan = make_plan(
+                checkpoint,
+                request.method,
+                target,
+                calibration,
+                options=request.options,
+                task=_task(request),
+                batch=request.batch,
+                device=device,
+                dtype=dtype,
+                workspace=workspace,
+            )
+            if not distributed.is_main():
+                continue
+            name = "" if len(request.targets) == 1 else f"ratio-{target.ratio:g}"
+            (fresh / name).mkdir(exist_ok=True)
+            content = write_pruned(checkpoint, plan, fresh / name, base=checkpoint.directory.name)
+            _copy_tokenizer(request, fresh / name)
+            done.append((out / name, plan, content))
+    return [Pruned(*entry) for entry in _entries(done, use)]
+
+
+#: fields of a request by the keys that identify an unfinished run
+_WORDS = {
+    "model": "another `model`",
+    "method": "`method`",
+    "options": "`options`",
+    "targets": "`ratio`, `shape`, `pattern` or what goes with them",
+    "calibration": "`calibration`, `windows` or `seqlen`",
+    "batch": "`batch`",
+    "device": "`device`",
+    "dtype": "`dtype`",
+    "processes": "another number of processes",
+    "versions": "other versions of Python's packages",
+}
+
+
+def _entries(done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: ResourceUse) -> list[tuple[Any, ...]]:
+    entries = []
+    for path, plan, content in done:
+        masks = load_masks(path) if plan.masks else {}  # the journal that the plan's masks were views of is gone
+        shares = removed_shares(plan)
+        plan = dataclasses.replace(plan, masks=masks, weights={})
+        removed = {key: shares[key] for key in ("total", "non_embedding", "block_weights") if key in shares}
+        entries.append(
+            (path, plan.method, plan, content["fingerprint"], removed, plan.after, plan.calibration, use),
+        )
+    return entries
+
+
+def _check_tokenizer(checkpoint: Checkpoint, request: PruneRequest) -> None:
+    """Refuse a tokenizer with more ids than the embedding has rows, even where it is only copied."""
+    if isinstance(checkpoint, LiveCheckpoint) and request.tokenizer is None:
+        notify("a model in memory has no tokenizer: the output has none either, unless `tokenizer` gives one")
+        return
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if any((checkpoint.directory / name).is_file() for name in names):
+        try:
+            tokenizer = load_tokenizer(checkpoint.directory)
+        except UserError as error:
+            notify(f"{error}; it is copied as it is")
+            return
+        check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
+
+
+def _copy_tokenizer(request: PruneRequest, out: Path) -> None:
+    if request.tokenizer is not None:
+        _tokenizer(request).save_pretrained(out)
+
+
+def _tokenizer(request: PruneRequest) -> Any:
+    """The tokenizer of the request: an object, or loaded from a directory; None where it names none."""
+    tokenizer = request.tokenizer
+    return load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+
+
+def _task(request: PruneRequest) -> Task | None:
+    """The task that the method goes by, with the place of its data; None for methods that go by none."""
+    if not request.task:
+        return None
+    return Task(request.task, data=request.tasks_data, limit=request.task_limit, few_shot=0)
+
+
+def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration | None:
+    """The calibration windows; None where the method reads no text, with a notice about fields without effect."""
+    if request.reads_text:
+        return Calibration.of(
+            checkpoint,
+            request.calibration,
+            field=request.field,
+            windows=request.windows,
+            seqlen=request.seqlen,
+            tokenizer=_tokenizer(request),
+        )
+    reason = f"{request.method} " + (f"goes by the task {request.task}" if request.task else "looks at no text")
+    if request.calibration is not None:
+        notify(f"the calibration text {request.calibration} is not read, since {reason}")
+    if request.idle_fields:
+        notify(f"{', '.join(request.idle_fields)}: without effect, since {reason}")
+    return None
+
+
+def _estimate(
+    request: PruneRequest,
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    outputs: Sequence[Shape],
+    device: str,
+    dtype: torch.dtype,
+) -> str:
+    """Print the memory and disk that the run needs; choose where states lie: ``device``, ``ram`` or ``disk``.
+
+    Raises:
+        UserError: if the disk has too little room.
+    """
+    windows, seqlen = distributed.shard(calibration.windows, 0).shape if calibration else (0, 0)
+    batch = request.batch or pick_batch(seqlen or 1, device)
+    needs = estimate_memory(
+        request.prototype, checkpoint.shape, windows, seqlen, batch, dtype, checkpoint.stored_bytes, outputs
+    )
+    where = _place_states(needs, device) if request.states == "auto" else request.states
+    processes = distributed.world_size()
+    parts = [f"{byte_size(needs.host(device, where))} of memory above the program's own"]
+    if processes > 1:
+        parts[0] += f" in each of {processes} processes"
+    if device != "cpu":
+        parts.append(f"{byte_size(needs.device(where))} on the device")
+    disk = needs.disk(where, processes)
+    parts.append(check_disk(Path(request.out), disk))
+    states = f"; states ({byte_size(needs.states)}) {_PLACES[where]}" if windows else ""
+    notify(f"estimate: {', '.join(parts)}{states}; the time shows after the first block")
+    return where
+
+
+_PLACES = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
+_SMALL = 8e9  #: bytes on a GPU; 128 windows of 2048 tokens are 2.1 GB of states of a model with 8B parameters
+
+
+def _place_states(needs: MemoryEstimate, device: str) -> str:
+    """On a GPU, where they are computed, if all stays small there; else in memory, or on disk where that is short."""
+    if device.startswith("cuda") and needs.device("device") <= min(free_device_memory(device) / 2, _SMALL):
+        return "device"
+    free, local = free_memory(), distributed.local_rank()[1]
+    return "disk" if free is not None and local * needs.host(device, "ram") > 0.6 * free else "ram"

@@ -1,0 +1,191 @@
+"""What a configuration would be after pruning: legal shapes near a target, from config.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from secateur.config import Fraction, Positive, spec
+from secateur.errors import UserError
+from secateur.hub import local_checkpoint
+from secateur.model.checkpoint import max_positions, read_config
+from secateur.model.description import describe_shape, flops_context
+from secateur.model.shapes import SPACES, Shape, removed, solve_depth, solve_width
+from secateur.pruning.target import Target
+
+__all__ = ["Preview", "ShapesRequest", "preview_shapes"]
+
+#: The ways to a ratio that stand side by side -> the spaces that are narrowed; none: layers are removed.
+_WAYS = {"depth": (), "width": ("hidden", "ffn"), "heads": ("ffn", "kv")}
+
+
+@spec
+class ShapesRequest:
+    """A configuration, and the target that it would be pruned to.
+
+    Attributes:
+        model: config.json, a directory that has one, or a Hub name.
+        ratio: share to remove, or several.
+        of: parameters that the ratio counts; None for those outside the embeddings.
+        shape: sizes to reach instead: ``"hidden=3072,ffn=9216"``.
+        axes: spaces to narrow.
+        method: the shape that this method would reach.
+        context: window that FLOPs per token are averaged over; None for 2048, or the model's limit if less.
+
+    Raises:
+        UserError: if a field is out of range, or fields contradict each other or the method.
+    """
+
+    model: Any
+    ratio: Fraction | Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = None
+    of: Literal["total", "non-embedding"] | None = None
+    shape: str | None = None
+    axes: str | None = None
+    method: str | None = None
+    context: Positive | None = None
+
+    def __post_init__(self) -> None:
+        target = self.targets[0]
+        target.check_amount()
+        if target.ratio is None and not target.sizes and (self.method or target.axes):
+            field = "method" if self.method else "axes"
+            raise UserError(f"`{field}`: goes with a `ratio`; say how much to remove")
+        if self.prototype is not None:
+            target.check(self.prototype, str(self.method))
+
+    @cached_property
+    def targets(self) -> tuple[Target, ...]:
+        """One target for each ratio."""
+        ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
+        return tuple(Target.parse(ratio=ratio, of=self.of, shape=self.shape, axes=self.axes) for ratio in ratios)
+
+    @cached_property
+    def prototype(self) -> Any:
+        """The method; None where the request names none."""
+        from secateur.methods.registry import get_method
+
+        return get_method(self.method) if self.method else None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A model's description, and those of what it would be pruned to."""
+
+    model: str
+    context: int  #: window that FLOPs per token are averaged over
+    before: dict[str, Any]  #: the model's own description (:func:`describe_shape`)
+    #: one entry for each target: a description with ``removed``, ``asked``, ``of``, ``drift`` and ``note``; or, where
+    #: several ways to the ratio are open, ``targets``: way -> such a description, or its ``error``
+    outputs: list[dict[str, Any]]
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, as ``secateur shapes --json`` prints them."""
+        if not self.outputs:
+            return {"model": self.model, **self.before}
+        if len(self.outputs) == 1:
+            return {"model": self.model, **self.outputs[0]}
+        return {"model": self.model, "outputs": self.outputs}
+
+
+def preview_shapes(request: ShapesRequest) -> Preview:
+    """Count parameters, FLOPs and KV cache of a model and of each target.
+
+    Raises:
+        UserError: if there is no such configuration, or no legal shape near a target.
+    """
+    path = Path(request.model)
+    if not path.is_file():
+        path = local_checkpoint(request.model, weights=False) / "config.json"
+    _, config, before = read_config(path)
+    context = flops_context(request.context, max_positions(config))
+    own = describe_shape(before, context)
+    first = request.targets[0]
+    outputs = []
+    if first.ratio is not None or first.sizes:
+        outputs = [_preview(before, own, target, request, context) for target in request.targets]
+    return Preview(str(request.model), context, own, outputs)
+
+
+def _preview(
+    before: Shape, own: Mapping[str, Any], target: Target, request: ShapesRequest, context: int
+) -> dict[str, Any]:
+    """Describe one target, or each way to it where several are open."""
+    if target.sizes or target.axes or request.prototype is not None:
+        return {**_single(before, target, request, context), "before": own}
+    ways = _ways(before, target, context)
+    return {**own, "asked": target.ratio, "of": target.of or "non_embedding", "targets": ways}
+
+
+def _single(before: Shape, target: Target, request: ShapesRequest, context: int) -> dict[str, Any]:
+    if (method := request.prototype) is not None:
+        after = target.shape(before, method, str(request.method))
+        sparse = method.granularity == "sparse"
+        return _zeroed(before, target, context) if sparse else _describe(before, after, target, context)
+    if target.sizes:
+        return _describe(before, target.reached(before), target, context)
+    assert target.ratio is not None
+    spaces = [space for space in SPACES if space in target.axes]
+    after = solve_width(before, target.ratio, spaces, target.of or "non_embedding")
+    return _describe(before, after, target, context)
+
+
+def _describe(before: Shape, after: Shape, target: Target, context: int) -> dict[str, Any]:
+    note = None
+    try:
+        opened = after.openable(where="note")
+    except UserError as error:  # transformers does not open it, and it can be counted all the same
+        opened, note = after, str(error).removeprefix("note: ")
+    if opened.family is not before.family:
+        note = (
+            f"the config of {before.family.name} refuses heads ({after.heads}) that do not divide the hidden size "
+            f"({after.hidden}): such a checkpoint is written with model_type {opened.family.model_types[0]}"
+        )
+    shares = removed(before, after)
+    of = None if target.ratio is None else target.of or "non_embedding"
+    return {
+        **describe_shape(opened, context),
+        "removed": shares,
+        "asked": target.ratio if of else dict(target.sizes),
+        "of": of,
+        "drift": shares[of] - target.ratio if of and target.ratio is not None else None,
+        "note": note,
+    }
+
+
+def _zeroed(before: Shape, target: Target, context: int) -> dict[str, Any]:
+    """Describe zeroing single weights: the shape stays."""
+    zeros = target.sparsity * before.layers * before.linear_parameters
+    return {
+        **describe_shape(before, context),
+        "removed": {"total": zeros / before.total, "non_embedding": zeros / before.non_embedding},
+        "asked": target.ratio,
+        "of": "block_weights",
+        "drift": None,
+        "note": "single weights are zeroed: shape, FLOPs and KV cache stay; shares before rounding to whole weights",
+    }
+
+
+def _ways(before: Shape, target: Target, context: int) -> dict[str, dict[str, Any]]:
+    """Each way to the ratio, or its ``error``.
+
+    Raises:
+        UserError: if there is no way at all.
+    """
+    assert target.ratio is not None
+    of = target.of or "non_embedding"
+    ways: dict[str, dict[str, Any]] = {}
+    for way, spaces in _WAYS.items():
+        try:
+            after = solve_width(before, target.ratio, spaces, of) if spaces else solve_depth(before, target.ratio, of)
+            ways[way] = _describe(before, after, target, context)
+        except UserError as error:
+            ways[way] = {"error": str(error).removeprefix(f"`ratio` {target.ratio:g}: ")}
+    if all("error" in result for result in ways.values()):
+        reasons = "; ".join(f"{way}: {result['error']}" for way, result in ways.items())
+        raise UserError(f"`ratio` {target.ratio:g}: {reasons}")
+    return ways

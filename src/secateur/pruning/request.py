@@ -1,0 +1,142 @@
+"""What to prune, and how: the request that Python, the command line and studies share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from secateur.config import Fraction, Positive, spec
+from secateur.errors import UserError
+from secateur.pruning.target import Target
+
+__all__ = ["PruneRequest"]
+
+#: fields of text windows, which a method that reads no text ignores
+_TEXT_FIELDS = ("windows", "seqlen", "field")
+
+
+@spec
+class PruneRequest:
+    """A pruning: which model, by which method, how far, scored on what, computed where.
+
+    Attributes:
+        model: a checkpoint directory, a Hub name (``org/name[@revision]``) or a ``PreTrainedModel``.
+        method: a name from the registry.
+        out: new directory to write; None to cut in memory.
+        ratio: share to remove, or several, which give one checkpoint each below ``out``.
+        of: parameters that the ratio counts, ``total`` or ``non-embedding``; None for the latter.
+        shape: sizes to reach instead of a ratio: ``"hidden=3072,ffn=9216"`` or a mapping.
+        pattern: ``"N:M"`` zeros for sparse methods.
+        axes: spaces that a width method narrows: ``"kv,ffn"`` or a sequence.
+        allocation: ``uniform``: every layer keeps as many channels; ``global``: layers compete.
+        options: options of the method.
+        calibration: a source of text (``text:PATH``, ``hf:NAME``, ``tokens:FILE.npy`` ...), ids [windows, positions],
+            or an iterable of texts.
+        tokenizer: for texts; None for the model's own.
+        field: the field of the text in .jsonl, .parquet and hf: sources.
+        windows: calibration windows, at most.
+        seqlen: tokens in a window.
+        tasks_data: folder of the data of the task that minitron-depth measures.
+        task_limit: examples of that task, at most.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        batch: windows at once; None for what suits the device.
+        dtype: of the forward passes.
+        states: where hidden states between blocks lie.
+        resume: continue a run that was interrupted.
+
+    Raises:
+        UserError: if a field is out of range, or fields contradict each other or the method.
+    """
+
+    model: Any
+    method: str
+    out: Any = None
+    ratio: Fraction | Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = None
+    of: Literal["total", "non-embedding"] | None = None
+    shape: str | Mapping[str, int] | None = None
+    pattern: str | None = None
+    axes: str | tuple[str, ...] | None = None
+    allocation: Literal["uniform", "global"] = "uniform"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    calibration: Any = None
+    tokenizer: Any = None
+    field: str | None = None
+    windows: Positive | None = None
+    seqlen: Positive | None = None
+    tasks_data: str | None = None
+    task_limit: Positive | None = None
+    device: str = "auto"
+    batch: Positive | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    states: Literal["auto", "device", "ram", "disk"] = "auto"
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for target in self.targets:
+            target.check(self.prototype, self.method)
+        if self.reads_text and self.calibration is None:
+            raise UserError(
+                f"`calibration`: {self.method} is scored on text; name a source: "
+                "stdlib, python, text:PATH, hf:NAME[:config] or tokens:FILE.npy"
+            )
+        if not self.task:
+            for name in ("tasks_data", "task_limit"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"`{name}`: no task is measured; it goes with the method minitron-depth and its option "
+                        "task=winogrande"
+                    )
+
+    @cached_property
+    def prototype(self) -> Any:
+        """The method with its options."""
+        from secateur.methods.registry import get_method
+
+        return get_method(self.method, self.options)
+
+    @cached_property
+    def targets(self) -> tuple[Target, ...]:
+        """What pruning should reach, one target for each ratio."""
+        ratios: Sequence[float | None] = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
+        if len(set(ratios)) < len(ratios):
+            raise UserError("`ratio`: names a ratio twice")
+        shape = self.shape
+        if isinstance(shape, Mapping):
+            shape = ",".join(f"{name}={size}" for name, size in shape.items())
+        return tuple(
+            Target.parse(
+                ratio=ratio,
+                of=self.of,
+                shape=shape,
+                pattern=self.pattern,
+                axes=",".join(self.axes) if isinstance(self.axes, tuple) else self.axes,
+                allocation=self.allocation,
+            )
+            for ratio in ratios
+        )
+
+    @property
+    def task(self) -> str:
+        """The task that the method goes by; empty for none."""
+        return getattr(self.prototype, "task", "")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the method scores on calibration text, and not on weights alone or by a task."""
+        return self.prototype.calibrated and not self.task
+
+    @property
+    def idle_fields(self) -> list[str]:
+        """Names of fields that are set and have no effect, because the method reads no text."""
+        if self.reads_text:
+            return []
+        fields = {"states": self.states != "auto", "dtype": self.dtype != "auto"}
+        if not self.task:
+            fields["batch"] = self.batch is not None
+        if self.calibration is None:  # else they go with it
+            fields |= {name: getattr(self, name) is not None for name in _TEXT_FIELDS}
+        return [name for name, is_set in fields.items() if is_set]

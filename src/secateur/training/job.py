@@ -1,0 +1,386 @@
+"""Run a train request: check, place the model, train on exact tokens, write the checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import distributed
+from secateur.config import fingerprint, identity
+from secateur.data.shards import TokenStore
+from secateur.errors import RunError, UserError
+from secateur.evaluation.loss import Protocol
+from secateur.evaluation.token_windows import open_shards
+from secateur.files import check_free, shared_directory, write_json
+from secateur.formatting import count, scientific
+from secateur.hub import local_checkpoint
+from secateur.memory import ResourceUse, track_resources
+from secateur.model.checkpoint import Checkpoint, copy_tokenizer, max_positions, read_config, skeleton
+from secateur.model.plan import JSON_FILE, TENSOR_FILE, load_masks
+from secateur.model.shapes import Shape, teacher_flops, train_flops
+from secateur.progress import notify
+from secateur.runtime import environment, pick_device, pick_dtype
+from secateur.training.batches import Data, Slice
+from secateur.training.checkpoints import FINISHED
+from secateur.training.distill import Distill, Distillation, check_teacher
+from secateur.training.heldout import heldout_loss
+from secateur.training.init import fresh_weights, stored_weights
+from secateur.training.loop import RunOptions, train_loop
+from secateur.training.masks import Masks
+from secateur.training.metrics import Metrics, check_trackers, open_trackers
+from secateur.training.output import write_trained
+from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
+from secateur.training.recipe import Recipe
+from secateur.training.request import TrainRequest
+from secateur.training.throughput import Meter, Peak, peak_of
+from secateur.training.watchdog import stop_on_signals
+
+__all__ = ["Start", "Trained", "distillation", "train", "train_model"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained checkpoint. ``os.fspath`` gives its directory, so that it serves wherever a path does."""
+
+    path: Path
+    result: dict[str, Any]  #: ``curve``, ``tokens``, ``targets`` and ``steps`` of the run
+    flops: float  #: of the run, a teacher's included
+    teacher_flops: float | None  #: None without a teacher
+    meter: Meter  #: tokens and seconds of this process's steps
+    peak: Peak  #: what MFU is measured against
+    use: ResourceUse  #: time and memory of the run
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """Tokens, held-out loss, training loss and learning rate of each point."""
+        return self.result["curve"]
+
+    @property
+    def heldout_loss(self) -> float | None:
+        """Held-out loss at the end, nats per token; None where no text is held out."""
+        return self.curve[-1]["loss"]
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second; None where no step was run."""
+        return self.meter.tokens / self.meter.seconds if self.meter.seconds else None
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation; None where no step was run."""
+        meter = self.meter
+        return self.speed * meter.flops_per_token / meter.peak if self.speed and meter.peak else None
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, as ``secateur train --json`` prints them."""
+        return {
+            "out": str(self.path),
+            "tokens": self.result["tokens"],
+            "targets": self.result["targets"],
+            "steps": self.result["steps"],
+            "heldout_loss": {"before": self.curve[0]["loss"], "after": self.heldout_loss},
+            "curve": self.curve,
+            "flops": self.flops,
+            **({} if self.teacher_flops is None else {"teacher_flops": self.teacher_flops}),
+            "tokens_per_second": self.speed,
+            "mfu": self.mfu,
+            "peak_flops": {"flops": self.peak.flops, "source": self.peak.source},
+            "seconds": self.use.seconds,
+            "memory": self.use.memory,
+            "device_memory": self.use.device,
+        }
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model before its first step."""
+
+    model: Any  #: without weights
+    weights: Callable[[str], Tensor]  #: parameter name -> its value
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  #: parameter name -> bool, True where kept
+
+
+def train_model(
+    start: Start,
+    data: Data,
+    *,
+    execution: Execution,
+    objective: Distillation | None,
+    protocol: Protocol | None,
+    points: int,
+    options: RunOptions,
+) -> tuple[TrainModule, dict[str, Any]]:
+    """Place a model and train it on every token of ``data``; all processes together.
+
+    Args:
+        start: the model, its first weights and the masks that it keeps.
+        data: the exact tokens, and the recipe.
+        execution: where and how to compute.
+        objective: the teacher in its place; None for the language-model loss.
+        protocol: the windows of the held-out loss; None where nothing is held out.
+        points: measurements of it after the start.
+        options: checkpoints, metrics, progress.
+
+    Returns:
+        The trained module, and the result of :func:`secateur.training.loop.train_loop`.
+    """
+    module = place_model(start.model, start.weights, execution, objective)
+    batch = data.recipe.micro_batch
+    result = train_loop(
+        module,
+        data,
+        masks=start.masks,
+        measure=lambda model: heldout_loss(model, protocol, batch) if protocol else None,
+        points=points,
+        house=options,
+    )
+    Masks(module.model, start.masks).check()
+    return module, result
+
+
+def distillation(spec: Distill, teacher: Checkpoint, execution: Execution) -> Distillation:
+    """The objective of distilling from ``teacher``, with the teacher in its place."""
+    model = skeleton(teacher.config, teacher.directory)
+    return Distillation(spec, place_teacher(model, stored_weights(teacher), execution))
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The model that a request starts from."""
+
+    directory: Path  #: of the configuration and the tokenizer
+    raw_config: dict[str, Any]
+    config: Any
+    shape: Shape
+    checkpoint: Checkpoint | None  #: of the weights; None for fresh ones
+    masks: Mapping[str, Tensor]
+
+    @property
+    def kind(self) -> str:
+        """Where the weights come from, in a word."""
+        return "checkpoint" if self.checkpoint else "redrawn" if self.masks else "random"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The parts that change the result."""
+        plan = self.directory / JSON_FILE
+        weights = self.checkpoint.digest if self.checkpoint else "scratch"
+        return {"weights": weights, "config": self.raw_config, "masks": plan.read_text() if self.masks else None}
+
+    def start(self, recipe: Recipe) -> Start:
+        """The model without weights, its first weights and its masks."""
+        model = skeleton(self.config, self.directory)
+        if self.checkpoint:
+            return Start(model, stored_weights(self.checkpoint), self.masks)
+        return Start(model, fresh_weights(model, std=recipe.init_std, seed=recipe.seed), self.masks)
+
+
+def train(request: TrainRequest) -> Trained:
+    """Train and write the checkpoint ``out``; all processes together.
+
+    What can fail without reading weights fails first, the cheapest first.
+
+    Raises:
+        UserError: if the data, the model and the request do not fit together.
+        RunError: if the run broke or was stopped; what it has saved stays.
+    """
+    out, recipe = Path(request.out), request.recipe
+    device = pick_device(request.device)
+    dtype = "bfloat16" if pick_dtype(request.dtype, device) is torch.bfloat16 else "float32"
+    execution = Execution(device, dtype, request.replicas, request.recompute, request.compile)
+    store = open_shards(request.data, "data")
+    origin = _open_origin(request)
+    data = _slice(request, store, origin)
+    teacher = _open_teacher(request, origin)
+    protocol = _heldout_protocol(store, request.heldout_windows, recipe.sequence)
+    check_free(out)
+    _check_outside(out, store.folder, *(c.directory for c in (origin.checkpoint, teacher) if c))
+    check_trackers(request.track)
+    objective = {**identity(request.distill), "teacher": teacher.digest} if teacher else None
+    run_identity = {
+        **origin.identity,
+        "data": store.fingerprint,
+        "slice": [data.start, data.stop],
+        "recipe": identity(recipe),
+        "dtype": dtype,
+        "evaluation": {"points": request.points, "protocol": protocol.record() if protocol else None},
+        **({"objective": objective} if objective else {}),
+    }
+    peak = peak_of(device, dtype)
+    teaching = teacher_flops(teacher.shape, data.tokens, recipe.sequence) if teacher else None
+    flops = train_flops(origin.shape, data.tokens, recipe.sequence) + (teaching or 0.0)
+    _announce(data, origin, teacher, flops, execution, peak)
+    directories = shared_directory(
+        out, run_identity, "what to train, and how", resume=True, begun=FINISHED, words=_WORDS
+    )
+    meter = Meter(flops / data.tokens, peak.flops * distributed.world_size())
+    with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):
+        names = (out.name, fingerprint(run_identity)[:16])
+        trackers = open_trackers(request.track, work, *names) if distributed.is_main() else ()
+        options = RunOptions(
+            folder=work / "checkpoints",
+            label=f"train {out.name}",
+            save_every=request.save_every,
+            keep=request.keep,
+            behind=device.startswith("cuda"),
+            metrics=Metrics(work / "metrics.jsonl" if distributed.is_main() else None, trackers),
+            meter=meter,
+            stop=stop,
+        )
+        try:
+            module, result = train_model(
+                origin.start(recipe),
+                data,
+                execution=execution,
+                objective=distillation(request.distill, teacher, execution) if teacher else None,
+                protocol=protocol,
+                points=request.points,
+                options=options,
+            )
+        except UserError as error:  # such as shards that are damaged further on: finished steps stay
+            raise RunError(str(error), 2) from None
+        options.metrics.close()
+        facts = {"asked": run_identity, "result": result, "flops": flops}
+        facts |= {"protocol": run_identity["evaluation"]["protocol"]}
+        facts |= {} if teaching is None else {"teacher_flops": teaching}
+        _write(fresh, origin, module, facts, dtype)
+        for name in ("metrics.jsonl", *request.track) if distributed.is_main() else ():
+            if (work / name).exists():
+                shutil.move(work / name, fresh / name)
+    return Trained(out, result, flops, teaching, meter, peak, use)
+
+
+#: fields of a request by the keys that identify an unfinished run
+_WORDS = {
+    "weights": "`init`",
+    "config": "`init` or `like`",
+    "masks": "the masks of `init` or `like`",
+    "data": "`data`",
+    "slice": "`tokens` or `skip`",
+    "recipe": "`recipe`",
+    "dtype": "`dtype`",
+    "evaluation": "`points` or `heldout_windows`",
+    "objective": "`teacher`, `temperature`, `alpha` or `top_k`",
+}
+
+
+def _check_outside(out: Path, *folders: Path) -> None:
+    for folder in folders:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{out}: lies in {folder}, which is read; name a directory outside it")
+
+
+def _open_origin(request: TrainRequest) -> _Origin:
+    """Open the model that the request names.
+
+    Raises:
+        UserError: if there is no such checkpoint or configuration.
+    """
+    if not request.from_scratch:
+        checkpoint = Checkpoint(local_checkpoint(request.init))
+        fields = (checkpoint.directory, checkpoint.raw_config, checkpoint.config, checkpoint.shape, checkpoint)
+        return _Origin(*fields, _masks(checkpoint.directory))
+    directory = Path(request.like)
+    directory = directory.parent if directory.name == "config.json" else local_checkpoint(request.like, weights=False)
+    if not (directory / "config.json").is_file():
+        raise UserError(f"`like`: {request.like} has no config.json; name a checkpoint or its config.json")
+    raw, config, shape = read_config(directory / "config.json")
+    return _Origin(directory, raw, config, shape, None, _masks(directory))
+
+
+def _masks(directory: Path) -> Mapping[str, Tensor]:
+    """The masks of a sparse model, which hold in training."""
+    return load_masks(directory) if (directory / JSON_FILE).is_file() else {}
+
+
+def _slice(request: TrainRequest, store: TokenStore, origin: _Origin) -> Slice:
+    """The tokens of the run.
+
+    Raises:
+        UserError: if there are not enough, or the model cannot take them.
+    """
+    recipe = request.recipe
+    first, last, available = request.skip, request.skip + request.tokens, store.tokens("train")
+    if last > available:
+        raise UserError(
+            f"`tokens`: tokens {first:,} to {last:,} were asked for, but {request.data} has {available:,}; "
+            f"lower `tokens` by {last - available:,}, or build a larger corpus"
+        )
+    open_shards(request.data, "data", origin.shape.vocabulary)
+    limit = max_positions(origin.config)
+    if limit and recipe.sequence > limit:
+        raise UserError(
+            f"`recipe`: sequence is {recipe.sequence}, but the model has {limit} positions; set sequence={limit}"
+        )
+    return Slice(store, first, last, recipe)
+
+
+def _open_teacher(request: TrainRequest, origin: _Origin) -> Checkpoint | None:
+    """Open the teacher; None where the request names none.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it cannot teach the model.
+    """
+    if request.teacher is None:
+        return None
+    checkpoint = Checkpoint(local_checkpoint(request.teacher))
+    check_teacher(checkpoint, origin.shape, origin.directory, request.recipe.sequence)
+    return checkpoint
+
+
+def _heldout_protocol(store: TokenStore, windows: int, seqlen: int) -> Protocol | None:
+    """The windows that the held-out loss is measured on; None where the data holds none out."""
+    if "heldout" not in store.manifest.splits:
+        notify("the data has no held-out split: no held-out loss is measured")
+        return None
+    ids = store.read("heldout", 0, min(windows * seqlen, store.tokens("heldout")))
+    return Protocol.of_stream(ids, seqlen, "held-out documents")
+
+
+def _announce(
+    data: Slice, origin: _Origin, teacher: Checkpoint | None, flops: float, execution: Execution, peak: Peak
+) -> None:
+    sparse = f", {len(origin.masks)} masked matrices" if origin.masks else ""
+    distilled = f", distilled from {count(teacher.shape.total)}" if teacher else ""
+    processes = distributed.world_size()
+    notify(
+        f"{count(origin.shape.total)} parameters{sparse}{distilled}, {data.tokens:,} tokens in {data.steps:,} steps, "
+        f"{scientific(flops)} FLOPs; {processes} process(es) on {execution.device}, {execution.dtype}; "
+        f"MFU is of {scientific(peak.flops * processes)} FLOPs a second ({peak.source})"
+    )
+
+
+def _write(out: Path, origin: _Origin, module: TrainModule, facts: dict[str, Any], dtype: str) -> None:
+    """Write the trained model as a checkpoint; all processes give their parts, the first one writes."""
+    result, objective = facts["result"], facts["asked"].get("objective")
+    source = "fresh weights" if origin.checkpoint is None else f"the weights of {origin.directory.name}"
+    distilled = f", distilled at temperature {objective['temperature']:g}" if objective else ""
+    stored = getattr(torch, dtype)
+    write_trained(
+        out,
+        module,
+        {**{k: v for k, v in origin.raw_config.items() if k != "torch_dtype"}, "dtype": dtype},
+        lambda _: stored,
+        provenance={
+            "kind": "trained",
+            "init": origin.kind,
+            **{k: v for k, v in result.items() if k != "curve"},
+            **({"objective": objective} if objective else {}),
+        },
+        line=f"Trained by secateur on {result['tokens']:,} tokens from {source}{distilled}.",
+    )
+    if not distributed.is_main():
+        return
+    copy_tokenizer(origin.directory, out)
+    for name in (JSON_FILE, TENSOR_FILE) if origin.masks else ():  # so that the masks hold in later runs as well
+        shutil.copyfile(origin.directory / name, out / name)
+    write_json(out / "train.json", {**facts, "versions": environment()})

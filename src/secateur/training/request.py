@@ -1,0 +1,131 @@
+"""What to train, and how: the request that Python and the command line share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from secateur.config import Count, Positive, load_yaml, parse, parse_count, parse_value, spec
+from secateur.errors import UserError
+from secateur.training.recipe import Recipe
+
+__all__ = ["TrainRequest", "read_recipe"]
+
+_DISTILLING = ("temperature", "alpha", "top_k")
+
+
+@spec
+class TrainRequest:
+    """A training run: which weights, on which tokens, by which recipe, computed how.
+
+    Attributes:
+        out: new directory to write.
+        init: ``scratch``, or a checkpoint (a directory, a Hub name, a pruned or trained result).
+        tokens: exact budget: 700_000, "700k", "50B" ...
+        data: ``shards:DIR``, as ``secateur data`` writes it.
+        like: checkpoint or config.json of the shape, for ``scratch``.
+        skip: tokens of the data to leave out before the first.
+        recipe: a :class:`Recipe`, a mapping of its fields, or a YAML file.
+        teacher: checkpoint to distil from, of the model's vocabulary.
+        temperature: softens both distributions; with a teacher. None for 1.
+        alpha: share of the divergence from the teacher in the loss. None for 1.
+        top_k: compare the teacher's likeliest ids, all others as one. None for all.
+        points: measurements of the held-out loss along the run.
+        heldout_windows: windows that it is measured on, at most.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: of what is computed; weights, moments and sums stay float32.
+        micro_batch: windows at once in a process; None for the recipe's.
+        recompute: recompute the activations within blocks in the backward pass.
+        compile: compile the blocks with torch.compile.
+        replicas: groups of processes that each hold the model.
+        save_every: steps between checkpoints.
+        keep: checkpoints of the run that stay.
+        track: trackers that receive the metrics.
+
+    Raises:
+        UserError: if a field is out of range, or fields contradict each other.
+    """
+
+    out: Any
+    init: Any
+    tokens: Count
+    data: str
+    like: Any = None
+    skip: Annotated[int, Field(ge=0)] = 0
+    recipe: Any = dataclasses.field(default_factory=Recipe)
+    teacher: Any = None
+    temperature: float | None = None
+    alpha: float | None = None
+    top_k: Positive | None = None
+    points: Positive = 8
+    heldout_windows: Positive = 256
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    micro_batch: Positive | None = None
+    recompute: bool = False
+    compile: bool = False
+    replicas: Positive = 1
+    save_every: Positive = 100
+    keep: Positive = 2
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.skip, str):
+            object.__setattr__(self, "skip", parse_count(self.skip))
+        recipe = self.recipe if isinstance(self.recipe, Recipe) else read_recipe(self.recipe)
+        if self.micro_batch:
+            recipe = dataclasses.replace(recipe, micro_batch=self.micro_batch)
+        object.__setattr__(self, "recipe", recipe)
+        if self.tokens < 2:
+            raise UserError("`tokens`: one token predicts nothing; train on two or more")
+        if self.from_scratch and self.like is None:
+            raise UserError("`init`: scratch needs a shape; name a checkpoint or config.json of that shape with `like`")
+        if not self.from_scratch and self.like is not None:
+            raise UserError(f"`like`: the shape is that of `init` {self.init}; leave it out, or train from scratch")
+        if self.teacher is None and self._distilling:
+            name = next(iter(self._distilling))
+            raise UserError(f"`{name}`: says how to distil; name a teacher to distil from with `teacher`")
+        _ = self.distill
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the weights are fresh."""
+        return isinstance(self.init, str) and self.init == "scratch"
+
+    @property
+    def _distilling(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in _DISTILLING}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @cached_property
+    def distill(self) -> Any:
+        """How to distil; None without a teacher."""
+        from secateur.training.distill import Distill
+
+        return None if self.teacher is None else Distill(**self._distilling)
+
+
+def read_recipe(source: Mapping[str, Any] | Path | str | None, settings: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe from a mapping or a YAML file, with some keys set besides.
+
+    Args:
+        source: the mapping or file; None for the defaults.
+        settings: ``KEY=VALUE`` texts, which take precedence.
+
+    Raises:
+        UserError: if the file is no mapping, a setting is malformed, or a value is out of range.
+    """
+    raw = {} if source is None else dict(source) if isinstance(source, Mapping) else load_yaml(Path(source))
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: expected a mapping of keys to values, such as peak_rate: 1e-3")
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"`set`: {text} should be KEY=VALUE, such as peak_rate=1e-3")
+        raw[key.strip()] = parse_value(value)
+    return parse(Recipe, raw, origin="recipe")
