@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def is_hub_name(name: str) -> bool:
     return legal and (name.startswith(_PREFIX) or not Path(name).exists())
 
 
-def local_checkpoint(name: str, *, weights: bool = True) -> Path:
+def local_checkpoint(name: str | os.PathLike[str], *, weights: bool = True) -> Path:
     """Return a checkpoint's directory; a model of the Hub is first downloaded into the cache of ``huggingface_hub``.
 
     Args:
@@ -39,6 +40,7 @@ def local_checkpoint(name: str, *, weights: bool = True) -> Path:
     Raises:
         UserError: if there is no such directory or model, or the download fails.
     """
+    name = os.fspath(name)
     directory = Path(name).expanduser()
     if directory.is_dir() and not name.startswith(_PREFIX):
         return directory

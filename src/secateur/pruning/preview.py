@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from secateur.config import Fraction, Positive, spec
+from secateur.config import Positive, spec
 from secateur.errors import UserError
 from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import max_positions, read_config
@@ -42,7 +40,7 @@ class ShapesRequest:
     """
 
     model: Any
-    ratio: Fraction | Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = None
+    ratio: Any = None  # checked by Target
     of: Literal["total", "non-embedding"] | None = None
     shape: str | None = None
     axes: str | None = None

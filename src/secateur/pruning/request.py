@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from secateur.config import Fraction, Positive, spec
+from secateur.config import Positive, spec
 from secateur.errors import UserError
 from secateur.pruning.target import Target
 
@@ -55,7 +53,7 @@ class PruneRequest:
     model: Any
     method: str
     out: Any = None
-    ratio: Fraction | Annotated[tuple[Fraction, ...], Field(min_length=1)] | None = None
+    ratio: Any = None  # checked by Target
     of: Literal["total", "non-embedding"] | None = None
     shape: str | Mapping[str, int] | None = None
     pattern: str | None = None
