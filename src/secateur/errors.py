@@ -1,4 +1,4 @@
-"""Errors in one line, without a traceback: bad input, whose fix is named (exit code 2), and runs that end early."""
+"""Errors that users see as one line without a traceback: bad input (exit code 2), and runs that end early."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable
 __all__ = ["REQUEUE", "RunError", "UserError", "did_you_mean", "disk_full", "first_line", "out_of_memory", "spell"]
 
 
-REQUEUE = 75  #: exit code (EX_TEMPFAIL) of a run that was told to stop and has saved; the same command goes on
-
+REQUEUE = 75  #: exit code (EX_TEMPFAIL) of a run that a signal stopped after it saved; the same command resumes it
 
 _FIELD = re.compile(r"`([a-z_]+)`")
 
@@ -23,8 +22,8 @@ class UserError(Exception):
     spells them its own way (:func:`spell`): the command line as ``--ratio``, a study file as ``ratio:``.
 
     Attributes:
-        field: the field at fault; None where the fault is in a file or a model. A message that begins with a field in
-            backticks needs no ``field`` of its own.
+        field: the field at fault; None if the fault is in a file or a model. By default the field in backticks that
+            the message begins with.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:
@@ -34,13 +33,11 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A run that cannot go on, or was told to stop, through no fault of its input: what it has done stays.
-
-    The message is one line.
+    """A run that failed or was stopped although its input is valid. Its finished work is kept. The message is one line.
 
     Attributes:
-        code: the exit code: 1 for a failure, 75 (``EX_TEMPFAIL``) where the run was told to stop and the same command
-            goes on, 2 where the input may be at fault all the same.
+        code: the exit code: 1 for a failure; 75 (``EX_TEMPFAIL``) if a signal stopped the run and the same command
+            resumes it; 2 if the input may be at fault after all.
     """
 
     def __init__(self, message: str, code: int = 1) -> None:
@@ -49,39 +46,39 @@ class RunError(Exception):
 
 
 def spell(message: str, spelling: Callable[[str], str | None]) -> str:
-    """Replace each field that a message names in backticks by ``spelling(field)``, where that is not None."""
+    """Replace each field that a message names in backticks by ``spelling(field)``, unless that is None."""
     return _FIELD.sub(lambda match: spelling(match[1]) or match[0], message)
 
 
 def did_you_mean(name: object, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or the list of options.
 
-    Case does not count, nor whether words are joined by ``_`` or ``-``.
+    Upper and lower case count as equal, and so do ``_`` and ``-``.
     """
-    known = sorted(options)
-    alike = {_alike(option): option for option in known}
-    near = difflib.get_close_matches(_alike(name), alike, n=1, cutoff=0.5)
+    options = sorted(options)
+    by_key = {_normalise(option): option for option in options}
+    near = difflib.get_close_matches(_normalise(name), by_key, n=1, cutoff=0.5)
     if near:
-        return f"; did you mean {alike[near[0]]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""
+        return f"; did you mean {by_key[near[0]]!r}?"
+    return f"; known: {', '.join(options)}" if options else ""
+
+
+def _normalise(name: object) -> str:
+    return str(name).lower().replace("_", "-")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the system or a GPU had no more memory to give; torch has a type of its own for the latter alone."""
-    told = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
+    """Whether the system or a GPU ran out of memory. Torch has an error type for GPUs and none for the host."""
+    phrases = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(p in str(error) for p in phrases))
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether a file could not be written to its end; numpy raises an error without a number then."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return isinstance(error, OSError) and (error.errno in full or "requested and" in str(error))
+    """Whether a file could not be written because the disk is full; numpy's error for this has no number."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, OSError) and (error.errno in numbers or "requested and" in str(error))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type."""
+    """The first line of an error's message, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _alike(name: object) -> str:
-    return str(name).lower().replace("_", "-")

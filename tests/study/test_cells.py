@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from secateur.cli import main
+from secateur.config import dump_yaml
 from secateur.model.plan import load_masks
 from secateur.pruning.target import Pattern
 from secateur.study.stages.controls import permuted_mask
@@ -21,7 +21,7 @@ RECIPE = {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3, "init_std": 
 
 
 def ran(file: Path, out: Path, capsys: Any, **raw: Any) -> dict[str, Any]:
-    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    file.write_text(dump_yaml(raw), encoding="utf-8")
     assert main(["study", "run", str(file), "--out", str(out), "--jobs", "2", "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 

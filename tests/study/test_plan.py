@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from secateur.cli import main
+from secateur.config import dump_yaml
 from secateur.errors import UserError
 from secateur.study.planner import stages_of, tokens_needed, trunk_savings
 from secateur.study.resolve import ResolvedParent, ResolvedStudy, resolve
@@ -31,7 +31,7 @@ def study(folder: Path, **changes: Any) -> StudySpec:
         "recipe": {"sequence": 32, "tokens_per_step": 64, "peak_rate": 3e-3},
     }
     path = folder / "micro.yaml"
-    path.write_text(yaml.safe_dump(raw | changes), encoding="utf-8")
+    path.write_text(dump_yaml(raw | changes), encoding="utf-8")
     return load_study(path)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from secateur import progress
 from secateur.cli import main
+from secateur.config import dump_yaml
 from secateur.data.shards import TokenStore
 from secateur.model.plan import load_masks
 from secateur.study.explain import explain_stage
@@ -45,7 +45,7 @@ def study_file(folder: Path, text: Path, **changes: Any) -> Path:
     }
     raw.update(changes)
     path = folder / "micro.yaml"
-    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    path.write_text(dump_yaml(raw), encoding="utf-8")
     return path
 
 
@@ -242,7 +242,7 @@ def test_only_some_stages_and_what_would_run(text: Path, tmp_path: Path, capsys:
         "train minitron-width-0.5/S_R",
         "evaluate minitron-width-0.5/S_R",
     ]
-    assert set(some.values()) == {"nothing like it has been done yet"} and not (tmp_path / "out").exists()
+    assert set(some.values()) == {"no similar stage is finished"} and not (tmp_path / "out").exists()
     assert main(["study", "run", str(file), *out, "--only", "minitron-depth-.5/P-R"]) == 2
     assert "did you mean 'minitron-depth-0.5/P-R'?" in capsys.readouterr().err
     assert main(["study", "run", str(file), *out, "--only", "corpus"]) == 0

@@ -148,7 +148,7 @@ def test_yaml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("a: 1\nb: 2\na: 3\n", "line 3"), ("a:\n  b: 1\n  b: 2\n", "'b' appears twice"), ("a: [1\n", "not valid YAML")],
+    [("a: 1\nb: 2\na: 3\n", "line 3"), ("a:\n  b: 1\n  b: 2\n", 'duplicate key "b"'), ("a: [1\n", "not valid YAML")],
 )
 def test_yaml_that_is_refused(tmp_path: Path, text: str, part: str) -> None:
     path = tmp_path / "a.yaml"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from secateur.config import RUNTIME, Count, Fraction, Listed, Positive, load_yaml, parse, spec
+from secateur.config import RUNTIME, Count, Fraction, Positive, listed, load_yaml, parse, spec
 from secateur.data.corpus import CorpusSpec
 from secateur.errors import UserError, did_you_mean, spell
 from secateur.evaluation.suite import Suite
@@ -50,7 +50,7 @@ def _known_method(name: str) -> str:
     return name
 
 
-Budgets = Annotated[tuple[Count, ...], Listed(), Field(min_length=1)]
+Budgets = Annotated[tuple[Count, ...], listed(), Field(min_length=1)]
 
 
 @spec
@@ -107,7 +107,7 @@ class ObjectiveSpec(Distill):
     name: Label | None = None  #: in records and reports; the kind unless given
     teacher: Literal["parent"] = "parent"
     equal: Literal["tokens", "flops"] = "tokens"  #: to the language-model run on the same budget
-    settings: Annotated[tuple[SettingKind, ...] | None, Listed()] = None  #: instead of the study's
+    settings: Annotated[tuple[SettingKind, ...] | None, listed()] = None  #: instead of the study's
 
     @property
     def label(self) -> str:
@@ -128,7 +128,7 @@ class RetrainSpec:
 
     tokens: Budgets  #: R; several make a ladder, each with a schedule of its own
     peak_rate: Rate | None = None  #: of the pruned runs; the recipe's unless given
-    objective: Annotated[tuple[ObjectiveSpec, ...], Listed("kind"), Field(min_length=1)] = (
+    objective: Annotated[tuple[ObjectiveSpec, ...], listed("kind"), Field(min_length=1)] = (
         ObjectiveSpec(kind="language-model"),
     )
     trunk: Literal["own", "shared"] = (
@@ -141,7 +141,7 @@ class SettingSpec:
     """What a from-scratch twin has in common with the pruned run."""
 
     kind: SettingKind
-    tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: the budgets R it is for; all unless given
+    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: the budgets R it is for; all unless given
 
 
 @spec
@@ -149,11 +149,11 @@ class ControlSpec:
     """A run at equal training tokens that shares some of what a pruned model inherits."""
 
     init: ControlKind
-    tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: as in a setting
+    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: as in a setting
 
 
-Settings = Annotated[tuple[SettingSpec, ...], Listed("kind")]
-Controls = Annotated[tuple[ControlSpec, ...], Listed("init")]
+Settings = Annotated[tuple[SettingSpec, ...], listed("kind")]
+Controls = Annotated[tuple[ControlSpec, ...], listed("init")]
 
 
 @spec
@@ -163,18 +163,18 @@ class MethodEntry:
     method: Annotated[str, AfterValidator(_known_method)]
     name: Label | None = None  #: in records and reports; the method's unless given
     parent: str | None = None  #: which, of several; the first unless given
-    ratios: Annotated[tuple[Fraction, ...] | None, Listed()] = None
+    ratios: Annotated[tuple[Fraction, ...] | None, listed()] = None
     shapes: Mapping[Label, str] | None = None  #: name -> sizes, as in hidden=3072,ffn=9216
     pattern: str | None = None  #: N:M
     of: Literal["total", "non-embedding"] | None = None
     axes: str | None = None
     allocation: Literal["uniform", "global"] = "uniform"
     options: Mapping[str, Any] = field(default_factory=dict)
-    tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: retrain.tokens
+    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: retrain.tokens
     settings: Settings | None = None
-    seeds: Annotated[tuple[Seed, ...] | None, Listed()] = None
+    seeds: Annotated[tuple[Seed, ...] | None, listed()] = None
     controls: Controls | None = None
-    objective: Annotated[tuple[ObjectiveSpec, ...] | None, Listed("kind")] = None  #: retrain.objective
+    objective: Annotated[tuple[ObjectiveSpec, ...] | None, listed("kind")] = None  #: retrain.objective
 
     @property
     def label(self) -> str:
@@ -215,7 +215,7 @@ class EvaluationSpec:
 
     windows: Positive = 256  #: spread over the held-out split
     points: Positive = 8  #: measurements along each training run
-    suite: Annotated[tuple[str, ...], Listed()] = ()  #: as ``secateur eval --suite`` takes them
+    suite: Annotated[tuple[str, ...], listed()] = ()  #: as ``secateur eval --suite`` takes them
     protocol: str = "heldout"  #: of the suite's perplexities
     text_data: Annotated[str | None, RUNTIME] = None  #: a folder with their texts; the Hub unless given
     tasks_data: Annotated[str | None, RUNTIME] = None  #: a folder with the documents of tasks; the Hub unless given
@@ -264,13 +264,13 @@ class ComputeSpec:
 class Exclude:
     """Cells that are left out: those that have, of all that is named, one of the values."""
 
-    method: Annotated[tuple[str, ...] | None, Listed()] = None  #: an entry's name
-    target: Annotated[tuple[str | float, ...] | None, Listed()] = None
-    tokens: Annotated[tuple[Count, ...] | None, Listed()] = None  #: R
-    seed: Annotated[tuple[Seed, ...] | None, Listed()] = None
-    objective: Annotated[tuple[str, ...] | None, Listed()] = None
-    setting: Annotated[tuple[SettingKind, ...] | None, Listed()] = None
-    control: Annotated[tuple[ControlKind, ...] | None, Listed()] = None
+    method: Annotated[tuple[str, ...] | None, listed()] = None  #: an entry's name
+    target: Annotated[tuple[str | float, ...] | None, listed()] = None
+    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: R
+    seed: Annotated[tuple[Seed, ...] | None, listed()] = None
+    objective: Annotated[tuple[str, ...] | None, listed()] = None
+    setting: Annotated[tuple[SettingKind, ...] | None, listed()] = None
+    control: Annotated[tuple[ControlKind, ...] | None, listed()] = None
 
     def __post_init__(self) -> None:
         if not any(getattr(self, f.name) for f in fields(self)):
@@ -292,12 +292,12 @@ class StudySpec:
     corpus: CorpusSpec
     parent: ParentSpec | None = None
     parents: Mapping[Label, ParentSpec] | None = None  #: instead of ``parent``, by name
-    methods: Annotated[tuple[MethodEntry, ...], Listed("method"), Field(min_length=1)]
-    ratios: Annotated[tuple[Fraction, ...], Listed()] = ()
+    methods: Annotated[tuple[MethodEntry, ...], listed("method"), Field(min_length=1)]
+    ratios: Annotated[tuple[Fraction, ...], listed()] = ()
     retrain: RetrainSpec
     settings: Settings = (SettingSpec(kind="equal_training_tokens"), SettingSpec(kind="equal_total_tokens"))
     controls: Controls = ()
-    seeds: Annotated[tuple[Seed, ...], Listed()] = ()  #: those of the recipe unless given
+    seeds: Annotated[tuple[Seed, ...], listed()] = ()  #: those of the recipe unless given
     exclude: tuple[Exclude, ...] = ()
     sweep: SweepSpec | None = None
     calibration: CalibrationSpec = CalibrationSpec()

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from secateur.config import load_yaml, parse
+from secateur.config import dump_yaml, load_yaml, parse
 from secateur.errors import UserError
 from secateur.files import write_text
 from secateur.forecast.advice import Case, Question
@@ -51,7 +49,7 @@ def write_pilot(out: Path, question: Question, found: list[Case], like: Path | N
     raw["settings"] = ["equal_training_tokens", *(["equal_total_tokens"] if question.must_train else [])]
     parse(StudySpec, raw, origin=f"the pilot study {out}")
     head = f"# Written by `secateur recommend`. {says}\n#   secateur study plan {out}     what it costs\n"
-    write_text(out, head + yaml.safe_dump(raw, sort_keys=False, width=120))
+    write_text(out, head + dump_yaml(raw))
     return {"file": str(out), "study": raw, "says": says}
 
 
