@@ -11,6 +11,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from secateur.errors import spell
+
 __all__ = [
     "LineListener",
     "Listener",
@@ -21,9 +23,11 @@ __all__ = [
     "listener",
     "notify",
     "set_listener",
+    "set_spelling",
     "track",
 ]
 
+_spelling: Callable[[str], str | None] = lambda _: None  # noqa: E731 - replaced by the command line
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -144,8 +148,14 @@ def close() -> None:
 
 
 def notify(text: str) -> None:
-    """Print one message on standard error."""
-    listener().message(text)
+    """Print one message on standard error; fields in backticks are spelled as in errors (``secateur.errors.spell``)."""
+    listener().message(spell(text, _spelling))
+
+
+def set_spelling(spelling: Callable[[str], str | None]) -> None:
+    """Spell the fields that messages name in backticks by ``spelling``, as the command line does."""
+    global _spelling
+    _spelling = spelling
 
 
 class ProgressTask:

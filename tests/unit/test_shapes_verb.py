@@ -213,7 +213,7 @@ def test_the_context(context: int, used: int, config: Path, capsys: pytest.Captu
     captured = capsys.readouterr()
     found = json.loads(captured.out)["flops_per_token"]
     assert found == {"context": used, "forward": pytest.approx(flops(32, 4096, 14336, 32, 8, context=used))}
-    assert ("no more positions (--context is 1000000)" in captured.err) == (context != used)
+    assert ("instead of 1000000: the model has no more positions (--context)" in captured.err) == (context != used)
 
 
 @pytest.mark.parametrize(

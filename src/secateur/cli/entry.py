@@ -13,6 +13,7 @@ from secateur import distributed
 from secateur.cli import manual
 from secateur.cli.arguments import parser
 from secateur.errors import RunError, UserError, disk_full, first_line, out_of_memory, spell
+from secateur.progress import set_spelling
 
 __all__ = ["main"]
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with distributed.process_group():
             arguments = parser().parse_args(argv)
+            set_spelling(arguments.spelling)
             several = arguments.verb in ("prune", "train", "eval") or getattr(arguments, "action", "") == "stage"
             if distributed.world_size() > 1 and not several:
                 raise UserError(
@@ -38,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = spell(str(error), arguments.spelling) if arguments else str(error)
         return distributed.exit_all(2, f"secateur: error: {message}")
     except RunError as error:
-        return distributed.exit_all(error.code, f"secateur: error: {error}")
+        message = spell(str(error), arguments.spelling) if arguments else str(error)
+        return distributed.exit_all(error.code, f"secateur: error: {message}")
     except distributed.ProcessLost as lost:
         return distributed.exit_all(1, f"secateur: error: {lost}")
     except BrokenPipeError:

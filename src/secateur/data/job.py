@@ -105,7 +105,7 @@ def _open_source(request: CorpusRequest, out: Path) -> Source:
     idle += [("split", split)] if scheme not in ("hf", "arrow") else []
     for option, value in idle:
         if value is not None:
-            notify(f"{option} {value}: does not apply to {name}")
+            notify(f"`{option}` {value}: does not apply to {name}")
     if is_tokenized(name):
         source = open_tokenized(name, split=split or "train", domain=domain)
     else:

@@ -62,8 +62,8 @@ def calibration_windows(
     cut = ids[: ids.size // length * length].reshape(-1, length)
     if not len(cut):
         raise UserError(
-            f"`calibration`: {ids.size} tokens are less than one window of {length}; give more text or a smaller "
-            "`seqlen`"
+            f"`calibration`: {ids.size} tokens are less than one calibration window of {length}; give more "
+            "text or a smaller `seqlen`"
         )
     if len(cut) < limit:
         notify(f"the calibration text gives {len(cut)} windows of {length} tokens, fewer than {limit}")
@@ -156,7 +156,7 @@ def _encode(
     stream = encode_documents(documents, tokenizer, limit)
     shorter = window_length(checkpoint, seqlen)
     if shorter < length:
-        notify(f"windows have {shorter} tokens instead of {length}: the model has no more positions")
+        notify(f"windows of {shorter} tokens instead of {length}: the model has no more positions (`seqlen`)")
     return stream, shorter, tokenizer
 
 
@@ -169,5 +169,6 @@ def _read_file(
     count, length = ids.shape
     differs = {"windows": windows not in (None, count), "seqlen": seqlen not in (None, length), "field": bool(field)}
     if unused := [name for name, differ in differs.items() if differ]:
-        notify(f"{source}: all its {count} windows of {length} tokens are used; {', '.join(unused)} does not apply")
+        names = ", ".join(f"`{name}`" for name in unused)
+        notify(f"{source}: all its {count} windows of {length} tokens are used; {names} does not apply to it")
     return ids

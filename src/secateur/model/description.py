@@ -27,5 +27,8 @@ def flops_context(context: int | None, positions: int | None) -> int:
     """The window that FLOPs are averaged over: ``context`` or the default, at most the model's positions."""
     length = context or CONTEXT
     if context and positions and positions < context:
-        notify(f"FLOPs for windows of {positions} tokens instead of {context}: the model has no more positions")
+        reason = "the model has no more positions (`context`)"
+        notify(f"FLOPs for windows of {positions} tokens instead of {context}: {reason}")
+            f"FLOPs for windows of {positions} tokens instead of {context}: the model has no more positions (`context`)"
+        )
     return min(length, positions or length)

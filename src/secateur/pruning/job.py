@@ -149,7 +149,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     }
     work = partial_directories(out)[1]
     if request.resume and not any(work.glob(BLOCKS)):
-        notify(f"resume: there is no unfinished run in {work.parent}; this one starts from the beginning")
+        notify(f"`resume`: there is no unfinished run in {work.parent}; this one starts from the beginning")
     directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, words=_WORDS)
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with track_resources(device) as use, directories as (fresh, work):
@@ -251,10 +251,15 @@ def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration |
         )
     reason = f"{request.method} " + (f"goes by the task {request.task}" if request.task else "looks at no text")
     if request.calibration is not None:
-        notify(f"the calibration text {request.calibration} is not read, since {reason}")
+        notify(f"`calibration`: {_source_name(request.calibration)} is not read, since {reason}")
     if request.idle_fields:
-        notify(f"{', '.join(request.idle_fields)}: without effect, since {reason}")
+        names = ", ".join(f"`{name}`" for name in request.idle_fields)
+        notify(f"{names}: without effect, since {reason}")
     return None
+
+
+def _source_name(source: Any) -> str:
+    return source if isinstance(source, str) else f"a {type(source).__name__}"
 
 
 def _estimate(

@@ -267,7 +267,7 @@ def _estimate(
     """
     method = request.prototype
     if request.states != "auto":
-        notify(f"states: without effect, since {request.method} trains the whole model and keeps no states")
+        notify(f"`states`: without effect, since {request.method} trains the whole model and keeps no states")
     tokens, shape, processes = method.tokens(data.sequence), checkpoint.shape, distributed.world_size()
     memory, disk = estimate_training_memory(shape, outputs, recipe, trained=method.rate > 0, dtype=execution.dtype)
     room = check_disk(Path(request.out), disk + checkpoint.stored_bytes)

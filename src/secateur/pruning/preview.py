@@ -97,7 +97,7 @@ def preview_shapes(request: ShapesRequest) -> Preview:
         UserError: if there is no such configuration, or no legal shape near a target.
     """
     path = Path(request.model)
-    if not path.is_file():
+    if not path.is_file() and path.suffix != ".json":
         path = local_checkpoint(request.model, weights=False) / "config.json"
     _, config, before = read_config(path)
     context = flops_context(request.context, max_positions(config))
