@@ -29,6 +29,4 @@ def flops_context(context: int | None, positions: int | None) -> int:
     if context and positions and positions < context:
         reason = "the model has no more positions (`context`)"
         notify(f"FLOPs for windows of {positions} tokens instead of {context}: {reason}")
-            f"FLOPs for windows of {positions} tokens instead of {context}: the model has no more positions (`context`)"
-        )
     return min(length, positions or length)
