@@ -132,9 +132,9 @@ def test_ratios_that_no_width_has() -> None:
     coarse = dataclasses.replace(
         SMALL, hidden=32, ffn=32, heads=16, kv_heads=16, head_dim=2
     )  # half the hidden at least
-    with pytest.raises(UserError, match=r"--ratio 0\.9: too large; .* removes 0\.0\d+ to 0\.69\d+, nearest 0\.69"):
+    with pytest.raises(UserError, match=r"`ratio` 0\.9: too large; .* removes 0\.0\d+ to 0\.69\d+, nearest 0\.69"):
         solve_width(coarse, 0.9)
-    with pytest.raises(UserError, match=r"--ratio 0\.001: too small; .* 16 hidden channels, 32 FFN channels removes"):
+    with pytest.raises(UserError, match=r"`ratio` 0\.001: too small; .* 16 hidden channels, 32 FFN channels removes"):
         solve_width(SMALL, 0.001)
     with pytest.raises(UserError, match="too large"):
         solve_width(PARENT, 0.999)  # 0.994 is within five hundredths of it, but keeps six times as much
@@ -222,7 +222,7 @@ def test_solve_width_against_every_candidate(shape: Shape, ratio: float, spaces:
         found[candidate.hidden, candidate.ffn, candidate.kv_heads] = (abs(gone - ratio), max(shares) - min(shares))
     least, room = min((drift for drift, _ in found.values()), default=1.0), min(ratio, 1 - ratio)
     if least > min(0.05, room / 2):
-        with pytest.raises(UserError, match=f"^--ratio {ratio:g}: "):
+        with pytest.raises(UserError, match=f"^`ratio` {ratio:g}: "):
             solve_width(shape, ratio, spaces, of)
         return
     after = solve_width(shape, ratio, spaces, of)

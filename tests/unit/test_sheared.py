@@ -227,9 +227,9 @@ def test_targets_may_be_of_every_axis(checkpoint: Checkpoint, asked: dict[str, A
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"ratio": 0.5, "allocation": "global"}, "--allocation global: sheared learns as many units in every layer"),
-        ({"ratio": 0.5, "pattern": "2:4"}, "--pattern"),
-        ({}, "--ratio: say how much sheared should remove: --ratio, or --shape layers=N,hidden=N,ffn=N,heads=N"),
+        ({"ratio": 0.5, "allocation": "global"}, "`allocation` global: sheared learns as many units in every layer"),
+        ({"ratio": 0.5, "pattern": "2:4"}, "`pattern`"),
+        ({}, "`ratio`: how much should sheared remove? Pass `ratio`, or `shape` layers=N,hidden=N,ffn=N,heads=N"),
     ],
 )
 def test_targets_that_do_not_suit_are_refused(checkpoint: Checkpoint, asked: dict[str, Any], told: str) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import re
 from typing import Any
 
@@ -38,7 +40,7 @@ def test_unstructured_is_no_pattern() -> None:
     ["", "2", "2:", ":4", "0:4", "5:4", "-2:4", "2:4:8", "2 :4", "a:b", "2.0:4", "٢:٤", "1:" + "9" * 5000],
 )
 def test_malformed_patterns(text: str) -> None:
-    with pytest.raises(UserError, match=r"^--pattern: .* is neither unstructured nor N:M"):
+    with pytest.raises(UserError, match=r"^`pattern`: .* is neither unstructured nor N:M"):
         Pattern.parse(text)
 
 
@@ -52,21 +54,21 @@ def test_sizes_and_axes_are_read() -> None:
 @pytest.mark.parametrize(
     ("said", "part"),
     [
-        ({"shape": ""}, "--shape: '' is not SIZE=NUMBER, as in hidden=3072,ffn=9216"),
-        ({"shape": "hidden"}, "--shape: 'hidden' is not SIZE=NUMBER"),
-        ({"shape": "hidden=3072,"}, "--shape: '' is not SIZE=NUMBER"),
-        ({"shape": "hidden=x"}, "--shape: 'hidden=x' is not SIZE=NUMBER"),
-        ({"shape": "hidden=-1"}, "--shape: 'hidden=-1' is not SIZE=NUMBER"),
-        ({"shape": "hidden=1e3"}, "--shape: 'hidden=1e3' is not SIZE=NUMBER"),
+        ({"shape": ""}, "`shape`: '' is not SIZE=NUMBER, as in hidden=3072,ffn=9216"),
+        ({"shape": "hidden"}, "`shape`: 'hidden' is not SIZE=NUMBER"),
+        ({"shape": "hidden=3072,"}, "`shape`: '' is not SIZE=NUMBER"),
+        ({"shape": "hidden=x"}, "`shape`: 'hidden=x' is not SIZE=NUMBER"),
+        ({"shape": "hidden=-1"}, "`shape`: 'hidden=-1' is not SIZE=NUMBER"),
+        ({"shape": "hidden=1e3"}, "`shape`: 'hidden=1e3' is not SIZE=NUMBER"),
         ({"shape": "hidden=" + "9" * 5000}, "is not SIZE=NUMBER"),
-        ({"shape": "hiden=3"}, "--shape: 'hiden' is not a size; did you mean 'hidden'?"),
-        ({"shape": "ffn=3,ffn=3"}, "--shape: ffn is given twice"),
+        ({"shape": "hiden=3"}, "`shape`: 'hiden' is not a size; did you mean 'hidden'?"),
+        ({"shape": "ffn=3,ffn=3"}, "`shape`: ffn appears twice"),
         (
             {"axes": "kv,heads"},
-            "--axes: 'heads' is not one of layers, hidden, ffn, kv (kv: KV heads with their query heads)",
+            "`axes`: 'heads' is not one of layers, hidden, ffn, kv (kv: KV heads with their query heads)",
         ),
-        ({"axes": ""}, "--axes: '' is not one of"),
-        ({"axes": "kv, ffn,kv"}, "--axes kv, ffn,kv: names an axis twice"),
+        ({"axes": ""}, "`axes`: '' is not one of"),
+        ({"axes": "kv, ffn,kv"}, "`axes`: kv,ffn,kv names an axis twice"),
     ],
 )
 def test_what_cannot_be_read(said: dict[str, str], part: str) -> None:
@@ -105,39 +107,47 @@ def test_a_shape_that_the_family_refuses_goes_to_its_sibling() -> None:
 @pytest.mark.parametrize(
     ("method", "said", "part"),
     [
-        ("wanda", {}, "--ratio: say how much wanda should remove: --ratio, or --pattern N:M"),
-        ("shortgpt", {}, "--ratio, or --shape layers=N"),
-        ("flap", {}, "--ratio, or --shape hidden=N,ffn=N"),
-        ("wanda", {"shape": "layers=3"}, "--shape: wanda zeroes single weights"),
-        ("wanda", {"ratio": 0.5, "of": "total"}, "--of: a ratio for wanda always counts the weights"),
-        ("wanda", {"ratio": 0.5, "axes": "ffn"}, "--axes: wanda prunes no channels"),
-        ("wanda", {"ratio": 0.5, "allocation": "global"}, "--allocation: wanda prunes no channels"),
-        ("wanda", {"ratio": 0.3, "pattern": "2:4"}, "--ratio 0.3: --pattern 2:4 removes 0.5; leave one out"),
-        ("shortgpt", {"pattern": "2:4"}, "--pattern: shortgpt removes layers, not weights"),
-        ("flap", {"pattern": "2:4"}, "--pattern: flap removes channels, not weights"),
-        ("shortgpt", {"ratio": 0.5, "shape": "layers=3"}, "--shape: says what to reach, and so does --ratio"),
-        ("shortgpt", {"shape": "layers=3", "of": "total"}, "--of: says what a --ratio counts, and none is given"),
-        ("flap", {"shape": "ffn=3", "axes": "ffn"}, "--axes: --shape says already what is narrowed"),
-        ("shortgpt", {"shape": "hidden=64,ffn=64"}, "--shape: shortgpt does not change ffn, hidden"),
-        ("shortgpt", {"ratio": 0.5, "axes": "kv"}, "--axes: shortgpt prunes no channels"),
-        ("flap", {"shape": "layers=3"}, "--shape: flap does not change layers"),
-        ("flap", {"ratio": 0.5, "axes": "hidden"}, "--axes: flap scores ffn, kv, not hidden"),
-        ("flap", {"shape": "hidden=64"}, "--shape: flap scores ffn, kv, so it cannot narrow hidden"),
-        ("flap", {"shape": "ffn=64", "allocation": "global"}, "--allocation global: needs a --ratio"),
-        ("minitron-width", {"ratio": 0.5, "allocation": "global"}, "--axes of ffn and kv alone"),
-        ("minitron-width", {"shape": "ffn=14336"}, "--shape: is the model's own shape"),
-        ("minitron-width", {"shape": "ffn=14337"}, "--shape: ffn=14337 is not between 1 and the model's 14336"),
-        ("minitron-width", {"shape": "heads=21"}, "--shape: heads=21 splits a KV group"),
-        ("shortgpt", {"shape": "layers=0"}, "--shape: layers=0 is not between 1 and the model's 32"),
+        ("wanda", {}, "`ratio`: how much should wanda remove? Pass `ratio`, or `pattern` N:M"),
+        ("shortgpt", {}, "Pass `ratio`, or `shape` layers=N"),
+        ("flap", {}, "Pass `ratio`, or `shape` hidden=N,ffn=N"),
+        ("wanda", {"shape": "layers=3"}, "`shape`: wanda zeroes single weights"),
+        ("wanda", {"ratio": 0.5, "of": "total"}, "`of`: a ratio for wanda always counts the weights"),
+        ("wanda", {"ratio": 0.5, "axes": "ffn"}, "`axes`: wanda prunes no channels"),
+        ("wanda", {"ratio": 0.5, "allocation": "global"}, "`allocation`: wanda prunes no channels"),
+        ("wanda", {"ratio": 0.3, "pattern": "2:4"}, "`ratio` 0.3: `pattern` 2:4 removes 0.5; leave one out"),
+        ("shortgpt", {"pattern": "2:4"}, "`pattern`: shortgpt removes layers, not weights"),
+        ("flap", {"pattern": "2:4"}, "`pattern`: flap removes channels, not weights"),
+        (
+            "shortgpt",
+            {"ratio": 0.5, "shape": "layers=3"},
+            "`shape` and `ratio` both say how much to remove; leave one out",
+        ),
+        (
+            "shortgpt",
+            {"shape": "layers=3", "of": "total"},
+            "`of` says what a `ratio` counts, and there is no ratio; leave it out",
+        ),
+        ("flap", {"shape": "ffn=3", "axes": "ffn"}, "`axes`: `shape` already says what to narrow; leave it out"),
+        ("shortgpt", {"shape": "hidden=64,ffn=64"}, "`shape`: shortgpt does not change ffn, hidden"),
+        ("shortgpt", {"ratio": 0.5, "axes": "kv"}, "`axes`: shortgpt prunes no channels"),
+        ("flap", {"shape": "layers=3"}, "`shape`: flap does not change layers"),
+        ("flap", {"ratio": 0.5, "axes": "hidden"}, "`axes`: flap scores ffn, kv, not hidden"),
+        ("flap", {"shape": "hidden=64"}, "`shape`: flap scores ffn, kv, so it cannot narrow hidden"),
+        ("flap", {"shape": "ffn=64", "allocation": "global"}, "`allocation` global: needs a `ratio`"),
+        ("minitron-width", {"ratio": 0.5, "allocation": "global"}, "`axes` of ffn and kv alone"),
+        ("minitron-width", {"shape": "ffn=14336"}, "`shape`: is the model's own shape"),
+        ("minitron-width", {"shape": "ffn=14337"}, "`shape`: ffn=14337 is not between 1 and the model's 14336"),
+        ("minitron-width", {"shape": "heads=21"}, "`shape`: heads=21 splits a KV group"),
+        ("shortgpt", {"shape": "layers=0"}, "`shape`: layers must be a whole number above zero, got 0"),
         (
             "wanda",
             {"pattern": "3:7"},
-            "--pattern 3:7: the rows of self_attn.q_proj.weight have 4096 weights, no multiple",
+            "`pattern` 3:7: the rows of self_attn.q_proj.weight have 4096 weights, not a multiple of 7",
         ),
-        ("shortgpt", {"ratio": 1e-9}, "--ratio 1e-09: of 32 layers it would keep 32; possible: 0.0312"),
-        ("flap", {"ratio": 1e-9}, "--ratio 1e-09: too small; narrowing this model in steps of"),
-        ("shortgpt", {"ratio": 0.999}, "--ratio 0.999: of 32 layers it would keep 0; possible: 0.0312"),
-        ("flap", {"ratio": 0.999}, "--ratio 0.999: too large; narrowing this model in steps of 128 FFN channels, 1 KV"),
+        ("shortgpt", {"ratio": 1e-9}, "`ratio` 1e-09: of 32 layers it would keep 32; possible: 0.0312"),
+        ("flap", {"ratio": 1e-9}, "`ratio` 1e-09: too small; narrowing this model in steps of"),
+        ("shortgpt", {"ratio": 0.999}, "`ratio` 0.999: of 32 layers it would keep 0; possible: 0.0312"),
+        ("flap", {"ratio": 0.999}, "`ratio` 0.999: too large; narrowing this model in steps of 128 FFN channels, 1 KV"),
     ],
 )
 def test_what_cannot_be_asked_for(method: str, said: dict[str, Any], part: str) -> None:
@@ -156,9 +166,9 @@ def test_what_cannot_be_asked_for(method: str, said: dict[str, Any], part: str) 
     ],
 )
 def test_a_ratio_that_removes_nothing(method: str, most: int) -> None:
-    with pytest.raises(UserError, match=rf"--ratio 1e-09: removes nothing: {method} chooses among {most:,}") as caught:
+    with pytest.raises(UserError, match=rf"`ratio` 1e-09: removes nothing: {method} compares {most:,}") as caught:
         ask(method, ratio=1e-9)
-    least = re.search(r"it takes (\S+) or more$", str(caught.value))
+    least = re.search(r"the smallest ratio is (\S+)$", str(caught.value))
     assert least and float(least[1]) == pytest.approx(1 / most, rel=0.01)
     assert ask(method, ratio=float(least[1])) == PARENT
     with pytest.raises(UserError, match="removes nothing"):
@@ -167,7 +177,7 @@ def test_a_ratio_that_removes_nothing(method: str, most: int) -> None:
 
 def test_a_pattern_has_to_divide_the_rows_of_every_linear() -> None:
     odd = dataclasses.replace(PARENT, ffn=14340)
-    with pytest.raises(UserError, match=r"--pattern 4:8: the rows of mlp.down_proj.weight have 14340 weights"):
+    with pytest.raises(UserError, match=r"`pattern` 4:8: the rows of mlp.down_proj.weight have 14340 weights"):
         ask("wanda", odd, pattern="4:8")
     assert ask("wanda", odd, pattern="2:4") == odd
     fused = dataclasses.replace(PARENT, family=PHI3, ffn=14340)
@@ -195,6 +205,47 @@ def test_the_record() -> None:
     assert Target.parse(shape="ffn=3").record(width) == {"shape": {"ffn": 3}}
     said = Target.parse(ratio=0.5, axes="ffn", allocation="global").record(width)
     assert said == {"ratio": 0.5, "of": "non_embedding", "axes": ["ffn"], "allocation": "global"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        *(({"ratio": ratio}, f"`ratio` must be between 0 and 1, got {ratio}") for ratio in (1.5, 0, 1, -0.1, math.nan)),
+        ({"ratio": "0.5"}, "`ratio` must be between 0 and 1, got '0.5'"),
+        ({"ratio": 0.5, "of": "totl"}, "`of`: 'totl' is not known; did you mean 'total'?"),
+        ({"ratio": 0.5, "allocation": "globl"}, "`allocation`: 'globl' is not known; did you mean 'global'?"),
+        ({"pattern": "2:4"}, "`pattern` must be a Pattern, e.g. Pattern(2, 4), got '2:4'"),
+        ({"sizes": {"ffn": -3}}, "`shape`: ffn must be a whole number above zero, got -3"),
+        ({"sizes": {"ffn": 2.5}}, "`shape`: ffn must be a whole number above zero, got 2.5"),
+        ({"sizes": {"fnn": 3}}, "`shape`: 'fnn' is not a size; did you mean 'ffn'?"),
+        ({"ratio": 0.5, "axes": ("heads",)}, "`axes`: 'heads' is not one of layers, hidden, ffn, kv"),
+        ({"sizes": {"ffn": 3}, "pattern": Pattern(2, 4)}, "`shape` and `pattern` both say how much to remove"),
+    ],
+)
+def test_a_target_checks_itself(fields: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Target(**fields)
+    assert part in str(caught.value) and caught.value.field == part.split("`")[1]
+
+
+@pytest.mark.parametrize(("keep", "group"), [(0, 4), (5, 4), (-1, 4)])
+def test_a_pattern_checks_itself(keep: int, group: int) -> None:
+    with pytest.raises(UserError, match=f"^`pattern`: {keep}:{group} must keep at least 1 weight, and at most all 4"):
+        Pattern(keep, group)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target(ratio=0.5, of="total", axes=("kv", "ffn"), allocation="global"),
+        Target(sizes={"ffn": 3, "hidden": 8}),
+        Target(pattern=Pattern(2, 4)),
+    ],
+)
+def test_a_target_as_plain_values(target: Target) -> None:
+    fields = json.loads(json.dumps(target.as_dict()))
+    assert list(fields) == ["ratio", "of", "sizes", "pattern", "axes", "allocation"]
+    assert Target.from_dict(fields) == target
 
 
 def test_spaces_come_in_one_order() -> None:

@@ -39,13 +39,13 @@ def plan_of(subject: Subject, method: str, target: Target, **options: Any) -> Pl
 
 
 def share(target: Target) -> Fraction:
-    return 1 - Fraction(target.pattern.kept, target.pattern.of) if target.pattern else Fraction(str(target.ratio))
+    return 1 - Fraction(target.pattern.keep, target.pattern.group) if target.pattern else Fraction(str(target.ratio))
 
 
 def groups(values: Tensor, target: Target, within: str) -> Tensor:
     """What competes: [groups, members]."""
     if target.pattern:
-        return values.reshape(-1, target.pattern.of)
+        return values.reshape(-1, target.pattern.group)
     return values if within == "row" else values.reshape(1, -1)
 
 
@@ -96,11 +96,13 @@ def test_magnitude_within_each_linear(subject: Subject, target: Target) -> None:
 def test_sparsegpt_against_brain_surgery(subject: Subject, target: Target) -> None:
     """Block 16, so that a row has several blocks."""
     plan, model = plan_of(subject, "sparsegpt", target, block=16), subject.model()
-    span = target.pattern.of if target.pattern else 16
+    span = target.pattern.group if target.pattern else 16
     for layer in range(subject.layers):
         seen = capture(model, subject.ids)
         for name, linear in linears(model, layer).items():
-            mask_of = follow(plan.masks[f"{name}.weight"], float(share(target)), target.pattern and target.pattern.of)
+            mask_of = follow(
+                plan.masks[f"{name}.weight"], float(share(target)), target.pattern and target.pattern.group
+            )
             wanted = naive_obs(linear.weight.detach(), seen[name][0].flatten(0, 1), mask_of, span)
             found = plan.weights[f"{name}.weight"]
             bf16 = found.dtype == torch.bfloat16
@@ -288,7 +290,7 @@ def test_patterns_hold_in_what_is_written(method: str, kept: int, of: int, tmp_p
 
 def test_rows_that_a_pattern_does_not_divide(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tiny_family(tmp_path, "llama"))
-    with pytest.raises(UserError, match=r"48 weights, no multiple of 5"):
+    with pytest.raises(UserError, match=r"48 weights, not a multiple of 5"):
         make_plan(checkpoint, "magnitude", Target(pattern=Pattern(3, 5)), None)
 
 

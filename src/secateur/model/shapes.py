@@ -328,17 +328,17 @@ def explicit(shape: Shape, sizes: Mapping[str, int]) -> Shape:
     """
     for name, size in sizes.items():
         if name not in SIZES:
-            raise UserError(f"--shape: {name!r} is not a size{did_you_mean(name, SIZES)}")
+            raise UserError(f"`shape`: {name!r} is not a size{did_you_mean(name, SIZES)}")
         if not 1 <= size <= getattr(shape, name):
-            raise UserError(f"--shape: {name}={size} is not between 1 and the model's {getattr(shape, name)}")
+            raise UserError(f"`shape`: {name}={size} is not between 1 and the model's {getattr(shape, name)}")
     group = shape.heads // shape.kv_heads
     heads = sizes.get("heads", sizes.get("kv_heads", shape.kv_heads) * group)
     kv_heads = sizes.get("kv_heads", heads // group)
     if heads % group:
-        raise UserError(f"--shape: heads={heads} splits a KV group: {group} query heads share each KV head")
+        raise UserError(f"`shape`: heads={heads} splits a KV group: {group} query heads share each KV head")
     if heads != kv_heads * group:
         raise UserError(
-            f"--shape: heads={heads},kv_heads={kv_heads}: {group} query heads share each KV head, so {kv_heads} KV "
+            f"`shape`: heads={heads},kv_heads={kv_heads}: {group} query heads share each KV head, so {kv_heads} KV "
             f"heads go with {kv_heads * group} query heads"
         )
     return dataclasses.replace(shape, **{**sizes, "heads": heads, "kv_heads": kv_heads})

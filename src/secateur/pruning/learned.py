@@ -221,7 +221,7 @@ def _check_reached(
             raise RunError(
                 f"{house.label}: the gates did not settle: {space} is expected to keep {float(sizes[worst]):.4g} "
                 f"of {units}{where}, and {goal} were asked (on average along the run: {past}); "
-                "give it more --option steps=N, or a higher --option phi=X and multiplier_rate=X"
+                "raise the method's option steps, or its options phi and multiplier_rate"
             )
 
 

@@ -49,7 +49,6 @@ class ShapesRequest:
 
     def __post_init__(self) -> None:
         target = self.targets[0]
-        target.check_amount()
         if target.ratio is None and not target.sizes and (self.method or target.axes):
             field = "method" if self.method else "axes"
             raise UserError(f"`{field}`: goes with a `ratio`; say how much to remove")
@@ -125,7 +124,7 @@ def _single(before: Shape, target: Target, request: ShapesRequest, context: int)
         sparse = method.granularity == "sparse"
         return _zeroed(before, target, context) if sparse else _describe(before, after, target, context)
     if target.sizes:
-        return _describe(before, target.reached(before), target, context)
+        return _describe(before, target.explicit_shape(before), target, context)
     assert target.ratio is not None
     spaces = [space for space in SPACES if space in target.axes]
     after = solve_width(before, target.ratio, spaces, target.of or "non_embedding")

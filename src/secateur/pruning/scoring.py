@@ -273,7 +273,7 @@ def _compensate(
         columns = gone.repeat_interleave(weight.shape[1] // gone.numel())
         biases[walk.family.block_tensor(int(layer), f"{reader}.bias")] = weight[:, columns] @ means[name].cpu()[columns]
     if refused and method.bias == "require":
-        raise UserError(f"--option bias=require: {'; '.join(refused.values())}")
+        raise UserError(f"`options`: bias=require: {'; '.join(refused.values())}")
     if refused:
         notify(f"no bias compensation where the family has no bias: {'; '.join(refused.values())}")
     return biases, refused
@@ -282,7 +282,7 @@ def _compensate(
 def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Decision:
     """Prune block after block, each seeing what the pruned ones before it put out."""
     family = walk.family
-    select = Selector(target.sparsity, method.compare, target.pattern.of if target.pattern else None)
+    select = Selector(target.sparsity, method.compare, target.pattern.group if target.pattern else None)
     wanted: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
     masks, weights = walk.journal.below("mask."), walk.journal.below("weight.")
 

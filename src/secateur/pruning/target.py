@@ -1,4 +1,4 @@
-"""What pruning should come to: a share of the parameters, a shape, or a pattern of zeros."""
+"""The target of pruning: a share of the parameters, a shape, or an N:M pattern of zeros."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from secateur.errors import UserError, did_you_mean
 from secateur.methods.selection import count_pruned
@@ -22,40 +23,54 @@ Allocation = Literal["uniform", "global"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """N weights kept of each M that follow one another in a row, as in 2:4."""
+    """An N:M pattern, as in 2:4: each group of M consecutive weights of a row keeps N.
 
-    kept: int
-    of: int
+    Attributes:
+        keep: N, weights that stay.
+        group: M, weights in a group.
+    """
+
+    keep: int
+    group: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep <= self.group:
+            raise UserError(f"`pattern`: {self} must keep at least 1 weight, and at most all {self.group}")
 
     @classmethod
     def parse(cls, text: str) -> Pattern | None:
-        """Read ``N:M``, or ``unstructured``, which is None.
+        """Read ``N:M``; ``unstructured`` is None.
 
         Raises:
-            UserError: if it is neither, or keeps none or more than there are.
+            UserError: on any other text, or N outside 1 to M.
         """
         if text == "unstructured":
             return None
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UserError(f"--pattern: {text!r} is neither unstructured nor N:M with N weights kept of M, e.g. 2:4")
+            raise UserError(f"`pattern`: {text!r} is neither unstructured nor N:M, e.g. 2:4 (2 of each 4 weights stay)")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
-        return f"{self.kept}:{self.of}"
+        return f"{self.keep}:{self.group}"
 
 
 @dataclass(frozen=True)
 class Target:
-    """How much to prune, in one of three ways.
+    """How much to prune: a ratio, sizes, or a pattern.
 
     Attributes:
-        ratio: share to remove; of parameters for depth and width, of the block linears' weights for sparse methods.
-        of: which parameters the ratio counts; None for those outside the embeddings.
-        sizes: sizes of the shape to reach, instead of a ratio.
-        pattern: of the zeros, sparse methods only; it says the ratio by itself.
-        axes: what a method shrinks that scores several spaces; empty for the method's own choice.
+        ratio: share to remove, in (0, 1): of parameters for depth and width, of the block linears' weights for sparse
+            methods.
+        of: parameters that the ratio counts; None for those outside the embeddings.
+        sizes: sizes of the shape to reach, e.g. ``{"hidden": 3072}``.
+        pattern: of the zeros, for sparse methods; it implies the ratio.
+        axes: spaces to shrink, for methods that score several; empty for the method's default.
         allocation: ``uniform``: every layer keeps as many units; ``global``: layers compete.
+
+    Raises:
+        UserError: on a value out of range or a contradiction between fields. Messages call ``sizes`` ``shape``, the
+            name that requests use.
     """
 
     ratio: float | None = None
@@ -64,6 +79,38 @@ class Target:
     pattern: Pattern | None = None
     axes: tuple[str, ...] = ()
     allocation: Allocation = "uniform"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", dict(self.sizes))
+        object.__setattr__(self, "axes", tuple(self.axes))
+        if self.ratio is not None and not (isinstance(self.ratio, Real) and 0 < self.ratio < 1):
+            raise UserError(f"`ratio` must be between 0 and 1, got {self.ratio!r}")
+        for name, choice, choices in (
+            ("of", self.of, (None, *get_args(Share))),
+            ("allocation", self.allocation, get_args(Allocation)),
+        ):
+            if choice not in choices:
+                raise UserError(f"`{name}`: {choice!r} is not known{did_you_mean(choice, filter(None, choices))}")
+        if self.pattern is not None and not isinstance(self.pattern, Pattern):
+            raise UserError(f"`pattern` must be a Pattern, e.g. Pattern(2, 4), got {self.pattern!r}")
+        _check_sizes(self.sizes)
+        _check_axes(self.axes)
+        self._check_consistent()
+
+    def _check_consistent(self) -> None:
+        """Refuse fields that contradict each other for every method."""
+        if self.ratio is not None and self.sizes:
+            raise UserError("`shape` and `ratio` both say how much to remove; leave one out")
+        if self.pattern and self.sizes:
+            raise UserError("`shape` and `pattern` both say how much to remove; leave one out")
+        if self.pattern and self.ratio is not None and abs(self.sparsity - self.ratio) > 1e-9:
+            raise UserError(
+                f"`ratio` {self.ratio:g}: `pattern` {self.pattern} removes {self.sparsity:g}; leave one out"
+            )
+        if self.of and self.ratio is None:
+            raise UserError("`of` says what a `ratio` counts, and there is no ratio; leave it out")
+        if self.axes and self.sizes:
+            raise UserError("`axes`: `shape` already says what to narrow; leave it out")
 
     @classmethod
     def parse(
@@ -76,114 +123,122 @@ class Target:
         axes: str | None = None,
         allocation: Allocation = "uniform",
     ) -> Target:
-        """Read a target from what a command line says; what was not given is None.
+        """Read a target from the texts of a command line or a study file.
+
+        Args:
+            ratio: share to remove.
+            of: ``total`` or ``non-embedding``.
+            shape: e.g. ``hidden=3072,ffn=9216``.
+            pattern: e.g. ``2:4``.
+            axes: e.g. ``kv,ffn``.
+            allocation: ``uniform`` or ``global``.
 
         Raises:
-            UserError: naming the option that cannot be read.
+            UserError: if a field cannot be read, or contradicts another one.
         """
         return cls(
             ratio,
-            {None: None, "total": "total", "non-embedding": "non_embedding"}[of],
+            cast("Share | None", of and of.replace("-", "_")),
             _parse_sizes(shape) if shape is not None else {},
             Pattern.parse(pattern) if pattern is not None else None,
-            _parse_axes(axes) if axes is not None else (),
+            tuple(part.strip() for part in axes.split(",")) if axes is not None else (),
             allocation,
         )
 
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as plain values; part of the identity of a study's stages."""
+        return {
+            "ratio": self.ratio,
+            "of": self.of,
+            "sizes": dict(self.sizes),
+            "pattern": str(self.pattern) if self.pattern else None,
+            "axes": list(self.axes),
+            "allocation": self.allocation,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Target:
+        """Rebuild the target that :meth:`as_dict` describes."""
+        pattern = Pattern.parse(fields["pattern"]) if fields["pattern"] else None
+        return cls(**{**fields, "pattern": pattern})
+
     def check(self, method: Method, name: str) -> None:
-        """Refuse what the method cannot be asked for.
+        """Refuse a target that does not suit the method.
 
         Raises:
-            UserError: naming the option that does not go with the method.
+            UserError: naming the field at fault.
         """
         kind, sparse = method.granularity, method.granularity == "sparse"
         if sparse and self.sizes:
-            raise UserError(f"--shape: {name} zeroes single weights and keeps the shape; give --ratio or --pattern")
+            raise UserError(f"`shape`: {name} zeroes single weights and keeps the shape; pass `ratio` or `pattern`")
         if sparse and self.of:
-            raise UserError(f"--of: a ratio for {name} always counts the weights of the blocks' linears; leave it out")
+            raise UserError(f"`of`: a ratio for {name} always counts the weights of the blocks' linears; leave it out")
         if self.pattern and not sparse:
-            raise UserError(f"--pattern: {name} removes {'layers' if kind == 'depth' else 'channels'}, not weights")
-        if self.pattern and self.ratio is not None and abs(self.sparsity - self.ratio) > 1e-9:
-            raise UserError(
-                f"--ratio {self.ratio:g}: --pattern {self.pattern} removes {self.sparsity:g}; leave one out"
-            )
+            raise UserError(f"`pattern`: {name} removes {'layers' if kind == 'depth' else 'channels'}, not weights")
         if self.ratio is None and not self.sizes and not self.pattern:
-            raise UserError(f"--ratio: say how much {name} should remove: --ratio, or {_OTHER[kind]}")
-        self.check_amount()
+            raise UserError(f"`ratio`: how much should {name} remove? Pass `ratio`, or {_ALTERNATIVES[kind]}")
         self._check_width(method, name)
 
-    def check_amount(self) -> None:
-        """Refuse what contradicts itself, whatever the method.
-
-        Raises:
-            UserError: naming the option to leave out.
-        """
-        if self.ratio is not None and self.sizes:
-            raise UserError("--shape: says what to reach, and so does --ratio; leave one out")
-        if self.of and self.ratio is None:
-            raise UserError("--of: says what a --ratio counts, and none is given; leave it out")
-        if self.axes and self.sizes:
-            raise UserError("--axes: --shape says already what is narrowed; leave it out")
-
     def _check_width(self, method: Method, name: str) -> None:
+        """Check the fields that concern channels."""
         if not method.scores:
-            for option, given in (("--axes", bool(self.axes)), ("--allocation", self.allocation != "uniform")):
-                if given:
-                    raise UserError(f"{option}: {name} prunes no channels; leave it out")
-            foreign = set(self.sizes) - {"layers"}
+            for field_name, is_set in (("axes", bool(self.axes)), ("allocation", self.allocation != "uniform")):
+                if is_set:
+                    raise UserError(f"`{field_name}`: {name} prunes no channels; leave it out")
+            unsupported = set(self.sizes) - {"layers"}
         else:
-            foreign = {"layers"} & set(self.sizes) - set(method.scores)
-        if foreign:
-            raise UserError(f"--shape: {name} does not change {', '.join(sorted(foreign))}")
+            unsupported = {"layers"} & set(self.sizes) - set(method.scores)
+        if unsupported:
+            raise UserError(f"`shape`: {name} does not change {', '.join(sorted(unsupported))}")
         for axis in self.axes:
             if axis not in method.scores:
-                raise UserError(f"--axes: {name} scores {', '.join(method.scores)}, not {axis}")
+                raise UserError(f"`axes`: {name} scores {', '.join(method.scores)}, not {axis}")
         for space in self.spaces(method) if method.scores else ():
             if space not in method.scores:
-                raise UserError(f"--shape: {name} scores {', '.join(method.scores)}, so it cannot narrow {space}")
+                raise UserError(f"`shape`: {name} scores {', '.join(method.scores)}, so it cannot narrow {space}")
         if self.allocation == "global" and "layers" in method.scores:
-            raise UserError(f"--allocation global: {name} learns as many units in every layer; leave it out")
+            raise UserError(f"`allocation` global: {name} learns as many units in every layer; leave it out")
         if self.allocation == "global" and (self.sizes or "hidden" in self.spaces(method)):
-            raise UserError("--allocation global: needs a --ratio, and --axes of ffn and kv alone")
+            raise UserError("`allocation` global: needs a `ratio`, and `axes` of ffn and kv alone")
 
-    def counts(self, method: Method) -> str:
-        """What a ratio is a share of: ``non_embedding`` or ``total`` parameters, or ``block_weights``."""
+    def basis(self, method: Method) -> str:
+        """What the ratio is a share of: ``non_embedding`` or ``total`` parameters, or ``block_weights``."""
         return "block_weights" if method.granularity == "sparse" else self.of or "non_embedding"
 
     def record(self, method: Method) -> dict[str, Any]:
-        """What was asked for, as plain values; what was left to the defaults is left out."""
-        said: dict[str, Any] = {}
+        """The fields that differ from their defaults, as plain values."""
+        record: dict[str, Any] = {}
         if self.ratio is not None:
-            said["ratio"] = self.ratio
-            said["of"] = self.counts(method)
+            record["ratio"] = self.ratio
+            record["of"] = self.basis(method)
         if self.sizes:
-            said["shape"] = dict(self.sizes)
+            record["shape"] = dict(self.sizes)
         if self.pattern:
-            said["pattern"] = str(self.pattern)
+            record["pattern"] = str(self.pattern)
         if self.axes:
-            said["axes"] = list(self.axes)
+            record["axes"] = list(self.axes)
         if self.allocation != "uniform":
-            said["allocation"] = self.allocation
-        return said
+            record["allocation"] = self.allocation
+        return record
 
     def spaces(self, method: Method) -> tuple[str, ...]:
         """The spaces that shrink, in the order of :data:`secateur.model.shapes.SPACES`."""
         if self.sizes:
-            named = {"kv" if name in ("heads", "kv_heads") else name for name in self.sizes}
+            names = {"kv" if name in ("heads", "kv_heads") else name for name in self.sizes}
         else:
-            named = set(self.axes or method.axes)
-        return tuple(space for space in SPACES if space in named)
+            names = set(self.axes or method.axes)
+        return tuple(space for space in SPACES if space in names)
 
     @property
     def sparsity(self) -> float:
         """The share of zeros that a sparse method makes."""
         if self.pattern:
-            return 1 - self.pattern.kept / self.pattern.of
+            return 1 - self.pattern.keep / self.pattern.group
         assert self.ratio is not None
         return self.ratio
 
     def shape(self, before: Shape, method: Method, name: str) -> Shape:
-        """The shape after pruning, known before anything is scored; a global allocation may stay wider.
+        """The shape after pruning, computed before anything is scored; a global allocation may stay wider.
 
         Raises:
             UserError: if the target does not suit the method, or the model has no such shape.
@@ -193,7 +248,7 @@ class Target:
             self._check_groups(before, cast("WeightMethod", method), name)
             return before
         if self.sizes:
-            after = self.reached(before).openable(where="--shape")
+            after = self.explicit_shape(before).openable(where="`shape`")
         elif method.granularity == "depth":
             assert self.ratio is not None
             after = solve_depth(before, self.ratio, self.of or "non_embedding")
@@ -202,43 +257,43 @@ class Target:
             after = solve_width(before, self.ratio, self.spaces(method), self.of or "non_embedding")
         return after.switched_on(method.switches(after, self.spaces(method)))
 
-    def reached(self, before: Shape) -> Shape:
-        """The shape with the sizes asked for, whether or not transformers opens it.
+    def explicit_shape(self, before: Shape) -> Shape:
+        """The shape with ``sizes``, whether or not transformers can open it.
 
         Raises:
             UserError: if the model has no such shape, or has it already.
         """
         after = explicit(before, self.sizes)
         if after == before:
-            raise UserError("--shape: is the model's own shape; nothing would be removed")
+            raise UserError("`shape`: is the model's own shape; nothing would be removed")
         return after
 
     def _check_groups(self, shape: Shape, method: WeightMethod, name: str) -> None:
-        """A pattern has to divide the rows of every linear, and without one some group has to lose a weight."""
+        """Check that a pattern divides the rows of every linear, and that a ratio removes a weight of some group."""
         sizes = {linear: shape.tensor_size(shape.family.block[linear]) for linear in shape.family.linears}
         if self.pattern:
-            of = self.pattern.of
             for linear, (_, row) in sizes.items():
-                if row % of:
+                if row % self.pattern.group:
                     raise UserError(
-                        f"--pattern {self.pattern}: the rows of {linear} have {row} weights, no multiple of {of}"
+                        f"`pattern` {self.pattern}: the rows of {linear} have {row} weights, not a multiple of "
+                        f"{self.pattern.group}"
                     )
             return
-        most = max(method.competing(out, row) for out, row in sizes.values())
-        if not count_pruned(most, self.sparsity):
-            digits = 10 ** (len(str(most)) + 2)
-            least = math.ceil(digits / most) / digits  # rounded up, so that it is one that removes something
+        largest = max(method.competing(out, row) for out, row in sizes.values())
+        if not count_pruned(largest, self.sparsity):
+            digits = 10 ** (len(str(largest)) + 2)
+            smallest_ratio = math.ceil(digits / largest) / digits  # rounded up, so that it removes a weight
             raise UserError(
-                f"--ratio {self.ratio:g}: removes nothing: {name} chooses among {most:,} weights at a time, so it "
-                f"takes {least:g} or more"
+                f"`ratio` {self.ratio:g}: removes nothing: {name} compares {largest:,} weights at a time; "
+                f"the smallest ratio is {smallest_ratio:g}"
             )
 
 
-_OTHER = {
-    "sparse": "--pattern N:M",
-    "depth": "--shape layers=N",
-    "width": "--shape hidden=N,ffn=N",
-    "depth+width": "--shape layers=N,hidden=N,ffn=N,heads=N",
+_ALTERNATIVES = {
+    "sparse": "`pattern` N:M",
+    "depth": "`shape` layers=N",
+    "width": "`shape` hidden=N,ffn=N",
+    "depth+width": "`shape` layers=N,hidden=N,ffn=N,heads=N",
 }
 
 
@@ -247,25 +302,28 @@ def _parse_sizes(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (word.strip() for word in part.partition("="))
-        if name and name not in SIZES:
-            raise UserError(f"--shape: {name!r} is not a size{did_you_mean(name, SIZES)}")
         if not name or not re.fullmatch(r"\d{1,12}", size, re.ASCII):
-            raise UserError(f"--shape: {part.strip()!r} is not SIZE=NUMBER, as in hidden=3072,ffn=9216")
+            raise UserError(f"`shape`: {part.strip()!r} is not SIZE=NUMBER, as in hidden=3072,ffn=9216")
         if name in sizes:
-            raise UserError(f"--shape: {name} is given twice")
+            raise UserError(f"`shape`: {name} appears twice")
         sizes[name] = int(size)
     return sizes
 
 
-def _parse_axes(text: str) -> tuple[str, ...]:
-    """Read ``kv,ffn``."""
-    axes = tuple(part.strip() for part in text.split(","))
+def _check_sizes(sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        if name not in SIZES:
+            raise UserError(f"`shape`: {name!r} is not a size{did_you_mean(name, SIZES)}")
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"`shape`: {name} must be a whole number above zero, got {size!r}")
+
+
+def _check_axes(axes: tuple[str, ...]) -> None:
     for axis in axes:
         if axis not in SPACES:
-            raise UserError(f"--axes: {axis!r} is not one of {', '.join(SPACES)} (kv: KV heads with their query heads)")
+            raise UserError(f"`axes`: {axis!r} is not one of {', '.join(SPACES)} (kv: KV heads with their query heads)")
     if len(set(axes)) < len(axes):
-        raise UserError(f"--axes {text}: names an axis twice")
-    return axes
+        raise UserError(f"`axes`: {','.join(axes)} names an axis twice")
 
 
 def describe_target(asked: Mapping[str, Any]) -> str:

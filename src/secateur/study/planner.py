@@ -100,21 +100,14 @@ class _Builder(TrainingRuns):
         return stage
 
     def _pruned(self, pruning: Pruning) -> Stage:
-        target, study = pruning.target, self.study
+        study = self.study
         learned = isinstance(pruning.method, LearnedMethod)
         tokens = self._scored(pruning)
         first = self._before(pruning.parent)
         asked = {
             "method": pruning.entry.method,
             "options": identity(pruning.method),
-            "target": {
-                "ratio": target.ratio,
-                "of": target.of,
-                "sizes": dict(target.sizes),
-                "pattern": str(target.pattern) if target.pattern else None,
-                "axes": list(target.axes),
-                "allocation": target.allocation,
-            },
+            "target": pruning.target.as_dict(),
             "calibration": identity(study.calibration),
             "seqlen": self.sequence,
             "slice": [first, self.start],

@@ -28,7 +28,7 @@ def permuted_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = 
     """
     generator = _generator(seed, name)
     out, width = mask.shape
-    group = pattern.of if pattern else 1
+    group = pattern.group if pattern else 1
     rows = torch.randperm(out, generator=generator)
     groups = torch.randperm(width // group, generator=generator)
     columns = (groups[:, None] * group + torch.arange(group)).reshape(-1)
@@ -40,7 +40,7 @@ def random_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = No
 
     Args and result are as those of :func:`permuted_mask`.
     """
-    group = pattern.of if pattern else mask.numel()
+    group = pattern.group if pattern else mask.numel()
     noise = torch.rand(mask.numel() // group, group, generator=_generator(seed, name))
     kept = mask.reshape(-1, group).sort(dim=1, descending=True).values
     return torch.empty_like(kept).scatter_(1, noise.argsort(dim=1), kept).reshape(mask.shape)
