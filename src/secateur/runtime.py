@@ -35,11 +35,13 @@ def calm_environment(threads: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' own bars and notices off the terminal; ours say what is going on."""
-    from transformers.utils import logging
+    """Keep the progress bars and notices of transformers off the terminal, without importing transformers."""
+    os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    if "transformers" in sys.modules:  # which reads the variables only when it is imported
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def pick_device(name: str) -> str:

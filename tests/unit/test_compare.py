@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from secateur.comparison.items import AVERAGE, Comparison, compare_results
+from secateur.comparison.items import AVERAGE, Comparison, Comparisons, compare_results
 from secateur.errors import UserError
 from secateur.evaluation.results import EvaluationResults, Measurement, check_same_protocols, items_file
 
@@ -26,9 +26,9 @@ def loss(values: list[float], tokens: list[int], mark: str = "a") -> Measurement
     return Measurement("loss", "loss", mean, protocol, "documents", items, {"perplexity": float(np.exp(mean))})
 
 
-def only(found: list[Comparison]) -> Comparison:
-    (one,) = found
-    return one
+def only(comparisons: Comparisons) -> Comparison:
+    (row,) = comparisons
+    return row
 
 
 def test_a_difference_beyond_the_noise() -> None:
@@ -103,6 +103,21 @@ def test_what_cannot_be_compared() -> None:
         other = task([1, 0, 1], mark="b")
         other.protocol["version"] = 2.0  # type: ignore[index]
         compare_results([one], [EvaluationResults("b", [other])])
+
+
+def test_the_verdict_is_that_of_the_held_out_loss() -> None:
+    a, b = [2.0 + i / 100 for i in range(40)], [2.5 + i / 100 for i in range(40)]
+    sides = [EvaluationResults(n, [task([1, 0, 1]), loss(v, [9] * 40)]) for n, v in (("a", a), ("b", b))]
+    comparisons = compare_results(sides[:1], sides[1:])
+    assert [row.name for row in comparisons] == ["piqa", "loss"] and len(comparisons) == 2
+    assert comparisons.verdict == comparisons[1].verdict == "A" and comparisons[:1] == (comparisons[0],)
+    assert compare_results(sides[1:], sides[:1]).verdict == "B" and compare_results(sides[:1], sides[:1])
+    without = EvaluationResults("c", [task([1, 0, 1])])
+    with pytest.raises(UserError, match="no held-out loss was measured in both; evaluate both"):
+        _ = compare_results([without], [without]).verdict
+    with pytest.raises(UserError, match=r"no held-out loss was measured in both \(B has no loss\); evaluate both"):
+        _ = compare_results(sides[:1], [without]).verdict
+    assert not compare_results([EvaluationResults("a")], [EvaluationResults("b")])
 
 
 def test_same_names_need_same_protocols() -> None:

@@ -46,3 +46,15 @@ def test_the_sign_test_counts_without_ties() -> None:
     assert (above, below) == (8, 2) and p == pytest.approx(wanted)
     assert sign_test(np.zeros(5)) == (0, 0, 1.0)
     assert sign_test(np.array([1.0, -1.0]))[2] == 1.0
+
+
+def test_quantiles_and_p_values_are_those_of_scipy_stats() -> None:
+    from scipy.stats import binomtest, t
+
+    for seeds in range(2, 30):
+        values = np.random.default_rng(seeds).normal(0.1, 1, seeds)
+        half = t.ppf(0.975, seeds - 1) * values.std(ddof=1) / math.sqrt(seeds)
+        assert seed_interval(values.tolist()) == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-12)
+    for above, below in ((1, 0), (0, 3), (4, 4), (5, 4), (8, 2), (60, 39), (0, 200), (2600, 2400), (10_000, 9_000)):
+        p = sign_test(np.array([1.0] * above + [-1.0] * below))[2]
+        assert p == pytest.approx(binomtest(above, above + below).pvalue, rel=1e-12)

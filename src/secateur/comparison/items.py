@@ -1,24 +1,30 @@
-"""Two models on the same items: by how much one is better, how sure that is, and whether it can be told at all."""
+"""Compare two models on the same items: by how much one is better, and whether that is more than noise."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from secateur.comparison.intervals import bootstrap_interval, mean_interval, seed_interval, sign_test
 from secateur.errors import UserError
-from secateur.evaluation.results import EvaluationResults, Measurement, MeasurementKind, check_same_protocols
+from secateur.evaluation.results import (
+    LOSS,
+    EvaluationResults,
+    Measurement,
+    MeasurementKind,
+    check_same_protocols,
+)
 
-__all__ = ["AVERAGE", "FEW", "Comparison", "compare_results"]
+__all__ = ["AVERAGE", "FEW", "Comparison", "Comparisons", "Outcome", "compare_results"]
 
 AVERAGE = "average of tasks"
 FEW = 30  #: items, below which a bootstrap's interval alone is not trusted
 
-Verdict = Literal["A", "B", "too close to call", "not measured"]
+Outcome = Literal["A", "B", "too close to call", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Comparison:
 
     name: str
     kind: MeasurementKind
-    verdict: Verdict
+    verdict: Outcome
     a: float | None = None
     b: float | None = None
     difference: float | None = None
@@ -57,7 +63,39 @@ class Comparison:
         return {**asdict(self), "seeds": list(self.seeds)}
 
 
-def compare_results(a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> list[Comparison]:
+@dataclass(frozen=True)
+class Comparisons(Sequence[Comparison]):
+    """Every figure of A beside that of B; a sequence of :class:`Comparison`."""
+
+    rows: tuple[Comparison, ...]
+
+    @property
+    def verdict(self) -> Outcome:
+        """The verdict on the held-out loss.
+
+        Raises:
+            UserError: if the held-out loss was not measured in both.
+        """
+        loss = next((row for row in self.rows if row.name == LOSS), None)
+        if loss is None or loss.verdict == "not measured":
+            reason = f" ({loss.reason})" if loss else ""
+            raise UserError(f"no held-out loss was measured in both{reason}; evaluate both models on the same text")
+        return loss.verdict
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Comparison: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Comparison, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Comparison | tuple[Comparison, ...]:
+        return self.rows[index]
+
+
+def compare_results(a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> Comparisons:
     """Compare two models, each measured once or, trained from several seeds, as often.
 
     Args:
@@ -78,7 +116,7 @@ def compare_results(a: Sequence[EvaluationResults], b: Sequence[EvaluationResult
     counted = _apart([_of(a[0], name) for name in accuracies])
     if len(counted) > 1:
         found.append(_average(counted, a, b))
-    return found
+    return Comparisons(tuple(found))
 
 
 def _apart(measured: Sequence[Measurement]) -> list[str]:
@@ -168,7 +206,7 @@ def _judged(
         intervals.append(seed_interval(differences))
         seeds = {"seeds": differences, "seed_low": intervals[1][0], "seed_high": intervals[1][1]}
     above, below, p = sign_test(better)
-    verdict: Verdict = "too close to call"
+    verdict: Outcome = "too close to call"
     if len(better) >= FEW or p < 0.05:
         if all(low > 0 for low, _ in intervals):
             verdict = "A"

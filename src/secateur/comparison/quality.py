@@ -60,9 +60,8 @@ def _compared(index: Index, group: Group, name: str) -> list[Comparison]:
     ours, theirs = ([_without(side, unlike) for side in sides] for sides in zip(*both, strict=True))
     kinds: dict[str, MeasurementKind] = {m.name: m.kind for m in both[0][0].measurements}
     reason = "the two were measured under different protocols"
-    return compare_results(ours, theirs) + [
-        Comparison(name, kinds.get(name, "loss"), "not measured", reason=reason) for name in sorted(unlike)
-    ]
+    incomparable = [Comparison(name, kinds.get(name, "loss"), "not measured", reason=reason) for name in sorted(unlike)]
+    return [*compare_results(ours, theirs), *incomparable]
 
 
 def _without(measured: Measured, names: Set[str]) -> Measured:

@@ -19,7 +19,6 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from secateur.errors import UserError
 from secateur.forecast.curve import Floats
@@ -117,6 +116,8 @@ def fit_ratios(runs: Sequence[Retrained]) -> RatioLaw:
     Raises:
         UserError: if there are fewer than two ratios, three budgets, or runs than parameters.
     """
+    from scipy.optimize import least_squares  # takes 0.6 s to import
+
     runs = tuple(sorted(runs, key=lambda run: (run.parent, run.ratio, run.tokens, run.loss)))
     ratios, budgets = {run.ratio for run in runs}, {run.tokens for run in runs}
     if len(ratios) < _RATIOS or len(budgets) < _BUDGETS:
