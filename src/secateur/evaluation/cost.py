@@ -1,9 +1,9 @@
-"""What a model costs to run: size, KV cache, speed of reading and writing, memory, measured where it runs.
+"""Cost of running a model: size, KV cache, speed and memory, measured on the present device.
 
-Speeds are of plain transformers in the type that is named: comparisons between models, not the best a serving engine
-could do. Every speed is the median over repeats, after a warm-up, with its quartiles. Reading (prefill) is one pass
-over a prompt that ends with the first new token; writing (decode) is one token after the other with the KV cache,
-greedily. Peak memory is what torch allocated on a GPU; on a CPU, the whole process without mapped files.
+Speeds are those of plain transformers: good for comparing models, not the best of a serving engine. Every speed is the
+median over repeats, after a warm-up, with its quartiles. Prefill is one pass over a prompt, up to the first new token;
+decode is greedy, one token at a time, with the KV cache. Peak memory is that allocated by torch on a GPU; on a CPU,
+that of the process without mapped files.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ NEEDS = "not measured: needs a GPU of compute capability 8.0 or newer"
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed."""
+    """Sizes of a timed run."""
 
-    prompt: int = 512  #: tokens that are read, or what the model's positions leave room for
-    new: int = 64  #: tokens that are written
+    prompt: int = 512  #: tokens of the prompt
+    new: int = 64  #: generated tokens
     batches: tuple[int, ...] = (1, 8)
     repeats: int = 7
-    warm_up: int = 2
+    warm_up: int = 2  #: runs before those that count
 
     def within(self, limit: int | None) -> Workload:
-        """The workload that fits a model's positions."""
+        """Shorten the workload to ``limit`` positions; None for no limit."""
         if limit is None or self.prompt + self.new <= limit:
             return self
         new = max(2, min(self.new, limit // 4))
@@ -50,7 +50,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure; ``low`` and ``high`` are the quartiles of what was repeated."""
+    """One figure; ``low`` and ``high`` are the quartiles over repeats."""
 
     name: str
     value: float
@@ -62,21 +62,21 @@ class Figure:
     repeats: int | None = None
 
     def record(self) -> dict[str, Any]:
-        """As plain values, without what does not apply."""
+        """The fields that are not None, as plain values."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
 def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workload = Workload()) -> dict[str, Any]:
-    """Measure what a model costs to run on the device that it is on, in its type.
+    """Measure the cost of running a model on its device and in its dtype.
 
     Args:
-        checkpoint: that the model was loaded from.
+        checkpoint: of the model.
         model: in evaluation mode.
-        workload: what is timed; cut to the model's positions.
+        workload: sizes of the timed runs; shortened to the model's positions.
 
     Returns:
-        ``figures``, each with its unit; the ``workload`` as it was; ``device``, ``dtype``, ``threads`` and versions;
-        and what ``sparsity`` gains, or why that was not measured.
+        ``figures``, each with its unit; the ``workload`` that was run; ``device``, ``dtype``, ``threads`` and versions;
+        and the gain from ``sparsity``, or the reason why it was not measured.
     """
     workload = workload.within(max_positions(checkpoint.config))
     device = str(model.device)
@@ -84,9 +84,9 @@ def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workl
     rounds = len(workload.batches) * (workload.warm_up + workload.repeats)
     with track("measure the cost", rounds) as progress:
         figures += _speeds(model, workload, DENSE, progress.advance)
-    sparsity, more = _sparse(checkpoint, model, workload)
+    sparsity, more = _sparsity_gain(checkpoint, model, workload)
     return {
-        "device": _called(device),
+        "device": _device_name(device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "environment": environment(),
@@ -96,52 +96,52 @@ def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workl
     }
 
 
-def _called(device: str) -> str:
+def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def _sizes(checkpoint: Checkpoint, model: PreTrainedModel) -> list[Figure]:
-    held = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}  # tied ones once
+    sizes = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}  # tied weights once
     return [
         Figure("parameters", sum(p.numel() for p in model.parameters()), "parameters"),
         Figure("checkpoint on disk", checkpoint.stored_bytes, "bytes"),
-        Figure("weights in memory", sum(held.values()), "bytes"),
+        Figure("weights in memory", sum(sizes.values()), "bytes"),
     ]
 
 
 def _speeds(
     model: PreTrainedModel, workload: Workload, execution: str, advance: Callable[[], None] | None = None
 ) -> list[Figure]:
-    """Prefill, decode, time to the first token and peak memory, for each size of batch."""
+    """Measure prefill, decode, time to the first token, peak memory and KV cache, for each batch size."""
     figures = []
     device = str(model.device)
     for batch in workload.batches:
         ids = _prompt(model, batch, workload.prompt)
-        seconds, held = [], 0
+        seconds, cache_bytes = [], 0
         with track_resources(device) as use:
             for repeat in range(-workload.warm_up, workload.repeats):
-                *taken, held = _run(model, ids, workload.new)
+                *times, cache_bytes = _run(model, ids, workload.new)
                 if repeat >= 0:
-                    seconds.append(taken)
+                    seconds.append(times)
                 if advance:
                     advance()
-        cache = held / (batch * (workload.prompt + workload.new - 1))
         first, rest = np.asarray(seconds).T
         measured = [
             ("prefill", batch * workload.prompt / first, "tokens/s"),
             ("decode", batch * (workload.new - 1) / rest, "tokens/s"),
             ("time to first token", 1e3 * first, "ms"),
         ]
-        figures += [_repeated(name, values, unit, execution, batch) for name, values, unit in measured]
+        figures += [_median_figure(name, values, unit, execution, batch) for name, values, unit in measured]
         peak = use.device if device.startswith("cuda") else use.memory
         if peak is not None:
             figures.append(Figure("peak memory", peak, "bytes", execution, batch))
         if batch == workload.batches[0]:
-            figures.append(Figure("KV cache", cache, "bytes/token", execution))
+            cached_tokens = batch * (workload.prompt + workload.new - 1)
+            figures.append(Figure("KV cache", cache_bytes / cached_tokens, "bytes/token", execution))
     return figures
 
 
-def _repeated(name: str, values: np.ndarray, unit: str, execution: str, batch: int) -> Figure:
+def _median_figure(name: str, values: np.ndarray, unit: str, execution: str, batch: int) -> Figure:
     low, median, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
     return Figure(name, median, unit, execution, batch, low, high, len(values))
 
@@ -154,27 +154,27 @@ def _prompt(model: PreTrainedModel, batch: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def _run(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[float, float, int]:
-    """Read ``ids`` [batch, positions] and write ``new`` tokens.
+    """Prefill ``ids`` [batch, positions] and generate ``new`` tokens.
 
     Returns:
-        Seconds until the first new token, seconds for the others, and the bytes of the KV cache at the end.
+        Seconds until the first new token, seconds for the other tokens, and the bytes of the KV cache at the end.
     """
 
-    def step(some: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        out: Any = model(input_ids=some, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def step(tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        out: Any = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1:].argmax(dim=-1), out.past_key_values
 
-    begun = _now(model)
+    start = _synchronized_time(model)
     token, cache = step(ids, None)
-    first = _now(model)
+    first = _synchronized_time(model)
     for _ in range(new - 1):
         token, cache = step(token, cache)
-    over = _now(model)
-    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    return first - begun, over - first, held
+    end = _synchronized_time(model)
+    cache_bytes = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    return first - start, end - first, cache_bytes
 
 
-def _now(model: PreTrainedModel) -> float:
+def _synchronized_time(model: PreTrainedModel) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
@@ -202,33 +202,39 @@ def sparsity(checkpoint: Checkpoint) -> float:
     return zeros / weights
 
 
-def _sparse(
+def _sparsity_gain(
     checkpoint: Checkpoint, model: PreTrainedModel, workload: Workload
 ) -> tuple[dict[str, Any], Sequence[Figure]]:
-    """What the masks beside a checkpoint gain, in words and figures."""
+    """Measure the gain from the masks beside a checkpoint.
+
+    Returns:
+        Pattern, share of zeros and a note; and the figures, if 2:4 kernels could be timed.
+    """
     masks = load_masks(checkpoint.directory) if (checkpoint.directory / JSON_FILE).exists() else {}
     pattern = pattern_of(masks)
     if pattern is None:
         return {"pattern": None, "note": "no masks: the model is dense"}, []
     zeros = 1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
-    told: dict[str, Any] = {"pattern": pattern, "zeros": zeros}
+    answer: dict[str, Any] = {"pattern": pattern, "zeros": zeros}
     if pattern == "unstructured":
-        gains = "dense kernels multiply the zeros too: neither speed nor memory gain anything from them"
-        return {**told, "note": gains}, []
+        note = "dense kernels multiply the zeros too: neither speed nor memory gain anything from them"
+        return {**answer, "note": note}, []
     if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
-        return {**told, "note": NEEDS}, []
+        return {**answer, "note": NEEDS}, []
     try:
         _use_semi_structured(model, masks)
         with track("measure 2:4 kernels", 0):
-            return {**told, "note": "with torch.sparse semi-structured kernels"}, _speeds(
-                model, workload, SEMI_STRUCTURED
-            )
+            figures = _speeds(model, workload, SEMI_STRUCTURED)
+        return {**answer, "note": "with torch.sparse semi-structured kernels"}, figures
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return {**told, "note": f"not measured: the 2:4 kernels refuse this model: {' '.join(str(error).split())}"}, []
+        return {
+            **answer,
+            "note": f"not measured: the 2:4 kernels refuse this model: {' '.join(str(error).split())}",
+        }, []
 
 
 def _use_semi_structured(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> None:
-    """Hold the masked weights, in place, as torch's 2:4 kernels want them."""
+    """Convert the masked weights, in place, to the format of torch's 2:4 kernels."""
     from torch.sparse import to_sparse_semi_structured
 
     for name in masks:

@@ -1,4 +1,4 @@
-"""Held-out loss and perplexity, token by token, under a protocol that has a fingerprint."""
+"""Held-out loss and perplexity of every token, under a protocol with a fingerprint."""
 
 from __future__ import annotations
 
@@ -26,22 +26,24 @@ __all__ = ["Losses", "Protocol", "evaluate_loss", "measure_loss", "token_losses"
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a loss is measured on. Losses of different fingerprints are never compared.
+    """The windows that a loss is measured on. Losses of different fingerprints are never compared.
 
-    Every window is read on its own. Its first tokens are context only: one, so that it predicts ``length - 1`` tokens,
-    or, where windows overlap, those that the window before has predicted.
+    Every window is read on its own. Its first tokens are context only: one token, or, where windows overlap, those that
+    the window before predicts.
     """
 
-    windows: tuple[Tensor, ...]  #: int64 ids, [windows, positions] each; several where sizes or contexts differ
+    windows: tuple[Tensor, ...]  #: int64 ids, [windows, positions] each; several parts if sizes or contexts differ
     source: str
-    contexts: tuple[int, ...] = ()  #: tokens of context in the windows of each part; empty for one everywhere
-    documents: tuple[Tensor, ...] = ()  #: the number of each token's document, sizes as of ``windows``; if several
+    contexts: tuple[int, ...] = ()  #: tokens of context in the windows of each part; empty for one token everywhere
+    documents: tuple[
+        Tensor, ...
+    ] = ()  #: document number of each token, shaped like ``windows``; empty for one document
     domains: tuple[str, ...] = ()  #: of each document, by its number
-    name: str = ""  #: of a protocol that has one, e.g. ``heldout/c4``
+    name: str = ""  #: of a named protocol, e.g. ``heldout/c4``
     split: str | None = None  #: of the dataset
-    stride: int | None = None  #: tokens from a window's start to the next one's; None for its length
-    bos: bool | None = None  #: whether the tokenizer begins a text with BOS; None where ids come as they are
-    note: str | None = None  #: what a reader of the figure has to know
+    stride: int | None = None  #: tokens from the start of a window to that of the next; None for the window's length
+    bos: bool | None = None  #: whether the tokenizer begins a text with BOS; None for ids from elsewhere
+    note: str | None = None  #: warning for readers of the figure
 
     @classmethod
     def of_stream(
@@ -52,18 +54,18 @@ class Protocol:
         *,
         stride: int | None = None,
         whole: bool = False,
-        **said: Any,
+        **fields: Any,
     ) -> Protocol:
         """Cut a token stream [tokens] into windows.
 
         Args:
-            stream: with its documents, or the ids alone.
-            seqlen: tokens in a window; a shorter last one counts too if it has something to predict.
-            source: where the ids are from.
-            stride: from window to window; None for ``seqlen``. With less they overlap, so that every token but the
-                first is predicted, each once.
-            whole: leave a shorter last window out.
-            said: further fields.
+            stream: the ids with their documents, or the ids alone.
+            seqlen: tokens in a window; a shorter last window counts too if it has a token to predict.
+            source: of the ids.
+            stride: tokens from window to window; None for ``seqlen``. With a shorter stride windows overlap, and every
+                token but the first is predicted once.
+            whole: leave out a shorter last window.
+            fields: further fields of the protocol.
 
         Raises:
             UserError: if there are fewer than two tokens, or, with ``whole``, no whole window.
@@ -72,7 +74,7 @@ class Protocol:
         if ids.size < 2:
             raise UserError(f"{source}: has fewer than two tokens; there is nothing to predict")
         if whole and ids.size < seqlen:
-            raise UserError(f"{source}: {ids.size:,} tokens are less than a window of {seqlen:,}; give more text")
+            raise UserError(f"{source}: {ids.size:,} tokens are less than a window of {seqlen:,}; use more text")
         step = stride or seqlen
         if not 1 <= step <= seqlen:
             raise UserError(
@@ -90,7 +92,7 @@ class Protocol:
         def cut(tokens: np.ndarray) -> tuple[Tensor, ...]:
             return tuple(torch.from_numpy(tokens[at[:, None] + np.arange(size)]) for at, _, size in groups)
 
-        fields: dict[str, Any] = {"stride": step if step < seqlen and len(groups) > 1 else None, **said}
+        fields = {"stride": step if step < seqlen and len(groups) > 1 else None, **fields}
         if overlap > 1:
             fields["contexts"] = tuple(context for _, context, _ in groups)
         if isinstance(stream, Stream) and ids.size and stream.documents[0] != stream.documents[-1]:
@@ -99,15 +101,15 @@ class Protocol:
 
     @property
     def tokens(self) -> int:
-        """Predicted tokens."""
+        """Number of predicted tokens."""
         return sum(part.shape[0] * (part.shape[1] - context) for part, context in self.parts())
 
     def parts(self) -> list[tuple[Tensor, int]]:
-        """Windows of one size, [windows, positions], and how many tokens of each are context."""
+        """Windows of one size, [windows, positions], each part with its number of context tokens in a window."""
         return list(zip(self.windows, self.contexts or (1,) * len(self.windows), strict=True))
 
     def record(self) -> dict[str, Any]:
-        """What identifies the protocol, with its fingerprint, and what it is called."""
+        """The identity of the protocol, its fingerprint and its descriptions."""
         content: dict[str, Any] = {
             "source": self.source,
             "windows": sum(part.shape[0] for part in self.windows),
@@ -119,8 +121,8 @@ class Protocol:
             content["stride"] = self.stride
         # The same ids under another path are the same measurement.
         identity = fingerprint({k: v for k, v in content.items() if k != "source"})
-        said = {"name": self.name or None, "split": self.split, "bos": self.bos, "note": self.note}
-        return {**{k: v for k, v in said.items() if v is not None}, **content, "fingerprint": identity}
+        descriptions = {"name": self.name or None, "split": self.split, "bos": self.bos, "note": self.note}
+        return {**{k: v for k, v in descriptions.items() if v is not None}, **content, "fingerprint": identity}
 
 
 @torch.no_grad()
@@ -131,49 +133,47 @@ def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of every predicted token under a protocol.
-
-    ``losses`` are float32 [windows, positions - 1], one for each part of the protocol; where a token is context only,
-    they do not count.
-    """
+    """The loss of every predicted token under a protocol."""
 
     protocol: Protocol
-    losses: tuple[Tensor, ...]
+    losses: tuple[Tensor, ...]  #: float32 [windows, positions - 1] for each part; those of context tokens do not count
 
     def windows(self) -> list[tuple[int, float]]:
-        """Each window's predicted tokens and their summed loss (nats)."""
+        """The number of predicted tokens and their summed loss (nats) of each window."""
         return [
             (part.shape[1] - context, total)
-            for (part, context), found in zip(self.protocol.parts(), self.losses, strict=True)
-            for total in found[:, context - 1 :].double().sum(dim=1).tolist()
+            for (part, context), losses in zip(self.protocol.parts(), self.losses, strict=True)
+            for total in losses[:, context - 1 :].double().sum(dim=1).tolist()
         ]
 
     def documents(self) -> dict[int, tuple[int, float]]:
-        """Each document's predicted tokens and their summed loss (nats), by its number; one without any is absent."""
+        """The number of predicted tokens and their summed loss (nats) of each document with any, by its number."""
         width = len(self.protocol.domains)
         counts, sums = np.zeros(width, dtype=np.int64), np.zeros(width)
-        for (_, context), found, of in zip(self.protocol.parts(), self.losses, self.protocol.documents, strict=True):
-            numbers, values = of[:, context:].numpy().reshape(-1), found[:, context - 1 :].double().numpy().reshape(-1)
+        parts = zip(self.protocol.parts(), self.losses, self.protocol.documents, strict=True)
+        for (_, context), losses, documents in parts:
+            numbers = documents[:, context:].numpy().reshape(-1)
             counts += np.bincount(numbers, minlength=width)
-            sums += np.bincount(numbers, values, minlength=width)
+            sums += np.bincount(numbers, losses[:, context - 1 :].double().numpy().reshape(-1), minlength=width)
         return {n: (int(counts[n]), float(sums[n])) for n in np.flatnonzero(counts).tolist()}
 
     def domains(self) -> list[dict[str, Any]]:
-        """The mean loss of the documents of each domain; empty where there is only one."""
+        """The mean loss of each domain; empty for a single domain."""
         totals: dict[str, tuple[int, float]] = {}
         for number, (count, total) in self.documents().items() if self.protocol.documents else ():
-            before = totals.get(self.protocol.domains[number], (0, 0.0))
-            totals[self.protocol.domains[number]] = before[0] + count, before[1] + total
+            domain = self.protocol.domains[number]
+            tokens, loss = totals.get(domain, (0, 0.0))
+            totals[domain] = tokens + count, loss + total
         if len(totals) < 2:
             return []
         return [{"domain": d, "tokens": n, "loss": total / n} for d, (n, total) in sorted(totals.items())]
 
     def positions(self) -> list[dict[str, Any]]:
-        """The mean loss by the number of tokens that stand before the predicted one: 1, 2 to 3, 4 to 7 and so on."""
+        """The mean loss by the number of tokens before the predicted one: 1, 2 to 3, 4 to 7 and so on."""
         width = max(part.shape[1] for part in self.protocol.windows)
         sums, counts = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.int64)
-        for (part, context), found in zip(self.protocol.parts(), self.losses, strict=True):
-            sums[context : part.shape[1]] += found[:, context - 1 :].double().sum(dim=0)
+        for (part, context), losses in zip(self.protocol.parts(), self.losses, strict=True):
+            sums[context : part.shape[1]] += losses[:, context - 1 :].double().sum(dim=0)
             counts[context : part.shape[1]] += part.shape[0]
         buckets, start = [], 1
         while start < width:
@@ -194,7 +194,7 @@ class Losses:
         windows = self.windows()
         loss = math.fsum(total for _, total in windows) / sum(count for count, _ in windows)
         if not math.isfinite(loss):
-            raise UserError(f"{self.protocol.source}: the loss is {loss}; the model puts out NaN or infinity")
+            raise UserError(f"{self.protocol.source}: the loss is {loss}; the model's outputs are NaN or infinite")
         return loss
 
     def summary(self) -> dict[str, Any]:
@@ -215,27 +215,27 @@ def window_losses(
     batch: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Losses:
-    """Measure a model; several processes share the windows, and all have the answer.
+    """Measure the loss of every token; several processes share the windows, and all return the same.
 
     Args:
-        model: it is put into evaluation mode for the time.
+        model: in any mode; it is measured in evaluation mode.
         protocol: the windows.
         batch: windows at once; None for what suits the device.
-        advance: told the number of tokens after each batch.
+        advance: called with the number of tokens after each batch.
     """
     was_training = model.training
     model.eval()
-    found = []
+    parts = []
     for part in protocol.windows:
         losses = torch.zeros(part.shape[0], part.shape[1] - 1)
-        mine = torch.arange(part.shape[0]).split(batch or pick_batch(part.shape[1], str(model.device)))
-        for rows in mine[distributed.rank() :: distributed.world_size()]:
+        batches = torch.arange(part.shape[0]).split(batch or pick_batch(part.shape[1], str(model.device)))
+        for rows in batches[distributed.rank() :: distributed.world_size()]:
             losses[rows] = token_losses(model, part[rows].to(model.device)).float().cpu()
             if advance:
                 advance(part[rows].numel() * distributed.world_size())
-        found.append(distributed.all_reduce(losses))
+        parts.append(distributed.all_reduce(losses))
     model.train(was_training)
-    return Losses(protocol, tuple(found))
+    return Losses(protocol, tuple(parts))
 
 
 def evaluate_loss(
@@ -245,7 +245,7 @@ def evaluate_loss(
     batch: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """The loss of a model, window by window; arguments as of :func:`window_losses`.
+    """Measure and summarize the loss of a model; arguments as in :func:`window_losses`.
 
     Returns:
         :meth:`Losses.summary`.
@@ -256,23 +256,23 @@ def evaluate_loss(
     return window_losses(model, protocol, batch=batch, advance=advance).summary()
 
 
-def measure_loss(found: Losses, name: str) -> Measurement:
-    """A loss with its perplexity, its course over positions, and the documents, or else windows, that make it up.
+def measure_loss(losses: Losses, name: str) -> Measurement:
+    """Make a measurement of losses: mean, perplexity, means by position and domain, items by document or window.
 
     Raises:
         UserError: if the loss is not finite.
     """
-    loss = found.mean()
-    unit = "documents" if found.protocol.documents else "windows"
-    parts = found.documents() if found.protocol.documents else dict(enumerate(found.windows()))
+    loss = losses.mean()
+    unit = "documents" if losses.protocol.documents else "windows"
+    parts = losses.documents() if losses.protocol.documents else dict(enumerate(losses.windows()))
     items: list[dict[str, Any]] = [{"value": total / count, "tokens": count} for count, total in parts.values()]
-    details: dict[str, Any] = {"perplexity": perplexity(loss), "tokens": found.protocol.tokens}
-    details |= {"by_position": found.positions()}
-    if domains := found.domains():
+    details: dict[str, Any] = {"perplexity": perplexity(loss), "tokens": losses.protocol.tokens}
+    details |= {"by_position": losses.positions()}
+    if domains := losses.domains():
         details["by_domain"] = domains
         for number, item in zip(parts, items, strict=True):
-            item["domain"] = found.protocol.domains[number]
-    return Measurement(name, "loss", loss, found.protocol.record(), unit, items, details)
+            item["domain"] = losses.protocol.domains[number]
+    return Measurement(name, "loss", loss, losses.protocol.record(), unit, items, details)
 
 
 def perplexity(loss: float) -> float:

@@ -1,8 +1,8 @@
-"""Named protocols of perplexity: which texts, which split, how they are joined and cut into windows.
+"""Named protocols of perplexity: texts, splits, how rows are joined and cut into windows.
 
-``heldout`` reads splits that nothing is trained or calibrated on. ``paper-train-split`` reads what the study of
-arXiv:2606.14150 reads, by its published scripts: the beginning of *train* splits, joined to one text. Its figures are
-there to be set beside the published ones; WikiText-103's train split is also that study's calibration text.
+``heldout`` reads splits that nothing is trained or calibrated on. ``paper-train-split`` follows the published scripts
+of arXiv:2606.14150: it reads the beginning of *train* splits, joined to one text. Use it only beside the published
+figures; WikiText-103's train split is also that study's calibration text.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from secateur.progress import notify
 
 __all__ = ["PROTOCOLS", "SEQLEN", "WINDOWS", "Text", "begins_with_bos", "text_protocol", "text_source"]
 
-WINDOWS = 256  #: at most
+WINDOWS = 256  #: the most in a protocol
 SEQLEN = 8192  #: tokens in a window, unless the model has fewer positions
 
-_CHARACTERS = 8  # read for each token that is wanted, at first
+_CHARACTERS = 8  # read for each token, at first
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Text:
     """One text of a protocol."""
 
     name: str  #: of the measurement, e.g. ``heldout/c4``
-    file: str  #: its name in a local folder, without the ending
+    file: str  #: name of the file or subfolder in a local folder, without the ending
     hub: str  #: ``dataset:configuration`` on the Hugging Face Hub
     split: str
     field: str = "text"
-    join: str | None = None  #: rows are put together with this between them; None encodes each as a document
-    rows: int | None = None  #: read at most so many
-    whole: bool = False  #: leave out a last window that is shorter
-    note: str | None = None
+    join: str | None = None  #: separator that joins rows to one text; None encodes each row as a document
+    rows: int | None = None  #: the most that are read
+    whole: bool = False  #: leave out a shorter last window
+    note: str | None = None  #: warning for readers of the figure
 
 
 _OVERLAP = "train split, as the published study reads it; it may overlap with calibration and training text"
@@ -75,25 +75,25 @@ def text_protocol(
     seqlen: int = SEQLEN,
     stride: int | None = None,
 ) -> Protocol:
-    """The windows of a text, in the tokens of a tokenizer.
+    """Cut a text into windows, in the tokens of a tokenizer.
 
     Args:
-        text: which.
+        text: the text.
         tokenizer: of the model.
         data: a folder with ``<file>.txt``, ``.jsonl`` or ``.parquet``, or a folder ``<file>`` of them; None for the
             Hub.
-        positions: that the model has; windows are no longer. None for no limit.
-        windows: at most.
+        positions: of the model, which limit the length of windows; None for no limit.
+        windows: the most.
         seqlen: tokens in a window.
-        stride: from window to window; None for windows side by side.
+        stride: tokens from window to window; None for windows without overlap.
 
     Raises:
-        UserError: if the text is not there, cannot be read or is too short.
+        UserError: if the text is missing, cannot be read or is too short.
     """
     source = text_source(text, data)
     used = min(seqlen, positions or seqlen)
     if used < seqlen:
-        notify(f"{text.name}: windows of {used} tokens: the model has no more positions")
+        notify(f"{text.name}: windows have {used} tokens, as many as the model has positions")
     step = min(stride or used, used)
     limit = used + (windows - 1) * step
     rows = islice(source.documents(), text.rows)
@@ -103,7 +103,7 @@ def text_protocol(
         else:
             stream = _joined(rows, text.join, tokenizer, limit)
     except RunError as error:  # the Hub's
-        raise RunError(f"{error}; or name --text-data DIR with {_names(text)}", error.code) from None
+        raise RunError(f"{error}; or name a folder with {_names(text)} as `text_data`", error.code) from None
     source_name = text.hub if data is None else source.name
     return Protocol.of_stream(
         stream,
@@ -119,35 +119,35 @@ def text_protocol(
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts BOS before a text by itself."""
+    """Whether the tokenizer begins each text with BOS."""
     ids: Sequence[int] = tokenizer("a")["input_ids"]
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 def _joined(rows: Iterator[Document], join: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Stream:
-    """The ids of rows put together to one text; no more rows are read than give ``limit`` tokens.
+    """Join rows to one text and encode it; rows beyond ``limit`` tokens are not read.
 
-    Ids depend on text behind them only across a few characters, so that a text which is cut far behind the last token
-    that counts gives the same ones.
+    A token depends only on a few characters after it, so the first ``limit`` ids do not change if the text is cut
+    some tokens later.
     """
     texts: list[str] = []
-    characters, wanted = 0, _CHARACTERS * limit
+    characters, target = 0, _CHARACTERS * limit
     while True:
         more = False
         for row in rows:
             texts.append(row.text)
             characters += len(row.text) + len(join)
-            if characters >= wanted:
+            if characters >= target:
                 more = True
                 break
         ids = encode_texts(tokenizer, [join.join(texts)])[0]
         if not more or len(ids) > limit + 16:
             return Stream(ids[:limit], np.zeros(len(ids[:limit]), dtype=np.int64), ("",))
-        wanted *= 2
+        target *= 2
 
 
 def text_source(text: Text, data: str | None) -> Source:
-    """Where a text is read from; arguments and errors as of :func:`text_protocol`."""
+    """Open the source of a text; arguments and errors as in :func:`text_protocol`."""
     blank = text.join is not None
     if data is None:
         return open_source(f"hf:{text.hub}", field=text.field, split=text.split, blank=blank)
@@ -159,7 +159,7 @@ def text_source(text: Text, data: str | None) -> Source:
             return open_source(f"text:{folder / name}", field=text.field, blank=blank)
     raise UserError(
         f"{folder}: holds no {_names(text)}, the {text.split} split of {text.hub} with its text in {text.field!r}; "
-        "put it there, or leave --text-data out to read it from the Hugging Face Hub"
+        "put it there, or leave out `text_data` to read it from the Hugging Face Hub"
     )
 
 

@@ -1,7 +1,7 @@
-"""What was measured: figures with the protocol that they hold under and the items that they are made of, in files.
+"""Results of evaluations: figures with their protocols and items, in files.
 
-A file of results is JSON; its items lie beside it, one a line, in ``.jsonl.gz``, whose hash the JSON has. The same
-results give the same bytes.
+A results file is JSON. Its items are in a ``.jsonl.gz`` file beside it, one a line; the JSON holds the hash of that
+file. The same results give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,50 +21,49 @@ from secateur.version import __version__
 
 __all__ = ["LOSS", "EvaluationResults", "Measurement", "MeasurementKind", "check_same_protocols", "items_file"]
 
-MeasurementKind = Literal[
-    "loss", "accuracy", "score"
-]  # a score is another metric of a task, mostly the higher the better
+#: a score is any other metric of a task, mostly the higher the better
+MeasurementKind = Literal["loss", "accuracy", "score"]
 
-LOSS = "loss"  #: what the held-out loss is called, beside perplexities and tasks
+LOSS = "loss"  #: name of the held-out loss, beside perplexities and tasks
 
 
 @dataclass(frozen=True)
 class Measurement:
     """One figure of one model.
 
-    Two of them may stand side by side if they have the same name and their protocols the same fingerprint; then they
-    have the same items in the same order, so that they can be compared in pairs.
+    Two measurements are comparable if their names and the fingerprints of their protocols are the same; then they have
+    the same items in the same order, and can be compared in pairs.
     """
 
     name: str  #: e.g. ``loss``, ``heldout/c4`` or ``arc_easy``
     kind: MeasurementKind
-    value: float  #: nats per predicted token, the share of documents, or what the metric gives
-    protocol: Mapping[str, Any]  #: what it is measured on, with its ``fingerprint``
-    unit: str  #: what an item is: ``documents`` or ``windows``
-    #: each with its ``value``, None where it has none of its own, and with ``tokens`` where it is a mean over them; a
-    #: group of tasks has no items but those of its tasks, which its protocol names
+    value: float  #: nats per predicted token, share of documents, or value of the metric
+    protocol: Mapping[str, Any]  #: identity of the data and requests, with its ``fingerprint``
+    unit: str  #: of items: ``documents`` or ``windows``
+    #: each with its ``value``, None if only all items together have one, and with ``tokens`` if it is a mean over
+    #: tokens; a group of tasks has no items, and its protocol names its tasks
     items: Sequence[Mapping[str, Any]]
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tasks(self) -> Sequence[str]:
-        """The tasks that this is the mean of; empty for what is measured by itself."""
+        """The tasks of a group; empty for anything else."""
         return self.protocol.get("tasks", ())
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether a smaller figure is a better one."""
+        """Whether a smaller value is better."""
         return self.kind == "loss" or bool(self.details.get("lower_is_better"))
 
     @property
     def scale(self) -> str:
-        """What the figure is counted in."""
+        """The unit of the value."""
         if self.kind == "loss":
             return f"nats per {self.details.get('per', 'token')}"
         return "share of documents" if self.kind == "accuracy" else str(self.protocol["metric"])
 
     def record(self) -> dict[str, Any]:
-        """All but the items, as plain values."""
+        """Everything but the items, as plain values."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -86,7 +85,7 @@ class EvaluationResults:
     about: Mapping[str, Any] = field(default_factory=dict)  #: digest of the checkpoint, device, versions
 
     def record(self) -> dict[str, Any]:
-        """All but the items, as plain values."""
+        """Everything but the items, as plain values."""
         return {
             "secateur": __version__,
             "model": self.model,
@@ -96,15 +95,15 @@ class EvaluationResults:
         }
 
     def of(self, name: str) -> Measurement | None:
-        """The measurement of that name; None where there is none."""
-        return next((found for found in self.measurements if found.name == name), None)
+        """The measurement with a name; None if it is missing."""
+        return next((measurement for measurement in self.measurements if measurement.name == name), None)
 
     def save(self, path: Path) -> None:
-        """Write ``path`` and, before it, the items beside it."""
+        """Write the items, then ``path``."""
         rows = [{"measurement": m.name, **item} for m in self.measurements for item in m.items]
         text = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
         packed = io.BytesIO()
-        with gzip.GzipFile(filename="", fileobj=packed, mode="wb", mtime=0) as file:  # neither name nor time within
+        with gzip.GzipFile(filename="", fileobj=packed, mode="wb", mtime=0) as file:  # the same bytes every time
             file.write(text.encode())
         write_bytes(items_file(path), packed.getvalue())
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -112,28 +111,28 @@ class EvaluationResults:
 
     @classmethod
     def load(cls, path: Path) -> EvaluationResults:
-        """Read what :meth:`save` has written.
+        """Read results that :meth:`save` has written.
 
         Raises:
-            UserError: if a file is missing or damaged, is none of these, or the items are not those of the results.
+            UserError: if a file is missing, damaged or no results file, or the items belong to other results.
         """
-        content, beside = read_json(path), items_file(path)
+        content, packed = read_json(path), items_file(path)
         if not isinstance(content, dict) or "measurements" not in content or "items" not in content:
-            raise UserError(f"{path}: holds no results; name a file that `secateur eval --out` has written")
+            raise UserError(f"{path}: holds no results; name a file that `secateur eval` has written")
         try:
-            text = gzip.decompress(beside.read_bytes())
+            text = gzip.decompress(packed.read_bytes())
         except FileNotFoundError:
-            raise UserError(f"{beside}: no such file; the items must lie beside {path.name}") from None
+            raise UserError(f"{packed}: no such file; the items must lie beside {path.name}") from None
         except (OSError, EOFError) as error:
-            raise UserError(f"{beside}: cannot be read: {error}; measure again") from None
+            raise UserError(f"{packed}: cannot be read: {error}; measure again") from None
         if hashlib.sha256(text).hexdigest() != content["items"].get("sha256"):
-            raise UserError(f"{beside}: is not the file that {path.name} was written with; measure again")
+            raise UserError(f"{packed}: is not the file that {path.name} was written with; measure again")
         items: dict[str, list[dict[str, Any]]] = {}
         for line in text.splitlines():
             row = json.loads(line)
             items.setdefault(row.pop("measurement"), []).append(row)
-        known = ("name", "kind", "value", "unit", "items", "protocol")
-        found = [
+        fields = ("name", "kind", "value", "unit", "items", "protocol")
+        measurements = [
             Measurement(
                 m["name"],
                 m["kind"],
@@ -141,49 +140,49 @@ class EvaluationResults:
                 m["protocol"],
                 m["items"]["unit"],
                 items.get(m["name"], []),
-                {key: value for key, value in m.items() if key not in known},
+                {key: value for key, value in m.items() if key not in fields},
             )
             for m in content["measurements"]
         ]
         about = {k: v for k, v in content.items() if k not in ("secateur", "model", "measurements", "cost", "items")}
-        return cls(content["model"], found, content.get("cost"), about)
+        return cls(content["model"], measurements, content.get("cost"), about)
 
 
 def items_file(path: Path) -> Path:
-    """Where the items of the results in ``path`` lie."""
+    """The file with the items of the results in ``path``."""
     return path.with_suffix(".jsonl.gz")
 
 
-def check_same_protocols(measured: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
-    """Refuse to put figures side by side that were measured in different ways.
+def check_same_protocols(figures: Iterable[tuple[str, str, Mapping[str, Any]]]) -> list[str]:
+    """Check that figures of the same name were measured in the same way.
 
     Args:
-        measured: of each figure the model, the figure's name and its protocol.
+        figures: the model, name and protocol of each figure.
 
     Returns:
-        The names of the figures, in the order in which they first appear.
+        The names of the figures, in the order of their first appearance.
 
     Raises:
         UserError: if two models have a figure of the same name under protocols of different fingerprints.
     """
     first: dict[str, tuple[str, Mapping[str, Any]]] = {}
-    for model, name, protocol in measured:
-        other, before = first.setdefault(name, (model, protocol))
-        if before["fingerprint"] != protocol["fingerprint"]:
+    for model, name, protocol in figures:
+        first_model, first_protocol = first.setdefault(name, (model, protocol))
+        if first_protocol["fingerprint"] != protocol["fingerprint"]:
             raise UserError(
-                f"{name}: {other} and {model} are measured under different protocols "
-                f"({_difference(before, protocol)}); such figures share no table: measure both on the same text, with "
-                "the same tokenizer, windows and versions"
+                f"{name}: {first_model} and {model} are measured under different protocols "
+                f"({_difference(first_protocol, protocol)}); such figures share no table: measure both on the same "
+                "text, with the same tokenizer, windows and versions"
             )
     return list(first)
 
 
-def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    keys = [k for k in {**one, **other} if one.get(k) != other.get(k) and k not in ("fingerprint", "source")]
-    told = [f"{key} {_short(one.get(key))} and {_short(other.get(key))}" for key in keys]
-    return ", ".join(told[:3]) or "what is asked"
+def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k) and k not in ("fingerprint", "source")]
+    differences = [f"{key} {_shorten(a.get(key))} and {_shorten(b.get(key))}" for key in keys]
+    return ", ".join(differences[:3]) or "the requests"
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 24 else text[:12]

@@ -1,4 +1,4 @@
-"""What to measure: a suite of held-out losses, perplexities, tasks and costs, and the figures of one model."""
+"""Suites of held-out losses, perplexities, tasks and costs, and the measurements of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from secateur.progress import track
 
 __all__ = ["SUITES", "Suite", "measure", "text_protocols"]
 
-#: the eight zero-shot tasks of arXiv:2606.14150, in its order
+#: the eight zero-shot tasks of arXiv:2606.14150, in the order of the paper
 ZERO_SHOT = ("winogrande", "arc_challenge", "arc_easy", "hellaswag", "piqa", "sciq", "boolq", "openbookqa")
 assert set(ZERO_SHOT) == set(METRICS)
 
@@ -30,47 +30,50 @@ SUITES = ("paper", "perplexity", "zero-shot", "cost")
 
 @dataclass(frozen=True)
 class Suite:
-    """What to measure."""
+    """A selection of measurements."""
 
-    loss: bool  #: the held-out loss, on text that is named apart
-    texts: tuple[Text, ...] = ()  #: perplexities
-    tasks: tuple[str, ...] = ()  #: names of lm-eval: single tasks, groups, tags, patterns
-    cost: bool = False  #: what the model costs to run
+    loss: bool  #: whether to measure the held-out loss, on text that is named separately
+    texts: tuple[Text, ...] = ()  #: for perplexities
+    tasks: tuple[str, ...] = ()  #: names in lm-eval: single tasks, groups, tags, patterns
+    cost: bool = False  #: whether to measure size, speed and memory
 
-    def task_list(self, where: str = "--") -> TaskList:
-        """The single tasks that the names stand for.
+    def task_list(self, where: str = "") -> TaskList:
+        """Look up the single tasks and groups that the names stand for.
 
         Raises:
             UserError: as :func:`secateur.evaluation.lm_eval.groups.expand`.
         """
-        return expand(self.tasks, where=f"{where}suite")
+        return expand(self.tasks, where=_field("suite", where))
 
     @classmethod
-    def parse(cls, text: str, protocol: str = "heldout", *, where: str = "--") -> Suite:
-        """Read a list of suites and lm-eval tasks, joined by commas; ``paper`` is loss, perplexity and zero-shot.
+    def parse(cls, text: str, protocol: str = "heldout", *, where: str = "") -> Suite:
+        """Parse a list of suites and lm-eval tasks, joined by commas; ``paper`` is loss, perplexity and zero-shot.
 
         Args:
             text: e.g. ``paper``, ``perplexity,cost`` or ``arc_easy,mmlu``.
             protocol: of the perplexities.
-            where: what errors put before ``suite`` and ``protocol``, which is where they were asked for.
+            where: put before the fields ``suite`` and ``protocol`` in errors, e.g. ``evaluation.``; empty for fields in
+                backticks.
 
         Raises:
             UserError: for an empty or repeated name, or an unknown protocol.
         """
-        names = [name.strip() for name in text.split(",")]
+        field, names = _field("suite", where), [name.strip() for name in text.split(",")]
         if "" in names or len(set(names)) < len(names):
-            raise UserError(
-                f"{where}suite {text}: has an empty or repeated name; name {', '.join(SUITES)} or lm-eval tasks"
-            )
+            raise UserError(f"{field} {text}: has an empty or repeated name; name {', '.join(SUITES)} or lm-eval tasks")
         for name in names:
             if name not in SUITES and difflib.get_close_matches(name, SUITES, cutoff=0.8):
-                raise UserError(f"{where}suite {name}: is not known{did_you_mean(name, SUITES)}")
+                raise UserError(f"{field} {name}: is not known{did_you_mean(name, SUITES)}")
         if protocol not in PROTOCOLS:
-            raise UserError(f"{where}protocol {protocol}: is not known{did_you_mean(protocol, PROTOCOLS)}")
+            raise UserError(f"{_field('protocol', where)} {protocol}: is not known{did_you_mean(protocol, PROTOCOLS)}")
         paper = "paper" in names
         tasks = [*(ZERO_SHOT if paper or "zero-shot" in names else ()), *(n for n in names if n not in SUITES)]
         texts = PROTOCOLS[protocol] if paper or "perplexity" in names else ()
         return cls(paper, texts, tuple(dict.fromkeys(tasks)), "cost" in names)
+
+
+def _field(name: str, where: str) -> str:
+    return f"{where}{name}" if where else f"`{name}`"
 
 
 def text_protocols(
@@ -82,10 +85,10 @@ def text_protocols(
     seqlen: int | None = None,
     stride: int | None = None,
 ) -> dict[str, Protocol]:
-    """The windows of each text in a checkpoint's own tokens, by name; None stands for the protocol's own.
+    """Cut each text into windows of a checkpoint's own tokens, by name; None is the default of the protocol.
 
     Raises:
-        UserError: if the checkpoint has no tokenizer that fits it, or a text cannot be had.
+        UserError: if the checkpoint has no tokenizer that fits it, or a text cannot be read.
     """
     if not texts:
         return {}
@@ -115,19 +118,23 @@ def measure(
     done: Set[str] = frozenset(),
     of: str = "",
 ) -> Iterator[Measurement]:
-    """Losses under protocols and figures of tasks, one after the other; all processes together.
+    """Measure losses under protocols, then tasks; all processes together.
 
     Args:
-        checkpoint: with the tokenizer.
+        checkpoint: holds the tokenizer.
         model: of the checkpoint, in evaluation mode, on its device.
-        protocols: by the names that their measurements get.
-        tasks: single ones.
+        protocols: by the name of the measurement.
+        tasks: single tasks.
         batch: windows, or rows of requests, at once; None for what suits the device.
-        done: names of what is there already.
-        of: what the model is called while it is measured.
+        done: names to leave out, because their measurements exist.
+        of: name of the model in progress bars.
+
+    Yields:
+        Each measurement as soon as it is finished.
 
     Raises:
-        UserError: if a task cannot be had, the tokenizer does not serve, or the model puts out NaN or infinity.
+        UserError: if a task cannot be built, lm-eval cannot use the tokenizer, or the model's outputs are NaN or
+            infinite.
     """
     label = f"evaluate {of} " if of else "evaluate "
     pending = [task for task in tasks if task.name not in done]

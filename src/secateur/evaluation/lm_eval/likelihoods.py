@@ -121,7 +121,7 @@ class Likelihoods(_HFLM):
         """
         texts = dict.fromkeys(text for request in requests for text in _encoded_texts(*request.args[:2]))
         bos = self.tokenizer.decode(self.prefix_token_id)
-        texts = [text for text in texts if not text.startswith(bos)]  # the harness has a rule of its own for the rest
+        texts = [text for text in texts if not text.startswith(bos)]  # the harness encodes these differently
         rows = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
         self._encoded = dict(zip(texts, rows, strict=True))
         try:
