@@ -36,13 +36,13 @@ def documents(folder: Path, name: str, count: int) -> None:
     for number in range(count):
         texts = [f"ban{number}", f"dell {number % 3}", "gost"]
         choices = {"text": texts, "label": ["A", "B", "C"]}
-        asked = f"What follows lurk {number}?"
-        rows.append({"id": str(number), "question": asked, "choices": choices, "answerKey": "ABC"[number % 3]})
+        question = f"What follows lurk {number}?"
+        rows.append({"id": str(number), "question": question, "choices": choices, "answerKey": "ABC"[number % 3]})
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def suited(folder: Path, text: Path, suite: list[str], **told: Any) -> Path:
-    evaluation = {"windows": 24, "points": 2, "suite": suite, **told}
+def suited(folder: Path, text: Path, suite: list[str], **fields: Any) -> Path:
+    evaluation = {"windows": 24, "points": 2, "suite": suite, **fields}
     shape = {"hidden": 16, "ffn": 48, "layers": 2, "heads": 4, "kv_heads": 2}
     changes = {"methods": ["minitron-depth", "wanda"], "parent": {"tokens": "2k", **shape}}
     changes |= {"retrain": {"tokens": 600, "peak_rate": 2e-3}, "settings": ["equal_training_tokens"]}
@@ -68,13 +68,13 @@ def do(stage: Stage, out: Path) -> None:
 
 
 def test_what_is_timed_is_planned_once_for_each_shape(text: Path, tmp_path: Path) -> None:
-    found = stages(suited(tmp_path, text, ["cost"]))
-    assert [s.name for s in found if s.kind == "cost"] == ["parent", "minitron-depth-0.5/pruned", "wanda-0.5/pruned"]
-    assert not any("suite" in s.identity for s in found)
+    planned = stages(suited(tmp_path, text, ["cost"]))
+    assert [s.name for s in planned if s.kind == "cost"] == ["parent", "minitron-depth-0.5/pruned", "wanda-0.5/pruned"]
+    assert not any("suite" in s.identity for s in planned)
 
 
 @pytest.mark.parametrize(
-    ("suite", "told", "says"),
+    ("suite", "fields", "says"),
     [
         (["cost"], {"few_shot": 0}, "evaluation.few_shot: nothing of evaluation.suite reads it"),
         (["zero-shott"], {}, "evaluation.suite zero-shott: is not known; did you mean 'zero-shot'?"),
@@ -86,10 +86,10 @@ def test_what_is_timed_is_planned_once_for_each_shape(text: Path, tmp_path: Path
         (["arc_easy"], {"tasks_data": "nowhere"}, "evaluation.tasks_data: nowhere/arc_easy.jsonl is missing"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(
-    text: Path, tmp_path: Path, suite: list[str], told: dict[str, Any], says: str
+def test_an_impossible_evaluation_is_a_one_line_error(
+    text: Path, tmp_path: Path, suite: list[str], fields: dict[str, Any], says: str
 ) -> None:
-    file = suited(tmp_path, text, suite, **told)
+    file = suited(tmp_path, text, suite, **fields)
     with pytest.raises(UserError) as error:
         stages(file)
     assert says in str(error.value)
@@ -97,19 +97,19 @@ def test_what_cannot_be_is_told_in_a_line(
 
 
 def test_content_is_identity_and_its_place_is_not(text: Path, tmp_path: Path) -> None:
-    def prints(folder: Path) -> set[str]:
+    def fingerprints(folder: Path) -> set[str]:
         return {s.fingerprint for s in stages(suited(tmp_path, text, ["arc_easy"], tasks_data=str(folder)))}
 
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    documents(here, "arc_easy", 4)
-    shutil.copytree(here, there)
-    same = prints(here)
-    assert prints(there) == same
-    documents(there, "arc_easy", 5)
-    changed = prints(there) ^ same
+    original, copy = tmp_path / "here", tmp_path / "there"
+    original.mkdir()
+    documents(original, "arc_easy", 4)
+    shutil.copytree(original, copy)
+    same = fingerprints(original)
+    assert fingerprints(copy) == same
+    documents(copy, "arc_easy", 5)
+    changed = fingerprints(copy) ^ same
     kinds = {
-        s.kind for s in stages(suited(tmp_path, text, ["arc_easy"], tasks_data=str(there))) if s.fingerprint in changed
+        s.kind for s in stages(suited(tmp_path, text, ["arc_easy"], tasks_data=str(copy))) if s.fingerprint in changed
     }
     assert kinds == {"evaluate"}
 
@@ -137,22 +137,27 @@ def test_a_group_and_examples_are_part_of_a_study(text: Path, tmp_path: Path, mo
     for name in ("arc_easy", "arc_easy.examples"):
         documents(tmp_path, name, 6)
 
-    def planned(**told: Any) -> Stage:
-        found = stages(suited(tmp_path, text, ["wmdp", "arc_easy"], tasks_data=str(tmp_path), **told))
-        return next(s for s in found if s.kind == "evaluate" and s.name == "parent")
+    def planned(**fields: Any) -> Stage:
+        results = stages(suited(tmp_path, text, ["wmdp", "arc_easy"], tasks_data=str(tmp_path), **fields))
+        return next(s for s in results if s.kind == "evaluate" and s.name == "parent")
 
-    asked = planned(few_shot=1)
-    assert [group["name"] for group in asked.identity["suite"]["groups"]] == ["wmdp"]
-    assert len({planned().fingerprint, planned(few_shot=2).fingerprint, asked.fingerprint}) == 3
-    assert list(asked.identity["suite"]["examples"]) == ["arc_easy"]
+    with_example = planned(few_shot=1)
+    assert [group["name"] for group in with_example.identity["suite"]["groups"]] == ["wmdp"]
+    assert len({planned().fingerprint, planned(few_shot=2).fingerprint, with_example.fingerprint}) == 3
+    assert list(with_example.identity["suite"]["examples"]) == ["arc_easy"]
     out = tmp_path / "out"
     for stage in stages(suited(tmp_path, text, ["wmdp", "arc_easy"], tasks_data=str(tmp_path), few_shot=1)):
-        if stage.kind in ("corpus", "train", "evaluate") and stage.name in ("corpus", "text", "parent", asked.name):
+        if stage.kind in ("corpus", "train", "evaluate") and stage.name in (
+            "corpus",
+            "text",
+            "parent",
+            with_example.name,
+        ):
             do(stage, out)
-    found = EvaluationResults.load(Store(out).folder(asked) / RESULTS)
-    assert [m.name for m in found.measurements] == ["loss", "wmdp_bio", "wmdp_chem", "wmdp_cyber", "arc_easy", "wmdp"]
-    assert [m.protocol["few_shot"] for m in found.measurements[1:5]] == [0, 0, 0, 1]  # wmdp says 0 itself
-    *parts, _, whole = (m.value for m in found.measurements[1:])
+    results = EvaluationResults.load(Store(out).folder(with_example) / RESULTS)
+    assert [m.name for m in results.measurements] == ["loss", "wmdp_bio", "wmdp_chem", "wmdp_cyber", "arc_easy", "wmdp"]
+    assert [m.protocol["few_shot"] for m in results.measurements[1:5]] == [0, 0, 0, 1]  # wmdp says 0 itself
+    *parts, _, whole = (m.value for m in results.measurements[1:])
     assert whole == pytest.approx(sum(p * n for p, n in zip(parts, (5, 6, 7), strict=True)) / 18)
 
 
@@ -180,7 +185,7 @@ def test_a_study_measures_its_models_item_by_item_and_goes_on_after_a_kill(text:
     # a second attempt measures what is missing, and ends at the same bytes
     stage = next(s for s in every if s.kind == "evaluate" and s.name == "wanda-0.5/P-R")
     before = store.folder(stage)
-    wanted = {p.name: p.read_bytes() for p in before.iterdir() if p.name != "runtime.json"}
+    expected = {p.name: p.read_bytes() for p in before.iterdir() if p.name != "runtime.json"}
     whole = EvaluationResults.load(before / RESULTS)
     assert [m.name for m in whole.measurements] == ["loss", "arc_easy", "arc_challenge"]
     items = gzip.decompress(before.joinpath("results.jsonl.gz").read_bytes()).splitlines()
@@ -189,33 +194,33 @@ def test_a_study_measures_its_models_item_by_item_and_goes_on_after_a_kill(text:
     half = store.stages / f"{stage.folder}.partial-0"
     half.mkdir()
     EvaluationResults(whole.model, whole.measurements[:2]).save(half / RESULTS)
-    asked: list[str] = []
+    evaluated: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         from secateur.evaluation import suite
 
         measure_task = suite.measure_task
-        patch.setattr(suite, "measure_task", lambda *a, **k: (asked.append(a[1].name), measure_task(*a, **k))[1])
+        patch.setattr(suite, "measure_task", lambda *a, **k: (evaluated.append(a[1].name), measure_task(*a, **k))[1])
         do(stage, out)
-    assert asked == ["arc_challenge"]
-    again = store.folder(stage)
-    assert {p.name: p.read_bytes() for p in again.iterdir() if p.name != "runtime.json"} == wanted
+    assert evaluated == ["arc_challenge"]
+    rebuilt = store.folder(stage)
+    assert {p.name: p.read_bytes() for p in rebuilt.iterdir() if p.name != "runtime.json"} == expected
 
 
 def test_nothing_runs_beside_what_is_timed(text: Path, tmp_path: Path) -> None:
-    found = stages(suited(tmp_path, text, ["cost"]))
-    timed = next(s for s in found if s.kind == "cost")
-    other = next(s for s in found if s.kind == "train")
-    here = local.LocalLauncher(tmp_path, jobs=2, device="cpu")
-    assert here.room(timed)
-    assert here.room(other)
-    here.workers = [busy := _Busy(other)]  # type: ignore[list-item]
-    here.free.pop()
-    assert here.room(other)
-    assert not here.room(timed)
+    planned = stages(suited(tmp_path, text, ["cost"]))
+    timed = next(s for s in planned if s.kind == "cost")
+    training = next(s for s in planned if s.kind == "train")
+    launcher = local.LocalLauncher(tmp_path, jobs=2, device="cpu")
+    assert launcher.room(timed)
+    assert launcher.room(training)
+    launcher.workers = [busy := _Busy(training)]  # type: ignore[list-item]
+    launcher.free.pop()
+    assert launcher.room(training)
+    assert not launcher.room(timed)
     busy.stage = timed
-    assert not here.room(other)
-    here.device = "cuda"  # a GPU is the stage's own
-    assert here.room(other)
+    assert not launcher.room(training)
+    launcher.device = "cuda"  # a GPU is the stage's own
+    assert launcher.room(training)
 
 
 class _Busy:

@@ -14,37 +14,37 @@ from secateur.model.checkpoint import Checkpoint
 WORK = Workload(prompt=20, new=6, batches=(1, 3), repeats=3, warm_up=1)
 
 
-def figures(found: dict[str, Any]) -> dict[tuple[str, int | None], dict[str, Any]]:
-    return {(f["name"], f.get("batch")): f for f in found["figures"]}
+def figures(answer: dict[str, Any]) -> dict[tuple[str, int | None], dict[str, Any]]:
+    return {(f["name"], f.get("batch")): f for f in answer["figures"]}
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_are_those_of_the_shape(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tiny_llama(tmp_path, tie_word_embeddings=tied))
-    found = figures(measure_cost(checkpoint, checkpoint.load(dtype), WORK))
+    by_name = figures(measure_cost(checkpoint, checkpoint.load(dtype), WORK))
     total = checkpoint.shape.total
-    assert found["parameters", None]["value"] == total
+    assert by_name["parameters", None]["value"] == total
     buffers = sum(b.nbytes for b in checkpoint.load(dtype).buffers())
-    in_memory = found["weights in memory", None]
+    in_memory = by_name["weights in memory", None]
     assert in_memory["unit"] == "bytes"
     assert dtype.itemsize * total <= in_memory["value"] <= dtype.itemsize * total + buffers
-    assert found["checkpoint on disk", None]["value"] == (checkpoint.directory / "model.safetensors").stat().st_size
+    assert by_name["checkpoint on disk", None]["value"] == (checkpoint.directory / "model.safetensors").stat().st_size
     # that of the shape is at 16 bits
-    assert found["KV cache", None]["value"] == checkpoint.shape.kv_cache_bytes * dtype.itemsize / 2
+    assert by_name["KV cache", None]["value"] == checkpoint.shape.kv_cache_bytes * dtype.itemsize / 2
 
 
 def test_speeds_have_units_and_spread(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tiny_llama(tmp_path))
     answer = measure_cost(checkpoint, checkpoint.load(), WORK)
-    found = figures(answer)
+    by_name = figures(answer)
     for batch in (1, 3):
         for name, unit in (("prefill", "tokens/s"), ("decode", "tokens/s"), ("time to first token", "ms")):
-            figure = found[name, batch]
+            figure = by_name[name, batch]
             assert figure["unit"] == unit and figure["execution"] == "dense" and figure["repeats"] == 3
             assert 0 < figure["low"] <= figure["value"] <= figure["high"]
-        first = found["time to first token", batch]["value"] / 1e3
-        assert found["prefill", batch]["value"] == pytest.approx(20 * batch / first, rel=0.5)  # medians of both
+        first = by_name["time to first token", batch]["value"] / 1e3
+        assert by_name["prefill", batch]["value"] == pytest.approx(20 * batch / first, rel=0.5)  # medians of both
     assert answer["workload"]["batches"] == [1, 3] and answer["device"] == "cpu" and answer["dtype"] == "float32"
     assert answer["sparsity"] == {"pattern": None, "note": "no masks: the model is dense"}
     assert all(figure["unit"] for figure in answer["figures"])
@@ -52,22 +52,22 @@ def test_speeds_have_units_and_spread(tmp_path: Path) -> None:
 
 def test_what_is_written_is_what_generate_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = hf(tiny_llama(tmp_path)), windows(2, 20)
-    seen = []
+    inputs = []
     forward = type(model).forward
 
     def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["input_ids"])
+        inputs.append(kwargs["input_ids"])
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr("secateur.evaluation.cost._prompt", lambda *_: ids)
     monkeypatch.setattr(type(model), "forward", recording)
     measure_cost(Checkpoint(tmp_path / "llama-0"), model, Workload(20, 6, (2,), 1, 0))
-    written = torch.cat(seen[1:], dim=1)
+    written = torch.cat(inputs[1:], dim=1)
     monkeypatch.undo()
-    wanted = ids
+    expected = ids
     for _ in range(5):
-        wanted = torch.cat([wanted, model(input_ids=wanted).logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(written, wanted[:, 20:])
+        expected = torch.cat([expected, model(input_ids=expected).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(written, expected[:, 20:])
 
 
 def test_the_workload_fits_the_positions() -> None:
@@ -89,9 +89,9 @@ def test_patterns() -> None:
 def test_sparsity_is_told_honestly(amount: list[str], pattern: str, tmp_path: Path) -> None:
     assert main(["prune", str(tiny_llama(tmp_path)), str(tmp_path / "out"), "--method", "magnitude", *amount]) == 0
     checkpoint = Checkpoint(tmp_path / "out")
-    told = measure_cost(checkpoint, checkpoint.load(), Workload(4, 2, (1,), 1, 0))["sparsity"]
-    assert told["pattern"] == pattern and told["zeros"] == pytest.approx(0.5, abs=0.01)
-    assert told["note"] == NEEDS if pattern == "2:4" else "neither speed nor memory gain anything" in told["note"]
+    answer = measure_cost(checkpoint, checkpoint.load(), Workload(4, 2, (1,), 1, 0))["sparsity"]
+    assert answer["pattern"] == pattern and answer["zeros"] == pytest.approx(0.5, abs=0.01)
+    assert answer["note"] == NEEDS if pattern == "2:4" else "neither speed nor memory gain anything" in answer["note"]
 
 
 @pytest.mark.gpu
@@ -105,10 +105,10 @@ def test_semi_structured_kernels(tmp_path: Path) -> None:
     ids = windows(8, 16).cuda()
     with torch.no_grad():
         dense = model(input_ids=ids).logits
-        found = measure_cost(checkpoint, model, Workload(16, 4, (8,), 2, 1))
+        answer = measure_cost(checkpoint, model, Workload(16, 4, (8,), 2, 1))
         if torch.cuda.get_device_capability() < (8, 0):
-            assert found["sparsity"]["note"] == NEEDS
+            assert answer["sparsity"]["note"] == NEEDS
             return
-        assert found["sparsity"]["note"] == "with torch.sparse semi-structured kernels"
-        assert {f["execution"] for f in found["figures"]} == {"dense", "2:4 kernels"}
+        assert answer["sparsity"]["note"] == "with torch.sparse semi-structured kernels"
+        assert {f["execution"] for f in answer["figures"]} == {"dense", "2:4 kernels"}
         torch.testing.assert_close(model(input_ids=ids).logits, dense, rtol=0.05, atol=0.05 * float(dense.abs().max()))

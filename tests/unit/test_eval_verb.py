@@ -105,8 +105,8 @@ def call(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cal
         capsys.readouterr()
         words = line.format(w=world, t=tmp_path).split()
         assert main(words if text else [*words, "--json"]) == code
-        said = capsys.readouterr()
-        return said.err.splitlines()[-1] if code else said.out if text else json.loads(said.out)
+        output = capsys.readouterr()
+        return output.err.splitlines()[-1] if code else output.out if text else json.loads(output.out)
 
     return run
 
@@ -116,8 +116,8 @@ PAPER = "eval {w}/llama-0 --suite paper --data shards:{w}/shards --tasks-data {w
 
 @needs_lm_eval
 def test_the_suite_of_the_paper(call: Callable[..., Any], world: Path, tmp_path: Path) -> None:
-    (found,) = call(PAPER + " --out {t}/out")["results"]
-    measured = {m["name"]: m for m in found["measurements"]}
+    (result,) = call(PAPER + " --out {t}/out")["results"]
+    measured = {m["name"]: m for m in result["measurements"]}
     assert set(measured) == {"loss", "heldout/c4", "heldout/wikitext", "heldout/cnn_dailymail", *METRICS}
     assert {p["domain"] for p in measured["loss"]["by_domain"]} == {"books", "web"}
     assert measured["loss"]["items"]["unit"] == "documents"
@@ -125,7 +125,7 @@ def test_the_suite_of_the_paper(call: Callable[..., Any], world: Path, tmp_path:
         assert measured[name]["protocol"]["metric"] == metric and measured[name]["items"]["count"] == DOCUMENTS
         assert measured[name]["protocol"]["lm_eval"] and measured[name]["protocol"]["version"]
     written = json.loads((tmp_path / "out" / "llama-0.json").read_text())
-    assert written["measurements"] == found["measurements"] and written["digest"]
+    assert written["measurements"] == result["measurements"] and written["digest"]
     items = items_file(tmp_path / "out" / "llama-0.json")
     before = items.read_bytes()
     assert "exists; remove it" in call(PAPER + " --out {t}/out", code=2)
@@ -160,12 +160,12 @@ def test_figures_of_different_protocols_share_no_table(call: Callable[..., Any],
     short = tiny_llama(tmp_path, vocab_size=300, max_position_embeddings=32)
     for file in world.glob("llama-0/token*"):
         (short / file.name).write_bytes(file.read_bytes())
-    told = call(f"eval {{w}}/llama-1 {short} --suite perplexity --text-data {{w}}/texts", code=2)
-    assert "heldout/c4:" in told and "different protocols" in told and "seqlen 64 and 32" in told
+    message = call(f"eval {{w}}/llama-1 {short} --suite perplexity --text-data {{w}}/texts", code=2)
+    assert "heldout/c4:" in message and "different protocols" in message and "seqlen 64 and 32" in message
     call("eval {w}/llama-1 --suite perplexity --text-data {w}/texts --out {t}/a")
     call("eval {w}/llama-1 --suite perplexity --text-data {w}/texts --out {t}/b --stride 16")
-    told = call("compare {t}/a/llama-1.json {t}/b/llama-1.json", code=2)
-    assert "different protocols" in told and "share no table" in told
+    message = call("compare {t}/a/llama-1.json {t}/b/llama-1.json", code=2)
+    assert "different protocols" in message and "share no table" in message
 
 
 @pytest.mark.parametrize(
@@ -192,10 +192,10 @@ def test_bad_input_is_told_in_a_line(line: str, message: str, call: Callable[...
 @needs_lm_eval
 def test_missing_tasks_are_told_before_anything_runs(call: Callable[..., Any]) -> None:
     assert "piqa.jsonl: no such file" in call("eval {w}/llama-0 --suite piqa --tasks-data {t}", code=2)
-    told = call("eval {w}/llama-0 --suite arc_eazy --tasks-data {t}", code=2)
-    assert "--suite arc_eazy: lm-eval has no task, group or tag of that name; did you mean 'arc_easy'?" in told
-    told = call("eval {w}/llama-0 --suite sciq,gsm8k --tasks-data {w}/tasks", code=2)
-    assert "gsm8k lets a model write 256 tokens, and this one takes 64 with the question; leave the task out" in told
+    message = call("eval {w}/llama-0 --suite arc_eazy --tasks-data {t}", code=2)
+    assert "--suite arc_eazy: lm-eval has no task, group or tag of that name; did you mean 'arc_easy'?" in message
+    message = call("eval {w}/llama-0 --suite sciq,gsm8k --tasks-data {w}/tasks", code=2)
+    assert "gsm8k lets a model write 256 tokens, and this one takes 64 with the question; leave the task out" in message
 
 
 @needs_lm_eval
@@ -208,8 +208,8 @@ def test_a_group_of_tasks(call: Callable[..., Any], world: Path) -> None:
     compared = call("compare {t}/out/llama-0.json {t}/out/llama-1.json")["comparisons"]
     assert [c["name"] for c in compared] == [*WMDP, "sciq", "wmdp", "average of tasks"]
     assert [c["items"] for c in compared] == [4, 5, 6, DOCUMENTS, 15, 15 + DOCUMENTS]
-    told = call("eval {w}/llama-0 --suite wmdp,sciq --tasks-data {w}/tasks --few-shot 2", code=2)  # wmdp stays at 0
-    assert "sciq.examples.jsonl: no such file; the 2 examples in each prompt of sciq are drawn from it" in told
+    message = call("eval {w}/llama-0 --suite wmdp,sciq --tasks-data {w}/tasks --few-shot 2", code=2)  # wmdp stays at 0
+    assert "sciq.examples.jsonl: no such file; the 2 examples in each prompt of sciq are drawn from it" in message
 
 
 def test_without_the_harness_all_but_tasks_are_measured(
@@ -241,11 +241,11 @@ def test_a_killed_command_goes_on(call: Callable[..., Any], world: Path, tmp_pat
 
         measure_task = suite.measure_task
 
-        def killed(asked: Any, task: Any, *rest: Any, **more: Any) -> Any:
+        def killed(model: Any, task: Any, *rest: Any, **more: Any) -> Any:
             measured.append(task.name)
             if len(measured) == 5:  # the second task of the second model
                 raise KeyboardInterrupt
-            return measure_task(asked, task, *rest, **more)
+            return measure_task(model, task, *rest, **more)
 
         patch.setattr(suite, "measure_task", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -258,8 +258,8 @@ def test_a_killed_command_goes_on(call: Callable[..., Any], world: Path, tmp_pat
 
 
 def test_models_are_timed_on_one_workload(call: Callable[..., Any], world: Path, roomy: Path) -> None:
-    found = call(f"eval {{w}}/llama-0 {roomy} --suite cost")["results"]
-    assert [result["cost"]["workload"]["prompt"] for result in found] == [48, 48]  # and 16 new ones
+    results = call(f"eval {{w}}/llama-0 {roomy} --suite cost")["results"]
+    assert [result["cost"]["workload"]["prompt"] for result in results] == [48, 48]  # and 16 new ones
 
 
 def test_cost_in_the_table(call: Callable[..., Any]) -> None:
@@ -280,11 +280,11 @@ def test_several_processes_give_the_same(world: Path, roomy: Path, tmp_path: Pat
     command = [str(roomy), *line, "--device", "cpu", "--out"]
     assert main(["eval", *command, str(tmp_path / "one")]) == 0
     together(2, [["eval", *command, str(tmp_path / "two")]], tmp_path)
-    one, two = (EvaluationResults.load(tmp_path / folder / f"{roomy.name}.json") for folder in ("one", "two"))
-    written = [[item["written"] for item in m.items] for r in (one, two) if (m := r.of("gsm8k"))]
+    single, parallel = (EvaluationResults.load(tmp_path / folder / f"{roomy.name}.json") for folder in ("one", "two"))
+    written = [[item["written"] for item in m.items] for r in (single, parallel) if (m := r.of("gsm8k"))]
     assert len(written) == 2 and written[0] == written[1] and len(written[0]) == 3
-    for ours, theirs in zip(one.record()["measurements"], two.record()["measurements"], strict=True):
-        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-6) and ours["protocol"] == theirs["protocol"]
+    for a, b in zip(single.record()["measurements"], parallel.record()["measurements"], strict=True):
+        assert a["value"] == pytest.approx(b["value"], rel=1e-6) and a["protocol"] == b["protocol"]
 
 
 @needs_lm_eval
@@ -300,12 +300,14 @@ def test_scores_are_those_of_the_harness_s_own_command(world: Path, roomy: Path,
     line += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "theirs"), "--log_samples"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     subprocess.run(line, check=True, env=environment, capture_output=True, timeout=300)
-    theirs = json.loads(next((tmp_path / "theirs").rglob("results*.json")).read_text())["results"]
-    ours = ["eval", str(roomy), "--suite", "zero-shot,gsm8k,wikitext", "--tasks-data", str(world / "tasks")]
-    assert main([*ours, "--device", "cpu", "--out", str(tmp_path / "ours")]) == 0
-    found = {m["name"]: m for m in json.loads((tmp_path / "ours" / f"{roomy.name}.json").read_text())["measurements"]}
+    reference = json.loads(next((tmp_path / "theirs").rglob("results*.json")).read_text())["results"]
+    command = ["eval", str(roomy), "--suite", "zero-shot,gsm8k,wikitext", "--tasks-data", str(world / "tasks")]
+    assert main([*command, "--device", "cpu", "--out", str(tmp_path / "ours")]) == 0
+    measurements = {
+        m["name"]: m for m in json.loads((tmp_path / "ours" / f"{roomy.name}.json").read_text())["measurements"]
+    }
     for name, local in tasks.items():
-        for metric, value in found[name]["metrics"].items():
-            assert value == pytest.approx(theirs[local][metric], rel=1e-5, abs=1e-12), (name, metric)
+        for metric, value in measurements[name]["metrics"].items():
+            assert value == pytest.approx(reference[local][metric], rel=1e-5, abs=1e-12), (name, metric)
     for name, metric in METRICS.items():
-        assert found[name]["value"] == found[name]["metrics"][f"{metric},none"]
+        assert measurements[name]["value"] == measurements[name]["metrics"][f"{metric},none"]

@@ -19,7 +19,7 @@ def stream(tokens: int, seed: int = 0) -> np.ndarray:
 
 def naive(model: PreTrainedModel, ids: np.ndarray, length: int) -> list[list[float]]:
     """Each window's token losses, one at a time, each from its own pass over what comes before it."""
-    found = []
+    windows = []
     for start in range(0, len(ids), length):
         window, losses = ids[start : start + length].tolist(), []
         for position in range(1, len(window)):
@@ -27,8 +27,8 @@ def naive(model: PreTrainedModel, ids: np.ndarray, length: int) -> list[list[flo
             top = max(row)
             losses.append(top + math.log(sum(math.exp(v - top) for v in row)) - row[window[position]])
         if losses:
-            found.append(losses)
-    return found
+            windows.append(losses)
+    return windows
 
 
 @pytest.mark.parametrize("tokens", [32, 35, 33, 5, 8])  # whole; a tail; a tail of one token; only a tail; one window
@@ -38,14 +38,14 @@ def test_evaluate_against_a_naive_loop(tokens: int, batch: int, tmp_path: Path) 
     protocol = Protocol.of_stream(ids, 8, "test")
     steps: list[int] = []
     result = evaluate_loss(model, protocol, batch=batch, advance=steps.append)
-    wanted = naive(model, ids, 8)
-    every = [loss for window in wanted for loss in window]
-    assert result["windows"] == pytest.approx([sum(w) / len(w) for w in wanted], rel=1e-5)
+    expected = naive(model, ids, 8)
+    every = [loss for window in expected for loss in window]
+    assert result["windows"] == pytest.approx([sum(w) / len(w) for w in expected], rel=1e-5)
     assert result["loss"] == pytest.approx(sum(every) / len(every), rel=1e-5)  # each token counts alike
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["tokens"] == protocol.tokens == protocol.record()["tokens"] == len(every)
-    assert sum(steps) == sum(len(w) + 1 for w in wanted)
-    assert protocol.record()["windows"] == len(wanted)
+    assert sum(steps) == sum(len(w) + 1 for w in expected)
+    assert protocol.record()["windows"] == len(expected)
 
 
 def test_token_losses_are_the_library_s(tmp_path: Path) -> None:
@@ -65,9 +65,9 @@ def test_the_mode_is_put_back(training: bool, tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_of_the_ids() -> None:
     ids = stream(35)
-    here = Protocol.of_stream(ids, 8, "a").record()
-    there = Protocol.of_stream(ids.copy(), 8, "b").record()
-    assert here["fingerprint"] == there["fingerprint"] and here["source"] != there["source"]
+    a = Protocol.of_stream(ids, 8, "a").record()
+    b = Protocol.of_stream(ids.copy(), 8, "b").record()
+    assert a["fingerprint"] == b["fingerprint"] and a["source"] != b["source"]
     changed = ids.copy()
     changed[-1] = (changed[-1] + 1) % 61
     others = [
@@ -77,7 +77,7 @@ def test_the_fingerprint_is_of_the_ids() -> None:
         Protocol.of_stream(ids[::-1].copy(), 8, "a"),
     ]
     prints = {p.record()["fingerprint"] for p in others}
-    assert len(prints) == 4 and here["fingerprint"] not in prints
+    assert len(prints) == 4 and a["fingerprint"] not in prints
 
 
 @pytest.mark.parametrize("tokens", [0, 1])

@@ -32,13 +32,13 @@ def stream(lengths: list[int], domains: list[str], seed: int = 0) -> Stream:
 
 def naive(directory: Path, ids: np.ndarray, seqlen: int, stride: int) -> dict[int, float]:
     """The loss of each token, by its place in the stream, from the first window that predicts it."""
-    model, found = hf(directory), {}
+    model, losses = hf(directory), {}
     for start in range(0, len(ids), stride):
         window = ids[start : start + seqlen].tolist()
         every = logits(model, torch.tensor([window]))[0].double().log_softmax(1)
         for position in range(1, len(window)):
-            found.setdefault(start + position, -float(every[position - 1][window[position]]))
-    return found
+            losses.setdefault(start + position, -float(every[position - 1][window[position]]))
+    return losses
 
 
 @pytest.mark.parametrize(("tokens", "stride"), [(32, 5), (35, 3), (34, 7), (5, 3), (8, 3), (9, 1), (13, 5)])
@@ -46,10 +46,10 @@ def test_overlapping_windows_predict_every_token_once(tokens: int, stride: int, 
     directory = tiny_llama(tmp_path)
     ids = np.random.default_rng(1).integers(0, 61, tokens)
     protocol = Protocol.of_stream(ids, 8, "test", stride=stride)
-    wanted = naive(directory, ids, 8, stride)
-    assert protocol.tokens == len(wanted) == tokens - 1
-    found = window_losses(hf(directory), protocol, batch=3)
-    assert found.mean() == pytest.approx(sum(wanted.values()) / len(wanted), rel=1e-5)
+    expected = naive(directory, ids, 8, stride)
+    assert protocol.tokens == len(expected) == tokens - 1
+    losses = window_losses(hf(directory), protocol, batch=3)
+    assert losses.mean() == pytest.approx(sum(expected.values()) / len(expected), rel=1e-5)
     plain = Protocol.of_stream(ids, 8, "test")
     assert (protocol.record()["fingerprint"] == plain.record()["fingerprint"]) is (tokens <= 8)
 
@@ -64,12 +64,12 @@ def test_losses_by_document_domain_and_position(stride: int, tmp_path: Path) -> 
     directory, lengths = tiny_llama(tmp_path), [5, 1, 12, 9, 7]
     documents = stream(lengths, ["web", "books", "web", "code", "books"])
     protocol = Protocol.of_stream(documents, 8, "test", stride=stride)
-    found = window_losses(hf(directory), protocol)
-    wanted = naive(directory, documents.ids, 8, stride)
-    of = {n: [v for i, v in wanted.items() if documents.documents[i] == n] for n in range(5)}
+    losses = window_losses(hf(directory), protocol)
+    expected = naive(directory, documents.ids, 8, stride)
+    of = {n: [v for i, v in expected.items() if documents.documents[i] == n] for n in range(5)}
     sums = {n: (len(v), pytest.approx(sum(v), rel=1e-5)) for n, v in of.items() if v}
-    assert found.documents() == sums
-    domains = {part["domain"]: part for part in found.domains()}
+    assert losses.documents() == sums
+    domains = {part["domain"]: part for part in losses.domains()}
     assert list(domains) == ["books", "code", "web"]
     for name, numbers in {"web": (0, 2), "books": (1, 4), "code": (3,)}.items():
         values = [v for n in numbers for v in of[n]]
@@ -78,23 +78,23 @@ def test_losses_by_document_domain_and_position(stride: int, tmp_path: Path) -> 
             "tokens": len(values),
             "loss": pytest.approx(np.mean(values), rel=1e-5),
         }
-    measured = measure_loss(found, "loss")
+    measured = measure_loss(losses, "loss")
     assert measured.unit == "documents" and [i["tokens"] for i in measured.items] == [n for n, _ in sums.values()]
     weighted = sum(item["value"] * item["tokens"] for item in measured.items) / protocol.tokens
     assert weighted == pytest.approx(measured.value)
-    buckets = found.positions()
+    buckets = losses.positions()
     assert [(b["from"], b["to"]) for b in buckets] == [(1, 1), (2, 3), (4, 7)]
     assert sum(b["tokens"] for b in buckets) == protocol.tokens
     assert sum(b["tokens"] * b["loss"] for b in buckets) / protocol.tokens == pytest.approx(measured.value)
     if stride == 8:
-        first = [v for i, v in wanted.items() if i % 8 == 1]
+        first = [v for i, v in expected.items() if i % 8 == 1]
         assert buckets[0]["loss"] == pytest.approx(np.mean(first), rel=1e-5)
 
 
 def test_one_document_is_measured_by_windows() -> None:
     protocol = Protocol.of_stream(stream([30], [""]), 8, "test")
-    found = Losses(protocol, tuple(torch.ones(p.shape[0], p.shape[1] - 1) for p in protocol.windows))
-    assert measure_loss(found, "loss").unit == "windows" and found.domains() == []
+    losses = Losses(protocol, tuple(torch.ones(p.shape[0], p.shape[1] - 1) for p in protocol.windows))
+    assert measure_loss(losses, "loss").unit == "windows" and losses.domains() == []
 
 
 def rows(path: Path, texts: list[str], field: str = "text") -> Path:
@@ -136,8 +136,8 @@ def test_other_forms_of_a_local_text(form: str, tokenizer: PreTrainedTokenizerBa
     place = tmp_path / ("c4.txt" if form == "file.txt" else "c4/part.txt")
     place.parent.mkdir(exist_ok=True)
     place.write_text("frost and soil")
-    found = text_protocol(text, tokenizer, data=str(tmp_path))
-    assert found.windows[0].flatten().tolist() == tokenizer("frost and soil")["input_ids"]
+    protocol = text_protocol(text, tokenizer, data=str(tmp_path))
+    assert protocol.windows[0].flatten().tolist() == tokenizer("frost and soil")["input_ids"]
 
 
 def test_a_missing_text_names_the_file(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

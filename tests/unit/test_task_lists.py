@@ -93,12 +93,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def make(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Path]:
-    def made(seed: int = 3, positions: int = 400) -> Path:
+    def write_model(seed: int = 3, positions: int = 400) -> Path:
         directory = tiny_llama(tmp_path, seed=seed, vocab_size=300, max_position_embeddings=positions)
         tokenizer.save_pretrained(directory)
         return directory
 
-    return made
+    return write_model
 
 
 def measured(directory: Path, tasks: list[Task], batch: int | None = None) -> list[Measurement]:
@@ -143,26 +143,26 @@ def test_the_figure_of_a_group_is_the_harness_s_own(
     by_size: bool, make: Callable[..., Path], data: Path, others: list[str]
 ) -> None:
     import lm_eval
-    from lm_eval.api.group import Group as Theirs
+    from lm_eval.api.group import Group as HarnessGroup
     from lm_eval.config.group import AggMetricConfig
 
     directory = make()
-    (known,) = expand(["mmlu_other"], where="--suite").groups
-    group = replace(known, by_size=by_size)
+    (listed,) = expand(["mmlu_other"], where="--suite").groups
+    group = replace(listed, by_size=by_size)
     tasks = [Task(name, str(data), metric="acc") for name in others]
     check_groups([group], tasks)
-    ours = measured(directory, tasks)
-    (found,) = measure_groups([group], ours)
-    theirs = Theirs("mmlu_other", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=by_size)])
+    measurements = measured(directory, tasks)
+    (average,) = measure_groups([group], measurements)
+    harness_group = HarnessGroup("mmlu_other", aggregate_metric_list=[AggMetricConfig("acc", weight_by_size=by_size)])
     for task in tasks:
-        theirs.add(task.requests.harness_task)
-    loaded: Any = {"tasks": {t.name: t.requests.harness_task for t in tasks}, "groups": {"mmlu_other": theirs}}
+        harness_group.add(task.requests.harness_task)
+    loaded: Any = {"tasks": {t.name: t.requests.harness_task for t in tasks}, "groups": {"mmlu_other": harness_group}}
     result: Any = lm_eval.evaluate(plain(directory), loaded | {"group_map": {"mmlu_other": others}}, bootstrap_iters=0)
-    assert found.value == pytest.approx(result["groups"]["mmlu_other"]["acc,none"], abs=1e-12)
-    assert [m.value for m in ours] == [result["results"][name]["acc,none"] for name in others]
-    documents = [item["value"] for m in ours for item in m.items]
-    assert found.kind == "accuracy" and found.tasks == others and found.protocol["documents"] == len(documents)
-    assert bool(found.value == pytest.approx(np.mean(documents))) is by_size
+    assert average.value == pytest.approx(result["groups"]["mmlu_other"]["acc,none"], abs=1e-12)
+    assert [m.value for m in measurements] == [result["results"][name]["acc,none"] for name in others]
+    documents = [item["value"] for m in measurements for item in m.items]
+    assert average.kind == "accuracy" and average.tasks == others and average.protocol["documents"] == len(documents)
+    assert bool(average.value == pytest.approx(np.mean(documents))) is by_size
     with pytest.raises(UserError, match=r"mmlu_other: averages f1, and mmlu_[a-z_]+ reports acc,none; name its tasks"):
         check_groups([replace(group, metric="f1")], tasks)
 
@@ -175,8 +175,8 @@ def test_a_group_is_compared_on_its_documents_and_counts_once(
     sides = []
     for seed in (0, 1):
         directory = make(seed)
-        found = measured(directory, tasks)
-        sides.append(EvaluationResults(directory.name, [*found, *measure_groups([group], found)]))
+        measurements = measured(directory, tasks)
+        sides.append(EvaluationResults(directory.name, [*measurements, *measure_groups([group], measurements)]))
     compared = {c.name: c for c in compare_results(sides[:1], sides[1:])}
     values = [{m.name: m.value for m in side.measurements} for side in sides]
     whole, average = compared["mmlu_other"], compared[AVERAGE]
@@ -186,20 +186,20 @@ def test_a_group_is_compared_on_its_documents_and_counts_once(
     assert average.items == (whole.items or 0) + 7
     part = TaskGroup("part", tuple(others[:3]), "acc", True)  # inside of the other one, as mmlu has groups
     nested = [replace(s, measurements=[*s.measurements, *measure_groups([part], s.measurements)]) for s in sides]
-    again = {c.name: c for c in compare_results(nested[:1], nested[1:])}
-    assert "part" in again and again[AVERAGE] == average
+    with_part = {c.name: c for c in compare_results(nested[:1], nested[1:])}
+    assert "part" in with_part and with_part[AVERAGE] == average
     assert average.low <= average.difference <= average.high  # type: ignore[operator]
 
 
 def test_written_answers_are_the_harness_s_own(make: Callable[..., Path], data: Path) -> None:
     short = {"generation_kwargs": {"until": ["saws"], "do_sample": False, "max_gen_toks": 30}}
     directory, task = make(), Task("gsm8k", str(data), few_shot=1, changes=short)
-    wanted = plain(directory).generate_until(task.requests.harness_task.instances)
+    expected = plain(directory).generate_until(task.requests.harness_task.instances)
     for batch in (None, 1, 3):
-        (found,) = measured(directory, [task], batch)
-        assert [text for item in found.items for text in item["written"]] == wanted
-    assert len(set(wanted)) > 1 and found.protocol["metric"] == "exact_match,strict-match"
-    assert list(found.details["metrics"]) == ["exact_match,strict-match", "exact_match,flexible-extract"]
+        (measurement,) = measured(directory, [task], batch)
+        assert [text for item in measurement.items for text in item["written"]] == expected
+    assert len(set(expected)) > 1 and measurement.protocol["metric"] == "exact_match,strict-match"
+    assert list(measurement.details["metrics"]) == ["exact_match,strict-match", "exact_match,flexible-extract"]
 
 
 class Canned:
@@ -231,8 +231,8 @@ def test_the_score_of_written_answers(data: Path) -> None:
 
 
 def test_examples_in_the_prompt(data: Path, tmp_path: Path) -> None:
-    said = Task("gsm8k", str(data))
-    assert said.requests.protocol()["few_shot"] == 5  # as the task has it
+    default = Task("gsm8k", str(data))
+    assert default.requests.protocol()["few_shot"] == 5  # as the task has it
     examples = [json.loads(line)["answer"] for line in (data / "gsm8k.examples.jsonl").read_text().splitlines()]
     for shots in (0, 1, 4):
         prompts = [document[0].args[0] for document in Task("gsm8k", str(data), few_shot=shots).requests.documents]
@@ -257,45 +257,46 @@ def test_examples_are_those_that_the_harness_draws(data: Path, tmp_path: Path, m
     changes = {"task": "gsm8k", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
     root = Path(lm_eval.tasks.__file__).parent / "gsm8k"
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(root))
-    theirs: Any = manager.load({"group": "theirs", "task": [changes]})["tasks"]["gsm8k"]
-    theirs.set_fewshot_seed(1234)  # as the command line does
-    theirs.build_all_requests()
-    ours = Task("gsm8k", str(data)).requests
-    assert [request.args for request in ours.instances] == [request.args for request in theirs.instances]
+    harness_task: Any = manager.load({"group": "theirs", "task": [changes]})["tasks"]["gsm8k"]
+    harness_task.set_fewshot_seed(1234)  # as the command line does
+    harness_task.build_all_requests()
+    requests = Task("gsm8k", str(data)).requests
+    assert [request.args for request in requests.instances] == [request.args for request in harness_task.instances]
 
 
 def test_a_text_as_a_whole(make: Callable[..., Path], data: Path) -> None:
     directory = make(positions=64)
     task = Task("wikitext", str(data))
-    (found,) = measured(directory, [task])
+    (measurement,) = measured(directory, [task])
     texts = [json.loads(line)["page"] for line in (data / "wikitext.jsonl").read_text().splitlines()]
-    asked = [document[0].args[0] for document in task.requests.documents]  # without the harness's marks
-    tokenizer, model, wanted = load_tokenizer(directory), hf(directory), []
-    for text in asked:
+    prompts = [document[0].args[0] for document in task.requests.documents]  # without the harness's marks
+    tokenizer, model, expected = load_tokenizer(directory), hf(directory), []
+    for text in prompts:
         ids, total = tokenizer(text)["input_ids"], 0.0
         for start in range(0, len(ids), 64):
             part = ids[start : start + 64]
             # Each window is as long as it can be: the last one goes back to have as much context as there is room for.
             begin = max(0, start + len(part) - 64)
             before = [tokenizer.bos_token_id] if begin == 0 else [ids[begin - 1]]
-            seen = before + ids[begin : start + len(part) - 1]
-            every = logits(model, torch.tensor([seen]))[0].double().log_softmax(-1)
+            window = before + ids[begin : start + len(part) - 1]
+            every = logits(model, torch.tensor([window]))[0].double().log_softmax(-1)
             total += sum(float(every[-len(part) + i][token]) for i, token in enumerate(part))
-        wanted.append(total)
+        expected.append(total)
     words = [len(re.split(r"\s+", text)) for text in texts]
-    assert [item["loglikelihoods"][0] for item in found.items] == pytest.approx(wanted, rel=1e-4)
-    assert [item["tokens"] for item in found.items] == words and found.unit == "documents"
-    assert found.kind == "loss" and found.scale == "nats per word"
-    assert found.value == pytest.approx(-sum(wanted) / sum(words), rel=1e-4)
-    assert found.details["perplexity"] == pytest.approx(found.details["metrics"]["word_perplexity,none"])
-    theirs = plain(directory).loglikelihood_rolling(task.requests.harness_task.instances)
-    assert [item["loglikelihoods"][0] for item in found.items] == pytest.approx(theirs, rel=1e-5)
+    assert [item["loglikelihoods"][0] for item in measurement.items] == pytest.approx(expected, rel=1e-4)
+    assert [item["tokens"] for item in measurement.items] == words and measurement.unit == "documents"
+    assert measurement.kind == "loss" and measurement.scale == "nats per word"
+    assert measurement.value == pytest.approx(-sum(expected) / sum(words), rel=1e-4)
+    assert measurement.details["perplexity"] == pytest.approx(measurement.details["metrics"]["word_perplexity,none"])
+    harness_values = plain(directory).loglikelihood_rolling(task.requests.harness_task.instances)
+    assert [item["loglikelihoods"][0] for item in measurement.items] == pytest.approx(harness_values, rel=1e-5)
 
 
 def test_a_figure_of_all_documents_together(make: Callable[..., Path], data: Path) -> None:
     sides = [EvaluationResults("", measured(make(seed), [Task("cola", str(data))])) for seed in (0, 1)]
-    (found,) = sides[0].measurements
-    assert found.kind == "score" and found.scale == "mcc" and {item["value"] for item in found.items} == {None}
+    (measurement,) = sides[0].measurements
+    assert measurement.kind == "score" and measurement.scale == "mcc"
+    assert {item["value"] for item in measurement.items} == {None}
     (compared,) = compare_results(sides[:1], sides[1:])
     assert compared.verdict == "not measured"
     assert compared.reason == "mcc is of all documents together, and single ones have none"
@@ -340,13 +341,13 @@ def test_a_metric_that_could_not_be_fetched_is_told_before(data: Path, monkeypat
 
 
 def test_what_is_drawn_depends_on_no_batch(make: Callable[..., Path], data: Path) -> None:
-    told = {"until": ["saws"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
-    directory, changes = make(), {"generation_kwargs": told, "repeats": 3}
+    settings = {"until": ["saws"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    directory, changes = make(), {"generation_kwargs": settings, "repeats": 3}
     texts = []
     for batch in (None, 4):
         task = Task("gsm8k", str(data), few_shot=0, changes=changes)
-        (found,) = measured(directory, [task], batch)
-        texts.append([item["written"] for item in found.items])
+        (measurement,) = measured(directory, [task], batch)
+        texts.append([item["written"] for item in measurement.items])
     assert texts[0] == texts[1]
     assert all(len(written) == 3 for written in texts[0]) and any(len(set(written)) > 1 for written in texts[0])
 
@@ -359,11 +360,11 @@ def test_a_suite_names_groups(others: list[str]) -> None:
 
 def test_a_task_that_fails_to_score_is_told(make: Callable[..., Path], data: Path) -> None:
     directory, task = make(), Task("sciq", str(data))
-    asked = language_model(Checkpoint(directory), hf(directory))
+    harness_model = language_model(Checkpoint(directory), hf(directory))
 
     def broken(*_: Any) -> None:
         raise KeyError("no such field")
 
     task.requests.harness_task.process_results = broken
     with pytest.raises(UserError, match=r"sciq: lm-eval cannot score the answers by acc \(KeyError: 'no such field'\)"):
-        measure_task(asked, task)
+        measure_task(harness_model, task)

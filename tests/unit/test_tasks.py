@@ -26,8 +26,8 @@ from secateur.progress import set_listener
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")
 
 Row = dict[str, Any]
-#: of each choice the context and the continuation, and what its log-likelihood is divided by; the right one
-Asked = tuple[list[tuple[str, str]], list[int], int]
+#: context and continuation of each choice, the divisor of each log-likelihood, and the index of the right choice
+ChoiceRequests = tuple[list[tuple[str, str]], list[int], int]
 
 THINGS = ("the pear tree", "a rope", "the old ladder", "wet soil", "a sharp saw", "green twine", "the hedge", "frost")
 DEEDS = ("keeps the roots warm", "was cut in spring", "cannot carry a man", "stops the rain", "bears fruit twice")
@@ -37,8 +37,9 @@ def arc_easy(draw: random.Random) -> Row:
     labels = draw.choice(["ABCD", "1234", "ABC"])
     texts = draw.sample(THINGS, len(labels))
     choices = {"text": texts, "label": list(labels)}
-    asked = f"What {draw.choice(DEEDS)} when {draw.choice(THINGS)} {draw.choice(DEEDS)}?"
-    return {"id": f"made up {draw.random()}", "question": asked, "choices": choices, "answerKey": draw.choice(labels)}
+    question = f"What {draw.choice(DEEDS)} when {draw.choice(THINGS)} {draw.choice(DEEDS)}?"
+    row = {"id": f"made up {draw.random()}", "question": question, "choices": choices}
+    return {**row, "answerKey": draw.choice(labels)}
 
 
 def piqa(draw: random.Random) -> Row:
@@ -47,31 +48,31 @@ def piqa(draw: random.Random) -> Row:
 
 
 def winogrande(draw: random.Random) -> Row:
-    one, two, third = draw.sample(THINGS, 3)
-    sentence = f"Beside {third} stood {one} and {two}, and _ {draw.choice(DEEDS)}."
-    return {"sentence": sentence, "option1": one, "option2": two, "answer": draw.choice("12")}
+    first, second, third = draw.sample(THINGS, 3)
+    sentence = f"Beside {third} stood {first} and {second}, and _ {draw.choice(DEEDS)}."
+    return {"sentence": sentence, "option1": first, "option2": second, "answer": draw.choice("12")}
 
 
-def arc_easy_requests(row: Row) -> Asked:
+def arc_easy_requests(row: Row) -> ChoiceRequests:
     texts = row["choices"]["text"]
     pairs = [(f"Question: {row['question']}\nAnswer:", f" {text}") for text in texts]
     return pairs, [len(text) for text in texts], row["choices"]["label"].index(row["answerKey"])
 
 
-def piqa_requests(row: Row) -> Asked:
+def piqa_requests(row: Row) -> ChoiceRequests:
     texts = [row["sol1"], row["sol2"]]
     pairs = [(f"Question: {row['goal']}\nAnswer:", f" {text}") for text in texts]
     return pairs, [len(text) for text in texts], row["label"]
 
 
-def winogrande_requests(row: Row) -> Asked:
+def winogrande_requests(row: Row) -> ChoiceRequests:
     before, after = row["sentence"].split("_")
     pairs = [(before + option, after) for option in (row["option1"], row["option2"])]
     return pairs, [1, 1], int(row["answer"]) - 1
 
 
 #: task -> how to make up a document, and how to ask it
-TASKS: dict[str, tuple[Callable[[random.Random], Row], Callable[[Row], Asked]]] = {
+TASKS: dict[str, tuple[Callable[[random.Random], Row], Callable[[Row], ChoiceRequests]]] = {
     "arc_easy": (arc_easy, arc_easy_requests),
     "piqa": (piqa, piqa_requests),
     "winogrande": (winogrande, winogrande_requests),
@@ -115,7 +116,7 @@ def naive_likelihoods(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], name: str
 ) -> list[list[float]]:
     """For each document the log-likelihood of each choice, one choice and one token at a time, in float64."""
-    found = []
+    documents = []
     for row in rows:
         likelihoods = []
         for context, continuation in TASKS[name][1](row)[0]:
@@ -123,8 +124,8 @@ def naive_likelihoods(
             every = logits(model, torch.tensor([ids]))[0].double()
             steps = [float(every[i - 1][ids[i]] - every[i - 1].logsumexp(0)) for i in range(start, len(ids))]
             likelihoods.append(sum(steps))
-        found.append(likelihoods)
-    return found
+        documents.append(likelihoods)
+    return documents
 
 
 def naive_accuracy(likelihoods: list[list[float]], rows: list[Row], name: str) -> float:
@@ -141,12 +142,12 @@ def check(directory: Path, length: int, name: str, data: Path, monkeypatch: pyte
     """Compare likelihoods and accuracies with naive ones; return the accuracies, that of the full model first."""
     from lm_eval.models.huggingface import HFLM
 
-    seen: list[list[float]] = []
-    asked = HFLM.loglikelihood
+    recorded: list[list[float]] = []
+    loglikelihood = HFLM.loglikelihood
 
     def recording(*args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        answers = asked(*args, **kwargs)
-        seen.append([likelihood for likelihood, _ in answers])
+        answers = loglikelihood(*args, **kwargs)
+        recorded.append([likelihood for likelihood, _ in answers])
         return answers
 
     monkeypatch.setattr(HFLM, "loglikelihood", recording)
@@ -154,11 +155,11 @@ def check(directory: Path, length: int, name: str, data: Path, monkeypatch: pyte
 
     tokenizer, layers, rows = load_tokenizer(directory), hf(directory).config.num_hidden_layers, read(data, name)
     runs = [range(0), *(range(first, first + length) for first in range(layers - length + 1))]
-    wanted = [naive_likelihoods(without_layers(hf(directory), run), tokenizer, rows, name) for run in runs]
-    assert len(seen) == len(runs) == len({str(likelihoods) for likelihoods in wanted})
-    for found, likelihoods in zip(seen, wanted, strict=True):
-        assert found == pytest.approx([value for values in likelihoods for value in values], rel=1e-4)
-    assert [full, *without] == pytest.approx([naive_accuracy(likelihoods, rows, name) for likelihoods in wanted])
+    expected = [naive_likelihoods(without_layers(hf(directory), run), tokenizer, rows, name) for run in runs]
+    assert len(recorded) == len(runs) == len({str(likelihoods) for likelihoods in expected})
+    for measured, likelihoods in zip(recorded, expected, strict=True):
+        assert measured == pytest.approx([value for values in likelihoods for value in values], rel=1e-4)
+    assert [full, *without] == pytest.approx([naive_accuracy(likelihoods, rows, name) for likelihoods in expected])
     return [full, *without]
 
 
@@ -167,9 +168,9 @@ def check(directory: Path, length: int, name: str, data: Path, monkeypatch: pyte
 def test_removals_against_a_naive_loop(
     name: str, length: int, llama: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = check(llama, length, name, data, monkeypatch)
-    assert len(found) == 1 + 5 - length + 1
-    assert len(set(found)) > 1  # so that one candidate taken for another would show
+    accuracies = check(llama, length, name, data, monkeypatch)
+    assert len(accuracies) == 1 + 5 - length + 1
+    assert len(set(accuracies)) > 1  # so that one candidate taken for another would show
 
 
 @needs_lm_eval
@@ -193,21 +194,21 @@ def test_the_full_model_s_accuracy_is_the_harness_s_own(llama: Path, data: Path)
     full, _ = removal_accuracies(Checkpoint(llama), 4, task, device="cpu")
     model = HFLM(pretrained=hf(llama), tokenizer=load_tokenizer(llama), batch_size=3)
     loaded = {"tasks": {"piqa": task.requests.harness_task}}
-    found = lm_eval.evaluate(lm=model, task_dict=loaded, limit=10, bootstrap_iters=0)
-    assert found is not None
-    assert full == found["results"]["piqa"]["acc_norm,none"]
-    assert found["n-samples"]["piqa"]["effective"] == 10
+    results = lm_eval.evaluate(lm=model, task_dict=loaded, limit=10, bootstrap_iters=0)
+    assert results is not None
+    assert full == results["results"]["piqa"]["acc_norm,none"]
+    assert results["n-samples"]["piqa"]["effective"] == 10
 
 
 @needs_lm_eval
 def test_the_same_every_time_and_in_any_batch(llama: Path, data: Path) -> None:
     checkpoint, task = Checkpoint(llama), Task("arc_easy", str(data), limit=9)
-    found = removal_accuracies(checkpoint, 1, task, device="cpu")
-    assert found == removal_accuracies(checkpoint, 1, task, device="cpu")  # its requests are used again
-    assert found == removal_accuracies(checkpoint, 1, Task("arc_easy", str(data), limit=9), device="cpu", batch=1)
+    accuracies = removal_accuracies(checkpoint, 1, task, device="cpu")
+    assert accuracies == removal_accuracies(checkpoint, 1, task, device="cpu")  # its requests are used again
+    assert accuracies == removal_accuracies(checkpoint, 1, Task("arc_easy", str(data), limit=9), device="cpu", batch=1)
     rows = read(data, "arc_easy")[:9]
-    wanted = naive_likelihoods(hf(llama), load_tokenizer(llama), rows, "arc_easy")
-    assert found[0] == pytest.approx(naive_accuracy(wanted, rows, "arc_easy"))
+    expected = naive_likelihoods(hf(llama), load_tokenizer(llama), rows, "arc_easy")
+    assert accuracies[0] == pytest.approx(naive_accuracy(expected, rows, "arc_easy"))
 
 
 @needs_lm_eval
@@ -320,8 +321,8 @@ def test_requests_beyond_the_context_are_told(
     removal_accuracies(Checkpoint(directory), 4, Task("winogrande", str(data)), device="cpu")
     long = sum(size > room + 1 for size in sizes)  # the last token is only predicted
     assert 0 < long < len(sizes)
-    told = f"winogrande: {long} of {len(sizes)} requests are longer than the {room} tokens that the model takes"
-    assert told in capsys.readouterr().err
+    message = f"winogrande: {long} of {len(sizes)} requests are longer than the {room} tokens that the model takes"
+    assert message in capsys.readouterr().err
 
 
 def fails(task: Task) -> str:
@@ -393,16 +394,17 @@ def test_the_hub_out_of_reach(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    told = fails(Task("winogrande"))
-    assert "winogrande: allenai/winogrande:winogrande_xl cannot be loaded from the Hugging Face Hub (Connection" in told
-    assert told.endswith("connect to the network, or name a folder that holds winogrande.jsonl")
+    message = fails(Task("winogrande"))
+    dataset = "allenai/winogrande:winogrande_xl"
+    assert f"winogrande: {dataset} cannot be loaded from the Hugging Face Hub (Connection" in message
+    assert message.endswith("connect to the network, or name a folder that holds winogrande.jsonl")
     assert "winogrande: asking the Hugging Face Hub for allenai/winogrande" in capsys.readouterr().err
 
 
 def test_without_the_harness(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    told = fails(Task("winogrande", str(data)))
-    assert "lm-eval, which cannot be imported" in told and told.endswith("pip install 'secateur[tasks]'")
+    message = fails(Task("winogrande", str(data)))
+    assert "lm-eval, which cannot be imported" in message and message.endswith("pip install 'secateur[tasks]'")
 
 
 def refuses(directory: Path, task: Task) -> str:
@@ -416,8 +418,8 @@ def test_a_broken_model_is_told(llama: Path, data: Path) -> None:
     weights = load_file(llama / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
-    told = refuses(llama, Task("winogrande", str(data)))
-    assert told == f"{llama}: the log-likelihoods on winogrande are NaN or infinite"
+    message = refuses(llama, Task("winogrande", str(data)))
+    assert message == f"{llama}: the log-likelihoods on winogrande are NaN or infinite"
 
 
 @needs_lm_eval
@@ -440,21 +442,21 @@ def test_a_choice_beyond_the_context(
     tokenizer.save_pretrained(directory)
     rows = read(data, "arc_easy")
     model, task = hf(directory), Task("arc_easy", str(data))
-    asked = language_model(Checkpoint(directory), model)
-    found = [value for item in measure_task(asked, task).items for value in item["loglikelihoods"]]
-    wanted, long = [], 0
+    harness_model = language_model(Checkpoint(directory), model)
+    likelihoods = [value for item in measure_task(harness_model, task).items for value in item["loglikelihoods"]]
+    expected, long = [], 0
     for row in rows:
         for context, continuation in arc_easy_requests(row)[0]:
             ids, start = tokenizer(context + continuation)["input_ids"], len(tokenizer(context)["input_ids"])
-            seen, start = ids[-9:], max(1, start - max(0, len(ids) - 9))  # eight are read, and the ninth is predicted
+            window, start = ids[-9:], max(1, start - max(0, len(ids) - 9))  # eight are read, and the ninth is predicted
             long += len(ids) - len(tokenizer(context)["input_ids"]) > 8
-            every = logits(model, torch.tensor([seen]))[0].double()
-            wanted.append(
-                sum(float(every[i - 1][seen[i]] - every[i - 1].logsumexp(0)) for i in range(start, len(seen)))
+            every = logits(model, torch.tensor([window]))[0].double()
+            expected.append(
+                sum(float(every[i - 1][window[i]] - every[i - 1].logsumexp(0)) for i in range(start, len(window)))
             )
-    assert found == pytest.approx(wanted, rel=1e-4)
-    assert 0 < long == asked.truncated_choices < asked.truncated_requests == len(found)
-    report_truncation(asked, task)
+    assert likelihoods == pytest.approx(expected, rel=1e-4)
+    assert 0 < long == harness_model.truncated_choices < harness_model.truncated_requests == len(likelihoods)
+    report_truncation(harness_model, task)
     assert f"in {long} of them the choice alone is longer, so that only its last 8 tokens" in capsys.readouterr().err
 
 
@@ -476,36 +478,36 @@ def test_likelihoods_are_the_harness_s_own(name: str, batch: int | None, llama: 
 
     task = Task(name, str(data))
     model, tokenizer = hf(llama), load_tokenizer(llama)
-    found = measure_task(language_model(Checkpoint(llama), model, batch), task)
+    measurement = measure_task(language_model(Checkpoint(llama), model, batch), task)
     plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3)
     expected = [value for value, _ in plain.loglikelihood(task.requests.harness_task.instances)]
-    assert [v for item in found.items for v in item["loglikelihoods"]] == pytest.approx(expected, rel=1e-5)
+    assert [v for item in measurement.items for v in item["loglikelihoods"]] == pytest.approx(expected, rel=1e-5)
     tasks = {"tasks": {name: task.requests.harness_task}}
     results: Any = lm_eval.evaluate(lm=plain, task_dict=tasks, bootstrap_iters=0)
-    assert found.value == results["results"][name][task.requests.key]
-    assert found.value == sum(item["value"] for item in found.items) / DOCUMENTS
-    assert found.details["truncated"] == {"requests": 0, "choices": 0}
-    assert len({item["document"] for item in found.items}) == DOCUMENTS
+    assert measurement.value == results["results"][name][task.requests.key]
+    assert measurement.value == sum(item["value"] for item in measurement.items) / DOCUMENTS
+    assert measurement.details["truncated"] == {"requests": 0, "choices": 0}
+    assert len({item["document"] for item in measurement.items}) == DOCUMENTS
 
 
 @needs_lm_eval
 def test_choices_share_what_they_have_in_common(llama: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from secateur.evaluation.lm_eval.likelihoods import Likelihoods
 
-    seen = []
+    sizes = []
     states = Likelihoods._states
 
     def counting(self: Likelihoods, rows: Any) -> torch.Tensor:
-        seen.append(sum(map(len, rows)))
+        sizes.append(sum(map(len, rows)))
         return states(self, rows)
 
     monkeypatch.setattr(Likelihoods, "_states", counting)
-    task, asked = Task("arc_easy", str(data)), language_model(Checkpoint(llama), hf(llama))
-    measure_task(asked, task)
+    task, harness_model = Task("arc_easy", str(data)), language_model(Checkpoint(llama), hf(llama))
+    measure_task(harness_model, task)
     monkeypatch.setattr(Likelihoods, "_can_share_rows", lambda self, cut: False)
-    shared, seen[:] = sum(seen), []
-    measure_task(asked, task)
-    assert 1.5 * shared < sum(seen)
+    shared, sizes[:] = sum(sizes), []
+    measure_task(harness_model, task)
+    assert 1.5 * shared < sum(sizes)
 
 
 @needs_lm_eval
@@ -526,16 +528,16 @@ def test_rows_hold_every_request_once() -> None:
         ids, places, branches = row.layout()
         assert len(row) == len(ids) == len(places) == len(branches)
         for branch, (number, scored) in enumerate(zip(row.requests, row.scored(), strict=True), start=1):
-            mine = [i for i, b in enumerate(branches) if b in (0, branch)]
-            assert [ids[i] for i in mine] == requests[number][0]
-            assert [places[i] for i in mine] == [*range(len(mine))]
-            assert scored == mine[len(mine) - len(requests[number][1]) :]
+            path = [i for i, b in enumerate(branches) if b in (0, branch)]
+            assert [ids[i] for i in path] == requests[number][0]
+            assert [places[i] for i in path] == [*range(len(path))]
+            assert scored == path[len(path) - len(requests[number][1]) :]
 
 
 @needs_lm_eval
 def test_the_fingerprint_is_of_what_is_asked(data: Path, tmp_path: Path) -> None:
-    whole, again = (Task("piqa", str(data)).requests.protocol() for _ in range(2))
-    assert whole == again and whole["few_shot"] == 0
+    whole, repeated = (Task("piqa", str(data)).requests.protocol() for _ in range(2))
+    assert whole == repeated and whole["few_shot"] == 0
     rows = read(data, "piqa")
     write(tmp_path, "piqa", [{**rows[0], "sol1": "another end"}, *rows[1:]])
     others = [Task("piqa", str(data), limit=5), Task("winogrande", str(data)), Task("piqa", str(tmp_path))]
