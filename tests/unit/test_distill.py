@@ -22,9 +22,10 @@ from secateur.errors import UserError
 from secateur.losses.next_token import IGNORE_INDEX, model_loss
 from secateur.model.checkpoint import Checkpoint, skeleton
 from secateur.model.shapes import Shape, teacher_flops, train_flops
-from secateur.training.distill import Distill, Distillation, check_teacher
+from secateur.training.distill import Distillation, check_teacher
 from secateur.training.init import stored_weights
 from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
+from secateur.training.recipe import Distill
 
 #: what differs from the student in a teacher
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -17,7 +17,8 @@ from secateur.errors import UserError
 from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import LLAMA
-from secateur.pruning.pipeline import make_plan, scoring_flops
+from secateur.pruning.cost import scoring_flops
+from secateur.pruning.pipeline import make_plan
 from secateur.pruning.target import Target
 
 

@@ -18,8 +18,8 @@ from secateur.methods.sheared import Sheared
 from secateur.model.checkpoint import Checkpoint, skeleton
 from secateur.model.plan import Plan
 from secateur.model.shapes import train_flops
+from secateur.pruning.cost import scoring_flops
 from secateur.pruning.learned import gate_values, learning_recipe
-from secateur.pruning.pipeline import scoring_flops
 from secateur.pruning.target import Target
 from secateur.training.gates import Gates
 from secateur.training.init import stored_weights

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig
 
 from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, write_json, write_text
-from secateur.model.families import Axis, Family, family_of
+from secateur.model.config_file import load_config, read_json_config
+from secateur.model.families import Axis, Family
 from secateur.model.safetensors_io import CONVERT, Stored, TensorFile, write_order, write_tensors
 from secateur.model.shapes import Shape
 from secateur.progress import track
@@ -72,14 +72,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape]:
     Raises:
         UserError: if there is none, transformers refuses it, or its family or sizes are no model that is known here.
     """
-    raw = read_json(path)
-    if not isinstance(raw, dict) or "model_type" not in raw:
-        raise UserError(f"{path}: has no model_type; this is no Hugging Face checkpoint")
-    family_of(raw["model_type"], where=str(path))
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(f"{path}: {_one_line(error)}") from None
+    raw, _ = read_json_config(path)
+    config = load_config(path)
     return raw, config, Shape.of_config(config, where=str(path))
 
 

@@ -63,6 +63,7 @@ class Family:
     kv_site: str = "attention_output"  #: the input of the output projection, query heads in order
     optional: Mapping[str, str] = field(default_factory=dict)  #: block tensor -> config key that switches it on
     config_keys: Mapping[str, str] = field(default_factory=lambda: _CONFIG_KEYS)  #: field of Shape -> config key
+    derives_head_dim: bool = True  #: a missing head size is hidden size / query heads, not a fixed default
     heads_divide_hidden: bool = False  #: the config refuses a hidden size that is no multiple of the query heads
     #: the same function without that rule: its model_type, architecture and the keys that it wants besides
     relaxed: tuple[str, str, Mapping[str, object]] | None = None
@@ -186,6 +187,7 @@ QWEN3 = Family(
     block={**_TWO_NORMS, **_ATTENTION, **_HEAD_NORMS, **_ATTENTION_BIASES, **_FFN},
     optional=_ATTENTION_SWITCH,
     sites=_LLAMA_SITES,
+    derives_head_dim=False,
 )
 
 GEMMA3 = Family(
@@ -203,6 +205,7 @@ GEMMA3 = Family(
     optional=_ATTENTION_SWITCH,
     sites=_pre_norm(_QKV, ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
     writers=_POST_NORMS,
+    derives_head_dim=False,
     heads_divide_hidden=True,
     embedding_grows=True,
     norm_offset=1.0,

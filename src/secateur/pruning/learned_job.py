@@ -24,9 +24,10 @@ from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.progress import notify
 from secateur.pruning.calibration import Calibration
+from secateur.pruning.cost import scoring_flops
 from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
 from secateur.pruning.memory_estimate import estimate_training_memory
-from secateur.pruning.pipeline import scoring_flops, write_pruned
+from secateur.pruning.pipeline import write_pruned
 from secateur.pruning.request import PruneRequest
 from secateur.pruning.target import Target
 from secateur.runtime import pick_batch, pick_dtype

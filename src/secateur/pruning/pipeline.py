@@ -22,6 +22,7 @@ from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import cut_config, cut_tensors
 from secateur.pruning.calibration import Calibration
+from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.scoring import score_and_select
 from secateur.pruning.target import Target, describe_target
 from secateur.runtime import pick_batch
@@ -29,46 +30,10 @@ from secateur.runtime import pick_batch
 __all__ = [
     "check_config",
     "make_plan",
-    "reads_text",
     "removed_shares",
     "scores_identity",
-    "scoring_flops",
-    "task_of",
     "write_pruned",
 ]
-
-
-def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, context: int) -> float:
-    """FLOPs of scoring: forward passes over the calibration tokens, in whole models' worth.
-
-    A width method takes one pass, or two where each block runs before and after its own pruning, as it does for sparse
-    methods. Where scores are of gradients, a backward pass counts as two more, and one again for the second forward
-    pass that it needs. Removals take one pass and, for each candidate, the blocks behind it. Learning is training: a
-    backward pass counts as two more, or as one where the weights stay as they are.
-    """
-    if not method.calibrated:
-        return 0.0
-    passes = 1.0
-    if isinstance(method, LearnedMethod):
-        passes += 2.0 if method.rate > 0 else 1.0
-    elif isinstance(method, RemovalMethod):
-        length = shape.layers - after.layers if method.runs else 1
-        passes += sum(range(shape.layers - length + 1)) / shape.layers
-    elif any(issubclass(kind, GradientStatistic) for kind in method.needs):
-        passes += 3.0
-    elif isinstance(method, WeightMethod) or (isinstance(method, WidthMethod) and method.sequential):
-        passes += 1.0 - 1 / shape.layers  # nothing sees what the last block puts out
-    return passes * tokens * shape.forward_flops(context)
-
-
-def reads_text(method: Method) -> bool:
-    """Whether the method scores on calibration text, and not on weights alone or by a task."""
-    return method.calibrated and not task_of(method)
-
-
-def task_of(method: Method) -> str:
-    """The task that the method goes by; empty for none."""
-    return method.task if isinstance(method, RemovalMethod) else ""
 
 
 def make_plan(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from secateur.config import Positive, spec
 from secateur.errors import UserError
 from secateur.hub import local_checkpoint
-from secateur.model.checkpoint import max_positions, read_config
+from secateur.model.config_file import read_shape
 from secateur.model.description import describe_shape, flops_context
 from secateur.model.shapes import SPACES, Shape, removed, solve_depth, solve_width
 from secateur.pruning.target import Target
@@ -98,8 +98,8 @@ def preview_shapes(request: ShapesRequest) -> Preview:
     path = Path(request.model)
     if not path.is_file() and path.suffix != ".json":
         path = local_checkpoint(request.model, weights=False) / "config.json"
-    _, config, before = read_config(path)
-    context = flops_context(request.context, max_positions(config))
+    before, positions = read_shape(path)
+    context = flops_context(request.context, positions)
     own = describe_shape(before, context)
     first = request.targets[0]
     outputs = []

@@ -14,7 +14,7 @@ from secateur.config import identity
 from secateur.errors import UserError
 from secateur.methods.base import LearnedMethod
 from secateur.model.shapes import solve_width
-from secateur.pruning.pipeline import scoring_flops
+from secateur.pruning.cost import scoring_flops
 from secateur.study.grid import TWIN_NAMES, PlannedComparison, Pruning, comparisons, prunings
 from secateur.study.resolve import ResolvedStudy, split_places
 from secateur.study.spec import ControlKind, SettingKind, StudySpec

@@ -17,8 +17,7 @@ from secateur.evaluation.suite import Suite
 from secateur.methods.registry import get_method, known_methods
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Target
-from secateur.training.distill import Distill
-from secateur.training.recipe import Recipe
+from secateur.training.recipe import Distill, Recipe
 
 __all__ = [
     "CalibrationSpec",

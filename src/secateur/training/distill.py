@@ -7,13 +7,11 @@ The teacher reads what the student reads, without gradients, and each chunk of t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from secateur.config import Positive, spec
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import UserError
 from secateur.losses.kl import summed_divergence
@@ -21,23 +19,14 @@ from secateur.losses.next_token import readout
 from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.model.shapes import Shape
 from secateur.training.objective import BatchLosses, LanguageModel
+from secateur.training.recipe import Distill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Distill", "Distillation", "check_teacher"]
+__all__ = ["Distillation", "check_teacher"]
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  #: files that say which token has which id
-
-
-@spec
-class Distill:
-    """How a student is taught."""
-
-    kind: Literal["distill"] = "distill"
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  #: both distributions are softened by it
-    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0  #: share of the divergence; the rest is the language-model loss
-    top_k: Positive | None = None  #: the teacher's likeliest ids that count apart; None for all
 
 
 class Distillation(LanguageModel):

@@ -28,7 +28,7 @@ from secateur.progress import notify
 from secateur.runtime import environment, pick_device, pick_dtype
 from secateur.training.batches import Data, Slice
 from secateur.training.checkpoints import FINISHED
-from secateur.training.distill import Distill, Distillation, check_teacher
+from secateur.training.distill import Distillation, check_teacher
 from secateur.training.heldout import heldout_loss
 from secateur.training.init import fresh_weights, stored_weights
 from secateur.training.loop import RunOptions, train_loop
@@ -36,7 +36,7 @@ from secateur.training.masks import Masks
 from secateur.training.metrics import Metrics, check_trackers, open_trackers
 from secateur.training.output import write_trained
 from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
-from secateur.training.recipe import Recipe
+from secateur.training.recipe import Distill, Recipe
 from secateur.training.request import TrainRequest
 from secateur.training.throughput import Meter, Peak, peak_of
 from secateur.training.watchdog import stop_on_signals

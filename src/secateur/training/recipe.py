@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
-from torch import nn, optim
 
 from secateur.config import RUNTIME, Count, Fraction, Positive, spec
 from secateur.errors import UserError
 
-__all__ = ["Recipe", "learning_rate", "make_optimizer", "set_rate"]
+if TYPE_CHECKING:
+    from torch import nn, optim
+
+__all__ = ["Distill", "Recipe", "learning_rate", "make_optimizer", "set_rate"]
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
@@ -50,6 +52,16 @@ class Recipe:
     def steps(self, tokens: int) -> int:
         """Optimiser steps that ``tokens`` take; the last may be smaller."""
         return math.ceil(tokens / self.tokens_per_step)
+
+
+@spec
+class Distill:
+    """How a student is taught."""
+
+    kind: Literal["distill"] = "distill"
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  #: both distributions are softened by it
+    alpha: Annotated[float, Field(gt=0, le=1)] = 1.0  #: share of the divergence; the rest is the language-model loss
+    top_k: Positive | None = None  #: the teacher's likeliest ids that count apart; None for all
 
 
 def set_rate(optimizer: optim.Optimizer, rate: float, recipe: Recipe) -> None:
@@ -90,6 +102,8 @@ def make_optimizer(
         recipe: of the training.
         own: groups besides, with a learning rate ``own_rate`` of their own and without decay.
     """
+    from torch import optim
+
     parameters = list(weights)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},

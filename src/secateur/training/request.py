@@ -105,7 +105,7 @@ class TrainRequest:
     @cached_property
     def distill(self) -> Any:
         """How to distil; None without a teacher."""
-        from secateur.training.distill import Distill
+        from secateur.training.recipe import Distill
 
         return None if self.teacher is None else Distill(**self._distilling)
 

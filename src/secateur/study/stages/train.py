@@ -26,13 +26,13 @@ from secateur.study.stages.controls import permuted_mask, random_mask, shuffle_w
 from secateur.study.stages.inputs import corpus_tokens, holdout_protocol, model_of
 from secateur.study.store import Store
 from secateur.training.batches import Slice
-from secateur.training.distill import Distill, Distillation, check_teacher
+from secateur.training.distill import Distillation, check_teacher
 from secateur.training.init import fresh_weights, llama_config, stored_weights
 from secateur.training.job import Start, distillation, train_model
 from secateur.training.loop import RunOptions
 from secateur.training.output import write_trained
 from secateur.training.parallel import Execution
-from secateur.training.recipe import Recipe
+from secateur.training.recipe import Distill, Recipe
 from secateur.training.watchdog import stop_on_signals
 
 __all__ = ["train_stage"]
