@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, hashes."""
+"""Atomic writes, hashes, and output directories that appear only when they are complete."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from secateur.errors import UserError
 from secateur.formatting import byte_size
 
 __all__ = [
-    "BLOCKS",
+    "FINISHED_BLOCKS",
     "check_disk",
-    "check_free",
     "partial_directories",
     "read_json",
+    "require_new_directory",
     "resumable_directory",
     "sha256_file",
     "sha256_tree",
@@ -35,11 +35,11 @@ __all__ = [
 ]
 
 
-BLOCKS = "*/finished"  #: what a folder of work has once a block has been pruned
+FINISHED_BLOCKS = "*/finished"  #: files of a work directory that show that a block has been pruned
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` so that a reader sees the old file or the new one, never a part."""
+    """Write a file atomically: a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -60,7 +60,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; NaN and infinity are refused."""
+    """Write ``value`` as indented JSON, atomically; NaN and infinity raise ValueError."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -87,7 +87,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_tree(root: Path, files: Iterable[Path] | None = None) -> str:
-    """SHA-256, in hexadecimal, of the names below ``root`` and the contents of ``files``; of all there unless given."""
+    """SHA-256, in hexadecimal, of the contents of ``files`` and their paths below ``root``; None means all files."""
     if files is None:
         files = sorted((path for path in root.rglob("*") if path.is_file()), key=lambda path: path.as_posix())
     pairs = [[path.relative_to(root).as_posix(), sha256_file(path)] for path in files]
@@ -105,11 +105,11 @@ def sync_tree(directory: Path) -> None:
                 os.close(descriptor)
 
 
-def check_free(out: Path) -> None:
-    """Refuse a directory to be written that is there already.
+def require_new_directory(out: Path) -> None:
+    """Check that ``out`` may be written: it does not exist, or is an empty directory.
 
     Raises:
-        UserError: if ``out`` exists and is not an empty directory.
+        UserError: if it is anything else.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"{out}: is a {'link' if out.is_symlink() else 'file'}; name a new directory")
@@ -118,7 +118,7 @@ def check_free(out: Path) -> None:
 
 
 def partial_directories(out: Path) -> tuple[Path, Path]:
-    """Where ``out`` is written until it is whole, and where a run keeps what it goes on with after a kill."""
+    """Return where ``out`` is assembled, and the work directory from which a killed run resumes."""
     partial = out.with_name(f"{out.name}.partial")
     return partial / "out", partial / "work"
 
@@ -126,32 +126,32 @@ def partial_directories(out: Path) -> tuple[Path, Path]:
 @contextlib.contextmanager
 def resumable_directory(
     out: Path,
-    asked: dict[str, Any],
+    request: dict[str, Any],
     *,
     resume: bool,
-    begun: str = BLOCKS,
-    words: Mapping[str, str] | None = None,
+    progress_files: str = FINISHED_BLOCKS,
+    labels: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Path, Path]]:
-    """Make and yield :func:`partial_directories`; the first becomes ``out`` if the block succeeds.
+    """Create and yield :func:`partial_directories`; the first becomes ``out`` if the block succeeds.
 
-    Bad input leaves nothing behind that was not there. A run that was interrupted or killed after a step (a file
-    ``begun`` below ``work`` tells) leaves its work, and one with the same ``asked`` and ``resume`` finds it as it was.
+    A run that fails or is killed after its first step keeps its work directory, and a later run with the same
+    ``request`` and ``resume`` continues from it. Before the first step, and after invalid input, nothing remains.
 
     Args:
-        out: what is to be written.
-        asked: what it is to be made of, and how.
-        resume: whether to go on with an unfinished run.
-        begun: files below ``work`` by which an unfinished run is known.
-        words: what a key of ``asked`` is called before people.
+        out: the directory to write.
+        request: identifies the run: what it makes, from what.
+        resume: whether to continue an unfinished run.
+        progress_files: glob pattern below the work directory; a match shows that the first step is done.
+        labels: how to name keys of ``request`` in messages.
 
     Raises:
-        UserError: if ``out`` exists; an unfinished run is there and is not to be resumed, or asked for something else;
-            or another process is at it.
+        UserError: if ``out`` exists, another process is writing it, or an unfinished run exists that must not be
+            continued or had another request.
     """
-    check_free(out)
+    require_new_directory(out)
     fresh, work = partial_directories(out)
     partial = work.parent
-    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
+    new_parents = [parent for parent in out.parents if not parent.exists()]  # innermost first
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = (partial / "lock").open("a")
@@ -164,75 +164,76 @@ def resumable_directory(
             raise UserError(
                 f"{partial}: another process is writing it; wait for it, or name another directory"
             ) from None
-        before = _begun(work, begun)
-        _take_up(partial, asked, resume, begun, words or {})
+        had_progress = _has_progress(work, progress_files)
+        _prepare_work(partial, request, resume, progress_files, labels or {})
         shutil.rmtree(fresh, ignore_errors=True)
         work.mkdir(exist_ok=True)
         fresh.mkdir()
         try:
             yield fresh, work
-            _put_in_place(fresh, out)
+            _move_into_place(fresh, out)
         except BaseException as error:
-            # What an earlier run has done is never lost, not even to bad input: an option may be all that is wrong.
-            if (isinstance(error, UserError) and not before) or not _begun(work, begun):
-                _remove(partial, made)
+            # Progress of an earlier run survives invalid input: the input may be a mistyped option.
+            if (isinstance(error, UserError) and not had_progress) or not _has_progress(work, progress_files):
+                _remove(partial, new_parents)
             raise
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _take_up(partial: Path, asked: dict[str, Any], resume: bool, begun: str, words: Mapping[str, str]) -> None:
-    """Decide what becomes of an earlier run's work; leave the folder with this run's ``asked.json``."""
+def _prepare_work(
+    partial: Path, request: dict[str, Any], resume: bool, progress_files: str, labels: Mapping[str, str]
+) -> None:
+    """Check that an unfinished run may be continued, or clear the work directory; record ``request``."""
     work = partial / "work"
-    if _begun(work, begun):
+    if _has_progress(work, progress_files):
         if not resume:
-            raise UserError(f"{partial}: holds an unfinished run; go on with --resume, or delete it")
-        before = _asked_before(partial)
-        if before != asked:
+            raise UserError(f"{partial}: holds an unfinished run; continue it with `resume`, or delete it")
+        previous = _previous_request(partial)
+        if previous != request:
             raise UserError(
-                f"{partial}: the unfinished run there was asked for something else: "
-                f"{'; '.join(_differences(before, asked, words))}; ask for the same, or delete it"
+                f"{partial}: holds an unfinished run with another request: "
+                f"{'; '.join(_differences(previous, request, labels))}; repeat that request, or delete the directory"
             )
     else:
         shutil.rmtree(work, ignore_errors=True)
-    write_json(partial / "asked.json", asked)
+    write_json(partial / "asked.json", request)
 
 
-def _differences(before: dict[str, Any], asked: dict[str, Any], words: Mapping[str, str]) -> Iterator[str]:
-    """What differs, in words, and how, where that is short."""
-    for key in sorted(k for k in {*before, *asked} if before.get(k) != asked.get(k)):
-        old, new = before.get(key), asked.get(key)
-        parts = []
+def _differences(previous: dict[str, Any], request: dict[str, Any], labels: Mapping[str, str]) -> Iterator[str]:
+    """The labels of the keys that differ, with the differences of short mappings."""
+    for key in sorted(k for k in {*previous, *request} if previous.get(k) != request.get(k)):
+        old, new = previous.get(key), request.get(key)
+        details = ""
         if isinstance(old, dict) and isinstance(new, dict):
             names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-            parts = [f"{name} was {old.get(name)}, is now {new.get(name)}" for name in names]
-        told = ", ".join(parts)
-        yield words.get(key, key) + (f" ({told})" if 0 < len(told) < 120 else "")
+            details = ", ".join(f"{name} was {old.get(name)}, is now {new.get(name)}" for name in names)
+        yield labels.get(key, key) + (f" ({details})" if 0 < len(details) < 120 else "")
 
 
-def _asked_before(partial: Path) -> dict[str, Any]:
+def _previous_request(partial: Path) -> dict[str, Any]:
     try:
-        before = read_json(partial / "asked.json")
-        if isinstance(before, dict):
-            return before
+        previous = read_json(partial / "asked.json")
+        if isinstance(previous, dict):
+            return previous
         raise UserError(f"{partial / 'asked.json'}: should hold a mapping")
     except UserError as error:
         raise UserError(f"{error}; delete {partial} and start again") from None
 
 
-def _begun(work: Path, begun: str) -> bool:
-    return next(work.glob(begun), None) is not None
+def _has_progress(work: Path, progress_files: str) -> bool:
+    return next(work.glob(progress_files), None) is not None
 
 
-def _put_in_place(work: Path, out: Path) -> None:
-    sync_tree(work)
+def _move_into_place(fresh: Path, out: Path) -> None:
+    sync_tree(fresh)
     if out.is_dir():
         out.rmdir()
-    os.rename(work, out)
+    os.rename(fresh, out)
 
 
-def _remove(partial: Path, made: list[Path]) -> None:
+def _remove(partial: Path, new_parents: list[Path]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    for parent in made:
+    for parent in new_parents:
         with contextlib.suppress(OSError):
             parent.rmdir()
 
@@ -244,8 +245,8 @@ def shared_directory(
     subject: str,
     *,
     resume: bool,
-    begun: str = BLOCKS,
-    words: Mapping[str, str] | None = None,
+    progress_files: str = FINISHED_BLOCKS,
+    labels: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Path, Path]]:
     """Yield the folders of :func:`resumable_directory` in all processes; the first one makes and moves them.
 
@@ -254,13 +255,13 @@ def shared_directory(
         identity: what it is made of, the same in all processes.
         subject: what ``identity`` describes, for errors.
         resume: whether to continue an unfinished run.
-        begun: pattern of the files that an unfinished run is known by.
-        words: what a key of ``identity`` is called in errors.
+        progress_files: as of :func:`resumable_directory`.
+        labels: as of :func:`resumable_directory`.
     """
     distributed.require_equal(subject, fingerprint(identity))
     if distributed.is_main():
         directories: contextlib.AbstractContextManager[tuple[Path, Path]] = resumable_directory(
-            out, identity, resume=resume, begun=begun, words=words
+            out, identity, resume=resume, progress_files=progress_files, labels=labels
         )
     else:
         directories = contextlib.nullcontext(partial_directories(out))

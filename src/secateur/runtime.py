@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "calm_environment",
+    "configure_threads",
     "core_count",
     "environment",
     "pick_batch",
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-def calm_environment(threads: int) -> None:
+def configure_threads(threads: int) -> None:
     """Fix thread counts for processes started from here on, before torch is imported.
 
     Idle OpenMP threads that spin steal the cores from each other; a fixed count also fixes the order of sums, and with

@@ -258,7 +258,7 @@ def test_what_is_encoded_is_not_encoded_again(
     capsys.readouterr()
 
     message = refusal(capsys, *command(world, out, "--seed", 7, "--holdout", 0.1))
-    assert "asked for something else: --holdout; --seed; ask for the same, or delete it" in message
+    assert "another request: --holdout; --seed; repeat that request, or delete the directory" in message
     taken.clear()
     monkeypatch.setattr(Encoder, "__call__", lambda self, batch: taken.append(len(batch)) or real(self, batch))
     assert main(command(world, out)) == 0

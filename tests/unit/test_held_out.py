@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_mixture import NAMES, SEQUENCE, corpus
 
-from secateur.data.domains import spread
+from secateur.data.domains import evenly_spaced
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
@@ -26,7 +26,7 @@ def starts(store: TokenStore, protocol: Protocol) -> list[int]:
 
 @pytest.mark.parametrize(("count", "of"), [(1, 1), (3, 10), (10, 3), (7, 7), (5, 1000)])
 def test_spread_is_even(count: int, of: int) -> None:
-    found = spread(count, of)
+    found = evenly_spaced(count, of)
     assert len(found) == min(count, of)
     assert found[0] == 0
     assert found[-1] < of

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import hf, naive_loss, tiny_llama, windows
-from secateur.data.domains import ByDomain
+from secateur.data.domains import DomainTokens
 from secateur.data.manifest import write_manifest
 from secateur.data.shards import ShardWriter, TokenStore
 from secateur.errors import RunError, UserError
@@ -71,10 +71,10 @@ def by_token(store: TokenStore, split: str, start: int, stop: int) -> dict[str, 
 def test_domains_lie_end_to_end(tmp_path: Path, split: str, start: int, stop: int | None) -> None:
     store = corpus(tmp_path)
     stop = stop or store.tokens(split)
-    view, wanted = ByDomain(store, split, start, stop, SEQUENCE), by_token(store, split, start, stop)
+    view, wanted = DomainTokens(store, split, start, stop, SEQUENCE), by_token(store, split, start, stop)
     kept = [name for name in NAMES if len(wanted[name]) >= SEQUENCE]
     assert list(view.ranges) == kept
-    assert view.left_out == {name: len(wanted[name]) for name in NAMES if name not in kept}
+    assert view.short_domains == {name: len(wanted[name]) for name in NAMES if name not in kept}
     line = [token for name in kept for token in wanted[name]]
     assert view.tokens == len(line)
     assert view.read(split, 0, view.tokens).tolist() == [token for token, _, _ in line]
@@ -94,24 +94,24 @@ def test_domains_lie_end_to_end(tmp_path: Path, split: str, start: int, stop: in
 
 def test_a_corpus_without_domains_has_one(tmp_path: Path) -> None:
     store = corpus(tmp_path, named=False)
-    view = ByDomain(store, "train", 10, 500, SEQUENCE)
-    assert (view.ranges, view.left_out, view.tokens) == ({"": (0, 490)}, {}, 490)
+    view = DomainTokens(store, "train", 10, 500, SEQUENCE)
+    assert (view.ranges, view.short_domains, view.tokens) == ({"": (0, 490)}, {}, 490)
     assert (view.read("train", 3, 400) == store.read("train", 13, 410)).all()
     assert (view.positions("train", 3, 400) == store.positions("train", 13, 410)).all()
 
 
 def test_what_is_no_slice_of_the_view(tmp_path: Path) -> None:
     store = corpus(tmp_path)
-    view = ByDomain(store, "train", 0, 800, SEQUENCE)
+    view = DomainTokens(store, "train", 0, 800, SEQUENCE)
     for split, start, stop in (("heldout", 0, 8), ("train", -1, 8), ("train", 9, 8), ("train", 0, view.tokens + 1)):
         for ask in (view.read, view.positions, view.documents_in):
             with pytest.raises(ValueError, match="not a slice"):
                 ask(split, start, stop)
     assert len(view.read("train", 5, 5)) == len(view.positions("train", 5, 5)) == len(view.documents_in("train", 5, 5))
     with pytest.raises(UserError, match="lower the token budget"):
-        ByDomain(store, "train", 0, 10**6, SEQUENCE)
-    empty = ByDomain(store, "train", 8, 8, SEQUENCE)
-    assert (empty.ranges, empty.tokens, set(empty.left_out)) == ({}, 0, set(NAMES))
+        DomainTokens(store, "train", 0, 10**6, SEQUENCE)
+    empty = DomainTokens(store, "train", 8, 8, SEQUENCE)
+    assert (empty.ranges, empty.tokens, set(empty.short_domains)) == ({}, 0, set(NAMES))
 
 
 def test_a_domain_without_a_name_is_damage(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_domain_without_a_name_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "domains": ["books", "code"]}))
     with pytest.raises(UserError, match=r"domains\.train\.npy: a document of domain 4, but the manifest names 2"):
-        ByDomain(TokenStore(tmp_path), "train", 0, 1000, SEQUENCE)
+        DomainTokens(TokenStore(tmp_path), "train", 0, 1000, SEQUENCE)
 
 
 def test_the_view_holds_little_for_a_document_and_nothing_for_a_token(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_view_holds_little_for_a_document_and_nothing_for_a_token(tmp_path: 
     write_manifest(tmp_path, 10, {"train": writer.close()}, domains="abcdefg")
     store = TokenStore(tmp_path)
     tracemalloc.start()
-    view = ByDomain(store, "train", 0, store.tokens("train"), SEQUENCE)
+    view = DomainTokens(store, "train", 0, store.tokens("train"), SEQUENCE)
     view.read("train", 123_456, 123_956)
     held, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -283,7 +283,7 @@ def test_a_domain_without_a_window_is_refused() -> None:
 
 def test_windows_never_mix_domains(tmp_path: Path) -> None:
     store = corpus(tmp_path)
-    view = ByDomain(store, "train", 40, 1500, SEQUENCE)
+    view = DomainTokens(store, "train", 40, 1500, SEQUENCE)
     mixture = Mixture(view, view.ranges, RECIPE, 60)
     data: Data = mixture
     seen: Counter[str] = Counter()
@@ -424,7 +424,7 @@ def test_losses_without_domains_or_held_out_documents(tmp_path: Path) -> None:
 
 def run(folder: Path, model: Any, store: TokenStore, references: dict[str, float], **house: Any) -> Any:
     """Twelve steps; shares follow the held-out losses at the start and at each of six points."""
-    view = ByDomain(store, "train", 0, 1200, SEQUENCE)
+    view = DomainTokens(store, "train", 0, 1200, SEQUENCE)
     data = Mixture(view, view.ranges, RECIPE, 12, references)
     protocols, shares = domain_protocols(store, SEQUENCE, 3), list[dict[str, float]]()
 

@@ -207,7 +207,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         assert prune(world, tmp_path / "out", method) == 2
         assert "--resume" in capsys.readouterr().err
         assert prune(world, tmp_path / "out", method, "--resume", ratio="0.25") == 2
-        assert "was asked for something else: --ratio, --shape, --pattern" in capsys.readouterr().err
+        assert "an unfinished run with another request: --ratio, --shape, --pattern" in capsys.readouterr().err
         visited, blocks = [], BlockWalk.blocks
 
         def counted(self: BlockWalk, **options: object) -> Iterator[object]:

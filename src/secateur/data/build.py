@@ -29,7 +29,7 @@ from secateur.data.tokenizer import token_hash_of
 from secateur.data.worker_pool import encode_in_workers
 from secateur.errors import UserError
 
-__all__ = ["HELDOUT", "TRAIN", "Built", "Holdout", "counted", "hash_splits", "is_heldout", "write_splits"]
+__all__ = ["HELDOUT", "TRAIN", "BuildResult", "Holdout", "hash_splits", "is_heldout", "track_documents", "write_splits"]
 
 TRAIN, HELDOUT = "train", "heldout"
 
@@ -47,7 +47,7 @@ class Holdout:
     """
 
     share: float = 0.05
-    option: str = "--holdout"
+    option: str = "`holdout`"
 
     def empty(self, side: str, documents: int) -> UserError:
         """That of so many distinct documents none is on a side."""
@@ -59,7 +59,7 @@ class Holdout:
 
 
 @dataclass
-class Built:
+class BuildResult:
     """What was written.
 
     Attributes:
@@ -95,7 +95,7 @@ def write_splits(
     documents: int | None = None,
     workers: int = 1,
     shard_tokens: int = SHARD_TOKENS,
-) -> Built:
+) -> BuildResult:
     """Write the shards and columns of all splits, but no manifest, into the folder ``out``.
 
     Args:
@@ -121,16 +121,16 @@ def write_splits(
 def _encode(source: Source, encoder: Encoder, runs: SortedRuns, limit: int | None, workers: int) -> None:
     """The first pass: what the runs do not have yet is read and encoded."""
     with progress.track(f"read {source.name}", limit or source.size() or 0) as task:
-        stream = counted(source.documents(), task, limit, lambda: f", {runs.tokens:,} tokens")
+        stream = track_documents(source.documents(), task, limit, lambda: f", {runs.tokens:,} tokens")
         if runs.documents:
             progress.notify(f"{source.name}: {runs.documents:,} documents are encoded already")
             next(islice(stream, runs.documents - 1, runs.documents), None)  # read, and not looked at
-        for block in encode_in_workers(batched(stream), encoder, workers):
+        for block in encode_in_workers(batch_documents(stream), encoder, workers):
             runs.add(block)
         runs.finish()
 
 
-def counted(
+def track_documents(
     documents: Iterable[Document], task: progress.ProgressTask, limit: int | None, note: Callable[[], str] = str
 ) -> Iterator[Document]:
     """At most ``limit`` documents, whose progress is told: out of so many, or of the bytes that the task expects."""
@@ -151,7 +151,7 @@ def text_bytes(document: Document) -> int:
     return len(document.text) if document.text.isascii() else len(document.text.encode())
 
 
-def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in lists that are encoded at once: few, or of little text."""
     batch: list[Document] = []
     size = 0
@@ -165,7 +165,7 @@ def batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> Built:
+def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> BuildResult:
     """The second pass: the runs, in order, become shards."""
     domains = runs.domains
     sides = [TRAIN, *([HELDOUT] if holdout.share else [])]
@@ -187,7 +187,7 @@ def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> 
             if not writer.documents:
                 raise holdout.empty(side, read)
         splits = {side: writer.close() for side, writer in writers.items()}
-    return Built(splits, domains if len(domains) > 1 else [], runs.documents - read, counts)
+    return BuildResult(splits, domains if len(domains) > 1 else [], runs.documents - read, counts)
 
 
 def _dtype(runs: SortedRuns) -> Any:

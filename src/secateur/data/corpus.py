@@ -15,7 +15,7 @@ import numpy as np
 
 from secateur import progress
 from secateur.config import Count, Fraction, Positive, spec
-from secateur.data.build import TRAIN, Holdout, counted, hash_splits, is_heldout, write_splits
+from secateur.data.build import TRAIN, Holdout, hash_splits, is_heldout, track_documents, write_splits
 from secateur.data.encode import Encoder
 from secateur.data.manifest import smallest_dtype, write_manifest
 from secateur.data.shards import TokenStore
@@ -105,7 +105,7 @@ def _learn(source: Source, spec: CorpusSpec) -> PreTrainedTokenizerFast:
         def texts() -> Iterator[str]:
             seen: set[bytes] = set()
             learned = False
-            for document in counted(source.documents(), task, spec.documents):
+            for document in track_documents(source.documents(), task, spec.documents):
                 key = hashlib.sha256(document.text.encode()).digest()
                 if key[:16] in seen:
                     continue

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import Stream
 
-__all__ = ["ByDomain", "document_stream", "heldout_stream", "spread", "window_stream"]
+__all__ = ["DomainTokens", "document_stream", "evenly_spaced", "heldout_stream", "window_stream"]
 
 
 def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Stream:
@@ -24,7 +24,7 @@ def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Str
     return Stream(store.read(split, start, stop), np.repeat(np.arange(len(names)), lengths), names)
 
 
-def spread(count: int, of: int) -> NDArray[np.int64]:
+def evenly_spaced(count: int, of: int) -> NDArray[np.int64]:
     """``count`` of the numbers below ``of``, evenly apart, from 0 on; all of them where there are no more.
 
     >>> spread(3, 10).tolist()
@@ -57,15 +57,15 @@ def heldout_stream(store: TokenStore, windows: int, length: int, skip: int = 0) 
         skip: of those that as many windows by themselves would be, none is taken.
     """
     split, there = "heldout", store.tokens("heldout")
-    left = np.setdiff1d(np.arange(there // length), spread(skip, there // length) if skip else [])
+    left = np.setdiff1d(np.arange(there // length), evenly_spaced(skip, there // length) if skip else [])
     if not skip and len(left) <= windows:
         return document_stream(store, split, 0, there)
     if not len(left):
         return document_stream(store, split, 0, 0)
-    return window_stream(store, split, left[spread(windows, len(left))], length)
+    return window_stream(store, split, left[evenly_spaced(windows, len(left))], length)
 
 
-class ByDomain:
+class DomainTokens:
     """The tokens ``[start, stop)`` of a split under other indices: those of each domain lie together, ids as they were.
 
     Within a domain documents keep the order of the corpus. One that the slice cuts counts with the part inside. A
@@ -81,7 +81,7 @@ class ByDomain:
 
     Attributes:
         ranges: domain -> its tokens [start, stop) under the new indices, in the manifest's order.
-        left_out: domain -> its tokens in the slice, fewer than a window; among them domains without any.
+        short_domains: domain -> its tokens in the slice, fewer than a window; among them domains without any.
 
     Raises:
         UserError: if the split has fewer than ``stop`` tokens, or a document's domain has no name.
@@ -107,7 +107,7 @@ class ByDomain:
         ends = np.cumsum(np.where(kept, totals, 0))
         sizes = list(zip(names, totals.tolist(), kept.tolist(), ends.tolist(), strict=True))
         self.ranges = {name: (end - total, end) for name, total, inside, end in sizes if inside}
-        self.left_out = {name: total for name, total, inside, _ in sizes if not inside}
+        self.short_domains = {name: total for name, total, inside, _ in sizes if not inside}
 
     @property
     def tokens(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from secateur.data.build import Built, Holdout, hash_splits, write_splits
+from secateur.data.build import BuildResult, Holdout, hash_splits, write_splits
 from secateur.data.encode import Encoder
 from secateur.data.manifest import FORMAT, smallest_dtype, write_manifest
 from secateur.data.request import CorpusRequest
@@ -20,10 +20,10 @@ from secateur.data.sources import Source, open_source
 from secateur.data.token_sources import TOKEN_SOURCE_FORMS, is_tokenized, open_tokenized
 from secateur.data.tokenizer import id_bound, load_tokenizer
 from secateur.errors import RunError, UserError
-from secateur.files import check_free, partial_directories, resumable_directory, sha256_tree
+from secateur.files import partial_directories, require_new_directory, resumable_directory, sha256_tree
 from secateur.hub import local_checkpoint
 from secateur.progress import notify
-from secateur.runtime import calm_environment, core_count, environment
+from secateur.runtime import configure_threads, core_count, environment
 from secateur.version import __version__
 
 __all__ = ["Corpus", "build"]
@@ -69,14 +69,14 @@ def build(request: CorpusRequest) -> Corpus:
     """
     started = time.perf_counter()
     out = Path(request.out)
-    check_free(out)
+    require_new_directory(out)
     tokenizer = load_tokenizer(local_checkpoint(request.tokenizer, weights=False))
     source = _open_source(request, out)
     identity = _identity(request, source, tokenizer)
-    calm_environment(threads=1)  # a worker is a process; threads inside would only fight the other workers
+    configure_threads(threads=1)  # a worker is a process; threads inside would only fight the other workers
     vocabulary = id_bound(tokenizer)
     encoder = Encoder(tokenizer, vocabulary, smallest_dtype(vocabulary), request.seed)
-    with _report_full_disk(out), resumable_directory(out, identity, resume=True, words=_WORDS) as (fresh, work):
+    with _report_full_disk(out), resumable_directory(out, identity, resume=True, labels=_WORDS) as (fresh, work):
         tokenizer.save_pretrained(fresh / "tokenizer")
         built = write_splits(
             source,
@@ -152,7 +152,7 @@ def _report_full_disk(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _by_domain(built: Built) -> dict[str, dict[str, dict[str, int]]]:
+def _by_domain(built: BuildResult) -> dict[str, dict[str, dict[str, int]]]:
     """domain -> split -> documents, tokens and bytes; empty where there is only one domain."""
     return {
         name: {
@@ -164,7 +164,7 @@ def _by_domain(built: Built) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def _record(
-    out: Path, identity: dict[str, Any], built: Built, sha256: dict[str, str], seconds: float
+    out: Path, identity: dict[str, Any], built: BuildResult, sha256: dict[str, str], seconds: float
 ) -> dict[str, Any]:
     store = TokenStore(out)
     tokens = {split: entry.tokens for split, entry in built.splits.items()}

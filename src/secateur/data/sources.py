@@ -33,7 +33,7 @@ from secateur.data.readers import (
 from secateur.errors import RunError, UserError, did_you_mean
 from secateur.files import sha256_file
 
-__all__ = ["FileSource", "Source", "folder_domain", "named", "open_source", "walk"]
+__all__ = ["FileSource", "Source", "by_relative_path", "folder_domain", "open_source", "walk"]
 
 _HASHES = 4  # files hashed at once; the disk is the limit
 
@@ -105,16 +105,13 @@ def open_source(
 
 @dataclass(frozen=True)
 class FileSource:
-    """Local files, read one after the other: each by a name that does not depend on where it lies, see ``named``.
-
-    ``read`` takes a file and its name; ``measure`` says about how many bytes a file gives.
-    """
+    """Local files, read in order; see ``by_relative_path`` for their names."""
 
     name: str
     files: Mapping[str, Path]
-    read: Callable[[Path, str], Iterator[Document]]
-    measure: Callable[[Path], int] = lambda path: path.stat().st_size
-    blank: bool = False  #: whether documents of white space alone are given too
+    read: Callable[[Path, str], Iterator[Document]]  #: takes a file and its name
+    measure: Callable[[Path], int] = lambda path: path.stat().st_size  #: bytes of text in a file, roughly
+    blank: bool = False  #: whether to include documents of white space only
 
     def digest(self) -> str:
         return _hash_files(self.files)
@@ -147,7 +144,7 @@ class HubSource:
 
     def digest(self) -> str:
         # A local folder is what it holds, wherever it lies; a dataset of the Hub is its name.
-        content = _hash_files(named(self.local, walk(self.local))) if self.local else self.path
+        content = _hash_files(by_relative_path(self.local, walk(self.local))) if self.local else self.path
         return hashlib.sha256(json.dumps(["hf", content, self.config, self.split]).encode()).hexdigest()
 
     def size(self) -> int | None:
@@ -232,7 +229,7 @@ def _library(fields: Fields) -> dict[str, Path]:
     ]
     if not files:
         raise UserError(f"stdlib: {root} holds no Python sources; use text:PATH instead")
-    return named(root, files)
+    return by_relative_path(root, files)
 
 
 def _open_text(rest: str, fields: Fields, split: str) -> Source:
@@ -255,7 +252,7 @@ def _open_text(rest: str, fields: Fields, split: str) -> Source:
     def measure(file: Path) -> int:
         return parquet_bytes(file, fields.text) if file.suffix.lower() == ".parquet" else file.stat().st_size
 
-    return FileSource(f"text:{path.resolve().name}", named(root, files), read, measure, fields.blank)
+    return FileSource(f"text:{path.resolve().name}", by_relative_path(root, files), read, measure, fields.blank)
 
 
 def folder_domain(root: Path, files: Sequence[Path]) -> Callable[[Path], str]:
@@ -290,7 +287,7 @@ _SCHEMES: dict[str, Callable[[str, Fields, str], Source]] = {
 _BUILT_IN = ("stdlib", "python")  # the ones without a place
 
 
-def named(root: Path, files: Sequence[Path]) -> dict[str, Path]:
+def by_relative_path(root: Path, files: Sequence[Path]) -> dict[str, Path]:
     """Files below ``root`` by their relative path, in the order given."""
     return {path.relative_to(root).as_posix(): path for path in files}
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.data.readers import Document, text_of
-from secateur.data.sources import FileSource, Source, folder_domain, named, walk
+from secateur.data.sources import FileSource, Source, by_relative_path, folder_domain, walk
 from secateur.data.tf_example import int64_features
 from secateur.errors import UserError
 from secateur.files import read_json
@@ -82,7 +82,7 @@ def _source(
         raise UserError(f"{source}: the folder has no {' or '.join(extensions)} file; name a folder with one")
     domain_of = folder_domain(root, files)
     name = f"{source.partition(':')[0]}:{path.resolve().name}"
-    return FileSource(name, named(root, files), lambda file, where: read(file, where, domain_of(file)))
+    return FileSource(name, by_relative_path(root, files), lambda file, where: read(file, where, domain_of(file)))
 
 
 def _split_of(path: Path, split: str) -> Path:

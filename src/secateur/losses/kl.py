@@ -24,12 +24,12 @@ from torch import Tensor
 from secateur.losses.next_token import (
     IGNORE_INDEX,
     Readout,
-    as_computed,
-    bend,
     chunked_sum,
-    entropy_slopes,
+    cross_entropy_gradient,
     make_logits,
-    unbend,
+    softcap,
+    softcap_backward,
+    to_compute_dtype,
 )
 
 __all__ = ["summed_divergence"]
@@ -72,19 +72,19 @@ def summed_divergence(
         raise ValueError(f"{len(student.hidden)} and {len(teacher.hidden)} states and {len(targets)} targets")
     counted = targets != IGNORE_INDEX
     reached = targets.where(counted, 0)
-    states, head = as_computed(teacher.hidden.detach()), as_computed(teacher.weight.detach())
+    states, head = to_compute_dtype(teacher.hidden.detach()), to_compute_dtype(teacher.weight.detach())
     top_k = top_k if top_k is not None and top_k < len(head) else None  # of all ids nothing is left to put together
 
     def slopes(part: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         theirs = make_logits(states[part], head, states.new_empty(logits.shape))
-        t, _ = bend(theirs.float(), teacher.cap)
-        s, bent = bend(logits.float(), student.cap)
+        t, _ = softcap(theirs.float(), teacher.cap)
+        s, bent = softcap(logits.float(), student.cap)
         for z in (s, t):
             _to_log_shares(z, temperature)
         if top_k is not None:
             _share_out(t, s, top_k)
         losses = _diverge(s, t, reached[part], temperature, alpha)
-        return losses, unbend(s, bent), torch.ones_like(losses)[:, None]
+        return losses, softcap_backward(s, bent), torch.ones_like(losses)[:, None]
 
     return chunked_sum(student.hidden, student.weight, counted, slopes, chunk=chunk)
 
@@ -117,6 +117,6 @@ def _diverge(log_q: Tensor, log_p: Tensor, targets: Tensor, temperature: float, 
         return losses
     logits = torch.mul(log_q, temperature, out=log_p)  # but for a constant of each token, which softmax does not see
     log_q.exp_().sub_(p).mul_(alpha * temperature)
-    entropies, shares = entropy_slopes(logits, targets)
+    entropies, shares = cross_entropy_gradient(logits, targets)
     log_q.addcmul_(logits, shares, value=1 - alpha)
     return losses.add_(entropies, alpha=1 - alpha)

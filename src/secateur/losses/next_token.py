@@ -124,11 +124,11 @@ def summed_loss(
 
 #: of some tokens, and their logits [tokens, vocabulary], which it may overwrite: each one's loss, and the gradients by
 #: the logits as ``slopes * shares``, [tokens, vocabulary] and [tokens, 1]
-Slopes = Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]]
+LogitGradient = Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def chunked_sum(
-    hidden: Tensor, weight: Tensor, counted: Tensor, slopes: Slopes, *, chunk: int | None = None
+    hidden: Tensor, weight: Tensor, counted: Tensor, slopes: LogitGradient, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The sum of a loss of the logits ``hidden @ weight.T``, a chunk of tokens at a time; see :func:`summed_loss`.
 
@@ -166,12 +166,12 @@ class _SummedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         counted: Tensor,
-        slopes: Slopes,
+        slopes: LogitGradient,
         chunk: int,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         dtypes = hidden.dtype, weight.dtype
-        hidden, weight = as_computed(hidden), as_computed(weight)
+        hidden, weight = to_compute_dtype(hidden), to_compute_dtype(weight)
         with torch.autocast(hidden.device.type, enabled=False):
             losses, *found = _losses(hidden, weight, counted, slopes, chunk, wanted)
         ctx.gradients = [None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
@@ -189,14 +189,14 @@ class _SummedLoss(torch.autograd.Function):
         return (*(None if g is None else g.mul_(grad_outputs[0]) for g in found), None, None, None, None)
 
 
-def as_computed(tensor: Tensor) -> Tensor:
+def to_compute_dtype(tensor: Tensor) -> Tensor:
     """The tensor in the type in which a product with it is computed: autocast's, where that is on."""
     kind = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def _losses(
-    hidden: Tensor, weight: Tensor, counted: Tensor, slopes: Slopes, chunk: int, wanted: tuple[bool, bool]
+    hidden: Tensor, weight: Tensor, counted: Tensor, slopes: LogitGradient, chunk: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Each token's loss, and the gradients of their sum: of ``hidden`` in its type, of ``weight`` in float32."""
     losses = torch.empty(counted.shape, dtype=torch.float32, device=hidden.device)
@@ -231,12 +231,12 @@ def _slopes(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor,
     The shares, one over the sum of exponentials, are kept apart: to scale a token's states is cheaper than to scale
     what it has for each id. Float32 logits are overwritten.
     """
-    z, bent = bend(logits.float(), cap)
-    losses, shares = entropy_slopes(z, targets)
-    return losses, unbend(z, bent), shares
+    z, bent = softcap(logits.float(), cap)
+    losses, shares = cross_entropy_gradient(z, targets)
+    return losses, softcap_backward(z, bent), shares
 
 
-def entropy_slopes(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_gradient(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses [tokens] and shares [tokens, 1] of the cross-entropy of float32 ``z``, which becomes its slopes."""
     targets = targets[:, None]
     z.sub_(z.amax(dim=1, keepdim=True))
@@ -246,15 +246,18 @@ def entropy_slopes(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return (sums.log() - at_target)[:, 0], sums.reciprocal()
 
 
-def bend(z: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
-    """``cap * tanh(z / cap)``, and the tangent for :func:`unbend`; without a cap ``z`` itself. ``z`` is overwritten."""
+def softcap(z: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``cap * tanh(z / cap)``, and the tanh for :func:`softcap_backward`; ``z`` is overwritten.
+
+    Without a cap, return ``z`` itself and None.
+    """
     if cap is None:
         return z, None
     bent = z.div_(cap).tanh_()
     return bent * cap, bent
 
 
-def unbend(slopes: Tensor, bent: Tensor | None) -> Tensor:
+def softcap_backward(slopes: Tensor, bent: Tensor | None) -> Tensor:
     """Take gradients by bent logits, in place, to those by the logits themselves; ``bent`` is overwritten."""
     return slopes if bent is None else slopes.mul_(bent.square_().neg_().add_(1))
 

@@ -15,7 +15,7 @@ from secateur.calibration.journal import Workspace
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
-from secateur.files import BLOCKS, check_disk, check_free, partial_directories, shared_directory
+from secateur.files import FINISHED_BLOCKS, check_disk, partial_directories, require_new_directory, shared_directory
 from secateur.formatting import byte_size
 from secateur.hub import local_checkpoint
 from secateur.memory import ResourceUse, free_device_memory, free_memory, track_resources
@@ -126,7 +126,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     out = Path(request.out)
     checkpoint = open_checkpoint(request.model)
     outputs = [target.shape(checkpoint.shape, request.prototype, request.method) for target in request.targets]
-    check_free(out)
+    require_new_directory(out)
     if out.resolve().is_relative_to(checkpoint.directory.resolve()):
         raise UserError(f"{out}: lies in the model's directory {checkpoint.directory}; name one outside it")
     _check_tokenizer(checkpoint, request)
@@ -148,9 +148,9 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
         "versions": environment(),
     }
     work = partial_directories(out)[1]
-    if request.resume and not any(work.glob(BLOCKS)):
+    if request.resume and not any(work.glob(FINISHED_BLOCKS)):
         notify(f"`resume`: there is no unfinished run in {work.parent}; this one starts from the beginning")
-    directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, words=_WORDS)
+    directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, labels=_WORDS)
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with track_resources(device) as use, directories as (fresh, work):
         workspace = Workspace(work, states)

@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur import distributed
 from secateur.config import identity
-from secateur.data.domains import ByDomain
+from secateur.data.domains import DomainTokens
 from secateur.data.shards import TokenStore
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
@@ -64,8 +64,8 @@ class LearningData:
         Raises:
             UserError: if no domain has a whole window.
         """
-        view = ByDomain(store, "train", start, stop, sequence)
-        for name, left in view.left_out.items():
+        view = DomainTokens(store, "train", start, stop, sequence)
+        for name, left in view.short_domains.items():
             notify(f"domain {name!r}: its {left} tokens are less than a window of {sequence}, and are not read")
         windows = sum((end - begin) // sequence for begin, end in view.ranges.values())
         record = {"source": source, "windows": windows, "seqlen": sequence, "hash": store.fingerprint}
@@ -175,7 +175,7 @@ def prune_learned(
         "dtype": dtype,
     }
     directories = shared_directory(
-        out, run_identity, "what to prune, and how", resume=request.resume, begun=_CHECKPOINTS, words=_WORDS
+        out, run_identity, "what to prune, and how", resume=request.resume, progress_files=_CHECKPOINTS, labels=_WORDS
     )
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from secateur import distributed
-from secateur.data.domains import ByDomain
+from secateur.data.domains import DomainTokens
 from secateur.data.shards import TokenStore
 from secateur.errors import RunError
 from secateur.evaluation.loss import Protocol
@@ -65,7 +65,7 @@ def domain_protocols(store: TokenStore, sequence: int, most: int) -> dict[str, P
     split = "heldout"
     if split not in store.manifest.splits:
         return {}
-    view = ByDomain(store, split, 0, store.tokens(split), sequence)
+    view = DomainTokens(store, split, 0, store.tokens(split), sequence)
     found = {}
     for name, (start, stop) in view.ranges.items():
         windows = min(most, (stop - start) // sequence)

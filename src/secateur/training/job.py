@@ -17,7 +17,7 @@ from secateur.data.shards import TokenStore
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.token_windows import open_shards
-from secateur.files import check_free, shared_directory, write_json
+from secateur.files import require_new_directory, shared_directory, write_json
 from secateur.formatting import count, scientific
 from secateur.hub import local_checkpoint
 from secateur.memory import ResourceUse, track_resources
@@ -202,7 +202,7 @@ def train(request: TrainRequest) -> Trained:
     data = _slice(request, store, origin)
     teacher = _open_teacher(request, origin)
     protocol = _heldout_protocol(store, request.heldout_windows, recipe.sequence)
-    check_free(out)
+    require_new_directory(out)
     _check_outside(out, store.folder, *(c.directory for c in (origin.checkpoint, teacher) if c))
     check_trackers(request.track)
     objective = {**identity(request.distill), "teacher": teacher.digest} if teacher else None
@@ -220,7 +220,7 @@ def train(request: TrainRequest) -> Trained:
     flops = train_flops(origin.shape, data.tokens, recipe.sequence) + (teaching or 0.0)
     _announce(data, origin, teacher, flops, execution, peak)
     directories = shared_directory(
-        out, run_identity, "what to train, and how", resume=True, begun=FINISHED, words=_WORDS
+        out, run_identity, "what to train, and how", resume=True, progress_files=FINISHED, labels=_WORDS
     )
     meter = Meter(flops / data.tokens, peak.flops * distributed.world_size())
     with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):

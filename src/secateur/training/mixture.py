@@ -31,7 +31,7 @@ class Mixture:
     At first a domain's share is that of its tokens. With one domain this is a run of any length over few tokens.
 
     Args:
-        store: what the ranges are of, read as ``train``: :class:`secateur.data.domains.ByDomain`, or any tokens.
+        store: what the ranges are of, read as ``train``: :class:`secateur.data.domains.DomainTokens`, or any tokens.
         ranges: domain -> its tokens [start, stop); what is left behind the last whole window is not read.
         recipe: windows of ``sequence`` tokens, ``tokens_per_step`` in each step.
         steps: how many steps there are.

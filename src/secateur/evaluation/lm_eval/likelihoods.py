@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import distributed
 from secateur.errors import UserError
-from secateur.losses.next_token import bend
+from secateur.losses.next_token import softcap
 from secateur.model.families import family_of
 from secateur.runtime import pick_batch
 
@@ -333,7 +333,7 @@ def _target_logprobs(model: Any, states: Tensor, targets: Tensor) -> tuple[Tenso
     values, greedy = [], []
     size = max(16, _LOGITS // len(weight))
     for part, ids in zip(states.split(size), targets.split(size), strict=True):
-        logits = bend(linear(part, weight).float(), cap)[0]
+        logits = softcap(linear(part, weight).float(), cap)[0]
         values.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(1))
         greedy.append(logits.argmax(1) == ids)
     return torch.cat(values), torch.cat(greedy)

@@ -17,7 +17,7 @@ from typing import Any
 
 from secateur import progress
 from secateur.errors import UserError
-from secateur.runtime import calm_environment, core_count, quiet_libraries
+from secateur.runtime import configure_threads, core_count, quiet_libraries
 from secateur.study.runner.torchrun import outcome_of_exit, processes_of, torchrun_command
 from secateur.study.stage import Stage
 from secateur.study.store import StageOutcome, Store
@@ -59,7 +59,7 @@ class LocalLauncher:
         self.slots = len(self.free)
         self.workers: list[Worker] = []
         self.groups: list[Group] = []
-        calm_environment(threads=1)
+        configure_threads(threads=1)
 
     def check(self, stages: list[Stage]) -> None:
         """Look whether every stage will find room.
