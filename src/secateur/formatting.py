@@ -1,4 +1,4 @@
-"""Numbers and names as people read them: every figure of the page and of the terminal goes through here."""
+"""Formatting of numbers for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "symbols",
 ]
 
-NOT_MEASURED = "not measured"  #: what stands wherever a figure is missing; never 0, never an empty cell
+NOT_MEASURED = "not measured"  #: text for a missing value; never 0, never an empty cell
 
 MINUS, TIMES, _NBSP = "\u2212", "\u00d7", "\u00a0"
 _SUPERSCRIPT = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
@@ -40,7 +40,7 @@ def count(value: float) -> str:
     """Three significant digits and a unit: 700000 -> ``"700 k"``, 1712345 -> ``"1.71 M"``."""
     if value < 1000:
         return f"{value:g}"
-    value = float(f"{value:.3g}")  # rounded before the unit is chosen: 999,999 is 1 M, not 1000 k
+    value = float(f"{value:.3g}")  # round first: 999,999 is 1 M, not 1000 k
     power = min(int(math.log10(value) + 1e-9) // 3, 4)
     return f"{value / 1000**power:.4g}{_NBSP}{' kMBT'[power]}"
 
@@ -54,32 +54,32 @@ def scientific(value: float) -> str:
 
 
 def loss(value: float | None, digits: int = 3) -> str:
-    """Nats per token, or the words for a figure that is missing."""
+    """A loss in nats per token; None becomes "not measured"."""
     return NOT_MEASURED if value is None else number(value, digits)
 
 
 def number(value: float, digits: int) -> str:
-    """A fixed-point number with a true minus sign, and none on zero."""
+    """A fixed-point number with a Unicode minus sign; zero has no sign."""
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", MINUS)
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A difference, with its sign."""
+    """A difference with its sign."""
     return f"{value:+.{digits}f}".replace("-", MINUS)
 
 
 def points(value: float) -> str:
-    """A difference of shares, in points: -0.0335 -> ``"−3.35"``; what rounds to zero has no minus."""
+    """A difference of shares in percentage points: -0.0335 -> ``"−3.35"``."""
     return signed(round(100 * value, 2) + 0.0, 2)
 
 
 def probability(value: float) -> str:
-    """A p-value: 0.0312 -> ``"0.031"``, and what is less than a thousandth as such."""
+    """A p-value: 0.0312 -> ``"0.031"``, 0.0002 -> ``"< 0.001"``."""
     return "< 0.001" if value < 0.001 else number(value, 3)
 
 
 def decimals(*values: float) -> int:
-    """Two decimals, or as many (up to five) as keep every value that is not zero from being shown as zero."""
+    """The decimals, 2 to 5, with which no value that differs from zero is shown as zero."""
     return next((d for d in range(2, 5) if all(abs(v) < 1e-9 or round(v, d) != 0 for v in values)), 5)
 
 
@@ -111,12 +111,12 @@ def spelled(value: int) -> str:
 
 
 def symbols(text: str, form: str) -> str:
-    """The from-scratch runs named in a text as ``form`` writes them: ``S_{P+R}``, with ``"S({})"`` -> ``S(P+R)``."""
-    return _SYMBOL.sub(lambda found: form.format(found[1] or found[2]), text)
+    """Rewrite the names of from-scratch runs in ``text``: with ``form="S({})"``, ``S_{P+R}`` -> ``S(P+R)``."""
+    return _SYMBOL.sub(lambda match: form.format(match[1] or match[2]), text)
 
 
 def plain(value: Any) -> str:
-    """Any recorded setting as one line of text."""
+    """Any setting as one line of text."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -133,7 +133,7 @@ def plain(value: Any) -> str:
 
 
 def byte_size(count: float) -> str:
-    """Bytes as people say them: ``3.4 GB``."""
+    """Bytes with a unit: ``3.4 GB``."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

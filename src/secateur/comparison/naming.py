@@ -1,4 +1,4 @@
-"""Names of models, comparisons and settings as tables and sentences print them."""
+"""Names of models, comparisons and settings for tables and sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from secateur.methods.registry import method_name
 
 __all__ = ["BUDGETS", "group_name", "is_pattern", "model_name", "target_words"]
 
-#: What both paths have as much of in each setting.
+#: The quantity that is equal for both paths in each setting.
 BUDGETS: dict[Setting, str] = {
     "training": "training tokens",
     "total": "total tokens",
@@ -29,28 +29,28 @@ def target_words(target: str) -> str:
 
 
 def is_pattern(target: str) -> bool:
-    """Whether a target is N:M, as in ``"2:4"``."""
+    """Whether a target is an N:M pattern such as ``"2:4"``."""
     return re.fullmatch(r"\d+:\d+", target) is not None
 
 
 def model_name(model: Model, among: Sequence[Model]) -> str:
-    """A pruned model: its method and target, and its parent where there are several."""
+    """The name of a pruned model: method, target and, if ``among`` has several, parent."""
     name = f"{method_name(model.method)} {target_words(model.target)}"
-    return f"{name} ({model.parent})" if len({other.parent for other in among}) > 1 else name
+    return f"{name} ({model.parent})" if len({item.parent for item in among}) > 1 else name
 
 
 def group_name(group: Group, among: Sequence[Group], *, target: bool = False) -> str:
-    """The shortest name that tells ``group`` from the others; ``target`` names a lone target as well."""
+    """The shortest name that distinguishes ``group`` within ``among``; ``target=True`` always names the target."""
     name = method_name(group.method)
-    if target or len({other.target for other in among}) > 1:
+    if target or len({item.target for item in among}) > 1:
         name += f" {target_words(group.target)}"
     notes = []
-    if len({other.parent for other in among}) > 1:
+    if len({item.parent for item in among}) > 1:
         notes.append(f"parent {group.parent}")
-    if len({other.retrain_tokens for other in among}) > 1:
+    if len({item.retrain_tokens for item in among}) > 1:
         notes.append(f"R = {count(group.retrain_tokens)}")
-    if group.objective and len({other.objective for other in among}) > 1:
+    if group.objective and len({item.objective for item in among}) > 1:
         notes.append(group.objective)
-    if group.seed is not None and len({other.seed for other in among}) > 1:
+    if group.seed is not None and len({item.seed for item in among}) > 1:
         notes.append(f"seed {group.seed}")
     return f"{name} ({', '.join(notes)})" if notes else name

@@ -1,4 +1,4 @@
-"""Forecasts in words, and as plain values."""
+"""Forecasts as sentences and as plain values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "standing_sentence",
 ]
 
-#: What both paths have as much of on each account.
+#: The quantity that is equal for both paths on each account.
 ACCOUNT_NAMES: dict[AccountName, str] = {
     "training": BUDGETS["training"],
     "total": BUDGETS["total"],
@@ -37,135 +37,138 @@ ACCOUNT_NAMES: dict[AccountName, str] = {
     "shared-flops": "FLOPs, the parent shared",
     "total-flops": "FLOPs, the parent charged",
 }
-_MISFIT = 4  # times the assumed noise, from which on the curves are said to fit badly
+_MISFIT = 4  # a fit is poor if its runs scatter by this many times the assumed noise
 _PATHS = {"pruned": "pruning", "scratch": "training from scratch"}
 
 
-def crossover_json(found: Crossover, scale: float = 1.0) -> dict[str, Any]:
-    """A crossover as plain values, tokens times ``scale``; None for a budget beyond what the runs can tell."""
-    budgets = {"budget": found.budget.value, "low": found.budget.low, "high": found.budget.high}
-    budgets |= {"lowest": found.lowest, "horizon": found.horizon}
+def crossover_json(crossover: Crossover, scale: float = 1.0) -> dict[str, Any]:
+    """A crossover as plain values, tokens times ``scale``; None for a budget beyond the horizon."""
+    budgets = {"budget": crossover.budget.value, "low": crossover.budget.low, "high": crossover.budget.high}
+    budgets |= {"lowest": crossover.lowest, "horizon": crossover.horizon}
     return {
-        "leader": found.leader,
+        "leader": crossover.leader,
         **{key: tokens * scale if math.isfinite(tokens) else None for key, tokens in budgets.items()},
     }
 
 
-def catches_up(found: Mapping[str, Any]) -> str:
-    """From which budget on the path behind has caught up, in a sentence, from :func:`crossover_json`."""
-    low, high, end = found["low"], found["high"], f"{count(found['horizon'])} tokens"
-    if found["leader"] is None:
-        return f"Both are level at {count(found['lowest'])} tokens."
-    behind = _PATHS["scratch" if found["leader"] == "pruned" else "pruned"]
-    behind = behind[0].upper() + behind[1:]
+def catches_up(crossover: Mapping[str, Any]) -> str:
+    """A sentence on where the trailing path catches up, from the answer of :func:`crossover_json`."""
+    low, high, horizon = crossover["low"], crossover["high"], count(crossover["horizon"])
+    if crossover["leader"] is None:
+        return f"Both paths are level at {count(crossover['lowest'])} tokens."
+    path = _PATHS["scratch" if crossover["leader"] == "pruned" else "pruned"]
+    path = path[0].upper() + path[1:]
     if low is None:
-        return f"{behind} does not catch up within {end}."
-    start = f"by {count(found['lowest'])}" if low <= found["lowest"] else f"from {count(low)}"
-    if found["budget"] is None:
-        return f"{behind} may catch up {start} tokens on, or not within {end}: beyond what these runs can tell."
-    if high is None:
-        return f"{behind} catches up at about R = {count(found['budget'])}, {start} tokens on or not within {end}."
-    return f"{behind} catches up at about R = {count(found['budget'])} tokens ({count(low)} to {count(high)})."
+        return f"{path} does not catch up within {horizon} tokens."
+    at_first = low <= crossover["lowest"]
+    start = f"{count(crossover['lowest'])} or less" if at_first else count(low)
+    span = f"95%: {start} to " + (f"beyond {horizon}" if high is None else count(high))
+    if crossover["budget"] is None:
+        return f"{path} may catch up, but these runs cannot tell where ({span} tokens)."
+    return f"{path} catches up at about R = {count(crossover['budget'])} tokens ({span})."
 
 
-def crossover_brief(found: Crossover | None) -> str:
-    """The budget alone, with its interval, for a legend or a table."""
-    if found is None:
+def crossover_brief(crossover: Crossover | None) -> str:
+    """The crossover's budget and its interval, for a legend or a table."""
+    if crossover is None:
         return "out of reach"
-    budget, low, high = found.budget.value, found.budget.low, found.budget.high
+    budget, low, high = crossover.budget.value, crossover.budget.low, crossover.budget.high
+    horizon = count(crossover.horizon)
     if math.isinf(low):
-        return f"not within {count(found.horizon)}"
+        return f"not within {horizon}"
     if math.isinf(budget):
-        return "cannot be told" if low <= found.lowest else f"not before {count(low)}"
-    return f"{count(budget)} (" + (f"from {count(low)} on)" if math.isinf(high) else f"{count(low)} to {count(high)})")
+        return "undetermined" if low <= crossover.lowest else f"not before {count(low)}"
+    return f"{count(budget)} ({count(low)} to {f'beyond {horizon}' if math.isinf(high) else count(high)})"
 
 
 def outlook_sentence(outlook: Outlook) -> str:
-    """Where the path behind catches up on one account."""
+    """Where the trailing path catches up on one account."""
     start = f"At equal {ACCOUNT_NAMES[outlook.allowance.account]}"
     if outlook.crossover is None:
-        first = outlook.standings[0]
-        return f"{start}: {_out_of_reach(first)}."
-    told = catches_up(crossover_json(outlook.crossover))
-    return f"{start}: {told[0].lower()}{told[1:]}"
+        return f"{start}: {_no_forecast(outlook.standings[0])}."
+    text = catches_up(crossover_json(outlook.crossover))
+    return f"{start}: {text[0].lower()}{text[1:]}"
 
 
 def standing_sentence(standing: Standing, account: AccountName) -> str:
-    """Who is ahead on one account at one budget, by how much, and what that rests on."""
+    """Which path is ahead on one account at one budget, by how much, and whether that was measured or fitted."""
     start = f"At equal {ACCOUNT_NAMES[account]} and R = {count(standing.tokens)}"
     difference = standing.difference
     if difference is None:
-        return f"{start}: {_out_of_reach(standing)}."
+        return f"{start}: {_no_forecast(standing)}."
     digits = decimals(difference.value, difference.low, difference.high)
-    by = standing.basis if standing.basis == "measured" else f"by the fitted curves, {standing.basis}"
+    basis = standing.basis if standing.basis == "measured" else f"by the fitted curves, {standing.basis}"
     if standing.winner == "too close to call":
         span = interval(difference.low, difference.high, digits)
-        return f"{start}: too close to call, difference {number(difference.value, digits)} nats ({span}; {by})."
+        return f"{start}: too close to call, difference {number(difference.value, digits)} nats ({span}; {basis})."
     near, far = sorted((abs(difference.low), abs(difference.high)))
-    ahead = f"{_PATHS[standing.winner]} is ahead by {number(abs(difference.value), digits)} nats"
-    return f"{start}: {ahead} ({interval(near, far, digits)}; {by})."
+    lead = f"{_PATHS[standing.winner]} is ahead by {number(abs(difference.value), digits)} nats"
+    return f"{start}: {lead} ({interval(near, far, digits)}; {basis})."
 
 
-def _out_of_reach(standing: Standing) -> str:
+def _no_forecast(standing: Standing) -> str:
     return (
-        f"beyond what these runs can tell, since the twin would get {count(standing.scratch_tokens)} tokens, more than "
-        f"{REACH} times the most that was run"
+        f"no forecast, because the twin would get {count(standing.scratch_tokens)} tokens, more than {REACH} times the "
+        "largest budget run"
     )
 
 
-def further_sentence(found: Forecast) -> str:
-    """The loss of each path at the budget that was not run."""
-    pruned, scratch = (_span(found.loss(path)) for path in ("pruned", "scratch"))
+def further_sentence(forecast: Forecast) -> str:
+    """The expected loss of each path at twice the largest budget run."""
+    pruned, scratch = (_loss_with_interval(forecast.loss(path)) for path in ("pruned", "scratch"))
     return (
-        f"At R = {count(found.further)}, twice the largest that was run: P-R {pruned}; from scratch on as many tokens "
-        f"{scratch}."
+        f"Expected losses at R = {count(forecast.further)}, twice the largest budget run: P-R {pruned}; from scratch "
+        f"on as many tokens {scratch}."
     )
 
 
-def _span(found: Interval) -> str:
-    return f"{loss(found.value)} ({loss(found.low)} to {loss(found.high)})"
+def _loss_with_interval(estimate: Interval) -> str:
+    return f"{loss(estimate.value)} ({loss(estimate.low)} to {loss(estimate.high)})"
 
 
-def next_sentence(found: Forecast) -> str:
-    """Which further run would narrow the crossover at equal training tokens most."""
-    run = found.next_run
+def next_sentence(forecast: Forecast) -> str:
+    """The single further run that would narrow the crossover at equal training tokens most."""
+    run = forecast.next_run
     if run is None:
-        return "No single further run would tell more of that crossover: every curve that fits these runs agrees on it."
-    path = {"pruned": "P-R", "scratch": "from-scratch"}[run.path]
+        return "No single further run would narrow that crossover: all curves that fit these runs agree on it."
+    path = {"pruned": "P-R", "scratch": "from scratch"}[run.path]
     return (
-        f"What would tell most of that crossover: one more {path} run on {count(run.tokens)} tokens, expected to leave "
-        f"{100 * run.width:.0f}% of its interval."
+        f"Most informative next run: {path} on {count(run.tokens)} tokens. It should shrink the interval of that "
+        f"crossover to {100 * run.width:.0f}% of its width."
     )
 
 
-def misfit_sentence(found: Forecast) -> str:
-    """A warning where the runs lie off their curves by far more than noise; empty where they do not."""
-    if found.fit.noise < _MISFIT * NOISE:
+def misfit_sentence(forecast: Forecast) -> str:
+    """A warning where the runs scatter around their curves by far more than noise; else empty."""
+    if forecast.fit.noise < _MISFIT * NOISE:
         return ""
     return (
-        f"Beware: these runs scatter by {number(found.fit.noise, 2)} nats around the curves, where about "
-        f"{number(NOISE, 2)} is noise. This law fits them badly, and what it says of other budgets is worth little."
+        f"Poor fit: these runs scatter by {number(forecast.fit.noise, 2)} nats around the curves, where noise is about "
+        f"{number(NOISE, 2)}. Do not rely on this forecast."
     )
 
 
 def forecasts_json(forecasts: Forecasts) -> dict[str, Any]:
-    """Every ladder as plain values; None for what these runs cannot tell."""
-    return {"forecasts": [_forecast_json(one) for one in forecasts.found], "not_forecast": list(forecasts.unfitted)}
-
-
-def _forecast_json(found: Forecast) -> dict[str, Any]:
+    """Every ladder as plain values; None for what these runs do not determine."""
     return {
-        **asdict(found.model),
-        "objective": found.objective,
-        "form": found.fit.form.name,
-        "noise": found.fit.noise,
-        "misfit": misfit_sentence(found) or None,
-        "runs": len(found.fit.points),
-        "budgets": {path: found.fit.budgets(path) for path in ("pruned", "scratch")},
+        "forecasts": [_forecast_json(forecast) for forecast in forecasts.found],
+        "not_forecast": list(forecasts.unfitted),
+    }
+
+
+def _forecast_json(forecast: Forecast) -> dict[str, Any]:
+    return {
+        **asdict(forecast.model),
+        "objective": forecast.objective,
+        "form": forecast.fit.form.name,
+        "noise": forecast.fit.noise,
+        "misfit": misfit_sentence(forecast) or None,
+        "runs": len(forecast.fit.points),
+        "budgets": {path: forecast.fit.budgets(path) for path in ("pruned", "scratch")},
         "further": {
-            "tokens": found.further,
-            "pruned": asdict(found.loss("pruned")),
-            "scratch": asdict(found.loss("scratch")),
+            "tokens": forecast.further,
+            "pruned": asdict(forecast.loss("pruned")),
+            "scratch": asdict(forecast.loss("scratch")),
         },
         "accounts": [
             {
@@ -177,9 +180,9 @@ def _forecast_json(found: Forecast) -> dict[str, Any]:
                     for standing in outlook.standings
                 ],
             }
-            for outlook in found.outlooks
+            for outlook in forecast.outlooks
         ],
-        "next_run": None if found.next_run is None else asdict(found.next_run),
+        "next_run": None if forecast.next_run is None else asdict(forecast.next_run),
     }
 
 
@@ -187,19 +190,19 @@ def laws_json(laws: Sequence[MethodLaw]) -> list[dict[str, Any]]:
     """The laws across ratios as plain values."""
     return [
         {
-            "method": one.method,
-            "objective": one.objective,
-            "reason": one.reason or None,
-            "runs": len(one.law.runs) if one.law else None,
-            "parameters": [{**asdict(term), "told": term.told} for term in one.law.terms] if one.law else [],
-            "folded": one.law.folded if one.law else {},
-            "error": one.law.error if one.law else None,
-            "left_out_error": one.left_out_error,
+            "method": row.method,
+            "objective": row.objective,
+            "reason": row.reason or None,
+            "runs": len(row.law.runs) if row.law else None,
+            "parameters": [{**asdict(term), "told": term.told} for term in row.law.terms] if row.law else [],
+            "folded": row.law.folded if row.law else {},
+            "error": row.law.error if row.law else None,
+            "left_out_error": row.left_out_error,
             "left_out": [
-                {"ratio": run.run.ratio, "tokens": run.run.tokens, "error": run.error} for run in one.left_out
+                {"ratio": run.run.ratio, "tokens": run.run.tokens, "error": run.error} for run in row.left_out
             ],
-            "cannot_be_left_out": list(one.refused),
-            "predictions": [asdict(prediction) for prediction in one.predictions],
+            "cannot_be_left_out": list(row.refused),
+            "predictions": [asdict(prediction) for prediction in row.predictions],
         }
-        for one in laws
+        for row in laws
     ]

@@ -1,4 +1,4 @@
-"""What the study says: every verdict, the sentences that state them, and the same as JSON."""
+"""The judgement of a study: verdicts, findings, their sentences, and all of it as JSON."""
 
 from __future__ import annotations
 
@@ -17,54 +17,52 @@ from secateur.comparison.twins import MeanDifference, Setting, Verdict, compare_
 from secateur.forecast.ladder import Forecasts, forecast
 from secateur.forecast.ratios import MethodLaw, across_ratios
 from secateur.report.forecast_prose import forecasts_json, laws_json
-from secateur.report.prose import answer, contradiction, headline, sentence
+from secateur.report.prose import contradiction_sentence, headline, study_answer, verdict_sentence
 
 __all__ = ["Judgement", "answer_json", "judge"]
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Every verdict of a study and what they say together."""
+    """All verdicts of a study and its answer."""
 
     index: Index = field(compare=False)
-    settings: tuple[Setting, ...]  #: those that the study has runs for
-    verdicts: tuple[
-        Verdict, ...
-    ]  #: setting by setting, one for each comparison; over its seeds where there are several
+    settings: tuple[Setting, ...]  #: the settings that the study has runs for
+    verdicts: tuple[Verdict, ...]  #: by setting, then by comparison; pooled over seeds
     sentences: tuple[str, ...]  #: one for each verdict
-    by_seed: tuple[Verdict, ...]  #: the same for each seed by itself; empty where there is but one
+    by_seed: tuple[Verdict, ...]  #: one for each seed; empty if the study has one seed
     headlines: dict[Setting, str]  #: one for each setting
     answer: str
     findings: tuple[Finding, ...]
-    quality: tuple[QualityRow, ...]  #: what was measured besides the held-out loss
-    contradictions: tuple[str, ...]  #: where tasks decide for the other path than the held-out loss
+    quality: tuple[QualityRow, ...]  #: perplexities, tasks and losses by domain
+    contradictions: tuple[str, ...]  #: comparisons where tasks and held-out loss disagree
 
     @property
     def results(self) -> StudyResults:
-        """What was judged."""
+        """The results that the judgement is about."""
         return self.index.results
 
     @cached_property
     def forecasts(self) -> Forecasts:
-        """Of its ladders; fitted when first asked for, since that takes seconds."""
+        """Forecasts of the study's ladders; fitted at the first access, which takes seconds."""
         return forecast(self.index, self.verdicts)
 
     @cached_property
     def laws(self) -> tuple[MethodLaw, ...]:
-        """Across the ratios of each method that has several and a ladder."""
+        """Laws across ratios, of each method that has several ratios and a ladder."""
         return across_ratios(self.index)
 
-    def of(self, setting: Setting) -> list[tuple[Verdict, str]]:
-        """The verdicts of one setting with their sentences."""
+    def verdicts_in(self, setting: Setting) -> list[tuple[Verdict, str]]:
+        """The verdicts of one setting, each with its sentence."""
         pairs = zip(self.verdicts, self.sentences, strict=True)
         return [(verdict, text) for verdict, text in pairs if verdict.setting == setting]
 
 
-_NO_TWINS = "No model of this study was trained from scratch: it compares pruned ones with one another."
+_NO_TWINS = "No model of this study was trained from scratch; it compares pruned models with each other."
 
 
 def judge(results: StudyResults) -> Judgement:
-    """Compare every pruned run with its from-scratch twins. A pure function: the same results, the same judgement."""
+    """Compare every pruned run with its from-scratch twins. Depends on ``results`` alone."""
     index = Index(results)
     settings = settings_of(index)
     verdicts = compare_twins(index, index.comparisons)
@@ -76,21 +74,23 @@ def judge(results: StudyResults) -> Judgement:
         index=index,
         settings=settings,
         verdicts=verdicts,
-        sentences=tuple(sentence(verdict, index.comparisons) for verdict in verdicts),
+        sentences=tuple(verdict_sentence(verdict, index.comparisons) for verdict in verdicts),
         by_seed=compare_twins(index, index.groups) if index.several_seeds else (),
         headlines=headlines,
-        answer=answer(verdicts) if settings or not results.cells else _NO_TWINS,
+        answer=study_answer(verdicts) if settings or not results.cells else _NO_TWINS,
         findings=find(index),
         quality=tuple(quality),
-        contradictions=tuple(contradiction(*pair, index.comparisons) for pair in contradicting(verdicts, quality)),
+        contradictions=tuple(
+            contradiction_sentence(*pair, index.comparisons) for pair in contradicting(verdicts, quality)
+        ),
     )
 
 
 def answer_json(judgement: Judgement) -> dict[str, Any]:
-    """The judgement as plain values: answer, verdicts (pooled ones have no seed), and what else the report tells."""
+    """The judgement as plain values. Verdicts pooled over seeds have no seed."""
     groups = judgement.index.groups
     pairs = [*zip(judgement.verdicts, judgement.sentences, strict=True)]
-    pairs += [(verdict, sentence(verdict, groups)) for verdict in judgement.by_seed]
+    pairs += [(verdict, verdict_sentence(verdict, groups)) for verdict in judgement.by_seed]
     return {
         "answer": judgement.answer,
         "verdicts": [_verdict_json(judgement.index, verdict, text) for verdict, text in pairs],
@@ -132,7 +132,7 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
 
 
 def _mean_json(mean: MeanDifference | None) -> dict[str, Any]:
-    """A paired difference; None where it was not measured."""
+    """A paired difference; None if it was not measured."""
     return {"difference": mean.value if mean else None, "interval": [mean.low, mean.high] if mean else None}
 
 

@@ -1,4 +1,4 @@
-"""Tables for a paper: LaTeX with booktabs."""
+"""LaTeX tables for a paper, with booktabs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _SPECIAL = {
 
 
 def escaped(text: str) -> str:
-    """``text`` with every character that LaTeX would take for a command spelt out."""
-    return re.sub("|".join(map(re.escape, _SPECIAL)), lambda found: _SPECIAL[found[0]], text)
+    """Escape every special character of LaTeX in ``text``."""
+    return re.sub("|".join(map(re.escape, _SPECIAL)), lambda match: _SPECIAL[match[0]], text)
 
 
 def comparisons_tex(judgement: Judgement) -> str:
-    """The comparisons of every setting as one table each; what was not measured is a dash."""
+    """One table for each setting; a dash stands for a value that was not measured."""
     tables = []
     for setting in judgement.settings:
         head = ("Comparison", "P-R", SCRATCH[setting], "Difference", r"95\% interval")
         rows = []
-        for verdict, _ in judgement.of(setting):
+        for verdict, _ in judgement.verdicts_in(setting):
             name = escaped(group_name(verdict.group, judgement.index.comparisons, target=True))
             figures = ["--"] * 4
             if verdict.difference is not None and verdict.low is not None and verdict.high is not None:
@@ -47,16 +47,16 @@ def comparisons_tex(judgement: Judgement) -> str:
 
 
 def forecasts_tex(judgement: Judgement) -> str:
-    """The crossover of each ladder on each account, in tokens of R; with its interval."""
+    """The crossover of each ladder on each account, in tokens of R, with its interval."""
     head = ("Model", "Equal", "Ahead at first", "The other catches up at")
     rows = []
-    for found in judgement.forecasts.found:
-        for outlook in found.outlooks:
+    for forecast in judgement.forecasts.found:
+        for outlook in forecast.outlooks:
             crossing = outlook.crossover
             leader = (crossing.leader or "level") if crossing else "--"
-            cells = (found.name, ACCOUNT_NAMES[outlook.allowance.account], leader, crossover_brief(crossing))
+            cells = (forecast.name, ACCOUNT_NAMES[outlook.allowance.account], leader, crossover_brief(crossing))
             rows.append([escaped(cell) for cell in cells])
-    caption = "% Where the path that is behind at the smallest R catches up, by fitted curves"
+    caption = "% Where the path that trails at the smallest R catches up, by fitted curves"
     return "\n".join(["% Needs \\usepackage{booktabs}", caption, *_tabular(head, rows)]) + "\n"
 
 

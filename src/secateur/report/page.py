@@ -1,4 +1,4 @@
-"""From results to a folder: one self-contained page, its figures and its data."""
+"""The report folder of a study: one self-contained HTML page, its figures and its data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from secateur import formatting as words
+from secateur import formatting
 from secateur.comparison.ablation import parts
 from secateur.comparison.index import PRUNED, Group, Index, Model
 from secateur.comparison.ledger import ACCOUNTS, FORMULA, forwards, own_cost, pieces, pipelines
@@ -34,7 +34,7 @@ from secateur.report.forecast_prose import (
 )
 from secateur.report.judgement import Judgement
 from secateur.report.latex import comparisons_tex, forecasts_tex
-from secateur.report.prose import brief, sentence
+from secateur.report.prose import drop_setting, verdict_sentence
 from secateur.report.studies import StudyComparison
 from secateur.report.tables import (
     across_rows,
@@ -52,33 +52,33 @@ if TYPE_CHECKING:  # imported where figures are drawn: matplotlib takes a second
 
 __all__ = ["build_report", "build_versus", "render"]
 
-_MANY = 6  #: comparisons beyond which the page folds away what is one for each
+_MOST_UNFOLDED = 6  #: with more comparisons than this the page folds what it shows of each
 _RUNS: dict[str, str] = {
-    "S_R": "the same small architecture from random weights on R tokens: as many training tokens as P-R",
-    "S_{P+R}": "the same from random weights on P + R tokens: as many total tokens as P-R, its parent's counted",
-    "S_F": "the same from random weights for as many FLOPs as scoring and retraining took",
-    "S_{P+F}": "the same for as many FLOPs as pretraining the parent, scoring and retraining took",
+    "S_R": "the same small architecture, from random weights, on R tokens: as many training tokens as P-R",
+    "S_{P+R}": "the same, on P + R tokens: as many total tokens as P-R, with those of its parent",
+    "S_F": "the same, for as many FLOPs as scoring and retraining",
+    "S_{P+F}": "the same, for as many FLOPs as the parent's pretraining, scoring and retraining",
 }
 _FILTERS = (
-    words.count,
-    words.duration,
-    words.loss,
+    formatting.count,
+    formatting.duration,
+    formatting.loss,
     method_name,
-    words.number,
-    words.plain,
-    words.probability,
-    words.scientific,
-    words.percent,
-    words.signed,
+    formatting.number,
+    formatting.plain,
+    formatting.probability,
+    formatting.scientific,
+    formatting.percent,
+    formatting.signed,
 )
 
 
 def build_report(judgement: Judgement, folder: Path) -> Path:
     """Write the page, its figures and its data into ``folder``.
 
-    ``report.html``, ``figures/*.svg`` and ``*.pdf``, ``cells.csv``, ``comparisons.csv`` and ``.tex``, ``curves.csv``,
-    ``measurements.csv``, and where there are ladders ``forecasts.csv`` and ``.tex`` and ``across_ratios.csv``.
-    Each file is replaced as a whole, and the page last; the same results give the same bytes.
+    Files: ``report.html``, ``figures/*.svg`` and ``*.pdf``, ``cells.csv``, ``comparisons.csv`` and ``.tex``,
+    ``curves.csv``, ``measurements.csv``; for ladders also ``forecasts.csv`` and ``.tex`` and ``across_ratios.csv``.
+    Each file is written atomically, the page last. The same results give the same bytes.
 
     Returns:
         The path of the page.
@@ -99,24 +99,24 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
     for name, text in optional.items():
         if text.strip():
             write_text(folder / name, text)
-        else:  # an earlier build may have had it
+        else:  # remove the file of an earlier build
             (folder / name).unlink(missing_ok=True)
     page = folder / "report.html"
     write_text(page, render(judgement))
     return page
 
 
-def build_versus(found: StudyComparison, folder: Path) -> Path:
-    """Write the page that compares study A with B, and its data, into A's folder: ``versus-B.html`` and ``.csv``."""
-    name = f"versus-{found.b.results.name}"
-    write_text(folder / f"{name}.csv", rows_csv(versus_rows(found)))
+def build_versus(comparison: StudyComparison, folder: Path) -> Path:
+    """Write the comparison of study A with study B into ``folder``: ``versus-B.html`` and ``.csv``."""
+    name = f"versus-{comparison.b.results.name}"
+    write_text(folder / f"{name}.csv", rows_csv(versus_rows(comparison)))
     context = {
-        "versus": found,
-        "a": found.a.results,
-        "b": found.b.results,
+        "versus": comparison,
+        "a": comparison.a.results,
+        "b": comparison.b.results,
         "budget_names": BUDGETS,
-        "not_measured": words.NOT_MEASURED,
-        "minus": words.MINUS,
+        "not_measured": formatting.NOT_MEASURED,
+        "minus": formatting.MINUS,
         "data": f"{name}.csv",
     }
     page = folder / f"{name}.html"
@@ -125,7 +125,7 @@ def build_versus(found: StudyComparison, folder: Path) -> Path:
 
 
 def render(judgement: Judgement) -> str:
-    """The page as text."""
+    """The report page as HTML text."""
     return _environment().get_template("report.html.j2").render(_context(judgement))
 
 
@@ -147,52 +147,52 @@ def _context(judgement: Judgement) -> dict[str, Any]:
     from secateur.report.figures.collection import KINDS, inline_panels
 
     results, index = judgement.results, judgement.index
-    drawn = [(panel, Markup(svg)) for panel, svg in inline_panels(judgement)]
-    each = [model for model in (_each(judgement, model, drawn) for model in index.models) if model]
+    figures = [(panel, Markup(svg)) for panel, svg in inline_panels(judgement)]
+    details = [row for row in (_model_details(judgement, model, figures) for model in index.models) if row]
     return {
         "results": results,
         "judgement": judgement,
-        "many": len(index.comparisons) > _MANY,
+        "many": len(index.comparisons) > _MOST_UNFOLDED,
         "verdicts": {
-            setting: [(verdict, brief(text, setting)) for verdict, text in judgement.of(setting)]
+            setting: [(verdict, drop_setting(text, setting)) for verdict, text in judgement.verdicts_in(setting)]
             for setting in judgement.settings
         },
         "runs": [(SCRATCH[setting], _RUNS[SCRATCH[setting]]) for setting in judgement.settings],
-        "budgets": [words.count(tokens) for tokens in sorted({group.retrain_tokens for group in index.groups})],
-        "figures": {kind: [pair for pair in drawn if pair[0].kind == kind] for kind in KINDS},
+        "budgets": [formatting.count(tokens) for tokens in sorted({group.retrain_tokens for group in index.groups})],
+        "figures": {kind: [pair for pair in figures if pair[0].kind == kind] for kind in KINDS},
         "objectives": objective_rows(index),
         "quality": [(row, group_name(row.group, index.comparisons, target=True)) for row in judgement.quality],
         "running": running_rows(index),
         "forecasts": judgement.forecasts,
-        "forecast_told": [_told(found) for found in judgement.forecasts.found],
+        "forecast_texts": [_forecast_texts(forecast) for forecast in judgement.forecasts.found],
         "laws": judgement.laws,
         "across": across_rows(judgement),
         "cells": cell_rows(judgement),
-        "extra": _extra(index.groups),
-        "before": _before(index),
-        "each": each,
-        "has_controls": any(model["controls"] for model in each),
+        "extra": _varying_columns(index.groups),
+        "before": _losses_before_training(index),
+        "each": details,
+        "has_controls": any(row["controls"] for row in details),
         **_costs(judgement),
         "unfinished": [stage for stage in results.stages if stage.state != "done"],
         "unmeasured": [text for v, text in zip(judgement.verdicts, judgement.sentences, strict=True) if v.reason],
         "several_seeds": index.several_seeds,
         "several_parents": len(results.parents) > 1,
         "pooled_note": POOLED_NOTE,
-        "not_measured": words.NOT_MEASURED,
+        "not_measured": formatting.NOT_MEASURED,
         "budget_names": BUDGETS,
-        "minus": words.MINUS,
+        "minus": formatting.MINUS,
     }
 
 
-def _told(found: Forecast) -> dict[str, Any]:
-    """A forecast in sentences, and a row of the table for each account."""
+def _forecast_texts(forecast: Forecast) -> dict[str, Any]:
+    """A forecast as sentences, and as one table row for each account."""
     return {
-        "name": found.name,
+        "name": forecast.name,
         "sentences": [
-            *filter(None, [misfit_sentence(found)]),
-            outlook_sentence(found.outlooks[0]),
-            further_sentence(found),
-            next_sentence(found),
+            *filter(None, [misfit_sentence(forecast)]),
+            outlook_sentence(forecast.outlooks[0]),
+            further_sentence(forecast),
+            next_sentence(forecast),
         ],
         "rows": [
             {
@@ -201,60 +201,65 @@ def _told(found: Forecast) -> dict[str, Any]:
                 "further": outlook.further,
                 "leader": outlook.crossover.leader if outlook.crossover else None,
                 "crossover": crossover_brief(outlook.crossover),
-                "sentences": [standing_sentence(one, outlook.allowance.account) for one in outlook.standings],
+                "sentences": [standing_sentence(standing, outlook.allowance.account) for standing in outlook.standings],
             }
-            for outlook in found.outlooks
+            for outlook in forecast.outlooks
         ],
     }
 
 
-def _extra(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """Columns of the table of models that tell this study's apart: heading and key of the row."""
+def _varying_columns(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """Columns of the table of models that only some studies need: heading and key of the row."""
     columns = (("parent", "parent"), ("R", "retrain_tokens"), ("objective", "objective"), ("seed", "seed"))
     return [(head, key) for head, key in columns if len({getattr(group, key) for group in groups}) > 1]
 
 
-def _before(index: Index) -> list[tuple[Any, float | None]]:
-    """Every pruned model with its loss above its parent's, where both were measured under one protocol."""
+def _losses_before_training(index: Index) -> list[tuple[Pruned, float | None]]:
+    """Every pruned model with its loss minus its parent's; None unless both were measured under one protocol."""
     rows = []
     for pruned in index.results.pruned:
         parent = index.parents.get(pruned.parent)
-        ours, theirs = pruned.evaluation, parent.evaluation if parent else None
-        same = ours and theirs and ours.protocol == theirs.protocol
-        rows.append((pruned, ours.loss - theirs.loss if same and ours and theirs else None))
+        evaluation, baseline = pruned.evaluation, parent.evaluation if parent else None
+        same = evaluation and baseline and evaluation.protocol == baseline.protocol
+        rows.append((pruned, evaluation.loss - baseline.loss if same and evaluation and baseline else None))
     return rows
 
 
-def _each(judgement: Judgement, model: Model, drawn: Sequence[tuple[Panel, Markup]]) -> dict[str, Any] | None:
-    """What the page tells of one pruned model by itself; None where that is nothing."""
+def _model_details(
+    judgement: Judgement, model: Model, figures: Sequence[tuple[Panel, Markup]]
+) -> dict[str, Any] | None:
+    """The page's section about one pruned model; None if it would be empty."""
     index = judgement.index
-    about = {group: group_name(group, index.comparisons, target=True) for group in index.comparisons}
-    about = {group: name for group, name in about.items() if group.model == model}
+    names = {
+        group: group_name(group, index.comparisons, target=True) for group in index.comparisons if group.model == model
+    }
 
-    def of(kind: str, *subjects: Group | Model) -> list[tuple[Panel, Markup]]:
-        return [pair for pair in drawn if pair[0].kind == kind and pair[0].about in subjects]
+    def figures_of(kind: str, *subjects: Group | Model) -> list[tuple[Panel, Markup]]:
+        return [pair for pair in figures if pair[0].kind == kind and pair[0].subject in subjects]
 
-    found: dict[str, Any] = {
-        "layers": of("layers", model),
-        "curves": of("curves", *about),
+    details: dict[str, Any] = {
+        "layers": figures_of("layers", model),
+        "curves": figures_of("curves", *names),
         "controls": [
-            {"name": name, "figures": of("controls", group), "parts": parts(index, group)}
-            for group, name in about.items()
-            if of("controls", group)
+            {"name": name, "figures": figures_of("controls", group), "parts": parts(index, group)}
+            for group, name in names.items()
+            if figures_of("controls", group)
         ],
-        "removed": _removed(index.pruned.get(model)),
+        "removed": _removal_text(index.pruned.get(model)),
         "runs": runs_of(index, model),
         "by_seed": [
-            (verdict, sentence(verdict, index.groups)) for verdict in judgement.by_seed if verdict.group.model == model
+            (verdict, verdict_sentence(verdict, index.groups))
+            for verdict in judgement.by_seed
+            if verdict.group.model == model
         ],
     }
-    return {"name": model_name(model, index.models), **found} if any(found.values()) else None
+    return {"name": model_name(model, index.models), **details} if any(details.values()) else None
 
 
-def _removed(pruned: Pruned | None) -> str:
+def _removal_text(pruned: Pruned | None) -> str:
     if pruned is None:
         return ""
-    total, dense = words.percent(pruned.ratio_total), words.percent(pruned.ratio_non_embedding)
+    total, dense = formatting.percent(pruned.ratio_total), formatting.percent(pruned.ratio_non_embedding)
     return f"{pruned.detail}; {total} of all parameters, {dense} of those outside the embeddings."
 
 
@@ -264,9 +269,9 @@ def _costs(judgement: Judgement) -> dict[str, Any]:
     training = []
     for group in index.groups:
         pruned, scratch = index.cell(group, PRUNED), index.cell(group, SCRATCH["training"])
-        own = own_cost(pruned) if pruned else None
-        if own and pruned and scratch and scratch.training.flops:
-            training.append((own.flops - (pruned.sweep.flops if pruned.sweep else 0.0)) / scratch.training.flops)
+        cost = own_cost(pruned) if pruned else None
+        if cost and pruned and scratch and scratch.training.flops:
+            training.append((cost.flops - (pruned.sweep.flops if pruned.sweep else 0.0)) / scratch.training.flops)
     return {
         "accounts": ACCOUNTS,
         "formula": FORMULA,
@@ -279,12 +284,12 @@ def _costs(judgement: Judgement) -> dict[str, Any]:
 
 
 def _symbols(text: str) -> Markup:
-    """Escape ``text`` and set its symbols as they are written by hand: S_R with a subscript."""
-    return Markup(words.symbols(str(escape(text)), "S<sub>{}</sub>"))
+    """Escape ``text`` and write its run names with subscripts."""
+    return Markup(formatting.symbols(str(escape(text)), "S<sub>{}</sub>"))
 
 
 def _or_missing(value: Any, name: str, *arguments: Any) -> str | Markup:
-    """Format ``value`` with a function of ``words``, or say in its place that it was not measured."""
+    """Format ``value`` with the function ``name`` of ``secateur.formatting``; None becomes "not measured"."""
     if value is None:
-        return Markup('<span class="missing">{}</span>').format(words.NOT_MEASURED)
-    return getattr(words, name)(value, *arguments)
+        return Markup('<span class="missing">{}</span>').format(formatting.NOT_MEASURED)
+    return getattr(formatting, name)(value, *arguments)

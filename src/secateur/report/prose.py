@@ -1,4 +1,4 @@
-"""Verdicts in plain English, computed and never written by hand. ASCII, but for the minus sign."""
+"""Sentences of the report, computed from verdicts. ASCII, except for the minus sign."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from secateur.comparison.twins import Setting, Verdict, Winner
 from secateur.formatting import decimals, join_words, number, points, spelled
 
 __all__ = [
-    "answer",
-    "brief",
-    "contradiction",
+    "contradiction_sentence",
+    "drop_setting",
     "headline",
     "interval",
-    "sentence",
+    "study_answer",
+    "verdict_sentence",
 ]
 
-_MOST_NAMES = 3  # a headline that lists more than these is no headline: it counts instead
+_MOST_NAMES = 3  # a headline with more comparisons than this gives their number instead of their names
 
 
 def interval(low: float, high: float, digits: int) -> str:
@@ -27,42 +27,42 @@ def interval(low: float, high: float, digits: int) -> str:
     return f"95% interval {number(low, digits)} to {number(high, digits)}"
 
 
-def sentence(verdict: Verdict, among: Sequence[Group]) -> str:
-    """One verdict as one sentence."""
-    start = f"{_at(verdict.setting)}, {group_name(verdict.group, among, target=True)}"
+def verdict_sentence(verdict: Verdict, among: Sequence[Group]) -> str:
+    """One verdict as a sentence; ``among`` are the comparisons that the name must distinguish it from."""
+    start = f"{_setting_phrase(verdict.setting)}, {group_name(verdict.group, among, target=True)}"
     difference, low, high = verdict.difference, verdict.low, verdict.high
     if difference is None or low is None or high is None:
         return f"{start} is not measured: {verdict.reason}."
-    over = _over(verdict)
-    twin = "its from-scratch twins" if over else "its from-scratch twin"
+    average = _average_phrase(verdict)
+    twin = "its from-scratch twins" if average else "its from-scratch twin"
     digits = decimals(difference, low, high)
     if verdict.winner == "too close to call":
         return (
-            f"{start} cannot be told from {twin} (difference {number(difference, digits)} nats{over}, "
+            f"{start} is level with {twin} (difference {number(difference, digits)} nats{average}, "
             f"{interval(low, high, digits)}): too close to call."
         )
     near, far = sorted((abs(low), abs(high)))
     side, end = ("below", "pruning pays") if verdict.winner == "pruned" else ("above", "training from scratch pays")
-    by = f"{number(abs(difference), digits)} nats {side} {twin}{over}"
+    by = f"{number(abs(difference), digits)} nats {side} {twin}{average}"
     return f"{start} ends {by} ({interval(near, far, digits)}): {end}."
 
 
-def contradiction(verdict: Verdict, row: QualityRow, among: Sequence[Group]) -> str:
-    """A verdict by the held-out loss beside one by tasks that says the opposite."""
-    found = row.comparison
-    assert found.difference is not None and found.low is not None and found.high is not None
+def contradiction_sentence(verdict: Verdict, row: QualityRow, among: Sequence[Group]) -> str:
+    """A verdict by held-out loss and the opposite verdict by a task, as one sentence."""
+    accuracy = row.comparison
+    assert accuracy.difference is not None and accuracy.low is not None and accuracy.high is not None
     paths = {"pruned": "pruning", "scratch": "training from scratch"}
     sign = 1 if row.winner == "pruned" else -1
-    low, high = sorted((sign * found.low, sign * found.high))
+    low, high = sorted((sign * accuracy.low, sign * accuracy.high))
     return (
-        f"{_at(verdict.setting)}, {group_name(verdict.group, among, target=True)}: the held-out loss speaks for "
-        f"{paths[verdict.winner]}, the accuracy ({found.name}) for {paths[row.winner]}, by "
-        f"{points(sign * found.difference)} points (95% interval {points(low)} to {points(high)})."
+        f"{_setting_phrase(verdict.setting)}, {group_name(verdict.group, among, target=True)}: by held-out loss "
+        f"{paths[verdict.winner]} is better; by accuracy ({accuracy.name}) {paths[row.winner]} is better, by "
+        f"{points(sign * accuracy.difference)} points (95% interval {points(low)} to {points(high)})."
     )
 
 
-def _over(verdict: Verdict) -> str:
-    """What a pooled verdict is the mean of."""
+def _average_phrase(verdict: Verdict) -> str:
+    """Over how many seeds a verdict averages; empty for one seed."""
     if verdict.planned == 1:
         return ""
     if verdict.seeds == verdict.planned:
@@ -70,19 +70,18 @@ def _over(verdict: Verdict) -> str:
     return f" on average over {spelled(verdict.seeds)} of {spelled(verdict.planned)} seeds"
 
 
-def _at(setting: Setting) -> str:
+def _setting_phrase(setting: Setting) -> str:
     return f"At equal {BUDGETS[setting]}"
 
 
-def brief(text: str, setting: Setting) -> str:
-    """A sentence without the setting that opens it, for where the setting is plain already."""
-    return text.removeprefix(f"{_at(setting)}, ")
+def drop_setting(text: str, setting: Setting) -> str:
+    """Remove the opening "At equal ...," from a sentence that stands under a heading with the setting."""
+    return text.removeprefix(f"{_setting_phrase(setting)}, ")
 
 
 def headline(verdicts: Sequence[Verdict]) -> str:
     """All verdicts of one setting in one sentence; ``verdicts`` must not be empty and must share their setting."""
     among = [verdict.group for verdict in verdicts]
-    start = _at(verdicts[0].setting)
     phrases: tuple[tuple[Winner, str, str], ...] = (
         ("pruned", "pruning wins for {}", "pruning wins for {}"),
         ("scratch", "training from scratch wins for {}", "training from scratch wins for {}"),
@@ -90,43 +89,42 @@ def headline(verdicts: Sequence[Verdict]) -> str:
         ("not measured", "{} is not measured", "{} are not measured"),
     )
     parts = []
-    for winner, one, many in phrases:
-        found = [verdict.group for verdict in verdicts if verdict.winner == winner]
-        if found:
-            parts.append((one if len(found) == 1 else many).format(_who(found, among)))
-    return f"{start}, {'; '.join(parts)}."
+    for winner, singular, plural in phrases:
+        groups = [verdict.group for verdict in verdicts if verdict.winner == winner]
+        if groups:
+            parts.append((singular if len(groups) == 1 else plural).format(_list_groups(groups, among)))
+    return f"{_setting_phrase(verdicts[0].setting)}, {'; '.join(parts)}."
 
 
-def _who(found: Sequence[Group], among: Sequence[Group]) -> str:
-    noun = "comparisons" if _several(among) else "methods"
-    if len(found) == len(among) > 1:
-        return f"{'both' if len(found) == 2 else 'all ' + spelled(len(found))} {noun}"
-    if len(found) > _MOST_NAMES:
-        return f"{len(found)} of {len(among)} {noun}"
-    return join_words([group_name(group, among) for group in found])
+def _list_groups(groups: Sequence[Group], among: Sequence[Group]) -> str:
+    noun = "methods" if _differ_by_method_only(among) else "comparisons"
+    if len(groups) == len(among) > 1:
+        return f"{'both' if len(groups) == 2 else 'all ' + spelled(len(groups))} {noun}"
+    if len(groups) > _MOST_NAMES:
+        return f"{len(groups)} of {len(among)} {noun}"
+    return join_words([group_name(group, among) for group in groups])
 
 
-def _several(groups: Sequence[Group]) -> bool:
-    """Whether comparisons differ in more than their method."""
-    return len({(g.parent, g.target, g.retrain_tokens, g.objective, g.seed) for g in groups}) > 1
+def _differ_by_method_only(groups: Sequence[Group]) -> bool:
+    return len({(g.parent, g.target, g.retrain_tokens, g.objective, g.seed) for g in groups}) <= 1
 
 
-def answer(verdicts: Sequence[Verdict]) -> str:
-    """The study's answer, from the verdicts of all settings: in tokens, then in FLOPs where it has such settings."""
-    note = ", as far as it was measured" if any(verdict.winner == "not measured" for verdict in verdicts) else ""
-    noun = "comparison" if _several([verdict.group for verdict in verdicts]) else "method"
+def study_answer(verdicts: Sequence[Verdict]) -> str:
+    """The study's answer from the verdicts of all settings: counted in tokens, then in FLOPs where there are any."""
+    note = ", as far as measured" if any(verdict.winner == "not measured" for verdict in verdicts) else ""
+    noun = "method" if _differ_by_method_only([verdict.group for verdict in verdicts]) else "comparison"
     texts = []
-    for training, total, counted in (("training", "total", "tokens"), ("training-flops", "total-flops", "FLOPs")):
-        free, charged = (_lean([v for v in verdicts if v.setting == setting]) for setting in (training, total))
-        text = _advice(free, charged, counted, noun)
-        if text and counted == "FLOPs":
+    for training, total, unit in (("training", "total", "tokens"), ("training-flops", "total-flops", "FLOPs")):
+        sunk, charged = (_tendency([v for v in verdicts if v.setting == setting]) for setting in (training, total))
+        text = _advice(sunk, charged, unit, noun)
+        if text and unit == "FLOPs":
             text = f"Counted in FLOPs: {text[0].lower()}{text[1:]}"
         texts += [f"{text}{note}."] if text else []
     return " ".join(texts) or "There is no answer yet: no comparison has been measured."
 
 
-def _advice(free: str, charged: str, counted: str, noun: str) -> str:
-    """What to do with the parent at no cost, and charged, its cost being ``counted`` so; empty where nobody knows."""
+def _advice(sunk: str, charged: str, unit: str, noun: str) -> str:
+    """What to do if the parent's cost is sunk and if it is charged, counted in ``unit``; empty without a verdict."""
     clauses = {
         "pruned": "prune",
         "scratch": "train from scratch",
@@ -136,20 +134,20 @@ def _advice(free: str, charged: str, counted: str, noun: str) -> str:
         "mixed": f"it depends on the {noun}",
         "not measured": "there is no answer yet",
     }
-    if {free, charged} <= {"", "not measured"}:
+    if {sunk, charged} <= {"", "not measured"}:
         return ""
-    if free == charged and free in ("pruned", "scratch"):
-        do = "Prune" if free == "pruned" else "Train from scratch"
-        return f"{do}, whether or not the parent's {counted} are counted"
-    parts = [f"if the parent is already there, {clauses[free]}"] if free else []
-    parts += [f"if its {counted} count too, {clauses[charged]}"] if free and charged else []
-    parts += [f"if the parent's {counted} count, {clauses[charged]}"] if charged and not free else []
+    if sunk == charged and sunk in ("pruned", "scratch"):
+        action = "Prune" if sunk == "pruned" else "Train from scratch"
+        return f"{action}, whether or not the parent's {unit} are counted"
+    parts = [f"if the parent is already there, {clauses[sunk]}"] if sunk else []
+    parts += [f"if its {unit} count too, {clauses[charged]}"] if sunk and charged else []
+    parts += [f"if the parent's {unit} count, {clauses[charged]}"] if charged and not sunk else []
     text = "; ".join(parts)
     return text[0].upper() + text[1:]
 
 
-def _lean(verdicts: Sequence[Verdict]) -> str:
-    """Where the verdicts of one setting point together: a key of the clauses above, or empty without any verdict."""
+def _tendency(verdicts: Sequence[Verdict]) -> str:
+    """Where the verdicts of one setting point together: a key of `clauses` in `_advice`, or empty without verdicts."""
     winners = {verdict.winner for verdict in verdicts} - {"not measured"}
     decided = winners - {"too close to call"}
     if not winners:

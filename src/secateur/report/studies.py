@@ -1,4 +1,4 @@
-"""Two studies side by side: the runs that they have in common, their verdicts, and what was set differently."""
+"""Comparison of two studies: common runs, verdicts, and differing settings."""
 
 from __future__ import annotations
 
@@ -18,149 +18,150 @@ __all__ = ["GapRow", "RunRow", "StudyComparison", "compare_studies"]
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run of both studies; losses are means over the seeds that both have."""
+    """One run that both studies have; losses are means over common seeds."""
 
     name: str  #: of the comparison
     run: str
     a: float | None  #: held-out loss, nats per token
     b: float | None
     difference: MeanDifference | None  #: b - a, paired over windows; positive: A is better
-    reason: str = ""  #: why there is no difference
+    reason: str = ""  #: why the difference is missing
 
 
 @dataclass(frozen=True)
 class GapRow:
-    """One verdict of both studies."""
+    """One verdict that both studies have."""
 
     name: str  #: of the comparison
     setting: Setting
     a: Verdict
     b: Verdict
-    difference: MeanDifference | None  #: what pruning saves in A less what it saves in B, nats per token
+    difference: MeanDifference | None  #: loss saved by pruning, A - B, nats per token
 
     @property
     def agree(self) -> bool | None:
-        """Whether both say the same; None where either was not measured."""
+        """Whether both verdicts are the same; None if either was not measured."""
         winners = {self.a.winner, self.b.winner}
         return None if "not measured" in winners else len(winners) == 1
 
 
 @dataclass(frozen=True)
 class StudyComparison:
-    """Two studies, compared."""
+    """The comparison of study A with study B."""
 
     a: Judgement
     b: Judgement
     runs: tuple[RunRow, ...]
     gaps: tuple[GapRow, ...]
-    settings: tuple[tuple[str, Any, Any], ...]  #: what differs: key, in A, in B
-    alone: tuple[int, int]  #: comparisons that only A, and only B, has
+    settings: tuple[tuple[str, Any, Any], ...]  #: settings that differ: key, value in A, value in B
+    alone: tuple[int, int]  #: how many comparisons only A has, and only B
 
     @property
     def answer(self) -> str:
-        """How far the two agree, in a sentence."""
-        told = [row.agree for row in self.gaps if row.agree is not None]
+        """A sentence on how many verdicts agree."""
+        agreements = [row.agree for row in self.gaps if row.agree is not None]
         names = f"{self.a.results.name} and {self.b.results.name}"
-        if not told:
-            return f"{names} share no comparison that both have measured."
-        if all(told):
-            return f"{names} give the same verdict in all {len(told)} comparisons that both have measured."
-        return f"{names} give the same verdict in {sum(told)} of {len(told)} comparisons that both have measured."
+        if not agreements:
+            return f"{names} have no comparison that both have measured."
+        share = f"all {len(agreements)}" if all(agreements) else f"{sum(agreements)} of {len(agreements)}"
+        return f"{names} give the same verdict in {share} comparisons that both have measured."
 
 
 def compare_studies(a: Judgement, b: Judgement) -> StudyComparison:
-    """Compare two studies by what they call alike: method, target, R, objective and, where there are several, parent.
+    """Compare two studies. Comparisons match by method, target, R, objective and, if there are several, parent.
 
-    Losses under one protocol are compared window by window, over the seeds that both have. Under different protocols
-    they are not compared; what pruning saves is then compared as of independent texts.
+    Under one protocol, losses are compared window by window over common seeds. Under different protocols, only the
+    losses saved by pruning are compared, as measurements on independent texts.
 
     Raises:
         UserError: if the studies have no comparison in common.
     """
     one_parent = len(a.index.parents) == len(b.index.parents) == 1
-    theirs = {_key(group, one_parent): group for group in b.index.pools}
-    ours = {_key(group, one_parent): group for group in a.index.pools}
-    both = [(group, theirs[key]) for key, group in ours.items() if key in theirs]
-    if not both:
+    pools_a = {_key(group, one_parent): group for group in a.index.pools}
+    pools_b = {_key(group, one_parent): group for group in b.index.pools}
+    common = [(group, pools_b[key]) for key, group in pools_a.items() if key in pools_b]
+    if not common:
         raise UserError(
-            f"{a.results.name} and {b.results.name} have no comparison in common: none of the same method, target, R "
-            "and objective; compare studies that share some"
+            f"{a.results.name} and {b.results.name} have no comparison of the same method, target, R and objective; "
+            "compare studies that share some"
         )
-    among = [group for group, _ in both]
+    among = [group for group, _ in common]
     verdicts = [{(v.setting, v.group.pooled): v for v in judgement.verdicts} for judgement in (a, b)]
     return StudyComparison(
         a,
         b,
-        tuple(row for pair in both for row in _runs(a.index, b.index, *pair, group_name(pair[0], among, target=True))),
         tuple(
-            _gap(a.index, b.index, setting, verdicts[0][setting, ours], verdicts[1][setting, theirs], among)
-            for setting in SCRATCH
-            for ours, theirs in both
-            if (setting, ours) in verdicts[0] and (setting, theirs) in verdicts[1]
+            row for pair in common for row in _runs(a.index, b.index, *pair, group_name(pair[0], among, target=True))
         ),
-        tuple(_differing(a, b)),
-        (len(ours) - len(both), len(theirs) - len(both)),
+        tuple(
+            _gap(a.index, b.index, setting, verdicts[0][setting, group_a], verdicts[1][setting, group_b], among)
+            for setting in SCRATCH
+            for group_a, group_b in common
+            if (setting, group_a) in verdicts[0] and (setting, group_b) in verdicts[1]
+        ),
+        tuple(_differing_settings(a, b)),
+        (len(pools_a) - len(common), len(pools_b) - len(common)),
     )
 
 
 def _key(group: Group, one_parent: bool) -> Group:
-    """What a comparison is known by in both studies."""
+    """The key that identifies a comparison in both studies."""
     return replace(group, parent="") if one_parent else group
 
 
-def _seeds(a: Index, b: Index, ours: Group, theirs: Group) -> list[tuple[Group, Group]]:
-    known = {group.seed: group for group in b.pools[theirs]}
-    return [(group, known[group.seed]) for group in a.pools[ours] if group.seed in known]
+def _common_seeds(a: Index, b: Index, pool_a: Group, pool_b: Group) -> list[tuple[Group, Group]]:
+    by_seed = {group.seed: group for group in b.pools[pool_b]}
+    return [(group, by_seed[group.seed]) for group in a.pools[pool_a] if group.seed in by_seed]
 
 
-def _runs(a: Index, b: Index, ours: Group, theirs: Group, name: str) -> Iterator[RunRow]:
-    seeds = _seeds(a, b, ours, theirs)
-    for run in dict.fromkeys(cell.name for cell in (*a.of(ours), *b.of(theirs))):
-        cells = [(a.cell(one, run), b.cell(other, run)) for one, other in seeds]
-        if not any(one for one, _ in cells) or not any(other for _, other in cells):
+def _runs(a: Index, b: Index, pool_a: Group, pool_b: Group, name: str) -> Iterator[RunRow]:
+    seeds = _common_seeds(a, b, pool_a, pool_b)
+    for run in dict.fromkeys(cell.name for cell in (*a.of(pool_a), *b.of(pool_b))):
+        cells = [(a.cell(group_a, run), b.cell(group_b, run)) for group_a, group_b in seeds]
+        if not any(cell_a for cell_a, _ in cells) or not any(cell_b for _, cell_b in cells):
             continue
-        found = [pair_cells(one, other, f"{run} of A", f"{run} of B") for one, other in cells]
-        measured = [pair for pair in found if isinstance(pair, Paired)]
-        reason = next((pair for pair in found if isinstance(pair, str)), "")
+        pairs = [pair_cells(cell_a, cell_b, f"{run} of A", f"{run} of B") for cell_a, cell_b in cells]
+        measured = [pair for pair in pairs if isinstance(pair, Paired)]
+        reason = next((pair for pair in pairs if isinstance(pair, str)), "")
         losses = [[c.evaluation.loss for c in side if c and c.evaluation] for side in zip(*cells, strict=True)]
         means = [sum(side) / len(side) if side else None for side in losses]
         yield RunRow(name, run, means[0], means[1], mean_difference(measured) if measured else None, reason)
 
 
-def _gap(a: Index, b: Index, setting: Setting, ours: Verdict, theirs: Verdict, among: list[Group]) -> GapRow:
-    name = group_name(ours.group.pooled, among, target=True)
+def _gap(a: Index, b: Index, setting: Setting, in_a: Verdict, in_b: Verdict, among: list[Group]) -> GapRow:
+    name, twin = group_name(in_a.group.pooled, among, target=True), SCRATCH[setting]
     saved: list[Paired] = []
-    for one, other in _seeds(a, b, ours.group.pooled, theirs.group.pooled):
-        twin = SCRATCH[setting]
-        gap = pair_cells(a.cell(one, PRUNED), a.cell(one, twin), PRUNED, twin)
-        gap_b = pair_cells(b.cell(other, PRUNED), b.cell(other, twin), PRUNED, twin)
-        if isinstance(gap, Paired) and isinstance(gap_b, Paired):
-            difference = gap.minus(gap_b)
+    for group_a, group_b in _common_seeds(a, b, in_a.group.pooled, in_b.group.pooled):
+        gap_a = pair_cells(a.cell(group_a, PRUNED), a.cell(group_a, twin), PRUNED, twin)
+        gap_b = pair_cells(b.cell(group_b, PRUNED), b.cell(group_b, twin), PRUNED, twin)
+        if isinstance(gap_a, Paired) and isinstance(gap_b, Paired):
+            difference = gap_a.minus(gap_b)
             saved += [difference] if isinstance(difference, Paired) else []
-    return GapRow(name, setting, ours, theirs, mean_difference(saved) if saved else _independent(ours, theirs))
+    return GapRow(name, setting, in_a, in_b, mean_difference(saved) if saved else _independent_difference(in_a, in_b))
 
 
-def _independent(ours: Verdict, theirs: Verdict) -> MeanDifference | None:
-    """A difference of savings measured on different texts: half-widths of the intervals add as squares."""
-    parts = (ours.difference, ours.low, ours.high, theirs.difference, theirs.low, theirs.high)
-    if None in parts:
+def _independent_difference(in_a: Verdict, in_b: Verdict) -> MeanDifference | None:
+    """Difference of two savings measured on different texts: half-widths of the intervals add in quadrature."""
+    values = (in_a.difference, in_a.low, in_a.high, in_b.difference, in_b.low, in_b.high)
+    if None in values:
         return None
-    a, a_low, a_high, b, b_low, b_high = (float(part) for part in parts if part is not None)
+    a, a_low, a_high, b, b_low, b_high = (float(value) for value in values if value is not None)
     down, up = math.hypot(a - a_low, b_high - b), math.hypot(a_high - a, b - b_low)
-    return MeanDifference(a - b, a - b - down, a - b + up, min(ours.seeds, theirs.seeds))
+    return MeanDifference(a - b, a - b - down, a - b + up, min(in_a.seeds, in_b.seeds))
 
 
-def _differing(a: Judgement, b: Judgement) -> Iterator[tuple[str, Any, Any]]:
-    """What was set or used differently, but for what merely identifies the study."""
-    for part in ("corpus", "protocol", "recipe", "environment"):
-        ours, theirs = getattr(a.results, part), getattr(b.results, part)
-        for key in dict.fromkeys((*ours, *theirs)):
-            if ours.get(key) != theirs.get(key):
-                yield f"{part}.{key}", ours.get(key), theirs.get(key)
-    for one, other in zip(a.results.parents, b.results.parents, strict=False):
+def _differing_settings(a: Judgement, b: Judgement) -> Iterator[tuple[str, Any, Any]]:
+    for section in ("corpus", "protocol", "recipe", "environment"):
+        yield from _differing_keys(section, getattr(a.results, section), getattr(b.results, section))
+    for parent_a, parent_b in zip(a.results.parents, b.results.parents, strict=False):
         sizes = [
-            {**p.shape, "parameters": p.parameters, "tokens": p.cost.tokens if p.cost else None} for p in (one, other)
+            {**p.shape, "parameters": p.parameters, "tokens": p.cost.tokens if p.cost else None}
+            for p in (parent_a, parent_b)
         ]
-        for key in sizes[0]:
-            if sizes[0][key] != sizes[1].get(key):
-                yield f"{one.name}.{key}", sizes[0][key], sizes[1].get(key)
+        yield from _differing_keys(parent_a.name, *sizes)
+
+
+def _differing_keys(prefix: str, a: dict[str, Any], b: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for key in dict.fromkeys((*a, *b)):
+        if a.get(key) != b.get(key):
+            yield f"{prefix}.{key}", a.get(key), b.get(key)

@@ -1,4 +1,4 @@
-"""The report's rows, as raw values: the page formats them, the CSV files hold them as they are."""
+"""Rows of the report as unformatted values, for the page and the CSV files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from secateur.comparison.index import Index, group_of
 from secateur.comparison.ledger import ACCOUNTS, account_flops, lowest_loss, own_cost, setting_total
 from secateur.comparison.records import Cell
 from secateur.comparison.twins import SCRATCH, MeanDifference
-from secateur.forecast.fit import Interval as Fitted
+from secateur.forecast.fit import Interval
 from secateur.report.judgement import Judgement
 from secateur.report.studies import StudyComparison
 
@@ -31,9 +31,9 @@ Row = dict[str, Any]
 
 
 def cell_rows(judgement: Judgement) -> list[Row]:
-    """One row for each trained model; None wherever a value was not measured.
+    """One row for each trained model; None for a value that was not measured.
 
-    A scratch run's row holds its difference from its pruned twin: loss(scratch) - loss(pruned), with its interval.
+    The row of a scratch run holds loss(scratch) - loss(pruned), with its interval.
     """
     index = judgement.index
     verdicts = {
@@ -45,7 +45,7 @@ def cell_rows(judgement: Judgement) -> list[Row]:
         group = group_of(cell)
         record = index.pruned.get(group.model)
         verdict = verdicts.get((group, cell.name))
-        measured = cell.evaluation
+        evaluation = cell.evaluation
         total_tokens, total_flops = setting_total(index, cell)
         rows.append(
             {
@@ -62,9 +62,9 @@ def cell_rows(judgement: Judgement) -> list[Row]:
                 "total_tokens": total_tokens,
                 "train_flops": cell.training.flops,
                 "total_flops": total_flops,
-                "loss": measured.loss if measured else None,
-                "perplexity": measured.perplexity if measured else None,
-                "sparsity": measured.sparsity if measured else None,
+                "loss": evaluation.loss if evaluation else None,
+                "perplexity": evaluation.perplexity if evaluation else None,
+                "sparsity": evaluation.sparsity if evaluation else None,
                 "difference": verdict.difference if verdict else None,
                 "low": verdict.low if verdict else None,
                 "high": verdict.high if verdict else None,
@@ -84,10 +84,10 @@ def cell_rows(judgement: Judgement) -> list[Row]:
 
 
 def _costs(index: Index, cell: Cell) -> Row:
-    own = own_cost(cell)
+    cost = own_cost(cell)
     return {
         "seconds": cell.training.seconds,
-        "own_seconds": own.seconds if own else None,
+        "own_seconds": cost.seconds if cost else None,
         "pruning_flops": cell.pruning.flops if cell.pruning else None,
         "sweep_flops": cell.sweep.flops if cell.sweep else None,
         **{f"{account}_flops": account_flops(index, cell, account) for account in ACCOUNTS},
@@ -95,7 +95,7 @@ def _costs(index: Index, cell: Cell) -> Row:
 
 
 def comparison_rows(judgement: Judgement) -> list[Row]:
-    """One row for each comparison in each setting, pooled over seeds first, then each seed by itself."""
+    """One row for each comparison in each setting: first pooled over seeds, then for each seed."""
     rows = []
     for verdict in (*judgement.verdicts, *judgement.by_seed):
         group = verdict.group
@@ -123,84 +123,86 @@ def comparison_rows(judgement: Judgement) -> list[Row]:
 
 
 def forecast_rows(judgement: Judgement) -> list[Row]:
-    """One row for each ladder, account and budget: who is ahead, what the curves say, where the other catches up.
+    """One row for each ladder, account and budget: the leader, the fitted losses and the crossover.
 
-    None for what the runs cannot tell; an infinite crossover is None as well.
+    None for a value that the runs do not determine; an infinite crossover is None too.
     """
     return [
         {
-            **dataclasses.asdict(found.model),
-            "objective": found.objective,
+            **dataclasses.asdict(forecast.model),
+            "objective": forecast.objective,
             "account": outlook.allowance.account,
             "retrain_tokens": standing.tokens,
             "scratch_tokens": standing.scratch_tokens,
             "basis": standing.basis,
             "winner": standing.winner,
             **_estimate("difference", standing.difference),
-            **_estimate("fitted_pruned", found.fit.at("pruned", standing.tokens)),
-            **_estimate("fitted_scratch", found.fit.at("scratch", standing.scratch_tokens)),
+            **_estimate("fitted_pruned", forecast.fit.at("pruned", standing.tokens)),
+            **_estimate("fitted_scratch", forecast.fit.at("scratch", standing.scratch_tokens)),
             "leader": outlook.crossover.leader if outlook.crossover else None,
             **_estimate("crossover", outlook.crossover.budget if outlook.crossover else None),
             "horizon": outlook.crossover.horizon if outlook.crossover else None,
         }
-        for found in judgement.forecasts.found
-        for outlook in found.outlooks
+        for forecast in judgement.forecasts.found
+        for outlook in forecast.outlooks
         for standing in outlook.standings
     ]
 
 
-def _estimate(name: str, found: Fitted | None) -> Row:
-    values = (found.value, found.low, found.high) if found else (None,) * 3
+def _estimate(name: str, interval: Interval | None) -> Row:
+    values = (interval.value, interval.low, interval.high) if interval else (None,) * 3
     keys = (name, f"{name}_low", f"{name}_high")
     return {key: v if v is not None and math.isfinite(v) else None for key, v in zip(keys, values, strict=True)}
 
 
 def across_rows(judgement: Judgement) -> list[Row]:
-    """One row for each method, parent, ratio and budget: what the law across ratios says, and what was measured."""
+    """One row for each method, parent, ratio and budget: the loss by the law across ratios and the measured one."""
     return [
         {
-            "method": one.method,
-            "objective": one.objective,
+            "method": fitted.method,
+            "objective": fitted.objective,
             "parent": prediction.parent,
             "ratio": prediction.ratio,
             "retrain_tokens": prediction.tokens,
             "fitted": prediction.loss,
             "measured": prediction.measured,
-            "fit_error": one.law.error if one.law else None,
-            "left_out_error": one.left_out_error,
+            "fit_error": fitted.law.error if fitted.law else None,
+            "left_out_error": fitted.left_out_error,
         }
-        for one in judgement.laws
-        for prediction in one.predictions
+        for fitted in judgement.laws
+        for prediction in fitted.predictions
     ]
 
 
-def versus_rows(found: StudyComparison) -> list[Row]:
-    """Two studies: one row for each run that both have, then one for each verdict; differences of the latter A - B."""
+def versus_rows(comparison: StudyComparison) -> list[Row]:
+    """One row for each run that both studies have (difference B - A), then one for each verdict (A - B)."""
 
     def row(kind: str, name: str, of: str, a: float | None, b: float | None, mean: MeanDifference | None) -> Row:
-        figures = (mean.value, mean.low, mean.high) if mean else (None, None, None)
-        about = {"kind": kind, "comparison": name, "of": of, "a": a, "b": b}
-        return about | dict(zip(("difference", "low", "high"), figures, strict=True))
+        values = (mean.value, mean.low, mean.high) if mean else (None, None, None)
+        fields = {"kind": kind, "comparison": name, "of": of, "a": a, "b": b}
+        return fields | dict(zip(("difference", "low", "high"), values, strict=True))
 
-    rows = [row("loss", r.name, r.run, r.a, r.b, r.difference) for r in found.runs]
-    return rows + [row("saved", r.name, r.setting, r.a.difference, r.b.difference, r.difference) for r in found.gaps]
+    rows = [row("loss", r.name, r.run, r.a, r.b, r.difference) for r in comparison.runs]
+    return rows + [
+        row("saved", r.name, r.setting, r.a.difference, r.b.difference, r.difference) for r in comparison.gaps
+    ]
 
 
 def rows_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV, in full precision; what was not measured is an empty field."""
+    """Rows as CSV in full precision; an empty field is a value that was not measured."""
     return _csv(list(rows[0]) if rows else [], [list(row.values()) for row in rows])
 
 
 def curves_csv(judgement: Judgement) -> str:
-    """Every point of every training curve, those of the parents first."""
+    """Every point of every training curve as CSV, the parents first."""
     head = ["name", "method", "ratio", "seed", "tokens", "loss", "parent", "target", "retrain_tokens", "objective"]
     rows: list[list[Any]] = []
     for parent in judgement.results.parents:
         rows += [["parent", None, None, None, p.tokens, p.loss, parent.name, None, None, None] for p in parent.curve]
     for cell in judgement.results.cells:
-        who = [cell.name, cell.method, cell.ratio, cell.seed]
-        where = [cell.parent, cell.target, cell.retrain_tokens, cell.objective]
-        rows += [[*who, point.tokens, point.loss, *where] for point in cell.curve]
+        run = [cell.name, cell.method, cell.ratio, cell.seed]
+        group = [cell.parent, cell.target, cell.retrain_tokens, cell.objective]
+        rows += [[*run, point.tokens, point.loss, *group] for point in cell.curve]
     return _csv(head, rows)
 
 

@@ -1,4 +1,4 @@
-"""The report's figures: which there are, how they become files, and those that the page holds itself."""
+"""The figures of a study: their list, their files, and their SVG for the page."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ KINDS: tuple[FigureKind, ...] = (
     "controls",
     "layers",
 )
-_INLINED = 12  #: figures of one kind that the page holds; it names the files of the rest
-_DRAWN = Callable[[Palette], tuple[Figure, str]]  # -> the figure, and what it shows in words
+_INLINED = 12  #: figures of one kind that the page contains; it links to the files of the rest
+Draw = Callable[[Palette], tuple[Figure, str]]  # returns the figure and its description
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure, not drawn yet."""
+    """One figure that can be drawn."""
 
-    name: str  #: of its file, without suffix
+    name: str  #: file name without suffix
     kind: FigureKind
     title: str
-    draw: _DRAWN
-    about: Group | Model | None = None  #: the comparison or pruned model that it is of; None: several
-    inlined: bool = True  #: whether the page holds it; else its file alone does
+    draw: Draw
+    subject: Group | Model | None = None  #: the comparison or pruned model that it shows; None: several
+    inlined: bool = True  #: whether the page contains it
 
 
 def panels(judgement: Judgement) -> list[Panel]:
     """Every figure of the study."""
     index = judgement.index
-    kinds: dict[FigureKind, Iterator[tuple[str, str, _DRAWN, Group | Model | None]]] = {
+    kinds: dict[FigureKind, Iterator[tuple[str, str, Draw, Group | Model | None]]] = {
         "differences": _differences(judgement),
         "ladder": _ladders(index),
         "ratios": _ratios(judgement),
@@ -72,24 +72,24 @@ def panels(judgement: Judgement) -> list[Panel]:
         "layers": _layers(index),
     }
     return [
-        Panel(f"{kind}-{name or f'{number:02d}'}", kind, title, draw, about, number <= _INLINED)
-        for kind, found in kinds.items()
-        for number, (name, title, draw, about) in enumerate(found, 1)
+        Panel(f"{kind}-{name or f'{number:02d}'}", kind, title, draw, subject, number <= _INLINED)
+        for kind, figures in kinds.items()
+        for number, (name, title, draw, subject) in enumerate(figures, 1)
     ]
 
 
-def _differences(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, None]]:
+def _differences(judgement: Judgement) -> Iterator[tuple[str, str, Draw, None]]:
     for setting in judgement.settings:
-        told = " ".join(text for _, text in judgement.of(setting))
+        text = " ".join(text for _, text in judgement.verdicts_in(setting))
         title = f"Loss saved by pruning at equal {BUDGETS[setting]}"
 
-        def draw(palette: Palette, setting: Setting = setting, told: str = told) -> tuple[Figure, str]:
-            return draw_differences(judgement.verdicts, setting, judgement.index.comparisons, palette), told
+        def draw(palette: Palette, setting: Setting = setting, text: str = text) -> tuple[Figure, str]:
+            return draw_differences(judgement.verdicts, setting, judgement.index.comparisons, palette), text
 
         yield setting, title, draw, None
 
 
-def _ladders(index: Index) -> Iterator[tuple[str, str, _DRAWN, Model]]:
+def _ladders(index: Index) -> Iterator[tuple[str, str, Draw, Model]]:
     ladders: dict[tuple[Model, str], list[Group]] = {}
     for group in index.pools:
         ladders.setdefault((group.model, group.objective), []).append(group)
@@ -104,16 +104,16 @@ def _ladders(index: Index) -> Iterator[tuple[str, str, _DRAWN, Model]]:
             yield "", f"{name}: final held-out loss against R", draw, model
 
 
-def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, None]]:
+def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, Draw, None]]:
     index = judgement.index
     several = len(index.parents) > 1
-    found: dict[tuple[str, str, str], dict[int, list[tuple[float, Verdict]]]] = {}
+    ladders: dict[tuple[str, str, str], dict[int, list[tuple[float, Verdict]]]] = {}
     for verdict in judgement.verdicts:
         group, ratio = verdict.group, index.ratio(verdict.group.model)
         if verdict.setting == "training" and ratio is not None:
-            budgets = found.setdefault((group.parent, group.method, group.objective), {})
+            budgets = ladders.setdefault((group.parent, group.method, group.objective), {})
             budgets.setdefault(group.retrain_tokens, []).append((ratio, verdict))
-    for (parent, method, objective), budgets in found.items():
+    for (parent, method, objective), budgets in ladders.items():
         if len({ratio for pairs in budgets.values() for ratio, _ in pairs}) > 1:
             notes = [parent] * several + [objective] * bool(objective)
             name = method_name(method) + (f" ({', '.join(notes)})" if notes else "")
@@ -124,16 +124,16 @@ def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, None]]:
             yield "", f"{name}: loss saved by pruning against the ratio", draw, None
 
 
-def _forecasts(judgement: Judgement) -> Iterator[tuple[str, str, _DRAWN, Model]]:
-    for found in judgement.forecasts.found:
+def _forecasts(judgement: Judgement) -> Iterator[tuple[str, str, Draw, Model]]:
+    for forecast in judgement.forecasts.found:
 
-        def draw(palette: Palette, found=found) -> tuple[Figure, str]:
-            return draw_forecast(found, palette)
+        def draw(palette: Palette, forecast=forecast) -> tuple[Figure, str]:
+            return draw_forecast(forecast, palette)
 
-        yield "", f"{found.name}: fitted curves and where they cross", draw, found.model
+        yield "", f"{forecast.name}: fitted curves and where they cross", draw, forecast.model
 
 
-def _pareto(index: Index) -> Iterator[tuple[str, str, _DRAWN, None]]:
+def _pareto(index: Index) -> Iterator[tuple[str, str, Draw, None]]:
     for axis in AXES:
         points, device = serving_costs(index, axis)
         if len(points) > 1:
@@ -144,7 +144,7 @@ def _pareto(index: Index) -> Iterator[tuple[str, str, _DRAWN, None]]:
             yield axis, f"Held-out loss against {axis}", draw, None
 
 
-def _curves(index: Index) -> Iterator[tuple[str, str, _DRAWN, Group]]:
+def _curves(index: Index) -> Iterator[tuple[str, str, Draw, Group]]:
     limits = curve_limits(index)
     for group in index.comparisons:
         name = group_name(group, index.comparisons, target=True)
@@ -155,19 +155,19 @@ def _curves(index: Index) -> Iterator[tuple[str, str, _DRAWN, Group]]:
         yield "", f"{name}: held-out loss in training", draw, group
 
 
-def _controls(index: Index) -> Iterator[tuple[str, str, _DRAWN, Group]]:
+def _controls(index: Index) -> Iterator[tuple[str, str, Draw, Group]]:
     for group in index.comparisons:
-        found = controls(index, group)
+        gaps = controls(index, group)
         name = group_name(group, index.comparisons, target=True)
-        if found:
+        if gaps:
 
-            def draw(palette: Palette, found=found, name=name) -> tuple[Figure, str]:
-                return draw_controls(found, name, palette)
+            def draw(palette: Palette, gaps=gaps, name=name) -> tuple[Figure, str]:
+                return draw_controls(gaps, name, palette)
 
             yield "", f"{name}: what is inherited", draw, group
 
 
-def _layers(index: Index) -> Iterator[tuple[str, str, _DRAWN, Model]]:
+def _layers(index: Index) -> Iterator[tuple[str, str, Draw, Model]]:
     for model, pruned in index.pruned.items():
         parent = index.parents.get(model.parent)
         if pruned.layers:
@@ -180,27 +180,27 @@ def _layers(index: Index) -> Iterator[tuple[str, str, _DRAWN, Model]]:
 
 
 def inline_panels(judgement: Judgement) -> list[tuple[Panel, str]]:
-    """Every panel with its SVG for the page: themed, accessible, its ids its own; empty for what is a file alone."""
-    found = []
+    """Every panel with its SVG, themed and accessible, or an empty string if the page only links to the file."""
+    pairs = []
     with mpl.rc_context(RC):
         for panel in panels(judgement):
             svg = ""
             if panel.inlined:
                 figure, description = panel.draw(ROLES)
                 svg = inline(themed(_svg(figure, panel.title, transparent=True)), panel.name, panel.title, description)
-            found.append((panel, svg))
-    return found
+            pairs.append((panel, svg))
+    return pairs
 
 
 def save_figures(judgement: Judgement, folder: Path) -> list[Path]:
-    """Write every panel into ``folder`` as an SVG in light colours, those of the page also as a PDF; returns the files.
+    """Write every panel into ``folder`` as an SVG in light colours, inlined ones also as a PDF, and return the files.
 
-    A PDF takes most of the time, since fonts are embedded as TrueType, which journals ask for.
+    PDFs take most of the time, because fonts are embedded as TrueType, which journals ask for.
     """
     written = []
-    drawn = panels(judgement)
-    with mpl.rc_context(RC), track("figures of the report", len(drawn)) as progress:
-        for panel in drawn:
+    figures = panels(judgement)
+    with mpl.rc_context(RC), track("figures of the report", len(figures)) as progress:
+        for panel in figures:
             figure, _ = panel.draw(LIGHT)
             svg, pdf = (folder / f"{panel.name}.{suffix}" for suffix in ("svg", "pdf"))
             write_text(svg, _svg(figure, panel.title))
@@ -209,16 +209,15 @@ def save_figures(judgement: Judgement, folder: Path) -> list[Path]:
                 write_bytes(pdf, _pdf(figure, panel.title))
                 written.append(pdf)
             progress.advance()
-    # An earlier build may have had more comparisons. Only names that this function gives are taken away.
-    ours = [path for kind in KINDS for path in folder.glob(f"{kind}-*")]
-    for path in ours:
+    # An earlier build may have had more comparisons. Only remove names that this function gives.
+    for path in [path for kind in KINDS for path in folder.glob(f"{kind}-*")]:
         if path.suffix in (".svg", ".pdf") and path not in written:
             path.unlink()
     return written
 
 
 def _svg(figure: Figure, title: str, *, transparent: bool = False) -> str:
-    """SVG without a date or the writer's version: the same figure, the same bytes."""
+    """SVG without date and version of matplotlib, so that the same figure gives the same bytes."""
     buffer = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None, "Title": title}
     figure.savefig(buffer, format="svg", transparent=transparent, metadata=metadata)

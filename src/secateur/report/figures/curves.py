@@ -1,4 +1,4 @@
-"""Held-out loss along training: one panel for each comparison, all panels on the same axis of losses."""
+"""Held-out loss during training: one panel for each comparison, all with the same loss axis."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["RUNS", "RunStyle", "curve_limits", "draw_curves", "mean_loss"]
 
 @dataclass(frozen=True)
 class RunStyle:
-    """How one kind of run is drawn: told apart by marker and dash as well as by colour."""
+    """The look of one kind of run. Marker and dash differ as well as colour."""
 
     cell: str
     label: str
@@ -45,8 +45,8 @@ RUNS = (
 def curve_limits(index: Index) -> tuple[float, float]:
     """Limits of the loss axis that every panel shares.
 
-    A scratch run begins near ln(vocabulary), far above where anything is decided, and would squash the rest. So the
-    axis spans where the runs end, and reaches up to the pruned models' first points unless those are outliers too.
+    Scratch runs begin near ln(vocabulary), far above the final losses, and would squash the rest. The axis therefore
+    covers the final losses, and the first points of the pruned models unless those are outliers too.
     """
     cells = [cell for cell in index.results.cells if cell.path != "control" and cell.curve]
     ends = [cell.curve[-1].loss for cell in cells]
@@ -63,17 +63,17 @@ def curve_limits(index: Index) -> tuple[float, float]:
 def draw_curves(
     index: Index, group: Group, among: Sequence[Group], limits: tuple[float, float], palette: Palette
 ) -> tuple[Figure, str]:
-    """One panel, all seeds of the comparison in it, and what it shows in words."""
+    """One panel with all seeds of the comparison, and its description."""
     study = {cell.name for cell in index.results.cells}
-    found = {run: [cell for cell in index.over_seeds(group, run.cell) if cell] for run in RUNS}
-    shown = {run: cells for run, cells in found.items() if run.cell in study and (cells or not group.objective)}
-    figure, axes = panel(group_name(group, among), len(shown) + 1, palette)
-    _frame(axes, _ticks(index, group, shown), limits, palette)
-    rows = [_draw_run(axes, run, cells, limits[1], palette) for run, cells in shown.items()]
-    for cell in found[RUNS[0]]:  # carried on to where the longer runs are read off
+    by_run = {run: [cell for cell in index.over_seeds(group, run.cell) if cell] for run in RUNS}
+    runs = {run: cells for run, cells in by_run.items() if run.cell in study and (cells or not group.objective)}
+    figure, axes = panel(group_name(group, among), len(runs) + 1, palette)
+    _frame(axes, _ticks(index, group, runs), limits, palette)
+    rows = [_draw_run(axes, run, cells, limits[1], palette) for run, cells in runs.items()]
+    for cell in by_run[RUNS[0]]:  # extend the final loss of P-R to the end of the longer runs
         if cell.curve:
             end = cell.curve[-1]
-            last = max([end.tokens, *_lengths(shown)])
+            last = max([end.tokens, *_lengths(runs)])
             axes.plot([end.tokens, last], [end.loss] * 2, color=palette.pruned, lw=0.8, ls=(0, (1, 2.5)))
     parent = index.parents.get(group.parent)
     measured = parent.evaluation if parent else None
@@ -82,32 +82,32 @@ def draw_curves(
         axes.axhline(measured.loss, zorder=1, **style)
     label = "the parent, after P tokens" if parent and parent.cost else "the parent"
     rows.append(LegendRow(label, loss(measured.loss if measured else None), style if measured else None))
-    draw_legend(figure, rows, _cut_note([c for cells in shown.values() for c in cells], limits[1]), palette)
+    draw_legend(figure, rows, _cut_note([c for cells in runs.values() for c in cells], limits[1]), palette)
     return figure, "; ".join(f"{row.label}: {row.value}" for row in rows) + ". Losses in nats per token."
 
 
-def _lengths(shown: dict[RunStyle, list[Cell]]) -> list[int]:
-    return [cell.curve[-1].tokens for cells in shown.values() for cell in cells if cell.curve]
+def _lengths(runs: dict[RunStyle, list[Cell]]) -> list[int]:
+    return [cell.curve[-1].tokens for cells in runs.values() for cell in cells if cell.curve]
 
 
-def _ticks(index: Index, group: Group, shown: dict[RunStyle, list[Cell]]) -> dict[int, str]:
-    """Labelled places on the axis of tokens; the last is where it ends."""
+def _ticks(index: Index, group: Group, runs: dict[RunStyle, list[Cell]]) -> dict[int, str]:
+    """Ticks of the token axis and their labels; the axis ends at the last."""
     short, cost = group.retrain_tokens, index.parent_cost(group.parent)
     ticks = {0: "0", short: f"R\n{count(short)}"}
     total = cost.tokens + short if cost else 0
-    if cost and any(run.cell == "S_{P+R}" for run in shown):
-        if math.sqrt(short / total) > 0.85:  # the two labels would touch
+    if cost and any(run.cell == "S_{P+R}" for run in runs):
+        if math.sqrt(short / total) > 0.85:  # the labels would touch
             ticks[short] = ""
         ticks[total] = f"P + R\n{count(total)}"
-    last = max([*ticks, *_lengths(shown), 1])
+    last = max([*ticks, *_lengths(runs), 1])
     return ticks if last in ticks else {**ticks, last: ""}
 
 
 def _frame(axes: Axes, ticks: dict[int, str], limits: tuple[float, float], palette: Palette) -> None:
-    """Axes, ticks and grid.
+    """Set axes, ticks and grid.
 
-    Tokens stand on a square-root scale: on a linear one the R-long runs are a sliver beside the P + R-long ones, and
-    a logarithmic one has no place for 0, where the pruned model before retraining is.
+    The token axis has a square-root scale: a linear scale would squash runs of R tokens beside those of P + R, and a
+    logarithmic one cannot show 0 tokens, the pruned model before retraining.
     """
     last = max(ticks)
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
@@ -123,21 +123,21 @@ def _frame(axes: Axes, ticks: dict[int, str], limits: tuple[float, float], palet
 
 
 def mean_loss(cells: Sequence[Cell]) -> float | None:
-    """The mean final loss of the runs that were measured; None where none was."""
+    """The mean final loss of the measured runs; None if there are none."""
     losses = [cell.evaluation.loss for cell in cells if cell.evaluation]
     return sum(losses) / len(losses) if losses else None
 
 
 def _draw_run(axes: Axes, run: RunStyle, cells: Sequence[Cell], top: float, palette: Palette) -> LegendRow:
-    """Draw a run of each seed and return its row of the legend; a run without a curve has nothing to draw."""
+    """Draw a run for each seed that has a curve, and return the legend row."""
     final = mean_loss(cells)
-    drawn = [cell for cell in cells if cell.curve]
-    if not drawn:
+    curves = [cell for cell in cells if cell.curve]
+    if not curves:
         return LegendRow(run.label, loss(final), None)
     colour: str = getattr(palette, run.role)
-    for cell in drawn:
+    for cell in curves:
         _draw_curve(axes, run, cell, top, colour, palette)
-    first = sum(cell.curve[0].loss for cell in drawn) / len(drawn)
+    first = sum(cell.curve[0].loss for cell in curves) / len(curves)
     value = NOT_MEASURED if final is None else f"{number(first, 2)} → {loss(final)}"
     return LegendRow(run.label, value, {"color": colour, "ls": run.dash, "marker": run.marker, "ms": 4.5})
 
@@ -154,7 +154,7 @@ def _draw_curve(axes: Axes, run: RunStyle, cell: Cell, top: float, colour: str, 
 
 
 def _cut_note(cells: Sequence[Cell], top: float) -> str:
-    """Say which curves begin above the axis, and where."""
+    """A note on curves that begin above the axis."""
     above = [(cell.path, cell.curve[0].loss) for cell in cells if cell.curve and cell.curve[0].loss > top]
     if not above:
         return ""

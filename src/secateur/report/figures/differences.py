@@ -1,4 +1,4 @@
-"""What the paths differ by at the end: a bar for each comparison, its 95% interval as a whisker."""
+"""Difference of final losses: a bar for each comparison with its 95% interval as a whisker."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from secateur.report.figures.palette import Palette
 __all__ = ["draw_differences"]
 
 _WIDTH, _ROW = 4.0, 0.56  # inches
-_LONG_NAME, _LOSSES = 27, 0.2  # characters that leave room for the losses beside a name; else inches for a line
+_LONG_NAME, _LOSSES = (
+    27,
+    0.2,
+)  # longest name, in characters, with room for the losses beside it; inches of a line of losses
 _HEAD, _FOOT = 0.6, 0.52
 
 
 def draw_differences(verdicts: Sequence[Verdict], setting: Setting, among: Sequence[Group], palette: Palette) -> Figure:
-    """Draw one setting; ``verdicts`` holds those of all, which share the scale of the axis."""
-    chosen = [(verdict, group_name(verdict.group, among)) for verdict in verdicts if verdict.setting == setting]
-    lower = _LOSSES if any(len(name) > _LONG_NAME for _, name in chosen) else 0.0  # losses below the names
-    body = (_ROW + lower) * len(chosen)
+    """Draw one setting. ``verdicts`` has those of all settings, so that their axes share one scale."""
+    rows = [(verdict, group_name(verdict.group, among)) for verdict in verdicts if verdict.setting == setting]
+    lower = _LOSSES if any(len(name) > _LONG_NAME for _, name in rows) else 0.0  # losses below the names
+    body = (_ROW + lower) * len(rows)
     height = _HEAD + body + _FOOT
     figure = Figure(figsize=(_WIDTH, height))
     axes = figure.add_axes((0.02, _FOOT / height, 0.96, body / height))
     reach = max([abs(v) for verdict in verdicts for v in (verdict.low, verdict.high) if v is not None], default=0.0)
-    _frame(axes, (_ROW + lower) * len(chosen), 1.5 * (reach or 0.1), palette)
-    for row, (verdict, name) in enumerate(chosen):
+    _frame(axes, (_ROW + lower) * len(rows), 1.5 * (reach or 0.1), palette)
+    for row, (verdict, name) in enumerate(rows):
         _draw_row(axes, row * (_ROW + lower), lower, verdict, name, palette)
     title = f"Equal {BUDGETS[setting]}"
     figure.text(0.02, 1 - 0.06 / height, title, va="top", weight="bold", color=palette.ink, size=10.5)
@@ -44,7 +47,7 @@ def draw_differences(verdicts: Sequence[Verdict], setting: Setting, among: Seque
 
 
 def _frame(axes: Axes, height: float, reach: float, palette: Palette) -> None:
-    """Zero stands in the middle: the side a bar is on is the verdict, whatever its colour. Heights are in inches."""
+    """Set axes with zero in the middle, so that a bar's side is the verdict; ``height`` in inches."""
     axes.set_xlim(-reach, reach)
     axes.set_ylim(height, 0)
     axes.set_yticks([])
@@ -59,13 +62,13 @@ def _frame(axes: Axes, height: float, reach: float, palette: Palette) -> None:
 
 
 def _draw_row(axes: Axes, top: float, lower: float, verdict: Verdict, name: str, palette: Palette) -> None:
-    """One comparison: its name, its losses beside or, ``lower`` inches, below it, then the bar."""
-    left, right = axes.get_xlim()
+    """Draw one comparison: name, losses (beside the name, or ``lower`` inches below it) and bar."""
+    x_min, x_max = axes.get_xlim()
     words: dict[str, Any] = {"va": "center", "size": 9.5}
     bar = top + lower
     axes.plot([0, 0], [bar + 0.26, bar + 0.5], color=palette.ink, lw=0.9)  # zero, clear of the names
-    axes.text(left, top + 0.15, name, color=palette.ink, **words)
-    side: dict[str, Any] = {"x": left if lower else right, "y": bar + 0.15, "ha": "left" if lower else "right"}
+    axes.text(x_min, top + 0.15, name, color=palette.ink, **words)
+    side: dict[str, Any] = {"x": x_min if lower else x_max, "y": bar + 0.15, "ha": "left" if lower else "right"}
     if verdict.difference is None or verdict.low is None or verdict.high is None:
         axes.text(s=NOT_MEASURED, color=palette.muted, **side, **words)
         return

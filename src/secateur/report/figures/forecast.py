@@ -1,4 +1,4 @@
-"""Fitted curves of one ladder: the runs, the law through each path with its interval, and where the paths cross."""
+"""Fitted curves of one ladder: runs, the curve of each path with its interval, and the crossover."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from secateur.report.forecast_prose import crossover_brief
 
 __all__ = ["draw_forecast"]
 
-_CURVE = 120  # places along a curve
+_CURVE = 120  # points of a curve
 _APART = 0.13  # of the axis: labels closer than this would touch
 _PATHS: tuple[tuple[Path, str, str, str | tuple[float, tuple[float, ...]]], ...] = (
     ("pruned", "P-R", "o", "-"),
@@ -29,35 +29,35 @@ _PATHS: tuple[tuple[Path, str, str, str | tuple[float, tuple[float, ...]]], ...]
 )
 
 
-def draw_forecast(found: Forecast, palette: Palette) -> tuple[Figure, str]:
-    """Held-out loss against the tokens of the run itself; and all in words."""
-    figure, axes = panel(found.name, len(_PATHS) + 1, palette)
-    crossing = found.outlooks[0].crossover
-    budgets = sorted({point.tokens for point in found.fit.points})
-    low, high = budgets[0], max(budgets[-1], found.further)
+def draw_forecast(forecast: Forecast, palette: Palette) -> tuple[Figure, str]:
+    """Held-out loss against training tokens of the run, and a description."""
+    figure, axes = panel(forecast.name, len(_PATHS) + 1, palette)
+    crossing = forecast.outlooks[0].crossover
+    budgets = sorted({point.tokens for point in forecast.fit.points})
+    low, high = budgets[0], max(budgets[-1], forecast.further)
     if crossing and math.isfinite(crossing.budget.value):
         high = max(high, 1.3 * crossing.budget.value)
     rows = []
     for path, label, marker, dash in _PATHS:
         colour: str = getattr(palette, path)
-        _draw_path(axes, found, path, marker, dash, colour, (low, high))
+        _draw_path(axes, forecast, path, marker, dash, colour, (low, high))
         style = {"color": colour, "ls": dash, "marker": marker, "ms": 4.5}
-        rows.append(LegendRow(f"{label}, at {count(found.further)}", _told(found, path), style))
+        rows.append(LegendRow(f"{label}, at {count(forecast.further)}", _loss_with_interval(forecast, path), style))
     _draw_crossing(axes, crossing, high, palette)
-    rows.append(LegendRow("they meet at", crossover_brief(crossing), {"color": palette.muted, "lw": 0.9}))
-    _frame(axes, found, (low, high), palette)
+    rows.append(LegendRow("crossover at", crossover_brief(crossing), {"color": palette.muted, "lw": 0.9}))
+    _frame(axes, forecast, (low, high), palette)
     draw_legend(figure, rows, f"shaded: {100 * LEVEL:.0f}% intervals; marks: finished runs", palette)
     return figure, "; ".join(f"{row.label} {row.value}" for row in rows) + ". Losses in nats per token."
 
 
-def _told(found: Forecast, path: Path) -> str:
-    at = found.loss(path)
-    return f"{loss(at.value, 2)} ({loss(at.low, 2)} to {loss(at.high, 2)})"
+def _loss_with_interval(forecast: Forecast, path: Path) -> str:
+    estimate = forecast.loss(path)
+    return f"{loss(estimate.value, 2)} ({loss(estimate.low, 2)} to {loss(estimate.high, 2)})"
 
 
 def _draw_path(
     axes: Axes,
-    found: Forecast,
+    forecast: Forecast,
     path: Path,
     marker: str,
     dash: str | tuple[float, tuple[float, ...]],
@@ -66,15 +66,15 @@ def _draw_path(
 ) -> None:
     tokens = np.geomspace(*span, _CURVE)
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(found.fit.drawn(path, tokens), (tail, 100 - tail), axis=0)
+    low, high = np.percentile(forecast.fit.drawn(path, tokens), (tail, 100 - tail), axis=0)
     axes.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0, zorder=1)
-    axes.plot(tokens, found.fit.loss(path, tokens), color=colour, ls=dash, zorder=3)
-    runs = [(p.tokens, p.loss) for p in found.fit.points if p.path == path]
+    axes.plot(tokens, forecast.fit.loss(path, tokens), color=colour, ls=dash, zorder=3)
+    runs = [(p.tokens, p.loss) for p in forecast.fit.points if p.path == path]
     axes.plot(*zip(*runs, strict=True), ls="none", marker=marker, ms=5, color=colour, zorder=4)
 
 
 def _draw_crossing(axes: Axes, crossing: Crossover | None, last: float, palette: Palette) -> None:
-    """A line where the paths meet, and a band where they may, as far as the axis goes, to ``last``."""
+    """Draw the crossover as a line and its interval as a band, up to ``last``, the end of the axis."""
     if crossing is None or crossing.budget.low >= last:
         return
     end = min(crossing.budget.high, crossing.horizon, last)
@@ -83,17 +83,19 @@ def _draw_crossing(axes: Axes, crossing: Crossover | None, last: float, palette:
         axes.axvline(crossing.budget.value, color=palette.muted, lw=0.9, zorder=2)
 
 
-def _frame(axes: Axes, found: Forecast, span: tuple[float, float], palette: Palette) -> None:
+def _frame(axes: Axes, forecast: Forecast, span: tuple[float, float], palette: Palette) -> None:
     room = (span[1] / span[0]) ** 0.04
     limits = (span[0] / room, span[1] * room)
     axes.set_xscale("log")
     axes.set_xlim(*limits)
-    ticks = _spread([*found.fit.budgets("pruned"), found.further, *found.fit.budgets("scratch"), span[1]], limits)
+    ticks = _spread(
+        [*forecast.fit.budgets("pruned"), forecast.further, *forecast.fit.budgets("scratch"), span[1]], limits
+    )
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    losses = [p.loss for p in found.fit.points]
-    ends = [float(found.fit.loss(path, tokens)) for path, *_ in _PATHS for tokens in span]
+    losses = [p.loss for p in forecast.fit.points]
+    ends = [float(forecast.fit.loss(path, tokens)) for path, *_ in _PATHS for tokens in span]
     low, high = min(losses + ends), max(losses + ends)
     axes.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -102,10 +104,10 @@ def _frame(axes: Axes, found: Forecast, span: tuple[float, float], palette: Pale
 
 
 def _spread(ticks: Sequence[float], limits: tuple[float, float]) -> list[float]:
-    """The ticks whose labels do not touch, those named first before the others."""
+    """Drop ticks whose labels would touch an earlier one's, and sort the rest."""
     whole = math.log(limits[1] / limits[0])
-    kept: list[float] = []
+    spread: list[float] = []
     for tick in ticks:
-        if all(abs(math.log(tick / other)) > _APART * whole for other in kept):
-            kept.append(tick)
-    return sorted(kept)
+        if all(abs(math.log(tick / neighbour)) > _APART * whole for neighbour in spread):
+            spread.append(tick)
+    return sorted(spread)

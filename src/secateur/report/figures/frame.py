@@ -1,4 +1,4 @@
-"""What figures have in common: quiet axes, and a legend below them, where it can hide nothing."""
+"""Parts that figures share: panel, axes, and a legend below the axes, where it covers nothing."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class LegendRow:
 
     label: str
     value: str
-    style: dict[str, Any] | None  #: of the sample; None: nothing was drawn
+    style: dict[str, Any] | None  #: of the line; None: no line was drawn
 
 
 def legend_height(rows: int) -> float:
-    """Inches that a legend with so many rows and a note takes."""
+    """The height in inches of a legend with ``rows`` rows and a note."""
     return 0.28 + _ROW * rows
 
 
 def panel(title: str, rows: int, palette: Palette, *, plot: float = 2.78) -> tuple[Figure, Axes]:
-    """A figure 4 inches wide: its title, axes ``plot`` inches high with their labels, room for a legend below."""
+    """A figure 4 inches wide with a title, axes ``plot`` inches high (with labels) and room for a legend below."""
     foot = legend_height(rows)
     height = plot + foot
     figure = Figure(figsize=(4.0, height))
@@ -44,9 +44,9 @@ def panel(title: str, rows: int, palette: Palette, *, plot: float = 2.78) -> tup
 
 
 def style_axes(axes: Axes, palette: Palette, y_label: str) -> None:
-    """Ticks, spines and grid that stay behind the data; ``y_label`` stands above the axis."""
-    where = {"xycoords": ("figure fraction", "axes fraction"), "xytext": (0, 6), "textcoords": "offset points"}
-    axes.annotate(y_label, (0.02, 1), size=8.5, color=palette.muted, **where)
+    """Style ticks, spines and grid; write ``y_label`` above the axis."""
+    position = {"xycoords": ("figure fraction", "axes fraction"), "xytext": (0, 6), "textcoords": "offset points"}
+    axes.annotate(y_label, (0.02, 1), size=8.5, color=palette.muted, **position)
     axes.grid(axis="y", color=palette.rule, lw=0.6)
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)
@@ -57,7 +57,7 @@ def style_axes(axes: Axes, palette: Palette, y_label: str) -> None:
 
 
 def draw_legend(figure: Figure, rows: Sequence[LegendRow], note: str, palette: Palette) -> None:
-    """One row for each series: sample, words, figures; then a note."""
+    """Draw one row for each series (line, label, value), then a note."""
     height, top = figure.get_figheight(), legend_height(len(rows))
     for index, row in enumerate(rows):
         y = (top - 0.18 - _ROW * index) / height

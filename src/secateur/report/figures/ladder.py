@@ -1,4 +1,4 @@
-"""Final held-out loss against R, and the gap between pruned and scratch against the ratio."""
+"""Final held-out loss against R, and the difference between pruned and scratch against the ratio."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STYLES = (("-", "o"), ((0, (4.5, 1.6)), "s"), ((0, (1.2, 1.3)), "D"), ((0, (7, 
 
 
 def draw_ladder(index: Index, groups: Sequence[Group], title: str, palette: Palette) -> tuple[Figure, str]:
-    """The rungs of one model, ordered by R: one line for each path, gaps in words between them; and all in words."""
+    """One line for each path over ``groups``, ordered by R, with the differences written between; and a description."""
     runs = [run for run in _LADDER if any(any(index.over_seeds(group, run.cell)) for group in groups)]
     rows: list[LegendRow] = []
     lines: dict[RunStyle, dict[int, float]] = {}
@@ -47,29 +47,29 @@ def draw_ladder(index: Index, groups: Sequence[Group], title: str, palette: Pale
     _token_axis(axes, [group.retrain_tokens for group in groups], palette)
     style_axes(axes, palette, "final held-out loss, nats per token")
     draw_legend(figure, rows, "in the plot: S(R) \u2212 P-R at each R" if gaps else "", palette)
-    told = [f"{row.label}: {row.value}" for row in rows] + [f"gap at {count(r)}: {gap}" for r, gap in gaps.items()]
-    return figure, "; ".join(told) + ". Losses in nats per token, from the smallest R to the largest."
+    texts = [f"{row.label}: {row.value}" for row in rows] + [f"gap at {count(r)}: {gap}" for r, gap in gaps.items()]
+    return figure, "; ".join(texts) + ". Losses in nats per token, from the smallest R to the largest."
 
 
 def _draw_line(axes: Axes, by_rung: dict[Group, list[Cell]], style: dict[str, Any]) -> dict[int, float]:
-    """Means over seeds as a line, each seed as a faint mark where there are several; returns the means."""
+    """Draw means over seeds as a line and, if there are several, each seed as a mark; return the means."""
     means: dict[int, float] = {}
     for group, cells in by_rung.items():
         mean = mean_loss(cells)
         if mean is None:
             continue
         means[group.retrain_tokens] = mean
-        each = [cell.evaluation.loss for cell in cells if cell.evaluation]
-        if len(each) > 1:
-            axes.plot([group.retrain_tokens] * len(each), each, ls="none", marker="_", ms=7, color=style["color"])
+        losses = [cell.evaluation.loss for cell in cells if cell.evaluation]
+        if len(losses) > 1:
+            axes.plot([group.retrain_tokens] * len(losses), losses, ls="none", marker="_", ms=7, color=style["color"])
     axes.plot(list(means), list(means.values()), zorder=3, **style)
     return means
 
 
 def _draw_gaps(axes: Axes, lines: dict[RunStyle, dict[int, float]], palette: Palette) -> dict[int, str]:
-    """Write what scratch lies above pruned, at each R that has both."""
-    found = {run.cell: means for run, means in lines.items()}
-    pruned, scratch = found.get("P-R", {}), found.get("S_R", {})
+    """Write loss(scratch) - loss(pruned) at each R that has both."""
+    by_name = {run.cell: means for run, means in lines.items()}
+    pruned, scratch = by_name.get("P-R", {}), by_name.get("S_R", {})
     gaps = {}
     for tokens in pruned:
         if tokens in scratch:
@@ -97,25 +97,25 @@ def _token_axis(axes: Axes, budgets: Sequence[int], palette: Palette) -> None:
 
 
 def draw_ratios(by_budget: dict[int, list[tuple[float, Verdict]]], title: str, palette: Palette) -> tuple[Figure, str]:
-    """The gap at equal training tokens against the ratio, a line for each R with 95% intervals; and all in words."""
+    """The difference at equal training tokens against the ratio, a line for each R, and a description."""
     figure, axes = panel(title, len(by_budget), palette)
-    rows, told = [], []
+    rows: list[LegendRow] = []
     ratios = sorted({ratio for pairs in by_budget.values() for ratio, _ in pairs})
     shift = 0.012 * (ratios[-1] - ratios[0])
     for position, (tokens, pairs) in enumerate(by_budget.items()):
         dash, marker = _STYLES[position % len(_STYLES)]
         style = {"color": palette.pruned, "ls": dash, "marker": marker, "ms": 4.5}
-        known = [(r, v.difference, v.low, v.high) for r, v in sorted(pairs, key=lambda pair: pair[0])]
-        drawn = [
-            (r, d, low, high) for r, d, low, high in known if d is not None and low is not None and high is not None
+        points = [
+            (r, v.difference, v.low, v.high)
+            for r, v in sorted(pairs, key=lambda pair: pair[0])
+            if v.difference is not None and v.low is not None and v.high is not None
         ]
         offset = (position - (len(by_budget) - 1) / 2) * shift
-        axes.plot([r + offset for r, *_ in drawn], [d for _, d, *_ in drawn], zorder=3, **style)
-        for ratio, _, low, high in drawn:
+        axes.plot([r + offset for r, *_ in points], [d for _, d, *_ in points], zorder=3, **style)
+        for ratio, _, low, high in points:
             axes.plot([ratio + offset] * 2, [low, high], color=palette.ink, lw=1.0, marker="_", ms=6, zorder=4)
-        value = " → ".join(signed(d, 2) for _, d, *_ in drawn) or NOT_MEASURED
-        rows.append(LegendRow(f"R = {count(tokens)}", value, style if drawn else None))
-        told.append(f"R = {count(tokens)}: {value}")
+        value = " → ".join(signed(d, 2) for _, d, *_ in points) or NOT_MEASURED
+        rows.append(LegendRow(f"R = {count(tokens)}", value, style if points else None))
     axes.axhline(0, color=palette.ink, lw=0.9, zorder=1)
     axes.xaxis.set_major_locator(FixedLocator(ratios))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
@@ -125,4 +125,7 @@ def draw_ratios(by_budget: dict[int, list[tuple[float, Verdict]]], title: str, p
     style_axes(axes, palette, "loss(S(R)) \u2212 loss(P-R), nats per token")
     draw_legend(figure, rows, "", palette)
     ends = f"from ratio {ratios[0]:.3g} to {ratios[-1]:.3g}"
-    return figure, f"Loss saved by pruning, in nats per token, {ends}. {'; '.join(told)}."
+    return (
+        figure,
+        f"Loss saved by pruning, in nats per token, {ends}. {'; '.join(f'{row.label}: {row.value}' for row in rows)}.",
+    )

@@ -1,4 +1,4 @@
-"""Colours by role, and the fonts and settings that make matplotlib's output a pure function of what is drawn."""
+"""Colours by role, and settings that make matplotlib's output reproducible."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Palette:
     scratch: str
 
 
-#: For standalone files. The two series differ in lightness as well as in hue, and by marker and dash.
+#: For standalone files. The two paths differ in lightness as well as hue.
 LIGHT = Palette("#1c1b19", "#5c584f", "#d9d4c7", "#ffffff", "#17609e", "#b0470b")
 
-#: For the page: colours that nothing else can have, put down so that ``themed`` can find them again.
+#: For the page: placeholder colours, which ``themed`` replaces by CSS variables.
 ROLES = Palette("#010a01", "#010a02", "#010a03", "#010a04", "#010a05", "#010a06")
 
 RC: Any = {
@@ -38,12 +38,12 @@ RC: Any = {
     "pdf.fonttype": 42,
     "svg.fonttype": "none",  # text stays text: searchable, scalable, in the page's own font
     "svg.hashsalt": "secateur",
-    "text.parse_math": False,  # a method may be called anything, "$" included
+    "text.parse_math": False,  # method names may contain "$"
     "text.usetex": False,
 }
 
 
 def themed(svg: str) -> str:
-    """Replace each role's colour by its CSS variable, so that the page's light and dark themes reach the figure."""
+    """Replace each role's colour by its CSS variable, so that the page's light and dark themes apply."""
     roles = {getattr(ROLES, field.name): f"var(--{field.name})" for field in fields(Palette)}
     return re.sub("|".join(roles), lambda match: roles[match[0]], svg)

@@ -1,4 +1,4 @@
-"""Held-out loss against what it costs to run: every model as a point, the front of those that none beats as a line."""
+"""Held-out loss against serving cost: each model as a point, the Pareto front as a line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from secateur.report.figures.palette import Palette
 __all__ = ["draw_pareto"]
 
 _LABELS: dict[CostAxis, str] = {"time": "ms for each written token", "memory": "MB of memory"}
-_NAMED = 6  #: models of the front that have a number and a name, those of the lowest losses
+_NAMED = 6  #: models of the front with a number and a name: those of the lowest losses
 
 
 def draw_pareto(points: Sequence[ServingCost], axis: CostAxis, device: str, palette: Palette) -> tuple[Figure, str]:
-    """One cost; and in words which models no other beats."""
+    """Loss against one cost, and a description of the Pareto front."""
     runs = [run for run in RUNS if any(point.run == run.cell for point in points)]
     title = "Loss against time" if axis == "time" else "Loss against memory"
     best = front(points)
@@ -41,13 +41,13 @@ def draw_pareto(points: Sequence[ServingCost], axis: CostAxis, device: str, pale
     rows.append(LegendRow("the parent", "", style))
     line = {"color": palette.ink, "lw": 0.9}
     axes.step([p.cost * scale for p in best], [p.loss for p in best], where="post", zorder=1, **line)
-    rows.append(LegendRow("none is better at that cost", "", line))
+    rows.append(LegendRow("best at their cost", "", line))
     models = [point.model for point in points if point.model]
     for place, point in enumerate(named, 1):
         offset = {"xytext": (6, 4), "textcoords": "offset points"}
         axes.annotate(str(place), (point.cost * scale, point.loss), size=8.5, color=palette.ink, **offset)
         value = f"{loss(point.loss)} at {number(point.cost * scale, 1)}"
-        rows.append(LegendRow(f"{place}  {_called(point, models)}", value, None))
+        rows.append(LegendRow(f"{place}  {_point_name(point, models)}", value, None))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -56,8 +56,8 @@ def draw_pareto(points: Sequence[ServingCost], axis: CostAxis, device: str, pale
     style_axes(axes, palette, "held-out loss, nats per token")
     several = any(point.execution != "dense" for point in points)
     draw_legend(figure, rows, "hollow: with kernels that skip zeros" if several else "", palette)
-    told = [f"{_called(p, models)}: {loss(p.loss)} at {number(p.cost * scale, 2)}" for p in best]
-    return figure, f"Best at their cost ({_LABELS[axis]}): {'; '.join(told)}. Losses in nats per token."
+    texts = [f"{_point_name(p, models)}: {loss(p.loss)} at {number(p.cost * scale, 2)}" for p in best]
+    return figure, f"Best at their cost ({_LABELS[axis]}): {'; '.join(texts)}. Losses in nats per token."
 
 
 def _draw(axes: Axes, points: Sequence[ServingCost], scale: float, style: dict[str, Any], palette: Palette) -> None:
@@ -67,7 +67,7 @@ def _draw(axes: Axes, points: Sequence[ServingCost], scale: float, style: dict[s
         axes.plot([point.low * scale, point.high * scale], [point.loss] * 2, lw=0.9, color=style["color"], zorder=2)
 
 
-def _called(point: ServingCost, among: Sequence[Model]) -> str:
+def _point_name(point: ServingCost, among: Sequence[Model]) -> str:
     if point.model is None:
         return "the parent"
     return f"{model_name(point.model, among).replace(' at ratio', '')}, {symbols(point.run, 'S({})')}"

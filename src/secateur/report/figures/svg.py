@@ -1,4 +1,4 @@
-"""From matplotlib's SVG file to an SVG that can live inside a page, beside others, and be read aloud."""
+"""Adapt matplotlib's SVG files for use inside an HTML page."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NUMBER = re.compile(r"(\d+\.\d{2})\d+")
 
 
 def inline(document: str, name: str, title: str, description: str) -> str:
-    """Return ``document`` (as matplotlib writes it) for use inside HTML.
+    """Adapt ``document``, an SVG file of matplotlib, for use inside HTML.
 
-    Its ids are prefixed with ``name``, so that they stay unique in the page; its size and its font are left to the
-    page's style sheet; ``title`` and ``description`` become its accessible name.
+    Ids get the prefix ``name`` to be unique in the page. Size and font are removed: the page's style sheet sets them.
+    ``title`` and ``description`` become the accessible name.
     """
     root = ET.fromstring(document)
     _strip(root)
@@ -37,7 +37,7 @@ def inline(document: str, name: str, title: str, description: str) -> str:
 
 
 def _strip(root: ET.Element) -> None:
-    """Drop the metadata, the title (ours is better placed) and the style sheet, whose ``*`` would reach the page."""
+    """Remove metadata, title and style sheet; the style sheet's ``*`` rule would apply to the whole page."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in _UNWANTED:

@@ -1,9 +1,9 @@
 
-// A link to what is folded away unfolds it, and takes the keyboard along.
+// A link to a folded element unfolds and focuses it.
 function reveal(hash) {
   const target = document.getElementById(hash.slice(1));
   if (!target) return;
-  for (let at = target.closest("details"); at; at = at.parentElement.closest("details")) at.open = true;
+  for (let details = target.closest("details"); details; details = details.parentElement.closest("details")) details.open = true;
   target.scrollIntoView();
   target.querySelector("summary, a")?.focus({ preventScroll: true });
 }
@@ -11,6 +11,6 @@ function reveal(hash) {
 window.addEventListener("hashchange", () => reveal(location.hash));
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a[href^='#']");
-  if (link?.hash === location.hash) reveal(link.hash); // no change of the hash, and so no event of that
+  if (link?.hash === location.hash) reveal(link.hash); // the hash does not change, so there is no hashchange event
 });
 reveal(location.hash);

@@ -1,7 +1,7 @@
-// Makes tables marked data-sortable sortable, and long ones marked data-filterable filterable. The page is whole without it.
-const long = 8; // rows from which a filter is worth its place
+// Makes tables with data-sortable sortable, and long tables with data-filterable filterable.
+const minFilterRows = 8;
 
-function sortable(table) {
+function makeSortable(table) {
   const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
   const key = (row, index) => row.cells[index].dataset.value ?? row.cells[index].textContent.trim();
   const compare = (a, b) => (isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b);
@@ -12,10 +12,10 @@ function sortable(table) {
     head.append(button);
     button.addEventListener("click", () => {
       const descending = head.getAttribute("aria-sort") === "ascending";
-      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      heads.forEach((column) => column.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", descending ? "descending" : "ascending");
       const rows = [...table.tBodies[0].rows];
-      // What was not measured stays at the end, whichever way the rest is sorted.
+      // Missing values stay at the end in both directions.
       rows.sort((a, b) => {
         const [x, y] = [key(a, index), key(b, index)];
         if (x === "" || y === "") return (x === "") - (y === "");
@@ -26,16 +26,17 @@ function sortable(table) {
   });
 }
 
-function filterable(table) {
+function makeFilterable(table) {
   const rows = [...table.tBodies[0].rows];
-  if (rows.length < long) return;
+  if (rows.length < minFilterRows) return;
   const label = document.createElement("label");
   const input = document.createElement("input");
   const status = document.createElement("output");
   label.className = "filter";
   input.type = "search";
-  input.placeholder = "words that a row must have";
-  label.append("Show rows with ", input, " ", status);
+  input.placeholder = "Filter rows";
+  input.setAttribute("aria-label", "Filter rows");
+  label.append(input, " ", status);
   table.closest(".scroll").before(label);
   const texts = new Map(rows.map((row) => [row, row.textContent.replace(/\s+/g, " ").toLowerCase()]));
   input.addEventListener("input", () => {
@@ -45,5 +46,5 @@ function filterable(table) {
   });
 }
 
-document.querySelectorAll("table[data-sortable]").forEach(sortable);
-document.querySelectorAll("table[data-filterable]").forEach(filterable);
+document.querySelectorAll("table[data-sortable]").forEach(makeSortable);
+document.querySelectorAll("table[data-filterable]").forEach(makeFilterable);
