@@ -1,4 +1,4 @@
-"""Plausible results of a small study, built by hand: three methods, one ratio, one seed."""
+"""Made-up results of small studies for tests: three methods, one ratio, one seed; and larger and broken ones."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ METHODS: dict[str, tuple[Any, float, float, float, float, float, float, str]] = 
 
 
 def evaluation(loss: float, salt: int = 0, *, windows: int = WINDOWS, protocol: str = PROTOCOL) -> Evaluation:
-    """Windows that share their difficulty, differ by a little noise of their own, and average to ``loss`` exactly."""
+    """Window losses with a shared difficulty and a little noise by ``salt``, whose mean is exactly ``loss``."""
     shared = np.random.default_rng(7).normal(0.0, 0.3, windows)
-    own = np.random.default_rng(1000 + salt).normal(0.0, 0.05, windows)
-    values = shared + own
+    noise = np.random.default_rng(1000 + salt).normal(0.0, 0.05, windows)
+    values = shared + noise
     values += loss - values.mean()
     means = tuple(float(value) for value in values)
     return Evaluation(loss, math.exp(loss), 255 * windows, protocol, means, 0.0)
 
 
 def curve(start: float, end: float, tokens: int, points: int = 12) -> tuple[Point, ...]:
-    """A decay from ``start`` to ``end`` with an evaluation at every ``points``-th of the run."""
+    """An exponential decay from ``start`` to ``end`` with ``points`` + 1 evenly spaced evaluations."""
     steps = [i / points for i in range(points + 1)]
     return tuple(Point(round(tokens * s), end + (start - end) * (math.exp(-5 * s) - math.exp(-5) * s)) for s in steps)
 
@@ -57,13 +57,13 @@ def cell(
     parent: str = "parent",
     training_flops: float | None = None,
 ) -> Cell:
-    """A cell of the comparison at R = ``tokens``; what it was trained on itself follows from ``name``."""
+    """A cell of the comparison at R = ``tokens``; its own training tokens follow from ``name``."""
     granularity, before, *_, total, dense, _ = METHODS[method]
     path = "pruned" if name == "P-R" else "scratch" if name.startswith("S_") else "control"
-    own = P + tokens if name in ("S_{P+R}", "S_{P+F}") else tokens
+    train_tokens = P + tokens if name in ("S_{P+R}", "S_{P+F}") else tokens
     parameters = 1_712_640 if granularity == "sparse" else round(1_712_640 * (1 - total))
-    kept = 1_188_352 if granularity == "sparse" else round(1_188_352 * (1 - dense))
-    flops = 6.0 * parameters * own * (1.5 if objective and path == "pruned" else 1.0)
+    non_embedding = 1_188_352 if granularity == "sparse" else round(1_188_352 * (1 - dense))
+    flops = 6.0 * parameters * train_tokens * (1.5 if objective and path == "pruned" else 1.0)
     init = init or ("pruned" if path == "pruned" else "redrawn" if granularity == "sparse" else "scratch")
     start = before if path == "pruned" else math.log(VOCABULARY)
     measured = None if loss is None else dataclasses.replace(evaluation(loss, salt), sparsity=_zeros(granularity))
@@ -80,23 +80,23 @@ def cell(
         objective=objective,
         seed=seed,
         parameters=parameters,
-        non_embedding=kept,
-        training=Cost(own, training_flops or flops, 12.5),
+        non_embedding=non_embedding,
+        training=Cost(train_tokens, training_flops or flops, 12.5),
         pruning=SCORING if init in ("pruned", "redrawn", "shuffled-weights", "permuted") else None,
         sweep=None,
         peak_rate=5e-4 if path == "pruned" else 3e-3,
-        curve=() if loss is None else curve(start, loss, own, 12 if own == tokens else 30),
+        curve=() if loss is None else curve(start, loss, train_tokens, 12 if train_tokens == tokens else 30),
         evaluation=measured,
         shape=dict(SHAPE),
-        stages=_behind(method, name),
+        stages=_stage_fingerprints(method, name),
     )
 
 
-def _behind(method: str, name: str) -> tuple[str, ...]:
-    """Fingerprints of the stages that a run is made from and measured by; those of the example, where it has them."""
-    wanted = ["tokenizer", "parent", f"{method}/0.5/prune", f"{method}/0.5/train", f"{method}/0.5/evaluate"]
-    made = [note for note in _stages() if note.name in wanted and (name == "P-R" or note.kind != "prune")]
-    return tuple(note.fingerprint for note in sorted(made, key=lambda note: wanted.index(note.name)))
+def _stage_fingerprints(method: str, name: str) -> tuple[str, ...]:
+    """Fingerprints of the example's stages that a run depends on."""
+    names = ["tokenizer", "parent", f"{method}/0.5/prune", f"{method}/0.5/train", f"{method}/0.5/evaluate"]
+    notes = [note for note in _stages() if note.name in names and (name == "P-R" or note.kind != "prune")]
+    return tuple(note.fingerprint for note in sorted(notes, key=lambda note: names.index(note.name)))
 
 
 def _zeros(granularity: str) -> float:
@@ -122,7 +122,7 @@ def pruned(method: str, *, target: str = "0.5", parent: str = "parent") -> Prune
 
 
 def _layers(granularity: str) -> tuple[dict[str, Any], ...]:
-    """Six layers: some removed, narrowed or sparse, as the method's granularity has it."""
+    """Six layers: some removed, narrowed or sparse, by granularity."""
     if granularity == "depth":
         return tuple({"kept": not 2 <= i <= 4, "ffn": 512, "kv": 2, "sparsity": None} for i in range(6))
     if granularity == "width":
@@ -153,7 +153,7 @@ def _stages() -> tuple[StageNote, ...]:
 
 
 def example() -> StudyResults:
-    """The whole study, everything measured."""
+    """A complete study with every value measured."""
     cells = [
         cell(method, name, row[2 + i], salt=10 * m + i)
         for m, (method, row) in enumerate(METHODS.items())
@@ -191,20 +191,20 @@ def example() -> StudyResults:
 def large() -> StudyResults:
     """Two methods at two ratios, a ladder of three R, two seeds, every setting, controls, distillation.
 
-    Gaps narrow with R and with the ratio; at equal total tokens Wanda keeps an edge and Minitron-depth is overtaken.
+    Gaps narrow with R and with the ratio. At equal total tokens Wanda beats its twin and Minitron-depth does not.
     """
     cells: list[Cell] = []
     for method, target, tokens, seed in itertools.product(("minitron-depth", "wanda"), ("0.5", "0.75"), LADDER, (0, 1)):
         cells += _rung(method, target, tokens, seed)
-    whole = example()
+    base = example()
     return dataclasses.replace(
-        whole,
+        base,
         name="ladder",
         title="A ladder of budgets, with controls",
-        parents=(dataclasses.replace(whole.parents[0], children=4),),
+        parents=(dataclasses.replace(base.parents[0], children=4),),
         pruned=tuple(pruned(m, target=t) for m in ("minitron-depth", "wanda") for t in ("0.5", "0.75")),
         cells=tuple(cells),
-        recipe={**whole.recipe, "sequence": 256},
+        recipe={**base.recipe, "sequence": 256},
     )
 
 
@@ -220,22 +220,22 @@ def _rung(method: str, target: str, tokens: int, seed: int) -> list[Cell]:
     gap = (0.5 - 0.15 * step) * (1.0 if target == "0.5" else 0.4)
     total = 0.1 if method == "wanda" else -0.2
     losses = {"P-R": p_r, "S_R": p_r + gap, "S_{P+R}": p_r + total, "S_F": p_r + gap - 0.01, "S_{P+F}": p_r + total / 2}
-    found = [cell(method, name, loss, salt=next(salts), **at) for name, loss in losses.items()]
+    cells = [cell(method, name, loss, salt=next(salts), **at) for name, loss in losses.items()]
     if method == "wanda" and tokens == R:
         controls = {"random-mask": gap + 0.1, "permuted": gap + 0.08, "shuffled-weights": gap / 2, "dense-twin": gap}
-        found += [cell(method, n, p_r + more, salt=next(salts), init=n, **at) for n, more in controls.items()]
-        found.append(cell(method, "scratch", p_r + gap - 0.2, salt=next(salts), init="scratch", **at))
+        cells += [cell(method, n, p_r + more, salt=next(salts), init=n, **at) for n, more in controls.items()]
+        cells.append(cell(method, "scratch", p_r + gap - 0.2, salt=next(salts), init="scratch", **at))
     if target == "0.5":
         distilled = {"objective": "distillation", **at}
-        found.append(cell(method, "P-R", p_r - 0.05, salt=next(salts), **distilled))
+        cells.append(cell(method, "P-R", p_r - 0.05, salt=next(salts), **distilled))
         if method == "wanda":  # the twin serves this comparison as well
-            found.append(dataclasses.replace(found[1], objective="distillation"))
-    return found
+            cells.append(dataclasses.replace(cells[1], objective="distillation"))
+    return cells
 
 
 def broken() -> StudyResults:
-    """A study in trouble: ratios and seeds, a failed evaluation, a missing run, another protocol, a wrecked model."""
-    whole = example()
+    """A broken study: ratios and seeds, a failed evaluation, a missing run, another protocol, a diverged model."""
+    base = example()
     cells = [
         cell(
             method,
@@ -252,12 +252,12 @@ def broken() -> StudyResults:
     ]
     del cells[-1]  # wanda at 0.75, seed 1, has no S_{P+R}
     cells[1] = cell("minitron-depth", "S_R", None)
-    other = dataclasses.replace(evaluation(5.4), protocol="another")
-    cells[3] = dataclasses.replace(cells[3], evaluation=other)
+    foreign = dataclasses.replace(evaluation(5.4), protocol="another")
+    cells[3] = dataclasses.replace(cells[3], evaluation=foreign)
     cells[6] = dataclasses.replace(cells[6], curve=curve(11.8, 5.46, R))
     failed = StageNote("minitron-depth/0.5/S_R/train", "train", "ab" * 16, "failed", 12.5, "stages/98", "loss is NaN")
     absent = StageNote("wanda/0.75/1/S_{P+R}/train", "train", "cd" * 16, "missing", None, "stages/99")
     records = [pruned(method, target=target) for method in ("minitron-depth", "wanda") for target in ("0.5", "0.75")]
     records[0] = dataclasses.replace(records[0], evaluation=None)
-    stages = (*whole.stages, failed, absent)
-    return dataclasses.replace(whole, cells=tuple(cells), pruned=tuple(records), stages=stages)
+    stages = (*base.stages, failed, absent)
+    return dataclasses.replace(base, cells=tuple(cells), pruned=tuple(records), stages=stages)

@@ -1,4 +1,4 @@
-"""The page as a browser lays it out. A headless window has a minimum width, so the page is put into frames."""
+"""The page in a browser. A headless window has a minimum width, so the page is shown in frames."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ FLAGS = [
     "--virtual-time-budget=4000",
 ]
 
-#: The checker of accessibility, where it is installed: npm install --no-save --no-package-lock --prefix . axe-core
+#: The accessibility checker, if installed: npm install --no-save --no-package-lock --prefix . axe-core
 AXE = Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js"
 ALL = tuple(itertools.product((1440, 768, 360), ("light", "dark")))
 SOME = ((1440, "light"), (768, "dark"), (360, "light"))
-#: page -> the looks at which it is laid out, and those at which axe-core checks it, which takes seconds: each once
+#: page -> widths and colour schemes to test the layout, and those for axe-core, which takes seconds
 LOOKS: dict[str, tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]] = {
     "example": (ALL, ((1440, "light"), (360, "dark"))),
     "broken": (ALL, ((768, "light"), (1440, "dark"))),
@@ -54,22 +54,22 @@ def chromium(profile: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
 
 
-def looked(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """What the frame finds in the report at each look; fail on any console message."""
+def inspect_page(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Return the frame's measurements at each look; fail on any console message."""
     looks, checked = LOOKS[name]
-    asked = {"looks": [(*look, look in checked) for look in looks], "axe": AXE.as_uri() if AXE.is_file() else None}
+    request = {"looks": [(*look, look in checked) for look in looks], "axe": AXE.as_uri() if AXE.is_file() else None}
     shutil.copy(Path(__file__).with_name("frame.html"), folder)
-    address = f"{(folder / 'frame.html').as_uri()}#{quote(json.dumps(asked))}"
-    done = chromium(folder / "profile", "--window-size=1500,1000", "--dump-dom", address)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    found = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.DOTALL)
-    assert found, done.stdout[-2000:]
-    return json.loads(unescape(found[1]))
+    address = f"{(folder / 'frame.html').as_uri()}#{quote(json.dumps(request))}"
+    process = chromium(folder / "profile", "--window-size=1500,1000", "--dump-dom", address)
+    assert "CONSOLE" not in process.stderr, process.stderr
+    match = re.search(r'<pre id="found">(.+?)</pre>', process.stdout, re.DOTALL)
+    assert match, process.stdout[-2000:]
+    return json.loads(unescape(match[1]))
 
 
 @pytest.fixture(scope="module")
 def pages(ladder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of a whole study's page, of a broken one's, of a large one's and of a part of that."""
+    """The folder of each page: a complete study, a broken one, a large one and a part of the large one."""
     folders = {make.__name__: tmp_path_factory.mktemp(make.__name__) for make in (example, broken, part)}
     for make in (example, broken, part):
         (folders[make.__name__] / "report.html").write_text(render(judge(make())))
@@ -77,48 +77,48 @@ def pages(ladder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 def part() -> StudyResults:
-    """One model of the ladder, with everything that there is of it at one budget."""
-    whole = large()
-    cells = [c for c in whole.cells if (c.method, c.target) == ("wanda", "0.5") and c.retrain_tokens == R]
-    pruned = tuple(p for p in whole.pruned if (p.method, p.target) == ("wanda", "0.5"))
-    return dataclasses.replace(whole, cells=tuple(cells), pruned=pruned)
+    """One model of the ladder at one budget."""
+    ladder = large()
+    cells = [c for c in ladder.cells if (c.method, c.target) == ("wanda", "0.5") and c.retrain_tokens == R]
+    pruned = tuple(p for p in ladder.pruned if (p.method, p.target) == ("wanda", "0.5"))
+    return dataclasses.replace(ladder, cells=tuple(cells), pruned=pruned)
 
 
 @pytest.fixture(scope="module", params=LOOKS)
 def looks(pages: dict[str, Path], request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
-    return looked(pages[request.param], request.param)
+    return inspect_page(pages[request.param], request.param)
 
 
 def test_layout(looks: dict[str, dict[str, Any]]):
-    for look, found in looks.items():
+    for look, result in looks.items():
         width, scheme = look.split()
-        assert found["client"] <= int(width) and found["scroll"] <= found["client"], look
-        assert found["outside"] == [], look
-        assert found["headings"] and all(w > 20 and h > 10 for w, h in found["headings"]), look
-        assert found["figures"] and all(w > 200 and h > 60 for w, h in found["figures"]), look
-        assert found["dark"] == (scheme == "dark") and found["contrast"] >= 4.5, look
+        assert result["client"] <= int(width) and result["scroll"] <= result["client"], look
+        assert result["outside"] == [], look
+        assert result["headings"] and all(w > 20 and h > 10 for w, h in result["headings"]), look
+        assert result["figures"] and all(w > 200 and h > 60 for w, h in result["figures"]), look
+        assert result["dark"] == (scheme == "dark") and result["contrast"] >= 4.5, look
 
 
 def test_tables_sort_and_filter(looks: dict[str, dict[str, Any]]):
-    for found in looks.values():
-        assert (found["sorted"], found["turned"]) == ("ascending", "descending") and found["reached"] == 0
-        for losses, falling in ((found["losses"], False), (found["falling"], True)):
+    for result in looks.values():
+        assert (result["sorted"], result["turned"]) == ("ascending", "descending") and result["reached"] == 0
+        for losses, falling in ((result["losses"], False), (result["falling"], True)):
             numbers = [float(value) for value in losses if value]
             assert numbers == sorted(numbers, reverse=falling)
-            assert "" not in losses[: len(numbers)]  # what was not measured comes last
-        assert found["visible"] and all("P-R" in row and "Wanda" in row for row in found["visible"])
-        assert found["status"] == f"{len(found['visible'])} of {found['rows']} rows" and found["labelled"]
-        assert found["again"] == found["rows"]
+            assert "" not in losses[: len(numbers)]  # missing values come last
+        assert result["visible"] and all("P-R" in row and "Wanda" in row for row in result["visible"])
+        assert result["status"] == f"{len(result['visible'])} of {result['rows']} rows" and result["labelled"]
+        assert result["again"] == result["rows"]
 
 
-def test_a_model_s_name_leads_to_how_it_came_about(looks: dict[str, dict[str, Any]]):
-    for found in looks.values():
-        assert found["revealed"] == {"before": False, "shown": True, "focus": True, "back": True}
+def test_a_model_s_name_links_to_its_history(looks: dict[str, dict[str, Any]]):
+    for result in looks.values():
+        assert result["revealed"] == {"before": False, "shown": True, "focus": True, "back": True}
 
 
 @pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not installed")
-def test_nothing_is_a_serious_barrier(looks: dict[str, dict[str, Any]]):
-    assert [found["barriers"] for found in looks.values() if found.get("barriers")] == []
+def test_accessibility(looks: dict[str, dict[str, Any]]):
+    assert [result["barriers"] for result in looks.values() if result.get("barriers")] == []
 
 
 def test_screenshot(pages: dict[str, Path], tmp_path: Path):

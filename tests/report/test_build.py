@@ -81,7 +81,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_page_loads_nothing(page: Page, built: Path):
+def test_the_page_loads_no_files(page: Page, built: Path):
     for name in ("src", "srcset", "data", "action", "poster", "xlink:href"):
         assert not page.values(name)
     links = {value for value in page.values("href") if not value.startswith("#")}
@@ -104,23 +104,23 @@ def test_ids_are_unique_and_every_reference_has_its_target(name: str, ladder: Pa
     page = Page(html)
     ids = Counter(page.values("id"))
     assert [value for value, times in ids.items() if times > 1] == []
-    wanted = [value[1:] for value in page.values("href") if value.startswith("#")]
+    references = [value[1:] for value in page.values("href") if value.startswith("#")]
     for attribute in ("aria-labelledby", "aria-describedby"):
-        wanted += [part for value in page.values(attribute) for part in value.split()]
-    wanted += [v[5:-1] for _, attrs in page.elements for v in attrs.values() if v and v.startswith("url(#")]
-    assert set(wanted) <= set(ids)
+        references += [part for value in page.values(attribute) for part in value.split()]
+    references += [v[5:-1] for _, attrs in page.elements for v in attrs.values() if v and v.startswith("url(#")]
+    assert set(references) <= set(ids)
 
 
 def test_all_sections_and_figures_are_there(page: Page):
     ids = page.values("id")
     assert [name for name in SECTIONS if name not in ids] == []
-    drawn = [attrs.get("role") for tag, attrs in page.elements if tag == "svg"]
-    assert drawn.count("img") == 2 + 2 * len(METHODS)
-    assert drawn.count(None) == len(example().cells), "a line for each curve, whose caption tells it"
+    roles = [attrs.get("role") for tag, attrs in page.elements if tag == "svg"]
+    assert roles.count("img") == 2 + 2 * len(METHODS)
+    assert roles.count(None) == len(example().cells), "an unlabelled line for each curve; its caption describes it"
     assert [tag for tag, _ in page.elements].count("h1") == 1
 
 
-def test_the_page_can_be_read_aloud_and_reached_by_keyboard(page: Page):
+def test_the_page_works_with_a_screen_reader_and_a_keyboard(page: Page):
     for tag, attrs in page.elements:
         if tag == "svg":
             assert attrs.get("aria-hidden") == "true" or (attrs["role"] == "img" and attrs["aria-labelledby"])
@@ -131,17 +131,17 @@ def test_the_page_can_be_read_aloud_and_reached_by_keyboard(page: Page):
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
 
-def test_every_model_tells_how_it_came_about(page: Page):
-    """Its row leads there, and that back to the row."""
+def test_every_model_has_a_history(page: Page):
+    """A model's row and its history link to each other."""
     results = example()
     ids = page.values("id")
     text = page.words
     for number, cell in enumerate(results.cells, 1):
         assert {f"row-{number}", f"run-{number}"} <= set(ids)
         assert {f"#row-{number}", f"#run-{number}"} <= set(page.values("href"))
-        own = next(s for s in results.stages if s.fingerprint == cell.stages[-2])
-        assert own.kind == "train" and text.count(f"fingerprint{own.fingerprint}") >= 1
-    assert text.count("first weightsnew, under the parent's mask") == 2  # Wanda's two twins
+        stage = next(s for s in results.stages if s.fingerprint == cell.stages[-2])
+        assert stage.kind == "train" and text.count(f"fingerprint{stage.fingerprint}") >= 1
+    assert text.count("first weightsnew, under the parent's mask") == 2  # both twins of Wanda
     assert text.count("Removed: layers 2-4 of 6 removed; 34.6% of all parameters, 50.0% of those outside") == 1
     assert "held-out loss 5.660 at first, 5.350 after 200 k tokens" in text
 
@@ -164,8 +164,8 @@ def test_a_line_fills_its_box_and_needs_two_points():
 def test_the_verdict_comes_first_and_in_full(page: Page):
     assert "is not complete" not in page.words
     judgement = judge(example())
-    wanted = [judgement.answer, *judgement.headlines.values()]
-    places = [page.words.index(text) for text in wanted]
+    texts = [judgement.answer, *judgement.headlines.values()]
+    places = [page.words.index(text) for text in texts]
     assert places == sorted(places)
     assert all(text.split(", ", 1)[1] in page.words for text in judgement.sentences)
 
@@ -181,8 +181,8 @@ def test_a_large_study_is_folded_and_its_page_stays_small(ladder: Path):
     assert len(html) < 1_250_000
     names = {path.stem for path in (ladder / "figures").glob("*.svg")}
     assert {"differences-training-flops", "ladder-01", "ratios-02", "controls-02", "layers-04", "curves-15"} <= names
-    held = [value for value in page.values("id") if re.fullmatch(r"curves-\d\d-title", value)]
-    assert len(held) == 12
+    inlined = [value for value in page.values("id") if re.fullmatch(r"curves-\d\d-title", value)]
+    assert len(inlined) == 12
     links = [value for value in page.values("href") if value.startswith("figures/")]
     assert links and all((ladder / link).is_file() for link in links)
     assert [tag for tag, _ in page.elements].count("details") > 4
@@ -190,9 +190,9 @@ def test_a_large_study_is_folded_and_its_page_stays_small(ladder: Path):
     assert not re.search(r"\b(None|nan|inf)\b", page.words)
 
 
-def test_a_large_study_tells_seeds_controls_and_findings(ladder: Path):
+def test_a_large_study_reports_seeds_controls_and_findings(ladder: Path):
     words = Page((ladder / "report.html").read_text()).words
-    assert "with two, an interval bounds it from below" in words
+    assert "With two seeds the interval is too narrow" in words
     assert "Wanda at ratio 0.5 (R = 50 k, seed 1) ends" in words
     assert "The mask alone, beside a random one, saves 0.10 nats" in words
     assert "That gap narrows with more tokens." in words
@@ -217,7 +217,7 @@ def test_standalone_figures_are_well_formed(built: Path):
     assert all(path.read_bytes().startswith(b"%PDF") for path in (built / "figures").glob("*.pdf"))
 
 
-def test_a_rebuild_replaces_and_leaves_no_scraps(tmp_path: Path):
+def test_a_rebuild_replaces_files_and_removes_stale_ones(tmp_path: Path):
     page = build(broken(), tmp_path)
     assert page == tmp_path / "report.html"
     (tmp_path / "figures" / "notes.svg").write_text("somebody else's")
@@ -228,7 +228,7 @@ def test_a_rebuild_replaces_and_leaves_no_scraps(tmp_path: Path):
     assert (tmp_path / "figures" / "notes.svg").exists()
 
 
-def test_what_is_missing_is_named_and_never_a_number():
+def test_missing_values_are_named_and_never_a_number():
     html = rendered(broken())
     page = Page(html)
     assert "This study is not complete" in page.words

@@ -142,7 +142,7 @@ def test_a_parent_that_cost_too_much_is_out_of_reach() -> None:
     assert outlook.last.basis == "out of reach" and outlook.last.difference is None
     assert outlook.last.winner == "not measured"
     for told in (outlook_sentence(outlook), standing_sentence(outlook.last, "total-flops")):
-        assert "beyond what these runs can tell" in told
+        assert "no forecast, because the twin would get" in told
 
 
 def test_paths_that_tie_are_too_close_to_call() -> None:
@@ -161,7 +161,7 @@ def test_runs_far_off_any_curve_are_warned_of(known: Forecast) -> None:
         dataclasses.replace(c, evaluation=evaluation(rising[c.name] + 0.3 * (c.retrain_tokens == LADDER[1]), salt))
         for salt, c in enumerate(ladder())
     ]
-    assert "Beware: these runs scatter by 0." in misfit_sentence(one(study(cells)))
+    assert "Poor fit: these runs scatter by 0." in misfit_sentence(one(study(cells)))
 
 
 def test_missing_runs_are_left_out_and_never_zero() -> None:

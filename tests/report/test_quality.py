@@ -90,8 +90,8 @@ def test_what_one_side_lacks_is_not_measured() -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "loss", "says"),
     [
-        (30, 70, (5.0, 5.3), "the held-out loss speaks for pruning, the accuracy (a) for training from scratch"),
-        (70, 30, (5.3, 5.0), "the held-out loss speaks for training from scratch, the accuracy (a) for pruning"),
+        (30, 70, (5.0, 5.3), "by held-out loss pruning is better; by accuracy (a) training from scratch is better"),
+        (70, 30, (5.3, 5.0), "by held-out loss training from scratch is better; by accuracy (a) pruning is better"),
         (70, 30, (5.0, 5.3), ""),  # both say the same
         (50, 51, (5.0, 5.3), ""),  # tasks are too close to call
         (30, 70, (5.0, 5.0), ""),  # the loss is

@@ -26,16 +26,16 @@ def trio(p_r: float | None, s_r: float | None, s_pr: float | None, method: str =
 
 
 def verdict(results: StudyResults, setting: str) -> Verdict:
-    (found,) = (v for v in judge(results).verdicts if v.setting == setting)
-    return found
+    (match,) = (v for v in judge(results).verdicts if v.setting == setting)
+    return match
 
 
 def reason(*cells: Cell) -> str:
     """Why the first comparison has no verdict at equal training tokens."""
-    found = next(v for v in judge(study(*cells)).verdicts if v.setting == "training")
-    assert found.winner == "not measured"
-    assert (found.difference, found.low, found.high) == (None, None, None)
-    return found.reason
+    first = next(v for v in judge(study(*cells)).verdicts if v.setting == "training")
+    assert first.winner == "not measured"
+    assert (first.difference, first.low, first.high) == (None, None, None)
+    return first.reason
 
 
 def test_each_setting_has_its_own_winner():
@@ -50,14 +50,14 @@ def test_each_setting_has_its_own_winner():
     )
 
 
-def test_sentences_say_what_was_found():
-    one, two = judge(study(*trio(5.41, 5.86, 5.13, "minitron-depth"))).sentences
-    assert one == (
+def test_verdict_sentences():
+    training, total = judge(study(*trio(5.41, 5.86, 5.13, "minitron-depth"))).sentences
+    assert training == (
         "At equal training tokens, Minitron-depth at ratio 0.5 ends 0.45 nats below its from-scratch twin "
         "(95% interval 0.43 to 0.47): pruning pays."
     )
-    assert two.startswith("At equal total tokens, Minitron-depth at ratio 0.5 ends 0.28 nats above its")
-    assert two.endswith(": training from scratch pays.")
+    assert total.startswith("At equal total tokens, Minitron-depth at ratio 0.5 ends 0.28 nats above its")
+    assert total.endswith(": training from scratch pays.")
 
 
 def test_a_difference_within_the_noise_is_too_close_to_call():
@@ -102,11 +102,11 @@ def test_interval_agrees_with_the_normal_approximation():
 
 
 def test_interval_is_paired():
-    """What makes a window hard for both models cancels: unpaired, windows that vary by 0.3 would hide 0.02."""
+    """Windows vary by 0.3 for both models. Unpaired, that would hide a difference of 0.02."""
     results = study(*trio(5.40, 5.42, 5.42))
-    found = verdict(results, "training")
-    assert found.winner == "pruned"
-    assert found.low is not None and found.high is not None and found.high - found.low < 0.05
+    training = verdict(results, "training")
+    assert training.winner == "pruned"
+    assert training.low is not None and training.high is not None and training.high - training.low < 0.05
 
 
 def test_verdicts_are_deterministic():
@@ -120,16 +120,16 @@ def test_missing_run():
 
 
 def test_a_twin_that_the_study_leaves_out_is_not_missing():
-    """With ``exclude`` some comparisons have no twin in a setting that others have; nothing is incomplete then."""
+    """With ``exclude`` some comparisons lack a twin in a setting; the study is still complete."""
     p_r, _, s_pr = trio(5.4, 5.8, 5.2)
     judgement = judge(study(p_r, s_pr, *trio(5.4, 5.8, 5.2, "minitron-depth")))
-    found = {(v.setting, v.group.method): v.winner for v in judgement.verdicts}
-    assert found == {
+    winners = {(v.setting, v.group.method): v.winner for v in judgement.verdicts}
+    assert winners == {
         ("training", "minitron-depth"): "pruned",
         ("total", "minitron-depth"): "scratch",
         ("total", "wanda"): "scratch",
     }
-    assert "as far as it was measured" not in judgement.answer
+    assert "as far as measured" not in judgement.answer
 
 
 def test_only_settings_that_the_study_has_runs_for_are_judged():
@@ -203,9 +203,9 @@ def seeded(*gaps: float | None, target: str = "0.5", salt: int = 0) -> list[Cell
 def test_targets_and_seeds_are_compared_each_with_its_own_twin_and_pooled_over_seeds():
     cells = [*seeded(0.4, 1.4), *seeded(0.4, 1.4, target="0.75")]
     judgement = judge(study(*cells))
-    found = [v for v in judgement.by_seed if v.setting == "training"]
-    assert [(v.group.target, v.group.seed) for v in found] == [("0.5", 0), ("0.5", 1), ("0.75", 0), ("0.75", 1)]
-    assert [round(v.difference or 0, 6) for v in found] == [0.4, 1.4, 0.4, 1.4]
+    by_seed = [v for v in judgement.by_seed if v.setting == "training"]
+    assert [(v.group.target, v.group.seed) for v in by_seed] == [("0.5", 0), ("0.5", 1), ("0.75", 0), ("0.75", 1)]
+    assert [round(v.difference or 0, 6) for v in by_seed] == [0.4, 1.4, 0.4, 1.4]
     pooled = [v for v in judgement.verdicts if v.setting == "training"]
     assert [(v.group.target, v.group.seed, v.seeds) for v in pooled] == [("0.5", None, 2), ("0.75", None, 2)]
     assert [round(v.difference or 0, 6) for v in pooled] == [0.9, 0.9]
@@ -213,13 +213,13 @@ def test_targets_and_seeds_are_compared_each_with_its_own_twin_and_pooled_over_s
     assert "ends 0.90 nats below its from-scratch twins on average over two seeds" in judgement.sentences[0]
 
 
-def test_seeds_that_disagree_are_too_close_to_call_though_each_by_itself_is_not():
+def test_seeds_that_disagree_are_too_close_to_call():
     judgement = judge(study(*seeded(0.2, -0.2)))
     assert [v.winner for v in judgement.by_seed if v.setting == "training"] == ["pruned", "scratch"]
     assert [v.winner for v in judgement.verdicts if v.setting == "training"] == ["too close to call"]
 
 
-def test_a_seed_that_failed_is_left_out_and_told():
+def test_a_failed_seed_is_left_out_and_reported():
     judgement = judge(study(*seeded(0.2, None, 0.4)))
     pooled = judgement.verdicts[0]
     assert (pooled.seeds, pooled.planned) == (2, 3)
@@ -248,25 +248,25 @@ def test_pooled_interval_of_one_seed_is_the_paired_bootstrap():
     assert pooled_interval(differences[None]) == pytest.approx(bootstrap_interval(differences), abs=1e-12)
 
 
-def test_names_are_the_shortest_that_tell_comparisons_apart():
+def test_names_are_the_shortest_unambiguous_ones():
     def names(*cells: Cell) -> list[str]:
         return [text.split(", ", 1)[1].split(" ends ")[0] for text in judge(study(*cells)).sentences]
 
     losses = {"P-R": 5.4, "S_R": 5.8}
-    one = [cell("wanda", name, loss, salt=i) for i, (name, loss) in enumerate(losses.items())]
-    assert names(*one) == ["Wanda at ratio 0.5"]
-    assert names(*[dataclasses.replace(c, target="2:4") for c in one]) == ["Wanda at 2:4"]
-    assert names(*[dataclasses.replace(c, target="4b-depth") for c in one]) == ["Wanda to 4b-depth"]
-    longer = [dataclasses.replace(c, retrain_tokens=2 * R) for c in one]
-    assert names(*one, *longer) == ["Wanda at ratio 0.5 (R = 200\u00a0k)", "Wanda at ratio 0.5 (R = 400\u00a0k)"]
-    distilled = [dataclasses.replace(c, objective="distillation", parent="big") for c in one]
-    assert names(*one, *distilled) == [
+    runs = [cell("wanda", name, loss, salt=i) for i, (name, loss) in enumerate(losses.items())]
+    assert names(*runs) == ["Wanda at ratio 0.5"]
+    assert names(*[dataclasses.replace(c, target="2:4") for c in runs]) == ["Wanda at 2:4"]
+    assert names(*[dataclasses.replace(c, target="4b-depth") for c in runs]) == ["Wanda to 4b-depth"]
+    longer = [dataclasses.replace(c, retrain_tokens=2 * R) for c in runs]
+    assert names(*runs, *longer) == ["Wanda at ratio 0.5 (R = 200\u00a0k)", "Wanda at ratio 0.5 (R = 400\u00a0k)"]
+    distilled = [dataclasses.replace(c, objective="distillation", parent="big") for c in runs]
+    assert names(*runs, *distilled) == [
         "Wanda at ratio 0.5 (parent parent)",
         "Wanda at ratio 0.5 (parent big, distillation)",
     ]
 
 
-def test_an_objective_without_a_twin_of_its_own_is_no_gap_in_the_study():
+def test_an_objective_without_its_own_twin_leaves_the_study_complete():
     distilled = dataclasses.replace(trio(5.3, 5.8, 5.2)[0], objective="distillation")
     judgement = judge(study(*trio(5.4, 5.8, 5.2), distilled))
     assert [v.group.objective for v in judgement.verdicts] == ["", ""]
@@ -291,7 +291,7 @@ def test_the_answer_as_json_names_every_comparison():
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
 
 
-def test_a_pruned_model_without_any_run_is_not_forgotten():
+def test_a_pruned_model_without_runs_is_not_measured():
     results = dataclasses.replace(study(*trio(5.4, 5.8, 5.2)), pruned=(pruned("wanda"), pruned("minitron-width")))
     missing = [v for v in judge(results).verdicts if v.group.method == "minitron-width"]
     assert [v.winner for v in missing] == ["not measured"] * 2
@@ -321,7 +321,7 @@ def test_answers():
     assert judge(study(*trio(5.4, 5.2, 5.1))).answer.startswith("Train from scratch, whether or not")
     assert judge(study(*trio(None, 5.2, 5.1))).answer.startswith("There is no answer yet")
     assert judge(study()).answer.startswith("There is no answer yet")
-    assert judge(study(*trio(5.4, 5.8, None))).answer.endswith("there is no answer yet, as far as it was measured.")
+    assert judge(study(*trio(5.4, 5.8, None))).answer.endswith("there is no answer yet, as far as measured.")
     assert "wins or is too close to call" in judge(example()).answer
 
 
@@ -333,7 +333,7 @@ def test_text_table_is_plain_and_narrow(make: Any):
     assert text == text_table(judge(make()))
 
 
-def test_text_table_shows_the_losses_and_who_wins():
+def test_text_table_shows_losses_and_winners():
     text = text_table(judge(example()))
     row = next(line for line in text.splitlines() if line.startswith("minitron-depth"))
     assert row.split() == ["minitron-depth", "0.5", "5.470", "5.410", "5.860", "5.130", "pruned", "scratch"]
@@ -341,7 +341,7 @@ def test_text_table_shows_the_losses_and_who_wins():
     assert judge(example()).answer in " ".join(text.split())
 
 
-def test_text_table_shows_what_is_missing_as_a_dash():
+def test_text_table_shows_missing_values_as_a_dash():
     row = next(line for line in text_table(judge(broken())).splitlines() if line.startswith("minitron-depth"))
     assert row.split()[3:7] == ["5.405", "5.860*", "5.130", "not"]
 
@@ -354,7 +354,7 @@ def test_text_table_of_several_parents_objectives_and_settings_stays_narrow():
     assert "Parent llama-3.1-8b-instruct: 1.71 M parameters, P unknown" in text
 
 
-def test_text_table_tells_controls_and_objectives():
+def test_text_table_shows_controls_and_objectives():
     text = " ".join(text_table(judge(large())).split())
     assert "What is inherited, by controls at equal training tokens Wanda at ratio 0.5 (R = 200 k)" in text
     assert "at equal tokens: distillation on 50 k tokens ends 0.05 nats below the language-model loss on 50 k" in text
@@ -366,7 +366,7 @@ def test_text_table_shortens_a_long_method_name():
     assert max(map(len, text_table(judge(study(*long))).splitlines())) <= 100
 
 
-def test_a_study_without_twins_says_so():
+def test_answer_of_a_study_without_twins():
     cells = tuple(cell for cell in example().cells if cell.path == "pruned")
     judgement = judge(dataclasses.replace(example(), cells=cells))
     assert judgement.answer.startswith("No model of this study was trained from scratch") and not judgement.verdicts

@@ -82,8 +82,8 @@ def compare_studies(a: Judgement, b: Judgement) -> StudyComparison:
     common = [(group, pools_b[key]) for key, group in pools_a.items() if key in pools_b]
     if not common:
         raise UserError(
-            f"{a.results.name} and {b.results.name} have no comparison of the same method, target, R and objective; "
-            "compare studies that share some"
+            f"{a.results.name} and {b.results.name} have no comparison in common (the same method, target, R and "
+            "objective); compare studies that share some"
         )
     among = [group for group, _ in common]
     verdicts = [{(v.setting, v.group.pooled): v for v in judgement.verdicts} for judgement in (a, b)]
