@@ -62,7 +62,7 @@ def inspect_page(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     address = f"{(folder / 'frame.html').as_uri()}#{quote(json.dumps(request))}"
     process = chromium(folder / "profile", "--window-size=1500,1000", "--dump-dom", address)
     assert "CONSOLE" not in process.stderr, process.stderr
-    match = re.search(r'<pre id="found">(.+?)</pre>', process.stdout, re.DOTALL)
+    match = re.search(r'<pre id="result">(.+?)</pre>', process.stdout, re.DOTALL)
     assert match, process.stdout[-2000:]
     return json.loads(unescape(match[1]))
 
