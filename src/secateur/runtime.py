@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
 import sys
+import threading
+from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,7 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "quiet_libraries",
+    "without_main",
 ]
 
 
@@ -99,3 +103,22 @@ def environment() -> dict[str, str]:
 def core_count() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_main_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def without_main() -> Iterator[None]:
+    """Start processes that do not run the caller's script again: it may have no ``__main__`` guard.
+
+    ``multiprocessing`` finds the script by these attributes; what the processes run is imported from secateur.
+    """
+    with _main_lock:
+        main = sys.modules["__main__"]
+        attributes = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+        vars(main).update(dict.fromkeys(attributes))
+        try:
+            yield
+        finally:
+            vars(main).update(attributes)

@@ -20,6 +20,7 @@ from typing import Any
 from secateur.data.encode import EncodedBlock, Encoder
 from secateur.data.readers import Document
 from secateur.errors import RunError, UserError
+from secateur.runtime import without_main
 
 __all__ = ["encode_in_workers"]
 
@@ -62,7 +63,8 @@ class _Workers:
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
+            with without_main():
+                process.start()
             theirs.close()
             self.processes.append(process)
             self.threads.submit(self._equip, ours, encoder)

@@ -17,7 +17,7 @@ from typing import Any
 
 from secateur import progress
 from secateur.errors import UserError
-from secateur.runtime import configure_threads, core_count, quiet_libraries
+from secateur.runtime import configure_threads, core_count, quiet_libraries, without_main
 from secateur.study.runner.torchrun import outcome_of_exit, processes_of, torchrun_command
 from secateur.study.stage import Stage
 from secateur.study.store import StageOutcome, Store
@@ -150,7 +150,8 @@ class Worker:
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = slot  # torch reads it once, when it is imported
         try:
-            self.process.start()
+            with without_main():
+                self.process.start()
         finally:
             os.environ.pop("CUDA_VISIBLE_DEVICES")
             if before is not None:
