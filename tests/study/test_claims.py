@@ -22,8 +22,8 @@ def claims(folder: Path, machine: str = "here") -> Leases:
 
 
 def take(found: Leases) -> Lease | None:
-    look = found.look(KEY)
-    return found.take(KEY, look.number) if look.free else None
+    look = found.state(KEY)
+    return found.acquire(KEY, look.number) if look.free else None
 
 
 def held(found: Lease | None) -> Lease:
@@ -39,7 +39,7 @@ def test_of_many_that_see_it_free_one_gets_it(tmp_path: Path) -> None:
 
         def reach(after: int, together: threading.Barrier = together, got: list[Lease | None] = got) -> None:
             together.wait()
-            got.append(claims(tmp_path).take(KEY, after))
+            got.append(claims(tmp_path).acquire(KEY, after))
 
         threads = [threading.Thread(target=reach, args=(number,)) for _ in range(8)]
         for thread in threads:
@@ -56,19 +56,19 @@ def test_a_holder_that_beats_keeps_it_and_one_that_is_silent_loses_it(tmp_path: 
     """Seen from another machine, which knows nothing but the heartbeat."""
     mine, other = claims(tmp_path, "here"), claims(tmp_path, "there")
     lost = threading.Event()
-    claim = held(mine.take(KEY, 0, lost.set))
+    claim = held(mine.acquire(KEY, 0, lost.set))
     over = time.monotonic() + 1.5
     while time.monotonic() < over:
-        assert not other.look(KEY).free
+        assert not other.state(KEY).free
         time.sleep(0.02)
-    claim.claims = Leases(tmp_path, beat=60.0, stale=0.5, machine="here")  # as a process that was stopped
+    claim.leases = Leases(tmp_path, beat=60.0, stale=0.5, machine="here")  # as a process that was stopped
     silent = claims(tmp_path, "there")
-    assert not silent.look(KEY).free, "one look tells nothing of a heartbeat"
+    assert not silent.state(KEY).free, "one look tells nothing of a heartbeat"
     started = time.monotonic()
-    while not silent.look(KEY).free:
+    while not silent.state(KEY).free:
         time.sleep(0.02)
     assert time.monotonic() - started > 0.4
-    second = held(silent.take(KEY, silent.look(KEY).number))
+    second = held(silent.acquire(KEY, silent.state(KEY).number))
     assert not claim.valid and second.valid
     with pytest.raises(LeaseLost, match="taken this stage over"):
         claim.check()
@@ -77,20 +77,20 @@ def test_a_holder_that_beats_keeps_it_and_one_that_is_silent_loses_it(tmp_path: 
 
 def test_a_holder_notices_that_it_was_taken_over(tmp_path: Path) -> None:
     lost = threading.Event()
-    claim = held(claims(tmp_path).take(KEY, 0, lost.set))
-    second = held(claims(tmp_path, "there").take(KEY, claim.number))
+    claim = held(claims(tmp_path).acquire(KEY, 0, lost.set))
+    second = held(claims(tmp_path, "there").acquire(KEY, claim.number))
     assert lost.wait(5)
     claim.release()
     assert second.valid, "a claim that was lost is not given back"
     second.release()
-    assert claims(tmp_path).look(KEY).free
+    assert claims(tmp_path).state(KEY).free
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from secateur.study.runner.lease import Claims
-assert Claims(Path(sys.argv[1])).take(sys.argv[2], 0)
+from secateur.study.runner.lease import Leases
+assert Leases(Path(sys.argv[1])).acquire(sys.argv[2], 0)
 print("held", flush=True)
 time.sleep(60)
 """
@@ -101,17 +101,17 @@ def test_death_on_this_machine_is_noticed_at_once(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         here = Leases(tmp_path)
-        assert not here.look(KEY).free
+        assert not here.state(KEY).free
         holder.kill()
         holder.wait()
-        assert here.look(KEY).free
-        assert not Leases(tmp_path, machine="there").look(KEY).free, "another machine cannot know yet"
+        assert here.state(KEY).free
+        assert not Leases(tmp_path, machine="there").state(KEY).free, "another machine cannot know yet"
 
 
 def test_waiting_ends_when_there_is_nothing_to_wait_for(tmp_path: Path) -> None:
     first = held(take(claims(tmp_path)))
     told: list[str] = []
-    assert claims(tmp_path).wait(KEY, lambda: told.append("waits"), over=lambda: len(told) > 0) is None
+    assert claims(tmp_path).wait(KEY, lambda: told.append("waits"), cancelled=lambda: len(told) > 0) is None
     threading.Timer(0.2, first.release).start()
     second = claims(tmp_path).wait(KEY, lambda: told.append("waits again"))
     assert told == ["waits", "waits again"] and held(second).number == first.number + 2
@@ -122,13 +122,13 @@ def test_waiting_ends_when_there_is_nothing_to_wait_for(tmp_path: Path) -> None:
 def test_who_has_lost_a_claim_cannot_publish(checks: int, tmp_path: Path) -> None:
     """Whenever it is taken over, the last moment after it has looked at its claim included."""
     store, stage = Store(tmp_path), Stage("evaluate", "x", {"a": 1})
-    first = held(store.claims.take("x", 0))
+    first = held(store.leases.acquire("x", 0))
     store.begin(stage, first)
-    work, check, others = store.working(stage, first.number), first.check, []
+    work, check, others = store.work_folder(stage, first.number), first.check, []
     (work / "checkpoint").write_text("half")
 
     def take_over() -> None:  # as if the first one had been silent
-        others.append(held(store.claims.take("x", first.number)))
+        others.append(held(store.leases.acquire("x", first.number)))
         store.begin(stage, others[0])
 
     def checked() -> None:
@@ -145,7 +145,7 @@ def test_who_has_lost_a_claim_cannot_publish(checks: int, tmp_path: Path) -> Non
         store.finish(stage, work, first, {"loss": 0.0}, {})
     assert not store.done(stage)
     (second,) = others
-    mine = store.working(stage, second.number)
+    mine = store.work_folder(stage, second.number)
     assert (mine / "checkpoint").read_text() == "half", "it goes on with what was there"
     store.finish(stage, mine, second, {"loss": 1.0}, {"seconds": 1.0})
     first.check = lambda: None  # type: ignore[method-assign]
@@ -170,9 +170,9 @@ def test_who_has_lost_a_claim_cannot_publish(checks: int, tmp_path: Path) -> Non
 )
 def test_damage_to_a_finished_stage_is_noticed(damage: object, told: str | None, tmp_path: Path) -> None:
     store, stage = Store(tmp_path), Stage("evaluate", "x", {"a": 1})
-    with held(store.claims.take("x", 0)) as claim:
+    with held(store.leases.acquire("x", 0)) as claim:
         store.begin(stage, claim)
-        work = store.working(stage, claim.number)
+        work = store.work_folder(stage, claim.number)
         (work / "a").mkdir()
         (work / "a" / "data").write_bytes(b"0123456789")
         (work / "a" / ".data.half").write_bytes(b"0")

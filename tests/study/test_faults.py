@@ -25,7 +25,7 @@ import multiprocessing, os, sys, time
 from secateur.study.runner import local
 
 def hold(study):
-    local.die_with(study)
+    local.exit_with_parent(study)
     print("held", flush=True)
     time.sleep(300)
 

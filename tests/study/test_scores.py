@@ -219,9 +219,9 @@ def test_a_damaged_seal_is_no_reason_to_stop(world: World, tmp_path: Path, start
 HOLD = """
 import sys, time
 from pathlib import Path
-from secateur.study.runner.lease import Claims
-claims = Claims(Path(sys.argv[1]))
-with claims.take(sys.argv[2], claims.look(sys.argv[2]).number):
+from secateur.study.runner.lease import Leases
+claims = Leases(Path(sys.argv[1]))
+with claims.acquire(sys.argv[2], claims.state(sys.argv[2]).number):
     print("held", flush=True)
     time.sleep(60)
 """

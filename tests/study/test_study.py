@@ -24,7 +24,7 @@ from secateur.study.explain import explain_stage
 from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
 from secateur.study.runner.lease import Lease
-from secateur.study.runner.worker import _Told, _told
+from secateur.study.runner.worker import ProgressRecorder, record_progress
 from secateur.study.spec import load_study
 from secateur.study.stage import Stage
 from secateur.study.status import state_of
@@ -189,7 +189,7 @@ def test_status_tells_where_each_stage_stands(text: Path, tmp_path: Path, capsys
     begun, failed, running = (stages[name] for name in ("parent", "wanda-0.5/S_R", "corpus"))
 
     def claim(stage: Stage) -> Lease:
-        claim = store.claims.take(key_of(stage), store.claims.look(key_of(stage)).number)
+        claim = store.leases.acquire(key_of(stage), store.leases.state(key_of(stage)).number)
         assert claim is not None
         return claim
 
@@ -197,7 +197,7 @@ def test_status_tells_where_each_stage_stands(text: Path, tmp_path: Path, capsys
         with claim(stage) as held:
             store.begin(stage, held)
             if stage is failed:
-                store.note(store.working(stage, held.number), error="no")
+                store.note(store.work_folder(stage, held.number), error="no")
     told = {begun.name: "interrupted", failed.name: "failed"}
     with claim(running):
         assert states() == found | told | {"corpus": "running"}
@@ -208,19 +208,21 @@ def test_status_tells_where_each_stage_stands(text: Path, tmp_path: Path, capsys
 
 def test_a_running_stage_tells_other_processes_how_far_it_is(tmp_path: Path) -> None:
     store, stage = Store(tmp_path), Stage("train", "x", {})
-    claim = store.claims.take(key_of(stage), 0)
+    claim = store.leases.acquire(key_of(stage), 0)
     assert claim is not None
     with claim:
         store.begin(stage, claim)
-        with _told(stage, store, store.working(stage, claim.number)), progress.track("x", 200) as task:
+        with record_progress(stage, store, store.work_folder(stage, claim.number)), progress.track("x", 200) as task:
             task.advance(50, "loss 3.200")
             assert state_of(stage, Store(tmp_path))[0] == "running"
-        note = json.loads((store.working(stage, claim.number) / "progress.json").read_text())
+        note = json.loads((store.work_folder(stage, claim.number) / "progress.json").read_text())
         assert note == {"task": "x", "share": 0.0, "note": "", "seconds_left": None}
-        listener = _Told(
-            progress.SilentListener(), store.working(stage, claim.number) / "progress.json", progress.SilentListener()
+        listener = ProgressRecorder(
+            progress.SilentListener(),
+            store.work_folder(stage, claim.number) / "progress.json",
+            progress.SilentListener(),
         )
-        listener.began["x"] = (time.monotonic() - 10, 0.0)
+        listener.first["x"] = (time.monotonic() - 10, 0.0)
         listener.update("x", 50, 200, "loss 3.200")
         assert state_of(stage, Store(tmp_path)) == ("running", "25%  loss 3.200  ETA 0:30")
 
@@ -266,11 +268,11 @@ def test_explain_names_the_input_that_changed(tmp_path: Path) -> None:
         return corpus, Stage("train", "parent", {"recipe": {"rate": rate}}, {"corpus": corpus})
 
     for stage in pair(0.1, 1e-3):
-        claim = store.claims.take(key_of(stage), 0)
+        claim = store.leases.acquire(key_of(stage), 0)
         assert claim is not None
         with claim:
             store.begin(stage, claim)
-            store.finish(stage, store.working(stage, claim.number), claim, {}, {})
+            store.finish(stage, store.work_folder(stage, claim.number), claim, {}, {})
     corpus, parent = pair(0.2, 2e-3)
     found = explain_stage(parent, [corpus, parent], store)
     assert [str(change) for change in found.changes] == [

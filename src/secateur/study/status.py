@@ -77,7 +77,7 @@ def state_of(stage: Stage, store: Store) -> tuple[str, str]:
     """State and note of a stage, as in :class:`StatusRow`."""
     if store.done(stage):
         return "done", ""
-    if store.held(stage):
+    if store.is_running(stage):
         return "running", _progress(stage, store)
     if error := store.runtime(stage).get("error"):
         return "failed", str(error)

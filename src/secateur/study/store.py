@@ -1,11 +1,11 @@
-"""Where stages lie: one folder each, whole or unfinished, found again by fingerprint.
+"""The folders of stages, identified by fingerprint.
 
-``<out>/stages/<folder>`` is a finished stage; ``record.json`` in it holds what was asked and what came out, and no
-time, host or path, so that an interrupted study's records are those of an uninterrupted one. ``files.json`` holds the
-hashes of all files but ``runtime.json``, which holds the rest. ``<folder>.partial-<number>`` is an unfinished stage,
-whose checkpoints are used when it is run again; the number is that of the claim under which it is worked at, so that
-whoever has lost that claim finds the folder gone. ``<out>/scores/<folder>`` holds what pruning stages that differ in
-the ratio alone share.
+``<out>/stages/<folder>`` is a finished stage. Its ``record.json`` holds the stage's identity and result, and no time,
+host or path: an interrupted study has the same records as an uninterrupted one. ``files.json`` holds the hashes of all
+files but ``runtime.json``, which holds time, host and environment. ``<folder>.partial-<number>`` is an unfinished
+stage, which resumes from its checkpoints. The number is that of the lease under which a process runs it: a process
+that has lost its lease finds the folder gone. ``<out>/scores/<folder>`` holds scores that pruning stages share if they
+differ in the ratio alone.
 """
 
 from __future__ import annotations
@@ -29,48 +29,48 @@ from secateur.study.stage import VERSIONS, Stage
 
 __all__ = ["PROGRESS", "StageOutcome", "Store", "key_of"]
 
-PROGRESS = "progress.json"  #: how far an unfinished stage is
+PROGRESS = "progress.json"  #: progress of an unfinished stage
 _RECORD, _RUNTIME, _FILES = "record.json", "runtime.json", "files.json"
 
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """What became of a stage.
+    """How an attempt at a stage ended.
 
     Attributes:
-        how: ``stopped``: told to, and the same command goes on; ``elsewhere``: another process is at it.
+        state: ``stopped``: by a signal, and the same command resumes it; ``elsewhere``: another process is running it.
         text: one line.
     """
 
-    how: Literal["done", "failed", "stopped", "elsewhere"]
+    state: Literal["done", "failed", "stopped", "elsewhere"]
     text: str = ""
 
 
 class Store:
-    """The stages below a study's output directory."""
+    """The stages in a study's folder."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.stages = out / "stages"
-        self.claims = Leases(out / "claims")
+        self.leases = Leases(out / "claims")
 
     def folder(self, stage: Stage) -> Path:
-        """Where the finished stage lies, or would."""
-        own = self.stages / stage.folder
-        if own.is_dir():
-            return own
-        return next(self.stages.glob(f"{stage.kind}-*-{key_of(stage)}"), own)
+        """The folder of the finished stage, whether or not it exists."""
+        folder = self.stages / stage.folder
+        if folder.is_dir():
+            return folder
+        return next(self.stages.glob(f"{stage.kind}-*-{key_of(stage)}"), folder)
 
     def partial(self, stage: Stage) -> Path | None:
-        """Where an unfinished stage keeps what it has; None if it has not begun."""
+        """The folder of the unfinished stage; None if it has not begun."""
         return max(self._partials(stage), key=_number, default=None)
 
     def _partials(self, stage: Stage) -> list[Path]:
-        found = self.stages.glob(f"{stage.kind}-*-{key_of(stage)}.partial-*")
-        return [path for path in found if path.is_dir()]
+        paths = self.stages.glob(f"{stage.kind}-*-{key_of(stage)}.partial-*")
+        return [path for path in paths if path.is_dir()]
 
     def log(self, stage: Stage) -> Path:
-        """What the stage said, in all its attempts."""
+        """The log of all attempts at the stage."""
         return self.out / "logs" / f"{stage.folder}.log"
 
     def done(self, stage: Stage) -> bool:
@@ -78,47 +78,46 @@ class Store:
         return (self.folder(stage) / _RECORD).is_file()
 
     def record(self, stage: Stage) -> dict[str, Any] | None:
-        """What came out of a finished stage; None if it is not finished."""
+        """The result of a stage; None if it is not finished."""
         return read_json(self.folder(stage) / _RECORD)["result"] if self.done(stage) else None
 
     def records(self, kind: str) -> dict[str, dict[str, Any]]:
-        """Folder -> what was asked, of every finished stage of a kind, those of other studies among them."""
-        found = {}
+        """Folder -> kind, version, fingerprint, identity and inputs of every finished stage of a kind, of any study."""
+        records = {}
         for path in sorted(self.stages.glob(f"{kind}-*/{_RECORD}")):
             with contextlib.suppress(UserError, LookupError, TypeError):
-                found[path.parent.name] = read_json(path)["stage"]
-        return found
+                records[path.parent.name] = read_json(path)["stage"]
+        return records
 
     def runtime(self, stage: Stage) -> dict[str, Any]:
-        """How the stage ran: seconds, attempts, environment, or its error; empty if it never did."""
+        """How the stage ran: seconds, attempts, environment, or its error; empty if it has not run."""
         return self._read(stage, _RUNTIME)
 
     def progress(self, stage: Stage) -> dict[str, Any]:
-        """How far an unfinished stage said last that it was; empty if it said nothing."""
+        """The last progress that an unfinished stage reported; empty if there is none."""
         return {} if self.done(stage) else self._read(stage, PROGRESS)
 
     def _read(self, stage: Stage, name: str) -> dict[str, Any]:
         folder = self.folder(stage) if self.done(stage) else self.partial(stage)
         try:
-            found = read_json(folder / name) if folder else {}
-        except UserError:  # absent, or damaged: nothing else rests on it
+            content = read_json(folder / name) if folder else {}
+        except UserError:  # missing or damaged: no result depends on it
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
-    def held(self, stage: Stage) -> bool:
-        """Whether a process is at the stage."""
-        return not self.claims.look(key_of(stage)).free
+    def is_running(self, stage: Stage) -> bool:
+        """Whether a process is running the stage."""
+        return not self.leases.state(key_of(stage)).free
 
     def damage(self, stage: Stage) -> str | None:
-        """The first file of a finished stage that is not as it was written, in words; None if all are."""
+        """Describe the first file of a finished stage that is missing or differs from its hash; None if all agree."""
         folder = self.folder(stage)
         try:
-            known = read_json(folder / _FILES)
-            for name, told in known.items():
+            for name, expected in read_json(folder / _FILES).items():
                 path = folder / name
                 if not path.is_file():
                     return f"{name} is missing"
-                if path.stat().st_size != told["bytes"] or sha256_file(path) != told["sha256"]:
+                if path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
                     return f"{name} is damaged"
         except (UserError, LookupError, AttributeError, TypeError):
             return f"{_FILES} is missing or damaged"
@@ -126,40 +125,40 @@ class Store:
             return f"{error.filename or folder} cannot be read ({error.strerror})"
         return None
 
-    def working(self, stage: Stage, number: int) -> Path:
-        """The partial folder of whoever holds claim ``number``."""
+    def work_folder(self, stage: Stage, number: int) -> Path:
+        """The partial folder of the process that holds lease ``number``."""
         return self.stages / f"{stage.folder}.partial-{number}"
 
-    def begin(self, stage: Stage, claim: Lease) -> int:
-        """Make the stage's partial folder, with what an earlier attempt left there; return the number of attempts.
+    def begin(self, stage: Stage, lease: Lease) -> int:
+        """Make the stage's partial folder from that of an earlier attempt; return the number of attempts.
 
-        From here on whoever held the stage before finds the folder that it works in gone.
+        A former holder of the lease that is still running finds its own folder gone.
         """
-        work = self.working(stage, claim.number)
-        before = self.partial(stage)
-        if before:
+        work = self.work_folder(stage, lease.number)
+        earlier = self.partial(stage)
+        if earlier:
             with contextlib.suppress(FileNotFoundError):
-                os.rename(before, work)
+                os.rename(earlier, work)
         work.mkdir(parents=True, exist_ok=True)
-        for left in self._partials(stage):
-            if left != work:
-                shutil.rmtree(left, ignore_errors=True)
-        claim.check()
+        for path in self._partials(stage):
+            if path != work:
+                shutil.rmtree(path, ignore_errors=True)
+        lease.check()
         runtime = self.runtime(stage)
         attempts = runtime.get("attempts", 0) + 1 if isinstance(runtime.get("attempts", 0), int) else 1
         write_json(work / _RUNTIME, {"attempts": attempts})
         return attempts
 
     def note(self, work: Path, **facts: Any) -> None:
-        """Add to how an unfinished stage ran, e.g. its error; a disk that is full keeps no one from ending."""
+        """Add facts to ``runtime.json`` of an unfinished stage, e.g. its error; a full disk is ignored."""
         with contextlib.suppress(OSError, UserError):
             write_json(work / _RUNTIME, {**read_json(work / _RUNTIME), **facts})
 
-    def finish(self, stage: Stage, work: Path, claim: Lease, result: dict[str, Any], runtime: dict[str, Any]) -> None:
-        """Write the record and the hashes and let the stage appear, whole.
+    def finish(self, stage: Stage, work: Path, lease: Lease, result: dict[str, Any], runtime: dict[str, Any]) -> None:
+        """Write the record and the hashes, then publish the folder atomically.
 
         Raises:
-            ClaimLost: if another process has taken the stage over; nothing appears then.
+            LeaseLost: if another process has taken the stage over; nothing is published then.
         """
         record = {
             "stage": {
@@ -171,15 +170,15 @@ class Store:
             },
             "result": result,
         }
-        claim.check()
+        lease.check()
         shutil.rmtree(work / "checkpoints", ignore_errors=True)
         (work / PROGRESS).unlink(missing_ok=True)
-        for begun in [path for path in work.rglob(".*") if path.is_file()]:  # what a kill left half written
-            begun.unlink()
+        for path in [path for path in work.rglob(".*") if path.is_file()]:  # half-written when a process was killed
+            path.unlink()
         write_json(work / _RECORD, record)
-        # What a link stands for is not of the stage, and may be larger than the study.
-        every = (path for path in work.rglob("*") if path.is_file() and not path.is_symlink())
-        files = sorted(path for path in every if path not in (work / _RUNTIME, work / _FILES))
+        # Links lead to files outside the study, which may be larger than it.
+        paths = (path for path in work.rglob("*") if path.is_file() and not path.is_symlink())
+        files = sorted(path for path in paths if path not in (work / _RUNTIME, work / _FILES))
         write_json(
             work / _FILES,
             {
@@ -189,49 +188,49 @@ class Store:
         )
         write_json(work / _RUNTIME, runtime)
         sync_tree(work)
-        claim.check()
+        lease.check()
         try:
             os.rename(work, self.stages / stage.folder)
-        except OSError as error:  # gone with the claim, or the stage is there already
+        except OSError as error:  # the folder went with the lease, or the stage exists
             raise LeaseLost(f"another process has taken this stage over ({error.strerror})") from None
 
     def discard(self, stage: Stage) -> None:
-        """Remove a finished stage that is damaged; its claim must be held."""
+        """Delete a damaged finished stage; the caller must hold its lease."""
         folder = self.folder(stage)
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)  # so that it does not count as finished while it goes
+        os.rename(folder, aside)  # so that it does not count as finished during the deletion
         shutil.rmtree(aside)
 
     @contextlib.contextmanager
     def scores(self, stage: Stage, identity: Mapping[str, Any]) -> Iterator[Path]:
-        """Hold a folder of scores against other stages that want the same ones; yield it with what is there.
+        """Lock and yield a folder of scores that several pruning stages may share.
 
-        Once the block succeeds they are complete, and ``scores.json`` tells what they are of and the hashes of their
-        files. Scores that are damaged are thrown away, which is said.
+        If the block succeeds, the scores are complete and ``scores.json`` records their identity and hashes. Damaged
+        scores are deleted with a warning.
 
         Args:
-            stage: which wants them.
-            identity: what they depend on, besides the version of its kind.
+            stage: that needs the scores.
+            identity: what the scores depend on, besides the version of the stage's kind.
         """
         name = f"{identity['method']}-{fingerprint([VERSIONS[stage.kind], identity])[:12]}"
         folder, seal = self.out / "scores" / name, self.out / "scores" / name / "scores.json"
         if not distributed.is_main():
-            distributed.barrier()  # until the first process has looked at what is there
+            distributed.barrier()  # until rank 0 has checked the folder
             yield folder
             distributed.barrier()
             return
         waiting = f"{stage.name}: waits for its scores, which another stage is computing"
-        claim = self.claims.wait(f"scores-{name}", lambda: notify(waiting))
-        assert claim is not None
-        with claim:
-            if seal.exists() and not _intact(seal):
+        lease = self.leases.wait(f"scores-{name}", lambda: notify(waiting))
+        assert lease is not None
+        with lease:
+            if seal.exists() and not _is_intact(seal):
                 notify(f"{stage.name}: the scores in {folder} are damaged and computed again")
                 shutil.rmtree(folder)
             distributed.barrier()
             yield folder
-            distributed.barrier()  # until none reads in it any more
-            claim.check()
+            distributed.barrier()  # until no process reads in it
+            lease.check()
             if not seal.exists():
                 sync_tree(folder)
                 files = {str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.glob("*/*"))}
@@ -239,18 +238,18 @@ class Store:
 
 
 def key_of(stage: Stage) -> str:
-    """By what the folders and claims of a stage are known: the beginning of its fingerprint."""
+    """The name of a stage in its folders and leases: the beginning of its fingerprint."""
     return stage.fingerprint[:12]
 
 
 def _number(partial: Path) -> int:
-    found = re.search(r"\.partial-(\d+)$", partial.name)
-    return int(found[1]) if found else -1
+    match = re.search(r"\.partial-(\d+)$", partial.name)
+    return int(match[1]) if match else -1
 
 
-def _intact(seal: Path) -> bool:
-    """Whether the files are those that the seal was written for."""
+def _is_intact(seal: Path) -> bool:
+    """Whether every file agrees with its hash in ``seal``."""
     try:
-        return all(sha256_file(seal.parent / name) == known for name, known in read_json(seal)["files"].items())
+        return all(sha256_file(seal.parent / name) == digest for name, digest in read_json(seal)["files"].items())
     except (UserError, OSError, LookupError, AttributeError, TypeError):
         return False

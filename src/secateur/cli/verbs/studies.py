@@ -110,8 +110,8 @@ def study_stage(arguments: Namespace) -> Answer:
         )
     progress.set_listener(progress.SilentListener())  # the stage writes to its log
     outcome = run_stage_attempt(on_device(stage, pick_device(arguments.device)), study.store)
-    if outcome.how == "done":
-        return {"stage": stage.name, "how": outcome.how}, f"{stage.kind} {stage.name}: done", 0
-    if outcome.how == "elsewhere" and not distributed.is_main():
+    if outcome.state == "done":
+        return {"stage": stage.name, "how": outcome.state}, f"{stage.kind} {stage.name}: done", 0
+    if outcome.state == "elsewhere" and not distributed.is_main():
         return {}, "", 0
-    raise RunError(f"{stage.kind} {stage.name}: {outcome.text}", REQUEUE if outcome.how == "stopped" else 1)
+    raise RunError(f"{stage.kind} {stage.name}: {outcome.text}", REQUEUE if outcome.state == "stopped" else 1)

@@ -1,14 +1,15 @@
-"""Who is at a stage: claims that hold between the hosts of a shared disk as between the processes of one.
+"""Leases: at most one process runs a stage, among all hosts that share the disk.
 
-The claims of a stage are numbered files, and the last one counts. Each is made by a hard link, in which exactly one of
-several processes succeeds. Its holder changes another file, the heartbeat, every few seconds. Whoever wants the stage
-and sees no change for :data:`STALE` seconds of its own clock makes the next number; clocks of hosts are never compared.
-On the holder's own machine its death is noticed at once, since the system frees the lock that it has on the heartbeat.
+The leases of a stage are numbered files, and the highest number is valid. Each file is made by a hard link, in which
+exactly one of several processes succeeds. The holder rewrites a heartbeat file every few seconds. A process that sees
+no change of it for :data:`STALE` seconds of its own clock may make the next number; the clocks of hosts are never
+compared. On the holder's own machine its death is detected at once: the system then frees its lock on the heartbeat.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -23,23 +24,23 @@ from typing import Any
 
 from secateur.errors import RunError, UserError
 
-__all__ = ["BEAT", "STALE", "Lease", "LeaseLost", "Leases"]
+__all__ = ["BEAT", "STALE", "Lease", "LeaseLost", "LeaseState", "Leases"]
 
 BEAT = 10.0  #: seconds between heartbeats
-STALE = 120.0  #: seconds without one after which a claim may be taken over; disks of clusters show changes late
+STALE = 120.0  #: seconds without a heartbeat until a lease may be taken over; cluster disks show changes late
 
 
 class LeaseLost(RunError):
-    """The claim has been taken over: what its holder has done must not be published."""
+    """Another process has taken the lease over: the results of the former holder must not be published."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """What an observer found.
+class LeaseState:
+    """The last lease of a stage.
 
     Attributes:
-        number: of the last claim; 0 if there was none.
-        free: whether the next one may be made: nobody holds it, or its holder is gone.
+        number: of the last lease; 0 if there is none.
+        free: whether the next lease may be acquired: the last one was released, or its holder is dead.
     """
 
     number: int
@@ -48,47 +49,47 @@ class Look:
 
 @dataclass
 class Leases:
-    """The claims below a folder, as one process sees them.
+    """The leases in a folder, as one process sees them.
 
     Attributes:
-        folder: where they lie.
+        folder: one subfolder for each stage.
         beat: seconds between heartbeats.
-        stale: seconds without one after which a claim may be taken over.
-        machine: tells this machine from others.
+        stale: seconds without a heartbeat until a lease may be taken over.
+        machine: identifies this machine.
     """
 
     folder: Path
     beat: float = BEAT
     stale: float = STALE
     machine: str = field(default_factory=lambda: _machine())
-    _seen: dict[str, tuple[object, float]] = field(default_factory=dict)  # key -> last heartbeat, and when it changed
+    _heartbeats: dict[str, tuple[object, float]] = field(default_factory=dict)  # key -> last heartbeat, time of change
 
-    def look(self, key: str) -> Look:
-        """Say whether a stage may be claimed. Heartbeats are judged by what this object saw of them before."""
+    def state(self, key: str) -> LeaseState:
+        """Read the last lease. Only repeated calls on the same object detect a heartbeat that has stopped."""
         number, content = self._last(key)
         if not content or content["owner"] is None:
-            return Look(number, True)
+            return LeaseState(number, True)
         path = self._beat_file(key, content["owner"])
-        if content["machine"] == self.machine and content["locked"] and _unlocked(path):
-            return Look(number, True)
+        if content["machine"] == self.machine and content["locked"] and _is_unlocked(path):
+            return LeaseState(number, True)
         try:
-            seen: object = (number, path.read_bytes())
+            heartbeat: object = (number, path.read_bytes())
         except OSError:
-            seen = (number, None)
-        before, since = self._seen.get(key, (None, 0.0))
-        now = time.monotonic()
-        if seen != before:
-            self._seen[key] = (seen, now)
-            return Look(number, False)
-        return Look(number, now - since > self.stale)
+            heartbeat = (number, None)
+        previous, since = self._heartbeats.get(key, (None, 0.0))
+        time_now = time.monotonic()
+        if heartbeat != previous:
+            self._heartbeats[key] = (heartbeat, time_now)
+            return LeaseState(number, False)
+        return LeaseState(number, time_now - since > self.stale)
 
-    def take(self, key: str, after: int, lost: Callable[[], object] = lambda: None) -> Lease | None:
-        """Make the claim that follows number ``after``; None if another process was first.
+    def acquire(self, key: str, after: int, on_loss: Callable[[], object] = lambda: None) -> Lease | None:
+        """Make the lease that follows number ``after``; None if another process was first.
 
         Args:
             key: of the stage.
-            after: the number of the last claim, which was found free.
-            lost: is called, in a thread, should the claim be taken over while it is held.
+            after: the number of the last lease, whose state was free.
+            on_loss: called in a thread if another process takes the lease over.
 
         Raises:
             UserError: if the file system has no hard links.
@@ -97,52 +98,54 @@ class Leases:
         folder.mkdir(parents=True, exist_ok=True)
         beat = self._beat_file(key, owner)
         handle = os.open(beat, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        made = False
+        success = False
         try:
             os.pwrite(handle, _count(0), 0)
-            claim = {"owner": owner, "machine": self.machine, "locked": _lock(handle)}
-            made = self._make(key, after + 1, claim)
+            content = {"owner": owner, "machine": self.machine, "locked": _lock(handle)}
+            success = self._make(key, after + 1, content)
         finally:
-            if not made:
+            if not success:
                 os.close(handle)
                 beat.unlink(missing_ok=True)
-        if not made:
+        if not success:
             return None
-        self._tidy(key, after + 1, owner)
-        return Lease(self, key, after + 1, handle, lost)
+        self._remove_old(key, after + 1, owner)
+        return Lease(self, key, after + 1, handle, on_loss)
 
-    def wait(self, key: str, waiting: Callable[[], object], over: Callable[[], bool] = lambda: False) -> Lease | None:
-        """Take a claim as soon as it is free; None if ``over`` becomes true before.
+    def wait(
+        self, key: str, on_wait: Callable[[], object], cancelled: Callable[[], bool] = lambda: False
+    ) -> Lease | None:
+        """Acquire a lease as soon as it is free; None if ``cancelled()`` becomes true first.
 
         Args:
             key: of the stage.
-            waiting: is called once, before this process waits for another.
-            over: says that there is nothing to wait for any more.
+            on_wait: called once if another process holds the lease.
+            cancelled: whether to stop waiting.
         """
-        told = False
-        while not over():
-            found = self.look(key)
-            claim = self.take(key, found.number) if found.free else None
-            if claim:
-                return claim
-            if not told:
-                waiting()
-                told = True
+        waiting = False
+        while not cancelled():
+            state = self.state(key)
+            lease = self.acquire(key, state.number) if state.free else None
+            if lease:
+                return lease
+            if not waiting:
+                on_wait()
+                waiting = True
             time.sleep(min(1.0, self.beat / 4))
         return None
 
     def _last(self, key: str) -> tuple[int, dict[str, Any]]:
-        """The number of the last claim and what it says; empty if there is none."""
+        """The number and content of the last lease; 0 and empty if there is none."""
         for _ in range(100):
             number = self.last_number(key)
             if not number:
                 return 0, {}
-            with contextlib.suppress(FileNotFoundError):  # a later one has been made, and this one tidied away
+            with contextlib.suppress(FileNotFoundError):  # a later lease was made and this one removed
                 return number, json.loads(self._file(key, number).read_text(encoding="utf-8"))
-        raise UserError(f"{self.folder / key}: cannot be read; remove it if nothing runs")
+        raise UserError(f"{self.folder / key}: cannot be read; delete it if no process runs the study")
 
     def last_number(self, key: str) -> int:
-        """The number of the last claim; 0 if there is none."""
+        """The number of the last lease; 0 if there is none."""
         try:
             names = os.listdir(self.folder / key)
         except FileNotFoundError:
@@ -150,29 +153,29 @@ class Leases:
         return max((int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()), default=0)
 
     def _make(self, key: str, number: int, content: dict[str, Any]) -> bool:
-        """Make claim ``number``, whole; False if it is there."""
-        fresh = self.folder / key / f".{uuid.uuid4().hex}"
+        """Write lease ``number`` atomically; False if it exists."""
+        temporary = self.folder / key / f".{uuid.uuid4().hex}"
         try:
-            with fresh.open("w", encoding="utf-8") as file:
+            with temporary.open("w", encoding="utf-8") as file:
                 json.dump(content, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(fresh, self._file(key, number))
+            os.link(temporary, self._file(key, number))
             return True
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno in (1, 95):  # EPERM and EOPNOTSUPP, as file systems without links answer
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP):
                 raise UserError(
-                    f"{self.folder}: its file system has no hard links, by which processes tell who is at a stage; "
-                    "give an --out on another"
+                    f"`out`: the file system of {self.folder} has no hard links, which keep two processes from running "
+                    "the same stage; name a folder on another"
                 ) from None
             raise
         finally:
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
-    def _tidy(self, key: str, number: int, owner: str | None) -> None:
-        """Remove earlier claims, and heartbeats of others."""
+    def _remove_old(self, key: str, number: int, owner: str | None) -> None:
+        """Remove the leases before ``number`` and every heartbeat but that of ``owner``."""
         for name in os.listdir(self.folder / key):
             stem, _, kind = name.rpartition(".")
             old = kind == "json" and stem.isdigit() and int(stem) < number
@@ -187,13 +190,13 @@ class Leases:
 
 
 class Lease:
-    """A claim that this process holds; a context manager that releases it."""
+    """A lease that this process holds; a context manager that releases it."""
 
-    def __init__(self, claims: Leases, key: str, number: int, handle: int, lost: Callable[[], object]) -> None:
-        self.claims, self.key, self.number = claims, key, number
-        self._handle, self._lost = handle, lost
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep, daemon=True)
+    def __init__(self, leases: Leases, key: str, number: int, handle: int, on_loss: Callable[[], object]) -> None:
+        self.leases, self.key, self.number = leases, key, number
+        self._handle, self._on_loss = handle, on_loss
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Lease:
@@ -204,56 +207,56 @@ class Lease:
 
     @property
     def valid(self) -> bool:
-        """Whether no one has taken it over."""
-        return self.claims.last_number(self.key) == self.number
+        """Whether no other process has taken the lease over."""
+        return self.leases.last_number(self.key) == self.number
 
     def check(self) -> None:
-        """Go on only while the claim is valid.
+        """Check that the lease is valid.
 
         Raises:
-            ClaimLost: if it is not.
+            LeaseLost: if it is not.
         """
         if not self.valid:
-            raise LeaseLost("another process has taken this stage over, since this one gave no sign of life")
+            raise LeaseLost("another process has taken this stage over, because this one's heartbeat stopped")
 
     def release(self) -> None:
-        """Let others have it: the next number is a claim of nobody's."""
-        self._over.set()
+        """Free the stage: the next number is a lease without an owner."""
+        self._released.set()
         self._thread.join()
-        if self.valid and self.claims._make(self.key, self.number + 1, {"owner": None}):
-            self.claims._tidy(self.key, self.number + 1, None)
+        if self.valid and self.leases._make(self.key, self.number + 1, {"owner": None}):
+            self.leases._remove_old(self.key, self.number + 1, None)
         os.close(self._handle)
 
-    def _keep(self) -> None:
-        """Beat until released; a claim that could not be beaten for half the patience of others counts as lost."""
+    def _beat(self) -> None:
+        """Write heartbeats until released. No success for half of the stale time counts as loss of the lease."""
         count, alive = 0, time.monotonic()
-        while not self._over.wait(self.claims.beat):
+        while not self._released.wait(self.leases.beat):
             try:
                 if not self.valid:
-                    self._lost()
+                    self._on_loss()
                     return
                 count += 1
                 os.pwrite(self._handle, _count(count), 0)
                 os.fsync(self._handle)
                 alive = time.monotonic()
-            except OSError:  # e.g. a server that is away
-                if time.monotonic() - alive > self.claims.stale / 2:
-                    self._lost()
+            except OSError:  # e.g. a file server that is down
+                if time.monotonic() - alive > self.leases.stale / 2:
+                    self._on_loss()
                     return
 
 
 def _count(number: int) -> bytes:
-    return b"%020d\n" % number  # always as long, so that a full disk has room for it
+    return b"%020d\n" % number  # of constant length, so that a full disk has room for it
 
 
 def _machine() -> str:
-    """Something that only this machine says, and only until it is started anew."""
+    """An id of this machine that changes when it is rebooted."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.is_file() else socket.gethostname()
 
 
 def _lock(handle: int) -> bool:
-    """Lock a file until this process ends; False where the file system cannot."""
+    """Lock a file until this process ends; False if the file system has no locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -261,8 +264,8 @@ def _lock(handle: int) -> bool:
         return False
 
 
-def _unlocked(path: Path) -> bool:
-    """Whether a file that its maker has locked is locked no more."""
+def _is_unlocked(path: Path) -> bool:
+    """Whether the process that locked a file has ended."""
     try:
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Stages on this machine: worker processes, each with a core or a GPU, and torchrun for stages of several processes."""
+"""Run stages on this machine: a worker for each core or GPU, and torchrun for stages of several processes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from secateur.study.store import StageOutcome, Store
 
 __all__ = ["LocalLauncher", "default_slots", "exit_with_parent"]
 
-#: How workers start: nothing of this process may come along. For CPUs one server imports the libraries, which takes
-#: seconds, and each worker is a fork of it. A GPU's driver does not survive a fork: those workers import by themselves.
+#: How workers start. They must not inherit this process's state. On CPUs, one server imports the libraries, which takes
+#: seconds, and each worker is a fork of it. A GPU's driver does not survive a fork: there each worker imports them.
 START = {"cpu": "forkserver", "cuda": "spawn"}
-_LOST = 77  # exit code of a worker whose stage another process has taken over
+_LEASE_LOST = 77  # exit code of a worker whose stage another process has taken over
 
 
 def default_slots(device: str) -> list[str]:
-    """What stages run on side by side: the cores of this process, or its GPUs by number."""
+    """One slot for each core of this process, or the numbers of its GPUs."""
     if device != "cuda":
         return [""] * core_count()
     import torch
@@ -41,13 +41,13 @@ def default_slots(device: str) -> list[str]:
 
 
 class LocalLauncher:
-    """Does stages in processes of this machine.
+    """Runs stages in processes of this machine.
 
     Args:
-        out: the study's directory.
-        jobs: stages at once; None for as many as there are cores, or GPUs.
+        out: the study's folder.
+        jobs: stages at once; None for one for each core, or GPU.
         device: ``cpu`` or ``cuda``.
-        file: the study file, for stages of several processes.
+        file: the study file; stages of several processes need it.
     """
 
     def __init__(self, out: Path, *, jobs: int | None, device: str, file: Path | None = None) -> None:
@@ -62,7 +62,7 @@ class LocalLauncher:
         configure_threads(threads=1)
 
     def check(self, stages: list[Stage]) -> None:
-        """Look whether every stage will find room.
+        """Check that the machine has enough slots for every stage.
 
         Raises:
             UserError: if one needs more processes than there are GPUs, or more than one and there is no study file.
@@ -70,16 +70,16 @@ class LocalLauncher:
         for stage in stages:
             if self.device == "cuda" and processes_of(stage) > self.slots:
                 raise UserError(
-                    f"{stage.name}: wants {processes_of(stage)} processes, one for each GPU, and may use {self.slots} "
-                    "here; lower processes, raise --jobs, or run it where there are more"
+                    f"{stage.name}: needs {processes_of(stage)} GPUs, one for each process, and may use {self.slots}; "
+                    "lower compute.processes, allow more jobs, or run it on a machine with more GPUs"
                 )
             if processes_of(stage) > 1 and self.file is None:
-                raise UserError(f"{stage.name}: wants {processes_of(stage)} processes, which need a study file")
+                raise UserError(f"{stage.name}: {processes_of(stage)} processes need a study file")
 
     def room(self, stage: Stage) -> bool:
-        """Whether a core or GPU is free for each of its processes; more processes than cores have them all.
+        """Whether a core or GPU is free for each of the stage's processes, or all of them if it has more processes.
 
-        What is timed on a CPU waits until nothing else runs, and nothing else begins beside it.
+        A stage that measures times on a CPU runs alone.
         """
         idle = len(self.free) == self.slots
         if any(worker.stage and self._is_timed(worker.stage) for worker in self.workers):
@@ -94,42 +94,42 @@ class LocalLauncher:
 
     def start(self, stage: Stage, after: int) -> None:
         """Start a stage."""
-        taken, self.free = self.free[: self._needs(stage)], self.free[self._needs(stage) :]
+        slots, self.free = self.free[: self._needs(stage)], self.free[self._needs(stage) :]
         if processes_of(stage) > 1:
             assert self.file is not None
-            self.groups.append(Group(stage, self.out, self.file, self.device, taken))
+            self.groups.append(Group(stage, self.out, self.file, self.device, slots))
             return
-        idle = (worker for worker in self.workers if worker.stage is None and worker.slot == taken[0])
+        idle = (worker for worker in self.workers if worker.stage is None and worker.slot == slots[0])
         worker = next(idle, None)
         if worker is None:
-            worker = Worker(self.out, self.device, taken[0])
+            worker = Worker(self.out, self.device, slots[0])
             self.workers.append(worker)
         worker.start(stage, after)
 
     def wait(self, seconds: float) -> list[tuple[Stage, StageOutcome]]:
-        """Show what stages say until one ends, for so long at most."""
-        over, found = time.monotonic() + seconds, []
-        while not found and (left := over - time.monotonic()) > 0:
+        """Pass on the progress of stages until one ends, for ``seconds`` at most; return those that ended."""
+        deadline, outcomes = time.monotonic() + seconds, []
+        while not outcomes and (remaining := deadline - time.monotonic()) > 0:
             busy = {worker.connection: worker for worker in self.workers if worker.stage}
             if not busy:
-                time.sleep(min(left, 0.2))
-            for ready in wait(list(busy), min(left, 0.2 if self.groups else left)) if busy else ():
+                time.sleep(min(remaining, 0.2))
+            for ready in wait(list(busy), min(remaining, 0.2 if self.groups else remaining)) if busy else ():
                 worker = busy[ready]  # type: ignore[index]
-                stage, ended = worker.stage, worker.receive()
-                if ended and stage:
+                stage, outcome = worker.stage, worker.receive()
+                if outcome and stage:
                     self.free.append(worker.slot)
-                    found.append((stage, ended))
+                    outcomes.append((stage, outcome))
             self.workers = [worker for worker in self.workers if worker.alive]
             for group in list(self.groups):
-                ended = group.poll()
-                if ended:
+                outcome = group.poll()
+                if outcome:
                     self.free += group.slots
                     self.groups.remove(group)
-                    found.append((group.stage, ended))
-        return found
+                    outcomes.append((group.stage, outcome))
+        return outcomes
 
     def close(self, *, kill: bool) -> None:
-        """End the workers; a stage of hours is not waited for, since it goes on from its checkpoint."""
+        """End the workers, at once if ``kill``: a killed stage resumes from its checkpoint."""
         for worker in self.workers:
             worker.close(kill)
         for group in self.groups:
@@ -137,7 +137,7 @@ class LocalLauncher:
 
 
 class Worker:
-    """A process that does one stage after another, on one core or GPU."""
+    """A process that runs one stage after another, on one core or GPU."""
 
     def __init__(self, out: Path, device: str, slot: str) -> None:
         self.slot = slot
@@ -145,35 +145,35 @@ class Worker:
         self.alive = True
         context: Any = multiprocessing.get_context(START[device])
         context.set_forkserver_preload(["secateur.study.runner.worker"])
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, out, device, os.getpid()))
-        before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = slot  # torch reads it once, when it is imported
+        self.connection, worker_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(worker_end, out, device, os.getpid()))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = slot  # the worker's torch reads it once, when it is imported
         try:
             with without_main():
                 self.process.start()
         finally:
             os.environ.pop("CUDA_VISIBLE_DEVICES")
-            if before is not None:
-                os.environ["CUDA_VISIBLE_DEVICES"] = before
-        theirs.close()
+            if visible is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        worker_end.close()
 
     def start(self, stage: Stage, after: int) -> None:
-        """Give it a stage."""
+        """Send the worker a stage."""
         self.stage = stage
-        with contextlib.suppress(BrokenPipeError, ConnectionError):  # of a worker that was killed; receive() tells
+        with contextlib.suppress(BrokenPipeError, ConnectionError):  # the worker was killed; receive() detects it
             self.connection.send((stage, after))
 
     def receive(self) -> StageOutcome | None:
-        """Take what it sent; what became of its stage, if that is told."""
+        """Read one message; pass progress on, and return the outcome if the stage has ended."""
         try:
             name, *arguments = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join()
             self.stage, self.alive = None, False
-            if self.process.exitcode == _LOST:
+            if self.process.exitcode == _LEASE_LOST:
                 return StageOutcome("elsewhere")
-            return StageOutcome("failed", "its process was killed (out of memory?); run again to go on")
+            return StageOutcome("failed", "its process was killed (out of memory?); run the study again to resume")
         if name == "ended":
             self.stage = None
             return arguments[0]
@@ -181,7 +181,7 @@ class Worker:
         return None
 
     def close(self, kill: bool) -> None:
-        """End it."""
+        """End the process."""
         if kill:
             self.process.kill()
         with contextlib.suppress(BrokenPipeError, ConnectionError):
@@ -198,29 +198,29 @@ class Group:
         log = self.store.log(stage)
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(slots) if device == "cuda" else ""}
-        with log.open("a") as file_log:
+        with log.open("a") as output:
             self.process = subprocess.Popen(
                 [*torchrun_command(stage, file, out, device), "--parent", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                stdout=file_log,
-                stderr=file_log,
+                stdout=output,
+                stderr=output,
                 env=environment,
-                start_new_session=True,  # an interrupt is for the study's process to handle
+                start_new_session=True,  # the study's process alone handles an interrupt
             )
 
     def poll(self) -> StageOutcome | None:
-        """Show how far the stage says that it is; say what became of it, once it has ended."""
+        """Pass on the stage's progress; return its outcome once it has ended."""
         code = self.process.poll()
         if code is None:
-            told = self.store.progress(self.stage)
-            if told.get("share") is not None:
-                progress.listener().update(self.stage.name, told["share"], 1.0, told["note"])
+            note = self.store.progress(self.stage)
+            if note.get("share") is not None:
+                progress.listener().update(self.stage.name, note["share"], 1.0, note["note"])
             return None
         progress.listener().finish(self.stage.name)
         return outcome_of_exit(self.stage, self.store, code)
 
     def close(self, kill: bool) -> None:
-        """End it."""
+        """End the processes."""
         if kill:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -228,12 +228,12 @@ class Group:
 
 
 def _serve(connection: Connection, out: Path, device: str, parent: int) -> None:
-    """Be a worker: do the stages that come, until no more do."""
+    """Run a worker's loop: run each stage that arrives, until None does."""
     import torch
 
     from secateur.study.runner.worker import on_device, run_stage_attempt
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the study's process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study's process alone handles an interrupt
     torch.set_num_threads(1)
     quiet_libraries()
     exit_with_parent(parent)
@@ -241,22 +241,24 @@ def _serve(connection: Connection, out: Path, device: str, parent: int) -> None:
     progress.set_listener(sender)
     store = Store(out)
     while True:
-        given = connection.recv()
-        if given is None:
+        message = connection.recv()
+        if message is None:
             return
-        stage, after = given
-        with _into(store.log(stage)):
-            ended = run_stage_attempt(on_device(stage, device), store, after=after, lost=lambda: os._exit(_LOST))
-        sender.send("ended", ended)
+        stage, after = message
+        with _redirect_output(store.log(stage)):
+            outcome = run_stage_attempt(
+                on_device(stage, device), store, after=after, on_loss=lambda: os._exit(_LEASE_LOST)
+            )
+        sender.send("ended", outcome)
 
 
 @contextlib.contextmanager
-def _into(log: Path) -> Any:
-    """Send what libraries print, and a crash's last words, to the stage's log."""
+def _redirect_output(log: Path) -> Any:
+    """Send the output of libraries, and the traceback of a crash, to the stage's log."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    kept = [(stream, os.dup(stream)) for stream in (1, 2)]
+    copies = [(stream, os.dup(stream)) for stream in (1, 2)]
     with log.open("a") as file:
-        for stream, _ in kept:
+        for stream, _ in copies:
             os.dup2(file.fileno(), stream)
         faulthandler.enable(file)
         try:
@@ -265,16 +267,16 @@ def _into(log: Path) -> Any:
             faulthandler.disable()
             sys.stdout.flush()
             sys.stderr.flush()
-            for stream, copy in kept:
+            for stream, copy in copies:
                 os.dup2(copy, stream)
                 os.close(copy)
 
 
 def exit_with_parent(process: int) -> None:
-    """End this process when another one is gone, so that a killed run leaves nothing behind."""
-    parent = multiprocessing.parent_process()  # of a worker; a pipe tells, even while nobody has looked at the dead one
+    """End this process when process ``process`` ends, so that a killed run leaves no workers behind."""
+    parent = multiprocessing.parent_process()  # in a worker; its pipe detects the death even of a zombie
 
-    def there() -> bool:
+    def is_alive() -> bool:
         if parent and parent.pid == process:
             return parent.is_alive()
         with contextlib.suppress(PermissionError):
@@ -284,16 +286,16 @@ def exit_with_parent(process: int) -> None:
                 return False
         return True
 
-    def look() -> None:
-        while there():
+    def exit_when_dead() -> None:
+        while is_alive():
             time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=exit_when_dead, daemon=True).start()
 
 
 class _Sender:
-    """Progress in a worker: a few messages a second to the study's process."""
+    """A progress listener that sends a few messages a second to the study's process."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -305,9 +307,9 @@ class _Sender:
             self.connection.send(message)
 
     def update(self, key: str, done: float, total: float, note: str) -> None:
-        now = time.monotonic()
-        if now - self.last.get(key, 0.0) > 0.3:
-            self.last[key] = now
+        time_now = time.monotonic()
+        if time_now - self.last.get(key, 0.0) > 0.3:
+            self.last[key] = time_now
             self.send("update", key, done, total, note)
 
     def finish(self, key: str) -> None:

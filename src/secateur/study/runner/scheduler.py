@@ -1,4 +1,4 @@
-"""Running a study: stages whose inputs are finished are started, the most urgent first, as far as there is room."""
+"""Run a study: start stages whose inputs are finished, the longest chain first, as long as there is room."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secateur.study.store import StageOutcome, Store, key_of
 
 __all__ = ["Launcher", "StudyOutcome", "Survey", "run_stages", "survey"]
 
-_LOOK_EVERY = 1.0  # seconds between looks at what other processes are doing
+_POLL_SECONDS = 1.0  # between looks at the stages of other processes
 
 
 @dataclass
@@ -49,43 +49,43 @@ class StudyOutcome:
 
 
 class Launcher(Protocol):
-    """What does stages somewhere, several at a time."""
+    """Runs stages, several at once."""
 
     def room(self, stage: Stage) -> bool:
         """Whether the stage could start now."""
         ...
 
     def start(self, stage: Stage, after: int) -> None:
-        """Start it; ``after`` is the number of its last claim."""
+        """Start the stage; ``after`` is the number of its last lease."""
         ...
 
     def wait(self, seconds: float) -> list[tuple[Stage, StageOutcome]]:
-        """Wait for stages to end, so long at most."""
+        """Wait up to ``seconds`` for stages to end; return those that did."""
         ...
 
     def close(self, *, kill: bool) -> None:
-        """Give back what is held."""
+        """End the launcher's processes."""
         ...
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Which of some stages are done."""
+    """Which stages are finished, and which of these are damaged."""
 
-    done: frozenset[str]  #: fingerprints of those that are finished and whole
-    damaged: Mapping[str, str]  #: fingerprint -> what is wrong with it
+    done: frozenset[str]  #: fingerprints of finished stages without damage
+    damaged: Mapping[str, str]  #: fingerprint -> the damage
 
 
 def survey(stages: list[Stage], store: Store) -> Survey:
-    """Look for finished stages and compare each of their files with its hash."""
-    found = [stage for stage in stages if store.done(stage)]
+    """Find the finished stages and check the hash of each of their files."""
+    finished = [stage for stage in stages if store.done(stage)]
     damaged: dict[str, str] = {}
-    with progress.track("check finished stages", len(found)) as task, ThreadPoolExecutor(core_count()) as pool:
-        for stage, damage in zip(found, pool.map(store.damage, found), strict=True):
+    with progress.track("check finished stages", len(finished)) as task, ThreadPoolExecutor(core_count()) as pool:
+        for stage, damage in zip(finished, pool.map(store.damage, finished), strict=True):
             if damage:
                 damaged[stage.fingerprint] = damage
             task.advance(1, stage.name)
-    return Survey(frozenset(s.fingerprint for s in found) - damaged.keys(), damaged)
+    return Survey(frozenset(s.fingerprint for s in finished) - damaged.keys(), damaged)
 
 
 def run_stages(
@@ -97,15 +97,15 @@ def run_stages(
     file: Path | None = None,
     keep_going: bool = False,
 ) -> StudyOutcome:
-    """Run what is not done yet on this machine; stages that are done are not touched.
+    """Run the stages that are not done, and their inputs, on this machine.
 
     Args:
-        stages: to run, and with them what they are made from.
+        stages: to run.
         out: the study's directory.
-        jobs: stages at once; None for as many as there are cores, or GPUs.
+        jobs: stages at once; None for one for each core, or GPU.
         device: ``cpu`` or ``cuda``.
         file: the study file, which stages of several processes need.
-        keep_going: after a failure go on with what does not depend on it; else only what is running goes on.
+        keep_going: after a failure, start the stages that do not depend on it; otherwise start no more.
 
     Raises:
         UserError: if a stage needs more than the machine has.
@@ -115,68 +115,68 @@ def run_stages(
         return run.outcome
     launcher = LocalLauncher(out, jobs=jobs, device=device, file=file)
     launcher.check(list(run.waiting.values()))
-    return run.through(launcher)
+    return run.execute(launcher)
 
 
 class Run:
-    """Stages on their way through a launcher."""
+    """One run of a study's stages through a launcher."""
 
     def __init__(self, stages: list[Stage], store: Store, *, keep_going: bool) -> None:
         self.stages, self.store, self.keep_going = stages, store, keep_going
-        found = survey(stages, store)
-        self.done = set(found.done)
-        self.damaged = dict(found.damaged)
+        finished = survey(stages, store)
+        self.done = set(finished.done)
+        self.damaged = dict(finished.damaged)
         for stage in stages:
             if stage.fingerprint in self.damaged:
-                progress.notify(f"{stage.kind} {stage.name}: {self.damaged[stage.fingerprint]}; it is done again")
+                progress.notify(f"{stage.kind} {stage.name}: {self.damaged[stage.fingerprint]}; it will be run again")
         self.waiting = {s.fingerprint: s for s in stages if s.fingerprint not in self.done}
         self.outcome = StudyOutcome(already_done=len(self.done))
-        self.lost: set[str] = set()  # fingerprints of stages that failed, or whose inputs did
-        self.elsewhere: set[str] = set()  # fingerprints of stages that other processes are at
+        self.unavailable: set[str] = set()  # fingerprints of stages that failed, or whose inputs did
+        self.elsewhere: set[str] = set()  # fingerprints of stages that other processes are running
 
-    def through(self, launcher: Launcher) -> StudyOutcome:
-        """Run what is waiting."""
+    def execute(self, launcher: Launcher) -> StudyOutcome:
+        """Run the waiting stages."""
         urgency = _critical_paths(self.stages)
         order = sorted(self.waiting.values(), key=lambda stage: -urgency[stage.fingerprint])
-        running, killed = 0, True
+        running, interrupted = 0, True
         work = sum(stage.flops for stage in order)
         try:
             with progress.track("whole study", work) as whole:
                 while True:
                     for stage in order:
-                        if stage.fingerprint in self.waiting and self._begins(stage, launcher):
+                        if stage.fingerprint in self.waiting and self._start_if_ready(stage, launcher):
                             running += 1
                             self._announce(stage, running)
                     if not running and not self.waiting:
                         break
-                    for stage, ended in launcher.wait(_LOOK_EVERY):
+                    for stage, outcome in launcher.wait(_POLL_SECONDS):
                         running -= 1
-                        self.ended(stage, ended)
+                        self.record_outcome(stage, outcome)
                         whole.advance(stage.flops, f"{len(self.done)} of {len(self.stages)} stages done")
-            killed = False
+            interrupted = False
         finally:
-            launcher.close(kill=killed)
+            launcher.close(kill=interrupted)
             progress.close()
         return self.outcome
 
     @property
     def stopping(self) -> bool:
-        """Whether nothing more is to be started."""
+        """Whether no more stages may start."""
         return bool(self.outcome.stopped) or (bool(self.outcome.failed) and not self.keep_going)
 
-    def _begins(self, stage: Stage, launcher: Launcher) -> bool:
-        """Start a waiting stage if it can, or find that it need not or cannot be done."""
+    def _start_if_ready(self, stage: Stage, launcher: Launcher) -> bool:
+        """Start a waiting stage if its inputs and the launcher allow; drop it if it is done or cannot be run."""
         fingerprint = stage.fingerprint
         inputs = {used.fingerprint for used in stage.inputs.values()}
-        if inputs & self.lost:
+        if inputs & self.unavailable:
             self.drop(stage, self.outcome.skipped)
         elif self.stopping:
             self.drop(stage, self.outcome.not_started)
         elif inputs <= self.done and launcher.room(stage):
-            look = self.store.claims.look(key_of(stage))
-            if not look.free:
+            lease = self.store.leases.state(key_of(stage))
+            if not lease.free:
                 if fingerprint not in self.elsewhere:
-                    progress.notify(f"{stage.kind} {stage.name}: another process is at it; this one waits for it")
+                    progress.notify(f"{stage.kind} {stage.name}: another process is running it; this one waits")
                     self.elsewhere.add(fingerprint)
             elif fingerprint not in self.damaged and self.store.done(stage):
                 del self.waiting[fingerprint]
@@ -185,38 +185,38 @@ class Run:
             else:
                 del self.waiting[fingerprint]
                 self.elsewhere.discard(fingerprint)
-                launcher.start(stage, look.number)
+                launcher.start(stage, lease.number)
                 return True
         return False
 
     def drop(self, stage: Stage, names: list[str]) -> None:
-        """Give a waiting stage up, and note its name."""
+        """Give up a waiting stage and add its name to ``names``."""
         del self.waiting[stage.fingerprint]
-        self.lost.add(stage.fingerprint)
+        self.unavailable.add(stage.fingerprint)
         names.append(stage.name)
 
     def _announce(self, stage: Stage, running: int) -> None:
         progress.notify(f"[{len(self.done) + running}/{len(self.stages)}] {stage.kind} {stage.name}")
 
-    def ended(self, stage: Stage, ended: StageOutcome) -> None:
-        """Take note of what became of a stage that was started."""
-        if ended.how == "elsewhere":  # another process was a little faster
+    def record_outcome(self, stage: Stage, outcome: StageOutcome) -> None:
+        """Record how a stage ended."""
+        if outcome.state == "elsewhere":  # another process acquired the lease first
             self.waiting[stage.fingerprint] = stage
             return
         self.outcome.ran += 1
-        if ended.how == "done":
+        if outcome.state == "done":
             self.done.add(stage.fingerprint)
             return
-        self.lost.add(stage.fingerprint)
-        if ended.how == "stopped":
-            self.outcome.stopped = self.outcome.stopped or ended.text
+        self.unavailable.add(stage.fingerprint)
+        if outcome.state == "stopped":
+            self.outcome.stopped = self.outcome.stopped or outcome.text
             return
-        self.outcome.failed[stage.name] = ended.text
-        progress.notify(f"FAILED {stage.kind} {stage.name}: {ended.text}")
+        self.outcome.failed[stage.name] = outcome.text
+        progress.notify(f"FAILED {stage.kind} {stage.name}: {outcome.text}")
 
 
 def _critical_paths(stages: list[Stage]) -> dict[str, float]:
-    """FLOPs of the longest chain that begins with each stage: what should start first."""
+    """FLOPs of the longest chain that begins with each stage; the longest should start first."""
     below: dict[str, float] = {}
     for stage in reversed(stages):
         below[stage.fingerprint] = below.get(stage.fingerprint, 0.0) + stage.flops + 1.0

@@ -1,4 +1,4 @@
-"""What a job of SLURM does: one stage. Without PyTorch, since the process that computes is another."""
+"""The SLURM job of one stage. It does not import PyTorch: the stage runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from secateur.study.store import Store
 
 __all__ = ["Job"]
 
-_PORT = 29511  # where the nodes of one job meet, and the numbers after it
+_PORT = 29511  # first of the ports at which the nodes of a job meet
 
 
 @dataclass
 class Job:
-    """What a job does: one stage, in a process of its own or under torchrun, and on to the next node."""
+    """A job that runs one stage, under torchrun if it takes several processes."""
 
     stage: Stage
     file: Path
@@ -32,25 +32,25 @@ class Job:
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def __call__(self) -> str:
-        """Run the stage; raise what keeps dependents from starting if it fails."""
+        """Run the stage. A failure raises an error, which keeps dependent jobs from starting."""
         import submitit
 
-        where = submitit.JobEnvironment()
-        address = f"{where.hostnames[0]}:{_PORT + int(where.job_id.partition('_')[0]) % 1000}"
-        told = torchrun_command(
-            self.stage, self.file, self.out, self.device, nodes=self.nodes, node=where.node, address=address
+        environment = submitit.JobEnvironment()
+        address = f"{environment.hostnames[0]}:{_PORT + int(environment.job_id.partition('_')[0]) % 1000}"
+        command = torchrun_command(
+            self.stage, self.file, self.out, self.device, nodes=self.nodes, node=environment.node, address=address
         )
-        self.process = subprocess.Popen(told, preexec_fn=_ignore_warning)
+        self.process = subprocess.Popen(command, preexec_fn=_ignore_warning)
         code = self.process.wait()
-        ended = outcome_of_exit(self.stage, Store(self.out), code)
-        if ended.how == "stopped":  # by a signal that went to all processes of the job
-            _requeue(where)
-        if ended.how not in ("done", "elsewhere"):
-            raise RuntimeError(ended.text)
-        return ended.how
+        outcome = outcome_of_exit(self.stage, Store(self.out), code)
+        if outcome.state == "stopped":  # by a signal that went to all processes of the job
+            _requeue(environment)
+        if outcome.state not in ("done", "elsewhere"):
+            raise RuntimeError(outcome.text)
+        return outcome.state
 
     def checkpoint(self) -> Any:
-        """Let the stage save and stop, as the scheduler has warned that it will end the job; go on in the next one."""
+        """Stop the stage after it has saved, when the scheduler warns that the job will end; resume in a new job."""
         import submitit
 
         if self.process:
@@ -61,12 +61,12 @@ class Job:
 
 
 def _ignore_warning() -> None:
-    """The scheduler's warning goes to every process of a job, and is submitit's to handle."""
+    """Ignore the scheduler's warning: it goes to every process of a job, and submitit alone handles it."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def _requeue(where: Any) -> None:
-    """Queue the job again, if that has not been done; this one's end is the scheduler's to bring about."""
-    if where.global_rank == 0:
-        subprocess.run(["scontrol", "requeue", where.job_id], capture_output=True, check=False)
+def _requeue(environment: Any) -> None:
+    """Queue the job again and wait for the scheduler to end this one."""
+    if environment.global_rank == 0:
+        subprocess.run(["scontrol", "requeue", environment.job_id], capture_output=True, check=False)
     time.sleep(60)
