@@ -64,7 +64,7 @@ def one_thread() -> Iterator[None]:
 
 def do(stage: Stage, out: Path) -> None:
     ended = run_stage_attempt(stage, Store(out))
-    assert ended.how == "done", ended.text
+    assert ended.state == "done", ended.text
 
 
 def test_what_is_timed_is_planned_once_for_each_shape(text: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ LAYERS = 8
 def work(stage: Stage, out: Path) -> str | None:
     """Do a stage in this process; say what went wrong."""
     ended = run_stage_attempt(stage, Store(out))
-    return None if ended.how == "done" else f"{ended.how}: {ended.text}"
+    return None if ended.state == "done" else f"{ended.state}: {ended.text}"
 
 
 class World:

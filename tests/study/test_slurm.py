@@ -127,7 +127,7 @@ def test_options_are_strict() -> None:
     assert parse_slurm(["time=5", "mem=4G", "partition=1"]) == Slurm(time=5, mem="4G", partition="1")
     for pairs, want in {
         "tme=5": "`slurm` tme: is not known; did you mean 'time'?",
-        "time": "give KEY=VALUE",
+        "time": "is not KEY=VALUE",
         "time=soon": "time: should be",
         "mem=much": "mem: should",
     }.items():
