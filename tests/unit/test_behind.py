@@ -54,7 +54,7 @@ def slowed(monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], None] = lambd
         then(path)
         write(path, *arguments)
 
-    monkeypatch.setattr(journals, "pays", lambda device: True)
+    monkeypatch.setattr(journals, "is_worthwhile", lambda device: True)
     monkeypatch.setattr(journals, "write_tensors", late)
     return names
 
@@ -78,10 +78,10 @@ def test_one_step_waits_at_most_and_whoever_asks_for_it_waits_for_it(
     gate, order = threading.Semaphore(0), []
     slowed(monkeypatch, lambda path: (gate.acquire(timeout=10), order.append(path.name))[0])
     journal = Journal(tmp_path)
-    with journal.behind("cpu"):
+    with journal.async_writes("cpu"):
         journal.put(0, {"a": torch.ones(3)})
         journal.finish(0)
-        assert list(journal) == ["a"] and journal.finished == 1 and list(tmp_path.iterdir()) == []
+        assert list(journal) == ["a"] and journal.finished_steps == 1 and list(tmp_path.iterdir()) == []
         second = threading.Thread(target=lambda: (journal.put(1, {"b": torch.zeros(2)}), order.append("put")))
         second.start()
         second.join(0.1)
@@ -89,7 +89,7 @@ def test_one_step_waits_at_most_and_whoever_asks_for_it_waits_for_it(
         gate.release()
         second.join(10)
         assert not second.is_alive() and order == ["step-00000.new", "put"]
-        assert (tmp_path / "finished").read_text() == "1" and Journal(tmp_path).finished == 1
+        assert (tmp_path / "finished").read_text() == "1" and Journal(tmp_path).finished_steps == 1
         assert torch.equal(journal["a"], torch.ones(3))
         threading.Timer(0.05, gate.release).start()
         assert torch.equal(journal["b"], torch.zeros(2)) and order[-1] == "step-00001.new"
@@ -111,7 +111,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(
         with monkeypatch.context() as patch:
             slowed(patch, full)
             if way == "at once":
-                patch.setattr(journals, "pays", lambda device: False)
+                patch.setattr(journals, "is_worthwhile", lambda device: False)
             capsys.readouterr()
             assert main(line(world, tmp_path / way, method)) == 1
             told[way] = capsys.readouterr().err.splitlines()[-1]
@@ -161,7 +161,7 @@ def run(line, last=None):
             do(*arguments)
             point()
         return doing
-    journal.pays = lambda device: True
+    journal.is_worthwhile = lambda device: True
     journal.write_tensors, journal.write_text = watched(journal.write_tensors), watched(journal.write_text)
     os._exit(main(line))
 
@@ -261,8 +261,8 @@ def test_where_states_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert place(2e9, "cpu", 80e9) == place(2e9, "cpu", 80e9, host=None) == "ram"
     assert place(6e9, "cuda", 80e9, host=8 * 10**9) == place(6e9, "cpu", 0, host=8 * 10**9) == "disk"
     states = torch.randn(1, 2, 3)
-    assert Workspace(tmp_path, "device").store("x").hold(states, "name") is states
-    assert StateStore(on_device=True).find("name", states.shape, states.dtype) is None
+    assert Workspace(tmp_path, "device").store("x").save(states, "name") is states
+    assert StateStore(on_device=True).load("name", states.shape, states.dtype) is None
 
 
 def test_states_on_the_device_want_one(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -152,7 +152,7 @@ def test_a_block_that_is_changed_runs_again_for_the_next(tmp_path: Path) -> None
     directory, ids = tiny_llama(tmp_path), windows()
     model, cosines = hf(directory), []
     walk = BlockWalk(Checkpoint(directory), ids, batch=2)
-    for block, stats in walk.observed({"ffn_hidden": (MeanSquare,)}, (MeanCosine,), replay=lambda _: None):
+    for block, stats in walk.observe({"ffn_hidden": (MeanSquare,)}, (MeanCosine,), replay=lambda _: None):
         layer = f"model.layers.{block.index}"
         (seen,) = seen_at(model, f"{layer}.mlp.down_proj", ids, output=False)
         torch.testing.assert_close(stats["ffn_hidden"][MeanSquare], seen.square().mean((0, 1)), rtol=1e-4, atol=1e-6)
@@ -166,15 +166,15 @@ def test_a_block_that_is_changed_runs_again_for_the_next(tmp_path: Path) -> None
     assert len(cosines) == 5
 
 
-def test_weights_that_are_read_ahead_are_those_read_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetched_weights_are_those_read_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint(tiny_llama(tmp_path))
-    found = {}
-    for way in ("in_turn", "ahead"):
-        monkeypatch.setattr("secateur.calibration.block_walk.in_turn", getattr(weights, way))
+    stats = []
+    for loader in (weights.on_demand, weights.prefetch):
+        monkeypatch.setattr("secateur.calibration.block_walk.on_demand", loader)
         walk = BlockWalk(checkpoint, windows(3), batch=1)
-        found[way] = [stats for _, stats in walk.observed({site: [MeanSquare] for site in walk.family.sites})]
-    for one, other in zip(*found.values(), strict=True):
-        assert all(torch.equal(one[site][MeanSquare], other[site][MeanSquare]) for site in one)
+        stats.append([values for _, values in walk.observe({site: [MeanSquare] for site in walk.family.sites})])
+    for a, b in zip(*stats, strict=True):
+        assert all(torch.equal(a[site][MeanSquare], b[site][MeanSquare]) for site in a)
 
 
 def test_reading_ahead_holds_two_blocks_and_tells_of_a_bad_one_in_its_turn() -> None:

@@ -47,7 +47,7 @@ def test_sites_see_what_goes_through_the_model(name: str, tmp_path: Path) -> Non
     directory = tiny_family(tmp_path, name)
     model, checkpoint = hf(directory), Checkpoint(directory)
     walk, family = BlockWalk(checkpoint, IDS, batch=2), checkpoint.family
-    for block, stats in walk.observed(dict.fromkeys(family.sites, (MeanSquare,))):
+    for block, stats in walk.observe(dict.fromkeys(family.sites, (MeanSquare,))):
         for site, found in family.sites.items():
             (seen,) = seen_at(model, f"model.layers.{block.index}.{found.module}", IDS, output=found.output)
             near(stats[site][MeanSquare], seen.square().mean(dim=(0, 1)), site)

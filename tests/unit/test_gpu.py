@@ -85,7 +85,7 @@ def test_what_is_written_behind_are_the_same_bytes(
     monkeypatch.setattr(behind, "_copied", lambda tensor: (sent.append(tensor.is_cuda), copied(tensor))[1])
     found = prune("behind", method, "--dtype", dtype)
     assert any(sent) == (method in ("magnitude", "wanda", "sparsegpt"))
-    monkeypatch.setattr(journal, "pays", lambda device: False)
+    monkeypatch.setattr(journal, "is_worthwhile", lambda device: False)
     assert prune("at-once", method, "--dtype", dtype) == found
 
 
@@ -94,10 +94,10 @@ def test_a_copy_is_of_what_the_stream_had_left_and_waits_in_page_locked_memory()
     values = torch.zeros(2**24, device="cuda")
     torch.cuda._sleep(10**8)  # the kernels before it are slow
     values += 1
-    sent = thread.sent({"values": values, "on the host": torch.ones(2)})
+    sent = thread.copy_to_host({"values": values, "on the host": torch.ones(2)})
     del values
     other = torch.full((2**24,), 7.0, device="cuda")  # which must not get its memory
-    arrived = thread.do(sent).result()
+    arrived = thread.submit(sent).result()
     thread.close()
     assert bool((arrived["values"] == 1).all()) and arrived["values"].is_pinned() and bool((other == 7).all())
     assert not arrived["on the host"].is_cuda

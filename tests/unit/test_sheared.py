@@ -39,11 +39,11 @@ def test_gates_follow_the_hard_concrete_distribution() -> None:
     method = Sheared()
     a, u = torch.tensor([-3.0, 0.0, 0.4, 4.0]), torch.tensor([0.3, 0.5, 0.9, 0.01])
     expected = [naive_gate(x, y) for x, y in zip(a.tolist(), u.tolist(), strict=True)]
-    torch.testing.assert_close(method.draw(a, u), torch.tensor(expected))
+    torch.testing.assert_close(method.sample_gates(a, u), torch.tensor(expected))
     many = torch.rand(200_000, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
     for x in (-2.0, 0.0, 1.0):  # the probability in closed form is how often it happens
-        share = (method.draw(torch.full_like(many, x), many) > 0).float().mean()
-        assert float(method.active(torch.tensor(x))) == pytest.approx(float(share), abs=4e-3)
+        share = (method.sample_gates(torch.full_like(many, x), many) > 0).float().mean()
+        assert float(method.open_probability(torch.tensor(x))) == pytest.approx(float(share), abs=4e-3)
 
 
 def test_the_penalty_is_linear_and_quadratic_in_what_is_too_much() -> None:
@@ -174,7 +174,7 @@ def test_multipliers_wait_until_the_target_stands_then_step_by_the_constraint(ch
     model = skeleton(checkpoint.config, checkpoint.directory)
     gates = Gates(model, Sheared(warmup=0.5), checkpoint.shape, after)
     trainee = place_model(model, stored_weights(checkpoint), Execution(), gates).train()
-    kept = float(Sheared().active(torch.tensor(4.0)))
+    kept = float(Sheared().open_probability(torch.tensor(4.0)))
     for step, wanted in ((10, 0.0), (49, kept - 32 / 48)):
         gates.begin(step, 100)
         gates.zero_grad()

@@ -84,10 +84,14 @@ def test_a_journal_forgets_steps_that_were_not_finished(tmp_path: Path) -> None:
     journal.finish(0)
     journal.put(1, {"mask.b": torch.zeros(2)})
     again = Journal(tmp_path)
-    assert again.finished == 1 and dict(again.below("mask.")).keys() == {"a"} and "b" not in again.below("mask.")
+    assert (
+        again.finished_steps == 1
+        and dict(again.with_prefix("mask.")).keys() == {"a"}
+        and "b" not in again.with_prefix("mask.")
+    )
     journal.finish(1)
     journal.close()
-    assert Journal(tmp_path).complete and len(Journal(tmp_path).below("mask.")) == 2
+    assert Journal(tmp_path).complete and len(Journal(tmp_path).with_prefix("mask.")) == 2
 
 
 def test_a_damaged_journal_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -99,9 +103,9 @@ def test_a_damaged_journal_begins_anew(tmp_path: Path, capsys: pytest.CaptureFix
         file = tmp_path / "step-00000.safetensors"
         file.unlink() if damage is None else file.write_bytes(damage)
         again = Journal(tmp_path)
-        assert (again.finished, again.complete, len(again)) == (0, False, 0)
+        assert (again.finished_steps, again.complete, len(again)) == (0, False, 0)
         assert "damaged" in capsys.readouterr().err
-        assert Journal(tmp_path).finished == 0 and "damaged" not in capsys.readouterr().err
+        assert Journal(tmp_path).finished_steps == 0 and "damaged" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("marker", ["-1", "9", "", "x"])
@@ -111,7 +115,7 @@ def test_a_note_that_cannot_be_begins_anew(marker: str, tmp_path: Path, capsys: 
     journal.finish(0)
     (tmp_path / "finished").write_text(marker)
     again = Journal(tmp_path)
-    assert (again.finished, len(again)) == (0, 0) and "begun anew" in capsys.readouterr().err
+    assert (again.finished_steps, len(again)) == (0, 0) and "begun anew" in capsys.readouterr().err
 
 
 def test_a_checksum_knows_any_change() -> None:
@@ -169,10 +173,10 @@ def test_a_run_does_not_go_on_with_what_is_damaged(
 
 def test_states_on_disk_are_those_in_memory(tmp_path: Path) -> None:
     store, states = StateStore(tmp_path), torch.randn(2, 3, 4).to(torch.bfloat16)
-    unnamed, named = store.hold(states), store.hold(states, "1-00000")
+    unnamed, named = store.save(states), store.save(states, "1-00000")
     assert torch.equal(unnamed, states) and torch.equal(named, states)
     assert [path.name for path in tmp_path.iterdir()] == ["1-00000"]
-    found = StateStore(tmp_path).find("1-00000", states.shape, states.dtype)
+    found = StateStore(tmp_path).load("1-00000", states.shape, states.dtype)
     assert found is not None and torch.equal(found, states)
 
 

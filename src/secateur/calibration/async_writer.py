@@ -38,7 +38,7 @@ class AsyncWriter:
         self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         self._last: Future[Any] | None = None
 
-    def do(self, job: Callable[[], _Done]) -> Future[_Done]:
+    def submit(self, job: Callable[[], _Done]) -> Future[_Done]:
         """Have a job done behind all that were given before."""
         before = self._last
 
@@ -50,7 +50,7 @@ class AsyncWriter:
         self._last = done = self._thread.submit(in_turn)
         return done
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until all is done; raise what went wrong."""
         if self._last is not None:
             self._last.result()
@@ -59,7 +59,7 @@ class AsyncWriter:
         """Wait until nothing is done any more, whether it went well or not."""
         self._thread.shutdown()
 
-    def sent(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    def copy_to_host(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         """Give up tensors as the stream that is current will have left them: they may not be changed any more.
 
         Returns:

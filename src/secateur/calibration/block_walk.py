@@ -75,11 +75,11 @@ class BlockWalk:
         self.family = checkpoint.family
         self.calibrated = windows is not None
         self.batches: list[Tensor] = []  #: of this process
-        self.most: list[Tensor] = []  #: of the first process; none has more, and one may have none
+        self.main_batches: list[Tensor] = []  #: of the first process; none has more, and one may have none
         self.targets = 0  #: tokens that a loss is measured on, in all processes: all but each window's first
         if windows is not None:
             batch = batch or pick_batch(windows.shape[1], device)
-            self.batches, self.most = (
+            self.batches, self.main_batches = (
                 _batches(distributed.shard(windows), batch),
                 _batches(distributed.shard(windows, 0), batch),
             )
@@ -112,8 +112,8 @@ class BlockWalk:
         try:
             states = []
             for batch in batches:
-                embedded = decoder(input_ids=self.embed_only(batch), use_cache=False).last_hidden_state
-                states.append(self.store.hold(embedded))
+                embedded = decoder(input_ids=self.load_embeddings(batch), use_cache=False).last_hidden_state
+                states.append(self.store.save(embedded))
                 seen = [recorder.seen for recorder in recorders]  # type: ignore[union-attr]
                 self._kwargs.setdefault(batch.shape[0], seen)  # type: ignore[arg-type]
         finally:
@@ -121,7 +121,7 @@ class BlockWalk:
             setattr(decoder, norm_name, norm)
         return states
 
-    def embed_only(self, ids: Tensor) -> Tensor:
+    def load_embeddings(self, ids: Tensor) -> Tensor:
         """Load the embeddings of these tokens and of no others; return the ids [windows, positions] of their rows."""
         table = self.checkpoint.tensor(self.family.embedding)
         present, renumbered = ids.unique(return_inverse=True)
@@ -131,7 +131,7 @@ class BlockWalk:
         self.embedding.padding_idx = int(at[0]) if at.numel() else None  # type: ignore[assignment]
         return renumbered.to(self.device)
 
-    def observed(
+    def observe(
         self,
         wanted: Mapping[str, Sequence[type[Statistic]]],
         state_kinds: Sequence[type[StateStatistic]] = (),
@@ -140,7 +140,7 @@ class BlockWalk:
     ) -> Iterator[tuple[Block, dict[str, dict[type, Tensor]]]]:
         """Yield the blocks in order, each with statistics of what goes through it; finished ones are left out.
 
-        Where the journal is complete there are none. Only the first process is shown any, as by :meth:`show`.
+        Where the journal is complete there are none. Only the first process is shown any, as by :meth:`yield_on_main`.
 
         Args:
             wanted: site -> kinds of statistics to gather there.
@@ -152,7 +152,7 @@ class BlockWalk:
         if self.journal.complete:
             return
         runs = self.calibrated and bool(wanted or state_kinds)
-        finished = self.journal.finished
+        finished = self.journal.finished_steps
         states = self.start() if runs else []
         found = self._kept_states(finished) if runs and finished else None
         for block in self.blocks(start=finished if found is not None or not runs else 0):
@@ -167,7 +167,7 @@ class BlockWalk:
                 if runs:
                     onwards = replay is None and block.index + 1 < len(self.layers)
                     stats, left = block.observe(states, wanted, state_kinds, keep=onwards)
-                yield from self.show(block.index, (block, stats))
+                yield from self.yield_on_main(block.index, (block, stats))
                 if runs and replay and not distributed.is_main():
                     replay(block)
                 if runs and replay is None:
@@ -178,15 +178,15 @@ class BlockWalk:
             if not again:
                 self.journal.finish(block.index)
                 if self.store.directory:  # the next block writes over the states that an older note asks for
-                    self.journal.settle()
+                    self.journal.flush()
 
-    def show(self, step: int, shown: _Shown) -> Iterator[_Shown]:
+    def yield_on_main(self, step: int, shown: _Shown) -> Iterator[_Shown]:
         """Yield to the first process what is to be decided on; the others take up what it then put into the journal."""
         if distributed.is_main():
             yield shown
         distributed.barrier()
         if not distributed.is_main():
-            self.journal.take_up(step)
+            self.journal.load_step(step)
 
     def _kept_states(self, index: int) -> States | None:
         """The states that enter a block, as an earlier run left them on disk; None if a process lacks some.
@@ -198,7 +198,7 @@ class BlockWalk:
         damage = ""
         for i, batch in enumerate(self.batches):
             try:
-                states = self.store.find(_state_name(index, i), torch.Size([*batch.shape, hidden]), self.dtype)
+                states = self.store.load(_state_name(index, i), torch.Size([*batch.shape, hidden]), self.dtype)
             except ValueError as error:
                 damage = str(error)
                 break
@@ -249,7 +249,7 @@ class BlockWalk:
 
     @property
     def embedding(self) -> nn.Module:
-        """The embedding; it holds rows of those tokens that :meth:`embed_only` saw last."""
+        """The embedding; it holds rows of those tokens that :meth:`load_embeddings` saw last."""
         return self.model.get_submodule(self.family.embedding.removesuffix(".weight"))
 
     def head(self) -> LMHead:
@@ -314,7 +314,7 @@ class Block:
                 for statistic in watch:
                     statistic.update(states[i].to(out.device), out)
                 if keep:
-                    left.append(self.walk.store.hold(out, None if key is None else _state_name(key, i)))
+                    left.append(self.walk.store.save(out, None if key is None else _state_name(key, i)))
                 if consume:
                     states[i] = out.new_empty(0)
         return left

@@ -27,7 +27,7 @@ def gradients_of(
 ) -> Iterator[tuple[Block | None, Gradients]]:
     """Visit the blocks from the last to the first, each with statistics of its tensors' gradients.
 
-    Several processes go this way together, and only the first is shown anything, as by :meth:`BlockWalk.show`.
+    Several processes go this way together, and only the first is shown anything, as by :meth:`BlockWalk.yield_on_main`.
 
     The loss is the mean over windows of a window's mean next-token loss, and a statistic sees one window at a time: the
     walk must have batches of one.
@@ -41,15 +41,15 @@ def gradients_of(
     for block in walk.blocks():
         entering.append(block.run(entering[-1]))
     leaving = entering.pop()
-    upstream = [walk.store.hold(gradient) for gradient in walk.head().gradients(walk.batches, leaving)]
+    upstream = [walk.store.save(gradient) for gradient in walk.head().gradients(walk.batches, leaving)]
     for block in walk.blocks(backwards=True):
         found = {name: [kind() for kind in kinds] for name, _ in block.module.named_parameters()}
         windows = zip(entering.pop(), upstream, strict=True)
-        upstream = [walk.store.hold(_through(block, states, behind, found)) for states, behind in windows]
-        yield from walk.show(block.index, (block, _values(found, kinds, walk.device)))
+        upstream = [walk.store.save(_through(block, states, behind, found)) for states, behind in windows]
+        yield from walk.yield_on_main(block.index, (block, _values(found, kinds, walk.device)))
     if outer:
         values = _values(_outside(walk, leaving, upstream, kinds), kinds, walk.device)
-        yield from walk.show(len(walk.layers), (None, values))
+        yield from walk.yield_on_main(len(walk.layers), (None, values))
 
 
 def _through(block: Block, states: Tensor, behind: Tensor, found: Mapping[str, list[GradientStatistic]]) -> Tensor:
@@ -80,10 +80,10 @@ def _outside(
     norm, end = walk.norm.requires_grad_(), walk.head()
     head = walk.checkpoint.tensor(family.head).to(device, torch.float32).requires_grad_()
     for ids, last, first in zip(walk.batches, leaving, upstream, strict=True):
-        rows = walk.embed_only(ids)
+        rows = walk.load_embeddings(ids)
         walk.embedding.requires_grad_()
         with torch.enable_grad():
-            logits = end.capped(norm(last[0, :-1].to(device)).float() @ head.T)
+            logits = end.cap_logits(norm(last[0, :-1].to(device)).float() @ head.T)
             loss = nn.functional.cross_entropy(logits, ids[0, 1:].to(device))
             of_norm, of_head = torch.autograd.grad(loss, [norm.get_parameter("weight"), head])
             weight = walk.embedding.get_parameter("weight")

@@ -38,7 +38,7 @@ class Journal(Mapping[str, Tensor]):
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
-        self.finished = 0  #: steps that need not be done again
+        self.finished_steps = 0  #: steps that need not be done again
         self.complete = False  #: whether the walk came to its end
         self._held: dict[str, Tensor | TensorFile | Future[TensorFile]] = {}
         self._behind: AsyncWriter | None = None
@@ -50,7 +50,7 @@ class Journal(Mapping[str, Tensor]):
             except (FileNotFoundError, ValueError, SafetensorError) as error:
                 notify(f"{directory}: begun anew, because what was kept there is damaged ({error})")
                 shutil.rmtree(directory)
-                self.finished, self.complete, self._held = 0, False, {}
+                self.finished_steps, self.complete, self._held = 0, False, {}
             directory.mkdir(parents=True, exist_ok=True)
         distributed.barrier()  # until the first process has looked at what is there
         if not distributed.is_main():
@@ -58,18 +58,18 @@ class Journal(Mapping[str, Tensor]):
 
     def _take_up(self, directory: Path) -> None:
         marker = directory / "finished"
-        self.finished = int(marker.read_text()) if marker.exists() else 0
-        if self.finished < 0:
-            raise ValueError(f"{marker.name}: {self.finished}")
+        self.finished_steps = int(marker.read_text()) if marker.exists() else 0
+        if self.finished_steps < 0:
+            raise ValueError(f"{marker.name}: {self.finished_steps}")
         self.complete = (directory / "complete").exists()
         every = sorted(directory.glob("step-*.safetensors"))
-        for path in every if self.complete else map(self._file, range(self.finished)):
+        for path in every if self.complete else map(self._file, range(self.finished_steps)):
             file = self._index(path)
             if distributed.is_main() and path.with_suffix(".sum").read_text() != checksum(file.bytes).hex():
                 raise ValueError(f"{path.name} is not as it was written")
 
     @contextlib.contextmanager
-    def behind(self, device: str) -> Iterator[None]:
+    def async_writes(self, device: str) -> Iterator[None]:
         """Let a thread write what is put in, behind what is computed on the device, where that pays.
 
         When the block ends all is on disk. What goes wrong in the thread is raised when the next step is put in, when
@@ -81,15 +81,15 @@ class Journal(Mapping[str, Tensor]):
         self._behind = AsyncWriter(device)
         try:
             yield
-            self.settle()
+            self.flush()
         finally:  # the thread is at rest before anyone tidies up
             self._behind.close()
             self._behind = None
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Wait until all that was put in or noted is on disk."""
         if self._behind:
-            self._behind.settle()
+            self._behind.flush()
 
     def put(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep what was found in a step; no one may change it any more."""
@@ -98,9 +98,9 @@ class Journal(Mapping[str, Tensor]):
         elif self._behind is None:
             self._held |= dict.fromkeys(tensors, self._write(step, tensors))
         else:
-            self.settle()  # so that at most one step waits, and the memory that it takes is bounded
-            sent = self._behind.sent(tensors)
-            self._held |= dict.fromkeys(tensors, self._behind.do(lambda: self._write(step, sent())))
+            self.flush()  # so that at most one step waits, and the memory that it takes is bounded
+            sent = self._behind.copy_to_host(tensors)
+            self._held |= dict.fromkeys(tensors, self._behind.submit(lambda: self._write(step, sent())))
 
     def _write(self, step: int, tensors: Mapping[str, Tensor]) -> TensorFile:
         path = self._file(step)
@@ -111,21 +111,21 @@ class Journal(Mapping[str, Tensor]):
         path.with_suffix(".sum").write_text(checksum(file.bytes).hex())
         return file
 
-    def take_up(self, step: int) -> None:
+    def load_step(self, step: int) -> None:
         """Find here what the first process has put in, after it has."""
         self._index(self._file(step))
 
     def finish(self, step: int) -> None:
         """Note that all that comes of a step is there, once it is in every process."""
         distributed.barrier()
-        self.finished = step + 1
+        self.finished_steps = step + 1
         if self.directory is not None and distributed.is_main():
-            note = partial(write_text, self.directory / "finished", str(self.finished))
-            self._behind.do(note) if self._behind else note()
+            note = partial(write_text, self.directory / "finished", str(self.finished_steps))
+            self._behind.submit(note) if self._behind else note()
 
     def close(self) -> None:
         """Note that the walk came to its end: what was found serves whoever asks for it again."""
-        self.settle()
+        self.flush()
         self.complete = True
         if self.directory is not None and distributed.is_main():
             write_text(self.directory / "complete", "")
@@ -139,7 +139,7 @@ class Journal(Mapping[str, Tensor]):
         self._held |= dict.fromkeys(file.names, file)
         return file
 
-    def below(self, prefix: str) -> Mapping[str, Tensor]:
+    def with_prefix(self, prefix: str) -> Mapping[str, Tensor]:
         """The tensors whose names begin with ``prefix``, by the rest of their names."""
         return _Below(self, prefix)
 
@@ -215,8 +215,8 @@ class StateStore:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
 
-    def hold(self, states: Tensor, name: str | None = None) -> Tensor:
-        """Keep a batch of states; a named file stays for :meth:`find`, one without a name goes with its tensor."""
+    def save(self, states: Tensor, name: str | None = None) -> Tensor:
+        """Keep a batch of states; a named file stays for :meth:`load`, one without a name goes with its tensor."""
         if self.directory is None:
             return states if self.on_device else states.cpu()
         path = self.directory / (name or uuid.uuid4().hex)
@@ -230,7 +230,7 @@ class StateStore:
                 file.write(checksum(held))
         return held
 
-    def find(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    def load(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """The states that were kept under a name; None where there are none.
 
         Raises:

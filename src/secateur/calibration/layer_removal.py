@@ -26,12 +26,13 @@ def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
     """
     candidates = len(walk.layers) - length + 1
     width = walk.checkpoint.shape.hidden * walk.dtype.itemsize
-    together = max(1, GROUP_BYTES // ((candidates + 1) * walk.most[0].numel() * width))
-    groups = [walk.batches[i : i + together] for i in range(0, len(walk.most), together)]  # as many in each process
+    together = max(1, GROUP_BYTES // ((candidates + 1) * walk.main_batches[0].numel() * width))
+    starts = range(0, len(walk.main_batches), together)  # as many groups in each process
+    groups = [walk.batches[start : start + together] for start in starts]
     for step, group in enumerate(groups):
-        if step >= walk.journal.finished:
+        if step >= walk.journal.finished_steps:
             part = f", part {step + 1} of {len(groups)}" if len(groups) > 1 else ""
-            for losses in walk.show(step, distributed.all_reduce(_removal_losses(walk, length, group, part))):
+            for losses in walk.yield_on_main(step, distributed.all_reduce(_removal_losses(walk, length, group, part))):
                 walk.journal.put(step, {f"losses.{step}": losses})
             walk.journal.finish(step)
     total = torch.stack([walk.journal[f"losses.{step}"] for step in range(len(groups))]).sum(dim=0)

@@ -73,9 +73,9 @@ class LMHead:
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits of a window's states [positions, hidden] for some of the vocabulary: [positions - 1, tokens]."""
-        return self.capped(self.norm(hidden[:-1].to(self.device)).float() @ rows.T)
+        return self.cap_logits(self.norm(hidden[:-1].to(self.device)).float() @ rows.T)
 
-    def capped(self, logits: Tensor) -> Tensor:
+    def cap_logits(self, logits: Tensor) -> Tensor:
         """The logits as the model puts them out."""
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 

@@ -91,14 +91,14 @@ def walk_places(
     Activations come block by block from the first to the last. Where a block's weights are changed while it is shown,
     the blocks behind it see what the changed one puts out. Gradients come from the last block to the first; then, and
     for needs without activations, a last item without a block shows the tensors outside the blocks. Of several
-    processes only the first is shown anything, as by :meth:`BlockWalk.show`. Places hold weights and gradients: whoever
-    is shown them should give them up before the next ones.
+    processes only the main one yields, as in :meth:`BlockWalk.yield_on_main`. Places hold weights and gradients: drop
+    them before asking for the next.
 
     Args:
         walk: over the blocks.
         needs: kinds of statistics, of activations, of states, or of gradients.
         spaces: of which to show places: ``hidden``, ``ffn``, ``kv``, or ``layer``.
-        replay: as in :meth:`BlockWalk.observed`.
+        replay: as in :meth:`BlockWalk.observe`.
     """
     if walk.journal.complete:  # all was shown before, and what came of it was kept
         return
@@ -115,10 +115,10 @@ def walk_places(
     family = walk.family
     sites = {"hidden": family.hidden_sites, "ffn": (family.ffn_site,), "kv": (family.kv_site,)}
     wanted = {site: activations for space in spaces if activations for site in sites[space]}
-    for block, stats in walk.observed(wanted, state_kinds, replay=replay):
+    for block, stats in walk.observe(wanted, state_kinds, replay=replay):
         yield block, _places(walk, block, spaces, stats, {})
     if not activations and "hidden" in spaces:
-        yield from walk.show(len(walk.layers), (None, _places(walk, None, spaces, {}, {})))
+        yield from walk.yield_on_main(len(walk.layers), (None, _places(walk, None, spaces, {}, {})))
 
 
 def _places(

@@ -24,7 +24,7 @@ __all__ = [
 
 #: verb -> what needs less memory if it is lowered, or taken
 _MEMORY = {
-    "prune_epilog": (("--batch", "--windows"), ("--states disk", "--dtype bfloat16")),
+    "prune": (("--batch", "--windows"), ("--states disk", "--dtype bfloat16")),
     "train": (("--micro-batch",), ("--recompute", "--dtype bfloat16")),
 }
 

@@ -43,9 +43,9 @@ class Method(ABC):
     calibrated: ClassVar[bool] = True  #: whether it looks at calibration text
     axes: ClassVar[Sequence[str]] = ()  #: spaces that a width method narrows unless told otherwise
     scores: ClassVar[Sequence[str]] = ()  #: spaces that a width method has scores for
-    draws: ClassVar[bool] = False  #: whether scores are drawn one after the other, so that none can be left out
+    stochastic: ClassVar[bool] = False  #: whether scores are drawn one after the other, so that none can be left out
 
-    def switches(self, shape: Shape, spaces: Sequence[str]) -> list[str]:
+    def config_switches(self, shape: Shape, spaces: Sequence[str]) -> list[str]:
         """The config keys that pruning these spaces to ``shape`` switches on: those of biases, where it makes any."""
         return []
 
@@ -64,7 +64,7 @@ class RemovalMethod(Method):
     """Scores layers, or contiguous runs of them, by what their removal does to the model."""
 
     granularity = "depth"
-    runs: ClassVar[bool]  #: whether a candidate is a run of as many layers as are to go, or a single layer
+    contiguous: ClassVar[bool]  #: whether a candidate is a run of as many layers as are to go, or a single layer
     task: str = ""  #: the task whose accuracy is measured; none: the calibration loss
 
     @abstractmethod
@@ -87,7 +87,7 @@ class WidthMethod(Method):
     #: whether the mean of what is removed is put into biases: ``auto`` where the family has them
     bias: Literal["auto", "require", "none"] = "none"
 
-    def switches(self, shape: Shape, spaces: Sequence[str]) -> list[str]:
+    def config_switches(self, shape: Shape, spaces: Sequence[str]) -> list[str]:
         compensated = [space for space in spaces if space != "hidden"] if self.bias != "none" else []
         keys = {shape.family.bias_switch(shape.family.reader(space)) for space in compensated}
         return sorted(key for key in keys if key)
@@ -109,7 +109,7 @@ class WeightMethod(Method):
         """Whether the weights that stay are changed as well."""
         return type(self).prune is not WeightMethod.prune
 
-    def competing(self, out: int, width: int) -> int:
+    def group_size(self, out: int, width: int) -> int:
         """How many weights of a linear [out, width] make up a group, the largest, where no pattern does."""
         return width if self.compare == "row" else out * width
 
@@ -170,15 +170,15 @@ class LearnedMethod(Method):
         return self.steps * self.windows * seqlen
 
     @abstractmethod
-    def draw(self, a: Tensor, u: Tensor) -> Tensor:
+    def sample_gates(self, a: Tensor, u: Tensor) -> Tensor:
         """Gates for uniform noise ``u`` in (0, 1), of the same size as ``a``."""
 
     @abstractmethod
-    def settled(self, a: Tensor) -> Tensor:
+    def eval_gates(self, a: Tensor) -> Tensor:
         """Gates without noise."""
 
     @abstractmethod
-    def active(self, a: Tensor) -> Tensor:
+    def open_probability(self, a: Tensor) -> Tensor:
         """The probability that a gate is not zero."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ class MinitronDepth(RemovalMethod):
     """
 
     source = "arXiv:2408.11796"
-    runs = True
+    contiguous = True
     task: str = ""  #: lm-eval task, e.g. winogrande
 
     def score(self, full: float, without: Tensor) -> Tensor:

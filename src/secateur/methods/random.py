@@ -20,7 +20,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Seeded:
-    draws: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
     seed: int
 
     @cached_property

@@ -46,15 +46,15 @@ class Sheared(LearnedMethod):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.2  #: share of the steps in which the target comes down to the shape
     seed: Annotated[int, Field(ge=0)] = 42  #: of the gates' noise and of the order of the windows
 
-    def draw(self, a: Tensor, u: Tensor) -> Tensor:
+    def sample_gates(self, a: Tensor, u: Tensor) -> Tensor:
         """Gates for uniform noise ``u`` in (0, 1), of the same size as ``a``."""
         return self._stretched(((u.logit() + a) / self.BETA).sigmoid())
 
-    def settled(self, a: Tensor) -> Tensor:
+    def eval_gates(self, a: Tensor) -> Tensor:
         """The gates without noise."""
         return self._stretched(a.sigmoid())
 
-    def active(self, a: Tensor) -> Tensor:
+    def open_probability(self, a: Tensor) -> Tensor:
         """The probability that a gate is not zero."""
         return (a - self.BETA * math.log(-self.GAMMA / self.ZETA)).sigmoid()
 

@@ -35,7 +35,7 @@ class ShortenedLlamaPerplexity(RemovalMethod):
     r"""PPL: ``S_n = exp(L(model without layer n))``, all taken out at once by it (arXiv:2402.02834, 3.1)."""
 
     source = "arXiv:2402.02834"
-    runs = False
+    contiguous = False
 
     def score(self, full: float, without: Tensor) -> Tensor:
         return without.exp()

@@ -33,7 +33,7 @@ class SparseGPT(WeightMethod):
     block: Positive = 128  #: columns in a block
     damping: Annotated[float, Field(gt=0)] = 0.01  #: added to the diagonal of H, as a share of its mean
 
-    def competing(self, out: int, width: int) -> int:
+    def group_size(self, out: int, width: int) -> int:
         return out * min(self.block, width)
 
     def prepare(self, stats: Statistics) -> tuple[Tensor, Tensor]:

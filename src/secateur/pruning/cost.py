@@ -23,7 +23,7 @@ def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, conte
     if isinstance(method, LearnedMethod):
         passes += 2.0 if method.rate > 0 else 1.0
     elif isinstance(method, RemovalMethod):
-        length = shape.layers - after.layers if method.runs else 1
+        length = shape.layers - after.layers if method.contiguous else 1
         passes += sum(range(shape.layers - length + 1)) / shape.layers
     elif any(issubclass(kind, GradientStatistic) for kind in method.needs):
         passes += 3.0

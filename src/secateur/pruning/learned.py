@@ -198,7 +198,7 @@ _WORDS = {"layers": "layers", "hidden": "hidden channels", "ffn": "FFN channels"
 
 def _undecided(method: LearnedMethod, a: Tensor, layers: Tensor) -> float:
     """The share of gates, in the layers that stay, that are neither surely open nor surely shut."""
-    chance = method.active(a[layers] if len(a) > 1 else a)
+    chance = method.open_probability(a[layers] if len(a) > 1 else a)
     return float(((chance > 0.1) & (chance < 0.9)).float().mean())
 
 
@@ -213,7 +213,7 @@ def _check_reached(
     """Refuse gates that are not near the shape: which of them to cut would then be an arbitrary choice."""
     for space, a in scores.items():
         units, goal = before.units(space), after.units(space)
-        sizes = method.active(a).sum(dim=1)
+        sizes = method.open_probability(a).sum(dim=1)
         worst = int((sizes - goal).abs().argmax())
         if abs(float(sizes[worst]) - goal) > max(0.5, _NEAR * units):
             past = ", ".join(f"{point[space]:.4g}" for point in curve[1:])
@@ -238,8 +238,8 @@ def gate_values(method: LearnedMethod, scores: Mapping[str, Tensor], after: Shap
     """
     values = {}
     for space, a in scores.items():
-        kept, gates = _kept(a, after, space), method.settled(a)
-        gates = gates.where(gates > 0, method.active(a))
+        kept, gates = _kept(a, after, space), method.eval_gates(a)
+        gates = gates.where(gates > 0, method.open_probability(a))
         values[space] = torch.zeros_like(a).scatter(1, kept, gates.gather(1, kept))
     return values
 

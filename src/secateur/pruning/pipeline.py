@@ -95,9 +95,9 @@ def make_plan(
         store=workspace.store(key),
         journal=workspace.journal(key),
     )
-    if found.draws:
-        walk.journal.finished = 0  # what is drawn first belongs to the first block
-    with walk.journal.behind(device):
+    if found.stochastic:
+        walk.journal.finished_steps = 0  # what is drawn first belongs to the first block
+    with walk.journal.async_writes(device):
         decided = score_and_select(found, walk, target, after, task, batch)
     walk.journal.close()
     record: dict[str, Any] = calibration.record() if windows is not None and calibration else {"source": None}
@@ -151,7 +151,7 @@ def _journal_key(method: Method, target: Target, before: Shape, after: Shape) ->
     if isinstance(method, WeightMethod):
         return f"weights-{target.pattern or target.ratio}".replace(":", "of")
     if isinstance(method, RemovalMethod):
-        return f"removal-{before.layers - after.layers if method.runs else 1}"
+        return f"removal-{before.layers - after.layers if method.contiguous else 1}"
     if isinstance(method, WidthMethod):
         spaces = "-".join(target.spaces(method))
         if method.sequential and target.allocation == "uniform":

@@ -62,14 +62,14 @@ def _decide_runs(
     """Try each candidate's removal; take out the run, or the layers, that the model misses least."""
     layers = walk.checkpoint.shape.layers
     gone = layers - after.layers
-    length = gone if method.runs else 1
+    length = gone if method.contiguous else 1
     if task:
         full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
     else:
         full, without = removal_losses(walk, length)  # which asks the journal first
     scores = method.score(full, torch.tensor(without, dtype=torch.float64))
     _check_finite(walk, {"layers": scores})
-    firsts = lowest_indices(scores, 1 if method.runs else gone)
+    firsts = lowest_indices(scores, 1 if method.contiguous else gone)
     measured = "accuracy" if task else "loss"
     kept = _kept_layers(layers, {layer for first in firsts for layer in range(first, first + length)})
     candidates = [{"first": i, "last": i + length - 1, measured: value} for i, value in enumerate(without)]
@@ -141,16 +141,18 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
         if cutting:
             assert block is not None
             cut(block)
-    scores: dict[str, Tensor] = dict(walk.journal.below("score."))
-    if hidden := [score for _, score in sorted(walk.journal.below("hidden.").items(), key=lambda item: int(item[0]))]:
+    scores: dict[str, Tensor] = dict(walk.journal.with_prefix("score."))
+    if hidden := [
+        score for _, score in sorted(walk.journal.with_prefix("hidden.").items(), key=lambda item: int(item[0]))
+    ]:
         scores["hidden"] = torch.stack(hidden).sum(dim=0)
-    means = walk.journal.below("mean.")
+    means = walk.journal.with_prefix("mean.")
     _check_finite(walk, scores)
     scores = dict(sorted(scores.items(), key=_by_layer))  # gradients come from the last block to the first
     kept = _keep_units(walk.checkpoint.shape, scores, target, after)
     if not uniform:
         after = _padded(walk.checkpoint.shape, kept)
-        after = after.switched_on(method.switches(after, spaces))
+        after = after.switched_on(method.config_switches(after, spaces))
     return _width_decision(method, walk, scores, kept, means, after)
 
 
@@ -284,7 +286,7 @@ def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> De
     family = walk.family
     select = Selector(target.sparsity, method.compare, target.pattern.group if target.pattern else None)
     wanted: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
-    masks, weights = walk.journal.below("mask."), walk.journal.below("weight.")
+    masks, weights = walk.journal.with_prefix("mask."), walk.journal.with_prefix("weight.")
 
     def put_back(block: Block) -> None:
         for linear in family.linears:
@@ -293,9 +295,9 @@ def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> De
                 linear, weights[name] if method.updates else block.weight(linear) * masks[name].to(walk.device)
             )
 
-    for block, stats in walk.observed(wanted, replay=put_back):
+    for block, stats in walk.observe(wanted, replay=put_back):
         walk.journal.put(block.index, _prune_block(method, block, stats, select))
-    zeros = {name: int(count) for name, count in walk.journal.below("zeros.").items()}
+    zeros = {name: int(count) for name, count in walk.journal.with_prefix("zeros.").items()}
     shape = walk.checkpoint.shape
     pruned, total = sum(zeros.values()), shape.block_weights
     sizes = {linear: math.prod(shape.tensor_size(shape.block_tensors()[linear])) for linear in family.linears}

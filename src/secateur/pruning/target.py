@@ -255,7 +255,7 @@ class Target:
         else:
             assert self.ratio is not None
             after = solve_width(before, self.ratio, self.spaces(method), self.of or "non_embedding")
-        return after.switched_on(method.switches(after, self.spaces(method)))
+        return after.switched_on(method.config_switches(after, self.spaces(method)))
 
     def explicit_shape(self, before: Shape) -> Shape:
         """The shape with ``sizes``, whether or not transformers can open it.
@@ -279,7 +279,7 @@ class Target:
                         f"{self.pattern.group}"
                     )
             return
-        largest = max(method.competing(out, row) for out, row in sizes.values())
+        largest = max(method.group_size(out, row) for out, row in sizes.values())
         if not count_pruned(largest, self.sparsity):
             digits = 10 ** (len(str(largest)) + 2)
             smallest_ratio = math.ceil(digits / largest) / digits  # rounded up, so that it removes a weight

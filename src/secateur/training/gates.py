@@ -90,7 +90,7 @@ class Gates(Objective):
         self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None
     ) -> BatchLosses:
         """The losses under drawn gates, and the penalty; in evaluation mode those under settled gates."""
-        draw = self._drawn if self.training else (lambda space, a: self.method.settled(a))
+        draw = self._drawn if self.training else (lambda space, a: self.method.eval_gates(a))
         self.values = {space: draw(space, a) for space, a in self.a.items()}
         total, each, _ = self.loss(model, ids, positions, targets)
         return BatchLosses(total, each, self._penalty() if self.training else None)
@@ -100,13 +100,13 @@ class Gates(Objective):
         seed = hashlib.sha256(f"{self.method.seed}:{space}:{self._step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
         u = torch.rand(a.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-        return self.method.draw(a, u.to(a.device))
+        return self.method.sample_gates(a, u.to(a.device))
 
     def _penalty(self) -> Tensor:
         stands = float(self._share == 1)  # multipliers have no gradient until the target stands, but their values
         terms = []
         for space, a in self.a.items():
-            kept = self.method.active(a).mean(dim=1)
+            kept = self.method.open_probability(a).mean(dim=1)
             self._expected[space] = kept.detach().mean()
             linear, quadratic = (m[space].detach().lerp(m[space], stands) for m in (self.linear, self.quadratic))
             terms.append(self.method.penalty(kept - self._target(space), linear, quadratic))
