@@ -181,16 +181,16 @@ def by_secateur(size: Size, dtype: str, device: str, steps: int, laps: Laps, *, 
     recipe = Recipe(sequence=size.sequence, tokens_per_step=step, micro_batch=size.windows, peak_rate=1e-4)
     model = skeleton(config(size), Path("config.json"))
     execution = Execution(device, "bfloat16" if dtype == "bfloat16" else "float32")
-    trainee = place_model(model, fresh_weights(model, std=0.02, seed=0), execution)
+    module = place_model(model, fresh_weights(model, std=0.02, seed=0), execution)
     masks = {}
     if masked:
-        for name, parameter in trainee.model.named_parameters():
+        for name, parameter in module.model.named_parameters():
             if name.endswith("_proj.weight"):
                 masks[name] = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) > 0.5
     data = Slice(Random(size), 0, steps * step, recipe)  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
-        house = RunOptions(Path(folder), "benchmark", save_every=steps, metrics=Kept(None), meter=Lapping())
-        train_loop(trainee, data, masks=masks, measure=lambda _: None, points=1, house=house)
+        options = RunOptions(Path(folder), "benchmark", save_every=steps, metrics=Kept(None), meter=Lapping())
+        train_loop(module, data, masks=masks, measure=lambda _: None, points=1, options=options)
     return losses
 
 

@@ -231,7 +231,7 @@ def learned(
         method=found,
         record=calibration(ids).record(),
         execution=Execution(),
-        house=RunOptions(folder / "steps", "learn", save_every=5, metrics=Metrics(folder / "metrics.jsonl")),
+        options=RunOptions(folder / "steps", "learn", save_every=5, metrics=Metrics(folder / "metrics.jsonl")),
         measure=measure,
         out=folder / "trained",
     )

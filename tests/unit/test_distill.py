@@ -54,7 +54,7 @@ def placed(directory: Path, execution: Execution | None = None) -> PreTrainedMod
     return place_teacher(skin, stored_weights(checkpoint), execution or Execution())
 
 
-def trainee(student: Path, teacher: Path, execution: Execution | None = None, **options: Any) -> TrainModule:
+def distilled(student: Path, teacher: Path, execution: Execution | None = None, **options: Any) -> TrainModule:
     execution = execution or Execution()
     checkpoint = Checkpoint(student)
     objective = Distillation(Distill(**options), placed(teacher, execution))
@@ -70,7 +70,7 @@ def trainee(student: Path, teacher: Path, execution: Execution | None = None, **
 def test_teachers_that_differ(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     family, sizes = TEACHERS[name]
     directories = tiny_family(tmp_path, "llama"), tiny_family(tmp_path, family, seed=1, **sizes)
-    taught, ids = trainee(*directories, **options).train(), windows(4, 12)
+    taught, ids = distilled(*directories, **options).train(), windows(4, 12)
     total, each, _ = taught(ids)
     (total / 44).backward()
     student, teacher = (hf(directory) for directory in directories)
@@ -87,19 +87,19 @@ def test_teachers_that_differ(name: str, options: dict[str, Any], tmp_path: Path
 @pytest.mark.parametrize("top_k", [None, 7])
 def test_nothing_is_left_to_learn_of_oneself(family: str, dtype: Any, top_k: int | None, tmp_path: Path) -> None:
     directory = tiny_family(tmp_path, family)
-    taught = trainee(directory, directory, Execution(dtype=dtype), top_k=top_k).train()
+    taught = distilled(directory, directory, Execution(dtype=dtype), top_k=top_k).train()
     total, each, _ = taught(windows(4, 12))
     total.backward()
     if dtype == "bfloat16" and family.startswith("olmo2"):  # a student's blocks are handed rotations in bfloat16
         assert float(each.abs().max()) < 0.05
         return
     assert not each.any() and float(total.detach()) == 0
-    assert not any(p.grad is not None and bool(p.grad.any()) for p in taught.learned().values())
+    assert not any(p.grad is not None and bool(p.grad.any()) for p in taught.trainable_parameters().values())
 
 
 def test_ignored_targets_and_documents(tmp_path: Path) -> None:
     directories = tiny_family(tmp_path, "llama"), tiny_family(tmp_path, "qwen3", seed=1)
-    taught, ids = trainee(*directories, temperature=2.0, alpha=0.5).train(), windows(3, 8)
+    taught, ids = distilled(*directories, temperature=2.0, alpha=0.5).train(), windows(3, 8)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(3, 8)  # two texts in a window
     targets = ids[:, 1:].clone()
     targets[:, 2] = IGNORE_INDEX
@@ -110,7 +110,7 @@ def test_ignored_targets_and_documents(tmp_path: Path) -> None:
 
 
 def test_in_evaluation_it_is_the_usual_loss_and_the_teacher_rests(tmp_path: Path) -> None:
-    taught = trainee(tiny_family(tmp_path, "llama"), tiny_family(tmp_path, "olmo2", seed=1), alpha=0.5)
+    taught = distilled(tiny_family(tmp_path, "llama"), tiny_family(tmp_path, "olmo2", seed=1), alpha=0.5)
     asked: list[int] = []
     assert isinstance(taught.objective, Distillation)
     taught.objective.teacher.get_decoder().register_forward_pre_hook(lambda *_: asked.append(1))
@@ -122,8 +122,8 @@ def test_in_evaluation_it_is_the_usual_loss_and_the_teacher_rests(tmp_path: Path
 
 
 def test_the_teacher_is_no_part_of_what_is_learned(tmp_path: Path) -> None:
-    taught = trainee(tiny_family(tmp_path, "llama"), tiny_family(tmp_path, "llama", seed=1))
-    assert list(taught.learned()) == [name for name, _ in taught.model.named_parameters()]
+    taught = distilled(tiny_family(tmp_path, "llama"), tiny_family(tmp_path, "llama", seed=1))
+    assert list(taught.trainable_parameters()) == [name for name, _ in taught.model.named_parameters()]
     assert isinstance(taught.objective, Distillation)
     for mode in (taught.train(), taught.eval().train(), taught.train(True)):
         assert mode.training and mode.model.training and mode.objective.training

@@ -54,16 +54,16 @@ def test_a_gated_model_computes_what_the_cut_one_does(tmp_path: Path, name: str,
         after = target_of(checkpoint.shape)
     except Exception:  # Llama with biases and Gemma insist on heads that divide the hidden size
         after = dataclasses.replace(checkpoint.shape, layers=4, hidden=36, ffn=40)
-    trainee, gates = gated(checkpoint, after)
+    module, gates = gated(checkpoint, after)
     set_gates(gates, after, soft=soft)
     with torch.no_grad():
-        _, expected, _ = trainee.eval()(IDS)
+        _, expected, _ = module.eval()(IDS)
     assert (expected - model_loss(checkpoint.load(), IDS)[1]).abs().max() > 0.01
     (tmp_path / "gated").mkdir()
     (tmp_path / "cut").mkdir()
     scores = gates.scores()
     plan = cut_plan(checkpoint, "sheared", gates.method, scores, after, asked={}, calibration={"source": None}, told={})
-    dense = write_gated(checkpoint, trainee, gate_values(gates.method, scores, after), tmp_path / "gated")
+    dense = write_gated(checkpoint, module, gate_values(gates.method, scores, after), tmp_path / "gated")
     write_pruned(dense, plan, tmp_path / "cut")
     found = model_loss(Checkpoint(tmp_path / "cut").load(), IDS)[1]
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)

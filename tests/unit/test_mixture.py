@@ -422,21 +422,21 @@ def test_losses_without_domains_or_held_out_documents(tmp_path: Path) -> None:
 # --- runs
 
 
-def run(folder: Path, model: Any, store: TokenStore, references: dict[str, float], **house: Any) -> Any:
+def run(folder: Path, model: Any, store: TokenStore, references: dict[str, float], **settings: Any) -> Any:
     """Twelve steps; shares follow the held-out losses at the start and at each of six points."""
     view = DomainTokens(store, "train", 0, 1200, SEQUENCE)
     data = Mixture(view, view.ranges, RECIPE, 12, references)
     protocols, shares = domain_protocols(store, SEQUENCE, 3), list[dict[str, float]]()
 
-    def measure(trainee: TrainModule) -> float:
+    def measure(module: TrainModule) -> float:
         shares.append(data.weights)
-        losses = domain_losses(trainee, protocols, batch=2)
+        losses = domain_losses(module, protocols, batch=2)
         data.update(losses)
         return sum(losses.values()) / len(losses)
 
-    house = {"save_every": 2, **house}
+    settings = {"save_every": 2, **settings}
     result = train_loop(
-        TrainModule(model), data, masks={}, measure=measure, points=6, house=RunOptions(folder, "run", **house)
+        TrainModule(model), data, masks={}, measure=measure, points=6, options=RunOptions(folder, "run", **settings)
     )
     return result, data, shares
 
@@ -457,7 +457,7 @@ def test_a_killed_run_ends_at_the_same_bits(tmp_path: Path) -> None:
     class Early(Meter):
         def step(self, tokens: int, seconds: float) -> None:
             super().step(tokens, seconds)
-            stop.told = self.tokens >= 4 * RECIPE.tokens_per_step
+            stop.is_set = self.tokens >= 4 * RECIPE.tokens_per_step
 
     with pytest.raises(RunError, match="the same command goes on"):
         run(tmp_path / "cut", cut, store, references, stop=stop, meter=Early())
@@ -480,16 +480,16 @@ def test_a_window_twice_in_a_step_counts_twice(tmp_path: Path) -> None:
         def write(self, entry: dict[str, Any]) -> None:
             seen.append(entry)
 
-    house = RunOptions(tmp_path / "steps", "run", metrics=Kept(None))
-    train_loop(TrainModule(model), data, masks={}, measure=lambda t: None, points=1, house=house)
+    settings = RunOptions(tmp_path / "steps", "run", metrics=Kept(None))
+    train_loop(TrainModule(model), data, masks={}, measure=lambda t: None, points=1, options=settings)
     assert [entry["loss"] for entry in seen] == [pytest.approx(wanted, rel=1e-5)]
 
 
 def test_held_out_loss_is_the_mean_over_domains(tmp_path: Path) -> None:
     """Weighted by their predicted tokens: a domain's loss is nothing but the loss of its windows."""
-    store, trainee = corpus(tmp_path), TrainModule(hf(tiny_llama(tmp_path)))
+    store, module = corpus(tmp_path), TrainModule(hf(tiny_llama(tmp_path)))
     protocols = domain_protocols(store, SEQUENCE, 5)
-    losses = domain_losses(trainee, protocols, batch=4)
+    losses = domain_losses(module, protocols, batch=4)
     together = type(protocols["web"])(tuple(p.windows[0] for p in protocols.values()), "all")
     mean = sum(losses[name] * p.tokens for name, p in protocols.items()) / together.tokens
-    assert heldout_loss(trainee, together, batch=4) == pytest.approx(mean, rel=1e-6)
+    assert heldout_loss(module, together, batch=4) == pytest.approx(mean, rel=1e-6)

@@ -56,21 +56,21 @@ def test_the_objective_is_the_loss_and_the_penalty_by_hand(tmp_path: Path) -> No
     after = Target.parse(shape=SHAPE).shape(checkpoint.shape, Sheared(), "sheared")
     model = skeleton(checkpoint.config, checkpoint.directory)
     gates = Gates(model, Sheared(warmup=0.5), checkpoint.shape, after)
-    trainee = place_model(model, stored_weights(checkpoint), Execution(), gates).train()
+    module = place_model(model, stored_weights(checkpoint), Execution(), gates).train()
     gates.begin(24, 100)  # half way down to the shape
     before, kept = checkpoint.shape, float(torch.sigmoid(torch.tensor(4 - 2 / 3 * math.log(0.1 / 1.1))))
     total = 0.0
     for space, rows in (("layers", 1), ("hidden", 1), ("ffn", 5), ("kv", 5)):
         goal = 1 - 0.5 * (1 - after.units(space) / before.units(space))
         total += rows * 200.0 * (kept - goal) ** 2
-    once = trainee(IDS[:2]).once
+    once = module(IDS[:2]).once
     assert once is not None and float(once.detach()) == pytest.approx(total, rel=1e-5)
     assert gates.figures()["ffn"] == pytest.approx(kept * 48)
-    first, second = trainee(IDS[:2]).each, trainee(IDS[:2]).each
+    first, second = module(IDS[:2]).each, module(IDS[:2]).each
     assert torch.equal(first, second)  # one draw for all batches of a step
     gates.begin(25, 100)
-    assert not torch.equal(trainee(IDS[:2]).each, first)
-    assert trainee.eval()(IDS[:2]).once is None
+    assert not torch.equal(module(IDS[:2]).each, first)
+    assert module.eval()(IDS[:2]).once is None
 
 
 def learned(
@@ -173,12 +173,12 @@ def test_multipliers_wait_until_the_target_stands_then_step_by_the_constraint(ch
     after = Target.parse(shape="ffn=32").shape(checkpoint.shape, Sheared(), "sheared")
     model = skeleton(checkpoint.config, checkpoint.directory)
     gates = Gates(model, Sheared(warmup=0.5), checkpoint.shape, after)
-    trainee = place_model(model, stored_weights(checkpoint), Execution(), gates).train()
+    module = place_model(model, stored_weights(checkpoint), Execution(), gates).train()
     kept = float(Sheared().open_probability(torch.tensor(4.0)))
     for step, wanted in ((10, 0.0), (49, kept - 32 / 48)):
         gates.begin(step, 100)
         gates.zero_grad()
-        once = trainee(IDS[:2]).once
+        once = module(IDS[:2]).once
         assert once is not None
         once.backward()
         grad = gates.linear["ffn"].grad

@@ -78,10 +78,10 @@ def masks_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: torch.rand(model.get_parameter(n).shape, generator=draw) > 0.5 for n in names}
 
 
-def held_out(trainee: TrainModule) -> float:
-    trainee.eval()
-    loss = naive_loss(trainee.model, windows(2, 8))
-    trainee.train()
+def held_out(module: TrainModule) -> float:
+    module.eval()
+    loss = naive_loss(module.model, windows(2, 8))
+    module.train()
     return loss
 
 
@@ -92,12 +92,12 @@ def run(
     store: Store | None = None,
     recipe: Recipe = RECIPE,
     tokens: int = TOKENS,
-    house: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     options: dict[str, Any] = {"masks": {}, "measure": held_out, "points": 3, **changes}
     data = Slice(store or Store(), 100, 100 + tokens, recipe)
-    return train_loop(TrainModule(model), data, house=RunOptions(folder, "test", **(house or {})), **options)
+    return train_loop(TrainModule(model), data, options=RunOptions(folder, "test", **(settings or {})), **options)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -347,7 +347,7 @@ def stopping_measure(after: int) -> Callable[[TrainModule], float]:
     ids=["measure", "store"],
 )
 def test_a_run_goes_on_at_the_same_bits(stop: dict[str, Any], masked: bool, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"masks": masks_of(tiny()) if masked else {}, "points": 4, "house": {"save_every": 2}}
+    options: dict[str, Any] = {"masks": masks_of(tiny()) if masked else {}, "points": 4, "settings": {"save_every": 2}}
     whole = tiny(tie_word_embeddings=masked)
     wanted = run(whole, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
@@ -393,9 +393,9 @@ def test_a_trunk_and_its_decay_are_one_run_with_both(masked: bool, tmp_path: Pat
     masks = masks_of(tiny()) if masked else {}
 
     def part(model: PreTrainedModel, span: tuple[int, int], folder: str, **how: Any) -> Path | None:
-        house = RunOptions(tmp_path / folder, "test", origin=how.pop("origin", None))
+        settings = RunOptions(tmp_path / folder, "test", origin=how.pop("origin", None))
         data = InOrder(Store(), *span, dataclasses.replace(recipe, **how))
-        train_loop(TrainModule(model), data, masks=masks, measure=held_out, points=1, house=house)
+        train_loop(TrainModule(model), data, masks=masks, measure=held_out, points=1, options=settings)
         return max((tmp_path / folder).glob("step-*"))
 
     whole, parts = tiny(), tiny()
@@ -436,13 +436,13 @@ def flip(path: Path) -> None:
 )
 def test_a_damaged_checkpoint_is_passed_over(damage: Callable[[Path], object], tmp_path: Path) -> None:
     whole = tiny()
-    wanted = run(whole, tmp_path, house={"save_every": 2})
+    wanted = run(whole, tmp_path, settings={"save_every": 2})
     newest, older = sorted(tmp_path.glob("step-*"), reverse=True)
     damage(newest)
     state = restored(tmp_path, tiny(seed=9))
     assert state is not None and state["step"] == 4
     store, again = Store(), tiny(seed=9)
-    assert run(again, tmp_path, house={"save_every": 2}, store=store) == wanted
+    assert run(again, tmp_path, settings={"save_every": 2}, store=store) == wanted
     assert [r[1] for r in store.reads] == [100 + 8 * window for window in read_order()[16:]]
     assert same(weights(again), weights(whole))
     assert json.loads((newest / "state.json").read_text())["step"] == 6  # repaired on the way
@@ -453,7 +453,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage: Callable[[Path], object], t
 
 def test_a_kill_while_writing_leaves_the_older_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    run(model, tmp_path, house={"save_every": 2})
+    run(model, tmp_path, settings={"save_every": 2})
     before = sorted(p.name for p in tmp_path.iterdir())
 
     def killed(*_: object) -> None:
@@ -493,7 +493,7 @@ def test_a_bad_window_is_found_among_good_ones(tmp_path: Path) -> None:
 
     model.get_input_embeddings().register_forward_hook(poison)
     with pytest.raises(RunError, match=r"at step 4 in document \d+.*the last good checkpoint is .*step-00000002"):
-        run(model, tmp_path, store=Poisoned(), house={"save_every": 2, "metrics": metrics})
+        run(model, tmp_path, store=Poisoned(), settings={"save_every": 2, "metrics": metrics})
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first, last = (100 + 8 * bad) // DOCUMENT, (107 + 8 * bad) // DOCUMENT
     assert told[-1]["documents"] == [f"document {i}" for i in range(first, last + 1)]

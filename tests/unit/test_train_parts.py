@@ -1,4 +1,4 @@
-"""The parts of training beside the loop: what is read, schedules, metrics, watchdogs, checkpoints behind the run."""
+"""The parts of training beside the loop: what is read, schedules, metrics, watchdogs, checkpoints in the background."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def test_attention_stays_within_documents(family: str, tmp_path: Path) -> None:
     model = hf(tiny_family(tmp_path, family))
     store, recipe = Documents(9, 5, 10), Recipe(sequence=24, tokens_per_step=24, attention="document")
     batch = Slice(store, 0, 24, recipe).batch([(0, 24)])
-    trainee = TrainModule(model)
+    module = TrainModule(model)
     with torch.no_grad():
-        together = trainee(batch.ids, batch.positions)[1][0]
-        across = trainee(batch.ids)[1][0]
+        together = module(batch.ids, batch.positions)[1][0]
+        across = module(batch.ids)[1][0]
         for start, stop in ((0, 9), (9, 14), (14, 24)):
-            alone = trainee(batch.ids[:, start:stop])[1][0]
+            alone = module(batch.ids[:, start:stop])[1][0]
             torch.testing.assert_close(together[start : stop - 1], alone, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together[:8], across[:8], rtol=1e-4, atol=1e-5)
     assert float((together[9:] - across[9:]).abs().max()) > 1e-3
@@ -222,18 +222,18 @@ def test_a_stalled_step_is_told_while_it_lasts() -> None:
 def test_signals_ask_the_run_to_stop(number: int) -> None:
     before = signal.getsignal(number)
     with stop_on_signals() as stop:
-        assert not stop.told
+        assert not stop.is_set
         os.kill(os.getpid(), number)
-        assert stop.told
+        assert stop.is_set
     assert signal.getsignal(number) is before
 
 
-def run(folder: Path, model: Any, **house: Any) -> dict[str, Any]:
+def run(folder: Path, model: Any, **settings: Any) -> dict[str, Any]:
     store, recipe = Documents(*[20] * 20), Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-2)
     data = Slice(store, 0, 320, recipe)
-    house = {"save_every": 3, **house}
+    settings = {"save_every": 3, **settings}
     options: dict[str, Any] = {"masks": {}, "measure": lambda _: None, "points": 2}
-    return train_loop(TrainModule(model), data, house=RunOptions(folder, "run", **house), **options)
+    return train_loop(TrainModule(model), data, options=RunOptions(folder, "run", **settings), **options)
 
 
 def test_a_run_without_held_out_text_has_no_held_out_loss(tmp_path: Path) -> None:
@@ -243,8 +243,8 @@ def test_a_run_without_held_out_text_has_no_held_out_loss(tmp_path: Path) -> Non
     assert all("heldout_loss" not in line for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize("behind", [False, True])
-def test_a_stopped_run_saves_first(behind: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_a_stopped_run_saves_first(background: bool, tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path)
     whole, cut = hf(directory), hf(directory)
     wanted = run(tmp_path / "whole", whole)
@@ -253,14 +253,14 @@ def test_a_stopped_run_saves_first(behind: bool, tmp_path: Path) -> None:
     class Early(Meter):
         def step(self, tokens: int, seconds: float) -> None:
             super().step(tokens, seconds)
-            stop.told = self.tokens >= 4 * 32
+            stop.is_set = self.tokens >= 4 * 32
 
     with pytest.raises(RunError, match="the same command goes on") as told:
-        run(tmp_path / "cut", cut, stop=stop, meter=Early(), behind=behind)
+        run(tmp_path / "cut", cut, stop=stop, meter=Early(), background=background)
     assert told.value.code == 75
     assert max((tmp_path / "cut").glob("step-*")).name == "step-00000005"
     again = hf(tiny_llama(tmp_path, seed=5))
-    assert run(tmp_path / "cut", again, behind=behind) == wanted
+    assert run(tmp_path / "cut", again, background=background) == wanted
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))
 
 
@@ -271,7 +271,7 @@ def test_what_is_saved_behind_the_run_is_what_was_there(tmp_path: Path) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    saver = Saver(tmp_path / "steps", dict(model.named_parameters()), optimizer, behind=True)
+    saver = Saver(tmp_path / "steps", dict(model.named_parameters()), optimizer, background=True)
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
     saver.save({"step": 1})
     with torch.no_grad():
@@ -290,9 +290,9 @@ def test_moments_of_pruned_weights_stay_zero(tmp_path: Path) -> None:
         n: torch.rand(model.get_parameter(n).shape, generator=torch.Generator().manual_seed(1)) > 0.5 for n in names
     }
     store, recipe = Documents(*[20] * 20), Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-2)
-    house = RunOptions(tmp_path / "steps", "run")
+    settings = RunOptions(tmp_path / "steps", "run")
     options: dict[str, Any] = {"masks": masks, "measure": lambda _: None, "points": 1}
-    train_loop(TrainModule(model), Slice(store, 0, 320, recipe), house=house, **options)
+    train_loop(TrainModule(model), Slice(store, 0, 320, recipe), options=settings, **options)
     optimizer = make_optimizer(model.parameters(), recipe)
     assert Saver(tmp_path / "steps", dict(model.named_parameters()), optimizer).load()
     for name, mask in masks.items():

@@ -63,7 +63,7 @@ def learn(
     method: LearnedMethod,
     record: Mapping[str, Any],
     execution: Execution,
-    house: RunOptions,
+    options: RunOptions,
     measure: Callable[[TrainModule], float | None] = lambda _: None,
     out: Path,
 ) -> tuple[Plan, Checkpoint]:
@@ -77,7 +77,7 @@ def learn(
         method: it.
         record: what identifies the data, for the plan.
         execution: where and how to compute.
-        house: checkpoints of the run, metrics, progress.
+        options: checkpoints of the run, metrics, progress.
         measure: gives a held-out loss along the way.
         out: an existing folder for the trained model.
 
@@ -93,10 +93,10 @@ def learn(
     model = skeleton(checkpoint.config, checkpoint.directory)
     model.requires_grad_(method.rate > 0)
     gates = Gates(model, method, checkpoint.shape, after)
-    trainee = place_model(model, stored_weights(checkpoint), execution, gates)
-    result = train_loop(trainee, data, masks={}, measure=measure, points=_POINTS, house=house)
+    module = place_model(model, stored_weights(checkpoint), execution, gates)
+    result = train_loop(module, data, masks={}, measure=measure, points=_POINTS, options=options)
     scores = gates.scores()
-    _check_reached(method, scores, checkpoint.shape, after, result["curve"], house)
+    _check_reached(method, scores, checkpoint.shape, after, result["curve"], options)
     plan = cut_plan(
         checkpoint,
         name,
@@ -107,7 +107,7 @@ def learn(
         calibration={**record, "tokens": result["tokens"], "method_source": method.source},
         told={key: result[key] for key in ("steps", "targets", "curve")},
     )
-    return plan, write_gated(checkpoint, trainee, gate_values(method, scores, after), out)
+    return plan, write_gated(checkpoint, module, gate_values(method, scores, after), out)
 
 
 def track_domain_losses(
@@ -128,8 +128,8 @@ def track_domain_losses(
         a model -> the loss over all domains, in nats a token; None where nothing is held out.
     """
 
-    def measure(trainee: TrainModule) -> float | None:
-        losses = domain_losses(trainee, protocols, micro_batch)
+    def measure(module: TrainModule) -> float | None:
+        losses = domain_losses(module, protocols, micro_batch)
         if len(mixture.ranges) > 1:
             if mixture.references:
                 mixture.update(losses)
@@ -208,7 +208,7 @@ def _check_reached(
     before: Shape,
     after: Shape,
     curve: list[dict[str, Any]],
-    house: RunOptions,
+    options: RunOptions,
 ) -> None:
     """Refuse gates that are not near the shape: which of them to cut would then be an arbitrary choice."""
     for space, a in scores.items():
@@ -219,7 +219,7 @@ def _check_reached(
             past = ", ".join(f"{point[space]:.4g}" for point in curve[1:])
             where = f" in layer {worst}" if len(sizes) > 1 else ""
             raise RunError(
-                f"{house.label}: the gates did not settle: {space} is expected to keep {float(sizes[worst]):.4g} "
+                f"{options.label}: the gates did not settle: {space} is expected to keep {float(sizes[worst]):.4g} "
                 f"of {units}{where}, and {goal} were asked (on average along the run: {past}); "
                 "raise the method's option steps, or its options phi and multiplier_rate"
             )
@@ -244,18 +244,18 @@ def gate_values(method: LearnedMethod, scores: Mapping[str, Tensor], after: Shap
     return values
 
 
-def write_gated(checkpoint: Checkpoint, trainee: TrainModule, values: Mapping[str, Tensor], out: Path) -> Checkpoint:
+def write_gated(checkpoint: Checkpoint, module: TrainModule, values: Mapping[str, Tensor], out: Path) -> Checkpoint:
     """Write the trained model with its gates multiplied in, in the types of the checkpoint; all processes together.
 
     Args:
         checkpoint: what it was.
-        trainee: what it is now.
+        module: what it is now.
         values: space -> the gates, [rows, units].
         out: an existing folder.
     """
     write_trained(
         out,
-        trainee,
+        module,
         checkpoint.raw_config,
         checkpoint.dtype_of,
         provenance={"kind": "trained", "init": "checkpoint", "source": checkpoint.digest},

@@ -126,7 +126,7 @@ def learn_and_cut(
         method=method,
         record=data.record,
         execution=execution,
-        house=options,
+        options=options,
         measure=track_domain_losses(mixture, data.protocols, micro_batch, report),
         out=trained,
     )
@@ -140,9 +140,9 @@ def learning_options(
     method: LearnedMethod, folder: Path, label: str, device: str, stop: StopSignal, **extra: Any
 ) -> RunOptions:
     """Options of a run that learns gates: ten checkpoints along the way."""
-    behind = device.startswith("cuda")
+    background = device.startswith("cuda")
     return RunOptions(
-        folder=folder, label=label, save_every=max(1, method.steps // 10), behind=behind, stop=stop, **extra
+        folder=folder, label=label, save_every=max(1, method.steps // 10), background=background, stop=stop, **extra
     )
 
 

@@ -44,7 +44,7 @@ class Saver:
         parameters: what is trained, by the names that it is saved under.
         optimizer: AdamW.
         keep: how many checkpoints stay, the newest.
-        behind: write while the run goes on; a checkpoint then counts from the next save, or :meth:`finish`, on.
+        background: write while the run goes on; a checkpoint is complete at the next save or :meth:`finish`.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Saver:
         optimizer: optim.Optimizer,
         *,
         keep: int = 2,
-        behind: bool = False,
+        background: bool = False,
     ) -> None:
-        self.folder, self.optimizer, self.keep, self.behind = folder, optimizer, keep, behind
+        self.folder, self.optimizer, self.keep, self.background = folder, optimizer, keep, background
         self.parameters = dict(parameters)
         self.last: Path | None = None  #: the newest complete checkpoint
         self.before = 0  #: steps of the optimizer in the run that this one continues
@@ -74,7 +74,7 @@ class Saver:
         tensors = self._tensors()
         state = {**state, "curve": list(state.get("curve", ())), "before": self.before}
         writer = HuggingFaceStorageWriter(str(work), _files(tensors), save_distributed=True)
-        if self.behind:
+        if self.background:
             if self._group is None:  # of its own: the threads of a save must not meet the run's own messages
                 distributed.ensure_group()
                 self._group = torch.distributed.new_group(backend="gloo")

@@ -70,8 +70,8 @@ class Gates(Objective):
         # With an epsilon above any gradient Adam steps by its mean: d itself, and not its sign.
         multipliers = [*self.linear.values(), *self.quadratic.values()]
         return [
-            {"params": list(self.a.values()), "own_rate": self.method.mask_rate},
-            {"params": multipliers, "own_rate": self.method.multiplier_rate, "eps": 1.0, "maximize": True},
+            {"params": list(self.a.values()), "peak_rate": self.method.mask_rate},
+            {"params": multipliers, "peak_rate": self.method.multiplier_rate, "eps": 1.0, "maximize": True},
         ]
 
     def figures(self) -> Mapping[str, float]:

@@ -19,18 +19,18 @@ __all__ = ["domain_losses", "domain_protocols", "heldout_loss"]
 
 
 @torch.no_grad()
-def heldout_loss(trainee: TrainModule, protocol: Protocol, batch: int) -> float:
+def heldout_loss(module: TrainModule, protocol: Protocol, batch: int) -> float:
     """The mean loss (nats a predicted token) under a protocol; all processes together.
 
     Args:
-        trainee: it is put into evaluation mode for the time.
+        module: it is put into evaluation mode for the time.
         protocol: the windows.
         batch: windows at once in each process.
 
     Raises:
         RunError: if the loss is not finite.
     """
-    trainee.eval()
+    module.eval()
     sums: list[float] = []
     for part in protocol.windows:
         shares = [range(len(part))[i :: distributed.world_size()] for i in range(distributed.world_size())]
@@ -39,22 +39,22 @@ def heldout_loss(trainee: TrainModule, protocol: Protocol, batch: int) -> float:
         for start in range(0, len(shares[0]), batch):  # the first process has the most
             chosen = mine[start : start + batch]
             windows = Batch(part[chosen]) if chosen else Batch.empty()
-            each = trainee(windows.ids, None, windows.targets)[1]
+            each = module(windows.ids, None, windows.targets)[1]
             found[chosen] = each.double().sum(dim=1)[: len(chosen)].cpu()
         sums += distributed.all_reduce(found).tolist()
-    trainee.train()
+    module.train()
     loss = math.fsum(sums) / protocol.tokens
     if not math.isfinite(loss):
         raise RunError(f"{protocol.source}: the held-out loss is {loss}; lower peak_rate")
     return loss
 
 
-def domain_losses(trainee: TrainModule, protocols: Mapping[str, Protocol], batch: int) -> dict[str, float]:
+def domain_losses(module: TrainModule, protocols: Mapping[str, Protocol], batch: int) -> dict[str, float]:
     """The mean loss of each domain (nats a predicted token), as :func:`heldout_loss` gives it; all processes together.
 
     A domain without a protocol has no loss, which is not one of zero.
     """
-    return {name: heldout_loss(trainee, protocol, batch) for name, protocol in protocols.items()}
+    return {name: heldout_loss(module, protocol, batch) for name, protocol in protocols.items()}
 
 
 def domain_protocols(store: TokenStore, sequence: int, most: int) -> dict[str, Protocol]:

@@ -141,7 +141,7 @@ def train_model(
         masks=start.masks,
         measure=lambda model: heldout_loss(model, protocol, batch) if protocol else None,
         points=points,
-        house=options,
+        options=options,
     )
     Masks(module.model, start.masks).check()
     return module, result
@@ -231,7 +231,7 @@ def train(request: TrainRequest) -> Trained:
             label=f"train {out.name}",
             save_every=request.save_every,
             keep=request.keep,
-            behind=device.startswith("cuda"),
+            background=device.startswith("cuda"),
             metrics=Metrics(work / "metrics.jsonl" if distributed.is_main() else None, trackers),
             meter=meter,
             stop=stop,

@@ -34,7 +34,7 @@ class Objective(nn.Module):
         """Take note that ``step`` of ``steps`` begins; the same in all processes."""
 
     def groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups of its own parameters; ``own_rate`` is their peak learning rate, before the schedule."""
+        """Optimizer groups of its own parameters; ``peak_rate`` is their peak learning rate, before the schedule."""
         return []
 
     def figures(self) -> Mapping[str, float]:

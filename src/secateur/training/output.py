@@ -19,7 +19,7 @@ __all__ = ["write_trained"]
 
 def write_trained(
     out: Path,
-    trainee: TrainModule,
+    module: TrainModule,
     config: dict[str, Any],
     dtype: Callable[[str], torch.dtype],
     *,
@@ -32,7 +32,7 @@ def write_trained(
 
     Args:
         out: an existing directory.
-        trainee: the model.
+        module: the model.
         config: the content of config.json.
         dtype: name of a parameter -> the type that it is stored in.
         provenance: for ``secateur.json``.
@@ -47,7 +47,7 @@ def write_trained(
 
         return Stored(name, dtype(name), tuple(parameter.shape), parts)
 
-    tensors = [stored(name, parameter) for name, parameter in trainee.model.named_parameters()]
+    tensors = [stored(name, parameter) for name, parameter in module.model.named_parameters()]
     if distributed.is_main():
         card = model_card(title or out.name, None, [line])
         write_checkpoint(out, config, tensors, provenance=provenance, card=card)

@@ -83,8 +83,8 @@ class TrainModule(nn.Module):
         self.objective = objective or LanguageModel()
         self.device = torch.device(device)
 
-    def learned(self) -> dict[str, nn.Parameter]:
-        """What is trained: the model's parameters under their names, and the objective's own behind a prefix."""
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter: the model's under their own names, the objective's with a prefix."""
         found = {name.removeprefix("model."): parameter for name, parameter in self.named_parameters()}
         return {name: parameter for name, parameter in found.items() if parameter.requires_grad}
 
@@ -115,18 +115,18 @@ def place_model(
         objective: what is minimised; None for the language-model loss. Of its parameters those that are not trained
             stay as and where they are, and the others are spread as the model is, but stay float32 in computing.
     """
-    trainee = TrainModule(model, execution.device, objective)
+    module = TrainModule(model, execution.device, objective)
     dtype = None if execution.dtype == "float32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    read = {parameter for parameter in trainee.objective.parameters() if not parameter.requires_grad}
+    read = {parameter for parameter in module.objective.parameters() if not parameter.requires_grad}
     shard = _sharder(execution, policy, read) if execution.sharded else _leave
     _fill_blocks(model, weights, execution, shard)
-    if any(parameter.requires_grad for parameter in trainee.objective.parameters()):
-        trainee.objective.to(execution.device)
+    if any(parameter.requires_grad for parameter in module.objective.parameters()):
+        module.objective.to(execution.device)
         if execution.sharded:
-            _sharder(execution, MixedPrecisionPolicy(), read)(trainee.objective)
-    shard(trainee)
-    return trainee
+            _sharder(execution, MixedPrecisionPolicy(), read)(module.objective)
+    shard(module)
+    return module
 
 
 def place_teacher(model: PreTrainedModel, weights: Callable[[str], Tensor], execution: Execution) -> PreTrainedModel:

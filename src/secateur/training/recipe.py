@@ -67,7 +67,7 @@ class Distill:
 def set_rate(optimizer: optim.Optimizer, rate: float, recipe: Recipe) -> None:
     """Give the schedule's rate to all groups; to those with a peak of their own, the same share of it."""
     for group in optimizer.param_groups:
-        group["lr"] = group["own_rate"] * rate / recipe.peak_rate if "own_rate" in group else rate
+        group["lr"] = group["peak_rate"] * rate / recipe.peak_rate if "peak_rate" in group else rate
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
@@ -100,7 +100,7 @@ def make_optimizer(
     Args:
         weights: what the recipe's schedule is for.
         recipe: of the training.
-        own: groups besides, with a learning rate ``own_rate`` of their own and without decay.
+        own: groups besides, with a learning rate ``peak_rate`` of their own and without decay.
     """
     from torch import optim
 
@@ -111,5 +111,5 @@ def make_optimizer(
     ]
     betas = (recipe.beta1, recipe.beta2)
     groups = [group for group in groups if group["params"]]
-    groups += [{"weight_decay": 0.0, "lr": group["own_rate"], **group} for group in own]
+    groups += [{"weight_decay": 0.0, "lr": group["peak_rate"], **group} for group in own]
     return optim.AdamW(groups, lr=recipe.peak_rate, betas=betas, eps=recipe.epsilon, fused=True)

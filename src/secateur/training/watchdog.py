@@ -21,7 +21,7 @@ __all__ = ["StopSignal", "Watchdog", "stop_on_signals"]
 class StopSignal:
     """Whether the run was told to stop."""
 
-    told = False
+    is_set = False
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def stop_on_signals() -> Iterator[StopSignal]:
     stop, before = StopSignal(), {}
 
     def tell(number: int, frame: FrameType | None) -> None:
-        stop.told = True
+        stop.is_set = True
 
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGUSR1)}

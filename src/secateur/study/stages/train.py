@@ -64,7 +64,7 @@ def train_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
                 folder=work / "checkpoints",
                 label=stage.name,
                 origin=_origin(stage, store),
-                behind=execution.device.startswith("cuda"),
+                background=execution.device.startswith("cuda"),
                 stop=signal,
             ),
         )
