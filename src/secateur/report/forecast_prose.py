@@ -130,11 +130,13 @@ def next_sentence(forecast: Forecast) -> str:
     """The single further run that would narrow the crossover at equal training tokens most."""
     run = forecast.next_run
     if run is None:
-        return "No single further run would narrow that crossover: all curves that fit these runs agree on it."
+        return (
+            "No single further run would narrow the crossover at equal training tokens: all fitted curves agree on it."
+        )
     path = {"pruned": "P-R", "scratch": "from scratch"}[run.path]
     return (
-        f"Most informative next run: {path} on {count(run.tokens)} tokens. It should shrink the interval of that "
-        f"crossover to {100 * run.width:.0f}% of its width."
+        f"Most informative next run for equal training tokens: {path} on {count(run.tokens)} tokens. It should shrink "
+        f"the interval to {100 * run.width:.0f}% of its width."
     )
 
 

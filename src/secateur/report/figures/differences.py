@@ -18,10 +18,8 @@ from secateur.report.figures.palette import Palette
 __all__ = ["draw_differences"]
 
 _WIDTH, _ROW = 4.0, 0.56  # inches
-_LONG_NAME, _LOSSES = (
-    27,
-    0.2,
-)  # longest name, in characters, with room for the losses beside it; inches of a line of losses
+_LONG_NAME = 27  # characters: longest name with room for the losses beside it
+_LOSSES = 0.2  # inches: height of a separate line of losses
 _HEAD, _FOOT = 0.6, 0.52
 
 
