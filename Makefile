@@ -11,13 +11,14 @@ STAMP := .venv/.installed
 # The stamp holds the TORCH that was asked for; another choice installs anew.
 ANEW := $(if $(TORCH),$(if $(filter $(TORCH),$(shell cat $(STAMP) 2>/dev/null)),,anew))
 
-.PHONY: help install demo test lint clean constraints anew
+.PHONY: help install demo test quick lint clean constraints anew
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make install      create .venv; TORCH=cpu, TORCH=default or TORCH=cu130 chooses the build of PyTorch"
 	@echo "make demo         run the demo study and write its report (ARGS=... are passed on)"
 	@echo "make test         run the tests in at most JOBS=$(JOBS) processes (ARGS=... are passed to pytest)"
+	@echo "make quick        run the tests of formulas, requests and arguments, in about 90 s"
 	@echo "make lint         ruff and pyright"
 	@echo "make clean        remove .venv, caches and builds; results in runs/ stay"
 	@echo "make constraints  resolve constraints.txt anew (needs the network)"
