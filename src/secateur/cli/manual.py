@@ -1,4 +1,4 @@
-"""What ``--help`` teaches: the methods and examples. Texts only, so that help does not wait for PyTorch."""
+"""Texts of ``--help``: methods and examples. Importing them needs no PyTorch."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ __all__ = [
     "prune_epilog",
 ]
 
-#: verb -> what needs less memory if it is lowered, or taken
+#: verb -> options that need less memory when lowered, and options that need less memory when set
 _MEMORY = {
     "prune": (("--batch", "--windows"), ("--states disk", "--dtype bfloat16")),
     "train": (("--micro-batch",), ("--recompute", "--dtype bfloat16")),
 }
 
 
-def memory_hint(given: Sequence[str]) -> str:
-    """What is offered to someone who ran out of memory with these arguments: nothing that they have taken already."""
-    said = f"{' '.join(given)} ".replace("=", " ")
-    lower, take = _MEMORY.get(given[0] if given else "", (("--batch", "--windows"), ()))
-    lower = [option for option in lower if f"{option} 1 " not in said]
-    if " tokens:" in said:  # all its windows are used
+def memory_hint(arguments: Sequence[str]) -> str:
+    """Suggest options that need less memory, leaving out those that ``arguments`` already have."""
+    line = f"{' '.join(arguments)} ".replace("=", " ")
+    lower, take = _MEMORY.get(arguments[0] if arguments else "", (("--batch", "--windows"), ()))
+    lower = [option for option in lower if f"{option} 1 " not in line]
+    if " tokens:" in line:  # all its windows are used
         lower = [option for option in lower if option != "--windows"]
-    more = [option for option in take if option not in said]
+    more = [option for option in take if option not in line]
     offers = [f"{verb} {' or '.join(options)}" for verb, options in (("lower", lower), ("take", more)) if options]
     return ", or ".join(offers) or "take a machine with more"
 
 
 EPILOG = """\
 examples:
-  secateur demo                                  the whole journey in minutes, on any machine
+  secateur demo                                  the whole comparison in minutes, on any machine
   secateur inspect DIR                           shape, parameters, sparsity, FLOPs, provenance
-  secateur shapes DIR --ratio 0.5                what half of it would be, from config.json alone
+  secateur shapes DIR --ratio 0.5                its size at half, from config.json alone
   secateur data text:FOLDER OUT --tokenizer DIR  documents as token shards, to train on
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
   secateur train OUT --init DIR --tokens 1M --data shards:DIR     retrain it, or train from scratch
   secateur eval OUT --data text:FILE             held-out loss and perplexity
   secateur eval A B --suite zero-shot --out DIR  accuracy on the eight tasks of the study, side by side
-  secateur compare DIR/A.json DIR/B.json         which of them is better, if that can be told
-  secateur study plan studies/demo.yaml          what a study will run, with tokens and FLOPs
+  secateur compare DIR/A.json DIR/B.json         which of them is better
+  secateur study plan demo                       what a study will run, with tokens and FLOPs
   secateur recommend --params 8B --ratio 0.5 --tokens 50B         which path pays, and how sure that is
 
-`secateur VERB --help` explains a verb. Exit codes: 0 done, 1 a stage or run failed, 2 bad input, 75 told to
-stop and saved (the same command goes on), 130 interrupted.
+`secateur VERB --help` explains a verb. Exit codes: 0 done, 1 a stage or run failed, 2 bad input, 75 stopped
+and saved (the same command resumes), 130 interrupted.
 """
 
 SOURCES = (
@@ -66,7 +66,7 @@ SOURCES = (
 
 DOCUMENTS = (
     "stdlib, python, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], or of ids: "
-    "arrow:PATH[:column] (what datasets saved), array_record:PATH[:feature]"
+    "arrow:PATH[:column] (written by `datasets`), array_record:PATH[:feature]"
 )
 
 DATA = """\
@@ -74,18 +74,18 @@ examples:
   secateur data text:corpus OUT --tokenizer DIR
   secateur data text:corpus OUT --tokenizer DIR --field content --domain source --workers 16
   secateur data hf:NAME:config OUT --tokenizer DIR --documents 2M --holdout 0.001
-  secateur data arrow:DIR:input_ids OUT --tokenizer DIR    rows of ids; the tokenizer tells the vocabulary
+  secateur data arrow:DIR:input_ids OUT --tokenizer DIR    rows of ids; the tokenizer gives the vocabulary
   secateur data array_record:DIR OUT --tokenizer DIR       records of ids, if the package array_record is installed
 
 Memory does not grow with the corpus. While it works it takes about twice the disk that the ids will, in OUT and
-OUT.partial. What decides order and sides, and what is in OUT, is told in docs/data.md.
+OUT.partial. docs/data.md explains the order of documents and the content of OUT.
 """
 
 _HEADINGS = {
-    "depth": "depth: whole layers go; --ratio or --shape layers=N",
-    "width": "width: channels of every layer go; --ratio or --shape hidden=N,ffn=N,heads=N,kv_heads=N",
-    "depth+width": "depth+width: layers and channels go; --ratio or --shape layers=N,hidden=N,ffn=N,heads=N",
-    "sparse": "sparse: single weights become zero; --ratio or --pattern N:M",
+    "depth": "depth: removes whole layers; --ratio or --shape layers=N",
+    "width": "width: removes channels of every layer; --ratio or --shape hidden=N,ffn=N,heads=N,kv_heads=N",
+    "depth+width": "depth+width: removes layers and channels; --ratio or --shape layers=N,hidden=N,ffn=N,heads=N",
+    "sparse": "sparse: sets single weights to zero; --ratio or --pattern N:M",
 }
 
 
@@ -113,18 +113,17 @@ def _plugin_lines() -> list[str]:
 
 
 def prune_epilog() -> str:
-    """The methods, those of installed packages among them, which it takes a moment to find; and examples."""
+    """List the methods, built-in and of installed packages, and examples."""
     lines = "\n".join([*_method_lines(), *_plugin_lines()])
     return f"""\
-methods, by what they remove (packages may bring more):
+methods by granularity (packages may add more):
 {lines}
 
-Of these, magnitude and the random ones, the controls, read no calibration text. Several ratios take about as long as
-one, except with wanda, sparsegpt, wanda-sp, minitron-depth and sheared: their scores follow from what was cut before,
-or from how much is to go, so that each ratio takes as long as alone.
+magnitude and the random controls read no calibration text. Several ratios take about as long as one, except with wanda,
+sparsegpt, wanda-sp, minitron-depth and sheared: their scores depend on the ratio, so each ratio takes a run of its own.
 
 sheared trains the whole model for steps * windows * seqlen tokens, and can read them from shards:DIR. It stops with
-exit code 1 if its gates do not come to the shape asked for.
+exit code 1 if its gates do not reach the shape.
 
 examples:
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
@@ -158,24 +157,24 @@ STUDY = {
     "run": """\
 examples:
   secateur study run FILE --dry-run               what would run, and why
-  secateur study run FILE --only 'wanda-*/P-R'    some stages, and what they are made from
-  secateur study run FILE --jobs 4 --keep-going   four at a time; a failure stops only what depends on it
+  secateur study run FILE --only 'wanda-*/P-R'    some stages and their inputs
+  secateur study run FILE --jobs 4 --keep-going   four at a time; a failure stops only the stages that depend on it
   secateur study run FILE --launcher slurm --slurm partition=gpu --slurm time=240 --slurm mem=64G
 
 keys of --slurm, with their defaults:
   partition=  account=  qos=  constraint=  mem=    as sbatch takes them      time=60    minutes of a job; a longer
-  cpus=1    for each process                                                 stage is queued again and goes on
+  cpus=1    for each process                                                 stage is queued again and resumes
   gpus=     of a node (default: one for each process on it, with --device cuda)
   nodes=1   that share a stage of several processes    array=256  jobs at once    grace=90  seconds to save in
 
-Several may run one study at once, on several hosts if they share the disk: no stage is done twice, and each waits for
-what another is doing. A host that is silent for two minutes is taken for dead. Finished stages are compared with their
-hashes first, and what is damaged is done again. What each stage says is in OUT/logs. Exit code 1 if a stage failed.
+Several processes may run one study at once, on several hosts if they share the disk: no stage is done twice. A host
+that is silent for two minutes counts as dead. Finished stages are checked against their hashes, and damaged ones are
+rebuilt. The output of each stage is in OUT/logs. Exit code 1 if a stage failed.
 """,
     "status": """\
 examples:
   secateur study status FILE            once
-  secateur study status FILE --watch    a table that follows the study; Ctrl-C ends the watching alone
+  secateur study status FILE --watch    a live table; Ctrl-C closes it and leaves the study running
 """,
     "explain": """\
 examples:
@@ -201,19 +200,19 @@ examples:
   secateur train OUT --init PRUNED --teacher DIR --alpha 0.5 --tokens 50M --data shards:CORPUS    distil from DIR
   torchrun --nproc-per-node 8 -m secateur train OUT --init DIR --tokens 50e9 --data shards:CORPUS --dtype bfloat16
 
-With --teacher, a token's loss is alpha T^2 KL(teacher || student) + (1 - alpha) times the usual one, both at
-temperature T within the KL; held-out losses stay the usual ones. The teacher's forward passes count as FLOPs.
+With --teacher, a token's loss is alpha T^2 KL(teacher || student) + (1 - alpha) times the usual loss, both at
+temperature T within the KL; held-out losses are the usual loss. The teacher's forward passes count as FLOPs.
 
-Killed, the same command goes on from its last checkpoint, on as many processes as you like. SIGTERM and SIGUSR1 make
-it save and stop with exit code 75. OUT holds the checkpoint, train.json (what was asked, tokens, curve, FLOPs) and
-metrics.jsonl (a line for each step).
+After a kill, the same command resumes from the last checkpoint, on any number of processes. SIGTERM and SIGUSR1 make it
+save and stop with exit code 75. OUT holds the checkpoint, train.json (request, tokens, curve, FLOPs) and metrics.jsonl
+(a line for each step).
 """
 
 
 RECOMMEND = """\
-Which account decides: a parent that is there costs nothing more, so both paths get --tokens (equal training tokens).
-One that must be trained counts, so training from scratch gets its tokens as well, or its share of them (equal total
-tokens). Equal FLOPs is told beside them: a token of the parent costs more than one of the small model.
+Which account decides: an existing parent costs nothing more, so both paths get --tokens (equal training tokens). A
+parent that must be trained counts, so training from scratch gets its tokens as well, or its share of them (equal
+total tokens). Equal FLOPs are shown beside them: a token of the parent costs more than a token of the small model.
 
 examples:
   secateur recommend --params 8B --ratio 0.5 --tokens 50B
@@ -225,23 +224,23 @@ examples:
   secateur recommend --params 8B --ratio 0.5 --tokens 50B --study runs/mine
   secateur recommend --params 2M --ratio 0.5 --tokens 1M --study runs/mine --like mine.yaml --pilot next.yaml
 
-The published figures are those of arXiv:2606.14150, for one parent at one ratio. What is assumed, what the intervals
-cover, and how far such fits were off: docs/prediction.md.
+The published figures are those of arXiv:2606.14150, for one parent at one ratio. docs/prediction.md gives the
+assumptions, what the intervals cover, and the errors of such fits.
 """
 
 
 EVAL = """\
-suites, joined by commas as you like:
+suites, joined by commas:
   perplexity   C4, WikiText and CNN/DailyMail: 256 windows of 8192 tokens at most
   zero-shot    winogrande, arc_challenge, arc_easy, hellaswag, piqa, sciq, boolq, openbookqa
   paper        both of these, and the held-out loss on --data
   cost         parameters, bytes, KV cache, tokens a second, time to first token, memory, on this device
   any other name is a task, group or tag of lm-eval (gsm8k, mmlu, ai2_arc), or a pattern (arithmetic_*)
 
-Tasks go through lm-evaluation-harness (pip install 'secateur[tasks]'), with as many examples in the prompt as the task
-says, mostly none, or --few-shot N; a request longer than the model's positions loses its beginning, as in the harness,
-which is told. --protocol heldout reads held-out
-splits; paper-train-split reads the train splits of the published study, which overlap with its calibration text.
+Tasks go through lm-evaluation-harness (pip install 'secateur[tasks]'), with the task's own number of examples in
+the prompt (mostly none) or --few-shot N. A request longer than the model's positions loses its beginning, as in the
+harness, and a notice says so. --protocol heldout reads held-out splits; paper-train-split reads the train splits of the
+published study, which overlap with its calibration text.
 
 local data, in place of the Hugging Face Hub:
   --tasks-data DIR   DIR/<task>.jsonl, one document a line in the fields of the task's dataset on the Hub; examples in
@@ -258,16 +257,16 @@ examples:
   secateur eval PARENT PRUNED --suite cost --device cuda
   torchrun --nproc-per-node 8 -m secateur eval DIR --suite paper --data shards:CORPUS
 
-With --out, DIR/<model>.json has all figures and DIR/<model>.jsonl.gz every item; killed, the same command goes on with
-what is left to measure. docs/evaluation.md tells the rest.
+With --out, DIR/<model>.json has all figures and DIR/<model>.jsonl.gz every item; after a kill, the same command
+measures only what is missing. See docs/evaluation.md.
 """
 
 
 COMPARE = """\
-For each figure: how much better A is, with a 95% interval by a paired bootstrap over items, on how many items either is
-better, and the sign test of that. With several seeds on both sides, in pairs, also the 95% interval over seeds by
-Student's t. A verdict needs every interval to exclude zero; else it is too close to call. Figures that were measured in
-different ways are refused.
+For each figure: the difference in A's favour with a 95% interval by a paired bootstrap over items, the number of
+items on which either model is better, and the sign test of those numbers. With several seeds on both sides, in pairs,
+also the 95% interval over seeds by Student's t. A verdict needs every interval to exclude zero; else it is too close
+to call. Figures that were measured in different ways are refused.
 
 examples:
   secateur eval PRUNED SCRATCH --suite paper --data shards:CORPUS --out results

@@ -1,4 +1,4 @@
-"""The arguments of every verb: what ``--help`` shows, and what is refused before anything is read."""
+"""The arguments of every verb: what ``--help`` shows, and checks before anything is read."""
 
 from __future__ import annotations
 

@@ -38,11 +38,11 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        # The parser of the verb tells what is left over, since it knows the options; argparse lets the outermost one.
-        found, left = super().parse_known_args(*args, **kwargs)
-        if left:
-            self.error(f"unrecognized arguments: {' '.join(left)}")
-        return found, left
+        # The verb's parser reports unknown arguments, since it knows the options; argparse leaves it to the outermost.
+        arguments, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return arguments, unknown
 
     def spelling(self, field: str) -> str | None:
         """The option or metavar that stands for a field of a request; None where the verb has none."""
@@ -53,28 +53,30 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice: " in message and "choose from" in message:
-            given = message.split("invalid choice: ")[1].split(" (")[0].strip("'\"")
+            value = message.split("invalid choice: ")[1].split(" (")[0].strip("'\"")
             options = [o.strip(" '\")") for o in message.split("choose from")[1].split(",")]
-            message = f"{message.split(': invalid')[0]}: {given!r} is not known{did_you_mean(given, options)}"
+            message = f"{message.split(': invalid')[0]}: {value!r} is not known{did_you_mean(value, options)}"
         elif message.startswith("unrecognized arguments: "):
-            given = message.removeprefix("unrecognized arguments: ").split()[0]
+            value = message.removeprefix("unrecognized arguments: ").split()[0]
             options = [o for action in self._actions for o in action.option_strings]
-            near = did_you_mean(given.partition("=")[0], options)
+            near = did_you_mean(value.partition("=")[0], options)
             message = (
-                f"{given} is not an option{near}" if given.startswith("-") else f"{given!r} is one argument too many"
+                f"{value} is not an option{near}" if value.startswith("-") else f"{value!r} is one argument too many"
             )
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 class Formatter(argparse.HelpFormatter):
-    """Keeps the lines of a text that has several, and says a default where there is one."""
+    """Keep the line breaks of texts that have some, and print defaults."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in (action.help or "")
-        return f"{action.help} (default: %(default)s)" if told else action.help
+        has_default = action.default not in (None, False, [], argparse.SUPPRESS) and "default" not in (
+            action.help or ""
+        )
+        return f"{action.help} (default: %(default)s)" if has_default else action.help
 
 
 def add_verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | None = None) -> Parser:
@@ -93,7 +95,7 @@ def add_verb(verbs: Any, name: str, summary: str, detail: str, epilog: str | Non
 
 
 def computing(parser: argparse.ArgumentParser) -> None:
-    """Where and in what portions to compute."""
+    """Add the device and the batch."""
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--batch", type=positive, help="windows at once; execution only (default: about 512 tokens, 16384 on a GPU)"
@@ -101,8 +103,8 @@ def computing(parser: argparse.ArgumentParser) -> None:
 
 
 def windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") -> None:
-    """How text is cut; ``most`` says how much of it is read."""
-    # The defaults are those of verbs.ids: it has to know what was said and what was not.
+    """Add how text is cut into windows; ``most`` describes the default of ``--windows``."""
+    # No argparse defaults: a file of ids must know which options were set.
     parser.add_argument("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
     parser.add_argument("--windows", type=positive, help=f"windows at most (default: {most})")
     parser.add_argument(
@@ -111,7 +113,7 @@ def windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") ->
 
 
 def amount(parser: argparse.ArgumentParser, several: str) -> None:
-    """How much to remove, and of what."""
+    """Add how much to remove, and from which parameters."""
     parser.add_argument(
         "--ratio", type=ratios, metavar="R[,R...]", help=f"share to remove, between 0 and 1; several {several}"
     )
@@ -129,8 +131,8 @@ def amount(parser: argparse.ArgumentParser, several: str) -> None:
     parser.add_argument(
         "--axes",
         metavar="AXES",
-        help="what a width method narrows: hidden, ffn, kv (KV heads with their query heads), e.g. kv,ffn; for sheared "
-        "also layers (default: the method's own choice)",
+        help="spaces that a width method narrows: hidden, ffn, kv (KV heads with their query heads), e.g. kv,ffn; for "
+        "sheared also layers (default: the method's own choice)",
     )
 
 

@@ -36,7 +36,7 @@ def add_inspect(verbs: Any) -> None:
         "describe a checkpoint",
         "It reads the weights to count zeros and to look for NaN; nothing is run.",
     )
-    inspect.add_argument("model", help="Hugging Face checkpoint directory")
+    inspect.add_argument("model", help="checkpoint directory, or Hub name (org/name[@revision])")
     _context(inspect)
 
 
@@ -45,13 +45,13 @@ def add_shapes(verbs: Any) -> None:
     shapes = add_verb(
         verbs,
         "shapes",
-        "say what a model comes to, and what it would come to pruned",
+        "show a model's size and cost, before and after pruning",
         "It counts parameters, FLOPs and KV cache from config.json alone; no weights are needed. With a ratio it shows "
         "the legal shapes nearest to it, and how far off they are.",
         manual.SHAPES,
     )
-    shapes.add_argument("model", metavar="CONFIG_OR_DIR", help="config.json, or a directory that has one")
-    amount(shapes, "are shown one after the other")
+    shapes.add_argument("model", metavar="CONFIG_OR_DIR", help="config.json, a directory that has one, or a Hub name")
+    amount(shapes, "are listed one after the other")
     shapes.add_argument("--method", help="the shape that this method would reach")
     _context(shapes)
 
@@ -63,13 +63,15 @@ def add_data(verbs: Any) -> None:
         "data",
         "turn text into token shards for training",
         "It encodes documents in several processes, leaves out those that repeat an earlier one, holds some out, and "
-        "writes the rest in a shuffled order. A document's side and place follow from the hash of its text and the "
-        "seed. Kill it at any moment and run it again to go on.",
+        "writes the rest in a shuffled order. The hash of its text and the seed decide a document's split "
+        "and place. After a kill, the same command resumes.",
         manual.DATA,
     )
     data.add_argument("source", metavar="SOURCE", help=manual.DOCUMENTS)
     data.add_argument("out", metavar="OUT", help="new directory to write")
-    data.add_argument("--tokenizer", required=True, metavar="DIR", help="directory with the tokenizer, or a checkpoint")
+    data.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="directory with the tokenizer, a checkpoint, or a Hub name"
+    )
     data.add_argument("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
     data.add_argument("--split", help="split to read, for hf: and arrow: (default: train)")
     data.add_argument(
@@ -80,7 +82,9 @@ def add_data(verbs: Any) -> None:
     data.add_argument(
         "--holdout", type=holdout, default=0.05, metavar="SHARE", help="share of the documents held out; 0 for none"
     )
-    data.add_argument("--documents", type=count, metavar="N", help="read at most so many, e.g. 200k (default: all)")
+    data.add_argument(
+        "--documents", type=count, metavar="N", help="documents to read at most, e.g. 200k (default: all)"
+    )
     data.add_argument("--seed", type=int, default=0, help="of the order of documents")
     data.add_argument("--workers", type=positive, help="processes; execution only (default: one for each core)")
     data.add_argument("--shard-tokens", type=count, metavar="N", help="tokens in a file (default: 67108864)")
@@ -93,11 +97,11 @@ def add_prune(verbs: Any) -> None:
         "prune",
         "prune a checkpoint",
         "It scores the model block by block, most methods on calibration text, decides what to keep (plan.json, "
-        "plan.safetensors) and writes a checkpoint that plain transformers opens. Shapes are rounded to steps; what "
-        "was removed is printed beside what was asked.",
+        "plan.safetensors) and writes a checkpoint that plain transformers opens. Shapes are rounded to steps; the "
+        "shares that were removed are printed beside the request.",
     )
     prune.write_epilog = manual.prune_epilog
-    prune.add_argument("model", help="Hugging Face checkpoint directory")
+    prune.add_argument("model", help="checkpoint directory, or Hub name (org/name[@revision])")
     prune.add_argument("out", help="new directory to write")
     prune.add_argument("--method", required=True, help="one of the methods below")
     amount(prune, "give one checkpoint each, OUT/ratio-R, scored once where the scores do not depend on it")
@@ -120,7 +124,7 @@ def add_prune(verbs: Any) -> None:
         default=[],
         help="an option of the method; may be repeated",
     )
-    prune.add_argument("--tasks-data", metavar="DIR", help="minitron-depth: where the task's data lies")
+    prune.add_argument("--tasks-data", metavar="DIR", help="minitron-depth: folder of the task's data")
     prune.add_argument("--task-limit", metavar="N", type=positive, help="minitron-depth: examples of the task at most")
     prune.add_argument("--calibration", metavar="SOURCE", help=f"{manual.SOURCES}; for sheared also shards:DIR")
     windows(prune, "128")
@@ -135,11 +139,11 @@ def add_prune(verbs: Any) -> None:
         "--states",
         choices=("auto", "device", "ram", "disk"),
         default="auto",
-        help="where hidden states between blocks lie: on the device that computes them, which saves copies; in memory; "
-        "or on disk, where a resumed run need not run finished blocks again (auto: on a GPU if it then needs at most "
-        "8 GB and half of what is free there; else in memory, or on disk where that is short)",
+        help="where hidden states between blocks lie: on the device that computes them, in memory, or on disk, where a "
+        "resumed run does not repeat finished blocks (auto: on a GPU if they fit into 8 GB and half of its free "
+        "memory; else in memory, or on disk if memory is short)",
     )
-    prune.add_argument("--resume", action="store_true", help="go on with a run that was killed, at its last block")
+    prune.add_argument("--resume", action="store_true", help="continue a killed run at its last finished block")
 
 
 def add_train(verbs: Any) -> None:
@@ -149,7 +153,7 @@ def add_train(verbs: Any) -> None:
         "train",
         "train a model on an exact number of tokens",
         "It reads a slice of the data once, to the last token, in an order that a seed fixes, whatever the number of "
-        "processes. A sparse model keeps its masks. After a kill, the same command goes on from its last checkpoint.",
+        "processes. A sparse model keeps its masks. After a kill, the same command resumes from its last checkpoint.",
         manual.TRAIN,
     )
     train.add_argument("out", help="new directory to write")
@@ -157,19 +161,25 @@ def add_train(verbs: Any) -> None:
     train.add_argument("--like", metavar="DIR", help="checkpoint or config.json of the shape, for --init scratch")
     train.add_argument("--tokens", required=True, type=count, help="budget: 700k, 7e5, 50B ...")
     train.add_argument("--data", required=True, metavar="shards:DIR", help="what `secateur data` has written")
-    train.add_argument("--skip", type=count_or_none, default=0, metavar="TOKENS", help="tokens to leave out before")
+    train.add_argument(
+        "--skip",
+        type=count_or_none,
+        default=0,
+        metavar="TOKENS",
+        help="tokens of the data to leave out before the first",
+    )
     train.add_argument("--recipe", metavar="FILE", help="YAML with the keys below")
     train.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable"
     )
     train.add_argument("--teacher", metavar="DIR", help="checkpoint to distil from, of the model's vocabulary")
-    for name, reading, what in (
+    for name, convert, meaning in (
         ("--temperature", float, "softens both distributions (default: 1)"),
         ("--alpha", float, "share of the divergence from the teacher; the rest is the usual loss (default: 1)"),
         ("--top-k", positive, "compare the teacher's likeliest N ids, all others as one (default: all apart)"),
     ):
         train.add_argument(
-            name, type=reading, metavar="N" if reading is positive else "X", help=f"with --teacher: {what}"
+            name, type=convert, metavar="N" if convert is positive else "X", help=f"with --teacher: {meaning}"
         )
     train.add_argument("--points", type=positive, default=8, help="measurements of the held-out loss along the run")
     train.add_argument("--heldout-windows", type=positive, default=256, help="windows that it is measured on, at most")
@@ -178,15 +188,19 @@ def add_train(verbs: Any) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of what is computed; weights, moments and sums stay float32 (auto: bfloat16 on a GPU)",
+        help="of the computation; weights, moments and sums stay float32 (auto: bfloat16 on a GPU)",
     )
     train.add_argument("--micro-batch", type=positive, metavar="N", help="windows at once in a process (default: 8)")
-    train.add_argument("--recompute", action="store_true", help="hold no activations within blocks: a third more time")
+    train.add_argument(
+        "--recompute", action="store_true", help="recompute activations within blocks: less memory, a third more time"
+    )
     train.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
     train.add_argument("--replicas", type=positive, default=1, help="groups of processes that each hold the model")
     train.add_argument("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
-    train.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints of the run that stay")
-    train.add_argument("--track", action="append", choices=("tensorboard", "wandb"), help="send the metrics there too")
+    train.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints of the run to keep")
+    train.add_argument(
+        "--track", action="append", choices=("tensorboard", "wandb"), help="also send the metrics to this tracker"
+    )
 
 
 def add_evaluate(verbs: Any) -> None:
@@ -205,7 +219,7 @@ def add_evaluate(verbs: Any) -> None:
     evaluate.add_argument(
         "--data", metavar="SOURCE", help=f"held-out text: {manual.SOURCES}, shards:DIR (its held-out split)"
     )
-    evaluate.add_argument("--suite", metavar="NAME[,NAME...]", help="what to measure besides; see below")
+    evaluate.add_argument("--suite", metavar="NAME[,NAME...]", help="further figures to measure; see below")
     evaluate.add_argument(
         "--tasks-data", metavar="DIR", help="folder with <task>.jsonl (default: the Hugging Face Hub)"
     )
@@ -237,8 +251,8 @@ def add_compare(verbs: Any) -> None:
     compare = add_verb(
         verbs,
         "compare",
-        "say which of two evaluated models is better, if that can be told",
-        "It reads what `secateur eval --out` has written and compares item by item: windows or documents of text, "
+        "compare two evaluated models item by item",
+        "It reads the results that `secateur eval --out` has written and compares windows or documents of text, and "
         "documents of tasks. Nothing is run.",
         manual.COMPARE,
     )

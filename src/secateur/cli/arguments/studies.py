@@ -1,4 +1,4 @@
-"""The arguments of verbs about studies, and of what their runs are asked."""
+"""The arguments of the verbs about studies and recommendations."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def add_demo(verbs: Any) -> None:
 _STUDY_ACTIONS = {
     "plan": (
         "print the stages with tokens and FLOPs",
-        "It tells what a study costs before anything starts. Nothing is run or written.",
+        "It prices a study before anything starts. Nothing is run or written.",
     ),
-    "run": ("run what is not done, then report", "Kill it at any moment and run it again to go on."),
-    "status": ("say where each stage stands", "Nothing is run or written; any host that sees the directory can ask."),
-    "explain": ("say why a stage is done or not", "It names what differs from the nearest stage that is done."),
+    "run": ("run the stages that are not done, then report", "After a kill, the same command resumes."),
+    "status": ("list the state of each stage", "Nothing is run or written; any host that sees the directory can ask."),
+    "explain": ("explain why a stage is done or not", "It names what differs from the nearest stage that is done."),
     "report": (
         "write the report from the records, or compare two studies",
-        "Nothing is trained; what is missing is shown as missing.",
+        "Nothing is trained; missing figures are shown as missing.",
     ),
-    "stage": ("do one stage", "Launchers call it; study run is the way to run a study."),
+    "stage": ("run one stage", "Launchers call it; to run a study, use `study run`."),
 }
 
 
@@ -60,15 +60,15 @@ def add_study(verbs: Any) -> None:
     actions = study.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
     for name, (summary, detail) in _STUDY_ACTIONS.items():
         action = add_verb(actions, name, summary, detail, manual.STUDY.get(name))
-        action.add_argument("file", help="study file")
+        action.add_argument("file", help="study file, or the name of a shipped study such as demo")
         if name == "plan":
-            help_ = "what a device does, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
+            help_ = "speed of a device, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
             action.add_argument("--flops-per-second", type=count, metavar="X", help=help_)
         else:
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
         _OF_ACTION.get(name, lambda _: None)(action)
     # Not for people: it is in no list. argparse has no word for that.
-    actions._choices_actions = [found for found in actions._choices_actions if found.dest != "stage"]
+    actions._choices_actions = [action for action in actions._choices_actions if action.dest != "stage"]
 
 
 def _running(run: argparse.ArgumentParser) -> None:
@@ -87,16 +87,22 @@ def _study_run(run: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         action="append",
         default=[],
-        help="run stages of these names and what they are made from, e.g. 'wanda-*/P-R'; repeatable",
+        help="run stages of these names and their inputs, e.g. 'wanda-*/P-R'; repeatable",
     )
     run.add_argument(
         "--launcher", choices=("local", "slurm"), default="local", help="processes here, or jobs of SLURM (submitit)"
     )
     run.add_argument(
-        "--slurm", metavar="KEY=VALUE", action="append", default=[], help="what a job asks for, see below; repeatable"
+        "--slurm",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="a resource that jobs request, see below; repeatable",
     )
-    run.add_argument("--keep-going", action="store_true", help="after a failure, run all that does not depend on it")
-    run.add_argument("--dry-run", action="store_true", help="say what would run, and why; run and write nothing")
+    run.add_argument(
+        "--keep-going", action="store_true", help="after a failure, run all stages that do not depend on it"
+    )
+    run.add_argument("--dry-run", action="store_true", help="print what would run, and why; run and write nothing")
 
 
 def _study_status(status: argparse.ArgumentParser) -> None:
@@ -133,9 +139,9 @@ def add_recommend(verbs: Any) -> None:
     recommend = add_verb(
         verbs,
         "recommend",
-        "say which path pays, by published figures or by a study's",
-        "It fits both paths' losses against tokens, and tells who is ahead at a budget and from where on the other "
-        "catches up, with intervals, how far the question lies from what was run, and what both paths cost.",
+        "recommend a path, by published figures or by a study's",
+        "It fits both paths' losses against tokens and prints who is ahead at a budget, where the other path catches "
+        "up, with intervals, the distance of the question from the evidence, and the cost of both paths.",
         manual.RECOMMEND,
     )
     size = recommend.add_mutually_exclusive_group(required=True)
@@ -149,7 +155,7 @@ def add_recommend(verbs: Any) -> None:
         "--parent",
         choices=("have", "must-train"),
         default="have",
-        help="whether the parent is there, its cost sunk, or has to be trained",
+        help="whether the parent exists, its cost sunk, or must be trained",
     )
     recommend.add_argument("--parent-tokens", type=count, metavar="N", help="tokens that the parent is trained on")
     recommend.add_argument(
@@ -166,7 +172,7 @@ def add_recommend(verbs: Any) -> None:
     recommend.add_argument(
         "--flops-per-second", type=above_zero, metavar="F", help="what it sustains in training, e.g. 4e14"
     )
-    recommend.add_argument("--pilot", metavar="FILE", help="write the study that would tell more")
+    recommend.add_argument("--pilot", metavar="FILE", help="write a study whose results would sharpen the answer")
     recommend.add_argument(
         "--like", metavar="STUDY", help="study file whose corpus, parent and recipe the pilot takes over"
     )

@@ -1,4 +1,4 @@
-"""What each verb does: arguments in; a JSON-able answer, its text for people, and the exit code out."""
+"""The verbs: arguments in; a JSON-able answer, its text for people, and the exit code out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MODULES = {
 
 
 def function_of(arguments: Namespace) -> Callable[[Namespace], Answer]:
-    """What a verb calls. Its module alone is imported, since some take seconds and no verb needs all."""
+    """Import the module of a verb and return its function."""
     quiet_libraries()
     verb: str = arguments.verb
     name = {"eval": "evaluate", "study": f"study_{getattr(arguments, 'action', '')}"}.get(verb, verb)

@@ -63,7 +63,7 @@ def _detail(measured: Measurement | None, key: str) -> str:
 
 def _breakdown(name: str, results: Sequence[EvaluationResults], key: str, title: Any) -> list[list[str]]:
     """Rows of the parts of a loss; all models have the same ones, since the protocol is one."""
-    parts = [found.details.get(key, []) if (found := r.of(name)) else [] for r in results]
+    parts = [loss.details.get(key, []) if (loss := r.of(name)) else [] for r in results]
     first = next((p for p in parts if p), [])
     return [[title(part), *(f"{p[i]['loss']:.4f}" if p else _ABSENT for p in parts)] for i, part in enumerate(first)]
 
@@ -130,12 +130,12 @@ def _workload(cost: Any) -> str:
     )
 
 
-def comparison_table(found: Sequence[Comparison], a: Sequence[str], b: Sequence[str]) -> str:
+def comparison_table(comparisons: Sequence[Comparison], a: Sequence[str], b: Sequence[str]) -> str:
     """What two models differ in, and how sure that is."""
     seeds = len(a) > 1
     head = ["", "A", "B", "A better by", "95% interval", *(["over seeds"] if seeds else []), "items", "p", "verdict"]
     rows = [head]
-    for c in found:
+    for c in comparisons:
         if c.difference is None or c.low is None or c.high is None or c.a is None or c.b is None or c.p is None:
             dashes = [_ABSENT] * (len(head) - 2)
             rows.append([c.name, *dashes, f"{c.verdict}: {c.reason}"])
@@ -158,7 +158,7 @@ def comparison_table(found: Sequence[Comparison], a: Sequence[str], b: Sequence[
         )
     lines = [f"A: {', '.join(a)}", f"B: {', '.join(b)}", *_aligned(rows)]
     lines.append("items: on how many A and B are better; p: two-sided sign test over them; loss in nats per token")
-    if any(c.items is not None and c.items < FEW and c.verdict == "too close to call" for c in found):
+    if any(c.items is not None and c.items < FEW and c.verdict == "too close to call" for c in comparisons):
         lines.append(f"of fewer than {FEW} items intervals are too narrow; there a verdict needs p below 0.05 as well")
     if not seeds:
         lines.append("the interval covers the choice of items, not the noise of training; several seeds cover both")
