@@ -274,9 +274,9 @@ def _estimate(
     room = check_disk(Path(request.out), disk + checkpoint.stored_bytes)
     passes = tokens / (data.record["windows"] * data.sequence)
     flops = scoring_flops(shape, outputs[0], method, tokens, data.sequence)
-    again = f", the text read {passes:.1f} times" if passes > 1.05 else ""
+    repeats = f", the text read {passes:.1f} times" if passes > 1.05 else ""
     notify(
-        f"estimate: {tokens:,} tokens in {method.steps} steps{again}, {scientific(flops)} FLOPs"
+        f"estimate: {tokens:,} tokens in {method.steps} steps{repeats}, {scientific(flops)} FLOPs"
         + (" for each ratio" if len(outputs) > 1 else "")
         + f"; {byte_size(memory / processes)} of memory above the program's own"
         + (f" in each of {processes} processes" if processes > 1 else "")

@@ -63,28 +63,30 @@ def make_plan(
         batch: windows at once; None for what suits the device.
         device: where to compute.
         dtype: of the forward pass; statistics and scores are float32 or better.
-        workspace: where to keep what is found block by block; scores that are there already are not computed again.
+        workspace: where to keep what is prototype block by block; scores that are there already are not computed again.
             Several processes need a directory that they all see.
 
     Raises:
         UserError: on an unknown method or option, a method that learns (:func:`secateur.pruning.learned.learn`), a
             target that this model has no shape for, or values that are not finite.
     """
-    found = get_method(method, options)
-    if isinstance(found, LearnedMethod):
-        raise UserError(f"{method}: learns what to cut in training and has no scores before; use secateur prune")
-    after = target.shape(checkpoint.shape, found, method)
+    prototype = get_method(method, options)
+    if isinstance(prototype, LearnedMethod):
+        raise UserError(
+            f"{method}: learns what to cut in training and has no scores beforehand; use secateur.prune with `out`"
+        )
+    after = target.shape(checkpoint.shape, prototype, method)
     check_config(checkpoint, after)
-    if reads_text(found) and calibration is None:
+    if reads_text(prototype) and calibration is None:
         raise UserError(f"`calibration`: {method} is scored on text; name a source of it")
-    if task_of(found) and task is None:
-        task = Task(task_of(found), few_shot=0)
+    if task_of(prototype) and task is None:
+        task = Task(task_of(prototype), few_shot=0)
     if task is not None:
-        _ = task.requests  # what is wrong with the task is told before the weights are read
-    windows = calibration.windows if calibration and reads_text(found) else None
+        _ = task.requests  # report faults of the task before the weights are read
+    windows = calibration.windows if calibration and reads_text(prototype) else None
     _check_finite(checkpoint, whole=task is not None)
-    by_window = any(issubclass(kind, GradientStatistic) for kind in found.needs)
-    workspace, key = workspace or Workspace(), _journal_key(found, target, checkpoint.shape, after)
+    by_window = any(issubclass(kind, GradientStatistic) for kind in prototype.needs)
+    workspace, key = workspace or Workspace(), _journal_key(prototype, target, checkpoint.shape, after)
     walk = BlockWalk(
         checkpoint,
         windows,
@@ -95,17 +97,19 @@ def make_plan(
         store=workspace.store(key),
         journal=workspace.journal(key),
     )
-    if found.stochastic:
-        walk.journal.finished_steps = 0  # what is drawn first belongs to the first block
+    if prototype.stochastic:
+        walk.journal.finished_steps = 0  # the first random numbers belong to the first block
     with walk.journal.async_writes(device):
-        decided = score_and_select(found, walk, target, after, task, batch)
+        decision = score_and_select(prototype, walk, target, after, task, batch)
     walk.journal.close()
     record: dict[str, Any] = calibration.record() if windows is not None and calibration else {"source": None}
     if windows is not None and dtype != torch.float32:
         record["dtype"] = str(dtype).removeprefix("torch.")
-    asked = target.record(found) | ({"options": identity(found)} if identity(found) else {})
-    fields = {"after": after, "calibration": {**record, "method_source": found.source}, **decided}
-    return Plan.keeping_all(method, found.granularity, asked, checkpoint.shape, source=checkpoint.digest, **fields)
+    request = target.record(prototype) | ({"options": identity(prototype)} if identity(prototype) else {})
+    fields = {"after": after, "calibration": {**record, "method_source": prototype.source}, **decision}
+    return Plan.keeping_all(
+        method, prototype.granularity, request, checkpoint.shape, source=checkpoint.digest, **fields
+    )
 
 
 def scores_identity(
@@ -119,7 +123,7 @@ def scores_identity(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any] | None:
-    """What the scores depend on that :func:`make_plan` finds for the same arguments, to the last bit.
+    """Identify the scores that :func:`make_plan` computes for the same arguments, to the last bit.
 
     Returns:
         Plain values, equal where one journal serves; None where keeping it would not pay: masks and weights are as
@@ -128,17 +132,17 @@ def scores_identity(
     Raises:
         UserError: as :func:`make_plan`.
     """
-    found = get_method(method, options)
-    if isinstance(found, WeightMethod) or task_of(found):
+    prototype = get_method(method, options)
+    if isinstance(prototype, WeightMethod) or task_of(prototype):
         return None
-    windows = calibration.windows if calibration and reads_text(found) else None
+    windows = calibration.windows if calibration and reads_text(prototype) else None
     if windows is not None:
         batch = batch or pick_batch(windows.shape[1], device)
     return {
         "source": checkpoint.digest,
         "method": method,
-        "options": identity(found),
-        "journal": _journal_key(found, target, checkpoint.shape, target.shape(checkpoint.shape, found, method)),
+        "options": identity(prototype),
+        "journal": _journal_key(prototype, target, checkpoint.shape, target.shape(checkpoint.shape, prototype, method)),
         "calibration": token_hash(windows.numpy()) if windows is not None else None,
         "batch": batch,  # decides how sums are rounded, as the device does
         "device": torch.device(device).type,
@@ -147,7 +151,7 @@ def scores_identity(
 
 
 def _journal_key(method: Method, target: Target, before: Shape, after: Shape) -> str:
-    """Names what is found on the way: equal where it is the same whatever the ratio."""
+    """Name the journal of a scoring: equal for targets that share all scores."""
     if isinstance(method, WeightMethod):
         return f"weights-{target.pattern or target.ratio}".replace(":", "of")
     if isinstance(method, RemovalMethod):
@@ -163,29 +167,29 @@ def _journal_key(method: Method, target: Target, before: Shape, after: Shape) ->
 
 def check_config(checkpoint: Checkpoint, after: Shape) -> None:
     """Refuse a shape that transformers will not open, before anything is scored."""
-    kept = {"after": after, "keep_layers": torch.arange(after.layers)}
-    cut_config(checkpoint, Plan.keeping_all("", "width", {}, checkpoint.shape, **kept))
+    fields = {"after": after, "keep_layers": torch.arange(after.layers)}
+    cut_config(checkpoint, Plan.keeping_all("", "width", {}, checkpoint.shape, **fields))
 
 
 def _check_finite(checkpoint: Checkpoint, *, whole: bool) -> None:
-    """Refuse NaN and infinity in the tensors that no walk over the blocks looks at: those outside, or all of them."""
+    """Refuse NaN and infinity in the tensors outside the blocks, or in all: the block walk checks the others."""
     for name in checkpoint.tensors() if whole else checkpoint.outer_tensors():
         checkpoint.check_finite(name, checkpoint.tensor(name))
 
 
 def removed_shares(plan: Plan) -> dict[str, Any]:
-    """What was removed, beside what was asked.
+    """Shares of the model that a plan removes, beside the request.
 
     Returns:
-        ``asked``: the ratio, None where a shape or a pattern was given; ``of``: what it is a share of (``total``,
+        ``asked``: the requested ratio, None for a shape or a pattern; ``of``: the parameters that it counts (``total``,
         ``non_embedding`` or ``block_weights``); the shares removed, ``total``, ``non_embedding`` and, for masks,
-        ``block_weights``; ``drift``: the share of that kind less the one asked.
+        ``block_weights``; ``drift``: the share of that kind less the requested ratio.
     """
-    asked, of = plan.asked.get("ratio"), plan.asked.get("of")
+    ratio, of = plan.asked.get("ratio"), plan.asked.get("of")
     shares = plan.removed()
     if plan.masks:
         shares["block_weights"] = plan.zeroed / plan.before.block_weights
-    return {"asked": asked, "of": of, **shares, "drift": None if asked is None else shares[of or ""] - asked}
+    return {"asked": ratio, "of": of, **shares, "drift": None if ratio is None else shares[of or ""] - ratio}
 
 
 def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | None = None) -> dict[str, Any]:

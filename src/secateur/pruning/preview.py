@@ -100,22 +100,22 @@ def preview_shapes(request: ShapesRequest) -> Preview:
         path = local_checkpoint(request.model, weights=False) / "config.json"
     before, positions = read_shape(path)
     context = flops_context(request.context, positions)
-    own = describe_shape(before, context)
+    description = describe_shape(before, context)
     first = request.targets[0]
     outputs = []
     if first.ratio is not None or first.sizes:
-        outputs = [_preview(before, own, target, request, context) for target in request.targets]
-    return Preview(str(request.model), context, own, outputs)
+        outputs = [_preview(before, description, target, request, context) for target in request.targets]
+    return Preview(str(request.model), context, description, outputs)
 
 
 def _preview(
-    before: Shape, own: Mapping[str, Any], target: Target, request: ShapesRequest, context: int
+    before: Shape, description: Mapping[str, Any], target: Target, request: ShapesRequest, context: int
 ) -> dict[str, Any]:
     """Describe one target, or each way to it where several are open."""
     if target.sizes or target.axes or request.prototype is not None:
-        return {**_single(before, target, request, context), "before": own}
+        return {**_single(before, target, request, context), "before": description}
     ways = _ways(before, target, context)
-    return {**own, "asked": target.ratio, "of": target.of or "non_embedding", "targets": ways}
+    return {**description, "asked": target.ratio, "of": target.of or "non_embedding", "targets": ways}
 
 
 def _single(before: Shape, target: Target, request: ShapesRequest, context: int) -> dict[str, Any]:
