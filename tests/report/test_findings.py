@@ -12,6 +12,7 @@ from secateur.comparison.index import Index
 from secateur.comparison.intervals import bootstrap_interval
 from secateur.comparison.records import Cell, StudyResults
 from secateur.report.judgement import judge
+from secateur.report.prose import finding_sentence
 from secateur.report.terminal import text_table
 
 
@@ -32,7 +33,7 @@ def found(results: StudyResults, key: str) -> Finding:
 
 
 def answers(results: StudyResults, key: str) -> dict[str, str]:
-    return {row.who: row.answer for row in found(results, key).rows}
+    return {row.scope: row.answer for row in found(results, key).rows}
 
 
 def test_pruned_beats_scratch_per_method_and_pooled():
@@ -115,7 +116,7 @@ def test_granularity_needs_both_parts(sparse: float, depth: float | None, both: 
     cells += comparison("minitron-width", 0.3, -9.0, salt=14)  # neither fine nor coarse
     finding = found(study(*cells), "granularity")
     assert finding.answer == both
-    assert [row.who for row in finding.rows] == ["Wanda", "Minitron-depth", "Both parts"]
+    assert [row.scope for row in finding.rows] == ["Wanda", "Minitron-depth", "Both parts"]
 
 
 def test_seeds_are_pooled_within_a_comparison():
@@ -129,11 +130,11 @@ def test_comparisons_without_a_common_seed_are_not_averaged():
     cells = [c for seed in (0, 1) for c in comparison("wanda", 0.3, salt=9 * seed, seed=seed)]
     cells += comparison("minitron-depth", 0.1, salt=30, seed=1)
     cells += comparison("minitron-width", 0.2, salt=40, seed=2)
-    rows = {row.who: row for row in found(study(*cells), "equal-tokens").rows}
+    rows = {row.scope: row for row in found(study(*cells), "equal-tokens").rows}
     assert rows["Minitron-width"].answer == "holds"
     everyone = rows["All methods"]
     assert everyone.mean and (everyone.mean.value, everyone.comparisons) == (pytest.approx(0.2), 2)
-    assert "mean of 2 of 3 comparisons" in everyone.sentence
+    assert "mean of 2 of 3 comparisons" in finding_sentence(everyone)
 
 
 def test_findings_that_the_grid_cannot_speak_to_are_not_told():

@@ -20,6 +20,7 @@ from secateur.comparison.records import Cell, Cost, StudyResults
 from secateur.model.shapes import Shape, train_flops
 from secateur.report.judgement import judge
 from secateur.report.latex import comparisons_tex, escaped
+from secateur.report.prose import part_sentence
 from secateur.report.tables import cell_rows, comparison_rows, rows_csv
 from secateur.report.terminal import text_table
 
@@ -137,10 +138,10 @@ def test_controls_take_the_advantage_apart():
     cells = {c.init: np.asarray(c.evaluation.windows) for c in index.results.cells if c.evaluation}
     mask = found["random-mask", "redrawn"].mean
     assert mask and (mask.low, mask.high) == pytest.approx(bootstrap_interval(cells["random-mask"] - cells["redrawn"]))
-    assert found["random-mask", "redrawn"].sentence.startswith(
+    assert part_sentence(found["random-mask", "redrawn"]).startswith(
         "The mask alone, beside a random one, saves 0.20 nats (95%"
     )
-    assert found["dense-twin", "redrawn"].sentence.startswith(
+    assert part_sentence(found["dense-twin", "redrawn"]).startswith(
         "The sparse shape, beside a dense one with as many weights, costs"
     )
     assert [control.init for control in controls(index, group)][-1] == "pruned"
@@ -150,9 +151,9 @@ def test_controls_of_a_dense_model_start_from_scratch():
     cells = [cell("minitron-depth", "P-R", 5.2, salt=1), cell("minitron-depth", "S_R", 5.6, salt=2)]
     cells.append(cell("minitron-depth", "shuffled-weights", 5.601, salt=3, init="shuffled-weights"))
     index = Index(study(*cells))
-    texts = [part.sentence for part in parts(index, index.comparisons[0])]
+    texts = [part_sentence(part) for part in parts(index, index.comparisons[0])]
     assert texts[0].startswith("The weights save 0.40 nats")
-    assert texts[1].startswith("The distribution of the weights alone makes no difference that can be told (")
+    assert texts[1].startswith("The distribution of the weights alone makes no clear difference (")
     assert len(texts) == 3
 
 
@@ -160,7 +161,7 @@ def test_a_control_that_failed_or_had_other_tokens_is_no_part():
     index, group = inherited(permuted=5.75)
     failed = [dataclasses.replace(c, evaluation=None) if c.init == "permuted" else c for c in index.results.cells]
     (part, *_) = parts(Index(study(*failed)), group)
-    assert part.mean is None and part.sentence == "The mask alone, beside a permuted one: not measured."
+    assert part.mean is None and part_sentence(part) == "The mask alone, beside a permuted one: not measured."
     longer = [
         dataclasses.replace(c, training=Cost(2 * R, 1e12)) if c.path == "control" else c for c in index.results.cells
     ]

@@ -1,4 +1,4 @@
-"""What a pruned model inherits: its advantage taken apart by controls that were trained on as many tokens."""
+"""Attribute a pruned model's advantage to what it inherits, by controls that were trained on as many tokens."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from secateur.comparison.index import Group, Index
 from secateur.comparison.records import Cell, Init
 from secateur.comparison.twins import MeanDifference, Paired, mean_difference, pair_cells
-from secateur.formatting import decimals, number
-from secateur.report.prose import interval
 
 __all__ = ["CONTROLS", "ControlGap", "Part", "controls", "parts"]
 
-#: Where the weights of each model are from, as a reader is told. In the order in which each inherits more.
+#: Where the weights of each model are from, in the order in which each inherits more.
 CONTROLS: dict[Init, str] = {
     "scratch": "new weights, no mask",
     "dense-twin": "as many weights, dense and new",
@@ -23,52 +21,40 @@ CONTROLS: dict[Init, str] = {
     "pruned": "the weights in their places",
 }
 
+#: Pairs of models, without and with a part of the advantage.
+_PAIRS: tuple[tuple[Init, Init], ...] = (
+    ("random-mask", "redrawn"),
+    ("permuted", "redrawn"),
+    ("redrawn", "pruned"),
+    ("scratch", "pruned"),
+    ("redrawn", "shuffled-weights"),
+    ("scratch", "shuffled-weights"),
+    ("shuffled-weights", "pruned"),
+    ("dense-twin", "redrawn"),
+    ("scratch", "redrawn"),
+)
+
 
 @dataclass(frozen=True)
 class ControlGap:
-    """One of the models that a pruned one is taken apart by."""
+    """The loss of a pruned model, or of one of its controls."""
 
     init: Init
     label: str
-    loss: float | None  #: nats per token, a mean over the seeds that were measured; None: not measured
+    loss: float | None  #: nats per token, mean over the measured seeds; None: not measured
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the advantage: what the better of two models has and the other lacks."""
+    """A part of the advantage: what the model ``of`` has and the model ``against`` lacks."""
 
-    what: str
     against: Init
     of: Init
     mean: MeanDifference | None  #: loss(against) - loss(of); None: not measured
-    sentence: str
-
-
-#: What is told, the model without it, the model with it.
-_STEPS: tuple[tuple[str, Init, Init], ...] = (
-    ("the mask alone, beside a random one,", "random-mask", "redrawn"),
-    ("the mask alone, beside a permuted one,", "permuted", "redrawn"),
-    ("the weights under that mask", "redrawn", "pruned"),
-    ("the weights", "scratch", "pruned"),
-    ("the distribution of the weights alone", "redrawn", "shuffled-weights"),
-    ("the distribution of the weights alone", "scratch", "shuffled-weights"),
-    ("the arrangement of the weights, beyond their distribution,", "shuffled-weights", "pruned"),
-    ("the sparse shape, beside a dense one with as many weights,", "dense-twin", "redrawn"),
-    ("the zeros, beside the whole architecture from scratch,", "scratch", "redrawn"),
-)
-
-
-def _runs(index: Index, group: Group) -> dict[Init, dict[int, Cell]]:
-    """init -> seed -> the run of a comparison that was trained on exactly R tokens."""
-    found: dict[Init, dict[int, Cell]] = {}
-    for cell in index.of(group):
-        if cell.training.tokens == cell.retrain_tokens and (cell.path != "scratch" or cell.name == "S_R"):
-            found.setdefault(cell.init, {})[cell.seed] = cell
-    return found
 
 
 def controls(index: Index, group: Group) -> tuple[ControlGap, ...]:
-    """The models at equal training tokens, from what inherits nothing to the pruned run; empty without a control."""
+    """List the models at equal training tokens, in the order of ``CONTROLS``; empty without a control."""
     runs = _runs(index, group)
     if not any(cell.path == "control" for cells in runs.values() for cell in cells.values()):
         return ()
@@ -81,37 +67,26 @@ def controls(index: Index, group: Group) -> tuple[ControlGap, ...]:
 
 
 def parts(index: Index, group: Group) -> tuple[Part, ...]:
-    """The advantage of a comparison taken apart, over all its seeds; empty where it has no control."""
+    """Split the advantage of a comparison into parts, over all its seeds; empty without a control."""
     if not controls(index, group):
         return ()
     runs = _runs(index, group)
-    masked = "redrawn" in runs
-    steps = [step for step in _STEPS if step[1] in runs and step[2] in runs]
-    if masked:  # what the weights bring is then told beside the model that has the mask as well
-        steps = [step for step in steps if step[1] != "scratch" or step[2] == "redrawn"]
-    return tuple(_part(runs, *step) for step in steps)
+    pairs = [pair for pair in _PAIRS if pair[0] in runs and pair[1] in runs]
+    if "redrawn" in runs:  # the weights then count beside the control that has the mask as well, not beside scratch
+        pairs = [pair for pair in pairs if pair[0] != "scratch" or pair[1] == "redrawn"]
+    return tuple(_part(runs, *pair) for pair in pairs)
 
 
-def _part(runs: dict[Init, dict[int, Cell]], what: str, against: Init, of: Init) -> Part:
+def _runs(index: Index, group: Group) -> dict[Init, dict[int, Cell]]:
+    """The runs of a comparison that were trained on exactly R tokens: init -> seed -> run."""
+    runs: dict[Init, dict[int, Cell]] = {}
+    for cell in index.of(group):
+        if cell.training.tokens == cell.retrain_tokens and (cell.path != "scratch" or cell.name == "S_R"):
+            runs.setdefault(cell.init, {})[cell.seed] = cell
+    return runs
+
+
+def _part(runs: dict[Init, dict[int, Cell]], against: Init, of: Init) -> Part:
     seeds = [seed for seed in runs[of] if seed in runs[against]]
-    found = [pair_cells(runs[of][seed], runs[against][seed], of, against) for seed in seeds]
-    mean = mean_difference([one for one in found if isinstance(one, Paired)])
-    return Part(what, against, of, mean, _sentence(what, mean))
-
-
-def _sentence(what: str, mean: MeanDifference | None) -> str:
-    start = what[0].upper() + what[1:]
-    if mean is None:
-        return f"{start.rstrip(',')}: not measured."
-    digits = decimals(mean.value, mean.low, mean.high)
-    if not mean.sign:
-        span = interval(mean.low, mean.high, digits)
-        verb = "make" if _plural(what) else "makes"
-        return f"{start} {verb} no difference that can be told ({number(mean.value, digits)} nats, {span})."
-    near, far = sorted((abs(mean.low), abs(mean.high)))
-    verb = ("save" if mean.sign > 0 else "cost") + ("" if _plural(what) else "s")
-    return f"{start} {verb} {number(abs(mean.value), digits)} nats ({interval(near, far, digits)})."
-
-
-def _plural(what: str) -> bool:
-    return what.startswith(("the weights", "the zeros"))
+    pairs = [pair_cells(runs[of][seed], runs[against][seed], of, against) for seed in seeds]
+    return Part(against, of, mean_difference([pair for pair in pairs if isinstance(pair, Paired)]))

@@ -1,7 +1,7 @@
-"""Whether the findings of the paper (arXiv:2606.14150) hold in a study: each a contrast of paired differences.
+"""Test whether the findings of the paper (arXiv:2606.14150) hold in a study.
 
-A finding is turned into a contrast that is positive where it holds. Its mean over the comparisons of a method, or of
-all methods, gets a 95% interval over held-out windows, and over seeds where there are several.
+Each finding is a contrast of paired differences that is positive where the finding holds. The mean contrast of one
+method, or of all, has a 95% interval over held-out windows, and over seeds where there are several.
 """
 
 from __future__ import annotations
@@ -21,36 +21,33 @@ from secateur.comparison.twins import (
     mean_difference,
     pair_cells,
 )
-from secateur.formatting import decimals, number
 from secateur.methods.registry import method_name
-from secateur.report.prose import interval
 
 __all__ = ["Finding", "FindingAnswer", "FindingRow", "find"]
 
 FindingAnswer = Literal["holds", "does not hold", "too close to call", "not measured"]
-Contrast = dict[int, Paired]  # seed -> what is positive where the finding holds; empty: not measured
+Contrast = dict[int, Paired]  # seed -> a difference that is positive where the finding holds; empty: not measured
 
 
 @dataclass(frozen=True)
 class FindingRow:
-    """What a finding comes to for one method, or for all."""
+    """The answer to a finding for one method, or for several together."""
 
-    who: str
+    scope: str  #: the method's name, or e.g. "All methods"
     answer: FindingAnswer
-    mean: (
-        MeanDifference | None
-    )  #: of the contrast, nats per token, positive where the finding holds; None: not measured
-    comparisons: int  #: measured
-    sentence: str
+    #: mean contrast, nats per token, positive where the finding holds; None: not measured, or two contrasts
+    mean: MeanDifference | None
+    comparisons: int  #: that the mean is over
+    planned: int  #: that the study has
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One finding of the paper, as it is here."""
+    """A finding of the paper, with its answers in this study."""
 
     key: Literal["equal-tokens", "tokens", "ratio", "granularity"]
     claim: str
-    measured_as: str  #: what the contrast is
+    measured_as: str  #: the contrast, as a formula
     rows: tuple[FindingRow, ...]  #: for each method, then for all together
 
     @property
@@ -60,8 +57,8 @@ class Finding:
 
 
 def find(index: Index) -> tuple[Finding, ...]:
-    """Every finding that the study's grid can speak to; a run that failed leaves its part "not measured"."""
-    found = [
+    """List the findings that the study's grid can test; where a run failed, the answer is "not measured"."""
+    findings = [
         Finding(
             "equal-tokens",
             "Pruned beats scratch at equal training tokens.",
@@ -82,8 +79,8 @@ def find(index: Index) -> tuple[Finding, ...]:
         ),
         _granularity(index),
     ]
-    has = {cell.name for cell in index.results.cells}
-    return tuple(f for f in found if f.rows and SCRATCH["total" if f.key == "granularity" else "training"] in has)
+    names = {cell.name for cell in index.results.cells}
+    return tuple(f for f in findings if f.rows and SCRATCH["total" if f.key == "granularity" else "training"] in names)
 
 
 def _gaps(index: Index, setting: Setting) -> dict[Group, Contrast]:
@@ -91,22 +88,22 @@ def _gaps(index: Index, setting: Setting) -> dict[Group, Contrast]:
 
 
 def _gap(index: Index, group: Group, setting: Setting) -> Contrast:
-    """loss(scratch) - loss(P-R) of a comparison, seed by seed; seeds that were not measured are left out."""
+    """loss(scratch) - loss(P-R) of a comparison, seed by seed, without the seeds that were not measured."""
     name = SCRATCH[setting]
-    found = {
-        one.seed: pair_cells(index.cell(one, PRUNED), index.cell(one, name), PRUNED, name)
-        for one in index.pools[group.pooled]
+    gaps = {
+        seeded.seed: pair_cells(index.cell(seeded, PRUNED), index.cell(seeded, name), PRUNED, name)
+        for seeded in index.pools[group.pooled]
     }
-    return {seed: gap for seed, gap in found.items() if seed is not None and isinstance(gap, Paired)}
+    return {seed: gap for seed, gap in gaps.items() if seed is not None and isinstance(gap, Paired)}
 
 
 def _narrowing(index: Index, pairs: Iterable[tuple[Group, Group]]) -> dict[Group, Contrast]:
     """For each pair of comparisons, the gap of the first less that of the second."""
     contrasts: dict[Group, Contrast] = {}
     for first, last in pairs:
-        one, two = _gap(index, first, "training"), _gap(index, last, "training")
-        found = {seed: one[seed].minus(two[seed]) for seed in one if seed in two}
-        contrasts[first] = {seed: gap for seed, gap in found.items() if isinstance(gap, Paired)}
+        wide, narrow = _gap(index, first, "training"), _gap(index, last, "training")
+        changes = {seed: wide[seed].minus(narrow[seed]) for seed in wide if seed in narrow}
+        contrasts[first] = {seed: change for seed, change in changes.items() if isinstance(change, Paired)}
     return contrasts
 
 
@@ -139,10 +136,10 @@ def _shares(index: Index, groups: Sequence[Group]) -> dict[float, Group]:
 
 
 def _granularity(index: Index) -> Finding:
-    """Two claims in one: each has its rows, and the last row holds where both do.
+    """Test two claims in one: each has its rows, and the last row holds where both do.
 
-    Of depth the paper says "matched or overtaken". No interval shows a match, so that one which includes zero is too
-    close to call here as elsewhere.
+    The paper says that depth pruning is "matched or overtaken". An interval cannot show a match, so one that includes
+    zero is too close to call here as elsewhere.
     """
     gaps = _gaps(index, "total")
     kinds = {group: index.granularity(group.model) for group in gaps}
@@ -160,33 +157,28 @@ def _granularity(index: Index) -> Finding:
     )
 
 
-def _both(one: FindingRow, two: FindingRow) -> FindingRow:
-    """What two claims come to together: one that fails is enough to fail both."""
+def _both(fine: FindingRow, coarse: FindingRow) -> FindingRow:
+    """Join two claims: both fail where either fails."""
     order: tuple[FindingAnswer, ...] = ("does not hold", "not measured", "too close to call", "holds")
-    both: FindingAnswer = min((one.answer, two.answer), key=order.index)
-    return FindingRow("Both parts", both, None, one.comparisons + two.comparisons, f"Both parts together: {both}.")
+    answer: FindingAnswer = min((fine.answer, coarse.answer), key=order.index)
+    counts = (fine.comparisons + coarse.comparisons, fine.planned + coarse.planned)
+    return FindingRow("Both parts", answer, None, *counts)
 
 
-def _rows(contrasts: dict[Group, Contrast], everyone: str = "All methods") -> tuple[FindingRow, ...]:
+def _rows(contrasts: dict[Group, Contrast], scope: str = "All methods") -> tuple[FindingRow, ...]:
     """A row for each method, and one for all where there are several."""
     methods = list(dict.fromkeys(group.method for group in contrasts))
     rows = [
         _row(method_name(method), {group: gap for group, gap in contrasts.items() if group.method == method})
         for method in methods
     ]
-    return (*rows, _row(everyone, contrasts)) if len(methods) > 1 else tuple(rows)
+    return (*rows, _row(scope, contrasts)) if len(methods) > 1 else tuple(rows)
 
 
-def _row(who: str, contrasts: dict[Group, Contrast]) -> FindingRow:
+def _row(scope: str, contrasts: dict[Group, Contrast]) -> FindingRow:
     means, used = average(contrasts.values())
     mean = mean_difference(means)
     if mean is None:
-        return FindingRow(who, "not measured", None, 0, f"{who}: not measured.")
+        return FindingRow(scope, "not measured", None, 0, len(contrasts))
     answer: FindingAnswer = "holds" if mean.sign > 0 else "does not hold" if mean.sign < 0 else "too close to call"
-    digits = decimals(mean.value, mean.low, mean.high)
-    over = [] if len(contrasts) == 1 else [f"mean of {used} comparisons"]
-    if used < len(contrasts):
-        over = [f"mean of {used} of {len(contrasts)} comparisons, those measured with the same seeds"]
-    over += [f"{mean.seeds} seeds"] if mean.seeds > 1 else []
-    notes = "; ".join([interval(mean.low, mean.high, digits), *over])
-    return FindingRow(who, answer, mean, used, f"{who}: {answer}, {number(mean.value, digits)} nats ({notes}).")
+    return FindingRow(scope, answer, mean, used, len(contrasts))

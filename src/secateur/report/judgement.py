@@ -17,7 +17,14 @@ from secateur.comparison.twins import MeanDifference, Setting, Verdict, compare_
 from secateur.forecast.ladder import Forecasts, forecast
 from secateur.forecast.ratios import MethodLaw, across_ratios
 from secateur.report.forecast_prose import forecasts_json, laws_json
-from secateur.report.prose import contradiction_sentence, headline, study_answer, verdict_sentence
+from secateur.report.prose import (
+    contradiction_sentence,
+    finding_sentence,
+    headline,
+    objective_sentence,
+    study_answer,
+    verdict_sentence,
+)
 
 __all__ = ["Judgement", "answer_json", "judge"]
 
@@ -98,10 +105,10 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
             {
                 "finding": finding.key,
                 "claim": finding.claim,
-                "who": row.who,
+                "who": row.scope,
                 "answer": row.answer,
                 **_mean_json(row.mean),
-                "sentence": row.sentence,
+                "sentence": finding_sentence(row),
             }
             for finding in judgement.findings
             for row in finding.rows
@@ -122,7 +129,7 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
                 "first": dataclasses.asdict(row.first),
                 "second": dataclasses.asdict(row.second),
                 **_mean_json(row.mean),
-                "sentence": row.sentence,
+                "sentence": objective_sentence(row),
             }
             for row in objective_rows(judgement.index)
         ],

@@ -34,7 +34,7 @@ from secateur.report.forecast_prose import (
 )
 from secateur.report.judgement import Judgement
 from secateur.report.latex import comparisons_tex, forecasts_tex
-from secateur.report.prose import drop_setting, verdict_sentence
+from secateur.report.prose import drop_setting, finding_sentence, part_sentence, verdict_sentence
 from secateur.report.studies import StudyComparison
 from secateur.report.tables import (
     across_rows,
@@ -70,6 +70,8 @@ _FILTERS = (
     formatting.scientific,
     formatting.percent,
     formatting.signed,
+    finding_sentence,
+    part_sentence,
 )
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from secateur.comparison.ablation import Part
+from secateur.comparison.findings import FindingRow
 from secateur.comparison.index import Group
 from secateur.comparison.naming import BUDGETS, group_name
+from secateur.comparison.objectives import ObjectiveRow
 from secateur.comparison.quality import QualityRow
+from secateur.comparison.records import Init
 from secateur.comparison.twins import Setting, Verdict, Winner
-from secateur.formatting import decimals, join_words, number, points, spelled
+from secateur.formatting import count, decimals, join_words, number, points, spelled
 
 __all__ = [
     "contradiction_sentence",
     "drop_setting",
+    "finding_sentence",
     "headline",
     "interval",
+    "objective_sentence",
+    "part_sentence",
     "study_answer",
     "verdict_sentence",
 ]
@@ -59,6 +66,68 @@ def contradiction_sentence(verdict: Verdict, row: QualityRow, among: Sequence[Gr
         f"{paths[verdict.winner]} is better; by accuracy ({accuracy.name}) {paths[row.winner]} is better, by "
         f"{points(sign * accuracy.difference)} points (95% interval {points(low)} to {points(high)})."
     )
+
+
+#: Name of a part of the advantage, by the models without it and with it; whether it is plural.
+_PARTS: dict[tuple[Init, Init], tuple[str, bool]] = {
+    ("random-mask", "redrawn"): ("The mask alone, beside a random one,", False),
+    ("permuted", "redrawn"): ("The mask alone, beside a permuted one,", False),
+    ("redrawn", "pruned"): ("The weights under that mask", True),
+    ("scratch", "pruned"): ("The weights", True),
+    ("redrawn", "shuffled-weights"): ("The distribution of the weights alone", False),
+    ("scratch", "shuffled-weights"): ("The distribution of the weights alone", False),
+    ("shuffled-weights", "pruned"): ("The arrangement of the weights, beyond their distribution,", False),
+    ("dense-twin", "redrawn"): ("The sparse shape, beside a dense one with as many weights,", False),
+    ("scratch", "redrawn"): ("The zeros, beside the whole architecture from scratch,", True),
+}
+
+
+def part_sentence(part: Part) -> str:
+    """Say how many nats a part of the advantage saves."""
+    name, plural = _PARTS[part.against, part.of]
+    mean, s = part.mean, "" if plural else "s"
+    if mean is None:
+        return f"{name.rstrip(',')}: not measured."
+    digits = decimals(mean.value, mean.low, mean.high)
+    if not mean.sign:
+        span = interval(mean.low, mean.high, digits)
+        return f"{name} make{s} no clear difference ({number(mean.value, digits)} nats, {span})."
+    near, far = sorted((abs(mean.low), abs(mean.high)))
+    verb = "save" if mean.sign > 0 else "cost"
+    return f"{name} {verb}{s} {number(abs(mean.value), digits)} nats ({interval(near, far, digits)})."
+
+
+def finding_sentence(row: FindingRow) -> str:
+    """Say whether a finding holds for a method, or for several together."""
+    mean = row.mean
+    if mean is None:
+        return f"{row.scope}: {row.answer}."
+    digits = decimals(mean.value, mean.low, mean.high)
+    notes = [interval(mean.low, mean.high, digits)]
+    if row.comparisons < row.planned:
+        notes.append(f"mean of {row.comparisons} of {row.planned} comparisons, those measured with the same seeds")
+    elif row.planned > 1:
+        notes.append(f"mean of {row.comparisons} comparisons")
+    notes += [f"{mean.seeds} seeds"] if mean.seeds > 1 else []
+    return f"{row.scope}: {row.answer}, {number(mean.value, digits)} nats ({'; '.join(notes)})."
+
+
+def objective_sentence(row: ObjectiveRow) -> str:
+    """Compare two training objectives of one pruned model."""
+    first, second = (
+        f"{group.objective or 'the language-model loss'} on {count(group.retrain_tokens)} tokens"
+        for group in (row.first, row.second)
+    )
+    start, mean = f"{row.name}, at equal {row.equal}: {second}", row.mean
+    if mean is None:
+        return f"{start} against {first} is not measured."
+    digits = decimals(mean.value, mean.low, mean.high)
+    if not mean.sign:
+        span = interval(mean.low, mean.high, digits)
+        return f"{start} and {first} are too close to call ({number(mean.value, digits)} nats, {span})."
+    near, far = sorted((abs(mean.low), abs(mean.high)))
+    side = "below" if mean.sign > 0 else "above"
+    return f"{start} ends {number(abs(mean.value), digits)} nats {side} {first} ({interval(near, far, digits)})."
 
 
 def _average_phrase(verdict: Verdict) -> str:

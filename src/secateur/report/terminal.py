@@ -16,7 +16,7 @@ from secateur.comparison.twins import SCRATCH, Setting, Winner
 from secateur.formatting import MINUS, TIMES, count, join_words, loss
 from secateur.report.forecast_prose import further_sentence, misfit_sentence, next_sentence, outlook_sentence
 from secateur.report.judgement import Judgement
-from secateur.report.prose import drop_setting
+from secateur.report.prose import drop_setting, finding_sentence, objective_sentence, part_sentence
 from secateur.report.studies import StudyComparison
 from secateur.report.tables import cell_rows
 
@@ -210,7 +210,7 @@ def _findings(judgement: Judgement) -> list[str]:
     for finding in judgement.findings:
         lines += _wrapped(f"{finding.claim} ({finding.measured_as})", indent="  ")
         for row in finding.rows:
-            lines += _wrapped(row.sentence, indent="    ")
+            lines += _wrapped(finding_sentence(row), indent="    ")
     return lines
 
 
@@ -220,7 +220,7 @@ def _controls(index: Index) -> list[str]:
     for group, group_parts in rows[:_MOST_CONTROLS]:
         lines += _wrapped(group_name(group, index.comparisons, target=True), indent="  ")
         for part in group_parts:
-            lines += _wrapped(part.sentence, indent="    ")
+            lines += _wrapped(part_sentence(part), indent="    ")
     return lines + ([f"  and {len(rows) - _MOST_CONTROLS} more, on the page"] if len(rows) > _MOST_CONTROLS else [])
 
 
@@ -228,7 +228,7 @@ def _objectives(index: Index) -> list[str]:
     rows = objective_rows(index)
     lines = ["", "Training objectives compared, P-R only"] if rows else []
     for row in rows[:_MOST_SENTENCES]:
-        lines += _wrapped(row.sentence, indent="  ")
+        lines += _wrapped(objective_sentence(row), indent="  ")
     return lines + ([f"  and {len(rows) - _MOST_SENTENCES} more, on the page"] if len(rows) > _MOST_SENTENCES else [])
 
 
