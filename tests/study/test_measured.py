@@ -196,10 +196,10 @@ def test_a_study_measures_its_models_item_by_item_and_goes_on_after_a_kill(text:
     EvaluationResults(whole.model, whole.measurements[:2]).save(half / RESULTS)
     evaluated: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        from secateur.evaluation import suite
+        from secateur.evaluation import measure
 
-        measure_task = suite.measure_task
-        patch.setattr(suite, "measure_task", lambda *a, **k: (evaluated.append(a[1].name), measure_task(*a, **k))[1])
+        measure_task = measure.measure_task
+        patch.setattr(measure, "measure_task", lambda *a, **k: (evaluated.append(a[1].name), measure_task(*a, **k))[1])
         do(stage, out)
     assert evaluated == ["arc_challenge"]
     rebuilt = store.folder(stage)

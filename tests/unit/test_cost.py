@@ -8,7 +8,8 @@ import torch
 
 from helpers import hf, tiny_llama, windows
 from secateur.cli import main
-from secateur.evaluation.cost import NEEDS, Workload, measure_cost, pattern_of
+from secateur.evaluation.cost import NEEDS, measure_cost, pattern_of
+from secateur.evaluation.workload import Workload
 from secateur.model.checkpoint import Checkpoint
 
 WORK = Workload(prompt=20, new=6, batches=(1, 3), repeats=3, warm_up=1)

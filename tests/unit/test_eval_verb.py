@@ -237,9 +237,9 @@ def test_a_killed_command_goes_on(call: Callable[..., Any], world: Path, tmp_pat
     call(line + " --out {t}/whole")
     measured: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        from secateur.evaluation import suite
+        from secateur.evaluation import measure
 
-        measure_task = suite.measure_task
+        measure_task = measure.measure_task
 
         def killed(model: Any, task: Any, *rest: Any, **more: Any) -> Any:
             measured.append(task.name)
@@ -247,7 +247,7 @@ def test_a_killed_command_goes_on(call: Callable[..., Any], world: Path, tmp_pat
                 raise KeyboardInterrupt
             return measure_task(model, task, *rest, **more)
 
-        patch.setattr(suite, "measure_task", killed)
+        patch.setattr(measure, "measure_task", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(parser().parse_args([*line.format(w=world).split(), "--out", str(tmp_path / "out")]))
         assert not (tmp_path / "out" / "llama-0.json").exists()

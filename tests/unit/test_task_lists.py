@@ -24,8 +24,9 @@ from secateur.evaluation.layer_removal import removal_accuracies
 from secateur.evaluation.lm_eval.accuracy import check_tasks, language_model, measure_task
 from secateur.evaluation.lm_eval.groups import TaskGroup, check_groups, expand, measure_groups
 from secateur.evaluation.lm_eval.tasks import Task
+from secateur.evaluation.measure import measure
 from secateur.evaluation.results import EvaluationResults, Measurement
-from secateur.evaluation.suite import Suite, measure
+from secateur.evaluation.suite import Suite
 from secateur.model.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval, of the extra tasks")

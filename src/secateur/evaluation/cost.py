@@ -18,34 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.evaluation.workload import Workload
 from secateur.memory import track_resources
 from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.model.plan import JSON_FILE, load_masks
 from secateur.progress import track
 from secateur.runtime import environment
 
-__all__ = ["Figure", "Workload", "measure_cost", "pattern_of", "sparsity"]
+__all__ = ["Figure", "measure_cost", "pattern_of", "sparsity"]
 
 DENSE, SEMI_STRUCTURED = "dense", "2:4 kernels"
 NEEDS = "not measured: needs a GPU of compute capability 8.0 or newer"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Sizes of a timed run."""
-
-    prompt: int = 512  #: tokens of the prompt
-    new: int = 64  #: generated tokens
-    batches: tuple[int, ...] = (1, 8)
-    repeats: int = 7
-    warm_up: int = 2  #: runs before those that count
-
-    def within(self, limit: int | None) -> Workload:
-        """Shorten the workload to ``limit`` positions; None for no limit."""
-        if limit is None or self.prompt + self.new <= limit:
-            return self
-        new = max(2, min(self.new, limit // 4))
-        return Workload(max(1, limit - new), new, self.batches, self.repeats, self.warm_up)
 
 
 @dataclass(frozen=True)
@@ -66,19 +49,19 @@ class Figure:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
-def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workload = Workload()) -> dict[str, Any]:
+def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workload | None = None) -> dict[str, Any]:
     """Measure the cost of running a model on its device and in its dtype.
 
     Args:
         checkpoint: of the model.
         model: in evaluation mode.
-        workload: sizes of the timed runs; shortened to the model's positions.
+        workload: sizes of the timed runs, shortened to the model's positions; None for the defaults.
 
     Returns:
         ``figures``, each with its unit; the ``workload`` that was run; ``device``, ``dtype``, ``threads`` and versions;
         and the gain from ``sparsity``, or the reason why it was not measured.
     """
-    workload = workload.within(max_positions(checkpoint.config))
+    workload = (workload or Workload()).within(max_positions(checkpoint.config))
     device = str(model.device)
     figures = _sizes(checkpoint, model)
     rounds = len(workload.batches) * (workload.warm_up + workload.repeats)

@@ -10,15 +10,16 @@ from typing import Any
 from secateur import distributed
 from secateur.data.token_files import is_token_file
 from secateur.errors import UserError
-from secateur.evaluation.cost import Workload, measure_cost
+from secateur.evaluation.cost import measure_cost
 from secateur.evaluation.lm_eval.accuracy import check_tasks
 from secateur.evaluation.lm_eval.groups import TaskGroup, check_groups, measure_groups
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.evaluation.loss import Protocol
+from secateur.evaluation.measure import measure, text_protocols
 from secateur.evaluation.request import EvaluateRequest
 from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, check_same_protocols, items_file
-from secateur.evaluation.suite import measure, text_protocols
 from secateur.evaluation.token_windows import heldout_protocol, window_length
+from secateur.evaluation.workload import Workload
 from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.progress import notify

@@ -11,17 +11,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from secateur.data.encode import encode_texts
 from secateur.data.readers import TEXT_EXTENSIONS, Document
 from secateur.data.sources import Source, open_source
 from secateur.data.tokenizer import Stream, encode_documents
 from secateur.errors import RunError, UserError
-from secateur.evaluation.loss import Protocol
 from secateur.progress import notify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from secateur.evaluation.loss import Protocol
 
 __all__ = ["PROTOCOLS", "SEQLEN", "WINDOWS", "Text", "begins_with_bos", "text_protocol", "text_source"]
 
@@ -90,6 +94,8 @@ def text_protocol(
     Raises:
         UserError: if the text is missing, cannot be read or is too short.
     """
+    from secateur.evaluation.loss import Protocol
+
     source = text_source(text, data)
     used = min(seqlen, positions or seqlen)
     if used < seqlen:

@@ -15,7 +15,6 @@ from secateur.errors import UserError
 from secateur.evaluation.lm_eval.task_files import examples_file, task_file
 from secateur.evaluation.protocols import text_source
 from secateur.files import sha256_file, sha256_tree
-from secateur.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from secateur.model.shapes import Shape
 from secateur.study.spec import EvaluationSpec, ParentSpec, StudySpec
 
@@ -124,6 +123,8 @@ def _corpus(study: StudySpec, rows: int) -> str:
     digest = open_source(spec.source, field=spec.field, split=spec.split).digest()
     if spec.tokenizer is None or spec.tokenizer.startswith(HUB):
         return digest
+    from secateur.model.checkpoint import TOKENIZER_FILES
+
     folder = Path(spec.tokenizer)
     check_vocabulary(load_tokenizer(folder), rows, "corpus.tokenizer")
     return fingerprint(
@@ -143,6 +144,8 @@ def _parent(study: StudySpec, name: str, parent: ParentSpec) -> ResolvedParent:
                 f"{where}: give the sizes of {parent.checkpoint}, so that it can be planned without a network"
             )
         return ResolvedParent(said, parent.checkpoint)
+    from secateur.model.checkpoint import Checkpoint
+
     checkpoint = Checkpoint(parent.checkpoint)
     if said is not None and said.as_dict() != checkpoint.shape.as_dict():
         raise UserError(f"{where}: {parent.checkpoint} has {checkpoint.shape}, not the sizes given; leave them out")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.config import identity
-from secateur.evaluation.cost import Workload
+from secateur.evaluation.workload import Workload
 from secateur.model.shapes import Shape, teacher_flops, train_flops
 from secateur.study.grid import PlannedComparison
 from secateur.study.spec import ObjectiveSpec, StudySpec

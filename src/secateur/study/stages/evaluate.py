@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secateur.evaluation.cost import Workload, measure_cost, sparsity
+from secateur.evaluation.cost import measure_cost, sparsity
 from secateur.evaluation.job import ResumableResults
 from secateur.evaluation.lm_eval.groups import TaskGroup, check_groups
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.evaluation.loss import measure_loss, window_losses
+from secateur.evaluation.measure import text_protocols
 from secateur.evaluation.protocols import PROTOCOLS
 from secateur.evaluation.results import LOSS, EvaluationResults, Measurement
-from secateur.evaluation.suite import text_protocols
+from secateur.evaluation.workload import Workload
 from secateur.files import write_json
 from secateur.model.checkpoint import Checkpoint
 from secateur.progress import track
