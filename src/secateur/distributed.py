@@ -1,7 +1,7 @@
-"""Several processes that prune or train together, as torchrun starts them, each with its share of the windows.
+"""Data parallelism over the processes that torchrun starts: each works on its share of the windows.
 
-What they see is summed. The first one alone decides and writes; the others find what it decided in its journal. In one
-process all of this does nothing, and torch.distributed is not imported.
+Statistics and gradients are summed over processes. Rank 0 alone decides and writes; other ranks read its decisions from
+the journal. With a single process these functions do nothing and torch.distributed is not imported.
 """
 
 from __future__ import annotations
@@ -41,40 +41,40 @@ __all__ = [
     "world_size",
 ]
 
-_PATIENCE = timedelta(days=7)  # the others wait while the first one writes; torchrun ends them should it die
+_TIMEOUT = timedelta(days=7)  # other ranks wait while rank 0 writes; torchrun ends them if it dies
 
 
 class ProcessLost(Exception):
-    """Another process has ended, and with it the run."""
+    """Raised when another process has ended, which ends the run."""
 
 
 @dataclass(frozen=True)
 class _Group:
     rank: int
     world: int
-    store: Any  # a key-value store that all processes reach, even while others are in a collective operation
+    store: Any  # key-value store, usable while other processes are in a collective operation
 
 
 _group: _Group | None = None
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return _group.world if _group else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Number of this process, from 0."""
     return _group.rank if _group else 0
 
 
 def is_main() -> bool:
-    """Whether this is the process that decides and writes."""
+    """Whether this is rank 0, the process that decides and writes."""
     return rank() == 0
 
 
 def local_rank() -> tuple[int, int]:
-    """Which of the processes on this machine this is, and how many there are."""
+    """Number of this process among those on this machine, and their count."""
     if world_size() == 1:
         return 0, 1
     return int(os.environ.get("LOCAL_RANK", rank())), int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
@@ -82,10 +82,10 @@ def local_rank() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started beside this one while the block runs; all but the first keep quiet.
+    """Join torchrun's process group while the block runs; all ranks but 0 print nothing.
 
-    Tensors on a GPU are summed by nccl, all others by gloo. After an exception the group is left as it is: to take it
-    down would wait for processes that are elsewhere. :func:`exit_all` is the way out then.
+    Tensors on a GPU are reduced by nccl, others by gloo. After an exception the group is not destroyed, because that
+    would wait for the other processes; end the process with :func:`exit_all`.
     """
     global _group
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -97,11 +97,11 @@ def process_group() -> Iterator[None]:
     from torch.distributed.rendezvous import rendezvous
 
     on_gpu = torch.cuda.is_available() and distributed.is_nccl_available()
-    store, number, count = next(rendezvous("env://", timeout=_PATIENCE))
+    store, number, count = next(rendezvous("env://", timeout=_TIMEOUT))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
+    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_TIMEOUT)
     _group = _Group(number, count, store)
-    with contextlib.nullcontext() if is_main() else _quiet():
+    with contextlib.nullcontext() if is_main() else _silence():
         yield
         barrier()
     distributed.destroy_process_group()
@@ -109,7 +109,7 @@ def process_group() -> Iterator[None]:
 
 
 def ensure_group() -> None:
-    """Where there are no others, be a group of one: what is sharded needs a group."""
+    """Create a group of one process if there is none: sharded tensors need a group."""
     from torch import cuda, distributed
 
     if not distributed.is_initialized():
@@ -120,19 +120,19 @@ def ensure_group() -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     from secateur import progress
 
     progress.set_listener(progress.SilentListener())
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         yield
     progress.close()
 
 
 def exit_all(code: int, message: str) -> int:
-    """Say on standard error why the run ends, unless another process has said why, and return the exit code.
+    """Print why the run ends, unless another process already has, and return the exit code.
 
-    Of several processes each ends here and now, and torchrun ends those that wait for it.
+    With several processes this one ends immediately, and torchrun ends the processes that wait for it.
     """
     if _group is None:
         print(message, file=sys.stderr)
@@ -141,51 +141,53 @@ def exit_all(code: int, message: str) -> int:
     try:
         if store.add("ended", 1) == 1:
             print(message, file=sys.stderr, flush=True)
-            store.set("told", "")
-        # As soon as one is gone torchrun ends the others: let the one that tells do so, and the first one tidy up.
-        _await("told", 10)
+            store.set("message_printed", "")
+        # torchrun ends all processes once one has ended: first wait for the message and for rank 0 to clean up.
+        _wait_for("message_printed", 10)
         if is_main():
-            store.set("is_main", "")
-        _await("is_main", 3)  # in vain if that one is elsewhere
-    except RuntimeError:  # the store has gone with the process that held it
+            store.set("main_done", "")
+        _wait_for("main_done", 3)  # times out if rank 0 is in a collective operation
+    except RuntimeError:  # the process that hosts the store has ended
         pass
     sys.stdout.flush()
     os._exit(code)
 
 
-def _await(key: str, seconds: float) -> None:
+def _wait_for(key: str, seconds: float) -> None:
     assert _group is not None
-    over = time.monotonic() + seconds
-    while not _group.store.check([key]) and time.monotonic() < over:
+    deadline = time.monotonic() + seconds
+    while not _group.store.check([key]) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 @contextlib.contextmanager
-def _all_there() -> Iterator[None]:
+def _report_lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ProcessLost(f"process {rank()} has lost another one: {' '.join(str(error).split())[:200]}") from error
+        raise ProcessLost(
+            f"process {rank()} has lost contact with another process: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def shard(windows: Tensor, of: int | None = None) -> Tensor:
-    """A process's part of the windows [windows, positions], maybe empty; none has more than the first one.
+    """Return a rank's part of the windows [windows, positions], possibly empty; no part is larger than rank 0's.
 
     Args:
         windows: of all processes.
-        of: whose part; None for this one's.
+        of: the rank; None for this process.
     """
     return windows.tensor_split(world_size())[rank() if of is None else of]
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Sum a tensor over all processes, in its own place if it is contiguous."""
+    """Sum a tensor over all processes, in place if it is contiguous."""
     if _group is None:
         return tensor
     from torch import distributed
 
     tensor = tensor.contiguous()
-    with _all_there():
+    with _report_lost_process():
         distributed.all_reduce(tensor)
     return tensor
 
@@ -198,16 +200,16 @@ def sum_count(count: int) -> int:
 
 
 def all_true(true: bool) -> bool:
-    """Whether something holds in all processes."""
+    """Whether ``true`` is true in all processes."""
     return sum_count(int(true)) == world_size()
 
 
 def gather_texts(texts: Mapping[int, str], count: int) -> list[str]:
-    """Bring together texts by their numbers, of which each process has some and no two have the same.
+    """Gather texts from all processes, in the order of their numbers.
 
     Args:
-        texts: of this process.
-        count: how many there are in all processes.
+        texts: number -> text; no two processes have the same number.
+        count: number of texts in all processes.
     """
     import torch
 
@@ -220,51 +222,51 @@ def gather_texts(texts: Mapping[int, str], count: int) -> list[str]:
     letters = torch.zeros(stops[-1] if stops else 0, dtype=torch.uint8)
     for number, data in packed.items():
         letters[starts[number] : stops[number]] = torch.tensor(list(data), dtype=torch.uint8)
-    every = bytes(all_reduce(letters).tolist())
-    return [every[start:stop].decode() for start, stop in zip(starts, stops, strict=True)]
+    data = bytes(all_reduce(letters).tolist())
+    return [data[start:stop].decode() for start, stop in zip(starts, stops, strict=True)]
 
 
 def barrier() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have reached this call."""
     if _group:
         sum_count(0)
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Give a contiguous tensor the values that it has in the first process."""
+    """Overwrite a contiguous tensor with its values in rank 0."""
     if _group is None:
         return tensor
     from torch import distributed
 
-    with _all_there():
+    with _report_lost_process():
         distributed.broadcast(tensor, 0)
     return tensor
 
 
 def like_main(tensor: Tensor | None, device: str) -> Tensor:
-    """The tensor, or, in a process that has none, zeros of the size and type that it has in the first one."""
+    """Return the tensor, or in a process without one, zeros of its shape and dtype in rank 0."""
     import torch
 
-    types, told = (torch.float32, torch.float64), torch.zeros(8, dtype=torch.int64)
+    dtypes, header = (torch.float32, torch.float64), torch.zeros(8, dtype=torch.int64)
     if tensor is not None:
-        seen = [types.index(tensor.dtype), tensor.dim(), *tensor.shape]
-        told[: len(seen)] = torch.tensor(seen)
-    kind, dimensions, *size = broadcast(told).tolist()
-    return torch.zeros(size[:dimensions], dtype=types[kind], device=device) if tensor is None else tensor
+        values = [dtypes.index(tensor.dtype), tensor.dim(), *tensor.shape]
+        header[: len(values)] = torch.tensor(values)
+    dtype, dimensions, *size = broadcast(header).tolist()
+    return torch.zeros(size[:dimensions], dtype=dtypes[dtype], device=device) if tensor is None else tensor
 
 
-def require_equal(what: str, digest: str) -> None:
-    """Refuse to go on where another process was given something else.
+def require_equal(subject: str, digest: str) -> None:
+    """Check that all processes have the same input.
 
     Args:
-        what: it is.
-        digest: in hexadecimal, of what this process was given.
+        subject: name of the input, for the error.
+        digest: hash of this process's input, in hexadecimal.
 
     Raises:
-        UserError: in every process.
+        UserError: in every process, if one differs.
     """
     import torch
 
-    mine = torch.tensor(list(bytes.fromhex(digest)))
-    if not all_true(torch.equal(broadcast(mine.clone()), mine)):
-        raise UserError(f"{what} is not the same in all processes; give each the same files")
+    local = torch.tensor(list(bytes.fromhex(digest)))
+    if not all_true(torch.equal(broadcast(local.clone()), local)):
+        raise UserError(f"{subject} is not the same in all processes; give each the same files")

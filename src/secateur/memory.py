@@ -1,4 +1,4 @@
-"""The memory and time that a run uses, and the memory that is free."""
+"""Memory and time used by a run, and free memory."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass
 class ResourceUse:
-    """What a run took."""
+    """Time and peak memory of a run."""
 
     seconds: float = 0.0
-    memory: int | None = None  #: bytes of anonymous memory at the peak; None where the system does not tell
-    device: int | None = None  #: bytes allocated on the GPU at the peak; None without one
+    memory: int | None = None  #: peak bytes of anonymous memory; None if the system does not report it
+    device: int | None = None  #: peak bytes allocated on the GPU; None without one
 
 
 @contextlib.contextmanager
 def track_resources(device: str, interval: float = 0.05) -> Iterator[ResourceUse]:
-    """Watch this process while the block runs; the figures are there when it ends.
+    """Measure this process while the block runs; the values are final when it ends.
 
-    Memory is what the process alone holds (``RssAnon``): mapped files, such as the checkpoint, can be dropped and read
-    again at any time, and do not count. It is sampled, so that a peak shorter than ``interval`` seconds may be missed.
+    Memory is ``RssAnon``: mapped files, such as the checkpoint, do not count because the system can drop them. It is
+    sampled, so a peak shorter than ``interval`` seconds may be missed.
     """
-    use, start, over = ResourceUse(), time.monotonic(), threading.Event()
+    use, start, stop = ResourceUse(), time.monotonic(), threading.Event()
 
     def sample() -> None:
         while True:
-            held = _anonymous()
-            if held is not None:
-                use.memory = max(use.memory or 0, held)
-            if over.wait(interval):
+            memory = _read_bytes(_STATUS, "RssAnon:")
+            if memory is not None:
+                use.memory = max(use.memory or 0, memory)
+            if stop.wait(interval):
                 return
 
     if device.startswith("cuda"):
@@ -49,7 +49,7 @@ def track_resources(device: str, interval: float = 0.05) -> Iterator[ResourceUse
     try:
         yield use
     finally:
-        over.set()
+        stop.set()
         thread.join()
         use.seconds = time.monotonic() - start
         if device.startswith("cuda"):
@@ -58,23 +58,19 @@ def track_resources(device: str, interval: float = 0.05) -> Iterator[ResourceUse
             use.device = torch.cuda.max_memory_allocated(device)
 
 
-def _anonymous() -> int | None:
-    return _field(_STATUS, "RssAnon:")
-
-
 def free_memory() -> int | None:
-    """Bytes that the system could give; None where it does not tell."""
-    return _field(Path("/proc/meminfo"), "MemAvailable:")
+    """Bytes of free system memory; None if the system does not report it."""
+    return _read_bytes(Path("/proc/meminfo"), "MemAvailable:")
 
 
 def free_device_memory(device: str) -> int:
-    """Bytes that a GPU could give."""
+    """Bytes of free memory on a GPU."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0]
 
 
-def _field(path: Path, key: str) -> int | None:
+def _read_bytes(path: Path, key: str) -> int | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in path.read_text().splitlines():
             if line.startswith(key):

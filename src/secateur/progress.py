@@ -32,14 +32,14 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def clock_time(seconds: float) -> str:
-    """``75`` as ``1:15``; hours appear when there are any."""
+    """Format seconds, e.g. 75 as ``1:15`` and 3675 as ``1:01:15``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Listener(Protocol):
-    """What shows progress. ``key`` tells one running task from another; a ``total`` of 0 is one that nobody knows."""
+    """Displays progress. ``key`` identifies a running task; a ``total`` of 0 means unknown."""
 
     def update(self, key: str, done: float, total: float, note: str) -> None: ...
 
@@ -48,7 +48,7 @@ class Listener(Protocol):
     def message(self, text: str) -> None: ...
 
 
-class Bars:
+class BarListener:
     """Live bars for a terminal."""
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class Bars:
         self.progress.update(self.tasks[key], completed=done, total=total or None, note=note)
 
     def finish(self, key: str) -> None:
-        found = self.tasks.pop(key, None)
-        if found is not None:
-            self.progress.remove_task(found)
+        task = self.tasks.pop(key, None)
+        if task is not None:
+            self.progress.remove_task(task)
         if not self.tasks:
             self.progress.stop()
 
@@ -84,33 +84,33 @@ class Bars:
 
 
 class LineListener:
-    """One line for each task every ``interval`` seconds, on standard error or where ``write`` puts it."""
+    """Writes a line for each task every ``interval`` seconds, by default to standard error."""
 
     def __init__(self, interval: float = 15.0, write: Callable[[str], object] | None = None) -> None:
         self.interval = interval
         self.write = write or (lambda text: print(text, file=sys.stderr, flush=True))
-        self.seen: dict[str, tuple[float, float, float]] = {}  # key -> (start, done at start, last print)
+        self.timings: dict[str, tuple[float, float, float]] = {}  # key -> (start, done at start, last print)
 
     def update(self, key: str, done: float, total: float, note: str) -> None:
-        now = time.monotonic()
-        start, first, last = self.seen.setdefault(key, (now, done, now))
-        if now - last >= self.interval and not total:
-            self.seen[key] = (start, first, now)
+        time_now = time.monotonic()
+        start, first, last = self.timings.setdefault(key, (time_now, done, time_now))
+        if time_now - last >= self.interval and not total:
+            self.timings[key] = (start, first, time_now)
             self.message(f"{key}: {note}")
-        elif now - last >= self.interval and done > first:
-            eta = (now - start) * (total - done) / (done - first)
-            self.seen[key] = (start, first, now)
+        elif time_now - last >= self.interval and done > first:
+            eta = (time_now - start) * (total - done) / (done - first)
+            self.timings[key] = (start, first, time_now)
             self.message(f"{key}: {100 * done / max(total, 1e-9):.0f}%  {note}  ETA {clock_time(eta)}")
 
     def finish(self, key: str) -> None:
-        self.seen.pop(key, None)
+        self.timings.pop(key, None)
 
     def message(self, text: str) -> None:
         self.write(text)
 
 
 class SilentListener:
-    """Shows nothing."""
+    """Displays nothing."""
 
     def update(self, key: str, done: float, total: float, note: str) -> None:
         pass
@@ -126,23 +126,23 @@ _listener: Listener | None = None
 
 
 def listener() -> Listener:
-    """What shows progress at present."""
+    """Return the current listener; by default bars on a terminal, else lines."""
     global _listener
     if _listener is None:
-        _listener = Bars() if console.is_terminal else LineListener()
+        _listener = BarListener() if console.is_terminal else LineListener()
     return _listener
 
 
 def set_listener(new: Listener) -> None:
-    """Send progress elsewhere from now on, as a worker process does."""
+    """Replace the listener, e.g. in a worker process."""
     global _listener
     _listener = new
 
 
 def close() -> None:
-    """Take down what is still shown, e.g. the bars of tasks that were interrupted."""
+    """Remove bars that are still displayed, e.g. after an interruption."""
     global _listener
-    if isinstance(_listener, Bars):
+    if isinstance(_listener, BarListener):
         _listener.progress.stop()
     _listener = None
 
@@ -159,20 +159,20 @@ def set_spelling(spelling: Callable[[str], str | None]) -> None:
 
 
 class ProgressTask:
-    """One piece of work under way."""
+    """A running task with a progress display."""
 
     def __init__(self, key: str, total: float) -> None:
         self.key, self.total, self.done = key, total, 0.0
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
-        """Count ``amount`` more as done; ``note`` is shown beside the bar."""
+        """Add ``amount`` to the progress; ``note`` appears beside the bar."""
         self.done += amount
         listener().update(self.key, self.done, self.total, note)
 
 
 @contextlib.contextmanager
 def track(key: str, total: float) -> Iterator[ProgressTask]:
-    """Show progress named ``key`` until the block ends; ``total`` is 0 where nobody knows it."""
+    """Display progress under the name ``key`` until the block ends; a ``total`` of 0 means unknown."""
     listener().update(key, 0.0, total, "")
     try:
         yield ProgressTask(key, total)

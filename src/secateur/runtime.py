@@ -1,4 +1,4 @@
-"""How this process computes: threads, quiet libraries, and what to say of the environment."""
+"""Threads, devices, dtypes and versions of this process."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = [
 
 
 def configure_threads(threads: int) -> None:
-    """Fix thread counts for processes started from here on, before torch is imported.
+    """Set thread counts for processes that start later, or for this one before it imports torch.
 
-    Idle OpenMP threads that spin steal the cores from each other; a fixed count also fixes the order of sums, and with
-    it the bits of the results.
+    Idle OpenMP threads must not spin, or they take the cores from each other. A fixed count also fixes the order of
+    sums, and thereby the exact bits of results.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
@@ -49,10 +49,10 @@ def quiet_libraries() -> None:
 
 
 def pick_device(name: str) -> str:
-    """Resolve ``auto`` to a CUDA device where there is one; each of several processes gets one of its own.
+    """Resolve ``auto`` to CUDA if available; each of several processes gets its own device.
 
     Raises:
-        UserError: if a device was named that is not there.
+        UserError: if the device is unknown or not available.
     """
     import torch
 
@@ -62,16 +62,18 @@ def pick_device(name: str) -> str:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: is not known; name auto, cpu, cuda, cuda:1 ... or mps")
+        raise UserError(f"`device`: {name!r} is unknown; use auto, cpu, cuda, cuda:1 ... or mps")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch sees no CUDA device; use --device cpu")
+        raise UserError(f"`device`: {name} is not available, torch sees no CUDA device; use cpu")
     if distributed.world_size() == 1 or name == "cpu":
         return name
     if name != "cuda":
-        raise UserError(f"--device {name}: several processes compute on cpu, or on cuda, each on a device of its own")
+        raise UserError(f"`device`: {name} cannot be used by several processes; use cpu, or cuda for one device each")
     number, devices = distributed.local_rank()[0], torch.cuda.device_count()
     if number >= devices:
-        raise UserError(f"--nproc-per-node: there are {devices} CUDA devices; start as many processes, or --device cpu")
+        raise UserError(
+            f"`device`: there are {devices} CUDA devices; start torchrun with --nproc-per-node {devices}, or use cpu"
+        )
     torch.cuda.set_device(number)  # where nccl computes
     return f"cuda:{number}"
 
@@ -86,22 +88,22 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 
 def pick_batch(seqlen: int, device: str) -> int:
-    """Windows at once where none are asked for: as many as fill the device's units, and no more.
+    """Default number of windows in a batch: just enough to keep the device busy.
 
-    On a CPU larger batches are slower, because what passes between two operations no longer lies in a cache.
+    On a CPU larger batches are slower: the states between two operations no longer fit in a cache.
     """
     return max(1, (2**14 if device.startswith("cuda") else 2**9) // seqlen)
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, without names of hosts or users."""
+    """Versions, machine type and system; no names of hosts or users."""
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
-    found = {name: metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **found, "machine": platform.machine(), "system": sys.platform}
+    versions = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **versions, "machine": platform.machine(), "system": sys.platform}
 
 
 def core_count() -> int:
-    """How many cores this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

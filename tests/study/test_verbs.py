@@ -123,7 +123,7 @@ def test_same_inputs_same_bytes(world: Path, tmp_path: Path, capsys: pytest.Capt
         ("prune {w}/model {o} --method wanda --ratoi .5 --calibration text:{w}/text.txt", "--ratio"),
         ("eval {w}/model", "--data"),
         ("eval {w}/model --data text:{w}/text.txt --seqlen 1", "--seqlen"),
-        ("eval {w}/model --data text:{w}/text.txt --device tpu", "--device tpu: is not known"),
+        ("eval {w}/model --data text:{w}/text.txt --device tpu", "--device: 'tpu' is unknown"),
         ("inspect {w}/text.txt", "no such directory"),
         ("inspect {w}/model {w}/model", "is one argument too many (see secateur inspect --help)"),
         ("shapes {w}/none", "no such file"),

@@ -377,7 +377,7 @@ REFUSED: list[tuple[str, str]] = [
     ("--method wanda --shape ffn=8", "--shape: wanda zeroes single weights"),
     ("--method wanda --ratio 0", "--ratio: '0' is not a ratio between 0 and 1"),
     ("--method wanda --ratio nan", "--ratio: 'nan' is not a ratio between 0 and 1"),
-    ("--method wanda --ratio 0.5 --device tpu", "--device tpu: is not known"),
+    ("--method wanda --ratio 0.5 --device tpu", "--device: 'tpu' is unknown"),
 ]
 
 

@@ -188,7 +188,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     assert pick_device("auto") == pick_device("cuda") == "cuda:1" and pick_device("cpu") == "cpu"
-    with pytest.raises(UserError, match="--device cuda:0"):
+    with pytest.raises(UserError, match="`device`: cuda:0 cannot be used by several processes"):
         pick_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="there are 1 CUDA devices"):

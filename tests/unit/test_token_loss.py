@@ -267,7 +267,7 @@ def test_a_second_backward_pass_is_refused() -> None:
     hidden, weight, targets = case()
     total, _ = summed_loss(hidden, weight, targets)
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="call it again"):
+    with pytest.raises(RuntimeError, match="compute the loss again"):
         total.backward()
 
 

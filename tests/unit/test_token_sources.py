@@ -73,7 +73,7 @@ def test_what_datasets_saves(tmp_path: Path):
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "dict")
     assert found(f"arrow:{tmp_path / 'dict'}") == [row for row in ROWS if row]
     assert found(f"arrow:{tmp_path / 'dict'}", split="test") == [[1, 2]]
-    assert "no split 'dev'; name one of test, train" in failure(f"arrow:{tmp_path / 'dict'}", split="dev")
+    assert "no split 'dev'; set `split` to one of test, train" in failure(f"arrow:{tmp_path / 'dict'}", split="dev")
 
 
 def test_broken_arrow(tmp_path: Path):
@@ -199,7 +199,7 @@ def test_records(tmp_path: Path, package: dict[str, list[bytes]]):
     one = f"array_record:{tmp_path / 'b.array_record'}"
     assert found(one) == [[1, 2], [3]]
     assert "record 0: no feature 'ids' of whole numbers; there are text" in failure(f"{one}:ids")
-    assert "--domain x: " in failure(one, domain="x")
+    assert "`domain`: 'x' cannot be read" in failure(one, domain="x")
     package["b.array_record"] = [example(a=[1], b=[2])]
     assert "features of whole numbers are a, b; name one" in failure(one)
     assert found(f"{one}:b") == [[2]]

@@ -1,1 +1,1 @@
-"""From text to exact slices of tokens: sources, documents, ids, shards, and the tokenizer of a study."""
+"""Corpora: read text, tokenize it, write token shards, read exact slices."""

@@ -1,9 +1,8 @@
-"""From a source to a folder of shards: read, encode, bring into order, write.
+"""Build a folder of shards from a source: read, encode, sort, write.
 
-Which side a document falls on, and its place there, follow from the hash of its text alone: neither the order of files
-nor the number of workers can change them, and a document that occurs twice is never on both sides. The first pass
-reads the source and encodes it into sorted runs, the second writes the runs in order; the first goes on where it was
-killed, the second starts again.
+A document's split and position depend only on the hash of its text: neither the order of files nor the number of
+workers matters, and duplicates are never in both splits. The first pass encodes the source into sorted runs and resumes
+after a kill; the second pass writes the runs in order and restarts.
 """
 
 from __future__ import annotations
@@ -33,40 +32,40 @@ __all__ = ["HELDOUT", "TRAIN", "BuildResult", "Holdout", "hash_splits", "is_held
 
 TRAIN, HELDOUT = "train", "heldout"
 
-_BATCH_BYTES = 2**18  # of text, encoded at once
+_BATCH_BYTES = 2**18  # of text
 _BATCH_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """How much is held out.
+    """The share of documents in the held-out split.
 
     Attributes:
-        share: of the documents, by hash; with 0 there is no such split.
-        option: what the share is called where it was set, for errors.
+        share: of the documents, by hash; 0 for no held-out split.
+        option: name of the share in error messages.
     """
 
     share: float = 0.05
     option: str = "`holdout`"
 
     def empty(self, side: str, documents: int) -> UserError:
-        """That of so many distinct documents none is on a side."""
-        way = "lower" if side == TRAIN else "raise"
+        """Make the error for a split without any of ``documents`` distinct documents."""
+        change = "lower" if side == TRAIN else "raise"
         return UserError(
             f"{self.option}: {self.share} of {documents} documents leaves no {side} document; "
-            f"{way} it or name a source with more documents"
+            f"{change} it or name a source with more documents"
         )
 
 
 @dataclass
 class BuildResult:
-    """What was written.
+    """The written splits.
 
     Attributes:
-        splits: the manifest's entries.
-        domains: names, sorted; empty where there is only one.
-        duplicates: documents that repeated an earlier one and were dropped.
-        counts: split -> int64 [domains, 3]: documents, tokens and bytes of text, of each domain.
+        splits: entries of the manifest.
+        domains: sorted names; empty if there is only one.
+        duplicates: number of dropped documents that equal an earlier one.
+        counts: split -> int64 [domains, 3]: documents, tokens and bytes of text per domain.
     """
 
     splits: dict[str, Split]
@@ -76,12 +75,12 @@ class BuildResult:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Of the documents' UTF-8 text, by split; 0 where they came as ids."""
+        """Bytes of UTF-8 text per split; 0 for documents of ids."""
         return {split: int(counts[:, 2].sum()) for split, counts in self.counts.items()}
 
 
 def is_heldout(hashes: NDArray[np.uint64], holdout: float) -> NDArray[np.bool_]:
-    """Whether documents are held out: the first eight bytes of a hash, as a share of all there are, decide."""
+    """Return a mask of held-out documents: those whose hash is in the lowest share ``holdout`` of all hashes."""
     return hashes.astype(np.float64) / 2.0**64 < holdout
 
 
@@ -99,17 +98,17 @@ def write_splits(
     """Write the shards and columns of all splits, but no manifest, into the folder ``out``.
 
     Args:
-        source: of the documents.
-        encoder: how they become ids; its seed is that of their order.
-        out: what an earlier run left there is written over.
-        work: keeps what the first pass has; a run that was killed goes on from there.
-        holdout: how much is held out.
-        documents: at most so many are read, in the source's order.
-        workers: processes that encode; the bytes written do not depend on it.
+        source: provides the documents.
+        encoder: encodes the documents; its seed also determines their order.
+        out: files of an earlier run are overwritten.
+        work: stores the runs of the first pass; a killed build resumes from them.
+        holdout: share of held-out documents.
+        documents: maximal number to read, in the source's order.
+        workers: number of encoding processes; does not change the result.
         shard_tokens: tokens in a shard.
 
     Raises:
-        UserError: if the source cannot be read, or a side is empty.
+        UserError: if the source cannot be read, or a split is empty.
     """
     work.mkdir(parents=True, exist_ok=True)
     runs = SortedRuns(work, encoder.dtype)
@@ -119,12 +118,12 @@ def write_splits(
 
 
 def _encode(source: Source, encoder: Encoder, runs: SortedRuns, limit: int | None, workers: int) -> None:
-    """The first pass: what the runs do not have yet is read and encoded."""
+    """First pass: read and encode the documents that the runs lack."""
     with progress.track(f"read {source.name}", limit or source.size() or 0) as task:
         stream = track_documents(source.documents(), task, limit, lambda: f", {runs.tokens:,} tokens")
         if runs.documents:
-            progress.notify(f"{source.name}: {runs.documents:,} documents are encoded already")
-            next(islice(stream, runs.documents - 1, runs.documents), None)  # read, and not looked at
+            progress.notify(f"{source.name}: {runs.documents:,} documents are already encoded")
+            next(islice(stream, runs.documents - 1, runs.documents), None)  # skips them
         for block in encode_in_workers(batch_documents(stream), encoder, workers):
             runs.add(block)
         runs.finish()
@@ -133,26 +132,26 @@ def _encode(source: Source, encoder: Encoder, runs: SortedRuns, limit: int | Non
 def track_documents(
     documents: Iterable[Document], task: progress.ProgressTask, limit: int | None, note: Callable[[], str] = str
 ) -> Iterator[Document]:
-    """At most ``limit`` documents, whose progress is told: out of so many, or of the bytes that the task expects."""
+    """Yield at most ``limit`` documents and report progress: of ``limit`` documents, or of the task's bytes."""
     amount = 0
     for number, document in enumerate(islice(documents, limit), start=1):
         amount += 1 if limit else text_bytes(document)
         if number % 64 == 0 or (amount >= _BATCH_BYTES and not limit):
-            # The size is an estimate, so the bar stops at its end and waits there.
+            # The size is an estimate, so the bar must not pass its end.
             task.advance(min(amount, task.total - task.done), f"{number:,} documents{note()}")
             amount = 0
         yield document
 
 
 def text_bytes(document: Document) -> int:
-    """Bytes of a document in its source, about."""
+    """Approximate bytes of a document in its source."""
     if document.ids is not None:
         return document.ids.nbytes
     return len(document.text) if document.text.isascii() else len(document.text.encode())
 
 
 def batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in lists that are encoded at once: few, or of little text."""
+    """Group documents in batches of limited number and size."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -166,21 +165,21 @@ def batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> BuildResult:
-    """The second pass: the runs, in order, become shards."""
+    """Second pass: write the sorted documents as shards."""
     domains = runs.domains
     sides = [TRAIN, *([HELDOUT] if holdout.share else [])]
     counts = {side: np.zeros((len(domains), 3), dtype=np.int64) for side in sides}
-    with ExitStack() as stack, progress.track("bring into order", runs.tokens) as task:
+    with ExitStack() as stack, progress.track("sort and write", runs.tokens) as task:
         writers = {}
         for side in sides:
             writers[side] = ShardWriter(out, side, _dtype(runs), shard_tokens, domains=len(domains) > 1)
             stack.callback(writers[side].abandon)
         read = 0
         for bucket in runs.buckets():
-            held = is_heldout(bucket.rows["hash"], holdout.share)
-            for side, chosen in ((TRAIN, ~held), (HELDOUT, held)):
+            heldout = is_heldout(bucket.rows["hash"], holdout.share)
+            for side, mask in ((TRAIN, ~heldout), (HELDOUT, heldout)):
                 if side in writers:
-                    _take(writers[side], bucket, chosen, counts[side])
+                    _write_documents(writers[side], bucket, mask, counts[side])
             read += len(bucket.rows)
             task.advance(len(bucket.ids), f"{read:,} documents")
         for side, writer in writers.items():
@@ -194,10 +193,10 @@ def _dtype(runs: SortedRuns) -> Any:
     return "uint16" if runs.dtype.itemsize == 2 else "uint32"
 
 
-def _take(writer: ShardWriter, bucket: Bucket, chosen: NDArray[np.bool_], counts: NDArray[np.int64]) -> None:
-    """Write the chosen documents of a bucket, and count them by domain."""
-    rows = bucket.rows[chosen]
-    ids = bucket.ids if chosen.all() else bucket.ids[np.repeat(chosen, bucket.rows["tokens"].astype(np.int64))]
+def _write_documents(writer: ShardWriter, bucket: Bucket, mask: NDArray[np.bool_], counts: NDArray[np.int64]) -> None:
+    """Write the masked documents of a bucket, and count them by domain."""
+    rows = bucket.rows[mask]
+    ids = bucket.ids if mask.all() else bucket.ids[np.repeat(mask, bucket.rows["tokens"].astype(np.int64))]
     writer.extend(ids, rows["tokens"].astype(np.int64), rows["hash"], rows["domain"])
     np.add.at(counts[:, 0], rows["domain"], 1)
     np.add.at(counts[:, 1], rows["domain"], rows["tokens"].astype(np.int64))
@@ -205,15 +204,15 @@ def _take(writer: ShardWriter, bucket: Bucket, chosen: NDArray[np.bool_], counts
 
 
 def hash_splits(store: TokenStore) -> dict[str, str]:
-    """The ``token_hash`` of each split's ids."""
-    found = {}
+    """Compute the ``token_hash`` of each split's ids."""
+    hashes = {}
     with progress.track("hash the ids", sum(store.tokens(split) for split in store.manifest.splits)) as task:
 
-        def counted(parts: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+        def track_parts(parts: Iterable[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
             for part in parts:
                 yield part
                 task.advance(len(part))
 
         for split in store.manifest.splits:
-            found[split] = token_hash_of(counted(store.chunks(split)), [store.tokens(split)])
-    return found
+            hashes[split] = token_hash_of(track_parts(store.chunks(split)), [store.tokens(split)])
+    return hashes

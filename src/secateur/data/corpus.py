@@ -1,6 +1,6 @@
 """Build a study's corpus: read a source, train a tokenizer on the train documents, write token shards.
 
-The source is read twice: the tokenizer has to be there before any document is encoded, and text is not kept.
+The source is read twice, because the tokenizer is needed before any document is encoded, and text is not stored.
 """
 
 from __future__ import annotations
@@ -32,41 +32,41 @@ __all__ = ["CorpusSpec", "build_corpus"]
 
 @spec
 class CorpusSpec:
-    """What to build a corpus from.
+    """The source and tokenizer of a corpus.
 
-    ``field`` and ``split`` are those of :func:`secateur.data.sources.open_source`.
+    For ``field`` and ``split`` see :func:`secateur.data.sources.open_source`.
     """
 
     source: str = "stdlib"
     field: str = "text"
     split: str = "train"
-    documents: Count | None = None  # at most so many are read, in the source's order; a stream can be endless
+    documents: Count | None = None  # maximal number to read, in the source's order; a stream can be endless
     holdout: Fraction = 0.05  # share of documents held out, by hash of the text
-    vocabulary: Positive = 2048  # of the tokenizer that is trained, and of the parent's embedding
-    tokenizer: str | None = None  # a directory, or hf:NAME; None: one is trained
+    vocabulary: Positive = 2048  # size of the trained tokenizer and of the parent's embedding
+    tokenizer: str | None = None  # a directory or a Hub model (org/name); None to train one
     seed: int = 0  # of the order of documents
 
 
 def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
     """Write ``tokenizer/``, the shards of ``train`` and ``heldout`` and their manifest into the folder ``out``.
 
-    The tokenizer learns from the train documents only. Text is not held in memory, but for a document at a time, the
-    distinct words that the tokenizer learns from, and about a hundred bytes for each document. What is encoded lies in
-    ``out/checkpoints`` until all is written; a build that was killed goes on from there.
+    The tokenizer is trained on the train documents only. Memory holds one document at a time, the distinct words for
+    the tokenizer, and about a hundred bytes per document. Encoded documents are stored in ``out/checkpoints`` until
+    the end; a killed build resumes from them.
 
     Returns:
         A JSON-able record, the same for the same spec and source: ``source``, ``source_sha256``, ``documents``,
-        ``bytes``, ``tokens``, ``bytes_per_token`` and ``sha256`` (of the ids, see ``token_hash``), each of these five
-        by split, ``duplicates`` (documents dropped), ``vocabulary`` and ``tokenizer_sha256``. Bytes are those of the
-        kept documents' UTF-8 text.
+        ``bytes``, ``tokens``, ``bytes_per_token`` and ``sha256`` (of the ids, see ``token_hash``), these five by
+        split, ``duplicates`` (documents dropped), ``vocabulary`` and ``tokenizer_sha256``. Bytes are those of
+        the UTF-8 text without duplicates.
 
     Raises:
-        UserError: for a source that cannot be read, an empty side, or a vocabulary that the text cannot give.
+        UserError: for a source that cannot be read, an empty split, or a vocabulary too large for the text.
     """
     source = open_source(spec.source, field=spec.field, split=spec.split)
     digest = source.digest()
     if spec.tokenizer is None:
-        tokenizer = _learn(source, spec)
+        tokenizer = _train_tokenizer(source, spec)
     else:
         tokenizer = load_tokenizer(local_checkpoint(spec.tokenizer, weights=False))
     tokenizer.save_pretrained(out / "tokenizer")
@@ -98,23 +98,23 @@ def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
     }
 
 
-def _learn(source: Source, spec: CorpusSpec) -> PreTrainedTokenizerFast:
-    """The tokenizer that the distinct train documents give."""
+def _train_tokenizer(source: Source, spec: CorpusSpec) -> PreTrainedTokenizerFast:
+    """Train the tokenizer on the distinct train documents."""
     with progress.track("train the tokenizer", spec.documents or source.size() or 0) as task:
 
         def texts() -> Iterator[str]:
-            seen: set[bytes] = set()
-            learned = False
+            hashes: set[bytes] = set()
+            empty = True
             for document in track_documents(source.documents(), task, spec.documents):
                 key = hashlib.sha256(document.text.encode()).digest()
-                if key[:16] in seen:
+                if key[:16] in hashes:
                     continue
-                seen.add(key[:16])
+                hashes.add(key[:16])
                 if not is_heldout(np.frombuffer(key[:8], dtype=">u8"), spec.holdout)[0]:
-                    learned = True
+                    empty = False
                     yield document.text
-            if not learned:
-                raise _holdout(spec).empty(TRAIN, len(seen))
+            if empty:
+                raise _holdout(spec).empty(TRAIN, len(hashes))
 
         return train_tokenizer(texts(), spec.vocabulary)
 

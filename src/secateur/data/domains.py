@@ -1,4 +1,4 @@
-"""A slice of a corpus with its documents and their domains: in order, or one domain after the other."""
+"""Slices of a corpus with documents and domains: in corpus order, or grouped by domain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["DomainTokens", "document_stream", "evenly_spaced", "heldout_stream",
 
 
 def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Stream:
-    """The tokens ``[start, stop)`` of a split, in order, with the document of each and the domain of each document.
+    """Read the tokens ``[start, stop)`` of a split with their documents and domains.
 
     Raises:
         UserError: if the split has fewer than ``stop`` tokens, or a document's domain has no name.
@@ -25,7 +25,7 @@ def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Str
 
 
 def evenly_spaced(count: int, of: int) -> NDArray[np.int64]:
-    """``count`` of the numbers below ``of``, evenly apart, from 0 on; all of them where there are no more.
+    """Return ``count`` evenly spaced numbers below ``of``, starting at 0; all of them if ``count`` is larger.
 
     >>> spread(3, 10).tolist()
     [0, 3, 6]
@@ -34,54 +34,57 @@ def evenly_spaced(count: int, of: int) -> NDArray[np.int64]:
 
 
 def window_stream(store: TokenStore, split: str, windows: NDArray[np.integer], length: int) -> Stream:
-    """The windows of those numbers, ``length`` tokens each and one behind the other, with their documents.
+    """Read windows of ``length`` tokens by number and concatenate them, with their documents.
 
     Raises:
-        UserError: if the split ends before one of them does, or a document's domain has no name.
+        UserError: if the split ends before a window does, or a document's domain has no name.
     """
     parts = [document_stream(store, split, int(i) * length, (int(i) + 1) * length) for i in windows]
-    known = [store.documents_in(split, int(i) * length, (int(i) + 1) * length).start for i in windows]
-    numbers = np.concatenate([part.documents + first for part, first in zip(parts, known, strict=True)])
-    kept, documents = np.unique(numbers, return_inverse=True)
-    domains = {first + n: name for part, first in zip(parts, known, strict=True) for n, name in enumerate(part.domains)}
-    return Stream(np.concatenate([part.ids for part in parts]), documents, tuple(domains[n] for n in kept.tolist()))
+    first_documents = [store.documents_in(split, int(i) * length, (int(i) + 1) * length).start for i in windows]
+    numbers = np.concatenate([part.documents + first for part, first in zip(parts, first_documents, strict=True)])
+    unique, documents = np.unique(numbers, return_inverse=True)
+    domains = {
+        first + n: name
+        for part, first in zip(parts, first_documents, strict=True)
+        for n, name in enumerate(part.domains)
+    }
+    return Stream(np.concatenate([part.ids for part in parts]), documents, tuple(domains[n] for n in unique.tolist()))
 
 
 def heldout_stream(store: TokenStore, windows: int, length: int, skip: int = 0) -> Stream:
-    """Held-out windows, spread evenly over the split, so that no few long documents stand for all.
+    """Read held-out windows evenly spaced over the split, so that a few long documents do not dominate.
 
     Args:
         store: the corpus.
-        windows: how many; the whole split, with a shorter last one, where it has no more.
+        windows: number of windows; the whole split, with a shorter last window, if it has no more.
         length: tokens in a window.
-        skip: of those that as many windows by themselves would be, none is taken.
+        skip: excludes the windows that a call with ``windows=skip`` returns.
     """
-    split, there = "heldout", store.tokens("heldout")
-    left = np.setdiff1d(np.arange(there // length), evenly_spaced(skip, there // length) if skip else [])
-    if not skip and len(left) <= windows:
-        return document_stream(store, split, 0, there)
-    if not len(left):
+    split, tokens = "heldout", store.tokens("heldout")
+    numbers = np.setdiff1d(np.arange(tokens // length), evenly_spaced(skip, tokens // length) if skip else [])
+    if not skip and len(numbers) <= windows:
+        return document_stream(store, split, 0, tokens)
+    if not len(numbers):
         return document_stream(store, split, 0, 0)
-    return window_stream(store, split, left[evenly_spaced(windows, len(left))], length)
+    return window_stream(store, split, numbers[evenly_spaced(windows, len(numbers))], length)
 
 
 class DomainTokens:
-    """The tokens ``[start, stop)`` of a split under other indices: those of each domain lie together, ids as they were.
+    """The tokens ``[start, stop)`` of a split, reordered so that each domain is contiguous.
 
-    Within a domain documents keep the order of the corpus. One that the slice cuts counts with the part inside. A
-    domain with less than a window is left out. A few numbers are held for each document of the slice, none for each
-    token; what is read touches only the documents in it.
+    Within a domain documents stay in corpus order. A document that the slice cuts contributes its part inside. Domains
+    with less than a window are excluded. Memory is a few numbers per document; a read touches only its documents.
 
     Args:
-        store: the corpus; where its documents have no domains, all are of the one named ``""``.
-        split: of the store; it is the only one that can be asked for.
+        store: the corpus; documents without domains belong to one named ``""``.
+        split: of the store; the other methods accept only this one.
         start: first token, an index into the split.
-        stop: behind the last one.
+        stop: end of the slice (exclusive).
         sequence: tokens in a window.
 
     Attributes:
-        ranges: domain -> its tokens [start, stop) under the new indices, in the manifest's order.
-        short_domains: domain -> its tokens in the slice, fewer than a window; among them domains without any.
+        ranges: domain -> its tokens [start, stop) in the new order; domains are in the manifest's order.
+        short_domains: excluded domain -> its number of tokens in the slice, fewer than a window, possibly 0.
 
     Raises:
         UserError: if the split has fewer than ``stop`` tokens, or a document's domain has no name.
@@ -96,29 +99,28 @@ class DomainTokens:
         names = store.domains if store.manifest.splits[split].domains else ("",)
         totals = np.zeros(len(names), dtype=np.int64)
         np.add.at(totals, domains, lengths)
-        kept = totals >= sequence
+        included = totals >= sequence
         order = np.argsort(domains, kind="stable")
-        order = order[kept[domains[order]]]
+        order = order[included[domains[order]]]
         self._documents = within.start + order  # each document's index in the split
         self._sources = begins[order]  # where its first token inside the slice lies in the split
-        self._starts = np.concatenate(
-            [[0], np.cumsum(lengths[order])], dtype=np.int64
-        )  # and under the new indices; the end behind
-        ends = np.cumsum(np.where(kept, totals, 0))
-        sizes = list(zip(names, totals.tolist(), kept.tolist(), ends.tolist(), strict=True))
+        # where it lies in the new order, followed by the end
+        self._starts = np.concatenate([[0], np.cumsum(lengths[order])], dtype=np.int64)
+        ends = np.cumsum(np.where(included, totals, 0))
+        sizes = list(zip(names, totals.tolist(), included.tolist(), ends.tolist(), strict=True))
         self.ranges = {name: (end - total, end) for name, total, inside, end in sizes if inside}
         self.short_domains = {name: total for name, total, inside, _ in sizes if not inside}
 
     @property
     def tokens(self) -> int:
-        """How many there are, without those of domains that are left out."""
+        """Number of tokens, without excluded domains."""
         return int(self._starts[-1])
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
-        """The ids from ``start`` to ``stop``: int64 of shape [stop - start].
+        """Read the ids ``[start, stop)``: int64 [stop - start].
 
         Raises:
-            UserError: if an id is none of the vocabulary.
+            UserError: if an id is not in the vocabulary.
             ValueError: if not ``0 <= start <= stop <= tokens``, or for another split.
         """
         within = self.documents_in(split, start, stop)
@@ -131,9 +133,9 @@ class DomainTokens:
         return np.concatenate(pieces)
 
     def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
-        """The place of each token in its document: int64 of shape [stop - start].
+        """Position of each token in its document: int64 [stop - start].
 
-        It is counted from the document's first token inside the slice, or from ``start`` where that lies before.
+        It counts from the document's first token inside the slice, or from ``start`` if that token lies earlier.
 
         Raises:
             ValueError: if not ``0 <= start <= stop <= tokens``, or for another split.
@@ -143,7 +145,7 @@ class DomainTokens:
         return np.arange(start, stop, dtype=np.int64) - np.repeat(begins, np.diff(begins, append=stop))
 
     def documents_in(self, split: str, start: int, stop: int) -> range:
-        """Numbers, in the new order, of the documents with tokens in there, and of empty ones between them.
+        """Numbers, in the new order, of the documents with tokens in ``[start, stop)``, and of empty ones between.
 
         Raises:
             ValueError: if not ``0 <= start <= stop <= tokens``, or for another split.
@@ -156,5 +158,5 @@ class DomainTokens:
         return range(first, int(np.searchsorted(self._starts, stop, side="left")))
 
     def document_name(self, split: str, index: int) -> str:
-        """What the store calls the document of that number."""
+        """Name of a document, see :meth:`TokenStore.document_name`."""
         return self.store.document_name(split, int(self._documents[index]))

@@ -1,6 +1,6 @@
-"""From documents to blocks of ids, in this process or in several.
+"""Encode documents to blocks of token ids.
 
-What a worker process needs to import is here and in the modules named below; torch is not among it.
+Worker processes import this module, so it must not import torch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ROW", "EncodedBlock", "Encoder", "encode_texts", "hash_of_ids"]
 
-#: What is known of a document. ``order``: the first 16 bytes of its seeded hash; ``place``: its number in the source;
-#: ``hash``: the first eight bytes of the SHA-256 of its text; ``bytes``: of its text; ``domain``: index of a name.
+#: A document. ``order``: first 16 bytes of its seeded hash; ``place``: its number in the source; ``hash``: first eight
+#: bytes of the SHA-256 of its text; ``bytes``: length of its text; ``domain``: index of a name.
 ROW = np.dtype(
     [("order", "<u8", (2,)), ("place", "<u8"), ("hash", "<u8"), ("tokens", "<u8"), ("bytes", "<u8"), ("domain", "<u2")]
 )
@@ -30,7 +30,7 @@ ROW = np.dtype(
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """Documents, encoded: ``rows`` of dtype ROW, their ``ids`` one after the other, and the names of their domains."""
+    """Encoded documents: ``rows`` of dtype ROW, their concatenated ``ids``, and the names of their domains."""
 
     rows: NDArray[np.void]
     ids: NDArray[np.unsignedinteger]
@@ -38,7 +38,7 @@ class EncodedBlock:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-    """Encode documents by the rule of ``data/tokenizer.py``: for each, int64 ids of shape [tokens]."""
+    """Encode documents as described in ``data/tokenizer.py``; returns int64 ids [tokens] for each."""
     if not texts:
         return []
     rows = tokenizer(
@@ -47,27 +47,27 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # no warning that a document is longer than the model's context: it is cut into windows
+        verbose=False,  # no warning about documents longer than the context: they are cut into windows
     )["input_ids"]
     end = tokenizer.eos_token_id if tokenizer.num_special_tokens_to_add() == 0 else None
-    close = [] if end is None else [end]
-    return [np.array([*row, *close], dtype=np.int64) for row in rows]
+    suffix = [] if end is None else [end]
+    return [np.array([*row, *suffix], dtype=np.int64) for row in rows]
 
 
 def hash_of_ids(ids: NDArray[np.integer]) -> bytes:
-    """SHA-256 that stands for a document which came as ids: of the ids as little-endian uint32."""
+    """SHA-256 of the ids as little-endian uint32: identifies a document without text."""
     return hashlib.sha256(np.ascontiguousarray(ids, dtype="<u4").data).digest()
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns documents into a block; the same documents give the same block, wherever they are encoded.
+    """Encodes documents to a block; the result does not depend on the process.
 
     Args:
-        tokenizer: for documents that come as text.
+        tokenizer: for documents with text.
         vocabulary: ids are below it.
         dtype: of the ids.
-        seed: of the order of documents.
+        seed: for the order of documents.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ class Encoder:
             UserError: for a document with an id outside the vocabulary.
         """
         texts = iter(encode_texts(self.tokenizer, [d.text for d in documents if d.ids is None]))
-        arrays = [self._checked(d) if d.ids is not None else next(texts) for d in documents]
+        arrays = [self._validate_ids(d) if d.ids is not None else next(texts) for d in documents]
         data = [document.text.encode() for document in documents]
         digests = [
             hash_of_ids(ids) if document.ids is not None else hashlib.sha256(text).digest()
@@ -99,7 +99,7 @@ class Encoder:
         ids = np.concatenate([np.zeros(0, dtype=self.dtype), *(array.astype(self.dtype) for array in arrays)])
         return EncodedBlock(rows, ids, list(names))
 
-    def _checked(self, document: Document) -> NDArray[np.integer]:
+    def _validate_ids(self, document: Document) -> NDArray[np.integer]:
         ids = document.ids
         assert ids is not None
         for extreme in (int(ids.min()), int(ids.max())):

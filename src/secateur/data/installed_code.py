@@ -1,9 +1,9 @@
-"""Python code that is installed along with secateur: a corpus that everybody has already.
+"""Python code installed along with secateur: a corpus that needs no download.
 
-The packages are a closed list, so that what else is installed has no say in it: what secateur needs to run, and what
-that needs in turn on every platform. Left out are packages of less than 0.4 MB of code, extras, and what only some
-platforms have, such as the libraries of GPUs. What is written when a package is built, tests, and bytes that are not
-Python code are no part of it, so that two installations of the same versions agree.
+The list of packages is fixed, so other installed packages do not matter: secateur's dependencies and theirs, on every
+platform. It excludes packages with less than 0.4 MB of code, extras, and packages of single platforms, such as GPU
+libraries. Files generated at build time, tests, and files other than Python code are excluded too, so that two
+installations of the same versions agree.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ PACKAGES = (
     "typer",
 )
 
-#: folders of what other packages put into the library, and of tests, which some distributions do not ship
+#: folders that belong to other packages, and tests, which some distributions do not ship
 FOREIGN = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-#: what a build writes: the version with its variant, the compiler
-_BUILT = {"version.py", "_version.py", "__config__.py"}
+#: files generated at build time: the version with its variant, the compiler
+_GENERATED = {"version.py", "_version.py", "__config__.py"}
 
 
 def package_source(name: str) -> dict[str, Path]:
-    """The Python files of an installed package, by the path that it is imported from, sorted.
+    """Return the Python files of an installed package by import path, sorted.
 
     Raises:
-        UserError: if the package, the list of its files or one of them is not there.
+        UserError: if the package, its file list or one of its files is missing.
     """
-    mend = f"install it with: pip install -c constraints.txt --force-reinstall --no-deps {name}"
+    fix = f"install it with: pip install -c constraints.txt --force-reinstall --no-deps {name}"
     try:
         listed = metadata.files(name)
     except metadata.PackageNotFoundError:
-        raise UserError(f"python: the package {name} is not installed; {mend}") from None
+        raise UserError(f"python: the package {name} is not installed; {fix}") from None
     if listed is None:
-        raise UserError(f"python: the package {name} has no list of its files (RECORD); {mend}")
-    chosen = (f for f in listed if f.suffix == ".py" and f.name not in _BUILT and not FOREIGN & set(f.parts))
-    found = {f.as_posix(): Path(str(f.locate())) for f in chosen if ".." not in f.parts}  # those above are scripts
-    gone = next((file for file in found.values() if not file.is_file()), None)
-    if gone or not found:
-        raise UserError(f"python: {gone or f'any Python file of {name}'} is not there; {mend}")
-    return dict(sorted(found.items()))
+        raise UserError(f"python: the package {name} has no list of its files (RECORD); {fix}")
+    sources = (f for f in listed if f.suffix == ".py" and f.name not in _GENERATED and not FOREIGN & set(f.parts))
+    files = {f.as_posix(): Path(str(f.locate())) for f in sources if ".." not in f.parts}  # ".." is a script
+    missing = next((file for file in files.values() if not file.is_file()), None)
+    if missing or not files:
+        raise UserError(f"python: {missing or f'any Python file of {name}'} is not there; {fix}")
+    return dict(sorted(files.items()))

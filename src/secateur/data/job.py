@@ -49,7 +49,7 @@ class Corpus:
 
 
 #: fields of a request by the keys that identify an unfinished run
-_WORDS = {
+_LABELS = {
     "format": "another version of secateur",
     "source_sha256": "the content of `source`",
     "tokenizer_sha256": "`tokenizer`",
@@ -76,7 +76,7 @@ def build(request: CorpusRequest) -> Corpus:
     configure_threads(threads=1)  # a worker is a process; threads inside would only fight the other workers
     vocabulary = id_bound(tokenizer)
     encoder = Encoder(tokenizer, vocabulary, smallest_dtype(vocabulary), request.seed)
-    with _report_full_disk(out), resumable_directory(out, identity, resume=True, labels=_WORDS) as (fresh, work):
+    with _report_full_disk(out), resumable_directory(out, identity, resume=True, labels=_LABELS) as (fresh, work):
         tokenizer.save_pretrained(fresh / "tokenizer")
         built = write_splits(
             source,

@@ -1,4 +1,4 @@
-"""What a folder of token shards holds, as it stands in ``manifest.json``."""
+"""The contents of a folder of token shards: ``manifest.json``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from secateur.files import sha256_tree, write_json
 
 __all__ = ["FORMAT", "Column", "Manifest", "Shard", "Split", "smallest_dtype", "write_manifest"]
 
-FORMAT = 2  #: of the folder; another one is not read
+FORMAT = 2  #: version of the folder's format; other versions are refused
 
 
 @spec
 class Shard:
-    """One file of ids; ``tokens`` is its length."""
+    """A file of token ids and its length."""
 
     file: str
     tokens: Positive
@@ -26,7 +26,7 @@ class Shard:
 
 @spec
 class Column:
-    """A file with one number for each document."""
+    """A file with one number per document."""
 
     file: str
     sha256: str
@@ -34,7 +34,7 @@ class Column:
 
 @spec
 class Split:
-    """The shards of one split in order, and what is known of its documents."""
+    """The shards of a split in order, and columns that describe its documents."""
 
     tokens: Positive
     documents: Positive
@@ -46,22 +46,22 @@ class Split:
 
 @spec
 class Manifest:
-    """What a folder of shards holds; every id is below ``vocabulary``.
+    """The contents of a folder of shards; every id is below ``vocabulary``.
 
-    ``provenance`` tells how the folder came about; it is not part of the data's identity.
+    ``provenance`` describes how the folder was built; it is not part of the data's identity.
     """
 
     version: int = FORMAT
     dtype: Literal["uint16", "uint32"]
     vocabulary: Positive
     splits: dict[str, Split]
-    domains: tuple[str, ...] = ()  #: names; empty where all documents are of one domain
-    tokenizer_sha256: str | None = None  #: of the files in ``tokenizer/``; None where there are none
+    domains: tuple[str, ...] = ()  #: names; empty if all documents belong to one domain
+    tokenizer_sha256: str | None = None  #: of the files in ``tokenizer/``; None without any
     provenance: Annotated[dict[str, Any], RUNTIME] = dataclasses.field(default_factory=dict)
 
 
 def smallest_dtype(vocabulary: int) -> Literal["uint16", "uint32"]:
-    """The dtype of ids below ``vocabulary``."""
+    """Smallest dtype for ids below ``vocabulary``."""
     return "uint16" if vocabulary <= 2**16 else "uint32"
 
 
@@ -73,14 +73,14 @@ def write_manifest(
     domains: Sequence[str] = (),
     provenance: dict[str, Any] | None = None,
 ) -> None:
-    """Write the manifest, which makes ``folder`` a store; call it when every split is closed.
+    """Write the manifest, which makes ``folder`` a store; call this after closing every split.
 
     Args:
-        folder: with the files of the splits, and the tokenizer in ``tokenizer/`` if there is one.
+        folder: contains the files of the splits, and optionally the tokenizer in ``tokenizer/``.
         vocabulary: every id is below it.
-        splits: what their writers gave.
-        domains: names of the documents' domains; none where there is only one.
-        provenance: how the data came about, as plain values.
+        splits: entries returned by the writers.
+        domains: names of the documents' domains; empty if there is only one.
+        provenance: how the data was built, as plain values.
     """
     tokenizer = folder / "tokenizer"
     manifest = Manifest(

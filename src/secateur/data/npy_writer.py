@@ -1,4 +1,4 @@
-"""A column of numbers on disk, written piece by piece: a plain ``.npy`` file whose header is completed at the end."""
+"""Write a ``.npy`` file piece by piece; its header is completed at the end."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ __all__ = ["ColumnWriter"]
 
 
 class ColumnWriter:
-    """Write numbers to the one-dimensional array in ``path``; nothing written stays in memory.
+    """Writes a one-dimensional array to ``path``; nothing stays in memory.
 
-    numpy leaves room in a header for the length to grow, so that the header of any length has the same size and the
-    file is byte for byte what ``numpy.save`` writes.
+    numpy pads headers so that their size does not depend on the length; the file equals that of ``numpy.save``.
     """
 
     def __init__(self, path: Path, dtype: DTypeLike) -> None:
@@ -26,13 +25,13 @@ class ColumnWriter:
         self._header = self._file.tell()
 
     def write(self, values: ArrayLike) -> None:
-        """Append ``values``, of shape [values]; they must fit the dtype, which is not checked."""
+        """Append ``values``, of shape [values]; they must fit the dtype (not checked)."""
         array = np.ascontiguousarray(values, dtype=self.dtype)
         self._file.write(array.data)
         self.length += len(array)
 
     def close(self) -> str:
-        """Complete the file; returns its SHA-256 in hexadecimal."""
+        """Complete the file and return its SHA-256 in hexadecimal."""
         self._file.seek(0)
         self._write_header()
         if self._file.tell() != self._header:
@@ -45,5 +44,5 @@ class ColumnWriter:
         self._file.close()
 
     def _write_header(self) -> None:
-        described = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
-        np.lib.format.write_array_header_1_0(self._file, described)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)

@@ -1,7 +1,7 @@
-"""From files to documents: plain text, JSON lines, parquet.
+"""Readers of documents from files: plain text, JSON lines, parquet.
 
-A reader takes the path of a file and the name that its documents go by, and raises a UserError at the first record that
-is not text, with the file and its line or row.
+A reader takes the path of a file and the name for its documents. It raises a UserError with file and line or row at the
+first record that is not text.
 """
 
 from __future__ import annotations
@@ -33,27 +33,30 @@ TEXT_EXTENSIONS = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Document:
-    """One text; ``id`` names its place in the source (file, file and line, or row).
+    """A text, or token ids."""
 
-    ``ids`` are those of a document that comes as ids, of shape [tokens]; its text is empty.
-    """
-
-    id: str
-    text: str
+    id: str  #: position in the source: file, file and line, or row
+    text: str  #: empty for a document of ids
     domain: str = ""
-    ids: NDArray[np.integer] | None = None
+    ids: NDArray[np.integer] | None = None  #: [tokens]
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record has its text, and its domain if it tells one; whether texts of white space alone are wanted."""
+    """Names of a record's fields."""
 
     text: str = "text"
-    domain: str | None = None
-    blank: bool = False
+    domain: str | None = None  #: None if records do not name their domain
+    blank: bool = False  #: whether to include texts of white space only
 
     def document(self, row: object, where: str, at: str, domain: str) -> Document:
-        """The document of a record: named ``where``, from ``at``, of ``domain`` unless the record tells.
+        """Make a document of a record.
+
+        Args:
+            row: the record.
+            where: name of the document.
+            at: position of the record, for errors.
+            domain: of the document, unless the record has a field for it.
 
         Raises:
             UserError: if a field is missing or not text.
@@ -64,27 +67,28 @@ class Fields:
 
 
 def read_lossy(path: Path, where: str) -> Iterator[Document]:
-    """The whole file; bytes that are not UTF-8 become U+FFFD."""
+    """Read the whole file; bytes that are not UTF-8 become U+FFFD."""
     yield Document(where, path.read_bytes().decode("utf-8", errors="replace"))
 
 
 def read_plain(path: Path, where: str, fields: Fields, domain: str = "") -> Iterator[Document]:
-    """The whole file, which must be UTF-8 text without NUL."""
+    """Read the whole file, which must be UTF-8 text without NUL."""
     data = path.read_bytes()
-    known = f"UTF-8 text, {' or '.join(TEXT_EXTENSIONS[1:])}"
+    formats = " or ".join(TEXT_EXTENSIONS[1:])
+    expected = f"UTF-8 text, {formats}"
     if b"\0" in data:
-        raise UserError(f"{path}: a binary file; name {known}")
+        raise UserError(f"{path}: a binary file; name {expected}")
     if fields.domain is not None:
-        raise UserError(f"{path}: plain text has no field {fields.domain!r} for a domain; name {known[12:]} files")
+        raise UserError(f"{path}: plain text has no field {fields.domain!r} for a domain; name {formats} files")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file, or name {known}") from None
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file, or name {expected}") from None
     yield Document(where, text, domain)
 
 
 def read_jsonl(path: Path, where: str, fields: Fields, domain: str = "") -> Iterator[Document]:
-    """One JSON object a line; empty lines are passed over."""
+    """Read one JSON object per line; empty lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -95,12 +99,12 @@ def read_jsonl(path: Path, where: str, fields: Fields, domain: str = "") -> Iter
                 raise UserError(f"{path}:{number}: not UTF-8; convert the file") from None
             except (ValueError, RecursionError) as error:  # ValueError: also a number of over 4300 digits
                 reason = getattr(error, "msg", error)
-                raise UserError(f"{path}:{number}: not valid JSON: {reason}; mend or remove the line") from None
+                raise UserError(f"{path}:{number}: not valid JSON: {reason}; fix or remove the line") from None
             yield fields.document(row, f"{where}:{number}", f"{path}:{number}", domain)
 
 
 def read_parquet(path: Path, where: str, fields: Fields, domain: str = "") -> Iterator[Document]:
-    """The columns that are wanted, row by row."""
+    """Read the text and domain columns row by row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -121,7 +125,7 @@ def read_parquet(path: Path, where: str, fields: Fields, domain: str = "") -> It
 
 
 def parquet_bytes(path: Path, column: str) -> int:
-    """About how many bytes of text there are in a column, by the file's own account; 0 if it has none."""
+    """Approximate bytes of text in a column, from the file's metadata; 0 without such a column."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -129,13 +133,13 @@ def parquet_bytes(path: Path, column: str) -> int:
         with pq.ParquetFile(path) as file:
             groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
     except (pa.ArrowException, OSError):
-        return 0  # whoever reads it will be told
+        return 0  # reading the file raises the error
     chunks = (group.column(c) for group in groups for c in range(group.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
 
 
 def text_of(row: object, field: str, where: str) -> str:
-    """The text in ``field`` of a record; lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD."""
+    """Return the text in ``field`` of a record; lone surrogates, valid in JSON but not in UTF-8, become U+FFFD."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with the field {field!r}, got {type(row).__name__}")
     if field not in row:

@@ -1,9 +1,9 @@
-"""Token shards on disk: plain ``.npy`` files, memory-mapped, and a manifest that says what there must be.
+"""Token shards on disk: memory-mapped ``.npy`` files and a manifest that lists them.
 
-A folder holds ``manifest.json`` and for each split ``<split>-00000.npy``, ... (the ids), ``documents.<split>.npy``
+A folder contains ``manifest.json`` and for each split ``<split>-00000.npy``, ... (the ids), ``documents.<split>.npy``
 (int64 offset of each document's first token), ``hashes.<split>.npy`` (uint64, the first eight bytes of each document's
-SHA-256) and, where documents are of several domains, ``domains.<split>.npy`` (uint16 index into the manifest's names).
-The tokenizer lies in ``tokenizer/``. The manifest is written last: a folder without one is not a store.
+SHA-256) and, if documents have several domains, ``domains.<split>.npy`` (uint16 index into the manifest's names).
+The tokenizer is in ``tokenizer/``. The manifest is written last: a folder without it is not a store.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from secateur.files import read_json, sha256_file, sha256_tree
 
 __all__ = ["SHARD_TOKENS", "ShardWriter", "TokenStore"]
 
-SHARD_TOKENS = 2**26  #: in a shard, unless told otherwise
+SHARD_TOKENS = 2**26  #: default tokens in a shard
 
-_MAPS = 256  #: files that a store holds open at once; a corpus may have more shards than a process may have files
+_MAPS = 256  #: files open at once; a corpus may have more shards than the limit of open files
 
 
 class ShardWriter:
-    """Write one split, ``append`` or ``extend`` by documents, then ``close``; nothing written stays in memory.
+    """Writes a split: ``append`` or ``extend`` by documents, then ``close``; nothing stays in memory.
 
     Args:
-        folder: to write to.
+        folder: destination.
         split: name of the split.
         dtype: of the ids.
-        shard_tokens: tokens in each file but the last.
-        domains: whether documents have a domain.
+        shard_tokens: tokens in each file except the last.
+        domains: whether to write a column of domains.
     """
 
     def __init__(
@@ -56,24 +56,24 @@ class ShardWriter:
         self.tokens = self.documents = 0
         kinds = {"documents": "i8", "hashes": "u8", **({"domains": "u2"} if domains else {})}
         self._columns = {kind: ColumnWriter(folder / f"{kind}.{split}.npy", size) for kind, size in kinds.items()}
-        self._shard: ColumnWriter | None = None  # the one that is not full
+        self._shard: ColumnWriter | None = None  # current, not full
         self._shards: list[Shard] = []
 
     def append(self, ids: NDArray[np.integer], *, digest: bytes | None = None, domain: int = 0) -> None:
-        """Add one document; it may go on in the next shard.
+        """Add one document; it may continue in the next shard.
 
         Args:
             ids: of shape [tokens].
-            digest: SHA-256 of the document's text; that of its ids unless given.
+            digest: SHA-256 of the document's text; None for that of its ids.
             domain: index of its domain's name.
 
         Raises:
             ValueError: if an id does not fit the dtype, or ``ids`` is not one-dimensional.
         """
         if ids.ndim != 1 or (ids.size and (ids.min() < 0 or ids.max() > np.iinfo(self.dtype).max)):
-            raise ValueError(f"{self.split}: ids must be a line of numbers that fit {self.dtype}")
-        known = int.from_bytes((digest or hash_of_ids(ids))[:8], "big")
-        self.extend(ids.astype(self.dtype), [len(ids)], np.array([known], dtype=np.uint64), [domain])
+            raise ValueError(f"{self.split}: ids must be one-dimensional and fit {self.dtype}")
+        hash_value = int.from_bytes((digest or hash_of_ids(ids))[:8], "big")
+        self.extend(ids.astype(self.dtype), [len(ids)], np.array([hash_value], dtype=np.uint64), [domain])
 
     def extend(
         self,
@@ -82,13 +82,13 @@ class ShardWriter:
         hashes: NDArray[np.uint64],
         domains: Sequence[int] | NDArray[np.integer],
     ) -> None:
-        """Add documents that lie one after the other in ``ids``, which has the dtype of the split.
+        """Add documents whose concatenated ``ids`` have the dtype of the split.
 
         Args:
             ids: of shape [tokens].
             lengths: tokens of each document, of shape [documents].
             hashes: first eight bytes of each document's SHA-256, of shape [documents].
-            domains: index of each document's domain, of shape [documents]; not looked at where there are none.
+            domains: index of each document's domain, of shape [documents]; ignored without that column.
         """
         ends = self.tokens + np.cumsum(np.asarray(lengths, dtype=np.int64))
         self._columns["documents"].write(ends - lengths)
@@ -105,10 +105,10 @@ class ShardWriter:
                 self._finish_shard()
 
     def close(self) -> Split:
-        """Complete the files; returns the manifest's entry.
+        """Complete the files and return the manifest's entry.
 
         Raises:
-            UserError: if the split holds no token.
+            UserError: if the split has no tokens.
         """
         if not self.tokens:
             self.abandon()
@@ -141,12 +141,12 @@ class ShardWriter:
 
 
 class TokenStore:
-    """Exact slices of the splits in ``folder``, and the documents that they lie in.
+    """Exact slices of the splits in ``folder``, and their documents.
 
-    Opening reads the header of each file, no more. What is asked for is read from mapped files, never a whole one.
+    Opening reads only the header of each file; slices are read from memory-mapped files.
 
     Raises:
-        UserError: if the manifest is missing or malformed, or a file is missing, damaged or not as the manifest says.
+        UserError: if the manifest is missing or malformed, or a file is missing, damaged or does not match it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -171,12 +171,12 @@ class TokenStore:
 
     @property
     def vocabulary(self) -> int:
-        """Every id is below this."""
+        """Upper bound (exclusive) of the ids."""
         return self.manifest.vocabulary
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Names of the documents' domains; empty where there is only one."""
+        """Names of the documents' domains; empty if there is only one."""
         return self.manifest.domains
 
     @property
@@ -186,44 +186,44 @@ class TokenStore:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The identity of the data, in hexadecimal: ids, documents, domains and tokenizer, not how they came about."""
+        """Hash of ids, documents, domains and tokenizer, in hexadecimal; excludes the provenance."""
         return fingerprint(self.manifest)
 
     def tokens(self, split: str) -> int:
-        """How many tokens the split has."""
+        """Number of tokens in a split."""
         return self._split(split).tokens
 
     def documents(self, split: str) -> int:
-        """How many documents the split has."""
+        """Number of documents in a split."""
         return self._split(split).documents
 
     def offsets(self, split: str, documents: range | None = None) -> NDArray[np.int64]:
-        """Where each document starts, or each of a range of them: int64 of shape [documents], all of it in memory."""
+        """First token of each document, or of each in a range: int64 [documents], in memory."""
         part = slice(documents.start, documents.stop) if documents is not None else slice(None)
         return np.array(self._offsets(split)[part])
 
     def domains_of(self, split: str, documents: range) -> NDArray[np.uint16]:
-        """The domain of each document of a range, an index into :attr:`domains`; zeros where there is only one.
+        """Domain of each document in a range, an index into :attr:`domains`; zeros if there is only one.
 
         Raises:
-            UserError: if one has no name.
+            UserError: if a domain has no name.
         """
         column = self._split(split).domains
         if column is None:
             return np.zeros(len(documents), dtype=np.uint16)
-        found = np.array(self._map(column.file, "uint16", self.documents(split))[documents.start : documents.stop])
-        if len(found) and found.max() >= len(self.domains):
+        indices = np.array(self._map(column.file, "uint16", self.documents(split))[documents.start : documents.stop])
+        if len(indices) and indices.max() >= len(self.domains):
             raise UserError(
-                f"{self.folder / column.file}: a document of domain {found.max()}, but the manifest names "
+                f"{self.folder / column.file}: a document of domain {indices.max()}, but the manifest names "
                 f"{len(self.domains)}: the files are damaged; build the data again"
             )
-        return found
+        return indices
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
-        """The ids from ``start`` to ``stop``: int64 of shape [stop - start].
+        """Read the ids ``[start, stop)``: int64 [stop - start].
 
         Raises:
-            UserError: if the split has fewer than ``stop`` tokens, or an id is none of the vocabulary.
+            UserError: if the split has fewer than ``stop`` tokens, or an id is not in the vocabulary.
             ValueError: if not ``0 <= start <= stop``.
         """
         self._check_slice(split, start, stop)
@@ -245,13 +245,13 @@ class TokenStore:
         return out
 
     def chunks(self, split: str, tokens: int = 2**20) -> Iterator[NDArray[np.int64]]:
-        """All ids of a split in order, ``tokens`` at a time."""
+        """Iterate over the ids of a split, ``tokens`` at a time."""
         total = self.tokens(split)
         for start in range(0, total, tokens):
             yield self.read(split, start, min(start + tokens, total))
 
     def documents_in(self, split: str, start: int, stop: int) -> range:
-        """Indices of the documents that have tokens between ``start`` and ``stop``, and of empty ones between them.
+        """Indices of the documents with tokens in ``[start, stop)``, and of empty ones between.
 
         Raises:
             UserError: if the split has fewer than ``stop`` tokens.
@@ -265,9 +265,9 @@ class TokenStore:
         return range(first, int(np.searchsorted(offsets, np.int64(stop), side="left")))
 
     def document_name(self, split: str, index: int) -> str:
-        """What to call a document of the split, e.g. ``document 3 (sha256 0123456789abcdef, domain books)``.
+        """Name of a document, e.g. ``document 3 (sha256 0123456789abcdef, domain books)``.
 
-        The hash is that of its text, its first 16 digits.
+        The hash is the first 16 digits of that of its text.
 
         Raises:
             IndexError: if there is no such document.
@@ -275,16 +275,16 @@ class TokenStore:
         entry = self._split(split)
         if not 0 <= index < entry.documents:
             raise IndexError(f"{split!r} has {entry.documents} documents; there is no document {index}")
-        told = f"sha256 {int(self._map(entry.hashes.file, 'uint64', entry.documents)[index]):016x}"
+        label = f"sha256 {int(self._map(entry.hashes.file, 'uint64', entry.documents)[index]):016x}"
         if entry.domains is not None:
             domain = int(self._map(entry.domains.file, "uint16", entry.documents)[index])
-            told += f", domain {self.domains[domain] if domain < len(self.domains) else f'{domain} (unknown)'}"
-        return f"document {index} ({told})"
+            label += f", domain {self.domains[domain] if domain < len(self.domains) else f'{domain} (unknown)'}"
+        return f"document {index} ({label})"
 
     def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
-        """The place of each token in its document: int64 of shape [stop - start].
+        """Position of each token in its document: int64 [stop - start].
 
-        It is counted from the document's first token, or from ``start`` where the document began before.
+        It counts from the document's first token, or from ``start`` if the document begins earlier.
 
         Raises:
             UserError: if the split has fewer than ``stop`` tokens.
@@ -327,12 +327,12 @@ class TokenStore:
         total = self.tokens(split)
         if stop > total:
             raise UserError(
-                f"{self.folder}: {split!r} has {total} tokens, but tokens {start} to {stop} were asked for; "
+                f"{self.folder}: {split!r} has {total} tokens, but tokens {start} to {stop} are needed; "
                 f"lower the token budget by {stop - total}, or build a larger corpus"
             )
 
     def _check(self, name: str, split: Split) -> None:
-        """Look at the header of each file of a split."""
+        """Check the header of each file of a split."""
         if sum(shard.tokens for shard in split.shards) != split.tokens:
             raise UserError(f"{self.folder}: the shards of {name!r} do not add up to its tokens; build the data again")
         self._open(split.offsets.file, "int64", split.documents)
@@ -349,7 +349,7 @@ class TokenStore:
             )
         path = self.folder / name
         try:
-            array = np.lib.format.open_memmap(path, mode="r")  # .npy alone: no archives, no pickles
+            array = np.lib.format.open_memmap(path, mode="r")  # only .npy: no archives, no pickles
         except FileNotFoundError:
             raise UserError(f"{path}: no such file, but the manifest names it; build the data again") from None
         except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Where text comes from: ``stdlib``, ``python``, ``text:PATH`` or ``hf:NAME[:config]``.
+"""Sources of text: ``stdlib``, ``python``, ``text:PATH`` or ``hf:NAME[:config]``.
 
-Every source yields documents in a fixed order and has a digest, the identity of its content. Bytes are decoded as UTF-8
-and never changed otherwise: newlines stay as they are. Documents of white space alone are passed over.
+Every source yields documents in a fixed order and has a digest that identifies its content. Bytes are decoded as UTF-8
+and not normalized: newlines stay as they are. Documents of white space only are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from secateur.files import sha256_file
 
 __all__ = ["FileSource", "Source", "by_relative_path", "folder_domain", "open_source", "walk"]
 
-_HASHES = 4  # files hashed at once; the disk is the limit
+_HASH_THREADS = 4  # the disk is the bottleneck
 
 
 class Source(Protocol):
@@ -43,22 +43,22 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """The source as a user would write it, with the last part only of a local path."""
+        """The source as a user would write it, but only the last component of a local path."""
         ...
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, that tells this content from any other; reads local files only."""
+        """SHA-256 of the content, in hexadecimal; needs no network."""
         ...
 
     def size(self) -> int | None:
-        """About how many bytes there are to read, for progress; None where nobody knows."""
+        """Approximate number of bytes to read, for progress; None if unknown."""
         ...
 
     def documents(self) -> Iterator[Document]:
-        """The documents, each time from the first.
+        """Iterate over the documents, from the first on each call.
 
         Raises:
-            UserError: while iterating, at the first record that cannot be read, or at the end if there was none.
+            UserError: at the first record that cannot be read, or at the end if there was no document.
         """
         ...
 
@@ -74,19 +74,18 @@ def open_source(
 ) -> Source:
     """Open the text source named ``source``.
 
-    Local sources must exist. A dataset of the Hub is looked up when its documents are first read, so that its digest
-    needs no network.
+    Local sources must exist. A dataset of the Hub is accessed when its documents are first read.
 
     Args:
-        source: ``stdlib`` (the running Python's library), ``python`` (that and the code of the packages that secateur
-            needs), ``text:PATH`` (a file, or a folder of .txt, .jsonl and
-            .parquet files) or ``hf:NAME[:config]`` (a dataset of the Hugging Face Hub, or a local folder of one).
+        source: ``stdlib`` (Python's standard library), ``python`` (the same plus the packages that secateur needs),
+            ``text:PATH`` (a file, or a folder of .txt, .jsonl and .parquet files) or ``hf:NAME[:config]`` (a dataset of
+            the Hugging Face Hub, or a local folder of one).
         field: the key or column with the text, where records have keys.
         split: the split of an ``hf:`` dataset.
-        domain: the key or column that names a document's domain; else that is the first subfolder, see
+        domain: the key or column that names a document's domain; None for the first subfolder, see
             ``folder_domain``.
-        blank: whether documents of white space alone are given too, e.g. the empty lines of a text.
-        besides: what else the caller takes and reads by itself, e.g. ``tokens:FILE.npy``, for the error.
+        blank: whether to include documents of white space only, e.g. the empty lines of a text.
+        besides: further forms that the caller accepts, e.g. ``tokens:FILE.npy``, for error messages.
 
     Raises:
         UserError: for an unknown scheme or a missing path.
@@ -98,8 +97,8 @@ def open_source(
             form = next((form for form in besides if suffix and form.endswith(suffix)), "text:")
             raise UserError(f"{source}: is a path; write '{form.partition(':')[0]}:{source}' to read it")
         forms = [*_BUILT_IN, "text:PATH", "hf:NAME", *besides]
-        meant = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
-        raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{meant}")
+        hint = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
+        raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{hint}")
     return _SCHEMES[scheme](rest, Fields(field, domain, blank), split)
 
 
@@ -120,20 +119,20 @@ class FileSource:
         return sum(self.measure(path) for path in self.files.values())
 
     def documents(self) -> Iterator[Document]:
-        found = False
+        empty = True
         for name, path in self.files.items():
             for document in self.read(path, name):
                 full = bool(len(document.ids) if document.ids is not None else document.text.strip())
-                found |= full
+                empty &= not full
                 if full or self.blank:
                     yield document
-        if not found:
+        if empty:
             raise UserError(f"{self.name}: holds no text; name a source with at least one document that is not empty")
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """A dataset read through ``datasets``, streaming; ``local`` is its folder when it is not on the Hub."""
+    """A streaming dataset of the ``datasets`` library; ``local`` is its folder if it is not on the Hub."""
 
     name: str
     path: str
@@ -143,7 +142,7 @@ class HubSource:
     local: Path | None
 
     def digest(self) -> str:
-        # A local folder is what it holds, wherever it lies; a dataset of the Hub is its name.
+        # A local folder is identified by its content, a dataset of the Hub by its name.
         content = _hash_files(by_relative_path(self.local, walk(self.local))) if self.local else self.path
         return hashlib.sha256(json.dumps(["hf", content, self.config, self.split]).encode()).hexdigest()
 
@@ -151,45 +150,46 @@ class HubSource:
         return None
 
     def load(self) -> Any:
-        """The streaming dataset.
+        """Open the streaming dataset.
 
         Raises:
-            UserError: if the network, the dataset, its configuration or its split is not there.
+            UserError: if a local dataset, its configuration or its split does not exist.
+            RunError: the same for the Hub, or if the Hub cannot be reached.
         """
-        import datasets  # takes a second, and only this source needs it
+        import datasets  # takes a second
 
         if self.local is None:
-            progress.notify(f"{self.name}: asking the Hugging Face Hub")
-        with self._mended():
+            progress.notify(f"{self.name}: fetching from the Hugging Face Hub")
+        with self._translate_errors():
             return datasets.load_dataset(self.path, self.config, split=self.split, streaming=True)
 
     def documents(self) -> Iterator[Document]:
-        found = False
+        empty = True
         for number, row in enumerate(self._rows()):
             at = f"{self.name}: {self.split} row {number}"
             document = self.fields.document(row, f"{self.split}:{number}", at, "")
             full = bool(document.text.strip())
-            found |= full
+            empty &= not full
             if full or self.fields.blank:
                 yield document
-        if not found:
+        if empty:
             raise UserError(f"{self.name}: split {self.split!r} holds no text; name another split or field")
 
     def _rows(self) -> Iterator[Any]:
         try:
-            with self._mended():
+            with self._translate_errors():
                 yield from self.load()
         finally:
-            # A parquet scan left half-way aborts the process at its exit, unless it is collected before that
+            # An unfinished parquet scan aborts the process at exit unless it is collected before
             # (https://github.com/apache/arrow/issues/45214).
             gc.collect()
 
     @contextlib.contextmanager
-    def _mended(self) -> Iterator[None]:
-        """Turn what ``datasets`` raises into one line. What fails on the way from the Hub may succeed the next time."""
+    def _translate_errors(self) -> Iterator[None]:
+        """Turn errors of ``datasets`` into one line."""
 
-        def fault(text: str) -> Exception:
-            return UserError(text) if self.local else RunError(text, 2)  # it may be the name, or the network
+        def failure(text: str) -> Exception:
+            return UserError(text) if self.local else RunError(text, 2)  # a network failure may pass
 
         try:
             yield
@@ -197,12 +197,12 @@ class HubSource:
             raise
         except ConnectionError:
             hint = "connect to the network, or name a local folder of .jsonl or .parquet files"
-            raise fault(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None
+            raise failure(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None
         except Exception as error:  # `datasets` raises what its readers raise, of any class
-            told = (str(error).strip() or type(error).__name__).splitlines()
-            reason = " ... ".join(dict.fromkeys([told[0], told[-1]])).rstrip(".")
+            lines = (str(error).strip() or type(error).__name__).splitlines()
+            reason = " ... ".join(dict.fromkeys([lines[0], lines[-1]])).rstrip(".")
             hint = f"check the dataset's name, its configuration ({self.config or 'none'}) and split {self.split!r}"
-            raise fault(f"{self.name}: {reason}; {hint}") from None
+            raise failure(f"{self.name}: {reason}; {hint}") from None
 
 
 def _open_stdlib(rest: str, fields: Fields, split: str) -> Source:
@@ -217,11 +217,11 @@ def _open_python(rest: str, fields: Fields, split: str) -> Source:
 
 
 def _library(fields: Fields) -> dict[str, Path]:
-    """The files of the running Python's library."""
+    """The files of Python's standard library."""
     if fields.domain is not None:
-        raise UserError(f"--domain {fields.domain}: Python's sources have no fields; leave it out")
+        raise UserError(f"`domain`: Python's sources have no fields, got {fields.domain!r}; leave it out")
     root = Path(sysconfig.get_paths()["stdlib"])
-    # The files that say how and where this Python was built are not its library.
+    # Excludes the files that describe how this Python was built.
     files = [
         path
         for path in walk(root, (".py",), FOREIGN)
@@ -243,7 +243,7 @@ def _open_text(rest: str, fields: Fields, split: str) -> Source:
         raise UserError(f"text:{rest}: the folder has no {', '.join(TEXT_EXTENSIONS)} file; name a folder with one")
     unreadable = next((file for file in files if not os.access(file, os.R_OK)), None)
     if unreadable:
-        raise UserError(f"{unreadable}: cannot be read; mend its permissions, or its link, or remove it")
+        raise UserError(f"{unreadable}: cannot be read; fix its permissions or its link, or remove it")
     domain_of = folder_domain(root, files)
 
     def read(file: Path, where: str) -> Iterator[Document]:
@@ -256,9 +256,9 @@ def _open_text(rest: str, fields: Fields, split: str) -> Source:
 
 
 def folder_domain(root: Path, files: Sequence[Path]) -> Callable[[Path], str]:
-    """What domain a file's documents are of: the first folder below ``root`` on the way to it.
+    """Return a function from a file to its domain: the first folder below ``root`` that contains it.
 
-    Files beside such folders are of the domain ``.``; where there are no folders, all are of one without a name.
+    Files directly in ``root`` belong to the domain ``.``; without any folders, all belong to one unnamed domain.
     """
     if not any(file.parent != root for file in files):
         return lambda file: ""
@@ -284,34 +284,37 @@ _SCHEMES: dict[str, Callable[[str, Fields, str], Source]] = {
     "text": _open_text,
     "hf": _open_hub,
 }
-_BUILT_IN = ("stdlib", "python")  # the ones without a place
+_BUILT_IN = ("stdlib", "python")  # schemes without a path
 
 
 def by_relative_path(root: Path, files: Sequence[Path]) -> dict[str, Path]:
-    """Files below ``root`` by their relative path, in the order given."""
+    """Map relative paths to files below ``root``, in the order of ``files``."""
     return {path.relative_to(root).as_posix(): path for path in files}
 
 
 def walk(root: Path, extensions: tuple[str, ...] = (), skip: Set[str] = frozenset()) -> list[Path]:
-    """The files below ``root`` that end so (any, if none is given), sorted by relative path; hidden ones left out.
+    """List files below ``root``, sorted by relative path; hidden files and folders are skipped.
 
-    Folders named in ``skip`` are left out, wherever they lie.
+    Args:
+        root: folder to search.
+        extensions: of the files; empty for any.
+        skip: names of folders to ignore at any depth.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in skip and not name.startswith(".")]
-        found += [
+        files += [
             Path(folder, name)
             for name in names
             if not name.startswith(".") and (not extensions or name.lower().endswith(extensions))
         ]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _hash_files(files: Mapping[str, Path]) -> str:
     pairs = []
     sizes = [path.stat().st_size for path in files.values()]
-    with progress.track("hash the source", sum(sizes)) as task, ThreadPoolExecutor(_HASHES) as pool:
+    with progress.track("hash the source", sum(sizes)) as task, ThreadPoolExecutor(_HASH_THREADS) as pool:
         for name, size, digest in zip(files, sizes, pool.map(sha256_file, files.values()), strict=True):
             pairs.append([name, digest])
             task.advance(size)

@@ -1,4 +1,4 @@
-"""Read serialised ``tf.train.Example`` messages, as far as they hold whole numbers, without TensorFlow.
+"""Read the integer features of serialised ``tf.train.Example`` messages, without TensorFlow.
 
 An Example is, by tensorflow/core/example/example.proto, ``features = 1``, a message whose ``feature = 1`` is a map from
 names to messages ``Feature`` with one of ``bytes_list = 1``, ``float_list = 2`` and ``int64_list = 3``; a list has its
@@ -18,23 +18,23 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def int64_features(message: bytes) -> dict[str, NDArray[np.int64]]:
-    """The features of an Example that are lists of whole numbers: name -> int64 of shape [values].
+    """Return the integer features of an Example: name -> int64 [values].
 
     Raises:
-        ValueError: if the bytes are no such message.
+        ValueError: if the bytes are not such a message.
     """
-    found: dict[str, NDArray[np.int64]] = {}
+    result: dict[str, NDArray[np.int64]] = {}
     for features in _messages(message, 1):
         for entry in _messages(features, 1):
             name = b"".join(_messages(entry, 1)).decode("utf-8")
             for feature in _messages(entry, 2):
                 for values in _messages(feature, 3):
-                    found[name] = _int64_list(values)
-    return found
+                    result[name] = _int64_list(values)
+    return result
 
 
 def _messages(data: bytes, number: int) -> Iterator[bytes]:
-    """What a message holds in its fields of that number that are messages, strings or packed."""
+    """The length-delimited values (messages, strings, packed numbers) of a message's fields with a number."""
     for field, wire, value in _fields(data):
         if field == number:
             if wire != _BYTES or isinstance(value, int):
@@ -53,7 +53,7 @@ def _int64_list(data: bytes) -> NDArray[np.int64]:
 
 
 def _packed(data: bytes) -> NDArray[np.int64]:
-    """Varints that follow each other: groups of seven bits, the lowest first, the last byte below 128."""
+    """Decode consecutive varints: groups of seven bits, the lowest first, the last byte below 128."""
     raw = np.frombuffer(data, dtype=np.uint8)
     if not len(raw):
         return np.zeros(0, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Token ids from a file: ``tokens:FILE.npy`` is an array [windows, tokens], used as it is and needing no tokenizer."""
+"""Token ids from a file: ``tokens:FILE.npy`` is an array [windows, tokens]; no tokenizer is needed."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ def read_token_file(source: str, *, vocabulary: int, positions: int | None) -> N
 
     Args:
         source: ``tokens:FILE.npy``.
-        vocabulary: of the model; ids are below it.
-        positions: how long a window may be; None for no limit.
+        vocabulary: of the model; every id must be below it.
+        positions: maximal length of a window; None for no limit.
 
     Returns:
-        int64 of shape [windows, tokens], verbatim.
+        int64 [windows, tokens], the ids unchanged.
 
     Raises:
-        UserError: if the file is no array of whole numbers in two dimensions, with two tokens or more in a window, or
-            the model has no place for an id or for a window's length.
+        UserError: if the file is not a two-dimensional integer array with two tokens or more in a window, or an id or
+            the length of a window is too large for the model.
     """
     name = source.partition(":")[2]
     path = Path(name).expanduser()
     if not name or not path.is_file():
         raise UserError(f"{source}: no such file; name a .npy file of token ids [windows, tokens]")
     try:
-        # Mapped, so that a header that promises more than the file holds takes no memory.
+        # Memory-mapped, so that a header that claims too large a shape allocates nothing.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{source}: is not a readable .npy file: {' '.join(str(error).split())}") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{source}: is an .npz archive; name a .npy file that holds one array")
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        found = f"{array.dtype} of shape {list(array.shape)}"
-        raise UserError(f"{source}: holds {found}, but token ids are whole numbers of shape [windows, tokens]")
+        content = f"{array.dtype} of shape {list(array.shape)}"
+        raise UserError(f"{source}: holds {content}, but token ids are whole numbers of shape [windows, tokens]")
     if array.shape[0] < 1 or array.shape[1] < 2:
-        raise UserError(f"{source}: has shape {list(array.shape)}; it takes a window, and two tokens in it, or more")
+        raise UserError(f"{source}: has shape {list(array.shape)}; at least one window of two tokens is needed")
     if positions is not None and array.shape[1] > positions:
         raise UserError(f"{source}: windows of {array.shape[1]} tokens, but the model has {positions} positions")
     for extreme in (int(array.min()), int(array.max())):

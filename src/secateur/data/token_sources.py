@@ -1,8 +1,8 @@
-"""Documents that come as token ids: ``arrow:PATH[:column]`` and ``array_record:PATH[:feature]``.
+"""Sources of token ids: ``arrow:PATH[:column]`` and ``array_record:PATH[:feature]``.
 
-A row, or a record, is one document. ``arrow:`` reads what ``datasets`` wrote with ``save_to_disk``, or any Arrow files;
-``array_record:`` reads records that are serialised ``tf.train.Example`` messages, which takes the package of that name
-and no TensorFlow.
+A row or record is one document. ``arrow:`` reads folders that ``datasets`` wrote with ``save_to_disk``, or any Arrow
+files; ``array_record:`` reads serialised ``tf.train.Example`` messages with the package ``array_record``, without
+TensorFlow.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from secateur.files import read_json
 
 __all__ = ["TOKEN_SOURCE_FORMS", "is_tokenized", "open_tokenized"]
 
-TOKEN_SOURCE_FORMS = ("arrow:PATH", "array_record:PATH")  #: how such sources are named
+TOKEN_SOURCE_FORMS = ("arrow:PATH", "array_record:PATH")  #: for error messages
 
 _COLUMN = "input_ids"
-_RECORDS = 1024  # read at once
+_BATCH = 1024  # records
 
 
 def is_tokenized(source: str) -> bool:
-    """Whether a source is named as one of ids."""
+    """Whether ``source`` names a source of token ids."""
     return any(source.startswith(form.partition("PATH")[0]) for form in TOKEN_SOURCE_FORMS)
 
 
 def open_tokenized(source: str, *, split: str = "train", domain: str | None = None) -> Source:
-    """Open a source of ids.
+    """Open a source of token ids.
 
     Args:
-        source: ``arrow:PATH[:column]`` (a folder that ``datasets`` saved, or Arrow files; the column is ``input_ids``
-            unless named) or ``array_record:PATH[:feature]`` (a file or a folder; the feature is the only one of whole
-            numbers unless named).
+        source: ``arrow:PATH[:column]`` (a folder saved by ``datasets``, or Arrow files; the default column is
+            ``input_ids``) or ``array_record:PATH[:feature]`` (a file or a folder; the default feature is the only
+            integer feature).
         split: of a saved ``DatasetDict``.
-        domain: the column of an Arrow file that names a document's domain; else its first subfolder does.
+        domain: the column of an Arrow file that names a document's domain; None for the first subfolder.
 
     Raises:
         UserError: for a missing path, a folder without such files, or a package that is not installed.
@@ -55,7 +55,9 @@ def open_tokenized(source: str, *, split: str = "train", domain: str | None = No
         _check_saved(path)
         return _source(source, path, (".arrow",), lambda f, at, d: _read_arrow(f, at, name or _COLUMN, domain, d))
     if domain is not None:
-        raise UserError(f"--domain {domain}: records of array_record are not asked for it; lay them in folders instead")
+        raise UserError(
+            f"`domain`: {domain!r} cannot be read from array_record files; put each domain in a folder of its own"
+        )
     module = _array_record()
     return _source(
         source, path, (".array_record", ".arrayrecord"), lambda f, at, d: _read_records(module, f, at, name, d)
@@ -63,7 +65,7 @@ def open_tokenized(source: str, *, split: str = "train", domain: str | None = No
 
 
 def _path_and_name(source: str, rest: str) -> tuple[Path, str]:
-    """The path, and what stands behind a colon, unless the colon belongs to the path."""
+    """Split PATH:NAME, unless the colon belongs to the path."""
     path, name = Path(rest).expanduser(), ""
     if not path.exists() and ":" in rest:
         before, _, name = rest.rpartition(":")
@@ -87,16 +89,16 @@ def _source(
 
 def _split_of(path: Path, split: str) -> Path:
     if not (path / split).is_dir():
-        known = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
-        raise UserError(f"arrow:{path}: no split {split!r}; name one of {known} with --split")
+        splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+        raise UserError(f"arrow:{path}: no split {split!r}; set `split` to one of {splits}")
     return path / split
 
 
 def _check_saved(path: Path) -> None:
-    """Refuse a dataset whose rows are chosen by a file of indices, which older versions of ``datasets`` could save."""
+    """Refuse a dataset with an indices file, which older versions of ``datasets`` could save."""
     state = path / "state.json"
     if state.is_file() and read_json(state).get("_indices_data_files"):
-        raise UserError(f"arrow:{path}: its rows are chosen by indices; call flatten_indices() and save it again")
+        raise UserError(f"arrow:{path}: it has an indices file; call flatten_indices() and save it again")
 
 
 def _read_arrow(path: Path, where: str, column: str, domain: str | None, folder: str) -> Iterator[Document]:
@@ -110,15 +112,15 @@ def _read_arrow(path: Path, where: str, column: str, domain: str | None, folder:
                     raise UserError(f"{path}: no column {name!r}; the columns are {', '.join(batch.schema.names)}")
             names = batch.column(domain).to_pylist() if domain else None
             for i, ids in enumerate(_lists(batch.column(column), f"{path}: column {column!r}")):
-                own = text_of({domain: names[i]}, domain, f"{path}: row {number}") if names and domain else folder
-                yield Document(f"{where}: row {number}", "", own, ids)
+                label = text_of({domain: names[i]}, domain, f"{path}: row {number}") if names and domain else folder
+                yield Document(f"{where}: row {number}", "", label, ids)
                 number += 1
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Arrow file: {str(error).splitlines()[0]}") from None
 
 
 def _batches(path: Path) -> Iterator[Any]:
-    """The record batches of a file, which may be of either kind that Arrow knows: a stream, or a file with an index."""
+    """The record batches of an Arrow file, in either the stream or the file format."""
     import pyarrow as pa
 
     with pa.memory_map(str(path)) as file:
@@ -133,19 +135,19 @@ def _batches(path: Path) -> Iterator[Any]:
 
 
 def _lists(column: Any, where: str) -> Iterator[NDArray[np.integer]]:
-    """The rows of a column of lists of whole numbers."""
+    """The rows of a column of integer lists."""
     import pyarrow as pa
 
-    kind = column.type
-    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not listed or not pa.types.is_integer(kind.value_type):
-        raise UserError(f"{where} is {kind}, not lists of whole numbers; name a column of token ids")
+    dtype = column.type
+    listed = pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
+    if not listed or not pa.types.is_integer(dtype.value_type):
+        raise UserError(f"{where} is {dtype}, not lists of whole numbers; name a column of token ids")
     values = column.flatten()
     if column.null_count or values.null_count:
         raise UserError(f"{where} has missing values; remove those rows")
     numbers = values.to_numpy(zero_copy_only=False)
-    if pa.types.is_fixed_size_list(kind):
-        ends = np.arange(1, len(column) + 1) * kind.list_size
+    if pa.types.is_fixed_size_list(dtype):
+        ends = np.arange(1, len(column) + 1) * dtype.list_size
     else:
         ends = column.offsets.to_numpy()[1:] - column.offsets[0].as_py()
     start = 0
@@ -167,25 +169,25 @@ def _read_records(module: Any, path: Path, where: str, feature: str, domain: str
         raise UserError(f"{path}: not a readable array_record file; restore it")
     try:
         total = reader.num_records()
-        for start in range(0, total, _RECORDS):
-            for number, record in enumerate(reader.read(start, min(start + _RECORDS, total)), start):
+        for start in range(0, total, _BATCH):
+            for number, record in enumerate(reader.read(start, min(start + _BATCH, total)), start):
                 at = f"{path}: record {number}"
-                yield Document(f"{where}: record {number}", "", domain, _chosen(record, feature, at))
+                yield Document(f"{where}: record {number}", "", domain, _select_feature(record, feature, at))
     finally:
         reader.close()
 
 
-def _chosen(record: bytes, feature: str, at: str) -> NDArray[np.int64]:
-    """The ids in a record."""
+def _select_feature(record: bytes, feature: str, at: str) -> NDArray[np.int64]:
+    """Return the ids in a record."""
     try:
-        found = int64_features(record)
+        features = int64_features(record)
     except ValueError as error:
         raise UserError(f"{at}: not a tf.train.Example ({error}); the records must be serialised examples") from None
-    if feature in found:
-        return found[feature]
-    known = ", ".join(sorted(found)) or "none"
+    if feature in features:
+        return features[feature]
+    names = ", ".join(sorted(features)) or "none"
     if feature:
-        raise UserError(f"{at}: no feature {feature!r} of whole numbers; there are {known}")
-    if len(found) != 1:
-        raise UserError(f"{at}: features of whole numbers are {known}; name one: array_record:PATH:FEATURE")
-    return next(iter(found.values()))
+        raise UserError(f"{at}: no feature {feature!r} of whole numbers; there are {names}")
+    if len(features) != 1:
+        raise UserError(f"{at}: features of whole numbers are {names}; name one: array_record:PATH:FEATURE")
+    return next(iter(features.values()))

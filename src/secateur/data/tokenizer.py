@@ -1,7 +1,7 @@
-"""Tokenizers: train one, load one, turn documents into ids by one rule.
+"""Train and load tokenizers, and encode documents.
 
-A document is encoded as its tokenizer does by default (Llama's puts BOS first). Where a tokenizer adds no special token
-by itself (GPT-2's, Qwen's), its EOS, if it has one, closes each document, so that documents never run together.
+A document gets the special tokens that its tokenizer adds by default (Llama's adds BOS). If a tokenizer adds none
+(GPT-2's, Qwen's), its EOS, if any, ends each document, so that documents stay separated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from secateur.data.encode import encode_texts
 from secateur.data.readers import Document
 from secateur.errors import UserError
 
-if TYPE_CHECKING:  # `transformers` takes seconds to import; only the functions that need it pay for it
+if TYPE_CHECKING:  # `transformers` takes seconds to import
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 __all__ = [
@@ -41,26 +41,26 @@ __all__ = [
 T = TypeVar("T")
 
 END = "<|endoftext|>"
-_SMALLEST = 257  # every byte, and END
+_MIN_VOCABULARY = 257  # every byte, and END
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE; the same texts, in any order, give the same tokenizer.
+    """Train a byte-level BPE tokenizer; the order of the texts does not matter.
 
-    Its one special token ``<|endoftext|>`` has id 0, is BOS and EOS, and is put before each document.
+    Its only special token ``<|endoftext|>`` has id 0, is both BOS and EOS, and precedes each document.
 
     Args:
-        texts: what to learn from, read once.
-        vocabulary: how many tokens it shall have, bytes and the special token included.
+        texts: training text, read once.
+        vocabulary: number of tokens, including bytes and the special token.
 
     Raises:
-        UserError: if ``vocabulary`` is below 257, or more than the texts can give.
+        UserError: if ``vocabulary`` is below 257, or larger than the texts support.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocabulary < _SMALLEST:
-        raise UserError(f"a vocabulary of {vocabulary} is too small for all bytes; make it {_SMALLEST} or more")
+    if vocabulary < _MIN_VOCABULARY:
+        raise UserError(f"a vocabulary of {vocabulary} is too small for all bytes; make it {_MIN_VOCABULARY} or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,11 +71,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    reached = tokenizer.get_vocab_size()
-    if reached < vocabulary:
+    size = tokenizer.get_vocab_size()
+    if size < vocabulary:
         raise UserError(
-            f"the text gives only {reached} tokens, not a vocabulary of {vocabulary}; "
-            f"lower the vocabulary to {reached} or name more text"
+            f"the text gives only {size} tokens, not a vocabulary of {vocabulary}; "
+            f"lower the vocabulary to {size} or name more text"
         )
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END} $A", pair=f"{END} $A {END} $B", special_tokens=[(END, tokenizer.token_to_id(END))]
@@ -87,7 +87,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer in a local checkpoint's directory; code in the checkpoint is not run.
 
     Raises:
-        UserError: if there is no directory, no tokenizer in it, or a broken one.
+        UserError: if the directory or its tokenizer does not exist, or the tokenizer is damaged.
     """
     from transformers import AutoTokenizer
 
@@ -98,28 +98,28 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         works = bool(tokenizer("a", add_special_tokens=False)["input_ids"])
-    except Exception as error:  # a damaged file surfaces as any class, a bare Exception from Rust among them
+    except Exception as error:  # a damaged file raises any class, even a bare Exception from Rust
         first = (str(error).strip() or "no reason given").splitlines()[0]
         raise UserError(
             f"{directory}: its tokenizer cannot be loaded ({type(error).__name__}: {first}); restore its files"
         ) from None
     if not works:  # transformers builds an empty tokenizer where the vocabulary's file is missing
         raise UserError(f"{directory}: its tokenizer has no vocabulary; copy tokenizer.json into it")
-    for key in ("is_local", "local_files_only"):  # how it was loaded is no property of a tokenizer that is saved again
+    for key in ("is_local", "local_files_only"):  # must not be saved with the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
 def id_bound(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id that the tokenizer can produce; ids may have gaps, so this is not their count."""
+    """Upper bound (exclusive) of the tokenizer's ids; ids may have gaps, so it can exceed their number."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
-    """Check that an embedding of ``vocab_size`` rows has one for every id of the tokenizer.
+    """Check that an embedding of ``vocab_size`` rows covers every id of the tokenizer.
 
     Raises:
-        UserError: if it has not; ``where`` names the model.
+        UserError: if it does not; ``where`` names the model.
     """
     bound = id_bound(tokenizer)
     if bound > vocab_size:
@@ -131,35 +131,35 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
 
 @dataclass(frozen=True)
 class Stream:
-    """Documents as ids, one after the other."""
+    """Token ids of consecutive documents."""
 
     ids: NDArray[np.int64]  #: [tokens]
-    documents: NDArray[np.int64]  #: the number of each token's document, [tokens]
-    domains: tuple[str, ...]  #: the domain of each document, by its number
+    documents: NDArray[np.int64]  #: index of each token's document, [tokens]
+    domains: tuple[str, ...]  #: of each document
 
 
 def encode_documents(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> Stream:
-    """Encode documents, reading no more of them than needed.
+    """Encode documents, reading no more than necessary.
 
     Args:
-        documents: in the order wanted.
+        documents: in order.
         tokenizer: how to encode them.
-        limit: how many tokens are wanted; None for all. For windows ask for ``windows * seqlen`` and reshape.
+        limit: maximal number of tokens; None for all.
     """
     parts: list[NDArray[np.int64]] = []
     domains: list[str] = []
-    found = 0
+    total = 0
     with progress.track("tokenize", limit or 1) as task:
         for batch in batches(documents, 16):
             rows = encode_texts(tokenizer, [document.text for document in batch])
             parts += rows
             domains += [document.domain for document in batch]
             size = sum(map(len, rows))
-            found += size
-            task.advance(size if limit else 0, f"{found:,} tokens")
-            if limit is not None and found >= limit:
+            total += size
+            task.advance(size if limit else 0, f"{total:,} tokens")
+            if limit is not None and total >= limit:
                 break
     ids = np.concatenate([np.zeros(0, dtype=np.int64), *parts])[:limit]
     numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[:limit]
@@ -169,24 +169,24 @@ def encode_documents(
 def encode_stream(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> NDArray[np.int64]:
-    """The ids alone of :func:`encode_documents`: int64 of shape [limit], or shorter where the documents end before."""
+    """Return only the ids of :func:`encode_documents`: int64 [limit], or fewer if the documents end earlier."""
     return encode_documents(documents, tokenizer, limit).ids
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of ``size`` items, the last one shorter (``itertools.batched`` is Python 3.12's)."""
+    """Yield lists of ``size`` items, the last one possibly shorter (``itertools.batched`` needs Python 3.12)."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def token_hash(ids: NDArray[np.integer]) -> str:
-    """SHA-256, in hexadecimal, of the shape and the ids as little-endian int64, whatever their dtype is."""
+    """SHA-256, in hexadecimal, of the shape and of the ids as little-endian int64."""
     return token_hash_of([ids], ids.shape)
 
 
 def token_hash_of(parts: Iterable[NDArray[np.integer]], shape: Sequence[int]) -> str:
-    """The ``token_hash`` of ids that come in parts and together have this shape."""
+    """Return the ``token_hash`` of ids of shape ``shape`` that come in parts."""
     digest = hashlib.sha256(f"{list(shape)}".encode())
     for ids in parts:
         digest.update(np.ascontiguousarray(ids, dtype="<i8").data)

@@ -1,7 +1,7 @@
 """Encode batches of documents in several processes, in order.
 
-Each worker has a pipe of its own, whose other end no other process holds: when this process is gone, however it ended,
-the worker reads the pipe's end and stops. So a killed run leaves nothing behind.
+Each worker has its own pipe, shared with this process only. When this process ends, even by a kill, the worker reads
+the end of the pipe and stops, so no orphans remain.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from secateur.runtime import without_main
 
 __all__ = ["encode_in_workers"]
 
-_AHEAD = 8  # batches for each worker that are read before their turn: one long document holds up no other worker
+_AHEAD = 8  # batches queued for each worker, so that a long document does not block the other workers
 
 
 def encode_in_workers(batches: Iterable[Sequence[Document]], encoder: Encoder, workers: int) -> Iterator[EncodedBlock]:
-    """The blocks of the batches, in their order, whatever the number of workers.
+    """Yield the blocks of the batches in order; the number of workers does not change them.
 
     Args:
-        batches: are read a little ahead.
-        encoder: what to do.
-        workers: processes; with one, this process does it.
+        batches: read a little ahead.
+        encoder: encodes a batch.
+        workers: number of processes; 1 encodes in this process.
 
     Raises:
-        UserError: what the batches or the encoder raise.
+        UserError: raised by the batches or the encoder.
         RunError: if a worker was killed.
     """
     if workers == 1:
@@ -53,42 +53,42 @@ def encode_in_workers(batches: Iterable[Sequence[Document]], encoder: Encoder, w
 
 
 class _Workers:
-    """Processes that encode. A thread for each of those at work hands over a batch and waits for its block."""
+    """A pool of encoding processes. For each, a thread sends a batch and waits for its block."""
 
     def __init__(self, encoder: Encoder, count: int) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks as they happen to be
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
         self.processes: list[Any] = []
         self.idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self.threads = ThreadPoolExecutor(count)
         for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            parent_end, worker_end = context.Pipe()
+            process = context.Process(target=_work, args=(worker_end,), daemon=True)
             with without_main():
                 process.start()
-            theirs.close()
+            worker_end.close()
             self.processes.append(process)
-            self.threads.submit(self._equip, ours, encoder)
+            self.threads.submit(self._send_encoder, parent_end, encoder)
 
-    def _equip(self, pipe: Connection, encoder: Encoder) -> None:
-        """Hand over the encoder; as an argument of the process it would make each start wait for the one before."""
-        with contextlib.suppress(OSError):  # whoever asks next is told
+    def _send_encoder(self, pipe: Connection, encoder: Encoder) -> None:
+        """Send the encoder to a worker; as a process argument it would make the starts sequential."""
+        with contextlib.suppress(OSError):  # the next request reports the failure
             pipe.send(encoder)
         self.idle.put(pipe)
 
     def submit(self, batch: Sequence[Document]) -> Any:
-        """A future of the batch's block."""
-        return self.threads.submit(self._ask, batch)
+        """Return a future of the batch's block."""
+        return self.threads.submit(self._encode, batch)
 
-    def _ask(self, batch: Sequence[Document]) -> EncodedBlock:
+    def _encode(self, batch: Sequence[Document]) -> EncodedBlock:
         pipe = self.idle.get()
         try:
             pipe.send(batch)
             answer = pipe.recv()
         except (EOFError, OSError):
-            pipe.close()  # and back it goes, so that the next one that takes it fails in its turn and does not wait
+            pipe.close()  # it returns to the queue below, so that later requests fail and do not wait
             raise RunError(
-                "a worker process was killed, perhaps for want of memory; run the same command again to go on, "
-                "with fewer --workers"
+                "`workers`: a worker process was killed, perhaps because memory ran out; run the same command again to "
+                "continue, with fewer workers"
             ) from None
         finally:
             self.idle.put(pipe)
@@ -101,7 +101,7 @@ class _Workers:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            process.terminate()  # nobody waits for what it may be at, and it holds nothing but memory
+            process.terminate()  # its result is not needed, and it owns no files
         self.threads.shutdown(cancel_futures=True)
         for process in self.processes:
             process.join()
@@ -112,8 +112,8 @@ class _Workers:
 
 
 def _work(pipe: Connection) -> None:
-    """Encode what comes through the pipe until it ends; first comes the encoder."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the first one tells
+    """Receive the encoder, then encode batches from the pipe until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process handles it
     with contextlib.suppress(EOFError, OSError):
         encoder = pipe.recv()
         while True:

@@ -1,1 +1,1 @@
-"""Sums over the vocabulary in chunks of tokens: next-token losses and the divergence from a teacher, with gradients."""
+"""Training losses computed in chunks, so that full logits are never in memory."""

@@ -1,19 +1,17 @@
-"""The divergence of a student's next-token distribution from a teacher's, in chunks of tokens.
+"""Knowledge distillation: the KL divergence of a student from a teacher, in chunks of tokens.
 
-As in :mod:`secateur.losses.next_token`, no model's logits [tokens, vocabulary] are ever held: those of a chunk become
-its losses and its gradients at once. With ``s`` and ``t`` the logits of student and teacher, bent by their caps, ``y``
-a token's target, ``T`` the temperature and ``a`` (alpha) the divergence's share (arXiv:1503.02531), for each token::
+As in :mod:`secateur.losses.next_token`, full logits [tokens, vocabulary] never exist: a chunk's logits become its
+losses and gradients at once. With ``s`` and ``t`` the soft-capped logits of student and teacher, ``y`` a token's
+target, ``T`` the temperature and ``a`` (alpha) the weight of the divergence (arXiv:1503.02531), for each token::
 
     p = softmax(t / T), q = softmax(s / T)
     loss     = a T^2 sum_i p_i log(p_i / q_i) + (1 - a) (log sum_i exp(s_i) - s_y)
     dloss/ds = a T (q - p) + (1 - a) (softmax(s) - onehot(y))
 
-With ``top_k`` the categories are the teacher's k likeliest ids, and one for all others together. That is the same as to
-give the others the student's proportions, ``p_i = q_i * sum p / sum q`` (sums over the others), and both formulas above
-hold as they stand.
+With ``top_k`` the categories are the teacher's k likeliest ids, and one for all remaining ids. This equals giving the
+remaining ids the student's proportions, ``p_i = q_i * sum p / sum q`` (sums over them), so both formulas still hold.
 
-Memory besides the gradients, in values of a chunk times the vocabulary: three of 4 bytes; in bfloat16, two of 2 bytes
-more; with a cap of the student's, one of 4 more.
+Memory besides the gradients, for each chunk token and id: 12 bytes; in bfloat16 4 more; with a student's cap 4 more.
 """
 
 from __future__ import annotations
@@ -45,22 +43,22 @@ def summed_divergence(
     top_k: int | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss (nats) of a student before a teacher, as above.
+    """Sum the distillation loss (nats) of the formula above.
 
-    Products are in each model's type, or in autocast's where that is on; the rest is in float32.
+    Products use each model's dtype, or autocast's if enabled; the rest is in float32.
 
     Args:
         student: with the same tokens and vocabulary as the teacher.
         teacher: gets no gradient.
-        targets: int64 [tokens], the next ids; ``IGNORED`` where a token counts in neither part.
-        temperature: that both distributions are softened by.
-        alpha: share of the divergence, above 0; the rest is the cross-entropy of the targets.
-        top_k: how many of the teacher's likeliest ids count apart; None for all.
-        chunk: tokens at once; None for what suits the device.
+        targets: int64 [tokens], the next ids; ``IGNORE_INDEX`` for no loss.
+        temperature: divides the logits of both.
+        alpha: weight of the divergence, above 0; the rest is the cross-entropy of the targets.
+        top_k: number of the teacher's likeliest ids that are separate categories; None for all.
+        chunk: tokens in a chunk; None to suit the device.
 
     Returns:
-        The sum, differentiable once in ``student``, and each token's loss, detached; as
-        :func:`secateur.losses.next_token.summed_loss` gives them.
+        The sum, differentiable once in ``student``, and each token's loss, detached; see
+        :func:`secateur.losses.next_token.summed_loss`.
 
     Raises:
         ValueError: if the shapes do not fit, or the chunk is not positive.
@@ -70,53 +68,53 @@ def summed_divergence(
         raise ValueError(f"vocabularies of {len(student.weight)} and {len(teacher.weight)} ids do not fit")
     if not len(teacher.hidden) == len(student.hidden) == len(targets):
         raise ValueError(f"{len(student.hidden)} and {len(teacher.hidden)} states and {len(targets)} targets")
-    counted = targets != IGNORE_INDEX
-    reached = targets.where(counted, 0)
+    mask = targets != IGNORE_INDEX
+    safe_targets = targets.where(mask, 0)
     states, head = to_compute_dtype(teacher.hidden.detach()), to_compute_dtype(teacher.weight.detach())
-    top_k = top_k if top_k is not None and top_k < len(head) else None  # of all ids nothing is left to put together
+    top_k = top_k if top_k is not None and top_k < len(head) else None  # with all ids nothing remains to merge
 
-    def slopes(part: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        theirs = make_logits(states[part], head, states.new_empty(logits.shape))
-        t, _ = softcap(theirs.float(), teacher.cap)
-        s, bent = softcap(logits.float(), student.cap)
+    def logit_gradient(part: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        teacher_logits = make_logits(states[part], head, states.new_empty(logits.shape))
+        t, _ = softcap(teacher_logits.float(), teacher.cap)
+        s, tanh = softcap(logits.float(), student.cap)
         for z in (s, t):
-            _to_log_shares(z, temperature)
+            _log_softmax_(z, temperature)
         if top_k is not None:
-            _share_out(t, s, top_k)
-        losses = _diverge(s, t, reached[part], temperature, alpha)
-        return losses, softcap_backward(s, bent), torch.ones_like(losses)[:, None]
+            _merge_tail(t, s, top_k)
+        losses = _kl_gradient(s, t, safe_targets[part], temperature, alpha)
+        return losses, softcap_backward(s, tanh), torch.ones_like(losses)[:, None]
 
-    return chunked_sum(student.hidden, student.weight, counted, slopes, chunk=chunk)
+    return chunked_sum(student.hidden, student.weight, mask, logit_gradient, chunk=chunk)
 
 
-def _to_log_shares(z: Tensor, temperature: float) -> None:
-    """Logits [tokens, vocabulary] -> the logarithms of their softmax, softened, in place."""
+def _log_softmax_(z: Tensor, temperature: float) -> None:
+    """Turn logits [tokens, vocabulary] into log-softmax at a temperature, in place."""
     if temperature != 1:
         z.div_(temperature)
     z.sub_(z.logsumexp(dim=1, keepdim=True))
 
 
-def _share_out(log_p: Tensor, log_q: Tensor, top_k: int) -> None:
-    """Give the teacher's ids but its ``top_k`` likeliest the student's proportions, their sum unchanged, in place."""
+def _merge_tail(log_p: Tensor, log_q: Tensor, top_k: int) -> None:
+    """Give all but the teacher's ``top_k`` likeliest ids the student's proportions, their sum unchanged, in place."""
     top = log_p.topk(top_k, dim=1)
-    kept = log_q.gather(1, top.indices)
+    top_log_q = log_q.gather(1, top.indices)
     for z in (log_p, log_q):
         z.scatter_(1, top.indices, -torch.inf)
     rest = log_p.logsumexp(dim=1, keepdim=True) - log_q.logsumexp(dim=1, keepdim=True)
-    log_q.scatter_(1, top.indices, kept)
+    log_q.scatter_(1, top.indices, top_log_q)
     torch.add(log_q, rest, out=log_p)
     log_p.scatter_(1, top.indices, top.values)
 
 
-def _diverge(log_q: Tensor, log_p: Tensor, targets: Tensor, temperature: float, alpha: float) -> Tensor:
-    """Losses [tokens]; ``log_q`` becomes their gradient by the student's logits, and ``log_p`` is overwritten."""
+def _kl_gradient(log_q: Tensor, log_p: Tensor, targets: Tensor, temperature: float, alpha: float) -> Tensor:
+    """Return losses [tokens]; ``log_q`` becomes their gradient in the student's logits, ``log_p`` is overwritten."""
     p = log_p.exp()
     losses = log_p.sub_(log_q).mul_(p).sum(dim=1).mul_(alpha * temperature**2)
     if alpha == 1:
         log_q.exp_().sub_(p).mul_(temperature)
         return losses
-    logits = torch.mul(log_q, temperature, out=log_p)  # but for a constant of each token, which softmax does not see
+    logits = torch.mul(log_q, temperature, out=log_p)  # up to a constant for each token, which softmax ignores
     log_q.exp_().sub_(p).mul_(alpha * temperature)
-    entropies, shares = cross_entropy_gradient(logits, targets)
-    log_q.addcmul_(logits, shares, value=1 - alpha)
+    entropies, scale = cross_entropy_gradient(logits, targets)
+    log_q.addcmul_(logits, scale, value=1 - alpha)
     return losses.add_(entropies, alpha=1 - alpha)

@@ -1,17 +1,16 @@
 """Next-token cross-entropy from hidden states and the head, in chunks of tokens.
 
-Logits [tokens, vocabulary] are never held: at 128k ids, those of 8,192 tokens are 4 GB in float32, and the plain way
-holds them three times (themselves, their log-softmax, their gradient). Here each chunk's logits become, in place, the
-gradient of its loss, and the gradients of hidden states and head are taken from that at once. So there are as many
-matrix products as in the plain way, two of which move from the backward pass to the forward pass.
+The full logits [tokens, vocabulary] never exist: with 128k ids, those of 8,192 tokens take 4 GB in float32, and the
+direct computation needs three such tensors (logits, log-softmax, gradient). Here each chunk's logits are overwritten by
+the gradient of its loss, from which the gradients of hidden states and head follow at once. The number of matrix
+products is the same; two of them move from the backward pass to the forward pass.
 
-With ``z`` a token's logits, ``y`` its target, and logits bent to ``c tanh(z / c)`` where the family has a cap::
+With ``z`` a token's logits, ``y`` its target, and logits soft-capped to ``c tanh(z / c)`` in families with a cap::
 
     loss     = log sum_i exp(z_i) - z_y
     dloss/dz = softmax(z) - onehot(y), and through the cap times 1 - tanh(z / c)^2
 
-Memory besides the gradients, in values of a chunk times the vocabulary: one of 4 bytes; in bfloat16, one of 2 bytes
-and one of 4; with a cap, one of 4 more.
+Memory besides the gradients, for each chunk token and id: 4 bytes; in bfloat16 6 bytes; with a cap 4 more.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["IGNORE_INDEX", "Readout", "chunked_sum", "model_loss", "readout", "summed_loss"]
 
-IGNORE_INDEX = -100  #: a target that is not counted
+IGNORE_INDEX = -100  #: target of a token without loss
 
 _CUDA_VALUES = 2**24  # logits at once on a GPU: enough to fill it
-_LEAST = 16  # tokens at once, at least: every chunk reads the whole head and its whole gradient
-_CPU_TOKENS = 256  # tokens at once elsewhere; fewer are slower, more are not faster (4k to 128k ids)
+_MIN_CHUNK = 16  # tokens: every chunk reads the whole head and its whole gradient
+_CPU_TOKENS = 256  # tokens in a chunk; fewer are slower, more are not faster (4k to 128k ids)
 _TILE = {"cuda": 2**26}  # values of the head in one product
 _CPU_TILE = 2**18  # what a core's cache holds: whole products of the head are up to half slower
 
@@ -41,17 +40,17 @@ _CPU_TILE = 2**18  # what a core's cache holds: whole products of the head are u
 def model_loss(
     model: PreTrainedModel, ids: Tensor, *, position_ids: Tensor | None = None, targets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The next-token losses (nats) of a causal language model of the known families.
+    """Compute the next-token losses (nats) of a causal language model.
 
     Args:
         model: with or without tied embeddings.
         ids: int64 [windows, positions].
         position_ids: int64 [windows, positions]; None for 0, 1, 2 ...
-        targets: int64 [windows, positions - 1], what each position but the last should predict, ``IGNORE_INDEX`` where
-            that does not count; None for the next id.
+        targets: int64 [windows, positions - 1], the id to predict at each position but the last, or ``IGNORE_INDEX``
+            for no loss; None for the next id.
 
     Returns:
-        The sum, differentiable in the parameters, and each loss, [windows, positions - 1]; see :func:`summed_loss`.
+        The sum, differentiable in the parameters, and the losses [windows, positions - 1]; see :func:`summed_loss`.
 
     Raises:
         UserError: if the family is unknown.
@@ -63,17 +62,17 @@ def model_loss(
 
 
 class Readout(NamedTuple):
-    """What logits are made of: ``hidden @ weight.T``, bent by the cap."""
+    """The factors of the logits ``hidden @ weight.T``."""
 
-    hidden: Tensor  #: what the head reads, [tokens, hidden]
+    hidden: Tensor  #: input of the head, [tokens, hidden]
     weight: Tensor  #: the head, [vocabulary, hidden]
-    cap: float | None = None
+    cap: float | None = None  #: of the logits, see :func:`softcap`
 
 
 def readout(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = None) -> Readout:
-    """What a model's logits at all positions but each window's last are made of.
+    """Return the factors of a model's logits at all positions but each window's last.
 
-    The decoder and the head are called apart, so hooks on ``model`` itself do not run; those on the decoder do.
+    The decoder is called directly: hooks on ``model`` itself do not run, hooks on the decoder do.
 
     Args:
         model: of a known family.
@@ -87,25 +86,25 @@ def readout(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = N
     cap = getattr(model.config, family.logit_cap, None) if family.logit_cap else None
     states = model.get_decoder()(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
     head: Any = model.get_output_embeddings()
-    # The last state predicts nothing. To leave it out costs a copy of the states, which is less than its logits.
+    # The last state predicts nothing. Dropping it copies the states, which costs less than its logits.
     return Readout(states[:, :-1].flatten(0, 1), head.weight, cap)
 
 
 def summed_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, cap: float | None = None, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The summed cross-entropy (nats) of ``softmax(hidden @ weight.T)``, without logits of all tokens.
+    """Sum the cross-entropy (nats) of ``softmax(hidden @ weight.T)``, without logits of all tokens.
 
-    Products are in the tensors' type, or in autocast's where that is on; softmax and sums are in float32. Gradients
-    are computed here, in the forward pass, for whichever of ``hidden`` and ``weight`` requires one and unless gradients
-    are off. The backward pass hands them out without a copy: it goes through once, with ``retain_graph`` too.
+    Products use the tensors' dtype, or autocast's if enabled; softmax and sums use float32. The forward pass computes
+    the gradients that ``hidden`` and ``weight`` require, unless gradients are disabled. The backward pass returns them
+    without a copy and therefore runs only once, even with ``retain_graph``.
 
     Args:
-        hidden: what the head reads, [tokens, hidden], float32 or bfloat16.
-        weight: the head, [vocabulary, hidden], of the same type.
-        targets: int64 [tokens]; ``IGNORE_INDEX`` where a token does not count.
+        hidden: input of the head, [tokens, hidden], float32 or bfloat16.
+        weight: the head, [vocabulary, hidden], of the same dtype.
+        targets: int64 [tokens]; ``IGNORE_INDEX`` for no loss.
         cap: bounds logits to ``cap * tanh(logits / cap)``.
-        chunk: tokens at once; None for what suits the device.
+        chunk: tokens in a chunk; None to suit the device.
 
     Returns:
         The sum, a float32 scalar, differentiable once in ``hidden`` and ``weight``; and each token's loss, float32
@@ -117,27 +116,29 @@ def summed_loss(
     """
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets {[*targets.shape]} do not fit hidden {[*hidden.shape]}")
-    counted = targets != IGNORE_INDEX
-    reached = targets.where(counted, 0)
-    return chunked_sum(hidden, weight, counted, lambda part, logits: _slopes(logits, reached[part], cap), chunk=chunk)
+    mask = targets != IGNORE_INDEX
+    safe_targets = targets.where(mask, 0)
+    return chunked_sum(
+        hidden, weight, mask, lambda part, logits: _cross_entropy(logits, safe_targets[part], cap), chunk=chunk
+    )
 
 
-#: of some tokens, and their logits [tokens, vocabulary], which it may overwrite: each one's loss, and the gradients by
-#: the logits as ``slopes * shares``, [tokens, vocabulary] and [tokens, 1]
+#: function of a slice of the tokens and of their logits [tokens, vocabulary], which it may overwrite; returns losses
+#: [tokens], and the gradient in the logits as ``gradient * scale``, [tokens, vocabulary] and [tokens, 1]
 LogitGradient = Callable[[slice, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def chunked_sum(
-    hidden: Tensor, weight: Tensor, counted: Tensor, slopes: LogitGradient, *, chunk: int | None = None
+    hidden: Tensor, weight: Tensor, mask: Tensor, logit_gradient: LogitGradient, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The sum of a loss of the logits ``hidden @ weight.T``, a chunk of tokens at a time; see :func:`summed_loss`.
+    """Sum a loss of the logits ``hidden @ weight.T`` chunk by chunk; see :func:`summed_loss`.
 
     Args:
-        hidden: what the head reads, [tokens, hidden].
+        hidden: input of the head, [tokens, hidden].
         weight: the head, [vocabulary, hidden].
-        counted: bool [tokens].
-        slopes: gives a chunk's losses and gradients; it is called with autocast and gradients off.
-        chunk: tokens at once; None for what suits the device.
+        mask: bool [tokens], true where a token has a loss.
+        logit_gradient: computes a chunk's losses and gradient; called with autocast and gradients disabled.
+        chunk: tokens in a chunk; None to suit the device.
 
     Raises:
         ValueError: if the shapes do not fit, or the chunk is not positive.
@@ -148,14 +149,14 @@ def chunked_sum(
         chunk = _pick_chunk(len(hidden), len(weight), hidden.device.type)
     if chunk < 1:
         raise ValueError(f"chunk {chunk} is not positive")
-    # Whether gradients are on cannot be seen inside of an autograd function, where they are always off.
-    wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
-    return _SummedLoss.apply(hidden, weight, counted, slopes, chunk, wanted)
+    # Inside an autograd function gradients are always disabled, so this must be asked here.
+    needs_gradient = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
+    return _SummedLoss.apply(hidden, weight, mask, logit_gradient, chunk, needs_gradient)
 
 
 def _pick_chunk(tokens: int, vocabulary: int, device: str) -> int:
-    """Tokens at once: as many in each chunk, since a short last one costs nearly as much as a whole one."""
-    chunk = max(_LEAST, _CUDA_VALUES // vocabulary) if device == "cuda" else _CPU_TOKENS
+    """Tokens in a chunk: all chunks are equal, because a short last one costs nearly as much as a full one."""
+    chunk = max(_MIN_CHUNK, _CUDA_VALUES // vocabulary) if device == "cuda" else _CPU_TOKENS
     return max(1, -(-tokens // max(1, round(tokens / chunk))))
 
 
@@ -165,57 +166,64 @@ class _SummedLoss(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        counted: Tensor,
-        slopes: LogitGradient,
+        mask: Tensor,
+        logit_gradient: LogitGradient,
         chunk: int,
-        wanted: tuple[bool, bool],
+        needs_gradient: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         dtypes = hidden.dtype, weight.dtype
         hidden, weight = to_compute_dtype(hidden), to_compute_dtype(weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            losses, *found = _losses(hidden, weight, counted, slopes, chunk, wanted)
-        ctx.gradients = [None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
+            losses, *gradients = _losses(hidden, weight, mask, logit_gradient, chunk, needs_gradient)
+        ctx.gradients = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # `once_differentiable` would let create_graph pass, and its gradients lack a part without a word.
+        # `once_differentiable` would accept create_graph and silently return incomplete gradients.
         if torch.is_grad_enabled():
-            raise RuntimeError("summed_loss has no second derivative: go back through it without create_graph")
+            raise RuntimeError("summed_loss has no second derivative: call backward without create_graph")
         if ctx.gradients is None:
-            raise RuntimeError("summed_loss was gone back through already, and keeps no gradients: call it again")
-        found, ctx.gradients = ctx.gradients, None  # a gradient that nobody else holds becomes .grad without a copy
-        return (*(None if g is None else g.mul_(grad_outputs[0]) for g in found), None, None, None, None)
+            raise RuntimeError(
+                "the gradients of summed_loss are used up by the first backward pass: compute the loss again"
+            )
+        gradients, ctx.gradients = ctx.gradients, None  # a gradient with no other reference becomes .grad uncopied
+        return (*(None if g is None else g.mul_(grad_outputs[0]) for g in gradients), None, None, None, None)
 
 
 def to_compute_dtype(tensor: Tensor) -> Tensor:
-    """The tensor in the type in which a product with it is computed: autocast's, where that is on."""
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+    """Convert a tensor to the dtype of its matrix products: autocast's if enabled, else its own."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def _losses(
-    hidden: Tensor, weight: Tensor, counted: Tensor, slopes: LogitGradient, chunk: int, wanted: tuple[bool, bool]
+    hidden: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    logit_gradient: LogitGradient,
+    chunk: int,
+    needs_gradient: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Each token's loss, and the gradients of their sum: of ``hidden`` in its type, of ``weight`` in float32."""
-    losses = torch.empty(counted.shape, dtype=torch.float32, device=hidden.device)
-    of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+    """Each token's loss, and the gradients of their sum: in ``hidden``'s dtype, and for ``weight`` in float32."""
+    losses = torch.empty(mask.shape, dtype=torch.float32, device=hidden.device)
+    hidden_gradient = torch.empty_like(hidden) if needs_gradient[0] else None
+    weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient[1] else None
     space = hidden.new_empty(min(chunk, len(hidden)), len(weight))
     for part in _slices(len(hidden), chunk):
         states = hidden[part]
         logits = make_logits(states, weight, space[: len(states)])
-        losses[part], found, shares = slopes(part, logits)
-        shares.masked_fill_(~counted[part, None], 0)
-        if found is not logits:
-            found = logits.copy_(found)
-        if of_hidden is not None:
-            torch.mm(found, weight, out=of_hidden[part])
-            of_hidden[part].mul_(shares)
-        if of_weight is not None:
-            _add_product(of_weight, found, (states * shares).to(states.dtype))
-    return losses.masked_fill_(~counted, 0), of_hidden, of_weight
+        losses[part], gradient, scale = logit_gradient(part, logits)
+        scale.masked_fill_(~mask[part, None], 0)
+        if gradient is not logits:
+            gradient = logits.copy_(gradient)
+        if hidden_gradient is not None:
+            torch.mm(gradient, weight, out=hidden_gradient[part])
+            hidden_gradient[part].mul_(scale)
+        if weight_gradient is not None:
+            _add_product(weight_gradient, gradient, (states * scale).to(states.dtype))
+    return losses.masked_fill_(~mask, 0), hidden_gradient, weight_gradient
 
 
 def make_logits(states: Tensor, weight: Tensor, space: Tensor) -> Tensor:
@@ -225,19 +233,18 @@ def make_logits(states: Tensor, weight: Tensor, space: Tensor) -> Tensor:
     return space
 
 
-def _slopes(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [tokens], and their gradients by the logits as ``slopes * shares``, [tokens, vocabulary] and [tokens, 1].
+def _cross_entropy(logits: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The :data:`LogitGradient` of the soft-capped cross-entropy. Float32 logits are overwritten.
 
-    The shares, one over the sum of exponentials, are kept apart: to scale a token's states is cheaper than to scale
-    what it has for each id. Float32 logits are overwritten.
+    The scale, one over the sum of exponentials, stays separate: scaling a token's states is cheaper than its logits.
     """
-    z, bent = softcap(logits.float(), cap)
-    losses, shares = cross_entropy_gradient(z, targets)
-    return losses, softcap_backward(z, bent), shares
+    z, tanh = softcap(logits.float(), cap)
+    losses, scale = cross_entropy_gradient(z, targets)
+    return losses, softcap_backward(z, tanh), scale
 
 
 def cross_entropy_gradient(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [tokens] and shares [tokens, 1] of the cross-entropy of float32 ``z``, which becomes its slopes."""
+    """Return cross-entropy losses [tokens] and scale [tokens, 1]; float32 ``z`` becomes the unscaled gradient."""
     targets = targets[:, None]
     z.sub_(z.amax(dim=1, keepdim=True))
     at_target = z.gather(1, targets)
@@ -253,26 +260,26 @@ def softcap(z: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
     """
     if cap is None:
         return z, None
-    bent = z.div_(cap).tanh_()
-    return bent * cap, bent
+    tanh = z.div_(cap).tanh_()
+    return tanh * cap, tanh
 
 
-def softcap_backward(slopes: Tensor, bent: Tensor | None) -> Tensor:
-    """Take gradients by bent logits, in place, to those by the logits themselves; ``bent`` is overwritten."""
-    return slopes if bent is None else slopes.mul_(bent.square_().neg_().add_(1))
+def softcap_backward(gradient: Tensor, tanh: Tensor | None) -> Tensor:
+    """Turn a gradient in the capped logits into one in the logits, in place; ``tanh`` is overwritten."""
+    return gradient if tanh is None else gradient.mul_(tanh.square_().neg_().add_(1))
 
 
-def _add_product(total: Tensor, slopes: Tensor, states: Tensor) -> None:
-    """Add ``slopes.T @ states`` [vocabulary, hidden] to the float32 ``total``."""
+def _add_product(total: Tensor, gradient: Tensor, states: Tensor) -> None:
+    """Add ``gradient.T @ states`` [vocabulary, hidden] to the float32 ``total``."""
     for rows in _tiles(total):
         if states.dtype == total.dtype:
-            total[rows].addmm_(slopes[:, rows].T, states)
+            total[rows].addmm_(gradient[:, rows].T, states)
         else:
-            total[rows].add_(slopes[:, rows].T @ states)
+            total[rows].add_(gradient[:, rows].T @ states)
 
 
 def _tiles(matrix: Tensor) -> Iterator[slice]:
-    """The rows of the head, or of its gradient, some at a time."""
+    """Slices of the rows of the head, or of its gradient."""
     return _slices(len(matrix), max(1, _TILE.get(matrix.device.type, _CPU_TILE) // matrix.shape[1]))
 
 
