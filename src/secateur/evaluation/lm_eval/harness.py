@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,15 @@ def folder_manager(task: str) -> Any:
     if task not in task_folders():
         raise UserError(f"lm-eval has no single task {task!r}{suggest_task(task)}")
     with silence():
-        return _manager(import_harness("lm_eval.tasks").TaskManager, task_folders()[task])
+        manager = import_harness("lm_eval.tasks").TaskManager
+        _cache_templates(import_harness("lm_eval.utils").env)
+        return _manager(manager, task_folders()[task])
+
+
+def _cache_templates(environment: Any) -> None:
+    """Compile each template of a prompt once; the harness compiles them again for every document."""
+    if not hasattr(environment.from_string, "cache_info"):
+        environment.from_string = lru_cache(maxsize=1024)(environment.from_string)
 
 
 @cache  # the tasks of a group mostly share a folder
