@@ -67,10 +67,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape]:
     """Read a config.json of a known family; no weights are needed.
 
     Returns:
-        What is written in it, what transformers makes of it, and its shape.
+        The plain JSON, the configuration object of transformers, and the shape.
 
     Raises:
-        UserError: if there is none, transformers refuses it, or its family or sizes are no model that is known here.
+        UserError: if the file is missing, transformers refuses it, or its family or sizes are not supported.
     """
     raw, _ = read_json_config(path)
     config = load_config(path)
@@ -83,7 +83,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 
 class Checkpoint:
-    """A checkpoint directory whose tensors are read when they are asked for.
+    """A checkpoint directory whose tensors are read on demand.
 
     Raises:
         UserError: when opened, if the directory is no checkpoint of a known family, its index points outside it, a
@@ -119,12 +119,12 @@ class Checkpoint:
         for file in weight_map.values():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise UserError(f"{index}: names {file!r}, which is not a file in the same directory")
-        held = {file: self._open(file) for file in sorted(set(weight_map.values()))}
-        names = {file: set(opened.names) for file, opened in held.items()}
+        files = {file: self._open(file) for file in sorted(set(weight_map.values()))}
+        names = {file: set(opened.names) for file, opened in files.items()}
         for name, file in weight_map.items():
             if name not in names[file]:
                 raise UserError(f"{self.directory / file}: lacks the tensor {name} that the index promises")
-        return {name: held[file] for name, file in weight_map.items()}
+        return {name: files[file] for name, file in weight_map.items()}
 
     def _open(self, file: str) -> TensorFile:
         path = self.directory / file
@@ -144,7 +144,7 @@ class Checkpoint:
             if name not in self._files:
                 raise UserError(f"{self.directory}: lacks the tensor {name}")
             dtype = self._files[name].dtype(name)
-            if not dtype.is_floating_point:  # before the size, which quantised weights have another of
+            if not dtype.is_floating_point:  # checked before the size, which differs for quantised weights
                 raise UserError(f"{self.directory}: {name} is stored as {dtype}, a type of whole numbers; {CONVERT}")
             size, want = self._files[name].size(name), self.shape.tensor_size(axes)
             if size != want:
@@ -152,10 +152,10 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, tuple[Axis, ...]]:
         """Every tensor that the configuration implies -> the spaces of its axes; a tied head is left out."""
-        found = self.outer_tensors()
+        tensors = self.outer_tensors()
         for layer in range(self.shape.layers):
-            found |= {self.family.block_tensor(layer, n): a for n, a in self.shape.block_tensors().items()}
-        return found
+            tensors |= {self.family.block_tensor(layer, n): a for n, a in self.shape.block_tensors().items()}
+        return tensors
 
     def outer_tensors(self) -> dict[str, tuple[Axis, ...]]:
         """The tensors outside the blocks -> the spaces of their axes; a tied head is left out."""
@@ -180,7 +180,7 @@ class Checkpoint:
         return self.family.embedding if name == self.family.head and self.shape.tied else name
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
-        """Refuse NaN and infinity in what was read of the tensor ``name``."""
+        """Refuse NaN and infinity in values of the tensor ``name``."""
         if not is_finite(tensor):
             raise UserError(f"{self.directory}: {name} holds NaN or infinity")
 
@@ -190,12 +190,12 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the embedding is stored in, which stands for the checkpoint's."""
+        """The type of the stored embedding, taken as that of the checkpoint."""
         return self.dtype_of(self.family.embedding)
 
     @property
     def stored_bytes(self) -> int:
-        """What the weight files take."""
+        """Size of the weight files."""
         return sum(path.stat().st_size for path in self._paths)
 
     @cached_property
@@ -212,7 +212,7 @@ class Checkpoint:
 
     @property
     def provenance(self) -> dict[str, Any] | None:
-        """What secateur wrote about how the checkpoint came about; None for a checkpoint of other origin."""
+        """The content of ``secateur.json``, the origin of the checkpoint; None if secateur did not write it."""
         path = self.directory / PROVENANCE
         content = read_json(path) if path.exists() else None
         if content is not None and not isinstance(content, dict):
@@ -225,24 +225,24 @@ class Checkpoint:
         Raises:
             UserError: if transformers cannot build it.
         """
-        from transformers import AutoModelForCausalLM  # takes seconds, which `study status` does not have
+        from transformers import AutoModelForCausalLM  # takes seconds to import
 
-        with _buildable(self.directory):
+        with _blame_config(self.directory):
             return AutoModelForCausalLM.from_pretrained(
                 self.directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             ).eval()
 
 
 def copy_tokenizer(directory: Path, out: Path) -> None:
-    """Copy what the tokenizer in ``directory`` consists of into ``out``."""
+    """Copy the files of the tokenizer in ``directory`` into ``out``."""
     for name in TOKENIZER_FILES:
         if (directory / name).is_file():
             shutil.copyfile(directory / name, out / name)
 
 
 @contextlib.contextmanager
-def _buildable(directory: Path) -> Iterator[None]:
-    """Whatever transformers trips over while it builds a model, the configuration is at fault."""
+def _blame_config(directory: Path) -> Iterator[None]:
+    """Blame the configuration for any error that transformers raises while it builds a model."""
     try:
         yield
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
@@ -262,7 +262,7 @@ def skeleton(config: Any, directory: Path) -> PreTrainedModel:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with _buildable(directory), init_empty_weights(include_buffers=False):
+    with _blame_config(directory), init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
         ).eval()
@@ -283,9 +283,9 @@ def write_checkpoint(
         out: an existing directory, usually from :func:`secateur.files.resumable_directory`.
         config: the content of config.json.
         tensors: in any order.
-        provenance: how the checkpoint came about, for ``secateur.json``.
+        provenance: origin of the checkpoint, for ``secateur.json``.
         card: the model card's text, for ``README.md``.
-        shard_bytes: a shard is closed before it grows beyond this.
+        shard_bytes: largest size of a shard with more than one tensor.
     """
     shards = _shards(tensors, shard_bytes)
     count = len(shards)
@@ -303,20 +303,20 @@ def write_checkpoint(
 
 
 def in_write_order(tensors: Iterable[Stored], shard_bytes: int = SHARD_BYTES) -> Iterator[Stored]:
-    """The tensors in the order in which :func:`write_checkpoint` makes them."""
+    """The tensors in the order in which :func:`write_checkpoint` reads them."""
     for shard in _shards(tensors, shard_bytes):
         yield from write_order(shard)
 
 
 def _shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
     shards: list[list[Stored]] = [[]]
-    held = 0
+    size = 0
     for stored in tensors:
-        if shards[-1] and held + stored.bytes > limit:
+        if shards[-1] and size + stored.bytes > limit:
             shards.append([])
-            held = 0
+            size = 0
         shards[-1].append(stored)
-        held += stored.bytes
+        size += stored.bytes
     return shards
 
 
@@ -340,7 +340,7 @@ def model_card(title: str, base: str | None, lines: Iterable[str]) -> str:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; no second tensor is made."""
+    """Whether no value is NaN or infinite, computed without a copy of the tensor."""
     return tensor.numel() == 0 or all(bool(torch.isfinite(end)) for end in tensor.aminmax())
 
 

@@ -40,7 +40,7 @@ class Site:
     """
 
     module: str
-    space: str  #: of the channels that are seen here
+    space: str  #: of the observed channels
     output: bool = False
     readers: tuple[str, ...] = ()
 
@@ -59,13 +59,14 @@ class Family:
     final_norm: str = "model.norm.weight"
     hidden_sites: tuple[str, ...] = ("attention_input", "ffn_input")  #: norm outputs: hidden channels' importance
     ffn_site: str = "ffn_hidden"  #: the input of the down-projection
-    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")  #: what adds its output to the residual stream
+    #: modules whose output is added to the residual stream
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     kv_site: str = "attention_output"  #: the input of the output projection, query heads in order
     optional: Mapping[str, str] = field(default_factory=dict)  #: block tensor -> config key that switches it on
     config_keys: Mapping[str, str] = field(default_factory=lambda: _CONFIG_KEYS)  #: field of Shape -> config key
     derives_head_dim: bool = True  #: a missing head size is hidden size / query heads, not a fixed default
     heads_divide_hidden: bool = False  #: the config refuses a hidden size that is no multiple of the query heads
-    #: the same function without that rule: its model_type, architecture and the keys that it wants besides
+    #: the same function without that rule: its model_type, architecture and its extra keys
     relaxed: tuple[str, str, Mapping[str, object]] | None = None
     embedding_grows: bool = False  #: the model multiplies embeddings by sqrt(hidden size)
     norm_offset: float = 0.0  #: a norm multiplies by its weight plus this
@@ -97,7 +98,7 @@ class Family:
         return reader
 
     def bias_switch(self, module: str) -> str | None:
-        """The config key that gives ``module`` (a linear) a bias; None where the architecture has none to offer."""
+        """The config key that gives ``module`` (a linear) a bias; None if the architecture has no such bias."""
         return self.optional.get(f"{module}.bias")
 
 
@@ -262,8 +263,8 @@ def family_of(model_type: str, *, where: str) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
-    known = ", ".join(t for family in FAMILIES for t in family.model_types)
+    names = ", ".join(t for family in FAMILIES for t in family.model_types)
     raise UserError(
-        f"{where}: model_type {model_type!r} is not a known family (known: {known}); "
+        f"{where}: model_type {model_type!r} is not a known family (known: {names}); "
         "a new one is a table in families.py, see docs/architecture.md"
     )

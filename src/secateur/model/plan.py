@@ -1,4 +1,4 @@
-"""The plan: what is kept of a model. Small, inspectable, hashed; it cuts the model and shapes its scratch twin."""
+"""The plan: which parts of a model to keep. It cuts the model and gives the shape of its from-scratch twin."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TENSOR_FILE = "plan.safetensors"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method decided to keep.
+    """The parts of a model that a method keeps.
 
     Attributes:
         keep_layers: sorted indices of the kept layers.
@@ -44,7 +44,7 @@ class Plan:
 
     method: str
     granularity: Granularity
-    asked: dict[str, Any]  #: ratio, shape or pattern, and the options, as they were asked for
+    asked: dict[str, Any]  #: the request: ratio, shape or pattern, and the options
     before: Shape
     after: Shape
     keep_layers: Tensor
@@ -64,18 +64,18 @@ class Plan:
     def keeping_all(
         cls, method: str, granularity: Granularity, asked: dict[str, Any], shape: Shape, **fields: Any
     ) -> Plan:
-        """A plan that keeps everything but what ``fields`` say."""
-        kept: dict[str, Any] = {
+        """Make a plan that keeps everything, except for ``fields``."""
+        everything: dict[str, Any] = {
             "after": shape,
             "keep_layers": torch.arange(shape.layers),
             "keep_hidden": torch.arange(shape.hidden),
             "keep_ffn": {layer: torch.arange(shape.ffn) for layer in range(shape.layers)},
             "keep_kv": {layer: torch.arange(shape.kv_heads) for layer in range(shape.layers)},
         }
-        return cls(method=method, granularity=granularity, asked=asked, before=shape, **(kept | fields))
+        return cls(method=method, granularity=granularity, asked=asked, before=shape, **(everything | fields))
 
     def indices(self, axis: Axis, layer: int) -> Tensor | None:
-        """The kept indices of an axis in a layer; None where all are kept."""
+        """The indices to keep of an axis in a layer; None for all."""
         if axis is None or axis == "head":
             return None
         if isinstance(axis, tuple):
@@ -91,25 +91,25 @@ class Plan:
         return (groups[:, None] * width + torch.arange(width)).reshape(-1)
 
     def _end_to_end(self, axis: tuple[str, ...], layer: int) -> Tensor | None:
-        found, start = [], 0
+        pieces, start = [], 0
         for part in axis:
             size = self.before.axis_size(part)
             indices = self.indices(part, layer)
-            found.append(start + (torch.arange(size) if indices is None else indices))
+            pieces.append(start + (torch.arange(size) if indices is None else indices))
             start += size
-        return _unless_all(torch.cat(found), start)
+        return _unless_all(torch.cat(pieces), start)
 
     def parts(self, axis: Axis, layer: int) -> list[tuple[int, int]]:
         """For each part of an axis: the channels kept, and the zeros behind them where other layers keep more."""
-        found = []
+        parts = []
         for part in axis if isinstance(axis, tuple) else (axis,):
             indices = self.indices(part, layer)
-            kept = self.before.axis_size(part) if indices is None else len(indices)
-            found.append((kept, self.after.axis_size(part) - kept))
-        return found
+            count = self.before.axis_size(part) if indices is None else len(indices)
+            parts.append((count, self.after.axis_size(part) - count))
+        return parts
 
     def removed(self) -> dict[str, float]:
-        """The share of parameters that is gone (zeroed, for masks): ``total`` and ``non_embedding``."""
+        """The share of parameters removed (zeroed, for masks): ``total`` and ``non_embedding``."""
         zeros = self.zeroed
         for layer in self.keep_layers.tolist() if not self.masks else ():
             zeros += (self.after.ffn - len(self.keep_ffn[layer])) * self.after.unit_parameters("ffn")
@@ -124,18 +124,22 @@ class Plan:
         return {"total": zeros / self.before.total, "non_embedding": zeros / self.before.non_embedding}
 
     def by_layer(self) -> list[dict[str, Any]]:
-        """What is left of each layer of the old numbering: ``kept``; of a kept one ``ffn`` and ``kv``, the units that
-        stay, and ``sparsity``, the share of its linears' weights that a mask drops."""
-        kept, found = set(self.keep_layers.tolist()), []
+        """Describe each layer of the old numbering.
+
+        Returns:
+            ``kept`` for each layer; for a kept layer also ``ffn`` and ``kv``, the units that stay, and ``sparsity``,
+            the share of the weights of its linears that a mask drops.
+        """
+        layers, rows = set(self.keep_layers.tolist()), []
         for layer in range(self.before.layers):
-            if layer not in kept:
-                found.append({"kept": False})
+            if layer not in layers:
+                rows.append({"kept": False})
                 continue
             masks = [self.masks[n] for n in map(self._linear(layer), self.before.family.linears) if n in self.masks]
             dropped = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks) if masks else 0.0
             units = {"ffn": len(self.keep_ffn[layer]), "kv": len(self.keep_kv[layer])}
-            found.append({"kept": True, **units, "sparsity": dropped})
-        return found
+            rows.append({"kept": True, **units, "sparsity": dropped})
+        return rows
 
     def _linear(self, layer: int) -> Callable[[str], str]:
         return lambda linear: self.before.family.block_tensor(layer, linear)
@@ -189,5 +193,5 @@ def load_masks(directory: Path) -> dict[str, Tensor]:
     return {name.removeprefix("mask."): tensors.tensor(name) for name in tensors.names if name.startswith("mask.")}
 
 
-def _unless_all(kept: Tensor, size: int) -> Tensor | None:
-    return None if kept.numel() == size else kept
+def _unless_all(indices: Tensor, size: int) -> Tensor | None:
+    return None if indices.numel() == size else indices

@@ -50,7 +50,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with safe_open(path, framework="np"):  # which checks the header against the file
+        with safe_open(path, framework="np"):  # checks the header against the file
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -69,7 +69,7 @@ class TensorFile:
 
     @property
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return list(self._header)
 
     def size(self, name: str) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ class TensorFile:
         """A tensor's type.
 
         Raises:
-            UserError: if it is one that is not read here, such as eight-bit floats.
+            UserError: if the type is not supported, such as eight-bit floats.
         """
         stored = self._header[name]["dtype"]
         if stored not in _TYPES:
@@ -114,21 +114,21 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file to be written: what the header says of it, and how to come by it when its turn has come."""
+    """A tensor to be written: its entry in the header, and a function that makes its values when they are needed."""
 
     name: str
     dtype: torch.dtype
     size: tuple[int, ...]
-    parts: Callable[[], Iterable[Tensor]]  #: makes it, or, one after the other, pieces of its first dimension
+    parts: Callable[[], Iterable[Tensor]]  #: yields the tensor, or consecutive pieces of its first dimension
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Stored:
-        """A tensor that is there already."""
+        """Declare a tensor that is in memory."""
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
 
     @property
     def bytes(self) -> int:
-        """What it takes in the file."""
+        """Size in the file."""
         return torch.Size(self.size).numel() * self.dtype.itemsize
 
 
@@ -149,10 +149,10 @@ def write_tensors(
         path: of the new file.
         tensors: its content, in any order.
         metadata: for the header.
-        written: is told the bytes of each tensor once they are in the file.
+        written: called with the size in bytes of each tensor that has been written.
 
     Raises:
-        ValueError: if a tensor turns out to be of another type or size than was said.
+        ValueError: if a tensor has another type or size than its declaration.
     """
     ordered = write_order(tensors)
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
@@ -166,13 +166,13 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for stored in ordered:
-            left = stored.bytes
+            remaining = stored.bytes
             for part in stored.parts():
                 if part.dtype != stored.dtype or part.shape[1:] != stored.size[1:]:
                     raise ValueError(f"{stored.name} is {part.dtype} {tuple(part.shape)}, not {stored}")
                 data = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 file.write(data.numpy().data)  # numpy's tofile() does not notice a disk that is full
-                left -= data.numel()
-            if left:
-                raise ValueError(f"{stored.name} has {stored.bytes - left} bytes, not {stored.bytes}")
+                remaining -= data.numel()
+            if remaining:
+                raise ValueError(f"{stored.name} has {stored.bytes - remaining} bytes, not {stored.bytes}")
             written(stored.bytes)

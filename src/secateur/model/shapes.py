@@ -231,7 +231,7 @@ def _counted(shape: Shape, of: Share) -> Any:
 
 
 def solve_depth(shape: Shape, ratio: float, of: Share = "non_embedding") -> Shape:
-    """The shape with that share of the parameters removed, to the nearest layer.
+    """Remove a share of the parameters, to the nearest layer.
 
     Raises:
         UserError: if no layer would be left, or none removed.
@@ -241,8 +241,8 @@ def solve_depth(shape: Shape, ratio: float, of: Share = "non_embedding") -> Shap
     if not 1 <= layers < shape.layers:
         legal = [f"{shares[n]:.3g}" for n in range(shape.layers - 1, 0, -1)]
         legal = [*legal[:3], f"... (one for each layer) ... {legal[-1]}"] if len(legal) > 12 else legal
-        told = ", ".join(legal) or "none"
-        raise UserError(f"`ratio` {ratio:g}: of {shape.layers} layers it would keep {layers}; possible: {told}")
+        options = ", ".join(legal) or "none"
+        raise UserError(f"`ratio` {ratio:g}: of {shape.layers} layers it would keep {layers}; possible: {options}")
     return dataclasses.replace(shape, layers=layers)
 
 
@@ -269,25 +269,26 @@ def solve_width(
     every: Any = shape  # all candidates at once: counts are sums of products, so that sizes may as well be arrays
     for space, sizes in zip(spaces, grid, strict=True):
         every = every.narrowed(space, sizes)
-    gone = 1 - _counted(every, of) / _counted(shape, of)
-    gone = np.where((gone > 0) & ~np.asarray(every.refused_by_config), gone, np.nan)  # itself is no candidate
-    least, room = np.min(np.abs(gone - ratio), initial=np.inf, where=gone > 0), min(ratio, 1 - ratio)
+    removal = 1 - _counted(every, of) / _counted(shape, of)
+    legal = (removal > 0) & ~np.asarray(every.refused_by_config)  # the shape itself is no candidate
+    removal = np.where(legal, removal, np.nan)
+    least, room = np.min(np.abs(removal - ratio), initial=np.inf, where=removal > 0), min(ratio, 1 - ratio)
     if least > min(0.05, room / 2):
-        raise UserError(f"`ratio` {ratio:g}: {_reach(gone, ratio, steps)}")
+        raise UserError(f"`ratio` {ratio:g}: {_reach(removal, ratio, steps)}")
     shares = [np.log(sizes / shape.units(space)) for space, sizes in zip(spaces, grid, strict=True)]
-    unlike = np.broadcast_to(_most(shares) + _most([-share for share in shares]), gone.shape)
-    drift = np.abs(gone - ratio)
+    unlike = np.broadcast_to(_most(shares) + _most([-part for part in shares]), removal.shape)
+    drift = np.abs(removal - ratio)
     near = np.flatnonzero(drift <= max(least, min(0.01, room / 10)))
     # Least unlike, then nearest; rounded, so that the last bits of a logarithm decide nothing.
     best = min(near, key=lambda i: (round(float(unlike.flat[i]), 9), float(drift.flat[i])))
-    found = shape
-    for space, sizes, at in zip(spaces, grid, np.unravel_index(best, gone.shape), strict=True):
-        found = found.narrowed(space, int(sizes.flat[at]))
-    return found
+    narrow = shape
+    for space, sizes, at in zip(spaces, grid, np.unravel_index(best, removal.shape), strict=True):
+        narrow = narrow.narrowed(space, int(sizes.flat[at]))
+    return narrow
 
 
 def _steps(shape: Shape, spaces: Sequence[str]) -> dict[str, int]:
-    """In what steps each of the spaces is narrowed."""
+    """The step in which each space is narrowed."""
     divisor = shape.heads if shape.family.heads_divide_hidden and "kv" not in spaces else 1
     steps = {"layers": 1, "hidden": multiple_of(shape.hidden, divisor), "ffn": multiple_of(shape.ffn), "kv": 1}
     return {space: steps[space] for space in spaces}
@@ -300,11 +301,11 @@ def _most(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     return most
 
 
-def _reach(gone: NDArray[np.float64], ratio: float, steps: Mapping[str, int]) -> str:
-    """What narrowing can remove, for an error; ``gone`` has each candidate's share, NaN where one is not legal."""
+def _reach(shares: NDArray[np.float64], ratio: float, steps: Mapping[str, int]) -> str:
+    """What narrowing can remove, for an error; ``shares`` has each candidate's share, NaN where one is not legal."""
     units = {"layers": "layer", "hidden": "hidden channel", "ffn": "FFN channel", "kv": "KV head"}
     named = ", ".join(f"{step} {units[space]}{'s' if step > 1 else ''}" for space, step in steps.items())
-    legal = gone[gone > 0]
+    legal = shares[shares > 0]
     if not legal.size:
         return f"this model cannot be narrowed at all in steps of {named}"
     nearest = legal[np.abs(legal - ratio).argmin()]

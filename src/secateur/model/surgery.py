@@ -1,4 +1,4 @@
-"""The one surgeon: cuts a checkpoint to a plan, for every method and family."""
+"""Cut a checkpoint to a plan, for every method and family."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROWS = 4096  # of the embedding or the head at once
 
 
 def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[Stored]:
-    """What the plan keeps of each tensor, under the new layer numbers; it is read and cut when it is written."""
+    """Yield each tensor as the plan cuts it, under the new layer numbers; it is read when it is written."""
     family = checkpoint.family
     for name, axes in checkpoint.outer_tensors().items():
         size, dtype = plan.after.tensor_size(axes), checkpoint.dtype_of(name)
@@ -45,7 +45,7 @@ def _outer_parts(checkpoint: Checkpoint, plan: Plan, name: str, axes: tuple[Axis
     step = _ROWS if len(axes) > 1 else rows
     for start in range(0, rows, step):
         part = checkpoint.rows(name, start, min(start + step, rows))
-        yield _kept_scale(name, _slice(part, axes, plan, layer=-1), plan)
+        yield _keep_scale(name, _slice(part, axes, plan, layer=-1), plan)
 
 
 def _block_tensor(checkpoint: Checkpoint, plan: Plan, layer: int, rest: str, axes: tuple[Axis, ...]) -> Tensor:
@@ -58,7 +58,7 @@ def _block_tensor(checkpoint: Checkpoint, plan: Plan, layer: int, rest: str, axe
         tensor = (tensor.float() + plan.biases[name]).to(tensor.dtype)
     if name in plan.masks:
         tensor = tensor.masked_fill(~plan.masks[name], 0)
-    return _slice(_kept_mean(rest, tensor, axes, plan, layer=layer), axes, plan, layer=layer)
+    return _slice(_keep_mean(rest, tensor, axes, plan, layer=layer), axes, plan, layer=layer)
 
 
 def _slice(tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Tensor:
@@ -75,12 +75,12 @@ def _slice(tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Te
 def _pad(tensor: Tensor, dimension: int, parts: list[tuple[int, int]]) -> Tensor:
     """Put zeros behind each part of a dimension."""
     padded = []
-    for piece, (_, missing) in zip(tensor.split([kept for kept, _ in parts], dimension), parts, strict=True):
+    for piece, (_, missing) in zip(tensor.split([count for count, _ in parts], dimension), parts, strict=True):
         padded += [piece, piece.new_zeros([*piece.shape[:dimension], missing, *piece.shape[dimension + 1 :]])]
     return torch.cat(padded, dimension)
 
 
-def _kept_mean(name: str, tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Tensor:
+def _keep_mean(name: str, tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Tensor:
     """Undo what the zeros behind a norm's channels would change by themselves.
 
     A norm that runs over several heads divides by the root of a mean, which counts the zeros of the heads that this
@@ -88,14 +88,14 @@ def _kept_mean(name: str, tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, la
     """
     if len(axes) != 1 or not name.endswith(".weight"):
         return tensor
-    ((kept, missing),) = plan.parts(axes[0], layer)
+    ((count, missing),) = plan.parts(axes[0], layer)
     if not missing:
         return tensor
-    factor, offset = math.sqrt(kept / (kept + missing)), plan.before.family.norm_offset
+    factor, offset = math.sqrt(count / (count + missing)), plan.before.family.norm_offset
     return ((tensor.float() + offset) * factor - offset).to(tensor.dtype)
 
 
-def _kept_scale(name: str, tensor: Tensor, plan: Plan) -> Tensor:
+def _keep_scale(name: str, tensor: Tensor, plan: Plan) -> Tensor:
     """Undo what a narrower residual stream would change by itself.
 
     A model that multiplies its embeddings by the root of the hidden size would multiply a narrower one by less. The
@@ -141,7 +141,7 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 
 
 def _spelled_out(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The configuration with all defaults, which another family may have others for."""
+    """The configuration with all defaults, since those of another family may differ."""
     return {key: value for key, value in checkpoint.config.to_diff_dict().items() if not key.startswith("_")}
 
 
