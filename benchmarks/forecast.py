@@ -35,11 +35,11 @@ BUDGETS = {3: (10, 30, 50), 5: (10, 30, 50, 250, 500)}
 def truth(random: np.random.Generator, *, apart: float) -> dict[Path, tuple[float, float, float]]:
     """Floor, the part that 50 tokens leave, and exponent of each path."""
     floor = random.uniform(1.8, 2.6)
-    found: dict[Path, tuple[float, float, float]] = {}
+    curves: dict[Path, tuple[float, float, float]] = {}
     for path, (low, high) in zip(PATHS, ((0.2, 0.6), (0.08, 0.3)), strict=True):
         shift = apart * random.uniform(-0.5, 0.5)
-        found[path] = (floor + shift, random.uniform(low, high), random.uniform(0.25, 0.7))
-    return found
+        curves[path] = (floor + shift, random.uniform(low, high), random.uniform(0.25, 0.7))
+    return curves
 
 
 def loss(curve: tuple[float, float, float], tokens: float) -> float:
@@ -66,14 +66,14 @@ def trial(random: np.random.Generator, number: int, noise: float, apart: float, 
     ]
     fit = fit_pair(points, draws=draws)
     far = 5 * budgets[-1]
-    held = []
+    covered = []
     for path in PATHS:
-        found = fit.at(path, far)
-        held.append(found.low <= loss(curves[path], far) <= found.high)
+        interval = fit.at(path, far)
+        covered.append(interval.low <= loss(curves[path], far) <= interval.high)
     crossed = crossover(fit)
     true = true_crossover(curves, budgets[0], REACH * budgets[-1])
     step = math.exp(math.log(REACH * budgets[-1] / budgets[0]) / 1000)  # as fine as the grids
-    return [*held, crossed.budget.low / step <= true <= crossed.budget.high * step]
+    return [*covered, crossed.budget.low / step <= true <= crossed.budget.high * step]
 
 
 def left_out(form: str, last: int, draws: int) -> list[LeftOut]:
@@ -85,8 +85,8 @@ def left_out(form: str, last: int, draws: int) -> list[LeftOut]:
 def error_row(form: str, last: int) -> str:
     """A form's errors, predicted less measured, in nats, and the root of their mean square."""
     errors = [run.error for run in left_out(form, last, draws=1)]
-    told = " | ".join(f"{error:+.3f}" for error in errors)
-    return f"| `{form}` | {told} | {math.sqrt(np.mean(np.square(errors))):.3f} |"
+    cells = " | ".join(f"{error:+.3f}" for error in errors)
+    return f"| `{form}` | {cells} | {math.sqrt(np.mean(np.square(errors))):.3f} |"
 
 
 def interval_rows(last: int) -> list[str]:
@@ -104,17 +104,17 @@ def study(folder: FilePath) -> None:
     evidence = of_study(folder)
     print("| form | runs left out | RMS, nats | largest error |\n|---|---|---|---|")
     for form in CURVE_FORMS:
-        left = leave_last_out(evidence.points, form, parent_loss=evidence.parent_loss, draws=1)
-        errors = [run.error for run in left]
+        runs = leave_last_out(evidence.points, form, parent_loss=evidence.parent_loss, draws=1)
+        errors = [run.error for run in runs]
         if errors:
             root = math.sqrt(np.mean(np.square(errors)))
             print(f"| `{form}` | {len(errors)} | {root:.3f} | {max(errors, key=abs):+.3f} |")
     print("\n| curve | budget | measured | predicted | 95% interval | error |\n|---|---|---|---|---|---|")
     for run in leave_last_out(evidence.points, parent_loss=evidence.parent_loss):
-        point, found = run.point, run.predicted
+        point, predicted = run.point, run.predicted
         print(
-            f"| {point.method} {point.ratio:g}, {point.path} | {point.tokens:,} | {point.loss:.3f} | {found.value:.3f} "
-            f"| {found.low:.3f} to {found.high:.3f} | {run.error:+.3f} |"
+            f"| {point.method} {point.ratio:g}, {point.path} | {point.tokens:,} | {point.loss:.3f} "
+            f"| {predicted.value:.3f} | {predicted.low:.3f} to {predicted.high:.3f} | {run.error:+.3f} |"
         )
     print()
     ratios(evidence)
@@ -122,14 +122,14 @@ def study(folder: FilePath) -> None:
 
 def retrained(evidence: Evidence) -> dict[str, list[Retrained]]:
     """The pruned runs by method, as the law across ratios takes them."""
-    found: dict[str, list[Retrained]] = {}
+    runs: dict[str, list[Retrained]] = {}
     if evidence.parent_loss is None:
-        return found
+        return runs
     for p in evidence.points:
         if p.path == "pruned":
             run = Retrained("", round(evidence.parent_parameters), evidence.parent_loss, p.ratio, p.tokens, p.loss)
-            found.setdefault(p.method, []).append(run)
-    return found
+            runs.setdefault(p.method, []).append(run)
+    return runs
 
 
 def ratios(evidence: Evidence) -> None:
@@ -142,11 +142,13 @@ def ratios(evidence: Evidence) -> None:
         except UserError as error:
             print(f"| {method} | {len(runs)} | {len({run.ratio for run in runs})} | {error} | | | |")
             continue
-        left, refused = leave_one_ratio_out(runs)
-        terms = ", ".join(f"{term.name} {term.value:.2f}" + " (hardly told)" * (not term.told) for term in law.terms)
-        errors = [f"{run.run.ratio:g}: {run.error:+.3f}" for run in left]
+        predictions, refused = leave_one_ratio_out(runs)
+        terms = ", ".join(
+            f"{term.name} {term.value:.2f}" + " (hardly identified)" * (not term.identified) for term in law.terms
+        )
+        errors = [f"{run.run.ratio:g}: {run.error:+.3f}" for run in predictions]
         errors += [f"{ratio:g}: cannot be left out" for ratio in refused]
-        root = f"{math.sqrt(np.mean([run.error**2 for run in left])):.3f}" if left else "-"
+        root = f"{math.sqrt(np.mean([run.error**2 for run in predictions])):.3f}" if predictions else "-"
         ran = ", ".join(f"{ratio:g}" for ratio in law.ratios)
         print(f"| {method} | {len(runs)} | {ran} | {terms} | {law.error:.3f} | {'; '.join(errors)} | {root} |")
 
@@ -157,9 +159,9 @@ def coverage(trials: int, draws: int) -> None:
     print("|---|---|---|---|---|---|")
     for number, noise, apart in ((3, 0.01, 0.0), (3, 0.01, 0.05), (3, 0.02, 0.0), (5, 0.01, 0.0), (5, 0.01, 0.05)):
         random = np.random.default_rng(0)
-        held = np.mean([trial(random, number, noise, apart, draws) for _ in range(trials)], axis=0)
-        told = " | ".join(f"{share:.2f}" for share in held)
-        print(f"| {number} | {noise} | {apart} | {told} |", flush=True)
+        shares = np.mean([trial(random, number, noise, apart, draws) for _ in range(trials)], axis=0)
+        cells = " | ".join(f"{share:.2f}" for share in shares)
+        print(f"| {number} | {noise} | {apart} | {cells} |", flush=True)
 
 
 def main() -> None:

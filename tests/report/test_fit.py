@@ -180,7 +180,7 @@ def test_runs_that_tie_are_level() -> None:
 def test_a_further_run_narrows_as_refitting_with_it_does() -> None:
     """The expected width after a run is near that of fits with the run added, its loss taken from draws."""
     fit = fit_pair(points(OWN, LADDER[:2], noise=0.01), noise=0.01, draws=200)
-    far = fit.drawn("pruned", 250_000)
+    far = fit.loss_draws("pruned", 250_000)
     ranked = next_runs(fit, far)
     assert [run.width for run in ranked] == sorted(run.width for run in ranked)
     best = ranked[0]
@@ -188,7 +188,7 @@ def test_a_further_run_narrows_as_refitting_with_it_does() -> None:
     now = percentile_interval(0.0, far - np.median(far))
     widths = []
     for draw in range(0, 200, 50):
-        shown = float(fit.drawn("pruned", best.tokens)[draw])
+        shown = float(fit.loss_draws("pruned", best.tokens)[draw])
         more = [*fit.points, CurvePoint("pruned", "wanda", 0.5, 100, best.tokens, shown, seed=9)]
         then = fit_pair(more, noise=0.01, draws=40).at("pruned", 250_000)
         widths.append((then.high - then.low) / (now.high - now.low))

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from secateur.errors import UserError
-from secateur.forecast.ratio_law import Retrained, Term, _known, _losses, _slopes, fit_ratios, leave_one_ratio_out
+from secateur.forecast.ratio_law import (
+    Retrained,
+    Term,
+    _losses,
+    _model_inputs,
+    _slopes,
+    fit_ratios,
+    leave_one_ratio_out,
+)
 
 BUDGETS = (1_000_000, 2_000_000, 4_000_000, 16_000_000)
 RATIOS = (0.2, 0.35, 0.5, 0.7)
@@ -54,11 +62,11 @@ def test_a_known_law_comes_back_with_parents_of_several_sizes() -> None:
 
 def test_slopes_are_those_of_finite_differences() -> None:
     names = ["g", "beta", "C", "B", "delta", "alpha", "K", "S"]
-    known = _known(runs(sizes=(0.5, 2.0)), 1e9, 3e6)
+    inputs = _model_inputs(runs(sizes=(0.5, 2.0)), 1e9, 3e6)
     vector = np.log([1.3, 0.5, 0.3, 0.4, 0.2, 0.4, 0.2, 0.1])
     step = 1e-6 * np.eye(len(names))
-    differences = [(_losses(vector + d, names, known) - _losses(vector - d, names, known)) / 2e-6 for d in step]
-    np.testing.assert_allclose(_slopes(vector, names, known), np.array(differences).T, atol=1e-8)
+    differences = [(_losses(vector + d, names, inputs) - _losses(vector - d, names, inputs)) / 2e-6 for d in step]
+    np.testing.assert_allclose(_slopes(vector, names, inputs), np.array(differences).T, atol=1e-8)
 
 
 def test_with_one_parent_size_is_folded_and_predictions_stand() -> None:
@@ -89,9 +97,9 @@ def test_runs_below_their_parent_shift_the_floor() -> None:
 def test_what_the_runs_hardly_tell_is_marked() -> None:
     """Budgets next to each other, and noise: an exponent of the budget is anybody's guess; that of the ratio is not."""
     close = fit_ratios(runs(budgets=(1_000_000, 1_050_000, 1_100_000), noise=0.005))
-    told = {term.name: term.told for term in close.terms}
+    told = {term.name: term.identified for term in close.terms}
     assert told["g"] and not told["beta"]
-    assert all(term.told for term in fit_ratios(runs()).terms if term.name != "C")
+    assert all(term.identified for term in fit_ratios(runs()).terms if term.name != "C")
 
 
 def test_leaving_a_ratio_out_predicts_its_runs() -> None:

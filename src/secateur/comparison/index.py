@@ -25,7 +25,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Group:
-    """One comparison: a pruned and retrained model with everything that it is held against."""
+    """One comparison: a pruned and retrained model with the runs that it is compared with."""
 
     parent: str
     method: str
@@ -57,20 +57,20 @@ class Index:
         self.pools: dict[Group, tuple[Group, ...]] = {}  #: a comparison without its seed -> itself with each seed
         for group in self.groups:
             self.pools[group.pooled] = (*self.pools.get(group.pooled, ()), group)
-        self.comparisons = tuple(self._shown(pool, seeds) for pool, seeds in self.pools.items())
+        self.comparisons = tuple(self._without_seed(pool, seeds) for pool, seeds in self.pools.items())
 
     def _groups(self) -> tuple[Group, ...]:
         """Every comparison in the study's order; a pruned model without a run yet is among them."""
-        found = dict.fromkeys(group_of(cell) for cell in self.results.cells)
-        trained = {group.model for group in found}
-        like = next(iter(found), Group("", "", "", 0, "", 0))
+        groups = dict.fromkeys(group_of(cell) for cell in self.results.cells)
+        trained = {group.model for group in groups}
+        like = next(iter(groups), Group("", "", "", 0, "", 0))
         for model in self.pruned:
             if model not in trained:
-                found[dataclasses.replace(like, **dataclasses.asdict(model))] = None
-        return tuple(found)
+                groups[dataclasses.replace(like, **dataclasses.asdict(model))] = None
+        return tuple(groups)
 
-    def _shown(self, pool: Group, seeds: Sequence[Group]) -> Group:
-        """What a reader knows a comparison as: without its seed only where the study has several."""
+    def _without_seed(self, pool: Group, seeds: Sequence[Group]) -> Group:
+        """The comparison as reports print it: without its seed where the study has several."""
         return pool if self.several_seeds else seeds[0]
 
     @property
@@ -89,7 +89,7 @@ class Index:
 
     def over_seeds(self, group: Group, name: str) -> list[Cell | None]:
         """The runs called ``name``, one for each seed of the comparison, in the order of ``pools``."""
-        return [self.cell(one, name) for one in self.pools[group.pooled]]
+        return [self.cell(seeded, name) for seeded in self.pools[group.pooled]]
 
     def of(self, group: Group) -> list[Cell]:
         """Every run of a comparison, all its seeds."""
@@ -101,14 +101,14 @@ class Index:
         return parent.cost if parent else None
 
     def ratio(self, model: Model) -> float | None:
-        """The share that was asked for or achieved."""
-        found = self.pruned.get(model) or self._any_cell(model)
-        return found.ratio if found else None
+        """The requested or achieved ratio."""
+        record = self.pruned.get(model) or self._any_cell(model)
+        return record.ratio if record else None
 
     def granularity(self, model: Model) -> Granularity | None:
         """What was removed: layers, channels or weights."""
-        found = self.pruned.get(model) or self._any_cell(model)
-        return found.granularity if found else None
+        record = self.pruned.get(model) or self._any_cell(model)
+        return record.granularity if record else None
 
     def _any_cell(self, model: Model) -> Cell | None:
         return next((cell for cell in self.results.cells if group_of(cell).model == model), None)

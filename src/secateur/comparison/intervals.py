@@ -1,4 +1,4 @@
-"""How sure a difference is: intervals by the bootstrap and by Student's t, and a sign test. All of pairs."""
+"""Intervals of paired differences, by the bootstrap and by Student's t, and the sign test."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def pooled_interval(differences: NDArray[np.floating]) -> tuple[float, float]:
     seeds, windows = differences.shape
     counts = _window_counts(windows)
     by_seed = np.concatenate([counts[i : i + _CHUNK] @ differences.T for i in range(0, RESAMPLES, _CHUNK)]) / windows
-    chosen = np.random.default_rng((_SEED, 1)).integers(0, seeds, size=(RESAMPLES, seeds))
-    low, high = np.quantile(np.take_along_axis(by_seed, chosen, axis=1).mean(axis=1), (0.025, 0.975))
+    seed_draws = np.random.default_rng((_SEED, 1)).integers(0, seeds, size=(RESAMPLES, seeds))
+    low, high = np.quantile(np.take_along_axis(by_seed, seed_draws, axis=1).mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -54,8 +54,8 @@ def _window_counts(windows: int) -> NDArray[np.uint16]:
     counts = np.empty((RESAMPLES, windows), dtype=np.uint16)
     rows = np.arange(_CHUNK)[:, None] * windows
     for start in range(0, RESAMPLES, _CHUNK):
-        drawn = generator.integers(0, windows, size=(_CHUNK, windows)) + rows
-        counts[start : start + _CHUNK] = np.bincount(drawn.ravel(), minlength=_CHUNK * windows).reshape(_CHUNK, windows)
+        draws = generator.integers(0, windows, size=(_CHUNK, windows)) + rows
+        counts[start : start + _CHUNK] = np.bincount(draws.ravel(), minlength=_CHUNK * windows).reshape(_CHUNK, windows)
     return counts
 
 
@@ -81,14 +81,14 @@ def _means(
     """The means of ``RESAMPLES`` resamples; another ``stream`` draws others."""
     generator = np.random.default_rng([_SEED, stream] if stream else _SEED)
     size = len(differences)
-    found = []
+    means = []
     for _ in range(RESAMPLES // _CHUNK):
-        drawn = generator.integers(0, size, size=(_CHUNK, size))
+        draws = generator.integers(0, size, size=(_CHUNK, size))
         if weights is None:
-            found.append(differences[drawn].mean(axis=1))
+            means.append(differences[draws].mean(axis=1))
         else:
-            found.append((differences * weights)[drawn].sum(axis=1) / weights[drawn].sum(axis=1))
-    return np.concatenate(found)
+            means.append((differences * weights)[draws].sum(axis=1) / weights[draws].sum(axis=1))
+    return np.concatenate(means)
 
 
 def seed_interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -109,5 +109,5 @@ def sign_test(differences: NDArray[np.floating]) -> tuple[int, int, float]:
     from scipy.special import betainc  # the distribution of the binomial
 
     above, below = int((differences > 0).sum()), int((differences < 0).sum())
-    few, many = sorted((above, below))
-    return above, below, min(1.0, 2 * float(betainc(many, few + 1, 0.5))) if many else 1.0
+    smaller, larger = sorted((above, below))
+    return above, below, min(1.0, 2 * float(betainc(larger, smaller + 1, 0.5))) if larger else 1.0

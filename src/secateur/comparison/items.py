@@ -111,69 +111,71 @@ def compare_results(a: Sequence[EvaluationResults], b: Sequence[EvaluationResult
     if len(a) != len(b):
         raise UserError(f"A has {len(a)} seeds and B has {len(b)}; name as many results on both sides, in pairs")
     names = check_same_protocols((r.model, m.name, m.protocol) for r in (*a, *b) for m in r.measurements)
-    found = [_compare(name, a, b) for name in names]
-    accuracies = [c.name for c in found if c.kind == "accuracy" and c.verdict != "not measured"]
+    rows = [_compare(name, a, b) for name in names]
+    accuracies = [c.name for c in rows if c.kind == "accuracy" and c.verdict != "not measured"]
     counted = _apart([_of(a[0], name) for name in accuracies])
     if len(counted) > 1:
-        found.append(_average(counted, a, b))
-    return Comparisons(tuple(found))
+        rows.append(_average(counted, a, b))
+    return Comparisons(tuple(rows))
 
 
 def _apart(measured: Sequence[Measurement]) -> list[str]:
     """Those among figures that have no task in common, in their order: a group, and neither its parts nor its tasks."""
-    taken: set[str] = set()
-    kept = []
-    for known in sorted(measured, key=lambda m: -len(m.tasks)):
-        tasks = set(known.tasks or (known.name,))
-        if not tasks & taken:
-            taken |= tasks
-            kept.append(known.name)
-    return [known.name for known in measured if known.name in kept]
+    covered: set[str] = set()
+    names = []
+    for measurement in sorted(measured, key=lambda m: -len(m.tasks)):
+        tasks = set(measurement.tasks or (measurement.name,))
+        if not tasks & covered:
+            covered |= tasks
+            names.append(measurement.name)
+    return [measurement.name for measurement in measured if measurement.name in names]
 
 
 def _compare(name: str, a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> Comparison:
-    known = next(m for r in (*a, *b) if (m := r.of(name)))
+    measurement = next(m for r in (*a, *b) if (m := r.of(name)))
     for side, results in (("A", a), ("B", b)):
         if any(r.of(name) is None for r in results):
-            return Comparison(name, known.kind, "not measured", reason=f"{side} has no {name}")
-    parts = [_of(a[0], task) for task in known.tasks or (name,)]
-    if reason := _unfit(known, parts):
-        return Comparison(name, known.kind, "not measured", reason=reason)
+            return Comparison(name, measurement.kind, "not measured", reason=f"{side} has no {name}")
+    parts = [_of(a[0], task) for task in measurement.tasks or (name,)]
+    if reason := _unfit(measurement, parts):
+        return Comparison(name, measurement.kind, "not measured", reason=reason)
     better = [_better(part.name, a, b) for part in parts]
-    if known.tasks:
-        interval = mean_interval(better, [share for _, share in _shares(known, a[0])])
+    if measurement.tasks:
+        interval = mean_interval(better, [share for _, share in _shares(measurement, a[0])])
     else:
-        tokens = [item.get("tokens", 1) for item in known.items]
-        weights = np.asarray(tokens, dtype=np.float64) if known.kind == "loss" and len(set(tokens)) > 1 else None
+        tokens = [item.get("tokens", 1) for item in measurement.items]
+        weights = np.asarray(tokens, dtype=np.float64) if measurement.kind == "loss" and len(set(tokens)) > 1 else None
         interval = bootstrap_interval(better[0], weights)
-    values = [(_of(one, name).value, _of(other, name).value) for one, other in zip(a, b, strict=True)]
-    return _judged(known, values, interval, np.concatenate(better))
+    values = [(_of(first, name).value, _of(second, name).value) for first, second in zip(a, b, strict=True)]
+    return _judged(measurement, values, interval, np.concatenate(better))
 
 
-def _unfit(known: Measurement, parts: Sequence[Measurement]) -> str:
+def _unfit(measurement: Measurement, parts: Sequence[Measurement]) -> str:
     """Why a figure cannot be compared item by item; empty where it can."""
-    if known.tasks and not known.details["compared"]:
-        return f"its tasks are compared by another metric than {known.scale}"
+    if measurement.tasks and not measurement.details["compared"]:
+        return f"its tasks are compared by another metric than {measurement.scale}"
     if sum(len(part.items) for part in parts) < 2:
         return "fewer than two items give no interval"
     if any(item["value"] is None for part in parts for item in part.items):
-        return f"{known.scale} is of all documents together, and single ones have none"
+        return f"{measurement.scale} is of all documents together, and single ones have none"
     return ""
 
 
 def _of(results: EvaluationResults, name: str) -> Measurement:
-    found = results.of(name)
-    assert found is not None, name
-    return found
+    measurement = results.of(name)
+    assert measurement is not None, name
+    return measurement
 
 
 def _better(name: str, a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> NDArray[np.float64]:
     """How much better A is on each item, in the mean over seeds."""
-    found = []
+    gains = []
     for pair in zip(a, b, strict=True):
-        one, other = (np.asarray([item["value"] for item in _of(r, name).items], dtype=np.float64) for r in pair)
-        found.append(other - one if _of(a[0], name).lower_is_better else one - other)
-    return np.mean(found, axis=0)
+        values_a, values_b = (
+            np.asarray([item["value"] for item in _of(r, name).items], dtype=np.float64) for r in pair
+        )
+        gains.append(values_b - values_a if _of(a[0], name).lower_is_better else values_a - values_b)
+    return np.mean(gains, axis=0)
 
 
 def _shares(measured: Measurement, results: EvaluationResults) -> list[tuple[str, float]]:
@@ -190,17 +192,22 @@ def _average(names: Sequence[str], a: Sequence[EvaluationResults], b: Sequence[E
     shares = [(task, share) for name in names for task, share in _shares(_of(a[0], name), a[0])]
     better = [_better(task, a, b) for task, _ in shares]
     means = [[float(np.mean([_of(r, name).value for name in names])) for r in side] for side in (a, b)]
-    known = replace(_of(a[0], names[0]), name=AVERAGE, kind="accuracy")
+    measurement = replace(_of(a[0], names[0]), name=AVERAGE, kind="accuracy")
     interval = mean_interval(better, [share / len(names) for _, share in shares])
-    return _judged(known, list(zip(*means, strict=True)), interval, np.concatenate(better))
+    return _judged(measurement, list(zip(*means, strict=True)), interval, np.concatenate(better))
 
 
 def _judged(
-    known: Measurement, values: list[tuple[float, float]], interval: tuple[float, float], better: NDArray[np.float64]
+    measurement: Measurement,
+    values: list[tuple[float, float]],
+    interval: tuple[float, float],
+    better: NDArray[np.float64],
 ) -> Comparison:
     """The comparison of figures, one pair for each seed, with the verdict that all intervals agree on."""
     a, b = (float(np.mean(side)) for side in zip(*values, strict=True))
-    differences = tuple(other - one if known.lower_is_better else one - other for one, other in values)
+    differences = tuple(
+        value_b - value_a if measurement.lower_is_better else value_a - value_b for value_a, value_b in values
+    )
     intervals, seeds = [interval], {}
     if len(values) > 1:
         intervals.append(seed_interval(differences))
@@ -213,14 +220,14 @@ def _judged(
         elif all(high < 0 for _, high in intervals):
             verdict = "B"
     return Comparison(
-        known.name,
-        known.kind,
+        measurement.name,
+        measurement.kind,
         verdict,
         a,
         b,
         float(np.mean(differences)),
         *interval,
-        unit=known.unit,
+        unit=measurement.unit,
         items=len(better),
         above=above,
         below=below,

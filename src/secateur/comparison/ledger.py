@@ -1,4 +1,4 @@
-"""What everything cost: each run by itself, and with its parent under three accounts."""
+"""Costs of each run by itself, and with its parent under three accounts."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ def own_cost(cell: Cell) -> Cost | None:
 
 def account_flops(index: Index, cell: Cell, account: Account) -> float | None:
     """FLOPs of a run with what went before it; None where the parent's are needed and nobody knows them."""
-    own = own_cost(cell)
-    if own is None:
+    cost = own_cost(cell)
+    if cost is None:
         return None
     if account == "sunk" or not rests_on_parent(cell):
-        return own.flops
+        return cost.flops
     parent = index.parents.get(cell.parent)
     if parent is None or parent.cost is None:
         return None
-    return own.flops + parent.cost.flops / (max(parent.children, 1) if account == "shared" else 1)
+    return cost.flops + parent.cost.flops / (max(parent.children, 1) if account == "shared" else 1)
 
 
 def setting_total(index: Index, cell: Cell) -> tuple[int | None, float | None]:
@@ -91,7 +91,7 @@ def setting_total(index: Index, cell: Cell) -> tuple[int | None, float | None]:
 
 def lowest_loss(index: Index) -> dict[tuple[Group, str], tuple[Account, ...]]:
     """For each run, the accounts in which no run of the same target has a lower loss for as many FLOPs or fewer."""
-    found: dict[tuple[Group, str], tuple[Account, ...]] = {}
+    accounts: dict[tuple[Group, str], tuple[Account, ...]] = {}
     for account in ACCOUNTS:
         targets: dict[str, list[tuple[float, float, tuple[Group, str]]]] = {}
         for key, cell in index.cells.items():
@@ -103,8 +103,8 @@ def lowest_loss(index: Index) -> dict[tuple[Group, str], tuple[Account, ...]]:
             for flops, loss, key in sorted(runs, key=lambda run: run[:2]):
                 if loss < lowest or (loss, flops) == (lowest, at):  # a run that serves several comparisons is as good
                     lowest, at = loss, flops
-                    found[key] = (*found.get(key, ()), account)
-    return found
+                    accounts[key] = (*accounts.get(key, ()), account)
+    return accounts
 
 
 def pieces(index: Index) -> list[Row]:
@@ -112,8 +112,8 @@ def pieces(index: Index) -> list[Row]:
     several = len(index.parents) > 1
     rows: list[Row] = []
     for parent in index.results.parents:
-        what = f"pretraining {parent.name}" if several else "pretraining the parent"
-        rows.append({"what": what, "cost": parent.cost})
+        work = f"pretraining {parent.name}" if several else "pretraining the parent"
+        rows.append({"what": work, "cost": parent.cost})
     rows += [
         {"what": "scoring", "of": model_name(model, index.models), "cost": pruned.cost}
         for model, pruned in index.pruned.items()
@@ -133,16 +133,18 @@ def pipelines(index: Index) -> list[Row]:
     for group in index.comparisons:
         first = index.pools[group.pooled][0]
         pruned, scratch = index.cell(first, PRUNED), index.cell(first, SCRATCH["total"])
-        ours, theirs = (setting_total(index, cell) if cell else (None, None) for cell in (pruned, scratch))
+        pruned_total, scratch_total = (
+            setting_total(index, cell) if cell else (None, None) for cell in (pruned, scratch)
+        )
         if scratch:
             rows.append(
                 {
                     "group": group_name(group, index.comparisons, target=True),
-                    "pruned_tokens": ours[0],
-                    "pruned_flops": ours[1],
-                    "scratch_tokens": theirs[0],
-                    "scratch_flops": theirs[1],
-                    "ratio": ours[1] / theirs[1] if ours[1] and theirs[1] else None,
+                    "pruned_tokens": pruned_total[0],
+                    "pruned_flops": pruned_total[1],
+                    "scratch_tokens": scratch_total[0],
+                    "scratch_flops": scratch_total[1],
+                    "ratio": pruned_total[1] / scratch_total[1] if pruned_total[1] and scratch_total[1] else None,
                 }
             )
     return rows

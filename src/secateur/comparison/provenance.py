@@ -1,4 +1,4 @@
-"""How each run came about: what it is, the stages behind it with their folders, and its curve as a line."""
+"""The history of each run: facts, the stages behind it with their folders, and its curve as a line."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _INIT = {
 
 @dataclass(frozen=True)
 class RunHistory:
-    """One trained model, as the page tells of it by itself.
+    """One trained model with its history.
 
     Attributes:
         number: of its row in the table of models, from 1.
         facts: name -> text.
         line: points of its curve for an SVG polyline in a box of 240 by 48; empty without a curve.
-        told: the curve in words.
+        caption: the curve in words.
         stages: all behind it, each after its inputs; the last one that trains is the run's own.
     """
 
@@ -43,24 +43,24 @@ class RunHistory:
     cell: Cell
     facts: dict[str, str]
     line: str
-    told: str
+    caption: str
     stages: tuple[StageNote, ...]
 
 
 def runs_of(index: Index, model: Model) -> list[RunHistory]:
     """The runs that belong to a pruned model, in the order of the table."""
     notes = {note.fingerprint: note for note in index.results.stages}
-    found = []
+    histories = []
     for number, cell in enumerate(index.results.cells, 1):
         if group_of(cell).model == model:
             stages = tuple(notes[key] for key in cell.stages if key in notes)
             facts = _facts(cell, [stage for stage in stages if stage.kind == "train"][-1:])
-            found.append(RunHistory(number, cell, facts, spark(cell.curve), _told(cell.curve), stages))
-    return found
+            histories.append(RunHistory(number, cell, facts, spark(cell.curve), _caption(cell.curve), stages))
+    return histories
 
 
-def _facts(cell: Cell, own: Sequence[StageNote]) -> dict[str, str]:
-    found: dict[str, Any] = {
+def _facts(cell: Cell, training: Sequence[StageNote]) -> dict[str, str]:
+    facts: dict[str, Any] = {
         "method": f"{method_name(cell.method)} {target_words(cell.target)}, of {cell.parent}",
         "shape": plain(cell.shape),
         "parameters": f"{cell.parameters:,}, {cell.non_embedding:,} outside the embeddings",
@@ -69,12 +69,12 @@ def _facts(cell: Cell, own: Sequence[StageNote]) -> dict[str, str]:
         "tokens": f"{cell.training.tokens:,}",
         "peak learning rate": "not chosen yet" if cell.peak_rate is None else f"{cell.peak_rate:g}",
         "seed": str(cell.seed),
-        "fingerprint": "".join(stage.fingerprint for stage in own),
+        "fingerprint": "".join(stage.fingerprint for stage in training),
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in facts.items() if text}
 
 
-def _told(curve: Sequence[Point]) -> str:
+def _caption(curve: Sequence[Point]) -> str:
     if not curve:
         return ""
     return (

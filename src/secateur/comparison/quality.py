@@ -43,25 +43,27 @@ def quality_rows(index: Index) -> list[QualityRow]:
     for setting in settings_of(index):
         for group in index.comparisons:
             if is_planned(index, group, setting):
-                rows += [QualityRow(setting, group, found) for found in _compared(index, group, SCRATCH[setting])]
+                rows += [
+                    QualityRow(setting, group, comparison) for comparison in _compared(index, group, SCRATCH[setting])
+                ]
     return rows
 
 
 def _compared(index: Index, group: Group, name: str) -> list[Comparison]:
     seeds = index.pools[group.pooled] if group.seed is None else (group,)
     pairs = [(_measured(index.cell(seed, PRUNED)), _measured(index.cell(seed, name))) for seed in seeds]
-    both = [(ours, theirs) for ours, theirs in pairs if ours and theirs]
+    both = [(pruned, scratch) for pruned, scratch in pairs if pruned and scratch]
     if not both:
         return []
-    known: dict[str, set[str]] = {}
+    protocols_by_name: dict[str, set[str]] = {}
     for measurement in (m for pair in both for side in pair for m in side.measurements):
-        known.setdefault(measurement.name, set()).add(measurement.protocol["fingerprint"])
-    unlike = {name for name, protocols in known.items() if len(protocols) > 1}
-    ours, theirs = ([_without(side, unlike) for side in sides] for sides in zip(*both, strict=True))
+        protocols_by_name.setdefault(measurement.name, set()).add(measurement.protocol["fingerprint"])
+    unlike = {name for name, protocols in protocols_by_name.items() if len(protocols) > 1}
+    pruned, scratch = ([_without(side, unlike) for side in sides] for sides in zip(*both, strict=True))
     kinds: dict[str, MeasurementKind] = {m.name: m.kind for m in both[0][0].measurements}
     reason = "the two were measured under different protocols"
     incomparable = [Comparison(name, kinds.get(name, "loss"), "not measured", reason=reason) for name in sorted(unlike)]
-    return [*compare_results(ours, theirs), *incomparable]
+    return [*compare_results(pruned, scratch), *incomparable]
 
 
 def _without(measured: Measured, names: Set[str]) -> Measured:
@@ -72,8 +74,8 @@ def _measured(cell: Cell | None) -> Measured | None:
     """What was measured of a run, its held-out loss taken apart by domain."""
     if cell is None or cell.evaluation is None or not cell.evaluation.measured:
         return None
-    found = [part for whole in cell.evaluation.measured for part in (whole, *by_domain(whole))]
-    return Measured(cell.name, [part for part in found if part.name != LOSS])
+    parts = [part for whole in cell.evaluation.measured for part in (whole, *by_domain(whole))]
+    return Measured(cell.name, [part for part in parts if part.name != LOSS])
 
 
 def by_domain(measured: Measurement) -> list[Measurement]:
@@ -128,13 +130,15 @@ def _figures(about: dict[str, Any], evaluation: Evaluation | None) -> list[dict[
     keys = ("model", "method", "target", "retrain_tokens", "objective", "seed")
     named = {key: about.get(key) for key in keys}
     rows = []
-    for found in evaluation.measured if evaluation else ():
-        common = {"unit": found.scale, "protocol": found.protocol["fingerprint"]}
-        figures = [(part.name, part.value) for part in (found, *by_domain(found))]
-        figures += [(f"{found.name} behind {p['from']} to {p['to']} tokens", p["loss"]) for p in _positions(found)]
+    for measurement in evaluation.measured if evaluation else ():
+        common = {"unit": measurement.scale, "protocol": measurement.protocol["fingerprint"]}
+        figures = [(part.name, part.value) for part in (measurement, *by_domain(measurement))]
+        figures += [
+            (f"{measurement.name} behind {p['from']} to {p['to']} tokens", p["loss"]) for p in _positions(measurement)
+        ]
         rows += [{**named, "figure": name, "value": value, **common} for name, value in figures]
     return rows
 
 
-def _positions(found: Measurement) -> Sequence[Any]:
-    return found.details.get("by_position", ())
+def _positions(measurement: Measurement) -> Sequence[Any]:
+    return measurement.details.get("by_position", ())

@@ -1,4 +1,4 @@
-"""What a report is made of: the study's records as plain values. No file, no model and no clock is known here."""
+"""The records of a study as plain values, without files, models or clocks."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Running:
 
     def figure(self, name: str, execution: str = "dense") -> Mapping[str, Any] | None:
         """A figure of that name, at the smallest batch; None where it was not measured."""
-        found = [f for f in self.figures if f["name"] == name and f["execution"] == execution]
-        return min(found, key=lambda figure: figure.get("batch", 0), default=None)
+        figures = [f for f in self.figures if f["name"] == name and f["execution"] == execution]
+        return min(figures, key=lambda figure: figure.get("batch", 0), default=None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Pruned:
     parent: str
     method: str  #: as the study file calls it: the method's name, or a label of its own
     granularity: Granularity
-    target: str  #: what was asked for, e.g. "0.5", "4b-depth" or "2:4"
+    target: str  #: as requested, e.g. "0.5", "4b-depth" or "2:4"
     ratio: float  #: as asked; the achieved share (non-embedding, or of the blocks' weights) for shapes and patterns
     ratio_total: float  #: share of all parameters removed (zeroed, for sparse)
     ratio_non_embedding: float  #: the same without embeddings and head

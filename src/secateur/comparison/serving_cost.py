@@ -1,4 +1,4 @@
-"""What models cost to run beside how good they are: the rows of the table, and the points of the Pareto figure."""
+"""Serving cost beside loss: the rows of the table, and the points of the Pareto figure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STEADY = 0.2  #: of a median: what its quartiles may be apart on a device that 
 
 @dataclass(frozen=True)
 class ServingCost:
-    """One trained model as whoever serves it sees it."""
+    """Loss and serving cost of one trained model."""
 
     model: Model | None  #: None: the parent
     run: str  #: "P-R" or the name of a from-scratch run; "parent"
@@ -37,9 +37,9 @@ class ServingCost:
 def running_rows(index: Index) -> list[dict[str, Any]]:
     """What each parent and each pruned model costs to run; empty where nothing was measured."""
     names = {p.name: "the parent" if len(index.parents) == 1 else p.name for p in index.results.parents}
-    found = [(names[parent.name], parent.running) for parent in index.results.parents]
-    found += [(model_name(model, list(index.pruned)), pruned.running) for model, pruned in index.pruned.items()]
-    return [row for name, running in found if running for row in _rows(name, running)]
+    runs = [(names[parent.name], parent.running) for parent in index.results.parents]
+    runs += [(model_name(model, list(index.pruned)), pruned.running) for model, pruned in index.pruned.items()]
+    return [row for name, running in runs if running for row in _rows(name, running)]
 
 
 def _rows(name: str, running: Running) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ def scatters(running: Running) -> bool:
 def serving_costs(index: Index, axis: CostAxis) -> tuple[list[ServingCost], str]:
     """Every model with a loss and a cost, and what the cost was measured on.
 
-    Of a ladder each run is shown at the largest budget that it has, under the language-model loss. Costs of different
+    A run of a ladder counts at its largest budget, under the language-model loss. Costs of different
     devices share no axis: where there are several, those of the device that has the most are taken.
     """
     every = [p.running for p in (*index.results.parents, *index.pruned.values()) if p.running]
@@ -95,14 +95,14 @@ def serving_costs(index: Index, axis: CostAxis) -> tuple[list[ServingCost], str]
 
 def _last(index: Index) -> dict[tuple[Model, str], list[float]]:
     """Of each pruned model and run, the losses of all seeds at the largest budget that has one."""
-    found: dict[tuple[Model, str], list[float]] = {}
+    losses_by_run: dict[tuple[Model, str], list[float]] = {}
     for group in sorted(index.pools, key=lambda group: group.retrain_tokens):
         for run in (PRUNED, *SCRATCH.values()):
             cells = index.over_seeds(group, run)
             losses = [cell.evaluation.loss for cell in cells if cell and cell.evaluation]
             if losses and not group.objective:
-                found[group.model, run] = losses
-    return found
+                losses_by_run[group.model, run] = losses
+    return losses_by_run
 
 
 def _cost(running: Running, axis: CostAxis, execution: str) -> tuple[float, float, float] | None:
@@ -126,8 +126,8 @@ def _ms(speed: Mapping[str, Any]) -> tuple[float, float, float]:
 
 def front(points: Sequence[ServingCost]) -> list[ServingCost]:
     """The models that none beats: of lower loss than all that cost as little, cheapest first."""
-    found: list[ServingCost] = []
+    best: list[ServingCost] = []
     for point in sorted(points, key=lambda point: (point.cost, point.loss)):
-        if not found or point.loss < found[-1].loss:
-            found.append(point)
-    return found
+        if not best or point.loss < best[-1].loss:
+            best.append(point)
+    return best

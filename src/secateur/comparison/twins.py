@@ -1,4 +1,4 @@
-"""Pruned against scratch: paired differences of held-out loss and what they decide."""
+"""Compare pruned with from-scratch runs: paired differences of held-out loss, and verdicts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 Setting = Literal["training", "total", "training-flops", "total-flops"]
 Winner = Literal["pruned", "scratch", "too close to call", "not measured"]
 
-#: What P-R is held against in each setting.
+#: The from-scratch run that P-R is compared with in each setting.
 SCRATCH: dict[Setting, str] = {
     "training": "S_R",
     "total": "S_{P+R}",
@@ -52,11 +52,11 @@ class Paired:
     windows: np.ndarray = field(repr=False)  #: [windows], differences of their mean losses
     protocol: str
 
-    def minus(self, other: Paired) -> Paired | str:
+    def minus(self, pair: Paired) -> Paired | str:
         """A difference of differences over the same windows, or why there is none."""
-        if self.protocol != other.protocol or len(self.windows) != len(other.windows):
+        if self.protocol != pair.protocol or len(self.windows) != len(pair.windows):
             return "the losses were measured under different protocols"
-        return Paired(self.value - other.value, self.windows - other.windows, self.protocol)
+        return Paired(self.value - pair.value, self.windows - pair.windows, self.protocol)
 
     def __neg__(self) -> Paired:
         return Paired(-self.value, -self.windows, self.protocol)
@@ -69,7 +69,7 @@ class MeanDifference:
     value: float
     low: float
     high: float
-    seeds: int  #: how many it is the mean of
+    seeds: int  #: number of seeds that it is the mean of
 
     @property
     def sign(self) -> int:
@@ -102,22 +102,22 @@ class Verdict:
 
 def pair_cells(better: Cell | None, worse: Cell | None, better_name: str, worse_name: str) -> Paired | str:
     """loss(worse) - loss(better), window by window; or why it was not measured."""
-    ours, theirs = better.evaluation if better else None, worse.evaluation if worse else None
+    first, second = better.evaluation if better else None, worse.evaluation if worse else None
     reason = _absence(better_name, better) or _absence(worse_name, worse)
-    if not reason and ours and theirs:
-        reason = _mismatch(ours, theirs, better_name, worse_name)
-    if reason or ours is None or theirs is None:
+    if not reason and first and second:
+        reason = _mismatch(first, second, better_name, worse_name)
+    if reason or first is None or second is None:
         return reason
-    windows = np.asarray(theirs.windows) - np.asarray(ours.windows)
-    return Paired(theirs.loss - ours.loss, windows, ours.protocol)
+    windows = np.asarray(second.windows) - np.asarray(first.windows)
+    return Paired(second.loss - first.loss, windows, first.protocol)
 
 
 def mean_difference(seeds: Sequence[Paired]) -> MeanDifference | None:
     """The mean over seeds with its interval; None where there is no seed, or where their protocols differ."""
-    if len({(one.protocol, len(one.windows)) for one in seeds}) != 1:
+    if len({(pair.protocol, len(pair.windows)) for pair in seeds}) != 1:
         return None
-    low, high = pooled_interval(np.stack([one.windows for one in seeds]))
-    return MeanDifference(float(np.mean([one.value for one in seeds])), low, high, len(seeds))
+    low, high = pooled_interval(np.stack([pair.windows for pair in seeds]))
+    return MeanDifference(float(np.mean([pair.value for pair in seeds])), low, high, len(seeds))
 
 
 def average(comparisons: Iterable[dict[int, Paired]]) -> tuple[list[Paired], int]:
@@ -126,20 +126,20 @@ def average(comparisons: Iterable[dict[int, Paired]]) -> tuple[list[Paired], int
     Comparisons are taken as given, not as a draw. Where no seed is common to all, those with the fewest are left out;
     nothing is left where their protocols differ.
     """
-    found = sorted((one for one in comparisons if one), key=len, reverse=True)
-    if len({(pair.protocol, len(pair.windows)) for one in found for pair in one.values()}) > 1:
+    seeds_by_comparison = sorted((pairs for pairs in comparisons if pairs), key=len, reverse=True)
+    if len({(pair.protocol, len(pair.windows)) for pairs in seeds_by_comparison for pair in pairs.values()}) > 1:
         return [], 0
     used: list[dict[int, Paired]] = []
     common: set[int] = set()
-    for one in found:
-        shared = common & set(one) if used else set(one)
+    for pairs in seeds_by_comparison:
+        shared = common & set(pairs) if used else set(pairs)
         if shared:
-            used, common = [*used, one], shared
+            used, common = [*used, pairs], shared
     means = []
     for seed in sorted(common):
-        each = [one[seed] for one in used]
-        windows = np.mean([one.windows for one in each], axis=0)
-        means.append(Paired(float(np.mean([one.value for one in each])), windows, each[0].protocol))
+        each = [pairs[seed] for pairs in used]
+        windows = np.mean([pair.windows for pair in each], axis=0)
+        means.append(Paired(float(np.mean([pair.value for pair in each])), windows, each[0].protocol))
     return means, len(used)
 
 
@@ -168,26 +168,28 @@ def is_planned(index: Index, group: Group, setting: Setting) -> bool:
 
 
 def _judge(index: Index, setting: Setting, group: Group) -> Verdict:
-    """One comparison, or the reason why there is none."""
+    """Compare over seeds, or give the reason why that is not possible."""
     name = SCRATCH[setting]
     seeds = index.pools[group] if group.seed is None else (group,)
-    pairs = [(index.cell(one, PRUNED), index.cell(one, name)) for one in seeds]
-    ratio = next((r for ours, theirs in pairs if (r := _flop_ratio(index, ours, theirs)) is not None), None)
-    found = [pair_cells(*pair, PRUNED, name) for pair in pairs]
-    measured = [one for one in found if isinstance(one, Paired)]
+    pairs = [(index.cell(seeded, PRUNED), index.cell(seeded, name)) for seeded in seeds]
+    ratio = next((r for pruned, scratch in pairs if (r := _flop_ratio(index, pruned, scratch)) is not None), None)
+    differences = [pair_cells(*pair, PRUNED, name) for pair in pairs]
+    measured = [pair for pair in differences if isinstance(pair, Paired)]
     mean = mean_difference(measured)
     if mean is None:
         reason = next(
-            (one for one in found if isinstance(one, str)), "its seeds were evaluated under several protocols"
+            (text for text in differences if isinstance(text, str)), "its seeds were evaluated under several protocols"
         )
         return Verdict(setting, group, "not measured", flop_ratio=ratio, reason=reason, planned=len(seeds))
     winner: Winner = "pruned" if mean.sign > 0 else "scratch" if mean.sign < 0 else "too close to call"
-    used = [pair for pair, one in zip(pairs, found, strict=True) if isinstance(one, Paired)]
-    ours, theirs = (
+    used = [cells for cells, pair in zip(pairs, differences, strict=True) if isinstance(pair, Paired)]
+    pruned_loss, scratch_loss = (
         float(np.mean([c.evaluation.loss for c in side if c and c.evaluation])) for side in zip(*used, strict=True)
     )
     interval = (mean.value, mean.low, mean.high)
-    return Verdict(setting, group, winner, ours, theirs, *interval, ratio, seeds=mean.seeds, planned=len(seeds))
+    return Verdict(
+        setting, group, winner, pruned_loss, scratch_loss, *interval, ratio, seeds=mean.seeds, planned=len(seeds)
+    )
 
 
 def _flop_ratio(index: Index, pruned: Cell | None, scratch: Cell | None) -> float | None:
@@ -199,22 +201,22 @@ def _flop_ratio(index: Index, pruned: Cell | None, scratch: Cell | None) -> floa
 
 def _absence(name: str, cell: Cell | None) -> str:
     if cell is None:
-        return f"the study has no {_called(name)}"
+        return f"the study has no {_run_name(name)}"
     if cell.evaluation is None:
-        return f"the {_called(name)} has no held-out loss"
+        return f"the {_run_name(name)} has no held-out loss"
     if not all(map(math.isfinite, (cell.evaluation.loss, *cell.evaluation.windows))):
-        return f"the held-out loss of the {_called(name)} is not finite"
+        return f"the held-out loss of the {_run_name(name)} is not finite"
     return ""
 
 
-def _called(name: str) -> str:
+def _run_name(name: str) -> str:
     if name == PRUNED:
         return f"pruned run {name}"
     return f"scratch run {name}" if name in SCRATCH.values() else f"run {name}"
 
 
 def _mismatch(pruned: Evaluation, scratch: Evaluation, *names: str) -> str:
-    both = " and ".join(f"the {_called(name)}" for name in names)
+    both = " and ".join(f"the {_run_name(name)}" for name in names)
     if pruned.protocol != scratch.protocol:
         return f"{both} were evaluated under different protocols"
     if len(pruned.windows) != len(scratch.windows):

@@ -1,4 +1,4 @@
-"""A question, held against the evidence nearest to it: who is ahead, from where on, and how far off the evidence is.
+"""Answer a question from the nearest evidence: who is ahead, where the paths cross, and how far the evidence is.
 
 Curves of another size are read at the same number of tokens per parameter of the target, ``N_0 * (1 - ratio)`` of a
 parent of ``N_0`` parameters (``N_0`` itself for sparse methods, which remove none).
@@ -31,7 +31,7 @@ _CHOICES: dict[Winner, Choice] = {
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked."""
+    """A choice between pruning and training from scratch, with its sizes and budgets."""
 
     parameters: float  #: of the parent, in all
     ratio: float  #: share to remove
@@ -44,9 +44,9 @@ class Question:
     dearer: float | None = None  #: FLOPs of a token of the parent over those of the target; by parameters unless given
 
     def target(self, granularity: str | None, parent: float | None = None, ratio: float | None = None) -> float:
-        """Parameters of the pruned model, unless others are given: of this question's parent and ratio."""
-        left = 1.0 if granularity == "sparse" else 1 - (self.ratio if ratio is None else ratio)
-        return (self.parameters if parent is None else parent) * left
+        """Parameters of the pruned model; ``parent`` and ``ratio`` replace those of the question."""
+        share = 1.0 if granularity == "sparse" else 1 - (self.ratio if ratio is None else ratio)
+        return (self.parameters if parent is None else parent) * share
 
     @property
     def decides(self) -> Name:
@@ -58,8 +58,8 @@ class Question:
 class Distance:
     """How far the question lies from the evidence in one respect."""
 
-    what: str
-    asked: float
+    what: str  #: the quantity, e.g. "ratio"
+    asked: float  #: its value in the question
     low: float  #: the smallest that was run
     high: float  #: the largest
 
@@ -107,12 +107,12 @@ class Case:
 
 def bearing(evidence: Evidence, question: Question) -> list[list[CurvePoint]]:
     """The runs that bear on a question, method by method, each at the ratio nearest to the question's."""
-    found = pairs(evidence.points)
+    groups = pairs(evidence.points)
     nearest: dict[str, float] = {}
-    for method, ratio in sorted(found, key=lambda pair: (abs(pair[1] - question.ratio), pair[1])):
+    for method, ratio in sorted(groups, key=lambda pair: (abs(pair[1] - question.ratio), pair[1])):
         nearest.setdefault(method, ratio)
-    methods = dict.fromkeys(method for method, _ in found)
-    return [found[method, nearest[method]] for method in methods if _fits(evidence, question, method)]
+    methods = dict.fromkeys(method for method, _ in groups)
+    return [groups[method, nearest[method]] for method in methods if _fits(evidence, question, method)]
 
 
 def _fits(evidence: Evidence, question: Question, method: str) -> bool:
@@ -123,11 +123,11 @@ def _fits(evidence: Evidence, question: Question, method: str) -> bool:
 
 
 def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint], noise: float | None = None) -> Case:
-    """Fit the runs of one method and ratio, and ask them.
+    """Fit the runs of one method and ratio, and predict for the question.
 
     Args:
         evidence: that the runs are from.
-        question: what is asked.
+        question: with the sizes and budgets to predict for.
         points: the runs.
         noise: as for :func:`secateur.forecast.fit.fit_pair`.
 
@@ -138,8 +138,8 @@ def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint]
     granularity = evidence.granularity[method]
     fit = fit_pair(points, DEFAULT_FORM, parent_loss=evidence.parent_loss, noise=noise)
     target = question.target(granularity)
-    theirs = question.target(granularity, evidence.parent_parameters, ratio)
-    scale = target / theirs
+    evidence_target = question.target(granularity, evidence.parent_parameters, ratio)
+    scale = target / evidence_target
     extras: dict[Name, float] = {"training": 0.0}
     if question.parent_tokens is not None:
         share = question.parent_tokens / question.children
@@ -153,31 +153,38 @@ def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint]
         fit,
         scale,
         accounts,
-        tuple(_distances(evidence, question, fit, theirs, decisive.extra)),
+        tuple(_distances(evidence, question, fit, evidence_target, decisive.extra)),
         tuple(narrowing(fit, decisive.crossover)),
     )
 
 
 def _account(fit: Fit, tokens: float, name: Name, extra: float, scale: float) -> AdviceAccount:
-    found = lead(fit, tokens / scale, extra / scale)
+    standing = lead(fit, tokens / scale, extra / scale)
     budgets, most = fit.budgets("pruned"), max(p.tokens for p in fit.points)
     near = budgets[0] / REACH <= tokens / scale and (tokens + extra) / scale <= REACH * most
-    winner: Winner = found.winner if near else "beyond what these runs can tell"
-    return AdviceAccount(name, extra, found, crossover(fit, extra / scale), winner)
+    winner: Winner = standing.winner if near else "beyond what these runs can tell"
+    return AdviceAccount(name, extra, standing, crossover(fit, extra / scale), winner)
 
 
-def _distances(evidence: Evidence, question: Question, fit: Fit, theirs: float, extra: float) -> Iterator[Distance]:
-    """From the question to the evidence, whose pruned model has ``theirs`` parameters."""
+def _distances(
+    evidence: Evidence, question: Question, fit: Fit, evidence_target: float, extra: float
+) -> Iterator[Distance]:
+    """Yield the distances from the question to the evidence, whose pruned model has ``evidence_target`` parameters."""
     point = fit.points[0]
     target = question.target(evidence.granularity[point.method])
-    pruned, scratch = ([tokens / theirs for tokens in fit.budgets(path)] for path in ("pruned", "scratch"))
+    pruned, scratch = ([tokens / evidence_target for tokens in fit.budgets(path)] for path in ("pruned", "scratch"))
     yield Distance("parameters of the parent", question.parameters, *[evidence.parent_parameters] * 2)
     yield Distance("ratio", question.ratio, point.ratio, point.ratio)
     yield Distance("retraining, tokens a parameter", question.tokens / target, pruned[0], pruned[-1])
     yield Distance("from scratch, tokens a parameter", (question.tokens + extra) / target, scratch[0], scratch[-1])
     if question.parent_tokens is not None and evidence.parent_tokens is not None:
-        theirs = evidence.parent_tokens / evidence.parent_parameters
-        yield Distance("the parent, tokens a parameter", question.parent_tokens / question.parameters, theirs, theirs)
+        per_parameter = evidence.parent_tokens / evidence.parent_parameters
+        yield Distance(
+            "the parent, tokens a parameter",
+            question.parent_tokens / question.parameters,
+            per_parameter,
+            per_parameter,
+        )
 
 
 @dataclass(frozen=True)
@@ -189,23 +196,23 @@ class Advice:
     extrapolates: bool  #: whether the question lies outside of what was run
 
 
-def advise(evidence: Evidence, question: Question, found: Sequence[Case]) -> Advice:
+def advise(evidence: Evidence, question: Question, cases: Sequence[Case]) -> Advice:
     """Sum up the cases; without any, what the source says in words."""
-    if not found:
-        said = [finding for finding in evidence.findings if finding.account == question.decides]
-        winner: Winner | None = next((finding.winner for finding in said if finding.winner), None)
-        why = "; ".join(finding.says for finding in said) or "no run of it is there"
+    if not cases:
+        findings = [finding for finding in evidence.findings if finding.account == question.decides]
+        winner: Winner | None = next((finding.winner for finding in findings if finding.winner), None)
+        why = "; ".join(finding.says for finding in findings) or "no run of it is there"
         return Advice(_CHOICES[winner] if winner else "cannot be told", f"no losses to go by; {why}", True)
-    winners: dict[str, Winner] = {case.method: case.account(question.decides).winner for case in found}
+    winners: dict[str, Winner] = {case.method: case.account(question.decides).winner for case in cases}
     kinds: set[Winner] = set(winners.values())
     return Advice(
         _CHOICES[kinds.pop()] if len(kinds) == 1 else "depends on the method",
-        "; ".join(_told(case, question) for case in found),
-        any(distance.outside for case in found for distance in case.distances),
+        "; ".join(_winner_phrase(case, question) for case in cases),
+        any(distance.outside for case in cases for distance in case.distances),
     )
 
 
-def _told(case: Case, question: Question) -> str:
+def _winner_phrase(case: Case, question: Question) -> str:
     """The winner of the account that decides; where the parent counts, also that at equal FLOPs if it is another."""
     winner = case.account(question.decides).winner
     by_flops = case.account("flops").winner if question.must_train else winner

@@ -1,4 +1,4 @@
-"""Which path is ahead at a budget, from which budget on the other catches up, and which run would tell it better.
+"""Predict which path is ahead at a budget, where the other catches up, and which further run is most informative.
 
 ``R`` is the budget of the pruned model. The from-scratch model gets ``rate * R + extra`` tokens: none extra at equal
 training tokens, those of the parent at equal total tokens, or as many as the parent's FLOPs would pay for; the rate is
@@ -20,7 +20,7 @@ from secateur.forecast.fit import LEVEL, Fit, Interval, percentile_interval
 
 __all__ = ["REACH", "Crossover", "Lead", "NextRun", "crossover", "lead", "narrowing", "next_runs"]
 
-REACH = 10  #: how many times the largest budget run anything is said of
+REACH = 10  #: predictions go up to this many times the largest budget run
 
 _GRID = 300  # budgets looked at, evenly spread in the logarithm
 _TRUTHS = 100  # draws that are taken for the truth, one after the other, to see what a further run would tell
@@ -63,10 +63,10 @@ class Crossover:
 
 def lead(fit: Fit, tokens: float, extra: float = 0.0, rate: float = 1.0) -> Lead:
     """Compare the paths at R = ``tokens``, where the from-scratch model gets ``rate * tokens + extra``."""
-    theirs = rate * tokens + extra
-    drawn = fit.drawn("scratch", theirs) - fit.drawn("pruned", tokens)
-    best = float(fit.loss("scratch", theirs) - fit.loss("pruned", tokens))
-    return Lead(percentile_interval(best, drawn), float(np.mean(drawn > 0)))
+    scratch_tokens = rate * tokens + extra
+    draws = fit.loss_draws("scratch", scratch_tokens) - fit.loss_draws("pruned", tokens)
+    best = float(fit.loss("scratch", scratch_tokens) - fit.loss("pruned", tokens))
+    return Lead(percentile_interval(best, draws), float(np.mean(draws > 0)))
 
 
 def crossover(fit: Fit, extra: float = 0.0, rate: float = 1.0) -> Crossover:
@@ -74,27 +74,27 @@ def crossover(fit: Fit, extra: float = 0.0, rate: float = 1.0) -> Crossover:
     lowest = float(fit.budgets("pruned")[0])
     horizon = REACH * float(max(p.tokens for p in fit.points))
     budgets = np.geomspace(lowest, horizon, _GRID)
-    theirs = rate * budgets + extra
-    ahead = fit.loss("scratch", theirs) - fit.loss("pruned", budgets)
-    drawn = fit.drawn("scratch", theirs) - fit.drawn("pruned", budgets)
+    scratch_tokens = rate * budgets + extra
+    ahead = fit.loss("scratch", scratch_tokens) - fit.loss("pruned", budgets)
+    draws = fit.loss_draws("scratch", scratch_tokens) - fit.loss_draws("pruned", budgets)
     leader: Path | None = "pruned" if ahead[0] > 0 else "scratch" if ahead[0] < 0 else None
     sign = -1.0 if leader == "scratch" else 1.0
-    found = _first_not_above(sign * np.vstack([ahead, drawn]), budgets)
-    return Crossover(leader, percentile_interval(float(found[0]), found[1:]), lowest, horizon, found[1:])
+    crossings = _first_not_above(sign * np.vstack([ahead, draws]), budgets)
+    return Crossover(leader, percentile_interval(float(crossings[0]), crossings[1:]), lowest, horizon, crossings[1:])
 
 
 def _first_not_above(leads: Floats, budgets: Floats) -> Floats:
     """For each row the first budget at which it is zero or less, between two of them by their logarithms."""
     under = leads <= 0
     at = np.where(under.any(axis=1), under.argmax(axis=1), -1)
-    found = np.full(len(leads), math.inf)
-    found[at == 0] = budgets[0]
+    crossings = np.full(len(leads), math.inf)
+    crossings[at == 0] = budgets[0]
     rows = np.flatnonzero(at > 0)
     before, after = leads[rows, at[rows] - 1], leads[rows, at[rows]]
     logs = np.log(budgets)
     step = logs[1] - logs[0]
-    found[rows] = np.exp(logs[at[rows] - 1] + step * before / (before - after))
-    return found
+    crossings[rows] = np.exp(logs[at[rows] - 1] + step * before / (before - after))
+    return crossings
 
 
 @dataclass(frozen=True)
@@ -124,24 +124,24 @@ def next_runs(fit: Fit, quantity: Floats, candidates: Sequence[tuple[Path, int]]
     """
     order = np.argsort(quantity, kind="stable")
     values = quantity[order]
-    now = _width(values, np.full((1, len(values)), 1 / len(values)))[0]
-    if now == 0:
+    width = _width(values, np.full((1, len(values)), 1 / len(values)))[0]
+    if width == 0:
         return []
     truths = np.linspace(0, len(values) - 1, min(_TRUTHS, len(values))).astype(int)
     noise = fit.noise * np.random.default_rng(_SEED).standard_normal(len(truths))
-    found = []
+    runs = []
     for path, tokens in candidates or _candidates(fit):
-        losses = fit.drawn(path, tokens)[order]
-        shown = losses[truths] + noise
-        agreement = np.exp(-0.5 * ((losses - shown[:, None]) / fit.noise) ** 2)
+        losses = fit.loss_draws(path, tokens)[order]
+        outcomes = losses[truths] + noise
+        agreement = np.exp(-0.5 * ((losses - outcomes[:, None]) / fit.noise) ** 2)
         then = _width(values, agreement / agreement.sum(axis=1, keepdims=True))
-        found.append(NextRun(path, tokens, float(np.mean(then) / now)))
-    return sorted(found, key=lambda run: (run.width, run.tokens, run.path))
+        runs.append(NextRun(path, tokens, float(np.mean(then) / width)))
+    return sorted(runs, key=lambda run: (run.width, run.tokens, run.path))
 
 
-def narrowing(fit: Fit, found: Crossover) -> list[NextRun]:
+def narrowing(fit: Fit, crossing: Crossover) -> list[NextRun]:
     """:func:`next_runs` for the logarithm of a crossover; a draw without one counts as the horizon."""
-    return next_runs(fit, np.log(np.minimum(found.draws, found.horizon)))
+    return next_runs(fit, np.log(np.minimum(crossing.draws, crossing.horizon)))
 
 
 def _candidates(fit: Fit) -> list[tuple[Path, int]]:

@@ -33,7 +33,7 @@ _STARTS = tuple((share, alpha) for alpha in (0.15, 0.4, 1.0) for share in (0.03,
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One finished run: its loss at the end of its own learning-rate schedule."""
+    """One finished run: its loss at the end of its learning-rate schedule."""
 
     path: Path
     method: str  #: that pruned the model, or whose shape or mask the scratch run has
@@ -91,12 +91,12 @@ def _priors(form: Form) -> dict[str, _Prior]:
     shared = form.exponent == "shared"
     if form.floor == "zero":  # G is then all of the loss, and the exponent accordingly small
         return {"G": _Prior(1.0, 0.5), "alpha": _Prior(0.05, 1.0, shared)}
-    found = {"G": _Prior(0.1, 1.0, form.head_start), "alpha": _Prior(0.4, 0.5, shared)}
+    priors = {"G": _Prior(0.1, 1.0, form.head_start), "alpha": _Prior(0.4, 0.5, shared)}
     if form.floor != "parent":
-        found["E"] = _Prior(0.85, 0.5, form.floor == "shared")
+        priors["E"] = _Prior(0.85, 0.5, form.floor == "shared")
     if form.head_start:
-        found["H"] = _Prior(1.0, 2.0, True)
-    return found
+        priors["H"] = _Prior(1.0, 2.0, True)
+    return priors
 
 
 class Problem:
@@ -149,17 +149,17 @@ class Problem:
 
         All starts are searched at once. Where the best end is not yet a minimum, scipy continues from it.
         """
-        one = (losses[None], centres[None], np.array([noise]))
+        single = (losses[None], centres[None], np.array([noise]))
 
         def apart(vector: Floats) -> Floats:
-            return _huber(self._apart(vector[None], *one))[0]
+            return _huber(self._apart(vector[None], *single))[0]
 
         def rows(vector: Floats) -> Floats:
-            return self._rows(vector[None], *one)[0]
+            return self._rows(vector[None], *single)[0]
 
         jacobian: Any = rows  # the library's own annotation knows only names of approximations
-        many = [np.repeat(each, len(starts), axis=0) for each in one]
-        ends = self.solve_many(many[0], many[1], many[2], np.array(starts))
+        repeated = [np.repeat(each, len(starts), axis=0) for each in single]
+        ends = self.solve_many(repeated[0], repeated[1], repeated[2], np.array(starts))
         best = min(ends, key=lambda vector: float(np.sum(apart(vector) ** 2)))
         if _is_minimum(apart, best, rows(best)):
             return best
@@ -215,28 +215,28 @@ class Problem:
         """The derivatives of the logarithm of each point's loss: ``[..., points, parameters]``."""
         floor, gap, alpha, head_start = np.moveaxis(self.curves(vector)[..., self._path, :], -1, 0)
         tokens = self._tokens + head_start
-        gone = gap * tokens**-alpha
+        gap_left = gap * tokens**-alpha
         by_name = {
             "E": floor,
-            "G": gone,
-            "alpha": -alpha * np.log(tokens) * gone,
-            "H": -alpha * head_start / tokens * gone,
+            "G": gap_left,
+            "alpha": -alpha * np.log(tokens) * gap_left,
+            "H": -alpha * head_start / tokens * gap_left,
         }
-        found = np.zeros((*gone.shape, vector.shape[-1]))
+        slopes = np.zeros((*gap_left.shape, vector.shape[-1]))
         for name, where in self._where.items():
-            found[..., np.arange(len(self._tokens)), np.array(where)[self._path]] += by_name[name] / (floor + gone)
-        return found
+            slopes[..., np.arange(len(self._tokens)), np.array(where)[self._path]] += by_name[name] / (floor + gap_left)
+        return slopes
 
     def starts(self) -> list[Floats]:
         """Where the search begins: several exponents, and shares of the loss that tokens remove."""
-        found = []
+        starts = []
         for share, alpha in _STARTS:
             vector = self.centres.copy()
             for name, value in (("G", share * self._level), ("alpha", alpha), ("E", (1 - share) * self._level)):
                 if name in self._where and self._form.floor != "zero":
                     vector[list(self._where[name])] = math.log(value)
-            found.append(vector)
-        return found
+            starts.append(vector)
+        return starts
 
 
 def _is_minimum(deviations: Callable[[Floats], Floats], vector: Floats, jacobian: Floats) -> bool:

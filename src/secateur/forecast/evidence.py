@@ -1,4 +1,4 @@
-"""What a recommendation rests on: finished runs of both paths, published or from a study's own folder."""
+"""Evidence for recommendations: finished runs of both paths, published or from a study's folder."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str
                 raise UserError(f"{path}: has no column {missing[0]!r}{did_you_mean(missing[0], head)}")
             return [(reader.line_num, {key: value or "" for key, value in row.items() if key}) for row in reader]
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --study takes a folder that `secateur study run` has written") from None
+        raise UserError(f"{path}: no such file; `study` takes a folder that `secateur study run` has written") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 

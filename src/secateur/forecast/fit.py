@@ -1,7 +1,7 @@
-"""Both curves of a pair fitted to finished runs, and what the runs leave open.
+"""Fit both curves of a pair to finished runs, with the uncertainty that the runs leave.
 
 Few points cannot tell all parameters of the law. So each has a prior, wide and the same for all curves, and what the
-points leave open is open in the draws of a :class:`Fit` as well. docs/prediction.md tells what is assumed.
+points leave open is open in the draws of a :class:`Fit` as well. docs/prediction.md lists the assumptions.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Fit:
         """The fitted loss, in nats per token, after ``tokens`` of training."""
         return law(self.best[PATHS.index(path)], np.asarray(tokens, dtype=float) / self.scale)
 
-    def drawn(self, path: Path, tokens: float | Floats) -> Floats:
+    def loss_draws(self, path: Path, tokens: float | Floats) -> Floats:
         """The same for each draw: ``[draws, *shape of tokens]``."""
         budgets = np.asarray(tokens, dtype=float)
         curves = self.draws[:, PATHS.index(path)].T
@@ -87,7 +87,7 @@ class Fit:
 
     def at(self, path: Path, tokens: float) -> Interval:
         """The loss at a budget, with what the fit leaves open; a single run scatters by ``noise`` around it."""
-        return percentile_interval(float(self.loss(path, tokens)), self.drawn(path, tokens))
+        return percentile_interval(float(self.loss(path, tokens)), self.loss_draws(path, tokens))
 
     def budgets(self, path: Path) -> list[int]:
         """The budgets that were run, in tokens, rising."""
@@ -96,10 +96,10 @@ class Fit:
 
 def pairs(points: Sequence[CurvePoint]) -> dict[tuple[str, float], list[CurvePoint]]:
     """The points by method and ratio: what a pruned model is compared with has its shape, or its mask."""
-    found: dict[tuple[str, float], list[CurvePoint]] = {}
+    groups: dict[tuple[str, float], list[CurvePoint]] = {}
     for point in points:
-        found.setdefault((point.method, point.ratio), []).append(point)
-    return found
+        groups.setdefault((point.method, point.ratio), []).append(point)
+    return groups
 
 
 def fit_pair(
@@ -140,14 +140,14 @@ def fit_pair(
         deviation, freedom = _pooled_noise(points, problem, best)
         best = problem.solve(problem.losses, problem.centres, deviation, [best, *problem.starts()])
     random = np.random.default_rng(_SEED)
-    sizes, shown, centres = np.empty(draws), np.empty((draws, len(points))), np.empty((draws, len(best)))
+    sizes, losses, centres = np.empty(draws), np.empty((draws, len(points))), np.empty((draws, len(best)))
     for draw in range(draws):
         sizes[draw] = deviation if noise else deviation * math.sqrt(freedom / random.chisquare(freedom))
         moved = sizes[draw] / problem.losses * random.standard_normal(len(points))
-        shown[draw] = problem.losses * np.exp(moved)  # in logarithms, as the fit has it: no loss falls below zero
+        losses[draw] = problem.losses * np.exp(moved)  # in logarithms, as the fit has it: no loss falls below zero
         centres[draw] = problem.centres + problem.widths * random.standard_normal(len(best))
-    drawn = problem.curves(problem.solve_many(shown, centres, sizes, best))
-    return Fit(CURVE_FORMS[form], points, problem.scale, deviation, problem.curves(best), drawn)
+    curves = problem.curves(problem.solve_many(losses, centres, sizes, best))
+    return Fit(CURVE_FORMS[form], points, problem.scale, deviation, problem.curves(best), curves)
 
 
 def _pooled_noise(points: Sequence[CurvePoint], problem: Problem, best: Floats) -> tuple[float, int]:
@@ -172,13 +172,13 @@ def _check(points: Sequence[CurvePoint]) -> None:
     who = " and ".join(f"{method} at ratio {ratio:g}" for method, ratio in pairs(points)) or "no run"
     if len(pairs(points)) != 1:
         raise UserError(f"curves: a pair of paths is of one method and ratio, not {who}")
-    seen: set[tuple[str, str, int, int]] = set()
+    keys: set[tuple[str, str, int, int]] = set()
     for p in points:
         if not (math.isfinite(p.loss) and p.loss > 0) or p.tokens < 1:
             raise UserError(f"{who}: a run of {p.tokens} tokens with a loss of {p.loss} cannot be fitted; leave it out")
-        if (p.path, p.name, p.tokens, p.seed) in seen:
+        if (p.path, p.name, p.tokens, p.seed) in keys:
             raise UserError(f"{who}: two {p.path} runs of {p.tokens} tokens have seed {p.seed}; keep one of them")
-        seen.add((p.path, p.name, p.tokens, p.seed))
+        keys.add((p.path, p.name, p.tokens, p.seed))
     budgets = {path: len({p.tokens for p in points if p.path == path}) for path in PATHS}
     missing = [path for path, number in budgets.items() if not number]
     if missing:
@@ -220,11 +220,11 @@ def leave_last_out(
     Returns:
         The runs that were left out, pair by pair. A pair of which too little would be left is not among them.
     """
-    found = []
+    predictions = []
     for group in pairs(points).values():
         out = {path: sorted({p.tokens for p in group if p.path == path})[-last:] for path in PATHS}
-        kept = [p for p in group if p.tokens not in out[p.path]]
-        if {p.path for p in kept} == set(PATHS) and len({(p.path, p.tokens) for p in kept}) > 2:
-            shorter = fit_pair(kept, form, parent_loss=parent_loss, draws=draws)
-            found += [LeftOut(p, shorter.at(p.path, p.tokens)) for p in group if p.tokens in out[p.path]]
-    return found
+        shorter_runs = [p for p in group if p.tokens not in out[p.path]]
+        if {p.path for p in shorter_runs} == set(PATHS) and len({(p.path, p.tokens) for p in shorter_runs}) > 2:
+            shorter = fit_pair(shorter_runs, form, parent_loss=parent_loss, draws=draws)
+            predictions += [LeftOut(p, shorter.at(p.path, p.tokens)) for p in group if p.tokens in out[p.path]]
+    return predictions

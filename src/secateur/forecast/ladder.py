@@ -2,7 +2,7 @@
 
 An *account* is what the two paths have as much of: training tokens, total tokens, or FLOPs with the parent's
 pretraining left out (sunk), shared by its children, or charged in full. At a budget R of the pruned model each account
-gives the from-scratch model a number of tokens, and the fitted curves say what it would come to there. Where a run of
+gives the from-scratch model a number of tokens, and the fitted curves predict its loss there. Where a run of
 just that account is in the study, its own paired difference stands in the place of the fit.
 """
 
@@ -120,7 +120,7 @@ def forecast(index: Index, verdicts: tuple[Verdict, ...]) -> Forecasts:
         index: the records.
         verdicts: their paired comparisons, over seeds where there are several.
     """
-    found: list[Forecast] = []
+    forecasts: list[Forecast] = []
     unfitted: list[str] = []
     ladders: dict[tuple[Model, str], list[Cell]] = {}
     for cell in index.results.cells:
@@ -131,10 +131,10 @@ def forecast(index: Index, verdicts: tuple[Verdict, ...]) -> Forecasts:
             continue
         name = model_name(model, index.models) + (f" ({objective})" if objective else "")
         try:
-            found.append(_forecast(index, verdicts, model, objective, name, cells))
+            forecasts.append(_forecast(index, verdicts, model, objective, name, cells))
         except UserError as error:
             unfitted.append(f"{name}: {error}")
-    return Forecasts(tuple(found), tuple(unfitted))
+    return Forecasts(tuple(forecasts), tuple(unfitted))
 
 
 def _is_ladder(cells: list[Cell]) -> bool:
@@ -232,12 +232,15 @@ def _measured(verdict: Verdict, allowance: Allowance) -> Standing:
 
 
 def _standing(fit: Fit, allowance: Allowance, tokens: int) -> Standing:
-    """By the fitted curves; nothing is said of budgets more than :data:`REACH` times the largest that was run."""
-    theirs = allowance.tokens(tokens)
-    ours, twins = fit.budgets("pruned"), fit.budgets("scratch")
-    if max(theirs, tokens) > REACH * max(ours[-1], twins[-1]):
-        return Standing(tokens, theirs, "out of reach", "not measured", None)
-    within = ours[0] <= tokens <= ours[-1] and twins[0] <= theirs <= twins[-1]
-    found = lead(fit, tokens, allowance.extra, allowance.rate)
+    """Predict by the fitted curves, up to :data:`REACH` times the largest budget that was run."""
+    scratch_tokens = allowance.tokens(tokens)
+    pruned_budgets, scratch_budgets = fit.budgets("pruned"), fit.budgets("scratch")
+    if max(scratch_tokens, tokens) > REACH * max(pruned_budgets[-1], scratch_budgets[-1]):
+        return Standing(tokens, scratch_tokens, "out of reach", "not measured", None)
+    within = (
+        pruned_budgets[0] <= tokens <= pruned_budgets[-1]
+        and scratch_budgets[0] <= scratch_tokens <= scratch_budgets[-1]
+    )
+    result = lead(fit, tokens, allowance.extra, allowance.rate)
     basis: Basis = "between the budgets run" if within else "beyond the budgets run"
-    return Standing(tokens, theirs, basis, found.winner, found.difference)
+    return Standing(tokens, scratch_tokens, basis, result.winner, result.difference)

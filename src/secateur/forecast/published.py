@@ -1,4 +1,4 @@
-"""The figures of arXiv:2606.14150: what a recommendation rests on where nothing of one's own was run.
+"""The figures of arXiv:2606.14150: the evidence for recommendations without a study.
 
 Losses are read off an image of its first figure, to about 0.01 nats. One seed each. The authors count 4.0 million
 tokens a step where a step has 4,194,304 (512 sequences of 8,192); tokens here are counted exactly, so that their 50 B

@@ -27,7 +27,7 @@ from secateur.forecast.fit import NOISE
 __all__ = ["LeftOutRatio", "RatioLaw", "Retrained", "Term", "fit_ratios", "leave_one_ratio_out"]
 
 _HUBER = 1.345  # in standard deviations of a run, as for the curves
-_TOLD = 1.0  # a parameter is told where the standard error of its logarithm is below this: to a factor of 2.7
+_IDENTIFIED = 1.0  # largest standard error of the logarithm of a parameter that the runs determine: a factor of e
 _RATIOS = 2  # fewer tell nothing across ratios
 _BUDGETS = 3  # fewer cannot tell a power of the budget from a constant
 
@@ -67,9 +67,9 @@ class Term:
     spread: float  #: standard error of its logarithm
 
     @property
-    def told(self) -> bool:
-        """Whether the runs tell it, to a factor of 2.7."""
-        return self.spread < _TOLD
+    def identified(self) -> bool:
+        """Whether the runs determine the parameter to within a factor of e."""
+        return self.spread < _IDENTIFIED
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ class RatioLaw:
     def loss(self, run: Retrained) -> float:
         """The loss, nats per token, of a run with this parent, ratio and budget; its own loss is not looked at."""
         values = np.log([[term.value for term in self.terms]])
-        return float(_losses(values[0], [term.name for term in self.terms], _known((run,), self.size, self.budget))[0])
+        return float(
+            _losses(values[0], [term.name for term in self.terms], _model_inputs((run,), self.size, self.budget))[0]
+        )
 
     @property
     def error(self) -> float:
@@ -130,24 +132,24 @@ def fit_ratios(runs: Sequence[Retrained]) -> RatioLaw:
         raise UserError(f"the law across ratios has {len(names)} parameters here, too many for {len(runs)} runs")
     size = math.exp(np.mean([math.log(run.parent_parameters) for run in runs]))
     budget = math.exp(np.mean([math.log(run.tokens) for run in runs]))
-    known = _known(runs, size, budget)
+    inputs = _model_inputs(runs, size, budget)
     losses = np.array([run.loss for run in runs])
 
     def apart(vector: Floats) -> Floats:
-        return np.log(_losses(vector, names, known) / losses) * losses / NOISE
+        return np.log(_losses(vector, names, inputs) / losses) * losses / NOISE
 
     def slopes(vector: Floats) -> Floats:
-        return _slopes(vector, names, known) * (losses / _losses(vector, names, known) / NOISE)[:, None]
+        return _slopes(vector, names, inputs) * (losses / _losses(vector, names, inputs) / NOISE)[:, None]
 
     jacobian: Any = slopes  # the library's own annotation knows only names of approximations
     bounds = np.log([_BOUNDS[name] for name in names]).T
     if "S" in names:  # what is left of the parents' losses has to be positive
         bounds[1][names.index("S")] = math.log(0.9 * min(run.parent_loss for run in runs))
-    found = [
+    results = [
         least_squares(apart, start, jacobian, tuple(bounds), x_scale="jac", loss="huber", f_scale=_HUBER, max_nfev=200)
         for start in _starts(names, bounds)
     ]
-    best = min(found, key=lambda result: result.cost)
+    best = min(results, key=lambda result: result.cost)
     spreads = _spreads(best.jac)
     terms = tuple(Term(n, float(np.exp(x)), float(s)) for n, x, s in zip(names, best.x, spreads, strict=True))
     return RatioLaw(runs, terms, folded, size, budget)
@@ -171,35 +173,35 @@ def _names(runs: Sequence[Retrained]) -> tuple[list[str], dict[str, str]]:
     return names, folded
 
 
-def _known(runs: Sequence[Retrained], size: float, budget: float) -> Floats:
+def _model_inputs(runs: Sequence[Retrained], size: float, budget: float) -> Floats:
     """What the law goes by: ``[4, runs]``, the parent's loss, the ratio, n and d."""
     rows = [(r.parent_loss, r.ratio, r.parent_parameters / size, r.tokens / budget) for r in runs]
     return np.array(rows, dtype=float).T
 
 
-def _losses(vector: Floats, names: Sequence[str], known: Floats) -> Floats:
+def _losses(vector: Floats, names: Sequence[str], inputs: Floats) -> Floats:
     """The loss of each run, nats per token; a parameter that is not named is folded away."""
-    scale, of_size, of_budget, value = _parts(vector, names, known)
-    return known[0] - value["S"] + scale * (value["C"] + of_size + of_budget)
+    scale, of_size, of_budget, value = _parts(vector, names, inputs)
+    return inputs[0] - value["S"] + scale * (value["C"] + of_size + of_budget)
 
 
-def _parts(vector: Floats, names: Sequence[str], known: Floats) -> tuple[Floats, Floats, Floats, dict[str, float]]:
+def _parts(vector: Floats, names: Sequence[str], inputs: Floats) -> tuple[Floats, Floats, Floats, dict[str, float]]:
     """What multiplies the bracket, its parts of size and of budget, and every parameter; nought where folded away."""
     value = dict.fromkeys(("delta", "alpha", "K", "S"), 0.0) | dict(zip(names, np.exp(vector), strict=True))
-    _, ratio, size, budget = known
+    _, ratio, size, budget = inputs
     scale = ratio ** value["g"] * size ** -value["delta"]
     return scale, value["K"] * size ** -value["alpha"], value["B"] * budget ** -value["beta"], value
 
 
-def _slopes(vector: Floats, names: Sequence[str], known: Floats) -> Floats:
+def _slopes(vector: Floats, names: Sequence[str], inputs: Floats) -> Floats:
     """The derivative of each run's loss by the logarithm of each parameter: ``[runs, parameters]``."""
-    scale, of_size, of_budget, value = _parts(vector, names, known)
+    scale, of_size, of_budget, value = _parts(vector, names, inputs)
     gap = scale * (value["C"] + of_size + of_budget)
     by_name = {
-        "g": value["g"] * np.log(known[1]) * gap,
-        "delta": -value["delta"] * np.log(known[2]) * gap,
-        "alpha": -value["alpha"] * np.log(known[2]) * scale * of_size,
-        "beta": -value["beta"] * np.log(known[3]) * scale * of_budget,
+        "g": value["g"] * np.log(inputs[1]) * gap,
+        "delta": -value["delta"] * np.log(inputs[2]) * gap,
+        "alpha": -value["alpha"] * np.log(inputs[2]) * scale * of_size,
+        "beta": -value["beta"] * np.log(inputs[3]) * scale * of_budget,
         "C": value["C"] * scale,
         "K": scale * of_size,
         "B": scale * of_budget,
@@ -239,7 +241,7 @@ def leave_one_ratio_out(runs: Sequence[Retrained]) -> tuple[list[LeftOutRatio], 
     Returns:
         The runs left out, and for each ratio without which the law cannot be fitted the reason.
     """
-    found: list[LeftOutRatio] = []
+    predictions: list[LeftOutRatio] = []
     refused: dict[float, str] = {}
     for ratio in sorted({run.ratio for run in runs}):
         try:
@@ -247,5 +249,5 @@ def leave_one_ratio_out(runs: Sequence[Retrained]) -> tuple[list[LeftOutRatio], 
         except UserError as error:
             refused[ratio] = str(error)
             continue
-        found += [LeftOutRatio(run, law.loss(replace(run, loss=1.0))) for run in runs if run.ratio == ratio]
-    return found, refused
+        predictions += [LeftOutRatio(run, law.loss(replace(run, loss=1.0))) for run in runs if run.ratio == ratio]
+    return predictions, refused

@@ -1,4 +1,4 @@
-"""The law across ratios on a study's records, method by method: what it says, and how far off it is."""
+"""Fit the law across ratios to a study's records, method by method, and measure its errors."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def across_ratios(index: Index) -> tuple[MethodLaw, ...]:
         if cell.path == "pruned" and cell.evaluation and math.isfinite(cell.evaluation.loss):
             pattern = cell.target if is_pattern(cell.target) else ""  # another law at the same ratio
             methods.setdefault((cell.method, pattern, cell.objective), []).append(cell)
-    found = []
+    laws = []
     for (method, _, objective), cells in methods.items():
         ratios, budgets = {cell.ratio for cell in cells}, {cell.training.tokens for cell in cells}
         if len(ratios) > 1 and len(budgets) >= _LADDER:
-            found.append(_law(index, method, objective, cells))
-    return tuple(found)
+            laws.append(_law(index, method, objective, cells))
+    return tuple(laws)
 
 
 def _law(index: Index, method: str, objective: str, cells: list[Cell]) -> MethodLaw:
@@ -78,21 +78,25 @@ def _law(index: Index, method: str, objective: str, cells: list[Cell]) -> Method
 
 def _retrained(index: Index, cell: Cell) -> Retrained:
     parent = index.parents.get(cell.parent)
-    ours, theirs = cell.evaluation, parent.evaluation if parent else None
-    if not parent or not ours or not theirs:
+    measured, parent_measured = cell.evaluation, parent.evaluation if parent else None
+    if not parent or not measured or not parent_measured:
         raise UserError("the parent's held-out loss is not measured, from which the law starts")
-    if ours.protocol != theirs.protocol:
+    if measured.protocol != parent_measured.protocol:
         raise UserError("its runs and their parent were evaluated under different protocols")
-    return Retrained(cell.parent, parent.parameters, theirs.loss, cell.ratio, cell.training.tokens, ours.loss)
+    return Retrained(
+        cell.parent, parent.parameters, parent_measured.loss, cell.ratio, cell.training.tokens, measured.loss
+    )
 
 
 def _predictions(law: RatioLaw) -> tuple[Prediction, ...]:
     """At every budget of the study and at twice the largest, run or not."""
     parents = {run.parent: run for run in law.runs}
     budgets = sorted({run.tokens for run in law.runs})
-    found = []
+    predictions = []
     for run, ratio, tokens in product(parents.values(), law.ratios, [*budgets, _FURTHER * budgets[-1]]):
         same = [r.loss for r in law.runs if (r.parent, r.ratio, r.tokens) == (run.parent, ratio, tokens)]
-        asked = Retrained(run.parent, run.parent_parameters, run.parent_loss, ratio, tokens, math.nan)
-        found.append(Prediction(run.parent, ratio, tokens, law.loss(asked), sum(same) / len(same) if same else None))
-    return tuple(found)
+        query = Retrained(run.parent, run.parent_parameters, run.parent_loss, ratio, tokens, math.nan)
+        predictions.append(
+            Prediction(run.parent, ratio, tokens, law.loss(query), sum(same) / len(same) if same else None)
+        )
+    return tuple(predictions)

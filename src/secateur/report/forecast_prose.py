@@ -196,7 +196,7 @@ def laws_json(laws: Sequence[MethodLaw]) -> list[dict[str, Any]]:
             "objective": row.objective,
             "reason": row.reason or None,
             "runs": len(row.law.runs) if row.law else None,
-            "parameters": [{**asdict(term), "told": term.told} for term in row.law.terms] if row.law else [],
+            "parameters": [{**asdict(term), "told": term.identified} for term in row.law.terms] if row.law else [],
             "folded": row.law.folded if row.law else {},
             "error": row.law.error if row.law else None,
             "left_out_error": row.left_out_error,

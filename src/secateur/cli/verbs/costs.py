@@ -22,11 +22,11 @@ class Sizes:
     target: float
     shapes: tuple[Shape, Shape] | None = None
 
-    def training(self, which: int, tokens: float) -> float:
+    def training(self, model: int, tokens: float) -> float:
         """FLOPs of training the parent (0) or the target (1)."""
         if self.shapes is not None:
-            return train_flops(self.shapes[which], 1, _CONTEXT) * tokens
-        return 6.0 * (self.parent, self.target)[which] * tokens
+            return train_flops(self.shapes[model], 1, _CONTEXT) * tokens
+        return 6.0 * (self.parent, self.target)[model] * tokens
 
     @property
     def formula(self) -> str:

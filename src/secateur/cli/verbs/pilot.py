@@ -20,7 +20,7 @@ _TOKENS_A_PARAMETER = 20  # of a parent whose tokens are not known: about what c
 _METHODS = {"depth": ["minitron-depth"], "width": ["minitron-width"], "sparse": ["wanda"]}
 
 
-def write_pilot(out: Path, question: Question, found: list[Case], like: Path | None) -> dict[str, Any]:
+def write_pilot(out: Path, question: Question, cases: list[Case], like: Path | None) -> dict[str, Any]:
     """Write a study file that ``secateur study plan`` and ``run`` take.
 
     Args:
@@ -43,8 +43,8 @@ def write_pilot(out: Path, question: Question, found: list[Case], like: Path | N
     if like is None:
         raw, says = _scaled(question)
     else:
-        load_study(like)  # an error in it is told as that file's
-        raw, says = _next(question, found, dict(load_yaml(like)))
+        load_study(like)  # reports errors as that file's
+        raw, says = _next(question, cases, dict(load_yaml(like)))
     raw |= {"name": "pilot", "title": f"Pilot: {says}", "methods": _methods(question), "ratios": [question.ratio]}
     raw["settings"] = ["equal_training_tokens", *(["equal_total_tokens"] if question.must_train else [])]
     parse(StudySpec, raw, origin=f"the pilot study {out}")
@@ -68,12 +68,12 @@ def _ladder(tokens: int) -> list[int]:
     return [max(1, tokens // 4), max(1, tokens // 2), tokens]
 
 
-def _next(question: Question, found: list[Case], raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _next(question: Question, cases: list[Case], raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The user's study with the budget that would tell most."""
-    runs = [run for case in found for run in case.next_runs]
+    runs = [run for case in cases for run in case.next_runs]
     best = min(runs, key=lambda run: (run.width, run.tokens), default=None)
     tokens = (
-        best.tokens if best else max((p.tokens for case in found for p in case.fit.points), default=question.tokens)
+        best.tokens if best else max((p.tokens for case in cases for p in case.fit.points), default=question.tokens)
     )
     raw["retrain"] = {**raw["retrain"], "tokens": tokens}
     return raw, f"R = {_plain(tokens)} tokens beside what has been run."
@@ -82,12 +82,12 @@ def _next(question: Question, found: list[Case], raw: dict[str, Any]) -> tuple[d
 def _scaled(question: Question) -> tuple[dict[str, Any], str]:
     """A study of the question's proportions on the text at hand."""
     parent = question.parent_tokens or _TOKENS_A_PARAMETER * question.parameters
-    asked = (parent + question.tokens) / question.parameters
-    sizes = [h for h in range(32, 513, 32) if asked * _non_embedding(h) <= _STDLIB] or [32]
+    budget = (parent + question.tokens) / question.parameters
+    sizes = [h for h in range(32, 513, 32) if budget * _non_embedding(h) <= _STDLIB] or [32]
     hidden = sizes[-1]
-    total = round(min(asked * _non_embedding(hidden), _STDLIB))
+    total = round(min(budget * _non_embedding(hidden), _STDLIB))
     retrain = max(2048, round(total * question.tokens / (parent + question.tokens)))
-    had = total / _non_embedding(hidden)
+    reached = total / _non_embedding(hidden)
     raw: dict[str, Any] = {
         "name": "pilot",
         "title": "",
@@ -109,8 +109,8 @@ def _scaled(question: Question) -> tuple[dict[str, Any], str]:
         "evaluation": {"windows": 128, "points": 5},
     }
     says = (
-        f"A parent of {_plain(_non_embedding(hidden))} parameters outside its embeddings, P+R = {had:.3g} tokens for "
-        f"each of them where the question has {asked:.3g}; with a corpus of your own it can be larger."
+        f"A parent of {_plain(_non_embedding(hidden))} parameters outside its embeddings, P+R = {reached:.3g} tokens "
+        f"for each of them where the question has {budget:.3g}; with a corpus of your own it can be larger."
     )
     return raw, says
 

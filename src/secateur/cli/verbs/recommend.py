@@ -31,21 +31,21 @@ def recommend(arguments: Namespace) -> Answer:
     evidence = published() if arguments.study is None else of_study(Path(arguments.study))
     question, sizes = _question(arguments, evidence)
     price = _price(arguments)
-    found, refused = _cases(evidence, question, arguments.noise)
-    advice = advise(evidence, question, found)
+    cases, refused = _cases(evidence, question, arguments.noise)
+    advice = advise(evidence, question, cases)
     pilot = None
     if arguments.pilot is not None:
         like = None if arguments.like is None else Path(arguments.like)
-        pilot = write_pilot(Path(arguments.pilot), question, found, like)
+        pilot = write_pilot(Path(arguments.pilot), question, cases, like)
     answer = {
-        "question": _asked(question, sizes),
+        "question": _question_record(question, sizes),
         "recommendation": {
             "choice": advice.choice,
             "decided_by": question.decides,
             "why": advice.why,
             "extrapolates": advice.extrapolates,
         },
-        "cases": [_case(case, question) for case in found],
+        "cases": [_case(case, question) for case in cases],
         "not_fitted": refused,
         "evidence": _evidence(evidence, question),
         "costs": costs(question, sizes, price),
@@ -60,33 +60,33 @@ def _cases(evidence: Evidence, question: Question, noise: float | None) -> tuple
     Raises:
         UserError: if there are runs to go by and none of them can be fitted.
     """
-    found: list[Case] = []
+    cases: list[Case] = []
     refused: list[str] = []
     groups = bearing(evidence, question)
     with track("fit the curves", len(groups)) as progress:
         for points in groups:
             try:
-                found.append(case_of(evidence, question, points, noise))
+                cases.append(case_of(evidence, question, points, noise))
             except UserError as error:
                 refused.append(str(error))
             progress.advance()
-    if refused and not found:
+    if refused and not cases:
         raise UserError(f"{evidence.source}: {refused[0]}")
-    return found, refused
+    return cases, refused
 
 
 def _question(arguments: Namespace, evidence: Evidence) -> tuple[Question, Sizes]:
-    """What is asked, and how large the models in question are."""
+    """Build the question, with the sizes of its models."""
     method, granularity = arguments.method, arguments.granularity
     if method is not None:
-        known = {name: info.granularity for name, info in METHODS.items()} | {**evidence.granularity}
-        if method not in known:
-            raise UserError(f"--method: {method!r} is not known{did_you_mean(method, known)}")
-        if granularity not in (None, known[method]):
+        granularities = {name: info.granularity for name, info in METHODS.items()} | {**evidence.granularity}
+        if method not in granularities:
+            raise UserError(f"--method: {method!r} is not known{did_you_mean(method, granularities)}")
+        if granularity not in (None, granularities[method]):
             raise UserError(
-                f"--granularity: {method} is of granularity {known[method]}, not {granularity}; leave it out"
+                f"--granularity: {method} is of granularity {granularities[method]}, not {granularity}; leave it out"
             )
-        granularity = known[method]
+        granularity = granularities[method]
     must_train = arguments.parent == "must-train"
     if must_train and arguments.parent_tokens is None:
         raise UserError("--parent must-train: say on how many tokens: --parent-tokens T")
@@ -94,8 +94,8 @@ def _question(arguments: Namespace, evidence: Evidence) -> tuple[Question, Sizes
         raise UserError("--children: share the parent's cost, which is sunk; goes with --parent must-train")
     shapes = _shapes(arguments.model, arguments.ratio, granularity) if arguments.model else None
     parent = float(shapes[0].total) if shapes else float(arguments.params)
-    asked = (arguments.ratio, arguments.tokens, granularity, method, must_train)
-    question = Question(parent, *asked, arguments.parent_tokens, arguments.children)
+    terms = (arguments.ratio, arguments.tokens, granularity, method, must_train)
+    question = Question(parent, *terms, arguments.parent_tokens, arguments.children)
     target = float(shapes[1].total) if shapes else question.target(granularity)
     sizes = Sizes(parent, target, shapes)
     if shapes:
@@ -122,7 +122,7 @@ def _price(arguments: Namespace) -> Price | None:
     return None if hour is None else Price(hour, flops)
 
 
-def _asked(question: Question, sizes: Sizes) -> dict[str, Any]:
+def _question_record(question: Question, sizes: Sizes) -> dict[str, Any]:
     return {
         "parameters": question.parameters,
         "target_parameters": sizes.target,

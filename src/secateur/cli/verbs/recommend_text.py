@@ -33,19 +33,20 @@ def text(answer: Mapping[str, Any]) -> str:
 
 
 def _headline(answer: Mapping[str, Any]) -> list[str]:
-    asked, advice = answer["question"], answer["recommendation"]
-    tokens, parent = asked["parent_tokens"], asked["parent"]
+    question, advice = answer["question"], answer["recommendation"]
+    tokens, parent = question["parent_tokens"], question["parent"]
     trained = f" on {count(tokens)} tokens" if tokens else ""
-    shared = f", shared by {asked['children']} children" if asked["children"] > 1 else ""
+    shared = f", shared by {question['children']} children" if question["children"] > 1 else ""
     had = "is there already" if parent == "have" else f"must be trained{trained}{shared}"
     lines = _wrapped(
-        f"A parent of {count(asked['parameters'])} parameters, ratio {asked['ratio']:g}, R = {count(asked['tokens'])} "
+        f"A parent of {count(question['parameters'])} parameters, ratio {question['ratio']:g}, "
+        f"R = {count(question['tokens'])} "
         f"tokens. The parent {had}, so {_ACCOUNTS[advice['decided_by']]} decide."
     )
-    if asked["granularity"] == "sparse":
+    if question["granularity"] == "sparse":
         lines += _wrapped("Single weights become zero: parameters, and FLOPs of dense kernels, stay the parent's.")
-    said = " (outside of what was run: see the distances)" if advice["extrapolates"] else ""
-    return [*lines, "", *_wrapped(f"{advice['choice'].upper()}{said}. {advice['why'][0].upper()}{advice['why'][1:]}.")]
+    note = " (outside of what was run: see the distances)" if advice["extrapolates"] else ""
+    return [*lines, "", *_wrapped(f"{advice['choice'].upper()}{note}. {advice['why'][0].upper()}{advice['why'][1:]}.")]
 
 
 def _case(case: Mapping[str, Any]) -> list[str]:
@@ -92,8 +93,10 @@ def _evidence(evidence: Mapping[str, Any]) -> list[str]:
     for finding in evidence["findings"]:
         lines += _wrapped(f"At {_ACCOUNTS[finding['account']]}, it says: {finding['says']}.", "  ")
     if evidence["accuracies"]:
-        told = "; ".join(f"{a['method']} {a['scratch']:g} and {a['pruned']:g}" for a in evidence["accuracies"])
-        lines += _wrapped(f"Zero-shot accuracy, scratch and pruned, at equal total tokens, one seed: {told}.", "  ")
+        accuracies = "; ".join(f"{a['method']} {a['scratch']:g} and {a['pruned']:g}" for a in evidence["accuracies"])
+        lines += _wrapped(
+            f"Zero-shot accuracy, scratch and pruned, at equal total tokens, one seed: {accuracies}.", "  "
+        )
     return lines
 
 
@@ -115,8 +118,8 @@ def _priced(costs: Mapping[str, Any]) -> bool:
     return any(row["money"] is not None for row in costs["paths"])
 
 
-def _interval(found: Mapping[str, float], *, sign: bool = False) -> str:
-    value, low, high = ((signed(found[k], 2) if sign else number(found[k], 2)) for k in ("value", "low", "high"))
+def _interval(interval: Mapping[str, float], *, sign: bool = False) -> str:
+    value, low, high = ((signed(interval[k], 2) if sign else number(interval[k], 2)) for k in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
 

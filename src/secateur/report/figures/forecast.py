@@ -66,7 +66,7 @@ def _draw_path(
 ) -> None:
     tokens = np.geomspace(*span, _CURVE)
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(forecast.fit.drawn(path, tokens), (tail, 100 - tail), axis=0)
+    low, high = np.percentile(forecast.fit.loss_draws(path, tokens), (tail, 100 - tail), axis=0)
     axes.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0, zorder=1)
     axes.plot(tokens, forecast.fit.loss(path, tokens), color=colour, ls=dash, zorder=3)
     runs = [(p.tokens, p.loss) for p in forecast.fit.points if p.path == path]
