@@ -240,12 +240,14 @@ class Problem:
 
 
 def _is_minimum(deviations: Callable[[Floats], Floats], vector: Floats, jacobian: Floats) -> bool:
-    """Whether scipy's search, started at ``vector``, would stay there: no gradient, or no descent by a Newton step."""
+    """Whether scipy's search would stay at ``vector``: no gradient, or a tiny Newton step that does not descend."""
     start = deviations(vector)
-    if np.all(np.abs(start @ jacobian) <= _LEVEL * np.linalg.norm(jacobian, axis=0) * np.linalg.norm(start)):
+    size = np.linalg.norm(start)
+    if np.all(np.abs(start @ jacobian) <= _LEVEL * np.linalg.norm(jacobian, axis=0) * size):
         return True
     step = np.linalg.lstsq(jacobian, -start, rcond=None)[0]
-    return bool(np.linalg.norm(deviations(vector + step)) > np.linalg.norm(start))
+    tiny = np.linalg.norm(jacobian @ step) <= math.sqrt(_LEVEL) * size
+    return bool(tiny and np.linalg.norm(deviations(vector + step)) > size)
 
 
 def _huber(deviations: Floats) -> Floats:
