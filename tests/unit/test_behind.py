@@ -67,9 +67,9 @@ def test_what_is_written_behind_are_the_same_bytes(
     assert main(line(world, tmp_path / "at-once", method)) == 0
     names = slowed(monkeypatch)
     assert main(line(world, tmp_path / "behind", method, "--states", states)) == 0
-    assert names and all(name.startswith("written-behind") for name in names)
+    assert names and all(name.startswith("async-writer") for name in names)
     assert files(tmp_path / "behind") == files(tmp_path / "at-once")
-    assert not any(thread.name.startswith("written-behind") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("async-writer") for thread in threading.enumerate())
 
 
 def test_one_step_waits_at_most_and_whoever_asks_for_it_waits_for_it(

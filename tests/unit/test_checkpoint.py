@@ -243,7 +243,7 @@ def test_overflow_is_found_at_the_block(tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path)
     edit_tensors(directory, lambda tensors: tensors["model.layers.1.mlp.down_proj.weight"].fill_(3e38))
     walk = BlockWalk(Checkpoint(directory), windows())
-    with pytest.raises(UserError, match="block 1 puts out NaN or infinity"):
+    with pytest.raises(UserError, match="block 1 has NaN or infinity in its output"):
         states = walk.start()
         for block in walk.blocks():
             states = block.run(states)

@@ -115,7 +115,7 @@ def test_a_note_that_cannot_be_begins_anew(marker: str, tmp_path: Path, capsys: 
     journal.finish(0)
     (tmp_path / "finished").write_text(marker)
     again = Journal(tmp_path)
-    assert (again.finished_steps, len(again)) == (0, 0) and "begun anew" in capsys.readouterr().err
+    assert (again.finished_steps, len(again)) == (0, 0) and "starts over" in capsys.readouterr().err
 
 
 def test_a_checksum_knows_any_change() -> None:
@@ -166,7 +166,7 @@ def test_a_run_does_not_go_on_with_what_is_damaged(
     damaging(next((tmp_path / "out.partial" / "work").glob(pattern)))
     capsys.readouterr()
     assert prune(world, tmp_path / "out", "wanda", "--states", "disk", "--resume") == 0
-    said = "run once more" if damage.startswith("states") else "begun anew"
+    said = "run once more" if damage.startswith("states") else "starts over"
     assert said in capsys.readouterr().err
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 

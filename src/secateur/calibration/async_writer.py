@@ -1,4 +1,4 @@
-"""How results leave a GPU: copied and written in a thread, behind the computation of the next block."""
+"""Writing results in a thread while the GPU computes the next block."""
 
 from __future__ import annotations
 
@@ -13,76 +13,76 @@ from secateur import distributed
 
 __all__ = ["AsyncWriter", "is_worthwhile"]
 
-_Done = TypeVar("_Done")
+_Result = TypeVar("_Result")
 
 
 def is_worthwhile(device: str) -> bool:
-    """Whether there is time to be won.
+    """Whether writing in a thread saves time.
 
-    On a CPU the thread would only take the cores from the computation; and of several processes all wait for what the
-    first one writes, since they go on with it.
+    On a CPU the thread would compete with the computation for cores. With several processes, all wait for the files of
+    the main one anyway.
     """
     return device.startswith("cuda") and distributed.world_size() == 1
 
 
 class AsyncWriter:
-    """Does jobs in a thread, in the order in which they were given; after one that failed, none.
+    """Runs jobs in a thread, in order; after a failed job it runs no more.
 
     Args:
-        device: where the tensors are from; on a GPU they are copied on a stream of its own into page-locked memory, so
-            that neither the host nor the kernels of the next block wait for them.
+        device: the device of the tensors. From a GPU they are copied on a separate stream into page-locked memory, so
+            that neither the host nor the kernels of the next block wait.
     """
 
     def __init__(self, device: str) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="written-behind")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="async-writer")
         self._stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         self._last: Future[Any] | None = None
 
-    def submit(self, job: Callable[[], _Done]) -> Future[_Done]:
-        """Have a job done behind all that were given before."""
-        before = self._last
+    def submit(self, job: Callable[[], _Result]) -> Future[_Result]:
+        """Queue a job behind all earlier ones."""
+        previous = self._last
 
-        def in_turn() -> _Done:
-            if before is not None:
-                before.result()  # raises what it raised: a step must not be noted as finished without its file
+        def run() -> _Result:
+            if previous is not None:
+                previous.result()  # raises its error: a step must not be marked finished without its file
             return job()
 
-        self._last = done = self._thread.submit(in_turn)
-        return done
+        self._last = future = self._thread.submit(run)
+        return future
 
     def flush(self) -> None:
-        """Wait until all is done; raise what went wrong."""
+        """Wait for all jobs; raise the error of a failed one."""
         if self._last is not None:
             self._last.result()
 
     def close(self) -> None:
-        """Wait until nothing is done any more, whether it went well or not."""
+        """Wait until the thread is idle, without raising errors."""
         self._thread.shutdown()
 
     def copy_to_host(self, tensors: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-        """Give up tensors as the stream that is current will have left them: they may not be changed any more.
+        """Prepare to copy tensors to the host, once the current stream has computed them. Do not change them any more.
 
         Returns:
-            What a job calls, once, to have them on the host; then they are held on the device no longer.
+            A function for a job to call once: it copies the tensors, frees them on the device and returns the copies.
         """
-        held, stream = dict(tensors), self._stream
+        sources, stream = dict(tensors), self._stream
         if stream is None:
-            return lambda: held
+            return lambda: sources
         ready = torch.cuda.current_stream(stream.device).record_event()
 
-        def arrive() -> dict[str, Tensor]:
+        def copy() -> dict[str, Tensor]:
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
-                arrived = {name: _copied(tensor) for name, tensor in held.items()}
-                stream.synchronize()  # holds up this thread alone; until then ``held`` keeps their memory from reuse
-            held.clear()
-            return arrived
+                copies = {name: _copy_async(tensor) for name, tensor in sources.items()}
+                stream.synchronize()  # blocks only this thread; until then ``sources`` keeps the memory from reuse
+            sources.clear()
+            return copies
 
-        return arrive
+        return copy
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy on the host of what lies on a GPU, still under way; anything else as it is."""
+def _copy_async(tensor: Tensor) -> Tensor:
+    """Start copying a GPU tensor to the host; return any other tensor unchanged."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,7 +1,7 @@
 """Gradients of the calibration loss, one block in memory at a time.
 
-The states that enter each block are kept from a forward pass; then the blocks are visited from the last to the first,
-each run again with its gradient. What is held is one block, its gradients, and the states.
+A forward pass stores the states that enter each block. Then each block, from the last to the first, runs again with
+gradients. Memory holds one block, its gradients, and the states.
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ def gradients_of(
 ) -> Iterator[tuple[Block | None, Gradients]]:
     """Visit the blocks from the last to the first, each with statistics of its tensors' gradients.
 
-    Several processes go this way together, and only the first is shown anything, as by :meth:`BlockWalk.yield_on_main`.
-
-    The loss is the mean over windows of a window's mean next-token loss, and a statistic sees one window at a time: the
-    walk must have batches of one.
+    Only the main process yields, as in :meth:`BlockWalk.yield_on_main`. The loss is the mean over windows of each
+    window's mean next-token loss, and a statistic takes one window at a time.
 
     Args:
-        walk: over the blocks, with batches of one window.
-        kinds: of statistics.
-        outer: whether a last item, without a block, is for the tensors outside the blocks.
+        walk: the walk over the blocks, with batches of one window.
+        kinds: kinds of statistics.
+        outer: whether to yield a last item, with None for the block, for the tensors outside the blocks.
     """
     entering: list[States] = [walk.start()]
     for block in walk.blocks():
@@ -43,65 +41,67 @@ def gradients_of(
     leaving = entering.pop()
     upstream = [walk.store.save(gradient) for gradient in walk.head().gradients(walk.batches, leaving)]
     for block in walk.blocks(backwards=True):
-        found = {name: [kind() for kind in kinds] for name, _ in block.module.named_parameters()}
+        statistics = {name: [kind() for kind in kinds] for name, _ in block.module.named_parameters()}
         windows = zip(entering.pop(), upstream, strict=True)
-        upstream = [walk.store.save(_through(block, states, behind, found)) for states, behind in windows]
-        yield from walk.yield_on_main(block.index, (block, _values(found, kinds, walk.device)))
+        upstream = [walk.store.save(_backward(block, states, gradient, statistics)) for states, gradient in windows]
+        yield from walk.yield_on_main(block.index, (block, _values(statistics, kinds, walk.device)))
     if outer:
-        values = _values(_outside(walk, leaving, upstream, kinds), kinds, walk.device)
+        values = _values(_outer_statistics(walk, leaving, upstream, kinds), kinds, walk.device)
         yield from walk.yield_on_main(len(walk.layers), (None, values))
 
 
-def _through(block: Block, states: Tensor, behind: Tensor, found: Mapping[str, list[GradientStatistic]]) -> Tensor:
-    """Carry a window's gradient back through a block, adding its tensors' to ``found``."""
+def _backward(
+    block: Block, states: Tensor, upstream: Tensor, statistics: Mapping[str, list[GradientStatistic]]
+) -> Tensor:
+    """Carry a window's gradient back through a block and update the statistics of the block's tensors."""
     states = states.to(block.walk.device).detach().requires_grad_()
     parameters = {name: parameter.requires_grad_() for name, parameter in block.module.named_parameters()}
     with torch.enable_grad():
         out = block.forward(states)
-        before, *gradients = torch.autograd.grad(out, [states, *parameters.values()], behind.to(out))
-    if not is_finite(before):
+        downstream, *gradients = torch.autograd.grad(out, [states, *parameters.values()], upstream.to(out))
+    if not is_finite(downstream):
         where = f"{block.walk.checkpoint.directory}: block {block.index}"
-        raise UserError(f"{where} has a gradient of NaN or infinity on this calibration text")
+        raise UserError(f"{where} has NaN or infinity in its gradient on this calibration text")
     for name, gradient in zip(parameters, gradients, strict=True):
-        for statistic in found[name]:
+        for statistic in statistics[name]:
             statistic.update(gradient.float())
-    return before
+    return downstream
 
 
-def _outside(
+def _outer_statistics(
     walk: BlockWalk, leaving: States, upstream: States, kinds: Sequence[type[GradientStatistic]]
 ) -> dict[str, list[GradientStatistic]]:
-    """Statistics of the gradients of the tensors outside the blocks; a tied one has both its uses summed.
+    """Statistics of the gradients of the tensors outside the blocks; a tied tensor sums both its uses.
 
-    Here the head is whole in memory, in float32, and so are the gradients.
+    The whole head and its gradients are in memory, in float32.
     """
     family, tied, device = walk.family, walk.checkpoint.shape.tied, walk.device
-    found = {name: [kind() for kind in kinds] for name in walk.checkpoint.outer_tensors()}
-    norm, end = walk.norm.requires_grad_(), walk.head()
+    outer = {name: [kind() for kind in kinds] for name in walk.checkpoint.outer_tensors()}
+    norm, lm_head = walk.norm.requires_grad_(), walk.head()
     head = walk.checkpoint.tensor(family.head).to(device, torch.float32).requires_grad_()
     for ids, last, first in zip(walk.batches, leaving, upstream, strict=True):
         rows = walk.load_embeddings(ids)
         walk.embedding.requires_grad_()
         with torch.enable_grad():
-            logits = end.cap_logits(norm(last[0, :-1].to(device)).float() @ head.T)
+            logits = lm_head.cap_logits(norm(last[0, :-1].to(device)).float() @ head.T)
             loss = nn.functional.cross_entropy(logits, ids[0, 1:].to(device))
-            of_norm, of_head = torch.autograd.grad(loss, [norm.get_parameter("weight"), head])
+            norm_gradient, head_gradient = torch.autograd.grad(loss, [norm.get_parameter("weight"), head])
             weight = walk.embedding.get_parameter("weight")
-            (of_rows,) = torch.autograd.grad(walk.embedding(rows), weight, first.to(device, weight.dtype))
-        table = torch.zeros_like(head).index_copy_(0, ids.unique().to(device), of_rows.float())
+            (row_gradient,) = torch.autograd.grad(walk.embedding(rows), weight, first.to(device, weight.dtype))
+        table = torch.zeros_like(head).index_copy_(0, ids.unique().to(device), row_gradient.float())
         gradients = {
-            family.embedding: table + of_head if tied else table,
-            family.final_norm: of_norm,
-            family.head: of_head,
+            family.embedding: table + head_gradient if tied else table,
+            family.final_norm: norm_gradient,
+            family.head: head_gradient,
         }
-        for name, statistics in found.items():
+        for name, statistics in outer.items():
             for statistic in statistics:
                 statistic.update(gradients[name])
-    return found
+    return outer
 
 
 def _values(
-    found: Mapping[str, list[GradientStatistic]], kinds: Sequence[type[GradientStatistic]], device: str
+    statistics: Mapping[str, list[GradientStatistic]], kinds: Sequence[type[GradientStatistic]], device: str
 ) -> Gradients:
-    join(itertools.chain(*found.values()), device)
-    return {kind: {name: s[i].value() for name, s in found.items()} for i, kind in enumerate(kinds)}
+    join(itertools.chain(*statistics.values()), device)
+    return {kind: {name: s[i].value() for name, s in statistics.items()} for i, kind in enumerate(kinds)}

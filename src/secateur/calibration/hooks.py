@@ -1,4 +1,4 @@
-"""Shows what goes through a site of a block to the statistics that are gathered there."""
+"""Forward hooks that feed the activations at a site of a block to statistics."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["Observer", "StopForward"]
 
 
 class StopForward(Exception):
-    """All that is wanted of a batch has been seen; what the block does next is not needed."""
+    """Stops a forward pass once every site has been observed."""
 
 
 @dataclass
 class Observer:
-    """Shows a site's activations to its statistics.
+    """Updates statistics with the activations at a site.
 
     Args:
-        site: its name.
-        statistics: of its activations.
-        pending: sites of this batch that have not been seen yet; None where the block runs to its end.
+        site: the name of the site.
+        statistics: statistics of its activations.
+        pending: sites not yet observed in this batch; None if the block runs to its end.
     """
 
     site: str
@@ -31,12 +31,12 @@ class Observer:
     pending: set[str] | None
 
     def input(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._see(arguments[0])
+        self._update(arguments[0])
 
     def output(self, _module: nn.Module, _arguments: tuple[Tensor, ...], result: Tensor) -> None:
-        self._see(result)
+        self._update(result)
 
-    def _see(self, values: Tensor) -> None:
+    def _update(self, values: Tensor) -> None:
         for statistic in self.statistics:
             statistic.update(values)
         if self.pending is not None:

@@ -1,4 +1,4 @@
-"""The loss without some of the blocks, for every run of them that could be removed."""
+"""The loss of the model without each contiguous run of blocks."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from secateur.calibration.block_walk import BlockWalk, States
 
 __all__ = ["GROUP_BYTES", "removal_losses"]
 
-GROUP_BYTES = 2**29  #: states that the candidates may hold together
+GROUP_BYTES = 2**29  #: memory for the states of all candidates
 
 
 def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
     """The loss with each contiguous run of ``length`` blocks bypassed.
 
-    The states before a run are those of the full model, so candidate ``i`` costs only the blocks after its run. Groups
-    of windows take their turns, so that the states of all candidates fit into memory.
+    The states before a run are those of the full model, so candidate ``i`` only runs the blocks after it. Windows are
+    processed in groups, so that the states of all candidates fit into memory.
 
     Returns:
-        The full model's loss, and the loss of each candidate, by the index of the run's first block.
+        The full model's loss (nats per token), and each candidate's, by the index of the first block removed.
     """
     candidates = len(walk.layers) - length + 1
     width = walk.checkpoint.shape.hidden * walk.dtype.itemsize
-    together = max(1, GROUP_BYTES // ((candidates + 1) * walk.main_batches[0].numel() * width))
-    starts = range(0, len(walk.main_batches), together)  # as many groups in each process
-    groups = [walk.batches[start : start + together] for start in starts]
+    group_size = max(1, GROUP_BYTES // ((candidates + 1) * walk.main_batches[0].numel() * width))
+    starts = range(0, len(walk.main_batches), group_size)  # as many groups in each process
+    groups = [walk.batches[start : start + group_size] for start in starts]
     for step, group in enumerate(groups):
         if step >= walk.journal.finished_steps:
             part = f", part {step + 1} of {len(groups)}" if len(groups) > 1 else ""
@@ -41,7 +41,7 @@ def removal_losses(walk: BlockWalk, length: int) -> tuple[float, list[float]]:
 
 
 def _removal_losses(walk: BlockWalk, length: int, batches: Sequence[Tensor], part: str) -> Tensor:
-    """Summed losses over some windows, float64: of the full model, then with each run bypassed."""
+    """Losses summed over some windows, float64 [1 + candidates]: the full model, then with each run bypassed."""
     full = walk.start(batches)
     candidates: dict[int, States] = {}  # first bypassed block -> states so far
     last = len(walk.layers) - length

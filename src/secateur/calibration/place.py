@@ -1,4 +1,4 @@
-"""What a method is shown: the statistics, weights and gradients of one space at one place, unit by unit."""
+"""Places: the input of a method's formula, i.e. statistics, weights and gradients of one space in one block."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Tensors = Mapping[str, tuple["Tensor", tuple[Axis, ...]]]  #: name -> a tensor a
 
 @dataclass
 class Place:
-    """What is known of one space at one place of the model.
+    """The statistics, weights and gradients of one space at one place of the model.
 
-    A *unit* is what is kept or dropped: a hidden or FFN channel, a KV head with its query heads, or a whole layer.
+    A *unit* stays or is removed as a whole: a hidden or FFN channel, a KV head with its query heads, or a layer.
     """
 
     space: str  #: ``hidden``, ``ffn``, ``kv`` or ``layer``
@@ -34,36 +34,36 @@ class Place:
     shape: Shape
     layer: int  #: the block's index; -1 outside the blocks
     stats: Mapping[type, Tensor] = field(default_factory=dict)  #: kind of statistic -> its value here
-    reader: Tensor | None = None  #: weight [rows, channels] of the linear that reads these activations, where it is one
+    reader: Tensor | None = None  #: weight [rows, channels] of the linear that reads these activations, if there is one
     tensors: Tensors = field(default_factory=dict)
     tensor_gradients: Gradients = field(default_factory=dict)
 
-    _channels: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # of a unit, by weight
+    _channels: dict[str, int] = field(default_factory=dict, init=False, repr=False)  # channels of a unit, by weight
 
     def by_channel(self, name: str, values: Tensor) -> Tensor:
-        """Lay one of :attr:`weights`, or values like it, out by channel: [units, channels of a unit, values]."""
+        """Lay out one of :attr:`weights`, or values of its size, by channel: [units, channels of a unit, values]."""
         return values.unflatten(1, (self._channels[name], -1))
 
     def by_unit(self, channels: Tensor) -> Tensor:
-        """Lay values of channels out by unit: [channels] -> [units, channels of a unit]."""
+        """Lay out values of channels by unit: [channels] -> [units, channels of a unit]."""
         return channels.reshape(self.units, -1)
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The weights (biases left out) that run through this space: name -> [units, values of one unit]."""
+        """The weights (without biases) that have this space as an axis: name -> [units, values of one unit]."""
         return self._by_unit({name: tensor for name, (tensor, _) in self.tensors.items()})
 
     def gradient(self, kind: type[GradientStatistic]) -> dict[str, Tensor]:
-        """A statistic of the gradients with respect to :attr:`weights`, laid out alike."""
+        """A statistic of the gradients with respect to :attr:`weights`, laid out the same way."""
         return self._by_unit(self.tensor_gradients[kind])
 
     def _by_unit(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
+        values = {}
         for name, tensor in tensors.items():
             if not name.endswith(".weight"):
                 continue
             if self.space == "layer":
-                found[name] = tensor.reshape(1, -1)
+                values[name] = tensor.reshape(1, -1)
                 self._channels[name] = 1
                 continue
             for dimension, axis in enumerate(self.tensors[name][1]):
@@ -73,10 +73,10 @@ class Place:
                     if space == self.space or (self.space == "kv" and space == "query"):
                         cut = tensor.narrow(dimension, start, size).movedim(dimension, 0)
                         key = f"{name}[{part}]" if isinstance(axis, tuple) else name
-                        found[key] = cut.reshape(self.units, -1)
+                        values[key] = cut.reshape(self.units, -1)
                         self._channels[key] = size // self.units
                     start += size
-        return found
+        return values
 
 
 def walk_places(
@@ -86,21 +86,21 @@ def walk_places(
     *,
     replay: Callable[[Block], None] | None = None,
 ) -> Iterator[tuple[Block | None, dict[str, list[Place]]]]:
-    """Walk through the blocks and show each one's places.
+    """Walk through the blocks and yield the places of each.
 
-    Activations come block by block from the first to the last. Where a block's weights are changed while it is shown,
-    the blocks behind it see what the changed one puts out. Gradients come from the last block to the first; then, and
-    for needs without activations, a last item without a block shows the tensors outside the blocks. Of several
-    processes only the main one yields, as in :meth:`BlockWalk.yield_on_main`. Places hold weights and gradients: drop
-    them before asking for the next.
+    Activations come from the first block to the last. If the caller changes a block's weights, the blocks after it see
+    the outputs of the changed block. Gradients come from the last block to the first. For gradients, and without
+    activations, a last item with None for the block holds the places outside the blocks. Only the
+    main process yields, as in :meth:`BlockWalk.yield_on_main`. Places hold weights and gradients: drop them before
+    asking for the next.
 
     Args:
-        walk: over the blocks.
-        needs: kinds of statistics, of activations, of states, or of gradients.
-        spaces: of which to show places: ``hidden``, ``ffn``, ``kv``, or ``layer``.
+        walk: the walk over the blocks.
+        needs: kinds of statistics: of activations, of states, or of gradients.
+        spaces: spaces to yield places of: ``hidden``, ``ffn``, ``kv``, or ``layer``.
         replay: as in :meth:`BlockWalk.observe`.
     """
-    if walk.journal.complete:  # all was shown before, and what came of it was kept
+    if walk.journal.complete:
         return
     activations = [kind for kind in needs if issubclass(kind, Statistic)]
     gradient_kinds = [kind for kind in needs if issubclass(kind, GradientStatistic)]
@@ -110,12 +110,12 @@ def walk_places(
 
         for block, gradients in gradients_of(walk, gradient_kinds, outer="hidden" in spaces):
             yield block, _places(walk, block, spaces, {}, gradients)
-            del gradients  # as large as the block, twice; not beside the next block's
+            del gradients  # twice as large as the block; free them before the next block's
         return
     family = walk.family
     sites = {"hidden": family.hidden_sites, "ffn": (family.ffn_site,), "kv": (family.kv_site,)}
-    wanted = {site: activations for space in spaces if activations for site in sites[space]}
-    for block, stats in walk.observe(wanted, state_kinds, replay=replay):
+    kinds = {site: activations for space in spaces if activations for site in sites[space]}
+    for block, stats in walk.observe(kinds, state_kinds, replay=replay):
         yield block, _places(walk, block, spaces, stats, {})
     if not activations and "hidden" in spaces:
         yield from walk.yield_on_main(len(walk.layers), (None, _places(walk, None, spaces, {}, {})))
@@ -128,21 +128,21 @@ def _places(
     stats: Mapping[str, Mapping[type, Tensor]],
     gradients: Gradients,
 ) -> dict[str, list[Place]]:
-    """The places of one block, or of the tensors outside the blocks; hidden channels have one at each norm."""
+    """The places of one block, or outside the blocks if ``block`` is None; hidden channels have one at each norm."""
     family, shape = walk.family, walk.checkpoint.shape
     if block is None:
         outer = walk.checkpoint.outer_tensors()
         tensors = {name: (walk.checkpoint.tensor(name).to(walk.device).float(), axes) for name, axes in outer.items()}
         return {"hidden": [Place("hidden", shape.hidden, shape, -1, {}, None, tensors, gradients)]}
     tensors = {name: (block.weight(name), axes) for name, axes in shape.block_tensors().items()}
-    found: dict[str, list[Place]] = {}
+    places: dict[str, list[Place]] = {}
     for space in spaces:
         if space == "hidden" and stats:
-            found[space] = [Place(space, shape.hidden, shape, block.index, stats[site]) for site in family.hidden_sites]
+            places[space] = [Place(space, shape.hidden, shape, block.index, stats[s]) for s in family.hidden_sites]
             continue
         site = {"ffn": family.ffn_site, "kv": family.kv_site, "layer": "states"}.get(space, "")
         readers = family.sites[site].readers if site in family.sites else ()
         reader = block.weight(f"{readers[0]}.weight") if len(readers) == 1 else None
         units = 1 if space == "layer" else shape.units(space)
-        found[space] = [Place(space, units, shape, block.index, stats.get(site, {}), reader, tensors, gradients)]
-    return found
+        places[space] = [Place(space, units, shape, block.index, stats.get(site, {}), reader, tensors, gradients)]
+    return places

@@ -1,8 +1,8 @@
-"""Statistics, gathered batch by batch and merged without order mattering beyond rounding.
+"""Statistics accumulated batch by batch; the order of batches only affects rounding.
 
-Three kinds: of activations ``x`` [windows, positions, channels] at a site, of the states that enter and leave a block,
-and of gradients of the loss with respect to weights. Within a piece of a batch sums are taken in float32, over pieces
-in float64; Gram matrices are float32 throughout.
+There are three kinds: of activations ``x`` [windows, positions, channels] at a site, of the states that enter and
+leave a block, and of gradients of the loss with respect to weights. Sums are float32 within a piece of a batch and
+float64 over pieces; Gram matrices are float32 throughout.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Statistic(ABC):
     """An accumulator over batches of activations.
 
     Args:
-        width: channels of one unit at this site: the head size where heads are seen, else one.
+        width: channels in a unit at this site: the head size for heads, otherwise one.
     """
 
     def __init__(self, width: int = 1) -> None:
@@ -46,15 +46,15 @@ class Statistic(ABC):
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
-        """Take in one batch [windows, positions, channels]."""
+        """Add one batch [windows, positions, channels]."""
 
     def value(self) -> Tensor:
         """The statistic over all batches so far, float32."""
-        assert self.total is not None, "no batch has been seen"
+        assert self.total is not None, "no batch was added"
         return (self.total / self.count).float()
 
     def join(self, device: str) -> None:
-        """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
+        """Merge with the other processes: a collective call. This process may have had no batch."""
         self.total = distributed.all_reduce(distributed.like_main(self.total, device))
         self.count = distributed.sum_count(self.count)
 
@@ -64,7 +64,7 @@ class Statistic(ABC):
 
 
 def _pieces(x: Tensor, values: int = 2**18) -> Iterator[Tensor]:
-    """A batch as [tokens, channels] in float32, so many values at a time that copies are small and stay in a cache."""
+    """Split a batch into float32 pieces [tokens, channels] of about ``values`` values, small enough for the cache."""
     for piece in x.flatten(0, 1).split(max(values // x.shape[-1], 1)):
         yield piece.float()
 
@@ -97,38 +97,37 @@ class Variance(Statistic):
 
     def update(self, x: Tensor) -> None:
         for tokens in _pieces(x):
-            near = tokens[0]  # the difference from a token of the piece is exact where a large mean would drown it
-            apart = tokens - near
-            count, mean = len(tokens), apart.mean(dim=0)
-            shift = near.double() + mean - self.mean
+            reference = tokens[0]  # differences from one token are exact even if the mean is large
+            difference = tokens - reference
+            count, mean = len(tokens), difference.mean(dim=0)
+            shift = reference.double() + mean - self.mean
             between = shift.square() * (self.count * count / (self.count + count))
             self.mean = self.mean + shift * (count / (self.count + count))
-            self._add(apart.sub_(mean).square_().sum(dim=0).double() + between, count)
+            self._add(difference.sub_(mean).square_().sum(dim=0).double() + between, count)
 
     def value(self) -> Tensor:
-        assert self.total is not None, "no batch has been seen"
+        assert self.total is not None, "no batch was added"
         return (self.total / max(self.count - 1, 1)).float()
 
     def join(self, device: str) -> None:
         import torch
 
-        own = self.count
-        super().join(device)  # the squared deviations within each process; now those between them
+        count = self.count
+        super().join(device)  # squared deviations within each process; those between processes follow
         assert self.total is not None
         mean = self.mean + torch.zeros_like(self.total)
-        self.mean = distributed.all_reduce(mean * own) / self.count
-        self.total += distributed.all_reduce((mean - self.mean).square() * own)
+        self.mean = distributed.all_reduce(mean * count) / self.count
+        self.total += distributed.all_reduce((mean - self.mean).square() * count)
 
 
 class Gram(Statistic):
     """Mean over all tokens of ``x x^T``: [channels, channels].
 
-    There is one matrix from the first batch to the value: it always holds the mean so far, and only the tiles on and
-    above its diagonal are worked out.
+    One matrix holds the mean so far, and only the tiles on and above its diagonal are computed until :meth:`value`.
     """
 
-    tile = 512  #: rows of the matrix that are updated at once
-    tokens = 512  #: tokens that are taken in at once, so that a float32 copy is needed of no more
+    tile = 512  #: rows updated at once
+    tokens = 512  #: tokens added at once, which bounds the float32 copy
 
     def update(self, x: Tensor) -> None:
         import torch
@@ -144,8 +143,8 @@ class Gram(Statistic):
                 )
 
     def value(self) -> Tensor:
-        """The statistic over all batches so far, float32: the matrix itself, which a later batch changes."""
-        assert self.total is not None, "no batch has been seen"
+        """The statistic over all batches so far, float32: the matrix itself, which a later batch would change."""
+        assert self.total is not None, "no batch was added"
         for rows in self._rows():
             tile = self.total[rows, rows]
             tile.copy_(tile.triu() + tile.triu(1).T)
@@ -153,8 +152,8 @@ class Gram(Statistic):
         return self.total
 
     def join(self, device: str) -> None:
-        own, self.count = self.count, distributed.sum_count(self.count)
-        self.total = distributed.all_reduce(distributed.like_main(self.total, device).mul_(own / self.count))
+        count, self.count = self.count, distributed.sum_count(self.count)
+        self.total = distributed.all_reduce(distributed.like_main(self.total, device).mul_(count / self.count))
 
     def _rows(self) -> list[slice]:
         assert self.total is not None
@@ -169,7 +168,7 @@ class NormByPosition(Statistic):
 
         if self.total is None:
             self.total = x.new_zeros(x.shape[1], x.shape[2] // self.width, dtype=torch.float32)
-        for window in x:  # one by one, since the norms take as much room as what they are of
+        for window in x:  # one by one, to bound the memory of the float32 copy
             self.total += window.float().unflatten(-1, (-1, self.width)).norm(dim=-1)
         self.count += len(x)
 
@@ -179,7 +178,7 @@ class StateStatistic(ABC):
 
     @abstractmethod
     def update(self, before: Tensor, after: Tensor) -> None:
-        """Take in one batch, both [windows, positions, hidden]."""
+        """Add one batch, both [windows, positions, hidden]."""
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -187,15 +186,15 @@ class StateStatistic(ABC):
 
     @abstractmethod
     def join(self, device: str) -> None:
-        """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
+        """Merge with the other processes: a collective call. This process may have had no batch."""
 
 
 class MeanCosine(StateStatistic):
     """Mean over all tokens of the cosine between a state before and after the block: a scalar.
 
-    What is summed is one minus the cosine, by the change ``d = g - h`` of the state:
-    ``(d.d - (d.(g + h) / (|g| + |h|))^2) / (2 |g| |h|)``. Where a block changes little, the cosine itself would be
-    rounded to 1.
+    The sum is of one minus the cosine, from the change ``d = g - h`` of the state:
+    ``(d.d - (d.(g + h) / (|g| + |h|))^2) / (2 |g| |h|)``. If a block changes little, the cosine itself would round
+    to 1.
     """
 
     def __init__(self) -> None:
@@ -205,11 +204,11 @@ class MeanCosine(StateStatistic):
         import torch
 
         for h, g in zip(_pieces(before), _pieces(after), strict=True):
-            change, both = g - h, g + h
-            lengths = [torch.linalg.vector_norm(v, dim=-1).double() for v in (h, g)]
-            longer = torch.linalg.vecdot(change, both).double() / sum(lengths)
-            square = torch.linalg.vecdot(change, change).double() - longer.square()
-            self.total += float((square / (2 * lengths[0] * lengths[1])).sum())
+            change = g - h
+            norms = [torch.linalg.vector_norm(v, dim=-1).double() for v in (h, g)]
+            norm_change = torch.linalg.vecdot(change, g + h).double() / sum(norms)
+            square = torch.linalg.vecdot(change, change).double() - norm_change.square()
+            self.total += float((square / (2 * norms[0] * norms[1])).sum())
             self.tokens += len(h)
 
     def value(self) -> Tensor:
@@ -232,24 +231,24 @@ class GradientStatistic(ABC):
         self.windows = 0
 
     def update(self, gradient: Tensor) -> None:
-        """Take in one window's gradient."""
+        """Add one window's gradient."""
         term = self.term(gradient)
         self.total = term if self.total is None else self.total.add_(term)
         self.windows += 1
 
     @abstractmethod
     def term(self, gradient: Tensor) -> Tensor:
-        """What is averaged: a new tensor."""
+        """The term that a window adds to the mean: a new tensor."""
 
     def value(self) -> Tensor:
-        """The mean over all windows, of the tensor's size; it takes the place of the sum, and no window may follow."""
-        assert self.total is not None, "no window has been seen"
+        """The mean over all windows, of the tensor's size. It overwrites the sum: add no window afterwards."""
+        assert self.total is not None, "no window was added"
         self.total.div_(self.windows)
         self.windows = 1
         return self.total
 
     def join(self, device: str) -> None:
-        """Merge with what the other processes have seen, who all do so; this one may have seen nothing."""
+        """Merge with the other processes: a collective call. This process may have had no batch."""
         self.total = distributed.all_reduce(distributed.like_main(self.total, device))
         self.windows = distributed.sum_count(self.windows)
 
@@ -262,13 +261,13 @@ class MeanGradient(GradientStatistic):
 
 
 class MeanSquareGradient(GradientStatistic):
-    """Mean square of the windows' gradients: the diagonal of the empirical Fisher matrix, for the Hessian's."""
+    """Mean square of the windows' gradients: the empirical Fisher diagonal, which approximates the Hessian's."""
 
     def term(self, gradient: Tensor) -> Tensor:
         return gradient.square()
 
 
 def join(statistics: Iterable[Statistic | StateStatistic | GradientStatistic], device: str) -> None:
-    """Merge each statistic over all processes; with one it stays as it is, to the last bit."""
+    """Merge each statistic over all processes; a single process changes nothing, to the last bit."""
     for statistic in statistics if distributed.world_size() > 1 else ():
         statistic.join(device)

@@ -1,6 +1,6 @@
 """The pruning methods: one file for each formula, the base classes, the selector and the registry of names.
 
-A method of your own subclasses one of the classes exported here; see docs/write-a-method.md.
+To write a method, subclass one of the classes exported here; see docs/write-a-method.md.
 """
 
 from typing import TYPE_CHECKING, Any

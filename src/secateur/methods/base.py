@@ -1,7 +1,8 @@
 """The base classes of pruning methods.
 
-A method turns evidence into scores: higher means worth keeping. It sees neither a device, a hook, a ratio nor a file;
-the engine gathers what it ``needs`` and the selector decides how much to keep. The fields of a method are its options.
+A method turns statistics, weights and losses into scores; units with high scores stay. It knows no device, hook, ratio
+or file: the walk gathers the statistics that it ``needs``, and the selector applies the ratio. Its fields are its
+options.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ Statistics = Mapping[type[Statistic], "Tensor"]  #: kind of statistic -> its val
 
 
 class Method(ABC):
-    """What all methods have in common."""
+    """The base class of all methods."""
 
     granularity: ClassVar[Granularity]
-    source: ClassVar[str]  #: where the formula stands
-    needs: ClassVar[Sequence[type]] = ()  #: kinds of statistics; none where weights are all that is looked at
-    calibrated: ClassVar[bool] = True  #: whether it looks at calibration text
-    axes: ClassVar[Sequence[str]] = ()  #: spaces that a width method narrows unless told otherwise
-    scores: ClassVar[Sequence[str]] = ()  #: spaces that a width method has scores for
-    stochastic: ClassVar[bool] = False  #: whether scores are drawn one after the other, so that none can be left out
+    source: ClassVar[str]  #: the paper of the formula, e.g. ``arXiv:2306.11695``
+    needs: ClassVar[Sequence[type]] = ()  #: kinds of statistics; none if weights suffice
+    calibrated: ClassVar[bool] = True  #: whether it needs calibration text
+    axes: ClassVar[Sequence[str]] = ()  #: spaces that a width method narrows by default
+    scores: ClassVar[Sequence[str]] = ()  #: spaces that a width method can score
+    stochastic: ClassVar[bool] = False  #: whether scores come from one random stream, so that none can be skipped
 
     def config_switches(self, shape: Shape, spaces: Sequence[str]) -> list[str]:
-        """The config keys that pruning these spaces to ``shape`` switches on: those of biases, where it makes any."""
+        """The config keys that pruning these spaces to ``shape`` switches on: those of new biases."""
         return []
 
 
 class LayerMethod(Method):
-    """Scores layers one by one; those of the lowest scores go."""
+    """Scores layers one by one; layers with the lowest scores are removed."""
 
     granularity = "depth"
 
@@ -61,30 +62,30 @@ class LayerMethod(Method):
 
 
 class RemovalMethod(Method):
-    """Scores layers, or contiguous runs of them, by what their removal does to the model."""
+    """Scores layers, or contiguous runs of layers, by the loss or accuracy without them."""
 
     granularity = "depth"
-    contiguous: ClassVar[bool]  #: whether a candidate is a run of as many layers as are to go, or a single layer
-    task: str = ""  #: the task whose accuracy is measured; none: the calibration loss
+    contiguous: ClassVar[bool]  #: whether a candidate is one run of all the layers to remove, or a single layer
+    task: str = ""  #: lm-eval task to measure; empty for the calibration loss
 
     @abstractmethod
-    def score(self, full: float, without: Tensor) -> Tensor:
-        """Score each candidate; the lowest goes.
+    def score(self, full: float, pruned: Tensor) -> Tensor:
+        """Score each candidate; the lowest is removed.
 
         Args:
             full: loss (nats per token) or accuracy of the whole model.
-            without: the same with each candidate removed, [candidates].
+            pruned: the same without each candidate, [candidates].
         """
 
 
 class WidthMethod(Method):
-    """Scores the units of a space: hidden or FFN channels, KV heads with the query heads on them."""
+    """Scores the units of a space: hidden or FFN channels, or KV heads with their query heads."""
 
     granularity = "width"
     axes: ClassVar[Sequence[str]] = ("kv", "ffn")
     scores: ClassVar[Sequence[str]] = ("hidden", "ffn", "kv")
-    sequential: ClassVar[bool] = False  #: whether each block sees the outputs of the already pruned ones
-    #: whether the mean of what is removed is put into biases: ``auto`` where the family has them
+    sequential: ClassVar[bool] = False  #: whether each block sees the outputs of the pruned blocks before it
+    #: whether biases make up for the mean of removed channels; ``auto``: if the family has biases
     bias: Literal["auto", "require", "none"] = "none"
 
     def config_switches(self, shape: Shape, spaces: Sequence[str]) -> list[str]:
@@ -94,7 +95,7 @@ class WidthMethod(Method):
 
     @abstractmethod
     def score(self, place: Place) -> Tensor:
-        """Score the units: [units]. Hidden channels are seen at several places, and their scores are summed."""
+        """Score the units: [units]. Scores of hidden channels are summed over several places."""
 
 
 class WeightMethod(Method):
@@ -106,18 +107,18 @@ class WeightMethod(Method):
 
     @property
     def updates(self) -> bool:
-        """Whether the weights that stay are changed as well."""
+        """Whether it also changes the weights that stay."""
         return type(self).prune is not WeightMethod.prune
 
     def group_size(self, out: int, width: int) -> int:
-        """How many weights of a linear [out, width] make up a group, the largest, where no pattern does."""
+        """Size of the largest group of competing weights in a linear [out, width], without an N:M pattern."""
         return width if self.compare == "row" else out * width
 
     def prepare(self, stats: Statistics) -> Any:
-        """Work out, once for each input, what all linears that read it share.
+        """Compute, once for each input, what all linears that read it share.
 
         Returns:
-            What :meth:`score` and :meth:`prune` are shown as ``stats``: the statistics, unless a method says otherwise.
+            The ``stats`` argument of :meth:`score` and :meth:`prune`; by default the statistics themselves.
         """
         return stats
 
@@ -126,56 +127,56 @@ class WeightMethod(Method):
         """Score each weight: [out, in] -> [out, in].
 
         Args:
-            weight: of a linear; it is left as it is.
-            stats: of its input, as :meth:`prepare` returns them.
+            weight: of a linear; do not change it.
+            stats: statistics of its input, as :meth:`prepare` returns them.
         """
 
     def prune(self, weight: Tensor, stats: Any, select: Selector) -> tuple[Tensor, Tensor]:
-        """Prune a linear; a method that also updates the weights that stay does so here.
+        """Prune a linear. A method that also updates the weights that stay overrides this.
 
         Args:
-            weight: [out, in]; it is left as it is.
-            stats: of its input, as :meth:`prepare` returns them.
-            select: marks what stays among scores [out, in], or those of some columns.
+            weight: [out, in]; do not change it.
+            stats: statistics of its input, as :meth:`prepare` returns them.
+            select: turns scores [out, in], of all or some columns, into a mask of the weights that stay.
 
         Returns:
-            The weight that stays, [out, in], and bool of the same size, True where it is kept: new tensors.
+            The pruned weight and its mask, bool, True for weights that stay; both [out, in] and new.
         """
-        keep = select(self.score(weight, stats))
-        return weight.masked_fill(~keep, 0), keep
+        mask = select(self.score(weight, stats))
+        return weight.masked_fill(~mask, 0), mask
 
 
 class LearnedMethod(Method):
-    """Learns what to cut by training a gate on each unit, until as many are open as the shape asked for has.
+    """Trains a gate on each unit until the number of open gates matches the target shape.
 
-    It says what a gate is, by a parameter ``a`` of its own, and what draws their number to the target.
+    A subclass defines the distribution of a gate with parameter ``a``, and the penalty on the number of open gates.
     """
 
     granularity = "depth+width"
     axes: ClassVar[Sequence[str]] = ("hidden", "ffn")
     scores: ClassVar[Sequence[str]] = ("layers", "hidden", "ffn", "kv")
-    START: ClassVar[float]  #: the parameter of every gate at first
-    LIMIT: ClassVar[float]  #: it stays between this and its negative
-    steps: int  #: of training
-    windows: int  #: that a step reads
-    rate: float  #: peak learning rate of the weights; 0 leaves them as they are
-    mask_rate: float  #: peak learning rate of the gates; it follows the schedule of the weights' rate
-    multiplier_rate: float  #: that of the multipliers, likewise
-    phi: float  #: the quadratic multiplier at first
-    warmup: float  #: share of the steps in which the target comes down to the shape
-    seed: int  #: of the gates' noise and of the order of the windows
+    START: ClassVar[float]  #: initial parameter of every gate
+    LIMIT: ClassVar[float]  #: bound on the parameter's absolute value
+    steps: int  #: training steps
+    windows: int  #: windows in a step
+    rate: float  #: peak learning rate of the weights; 0 freezes them
+    mask_rate: float  #: peak learning rate of the gates, on the schedule of ``rate``
+    multiplier_rate: float  #: peak learning rate of the multipliers, on the same schedule
+    phi: float  #: initial quadratic multiplier
+    warmup: float  #: share of the steps in which the target falls to the requested shape
+    seed: int  #: seed of the gates' noise and of the order of the windows
 
     def tokens(self, seqlen: int) -> int:
-        """How many tokens it trains on, in windows of ``seqlen``: a part of what the pipeline costs."""
+        """Number of training tokens, with windows of ``seqlen`` tokens."""
         return self.steps * self.windows * seqlen
 
     @abstractmethod
     def sample_gates(self, a: Tensor, u: Tensor) -> Tensor:
-        """Gates for uniform noise ``u`` in (0, 1), of the same size as ``a``."""
+        """Sample gates from uniform noise ``u`` in (0, 1), of the same size as ``a``."""
 
     @abstractmethod
     def eval_gates(self, a: Tensor) -> Tensor:
-        """Gates without noise."""
+        """Compute the gates for evaluation, without noise."""
 
     @abstractmethod
     def open_probability(self, a: Tensor) -> Tensor:
@@ -183,10 +184,10 @@ class LearnedMethod(Method):
 
     @abstractmethod
     def penalty(self, d: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
-        """What is added to the loss, a scalar.
+        """The term added to the loss, a scalar.
 
         Args:
-            d: the share of open gates expected under each constraint less the share that is to stay, [constraints].
-            linear: multipliers, of the same size; they are trained to make the penalty as large as can be.
-            quadratic: others.
+            d: expected share of open gates minus target share, [constraints].
+            linear: multipliers of ``d``, [constraints]; trained to maximise the penalty.
+            quadratic: multipliers of ``d^2``, [constraints]; likewise.
         """

@@ -1,4 +1,4 @@
-"""FLAP: channels and heads by how much they fluctuate; what they put out on average becomes a bias."""
+"""FLAP: remove the channels and heads that fluctuate least; a bias replaces their mean output."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class FLAP(WidthMethod):
     r"""``S_j = Var(X_j) * ||W_:j||_2^2`` at the output or down-projection W (arXiv:2312.11983, eq. 5).
 
-    Scores are standardised within a layer and space, ``(S - mean S) / std S``, so that they compare across them; a
-    head's is the mean over its channels (eq. 6). Removed channels leave ``B = W_removed mean(X_removed)`` behind as a
-    bias (eq. 4).
+    Scores are standardised within a layer and space, ``(S - mean S) / std S``, so that they can be compared across
+    layers and spaces. A head's score is the mean over its channels (eq. 6). The bias ``B = W_removed mean(X_removed)``
+    replaces removed channels (eq. 4).
     """
 
     source = "arXiv:2312.11983"
@@ -29,7 +29,7 @@ class FLAP(WidthMethod):
     def score(self, place: Place) -> Tensor:
         assert place.reader is not None
         fluctuation = place.stats[Variance] * place.reader.square().sum(dim=0)
-        standard = fluctuation - fluctuation.mean()
-        if standard.any():  # else all fluctuate alike
-            standard = standard / fluctuation.std()
-        return place.by_unit(standard).mean(dim=1)
+        standardised = fluctuation - fluctuation.mean()
+        if standardised.any():  # otherwise the standard deviation is zero
+            standardised = standardised / fluctuation.std()
+        return place.by_unit(standardised).mean(dim=1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @spec
 class LLMPruner(WidthMethod):
-    r"""Importance of a unit: its importances in every weight W that runs through it, summed (arXiv:2305.11627, 3.2).
+    r"""The importance of a unit is summed over all weights W that contain it (arXiv:2305.11627, 3.2).
 
     With the gradient g and the diagonal H of the Fisher matrix (mean square of the samples' gradients), a weight's
     salience is, by order:
@@ -23,8 +23,8 @@ class LLMPruner(WidthMethod):
     - second: ``s = W H W`` (eq. 5, second term)
     - mixed:  ``s = g W - 1/2 W H W`` (eq. 5)
 
-    Element-wise, a unit's importance in W is ``sum |s|`` over its weights. As a vector, it is ``|sum s|`` for each of
-    its channels (a head has several), and the channels' are summed.
+    With ``element``, a unit's importance in W is ``sum |s|`` over its weights. With ``vector``, it is ``|sum s|`` for
+    each of its channels, summed over channels.
     """
 
     source = "arXiv:2305.11627"
@@ -36,13 +36,13 @@ class LLMPruner(WidthMethod):
         import torch
 
         first, second = place.gradient(MeanGradient), place.gradient(MeanSquareGradient)
-        found = []
+        importances = []
         for name, weight in place.weights.items():
             salience = self._salience(weight, first[name], second[name])
             if self.aggregate == "vector":
                 salience = place.by_channel(name, salience).sum(dim=2)
-            found.append(salience.abs().sum(dim=1))
-        return torch.stack(found).sum(dim=0)
+            importances.append(salience.abs().sum(dim=1))
+        return torch.stack(importances).sum(dim=0)
 
     def _salience(self, weight: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
         first, second = gradient * weight, fisher * weight.square()

@@ -1,4 +1,4 @@
-"""Magnitude: the smallest weights go."""
+"""Magnitude: remove the smallest weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Minitron-depth: the contiguous run of layers whose removal changes the loss, or a task's accuracy, least."""
+"""Minitron-depth: remove the contiguous run of layers that changes the loss, or a task's accuracy, least."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 class MinitronDepth(RemovalMethod):
     r"""``S_i = L(model without layers i .. i+k-1) - L(model)`` (arXiv:2408.11796, depth pruning).
 
-    With a task, accuracies A take the place of losses: ``S_i = A(model) - A(model without the run)``.
+    With a task, accuracies A replace losses: ``S_i = A(model) - A(model without the run)``.
     """
 
     source = "arXiv:2408.11796"
     contiguous = True
-    task: str = ""  #: lm-eval task, e.g. winogrande
+    task: str = ""
 
-    def score(self, full: float, without: Tensor) -> Tensor:
-        return full - without if self.task else without - full
+    def score(self, full: float, pruned: Tensor) -> Tensor:
+        return full - pruned if self.task else pruned - full

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class MinitronWidth(WidthMethod):
     r"""``S_u = sum_t (mean_b |x_btu|)^2``: batch mean, squared and summed over positions (arXiv:2407.14679, 2.2).
 
-    Hidden channels are read at the output of the norms on which attention and FFN rest, summed over all; FFN channels
-    at the input of their layer's down-projection. A head's magnitude is the L2 norm of its output; a KV head has its
-    query heads'.
+    Hidden channels are scored at the outputs of the norms before attention and FFN, summed over all norms; FFN channels
+    at the input of the down-projection. A head's magnitude is the L2 norm of its output; a KV head has the sum over its
+    query heads.
     """
 
     source = "arXiv:2407.14679"

@@ -1,4 +1,4 @@
-"""Random choices: the controls that every method has to beat at its granularity."""
+"""Random scores: the controls that every method must beat at its granularity."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 
 _NO_SOURCE = "a control: uniform random scores"
 
-
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class _Seeded:
+class _Stochastic:
     stochastic: ClassVar[bool] = True
     seed: int
 
@@ -29,14 +28,14 @@ class _Seeded:
 
         return torch.Generator().manual_seed(self.seed)
 
-    def _draw(self, *size: int) -> Tensor:
+    def _sample(self, *size: int) -> Tensor:
         import torch
 
         return torch.rand(size, generator=self._generator)
 
 
 @spec
-class RandomDepth(_Seeded, LayerMethod):
+class RandomDepth(_Stochastic, LayerMethod):
     """Layers at random."""
 
     source = _NO_SOURCE
@@ -44,11 +43,11 @@ class RandomDepth(_Seeded, LayerMethod):
     seed: Seed = 42
 
     def score(self, layer: Place) -> Tensor:
-        return self._draw(1)[0]
+        return self._sample(1)[0]
 
 
 @spec
-class RandomWidth(_Seeded, WidthMethod):
+class RandomWidth(_Stochastic, WidthMethod):
     """Channels and KV heads at random."""
 
     source = _NO_SOURCE
@@ -57,11 +56,11 @@ class RandomWidth(_Seeded, WidthMethod):
     seed: Seed = 42
 
     def score(self, place: Place) -> Tensor:
-        return self._draw(place.units)
+        return self._sample(place.units)
 
 
 @spec
-class RandomWeight(_Seeded, WeightMethod):
+class RandomWeight(_Stochastic, WeightMethod):
     """Weights at random, as many in every row."""
 
     source = _NO_SOURCE
@@ -70,4 +69,4 @@ class RandomWeight(_Seeded, WeightMethod):
     seed: Seed = 42
 
     def score(self, weight: Tensor, stats: Statistics) -> Tensor:
-        return self._draw(*weight.shape).to(weight)
+        return self._sample(*weight.shape).to(weight)

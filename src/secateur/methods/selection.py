@@ -1,4 +1,4 @@
-"""From scores and a budget to what is kept. Ties are settled by the index, so that a selection is reproducible."""
+"""Select the units or weights that stay, from scores and a budget. Ties go by index, which is reproducible."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Selector", "count_pruned", "keep_channels", "keep_globally", "lowest
 
 @dataclass(frozen=True)
 class Selector:
-    """Chooses the weights of a linear, or of some of its columns, that stay.
+    """Selects the weights that stay in a linear, or in some of its columns.
 
     Attributes:
-        sparsity: share to prune; each group loses exactly ``floor(sparsity * size)`` weights, reckoned in decimals.
-        within: ``row``: each output row is a group; ``linear``: all that is shown is one.
-        span: for N:M patterns, M: each M weights that follow one another in a row are a group.
+        sparsity: share to prune; each group loses exactly ``floor(sparsity * size)`` weights, computed in decimals.
+        within: group of competing weights: ``row``, each output row; ``linear``, all the scores passed.
+        span: M of an N:M pattern: M consecutive weights of a row are a group. None without a pattern.
     """
 
     sparsity: float
@@ -29,7 +29,7 @@ class Selector:
     span: int | None = None
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """Mark what is kept: scores [out, in] -> bool [out, in]. Pruned first among equals is the lower index."""
+        """Mark the weights that stay: scores [out, in] -> bool [out, in]; on ties the lower index is pruned."""
         import torch
 
         groups = scores.reshape(-1, self.span) if self.span else scores
@@ -38,18 +38,18 @@ class Selector:
         if not prune:
             return torch.ones_like(scores, dtype=torch.bool)
         threshold = _lowest(groups, prune)
-        gone = groups <= threshold
-        if gone.count_nonzero() > prune * len(groups):  # of those equal to a threshold, the last stay
-            stay = _counts(gone) - prune
-            tied = stay.flatten() > 0
+        pruned = groups <= threshold
+        if pruned.count_nonzero() > prune * len(groups):  # the last of the scores equal to a threshold stay
+            surplus = _counts(pruned) - prune
+            tied = surplus.flatten() > 0
             equal = groups[tied] == threshold[tied]
-            place = equal.cumsum(dim=1, dtype=torch.int32)
-            gone[tied] &= ~(equal & (place > place[:, -1:] - stay[tied]))
-        return gone.logical_not_().reshape(scores.shape)
+            rank = equal.cumsum(dim=1, dtype=torch.int32)
+            pruned[tied] &= ~(equal & (rank > rank[:, -1:] - surplus[tied]))
+        return pruned.logical_not_().reshape(scores.shape)
 
 
 def count_pruned(size: int, sparsity: float) -> int:
-    """How many weights a group of so many loses: ``floor(sparsity * size)``, reckoned in decimals."""
+    """Number of weights to prune in a group of ``size``: ``floor(sparsity * size)``, computed in decimals."""
     # In binary, 0.29 * 100 is 28.999999999999996 and (1 - 3/7) * 7 is 3.9999999999999996.
     return math.floor(Fraction(sparsity).limit_denominator(10**9) * size)
 
@@ -61,29 +61,29 @@ def _lowest(groups: Tensor, count: int) -> Tensor:
 
     if groups.device.type == "cpu" and groups.dtype in (torch.float32, torch.float64):
         least = groups.amin(dim=1, keepdim=True)
-        equal = groups == least  # scores of what was pruned before are all zero: partition is slow among equals
+        equal = groups == least  # partition is slow on ties, e.g. of zero scores in a pruned model
         if equal.count_nonzero() >= count * len(groups) and (_counts(equal) >= count).all():
             return least
-        # A third of the time of kthvalue, and no index for each value. A sort would take ten times as long.
+        # Takes a third of the time of kthvalue and stores no indices; a sort takes ten times as long.
         lowest = np.partition(groups.detach().numpy(), count - 1, axis=1)[:, count - 1 : count]
         return torch.from_numpy(lowest.copy())
     return groups.kthvalue(count, dim=1, keepdim=True).values
 
 
 def _counts(marks: Tensor) -> Tensor:
-    """How many of each group are marked: bool [groups, members] -> int32 [groups, 1]."""
+    """Number of True values in each group: bool [groups, members] -> int32 [groups, 1]."""
     import torch
 
-    return marks.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32)  # bool itself takes seven times as long
+    return marks.view(torch.uint8).sum(dim=1, keepdim=True, dtype=torch.int32)  # summing bool takes seven times as long
 
 
 def keep_channels(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` units of the highest scores, the lower index first among equals, as sorted indices (int64)."""
+    """The ``count`` units with the highest scores, as sorted indices (int64); on ties the lower index stays."""
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def keep_globally(scores: Mapping[str, Tensor], costs: Mapping[str, int], remove: float) -> dict[str, Tensor]:
-    """Let groups of units compete: the lowest scores go, wherever they are, until enough parameters are gone.
+    """Remove the units with the lowest scores over all groups until enough parameters are removed.
 
     Args:
         scores: group (a space in a layer) -> scores of its units; the best unit of each group always stays.
@@ -102,11 +102,11 @@ def keep_globally(scores: Mapping[str, Tensor], costs: Mapping[str, int], remove
     starts = torch.tensor([0, *(scores[n].numel() for n in names)]).cumsum(0)
     for i, n in enumerate(names):
         value[starts[i] + int(scores[n].argmax())] = torch.inf
-    order = len(value) - 1 - value.flip(0).argsort(stable=True)  # of equals the lower index stays, as above
+    order = len(value) - 1 - value.flip(0).argsort(stable=True)  # on ties the lower index stays, as above
     order = order[value[order] < torch.inf]
-    gone = cost[order].cumsum(0)
-    count = int((gone <= remove).sum())
-    if count < len(order) and gone[count] - remove < remove - (gone[count - 1] if count else 0.0):
+    removed = cost[order].cumsum(0)
+    count = int((removed <= remove).sum())
+    if count < len(order) and removed[count] - remove < remove - (removed[count - 1] if count else 0.0):
         count += 1
     stays = torch.ones(len(value), dtype=torch.bool)
     stays[order[:count]] = False
@@ -114,5 +114,5 @@ def keep_globally(scores: Mapping[str, Tensor], costs: Mapping[str, int], remove
 
 
 def lowest_indices(scores: Tensor, count: int = 1) -> list[int]:
-    """The indices of the ``count`` lowest scores, the lower index first among equals, sorted."""
+    """The sorted indices of the ``count`` lowest scores; on ties the lower index comes first."""
     return sorted(scores.argsort(stable=True)[:count].tolist())

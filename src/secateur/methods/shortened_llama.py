@@ -18,8 +18,8 @@ class ShortenedLlama(LayerMethod):
 
     source = "arXiv:2402.02834"
     needs = (MeanGradient,)
-    keep_first: int = 0  #: layers at the start that always stay; the Taylor+ of the paper has 4
-    keep_last: int = 0  #: layers at the end that always stay; the Taylor+ of the paper has 2
+    keep_first: int = 0  #: Taylor+ in the paper has 4
+    keep_last: int = 0  #: Taylor+ in the paper has 2
 
     def score(self, layer: Place) -> Tensor:
         import torch
@@ -32,10 +32,10 @@ class ShortenedLlama(LayerMethod):
 
 @spec
 class ShortenedLlamaPerplexity(RemovalMethod):
-    r"""PPL: ``S_n = exp(L(model without layer n))``, all taken out at once by it (arXiv:2402.02834, 3.1)."""
+    r"""PPL: ``S_n = exp(L(model without layer n))``, layers removed at once (arXiv:2402.02834, 3.1)."""
 
     source = "arXiv:2402.02834"
     contiguous = False
 
-    def score(self, full: float, without: Tensor) -> Tensor:
-        return without.exp()
+    def score(self, full: float, pruned: Tensor) -> Tensor:
+        return pruned.exp()
