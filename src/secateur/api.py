@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from secateur.comparison.items import Comparisons
     from secateur.data.job import Corpus
     from secateur.evaluation.results import EvaluationResults
+    from secateur.forecast.request import RecommendRequest
     from secateur.training.job import Trained
 
 __all__ = [
@@ -221,6 +222,20 @@ def recommend(*, ratio: float, tokens: int | str, **fields: Any) -> Mapping[str,
     Raises:
         UserError: if fields contradict each other, or no evidence bears on the question.
     """
-    from secateur.forecast.request import RecommendRequest, recommend_path
+    from secateur.forecast.request import RecommendRequest
 
-    return recommend_path(RecommendRequest(ratio=ratio, tokens=tokens, **fields))  # type: ignore[arg-type]
+    return run_recommendation(RecommendRequest(ratio=ratio, tokens=tokens, **fields))  # type: ignore[arg-type]
+
+
+def run_recommendation(request: RecommendRequest) -> dict[str, Any]:
+    """Answer a request, and write the pilot study where it names a file."""
+    from secateur.forecast.recommend import recommend as answer_question
+
+    answer = answer_question(request)
+    pilot = None
+    if request.pilot is not None:
+        from secateur.study.pilot import write_pilot
+
+        like = None if request.like is None else Path(request.like)
+        pilot = write_pilot(Path(request.pilot), answer.question, answer.cases, like)
+    return {**answer.record(), "pilot": pilot}

@@ -13,9 +13,32 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "secateur"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 #: names that say nothing of the value: participles and pronouns (docs/architecture.md, "Names")
-RIDDLES = set(
-    ["found", "told", "asked", "said", "held", "kept", "given", "shown", "gone", "known", "seen", "wanted", "meant", "begun", "left", "taken", "drawn", "chosen", "ours", "theirs", "mine", "own", "one", "other"]
-)
+RIDDLES = {
+    "found",
+    "told",
+    "asked",
+    "said",
+    "held",
+    "kept",
+    "given",
+    "shown",
+    "gone",
+    "known",
+    "seen",
+    "wanted",
+    "meant",
+    "begun",
+    "left",
+    "taken",
+    "drawn",
+    "chosen",
+    "ours",
+    "theirs",
+    "mine",
+    "own",
+    "one",
+    "other",
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

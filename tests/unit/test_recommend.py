@@ -190,8 +190,8 @@ def test_a_config_gives_exact_flops(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("change", "want"),
     [
-        (["--parent", "must-train"], "say on how many tokens: --parent-tokens T"),
-        (["--children", "3"], "goes with --parent must-train"),
+        (["--parent", "must-train"], "needs its tokens: --parent-tokens"),
+        (["--children", "3"], "which is sunk unless --parent is must-train"),
         (["--method", "minitron-dept"], "did you mean 'minitron-depth'?"),
         (["--method", "wanda", "--granularity", "width"], "wanda is of granularity sparse, not width"),
         (["--cost-per-hour", "2"], "--flops-per-second: is missing"),

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -59,6 +59,13 @@ class Crossover:
     lowest: float
     horizon: float
     draws: Floats
+
+    def record(self, scale: float = 1.0) -> dict[str, Any]:
+        """Plain values, tokens times ``scale``; None for a budget beyond the horizon."""
+        budgets = {"budget": self.budget.value, "low": self.budget.low, "high": self.budget.high}
+        budgets |= {"lowest": self.lowest, "horizon": self.horizon}
+        tokens = {key: value * scale if math.isfinite(value) else None for key, value in budgets.items()}
+        return {"leader": self.leader, **tokens}
 
 
 def lead(fit: Fit, tokens: float, extra: float = 0.0, rate: float = 1.0) -> Lead:

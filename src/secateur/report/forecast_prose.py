@@ -19,7 +19,6 @@ __all__ = [
     "ACCOUNT_NAMES",
     "catches_up",
     "crossover_brief",
-    "crossover_json",
     "forecasts_json",
     "further_sentence",
     "laws_json",
@@ -41,18 +40,8 @@ _MISFIT = 4  # a fit is poor if its runs scatter by this many times the assumed 
 _PATHS = {"pruned": "pruning", "scratch": "training from scratch"}
 
 
-def crossover_json(crossover: Crossover, scale: float = 1.0) -> dict[str, Any]:
-    """A crossover as plain values, tokens times ``scale``; None for a budget beyond the horizon."""
-    budgets = {"budget": crossover.budget.value, "low": crossover.budget.low, "high": crossover.budget.high}
-    budgets |= {"lowest": crossover.lowest, "horizon": crossover.horizon}
-    return {
-        "leader": crossover.leader,
-        **{key: tokens * scale if math.isfinite(tokens) else None for key, tokens in budgets.items()},
-    }
-
-
 def catches_up(crossover: Mapping[str, Any]) -> str:
-    """A sentence on where the trailing path catches up, from the answer of :func:`crossover_json`."""
+    """A sentence on where the trailing path catches up, from its record (:meth:`Crossover.record`)."""
     low, high, horizon = crossover["low"], crossover["high"], count(crossover["horizon"])
     if crossover["leader"] is None:
         return f"Both paths are level at {count(crossover['lowest'])} tokens."
@@ -86,7 +75,7 @@ def outlook_sentence(outlook: Outlook) -> str:
     start = f"At equal {ACCOUNT_NAMES[outlook.allowance.account]}"
     if outlook.crossover is None:
         return f"{start}: {_no_forecast(outlook.standings[0])}."
-    text = catches_up(crossover_json(outlook.crossover))
+    text = catches_up(outlook.crossover.record())
     return f"{start}: {text[0].lower()}{text[1:]}"
 
 
@@ -175,7 +164,7 @@ def _forecast_json(forecast: Forecast) -> dict[str, Any]:
         "accounts": [
             {
                 "account": outlook.allowance.account,
-                "crossover": None if outlook.crossover is None else crossover_json(outlook.crossover),
+                "crossover": None if outlook.crossover is None else outlook.crossover.record(),
                 "sentence": outlook_sentence(outlook),
                 "budgets": [
                     {**asdict(standing), "sentence": standing_sentence(standing, outlook.allowance.account)}

@@ -1,4 +1,4 @@
-"""The study that would tell more: a small one with the question's proportions, or the next run of one's own."""
+"""Write a study that would sharpen a recommendation: the question in small, or the next run of the user's own study."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from secateur.errors import UserError
 from secateur.files import write_text
 from secateur.forecast.advice import Case, Question
 from secateur.formatting import count
+from secateur.study.spec import StudySpec, load_study
 
 __all__ = ["write_pilot"]
 
@@ -21,25 +22,23 @@ _METHODS = {"depth": ["minitron-depth"], "width": ["minitron-width"], "sparse": 
 
 
 def write_pilot(out: Path, question: Question, cases: list[Case], like: Path | None) -> dict[str, Any]:
-    """Write a study file that ``secateur study plan`` and ``run`` take.
+    """Write a study file for ``secateur study plan`` and ``run``.
 
     Args:
         out: the new file.
-        question: what it is to tell.
-        found: the cases; the first one's best next run gives the budget of a study ``like`` the user's own.
-        like: a study file whose corpus, parent and recipe are taken over; without it a parent is made up that runs on
-            the standard library, with as many tokens for each parameter as the question has, as far as that text goes.
+        question: the question that the study should answer.
+        cases: the fits; their most informative next run gives the budget of a study ``like`` another.
+        like: a study file whose corpus, parent and recipe are copied; None for a small parent on the standard library, with as
+            many tokens for each parameter as the question has, as far as that text goes.
 
     Returns:
-        ``file``, ``study`` (its contents), ``says`` (what it tells, in a sentence).
+        ``file``, ``study`` (its contents), ``says`` (its purpose, in a sentence).
 
     Raises:
-        UserError: if ``out`` is there already, or the study could not be.
+        UserError: if ``out`` exists, or the study is invalid.
     """
-    from secateur.study.spec import StudySpec, load_study
-
     if out.exists():
-        raise UserError(f"{out}: already exists; name a new file for --pilot")
+        raise UserError(f"{out}: already exists; name a new file for `pilot`")
     if like is None:
         raw, says = _scaled(question)
     else:
@@ -59,17 +58,17 @@ def _methods(question: Question) -> list[str]:
     if question.granularity is None:
         return [name for names in _METHODS.values() for name in names]
     if question.granularity not in _METHODS:
-        raise UserError(f"--pilot: no method of granularity {question.granularity} is known to it; name one: --method")
+        raise UserError(f"`pilot`: no default method for granularity {question.granularity}; name one with `method`")
     return _METHODS[question.granularity]
 
 
 def _ladder(tokens: int) -> list[int]:
-    """Budgets that make a curve, up to the one asked for."""
+    """Three budgets up to ``tokens``, enough for a curve."""
     return [max(1, tokens // 4), max(1, tokens // 2), tokens]
 
 
 def _next(question: Question, cases: list[Case], raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The user's study with the budget that would tell most."""
+    """The user's study with the most informative further budget."""
     runs = [run for case in cases for run in case.next_runs]
     best = min(runs, key=lambda run: (run.width, run.tokens), default=None)
     tokens = (
@@ -80,7 +79,7 @@ def _next(question: Question, cases: list[Case], raw: dict[str, Any]) -> tuple[d
 
 
 def _scaled(question: Question) -> tuple[dict[str, Any], str]:
-    """A study of the question's proportions on the text at hand."""
+    """A study with the proportions of the question, on the standard library."""
     parent = question.parent_tokens or _TOKENS_A_PARAMETER * question.parameters
     budget = (parent + question.tokens) / question.parameters
     sizes = [h for h in range(32, 513, 32) if budget * _non_embedding(h) <= _STDLIB] or [32]

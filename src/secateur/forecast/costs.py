@@ -1,4 +1,4 @@
-"""What each path costs: tokens, FLOPs by formula, and money where the price of an accelerator is known."""
+"""The cost of each path: tokens, FLOPs by formula, and money where the price of an accelerator is known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONTEXT = 2048  # window that a shape's FLOPs are averaged over
 
 @dataclass(frozen=True)
 class Sizes:
-    """The parent and the model that is to come of it: exact where shapes are known, else by the rule of thumb 6 N D."""
+    """Sizes of the parent and of the pruned model: exact where shapes are known, else by the rule 6 N D."""
 
     parent: float  #: parameters, in all
     target: float

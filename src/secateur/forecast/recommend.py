@@ -1,0 +1,183 @@
+"""Recommend a path: prune or train from scratch, by the evidence nearest to the question, with its cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import UserError, did_you_mean
+from secateur.forecast.advice import Advice, AdviceAccount, Case, Question, advise, bearing, case_of
+from secateur.forecast.costs import Price, Sizes, costs
+from secateur.forecast.curve import PATHS
+from secateur.forecast.evidence import Evidence, of_study
+from secateur.forecast.published import published
+from secateur.forecast.request import RecommendRequest
+from secateur.hub import local_checkpoint
+from secateur.methods.registry import METHODS
+from secateur.model.shapes import Shape, solve_depth, solve_width
+from secateur.progress import track
+
+__all__ = ["Recommendation", "recommend"]
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The answer to a question, with the fits behind it."""
+
+    question: Question
+    sizes: Sizes
+    evidence: Evidence
+    cases: list[Case]
+    refused: list[str]  #: why some runs could not be fitted
+    advice: Advice
+    price: Price | None
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, as ``secateur recommend --json`` prints them, but for the pilot."""
+        advice, question = self.advice, self.question
+        return {
+            "question": _question_record(question, self.sizes),
+            "recommendation": {
+                "choice": advice.choice,
+                "decided_by": question.decides,
+                "why": advice.why,
+                "extrapolates": advice.extrapolates,
+            },
+            "cases": [_case(case, question) for case in self.cases],
+            "not_fitted": self.refused,
+            "evidence": _evidence(self.evidence, question),
+            "costs": costs(question, self.sizes, self.price),
+        }
+
+
+def recommend(request: RecommendRequest) -> Recommendation:
+    """Fit the evidence that bears on the question, and advise.
+
+    Raises:
+        UserError: if the method is unknown, no evidence bears on the question, or none of it can be fitted.
+    """
+    evidence = published() if request.study is None else of_study(Path(request.study))
+    question, sizes = _question(request, evidence)
+    price = None
+    if request.cost_per_hour is not None and request.flops_per_second is not None:
+        price = Price(request.cost_per_hour, request.flops_per_second)
+    cases, refused = _cases(evidence, question, request.noise)
+    return Recommendation(question, sizes, evidence, cases, refused, advise(evidence, question, cases), price)
+
+
+def _cases(evidence: Evidence, question: Question, noise: float | None) -> tuple[list[Case], list[str]]:
+    """The fits that bear on the question, and why others are not among them.
+
+    Raises:
+        UserError: if there are runs to go by and none of them can be fitted.
+    """
+    cases: list[Case] = []
+    refused: list[str] = []
+    groups = bearing(evidence, question)
+    with track("fit the curves", len(groups)) as progress:
+        for points in groups:
+            try:
+                cases.append(case_of(evidence, question, points, noise))
+            except UserError as error:
+                refused.append(str(error))
+            progress.advance()
+    if refused and not cases:
+        raise UserError(f"{evidence.source}: {refused[0]}")
+    return cases, refused
+
+
+def _question(request: RecommendRequest, evidence: Evidence) -> tuple[Question, Sizes]:
+    """Build the question, with the sizes of its models."""
+    method, granularity = request.method, request.granularity
+    if method is not None:
+        granularities = {name: info.granularity for name, info in METHODS.items()} | {**evidence.granularity}
+        if method not in granularities:
+            raise UserError(f"`method`: {method!r} is not known{did_you_mean(method, granularities)}")
+        if granularity not in (None, granularities[method]):
+            raise UserError(
+                f"`granularity`: {method} is of granularity {granularities[method]}, not {granularity}; leave it out"
+            )
+        granularity = granularities[method]
+    shapes = _shapes(request.model, request.ratio, granularity) if request.model else None
+    parent = float(shapes[0].total) if shapes else float(request.params or 0)
+    terms = (request.ratio, request.tokens, granularity, method, request.must_train)
+    question = Question(parent, *terms, request.parent_tokens, request.children)
+    target = float(shapes[1].total) if shapes else question.target(granularity)
+    sizes = Sizes(parent, target, shapes)
+    if shapes:
+        question = replace(question, dearer=sizes.training(0, 1) / sizes.training(1, 1))
+    return question, sizes
+
+
+def _shapes(model: Any, ratio: float, granularity: str | None) -> tuple[Shape, Shape]:
+    """The parent's shape, from its configuration, and the target's: narrower unless layers or nothing at all go."""
+    from secateur.model.checkpoint import read_config
+
+    path = Path(model)
+    if not path.is_file():
+        path = local_checkpoint(model, weights=False) / "config.json"
+    _, _, before = read_config(path)
+    if granularity == "sparse":
+        return before, before
+    return before, solve_depth(before, ratio) if granularity == "depth" else solve_width(before, ratio)
+
+
+def _question_record(question: Question, sizes: Sizes) -> dict[str, Any]:
+    return {
+        "parameters": question.parameters,
+        "target_parameters": sizes.target,
+        "ratio": question.ratio,
+        "tokens": question.tokens,
+        "granularity": question.granularity,
+        "method": question.method,
+        "parent": "must-train" if question.must_train else "have",
+        "parent_tokens": question.parent_tokens,
+        "children": question.children,
+    }
+
+
+def _evidence(evidence: Evidence, question: Question) -> dict[str, Any]:
+    """Where it is from, and what of it bears on the question without being a curve."""
+    near = [a for a in evidence.accuracies if question.granularity in (None, a.granularity)]
+    return {
+        "source": evidence.source,
+        "parent_parameters": evidence.parent_parameters,
+        "parent_tokens": evidence.parent_tokens,
+        "parent_loss": evidence.parent_loss,
+        "runs": len(evidence.points),
+        "runs_without_a_loss": evidence.absent,
+        "accuracies": [asdict(accuracy) for accuracy in near],
+        "findings": [asdict(finding) for finding in evidence.findings],
+    }
+
+
+def _case(case: Case, question: Question) -> dict[str, Any]:
+    fit = case.fit
+    return {
+        "method": case.method,
+        "granularity": case.granularity,
+        "ratio": case.ratio,
+        "form": fit.form.name,
+        "noise": fit.noise,
+        "budgets": {path: fit.budgets(path) for path in PATHS},
+        "scale": case.scale,
+        "pruned_loss": asdict(fit.at("pruned", question.tokens / case.scale)),
+        "accounts": [_account(case, account, question) for account in case.accounts],
+        "distances": [{**asdict(d), "factor": d.factor, "outside": d.outside} for d in case.distances],
+        "next_runs": [asdict(run) for run in case.next_runs[:3]],
+    }
+
+
+def _account(case: Case, account: AdviceAccount, question: Question) -> dict[str, Any]:
+    """One account in the question's tokens; None for a budget beyond what the runs can tell."""
+    tokens = question.tokens + account.extra
+    return {
+        "name": account.name,
+        "scratch_tokens": tokens,
+        "scratch_loss": asdict(case.fit.at("scratch", tokens / case.scale)),
+        "difference": asdict(account.lead.difference),
+        "likely_pruned": account.lead.likely_pruned,
+        "winner": account.winner,
+        "crossover": account.crossover.record(case.scale),
+    }
