@@ -166,7 +166,7 @@ def test_a_study_of_jobs_has_the_records_of_a_local_one(slurm: Path, text: Path,
     run("study", "run", file, "--out", local, *only, "--device", "cpu", "--jobs", 1)
     assert records(out) == records(local)
     log = next(out.glob("logs/train-parent-*.log")).read_text()
-    assert "told to stop, saved" in log and "attempt 2" in log
+    assert "stopped by a signal, saved" in log and "attempt 2" in log
     assert again.count("_") == 1, "a task of an array"
 
 

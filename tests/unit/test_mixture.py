@@ -459,7 +459,7 @@ def test_a_killed_run_ends_at_the_same_bits(tmp_path: Path) -> None:
             super().step(tokens, seconds)
             stop.is_set = self.tokens >= 4 * RECIPE.tokens_per_step
 
-    with pytest.raises(RunError, match="the same command goes on"):
+    with pytest.raises(RunError, match="run the same command to resume"):
         run(tmp_path / "cut", cut, store, references, stop=stop, meter=Early())
     again = hf(tiny_llama(tmp_path, seed=5))
     resumed, data_again, shares_again = run(tmp_path / "cut", again, store, references)

@@ -177,7 +177,7 @@ def test_trackers_get_the_numbers() -> None:
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=f"--track {name}: the package is missing; pip install {name}"):
+    with pytest.raises(UserError, match=f"`track` {name}: the package is missing; pip install {name}"):
         check_trackers([name])
 
 
@@ -255,7 +255,7 @@ def test_a_stopped_run_saves_first(background: bool, tmp_path: Path) -> None:
             super().step(tokens, seconds)
             stop.is_set = self.tokens >= 4 * 32
 
-    with pytest.raises(RunError, match="the same command goes on") as told:
+    with pytest.raises(RunError, match="run the same command to resume") as told:
         run(tmp_path / "cut", cut, stop=stop, meter=Early(), background=background)
     assert told.value.code == 75
     assert max((tmp_path / "cut").glob("step-*")).name == "step-00000005"

@@ -233,7 +233,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_at_the_same_bits(
     assert main(job(whole, corpus, *plain)) == 0
     process = start(1, job(cut, corpus, *plain), tmp_path)
     told = kill_after(process, tmp_path / "cut.partial", 1, signal.SIGTERM)
-    assert process.returncode == 75 and "the same command goes on" in told and "Traceback" not in told
+    assert process.returncode == 75 and "run the same command to resume" in told and "Traceback" not in told
     done = start(1, job(cut, corpus, *plain), tmp_path)
     assert done.communicate(timeout=200) and done.returncode == 0
     assert losses(cut) == losses(whole)

@@ -1,4 +1,4 @@
-"""Held-out loss of a model in training, whole or domain by domain, its windows shared by all processes."""
+"""Held-out loss of a model in training, over all text or by domain; processes share the windows."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def heldout_loss(module: TrainModule, protocol: Protocol, batch: int) -> float:
     """The mean loss (nats a predicted token) under a protocol; all processes together.
 
     Args:
-        module: it is put into evaluation mode for the time.
-        protocol: the windows.
+        module: the model; in training mode afterwards.
+        protocol: the held-out windows.
         batch: windows at once in each process.
 
     Raises:
@@ -34,14 +34,14 @@ def heldout_loss(module: TrainModule, protocol: Protocol, batch: int) -> float:
     sums: list[float] = []
     for part in protocol.windows:
         shares = [range(len(part))[i :: distributed.world_size()] for i in range(distributed.world_size())]
-        mine = list(shares[distributed.rank()])
-        found = torch.zeros(len(part), dtype=torch.float64)
+        share = list(shares[distributed.rank()])
+        window_losses = torch.zeros(len(part), dtype=torch.float64)
         for start in range(0, len(shares[0]), batch):  # the first process has the most
-            chosen = mine[start : start + batch]
-            windows = Batch(part[chosen]) if chosen else Batch.empty()
+            rows = share[start : start + batch]
+            windows = Batch(part[rows]) if rows else Batch.empty()
             each = module(windows.ids, None, windows.targets)[1]
-            found[chosen] = each.double().sum(dim=1)[: len(chosen)].cpu()
-        sums += distributed.all_reduce(found).tolist()
+            window_losses[rows] = each.double().sum(dim=1)[: len(rows)].cpu()
+        sums += distributed.all_reduce(window_losses).tolist()
     module.train()
     loss = math.fsum(sums) / protocol.tokens
     if not math.isfinite(loss):
@@ -52,7 +52,7 @@ def heldout_loss(module: TrainModule, protocol: Protocol, batch: int) -> float:
 def domain_losses(module: TrainModule, protocols: Mapping[str, Protocol], batch: int) -> dict[str, float]:
     """The mean loss of each domain (nats a predicted token), as :func:`heldout_loss` gives it; all processes together.
 
-    A domain without a protocol has no loss, which is not one of zero.
+    A domain without a protocol is absent from the result.
     """
     return {name: heldout_loss(module, protocol, batch) for name, protocol in protocols.items()}
 
@@ -60,16 +60,16 @@ def domain_losses(module: TrainModule, protocols: Mapping[str, Protocol], batch:
 def domain_protocols(store: TokenStore, sequence: int, most: int) -> dict[str, Protocol]:
     """The first whole held-out windows of each domain: at most ``most`` of ``sequence`` tokens.
 
-    A domain without a whole window is absent. So are all where nothing was held out.
+    A domain without a whole window is absent. Without a held-out split the result is empty.
     """
     split = "heldout"
     if split not in store.manifest.splits:
         return {}
     view = DomainTokens(store, split, 0, store.tokens(split), sequence)
-    found = {}
+    protocols = {}
     for name, (start, stop) in view.ranges.items():
         windows = min(most, (stop - start) // sequence)
         ids = torch.from_numpy(view.read(split, start, start + windows * sequence))
         source = f"held-out documents of domain {name}" if name else "held-out documents"
-        found[name] = Protocol((ids.reshape(windows, sequence),), source)
-    return found
+        protocols[name] = Protocol((ids.reshape(windows, sequence),), source)
+    return protocols

@@ -1,4 +1,4 @@
-"""Where a run's first weights come from: a seed, or a checkpoint."""
+"""First weights of a run: drawn from a seed, or read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ __all__ = ["fresh_weights", "llama_config", "stored_weights"]
 
 
 def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The configuration of a Llama of this shape, in float32; of its sibling, where Llama's own refuses the shape."""
+    """A float32 Llama configuration of this shape, or its sibling's where Llama's refuses the shape."""
     kind: tuple[str, str, Mapping[str, object]] = ("llama", "LlamaForCausalLM", {})
     if dataclasses.replace(shape, family=LLAMA).refused_by_config:
         assert LLAMA.relaxed is not None
         kind = LLAMA.relaxed
-    model_type, architecture, besides = kind
-    biases: dict[str, Any] = dict.fromkeys(shape.switches, True)  # of a pruned model, which its twin has as well
-    special: Any = tokenizer  # whose ids the library types as int, str or list
-    make: Any = CONFIG_MAPPING[model_type]  # whose arguments differ from kind to kind
+    model_type, architecture, extra = kind
+    biases: dict[str, Any] = dict.fromkeys(
+        shape.switches, True
+    )  # a pruned model may have biases, and its twin then too
+    special: Any = tokenizer  # the library types its ids as int, str or list
+    make: Any = CONFIG_MAPPING[model_type]  # arguments differ between model types
     return make(
         **shape.config_changes(),
         **biases,
-        **besides,
+        **extra,
         vocab_size=shape.vocabulary,
         max_position_embeddings=context,
         tie_word_embeddings=shape.tied,
@@ -47,12 +49,12 @@ def fresh_weights(model: PreTrainedModel, *, std: float, seed: int) -> Callable[
     """Draw weights: matrices from a normal truncated at two deviations, norms that scale by one, biases zero.
 
     Args:
-        model: whose parameters' sizes count; it may be without weights.
-        std: of the normal, before it is truncated.
-        seed: the same one gives the same weights, whatever the library's own initialisation does.
+        model: gives the sizes of the parameters; it may be without weights.
+        std: standard deviation of the normal before truncation.
+        seed: equal seeds give equal weights, whatever the library's initialisation does.
 
     Returns:
-        name of a parameter -> float32, which follows from the name, the size and the seed alone.
+        Parameter name -> float32 value, which depends on the name, the size and the seed alone.
     """
     norm = 1.0 - family_of(model.config.model_type, where="the model").norm_offset
 
@@ -68,10 +70,10 @@ def fresh_weights(model: PreTrainedModel, *, std: float, seed: int) -> Callable[
 
 
 def stored_weights(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
-    """A checkpoint's weights: name of a parameter -> its value as stored.
+    """A function from a parameter's name to its value as stored.
 
     Raises:
-        UserError: when called, if the tensor holds NaN or infinity.
+        UserError: when that function is called, if the tensor holds NaN or infinity.
     """
 
     def read(name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Masks that hold: a pruned weight is exactly zero before, during and after training.
+"""Masks of sparse models: a pruned weight is exactly zero before, during and after training.
 
 Masks are explicit bool tensors, sharded like their parameters. They are never derived from ``weight == 0``: a kept
 weight may pass through zero.
@@ -21,7 +21,7 @@ class Masks:
     """The masks of a model's parameters; each process keeps its part.
 
     Args:
-        model: the model that they belong to.
+        model: the model with these parameters.
         masks: parameter name -> bool of the parameter's size, True where kept; may be empty.
 
     Raises:
@@ -30,31 +30,31 @@ class Masks:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameters = dict(model.named_parameters())
-        self._kept = [(name, parameters[name], part_like(parameters[name], masks[name]).clone()) for name in masks]
+        self._masks = [(name, parameters[name], part_like(parameters[name], masks[name]).clone()) for name in masks]
 
     @torch.no_grad()
     def apply(self) -> None:
         """Zero the pruned weights."""
-        for _, parameter, kept in self._kept:
-            local_part(parameter).mul_(kept).add_(0.0)  # of a negative weight times zero a sign would stay
+        for _, parameter, mask in self._masks:
+            local_part(parameter).mul_(mask).add_(0.0)  # turns -0.0 into 0.0
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
-        """Zero the pruned weights' gradients, so that neither the clipping norm nor the moments know of them."""
-        for _, parameter, kept in self._kept:
+        """Zero the pruned weights' gradients, so that they affect neither the clipping norm nor the moments."""
+        for _, parameter, mask in self._masks:
             if parameter.grad is not None:
-                local_part(parameter.grad).mul_(kept)  # what is not finite stays so, and is found
+                local_part(parameter.grad).mul_(mask)  # NaN and infinity stay, so that the norm shows them
 
     @torch.no_grad()
     def check(self) -> None:
         """Assert, in all processes together, that every pruned weight is exactly zero.
 
         Raises:
-            RuntimeError: naming the first parameter where one is not.
+            RuntimeError: naming the first parameter with a nonzero pruned weight.
         """
-        if not self._kept:
+        if not self._masks:
             return
-        found = torch.stack([(local_part(p) != 0).logical_and_(~kept).sum() for _, p, kept in self._kept]).cpu()
-        for (name, _, _), revived in zip(self._kept, distributed.all_reduce(found).tolist(), strict=True):
-            if revived:
-                raise RuntimeError(f"{name}: {revived} pruned weights are no longer zero")
+        counts = torch.stack([(local_part(p) != 0).logical_and_(~mask).sum() for _, p, mask in self._masks]).cpu()
+        for (name, _, _), nonzero in zip(self._masks, distributed.all_reduce(counts).tolist(), strict=True):
+            if nonzero:
+                raise RuntimeError(f"{name}: {nonzero} pruned weights are no longer zero")

@@ -1,4 +1,4 @@
-"""What a run tells of each step: ``metrics.jsonl``, and TensorBoard or W&B where asked."""
+"""Metrics of each step: ``metrics.jsonl``, and optionally TensorBoard or W&B."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TRACKERS", "Metrics", "Tracker", "check_trackers", "open_trackers"]
 
 
 class Tracker(Protocol):
-    """Somewhere else to send numbers to."""
+    """A service that receives the numbers too."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -26,31 +26,31 @@ class Metrics:
     """A file with a line of JSON for each step, each held-out loss and each event.
 
     Args:
-        path: of the file; None to write none.
-        trackers: are sent the numbers as well.
+        path: the file; None to write none.
+        trackers: receive the numbers too.
     """
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
         self.path, self.trackers = path, trackers
 
     def resume(self, step: int) -> None:
-        """Drop what was written of steps after ``step``: they are run again."""
+        """Drop the lines of steps after ``step``, which run again."""
         if self.path is None or not self.path.is_file():
             return
-        kept = []
+        lines = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:  # the last line of a run that was killed
                 continue
             if entry["step"] <= step:
-                kept.append(line + "\n")
+                lines.append(line + "\n")
         partial = self.path.with_name(f"{self.path.name}.new")
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_text("".join(lines), encoding="utf-8")
         os.replace(partial, self.path)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Add a line; ``step`` is among its values."""
+        """Append a line; ``entry`` has a ``step``."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -59,7 +59,7 @@ class Metrics:
             tracker.log(entry["step"], values)
 
     def close(self) -> None:
-        """Send what trackers still hold."""
+        """Flush and close the trackers."""
         for tracker in self.trackers:
             tracker.close()
 
@@ -68,15 +68,15 @@ def check_trackers(names: Sequence[str]) -> None:
     """Check that the packages of these trackers are installed.
 
     Raises:
-        UserError: if one is not.
+        UserError: naming the first missing package.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--track {name}: the package is missing; pip install {name}")
+            raise UserError(f"`track` {name}: the package is missing; pip install {name}")
 
 
 def open_trackers(names: Sequence[str], folder: Path, title: str, identity: str) -> list[Tracker]:
-    """The trackers of these names; their files lie below ``folder``, and a run is the same one by its ``identity``."""
+    """Open trackers; files lie below ``folder``, and a resumed run keeps its ``identity``."""
     return [TRACKERS[name](folder / name, title, identity) for name in names]
 
 
@@ -98,7 +98,7 @@ class _WandB:
     def __init__(self, folder: Path, title: str, identity: str) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        # A run that goes on after a kill is the same run there.
+        # A run that resumes after a kill continues the same W&B run.
         self._run = wandb.init(project="secateur", name=title, id=identity, dir=str(folder.parent), resume="allow")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -108,4 +108,4 @@ class _WandB:
         self._run.finish()
 
 
-TRACKERS = {"tensorboard": _TensorBoard, "wandb": _WandB}  #: name -> what opens it
+TRACKERS = {"tensorboard": _TensorBoard, "wandb": _WandB}  #: name -> class

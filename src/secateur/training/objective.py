@@ -1,6 +1,6 @@
-"""What training minimises: an objective turns a batch into losses, and may bring parameters of its own.
+"""Training objectives: an objective turns a batch into losses, and may have parameters.
 
-Every objective is called through the same loop. In evaluation mode each gives the language-model loss, so that held-out
+All objectives go through one training loop. In evaluation mode each returns the language-model loss, so that held-out
 losses of different objectives can be compared.
 """
 
@@ -20,29 +20,29 @@ __all__ = ["BatchLosses", "LanguageModel", "Objective"]
 
 
 class BatchLosses(NamedTuple):
-    """What a batch comes to."""
+    """The losses of a batch."""
 
-    total: Tensor  #: what is minimised, summed over the predicted tokens; differentiable
-    each: Tensor  #: its value for each of them, [windows, positions - 1], detached
-    once: Tensor | None = None  #: what is minimised besides, once in a step whatever its batches; differentiable
+    total: Tensor  #: loss to minimise, summed over the predicted tokens; differentiable
+    each: Tensor  #: loss of each predicted token, [windows, positions - 1], detached
+    once: Tensor | None = None  #: loss that counts once in a step, however many batches it has; differentiable
 
 
 class Objective(nn.Module):
-    """A module, so that what it brings is placed, sharded and saved with the model."""
+    """A loss. As a module, its parameters are placed, sharded and saved with the model."""
 
     def begin(self, step: int, steps: int) -> None:
-        """Take note that ``step`` of ``steps`` begins; the same in all processes."""
+        """Prepare for ``step`` of ``steps``; called in all processes."""
 
     def groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups of its own parameters; ``peak_rate`` is their peak learning rate, before the schedule."""
+        """Optimizer groups of the objective's parameters; ``peak_rate`` is a group's peak learning rate."""
         return []
 
     def figures(self) -> Mapping[str, float]:
-        """What is to be written down after a step, besides the loss."""
+        """Numbers to record after a step, besides the loss."""
         return {}
 
     def note(self) -> str:
-        """The same, to be shown."""
+        """The same numbers as text for the progress line."""
         return ""
 
     def forward(
@@ -53,7 +53,7 @@ class Objective(nn.Module):
 
 
 class LanguageModel(Objective):
-    """The cross-entropy of the token that follows."""
+    """The cross-entropy of the next token."""
 
     def forward(
         self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None

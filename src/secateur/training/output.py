@@ -1,4 +1,4 @@
-"""A trained model as a checkpoint, whatever it is spread over."""
+"""Write a trained model as a checkpoint, from however many processes."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def write_trained(
     title: str | None = None,
     change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
 ) -> None:
-    """Write a model; all processes give their parts, the first one writes, tensor by tensor.
+    """Write a model tensor by tensor: all processes send their parts, the first one writes.
 
     Args:
         out: an existing directory.
         module: the model.
         config: the content of config.json.
-        dtype: name of a parameter -> the type that it is stored in.
-        provenance: for ``secateur.json``.
-        line: what the card says.
-        title: of the card; the directory's name unless given.
-        change: name of a parameter and its whole float32 value -> what is written.
+        dtype: name of a parameter -> the dtype to store.
+        provenance: content of ``secateur.json``.
+        line: text of the model card.
+        title: title of the card; None for the directory's name.
+        change: (name of a parameter, its whole float32 value) -> the value to write.
     """
 
     def stored(name: str, parameter: Tensor) -> Stored:

@@ -38,9 +38,9 @@ class Recipe:
     weight_decay: Annotated[float, Field(ge=0)] = 0.1  #: on matrices only
     clip: Annotated[float, Field(gt=0)] = 1.0  #: largest norm of the gradient
     init_std: Annotated[float, Field(gt=0)] = 0.02  #: of the truncated normal that fresh weights are drawn from
-    seed: Seed = 0  #: of fresh weights
-    data_seed: Seed = 0  #: of the order in which a slice's windows are read
-    attention: Literal["window", "document"] = "window"  #: how far it reaches back
+    seed: Seed = 0  #: for drawing fresh weights
+    data_seed: Seed = 0  #: for the order of a slice's windows
+    attention: Literal["window", "document"] = "window"  #: attend within the window, or within each document
     micro_batch: Annotated[Positive, RUNTIME] = 8  #: windows at once; memory, not the result beyond rounding
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Recipe:
             )
 
     def steps(self, tokens: int) -> int:
-        """Optimiser steps that ``tokens`` take; the last may be smaller."""
+        """Number of optimiser steps for ``tokens``; the last step may be smaller."""
         return math.ceil(tokens / self.tokens_per_step)
 
 
@@ -65,7 +65,7 @@ class Distill:
 
 
 def set_rate(optimizer: optim.Optimizer, rate: float, recipe: Recipe) -> None:
-    """Give the schedule's rate to all groups; to those with a peak of their own, the same share of it."""
+    """Set the schedule's rate in all groups; a group with its own ``peak_rate`` gets the same share of that peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_rate"] * rate / recipe.peak_rate if "peak_rate" in group else rate
 
@@ -93,14 +93,14 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def make_optimizer(
-    weights: Iterable[nn.Parameter], recipe: Recipe, own: Sequence[Mapping[str, Any]] = ()
+    weights: Iterable[nn.Parameter], recipe: Recipe, extra_groups: Sequence[Mapping[str, Any]] = ()
 ) -> optim.AdamW:
-    """AdamW with weight decay on matrices only: norms and biases are not drawn to zero.
+    """AdamW with weight decay on matrices only: norms and biases have none.
 
     Args:
-        weights: what the recipe's schedule is for.
-        recipe: of the training.
-        own: groups besides, with a learning rate ``peak_rate`` of their own and without decay.
+        weights: parameters that follow the recipe's schedule.
+        recipe: schedule, betas, epsilon and decay.
+        extra_groups: optimizer groups with a ``peak_rate`` each and without decay.
     """
     from torch import optim
 
@@ -111,5 +111,5 @@ def make_optimizer(
     ]
     betas = (recipe.beta1, recipe.beta2)
     groups = [group for group in groups if group["params"]]
-    groups += [{"weight_decay": 0.0, "lr": group["peak_rate"], **group} for group in own]
+    groups += [{"weight_decay": 0.0, "lr": group["peak_rate"], **group} for group in extra_groups]
     return optim.AdamW(groups, lr=recipe.peak_rate, betas=betas, eps=recipe.epsilon, fused=True)

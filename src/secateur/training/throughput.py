@@ -1,4 +1,4 @@
-"""How fast a run is: tokens a second, and the share of what the device could do at most (MFU, arXiv:2204.02311)."""
+"""Throughput: tokens a second, and model FLOPs utilisation (MFU, arXiv:2204.02311)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 __all__ = ["Meter", "Peak", "peak_of"]
 
-#: dense bfloat16 products, without sparsity, as the makers state them: part of a device's name -> FLOPs a second
+#: dense bfloat16 peaks from the data sheets: part of a device's name -> FLOPs a second
 _BFLOAT16 = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -26,39 +26,39 @@ _BFLOAT16 = {
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOPs a second of one process's device, and where the figure comes from."""
+    """Peak FLOPs a second of one process's device, and its source."""
 
     flops: float
     source: str
 
 
 def peak_of(device: str, dtype: str) -> Peak:
-    """The most that a device can do: as its maker states it, else as a product of two large matrices shows."""
+    """Peak FLOPs of a device: from its data sheet, else measured with a product of two matrices."""
     if device.startswith("cuda") and dtype == "bfloat16":
         name = torch.cuda.get_device_name(device)
-        for known, flops in _BFLOAT16.items():
-            if known in name:
-                return Peak(flops, f"{known}, {dtype}")
-    return Peak(_measured(device, getattr(torch, dtype)), f"measured, {dtype}")
+        for model, flops in _BFLOAT16.items():
+            if model in name:
+                return Peak(flops, f"{model}, {dtype}")
+    return Peak(_measure_flops(device, getattr(torch, dtype)), f"measured, {dtype}")
 
 
-def _measured(device: str, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+def _measure_flops(device: str, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
     a = torch.randn(size, size, dtype=dtype, device=device)
     best, start = 0.0, time.monotonic()
     while time.monotonic() - start < seconds or not best:
         begin = time.perf_counter()
-        (a @ a)[0, 0].item()  # which waits for the device
+        (a @ a)[0, 0].item()  # item() waits for the device
         best = max(best, 2 * size**3 / (time.perf_counter() - begin))
     return best
 
 
 class Meter:
-    """Tokens a second over the last steps, of all processes, and what share of the peak that is.
+    """Tokens a second over the last steps, of all processes, as a number and as a share of the peak.
 
     Args:
-        flops_per_token: of training.
-        peak: of all processes together, FLOPs a second; None where no share is asked for.
-        memory: over how many steps.
+        flops_per_token: FLOPs of training on a token.
+        peak: FLOPs a second of all processes together; None to compute no share.
+        memory: number of last steps.
     """
 
     def __init__(self, flops_per_token: float = 0.0, peak: float | None = None, memory: int = 16) -> None:
@@ -67,7 +67,7 @@ class Meter:
         self.tokens, self.seconds = 0, 0.0  #: of all steps
 
     def step(self, tokens: int, seconds: float) -> None:
-        """Take note of a step."""
+        """Record a step."""
         self._steps.append((tokens, seconds))
         self.tokens += tokens
         self.seconds += seconds

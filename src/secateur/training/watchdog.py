@@ -1,4 +1,4 @@
-"""What may go wrong in a long run: numbers that are not finite, losses that leap, steps that stall, a call to stop."""
+"""Warnings about loss spikes and stalled steps, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["StopSignal", "Watchdog", "stop_on_signals"]
 
 
 class StopSignal:
-    """Whether the run was told to stop."""
+    """Whether a stop signal arrived."""
 
     is_set = False
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopSignal]:
-    """Let SIGTERM and SIGUSR1, by which schedulers announce an end, ask the run to save and stop.
+    """Set the stop signal on SIGTERM and SIGUSR1, which schedulers send before they end a job.
 
-    Within the main thread only; elsewhere nothing is changed.
+    Works in the main thread only; in other threads signal handlers stay as they are.
     """
     stop, before = StopSignal(), {}
 
-    def tell(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         stop.is_set = True
 
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield stop
     finally:
@@ -45,13 +45,13 @@ def stop_on_signals() -> Iterator[StopSignal]:
 
 
 class Watchdog:
-    """Notices leaps of the loss, and steps that take far longer than those before.
+    """Warns of loss spikes, and of steps that take far longer than earlier ones.
 
     Args:
-        label: of the run.
-        memory: how many steps back the usual is reckoned from.
-        least: seconds below which no step counts as stalled.
-        report: is given an event, as plain values, besides its being said.
+        label: the run's name in warnings.
+        memory: steps back that means and medians cover.
+        least: a step shorter than this many seconds is never stalled.
+        report: receives each event as plain values, besides the warning.
     """
 
     def __init__(
@@ -65,55 +65,55 @@ class Watchdog:
         self.label, self.least, self.report = label, least, report
         self._losses: deque[float] = deque(maxlen=memory)
         self._seconds: deque[float] = deque(maxlen=memory)
-        self._began = time.monotonic()
+        self._start = time.monotonic()
         self._step = 0
         self._stalled = False
         self._quiet_until = 0
-        self._over = threading.Event()
+        self._finished = threading.Event()
 
     def __enter__(self) -> Watchdog:
-        self._began = time.monotonic()
-        threading.Thread(target=self._look, daemon=True).start()
+        self._start = time.monotonic()
+        threading.Thread(target=self._watch_steps, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._finished.set()
 
     def step(self, step: int, loss: float) -> float:
-        """Take note of a finished step; return its seconds.
+        """Record a finished step and return its seconds.
 
-        A loss leaps if it lies six deviations, and 5%, above the mean of the last steps.
+        A loss is a spike if it lies six deviations, and 5%, above the mean of the last steps.
         """
-        now = time.monotonic()
-        seconds = now - self._began
+        end = time.monotonic()
+        seconds = end - self._start
         if len(self._losses) >= 8 and step >= self._quiet_until:
             mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
             if loss > mean + max(6 * deviation, 0.05 * abs(mean)):
-                self._tell(step, "spike", f"the loss leapt to {loss:.3f}, from {mean:.3f} on average", loss=loss)
+                self._warn(step, "spike", f"the loss leapt to {loss:.3f}, from {mean:.3f} on average", loss=loss)
                 self._quiet_until = step + self._losses.maxlen  # type: ignore[operator]
         self._losses.append(loss)
         self._seconds.append(seconds)
-        self._began, self._step, self._stalled = now, step + 1, False
+        self._start, self._step, self._stalled = end, step + 1, False
         return seconds
 
     def pause(self) -> None:
-        """Do not count what comes before the next step, such as an evaluation or a save."""
-        self._began = time.monotonic()
+        """Leave the time until the next step, such as an evaluation or a save, out of that step."""
+        self._start = time.monotonic()
 
     @property
     def patience(self) -> float:
-        """Seconds after which a step counts as stalled: ten times the usual."""
+        """Seconds after which a step counts as stalled: ten times the median."""
         return max(self.least, 10 * statistics.median(self._seconds)) if self._seconds else math.inf
 
-    def _look(self) -> None:
-        while not self._over.wait(min(1.0, self.least / 4)):
-            waited = time.monotonic() - self._began
+    def _watch_steps(self) -> None:
+        while not self._finished.wait(min(1.0, self.least / 4)):
+            waited = time.monotonic() - self._start
             if not self._stalled and waited > self.patience:
                 self._stalled = True
                 usual = statistics.median(self._seconds)
                 text = f"no end of this step for {clock_time(waited)}; steps took {usual:.3g} s before"
-                self._tell(self._step, "stall", text, seconds=waited)
+                self._warn(self._step, "stall", text, seconds=waited)
 
-    def _tell(self, step: int, event: str, text: str, **facts: float) -> None:
+    def _warn(self, step: int, event: str, text: str, **facts: float) -> None:
         notify(f"{self.label}: step {step}: {text}")
         self.report({"event": event, "step": step, **facts})
