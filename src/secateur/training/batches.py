@@ -1,4 +1,4 @@
-"""What is read at each step: exact tokens, in an order that depends neither on processes nor on micro-batches."""
+"""Training data by step: exact tokens, in an order independent of processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of one length; ``positions`` are those within documents, where attention stays within them."""
+    """Windows of one length; ``positions`` count within documents, for attention within documents."""
 
     ids: Tensor  #: int64 [windows, positions]
     positions: Tensor | None = None  #: int64 of the same size
@@ -42,12 +42,12 @@ class Batch:
 
     @classmethod
     def empty(cls) -> Batch:
-        """What a process without windows computes, so that it takes part in what all processes do: no loss."""
+        """A batch without a loss, for a process without windows: it must take part in all collectives."""
         return cls(torch.zeros(1, 2, dtype=torch.int64), None, torch.full((1, 1), IGNORE_INDEX))
 
 
 class Data(Protocol):
-    """What a run reads, step by step: :class:`Slice`, or what chooses its windows otherwise."""
+    """The training data of a run, step by step: a :class:`Slice` or a mixture."""
 
     @property
     def recipe(self) -> Recipe: ...
@@ -65,7 +65,7 @@ class Data(Protocol):
     def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]: ...
 
     def state(self) -> Any:
-        """What the next steps depend on besides their number, as plain values; it is saved with a checkpoint."""
+        """Plain values, saved with a checkpoint, on which the next steps depend besides their number."""
 
     def restore(self, state: Any) -> None: ...
 
@@ -81,12 +81,12 @@ class Slice:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
         return self.stop - self.start
 
     @property
     def steps(self) -> int:
-        """How many steps they take."""
+        """Number of optimiser steps."""
         return self.recipe.steps(self.tokens)
 
     @cached_property
@@ -96,7 +96,7 @@ class Slice:
         return torch.randperm(self.tokens // self.recipe.sequence, generator=generator)
 
     def spans(self, step: int) -> list[Span]:
-        """The windows of a step, of all processes; the last step's last one is what is left, and may be shorter."""
+        """The windows of a step, for all processes; the last window of the slice may be shorter."""
         length = self.recipe.sequence
         each = self.recipe.tokens_per_step // length
         starts = (self.start + self.order[step * each : (step + 1) * each] * length).tolist()
@@ -111,13 +111,13 @@ class Slice:
         return read_batch(self.store, self.recipe, spans)
 
     def state(self) -> None:
-        """Nothing: what a step reads follows from its number."""
+        """None: the windows of a step follow from its number."""
 
     def restore(self, state: None) -> None:
-        """Nothing is to be restored."""
+        """Do nothing."""
 
     def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]:
-        """The names of the documents, at most so many, that the windows lie in."""
+        """The names of the documents that the windows lie in, at most ``most``."""
         return document_names(self.store, spans, most)
 
 
@@ -133,7 +133,7 @@ class WindowTokens:
 
     @property
     def tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
         return len(self.ids)
 
     def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
@@ -172,9 +172,9 @@ def read_batch(store: Tokens, recipe: Recipe, spans: Sequence[Span]) -> Batch:
 
 
 def document_names(store: Tokens, spans: Sequence[Span], most: int) -> list[str]:
-    """The names of the documents, at most so many, that the windows lie in."""
-    found = {index: None for span in spans for index in store.documents_in("train", *span)}
-    return [store.document_name("train", index) for index in list(found)[:most]]
+    """The names of the documents that the windows lie in, at most ``most``."""
+    indices = {index: None for span in spans for index in store.documents_in("train", *span)}
+    return [store.document_name("train", index) for index in list(indices)[:most]]
 
 
 def micro_batches(spans: Sequence[Span], size: int, *, rank: int, world: int) -> list[list[Span]]:

@@ -1,8 +1,8 @@
-"""Training checkpoints: sharded safetensors through DCP, whole or absent, loadable by another number of processes.
+"""Training checkpoints: sharded safetensors through DCP, complete or absent, for any number of processes.
 
 Each is a folder ``step-N`` with the processes' shards of weights and moments and, written last, ``state.json``: step,
-tokens, curve and the hash of every shard, since DCP would read shards of another save without a word. A checkpoint is
-written under another name and renamed when it is complete, so that a kill at any moment leaves the older one.
+tokens, curve and the hash of every shard, since DCP would read shards of another save without an error. A checkpoint
+is written under another name and renamed when complete, so that a kill at any moment leaves the previous one.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from secateur.progress import notify
 
 __all__ = ["FINISHED", "Saver"]
 
-FINISHED = "checkpoints/step-*/state.json"  #: what a folder of work has once there is a checkpoint
+FINISHED = "checkpoints/step-*/state.json"  #: pattern of the file that completes a checkpoint
 _STATE, _WRITING = "state.json", "writing"
-_FILE_BYTES, _FILES = 2**26, 64  #: a file of a shard holds so much, or more where there would be more of them
+_FILE_BYTES, _FILES = 2**26, 64  #: size of a file, larger where there would be more than so many files
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -40,11 +40,11 @@ class Saver:
     """Saves and restores a run.
 
     Args:
-        folder: where checkpoints lie; all processes see it.
-        parameters: what is trained, by the names that it is saved under.
-        optimizer: AdamW.
-        keep: how many checkpoints stay, the newest.
-        background: write while the run goes on; a checkpoint is complete at the next save or :meth:`finish`.
+        folder: checkpoint folder, visible to all processes.
+        parameters: trained parameters by the names to save them under.
+        optimizer: AdamW over them.
+        keep: number of checkpoints that stay, the newest.
+        background: write while training continues; a checkpoint is complete at the next save or :meth:`finish`.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Saver:
         self.folder, self.optimizer, self.keep, self.background = folder, optimizer, keep, background
         self.parameters = dict(parameters)
         self.last: Path | None = None  #: the newest complete checkpoint
-        self.before = 0  #: steps of the optimizer in the run that this one continues
-        self._waiting: tuple[Future[Any], dict[str, Any]] | None = None
+        self.earlier_steps = 0  #: optimizer steps of the run that this one continues
+        self._pending: tuple[Future[Any], dict[str, Any]] | None = None
         self._group: Any = None
 
     def save(self, state: dict[str, Any]) -> None:
@@ -72,30 +72,30 @@ class Saver:
             work.mkdir(parents=True)
         distributed.barrier()
         tensors = self._tensors()
-        state = {**state, "curve": list(state.get("curve", ())), "before": self.before}
+        state = {**state, "curve": list(state.get("curve", ())), "before": self.earlier_steps}
         writer = HuggingFaceStorageWriter(str(work), _files(tensors), save_distributed=True)
         if self.background:
-            if self._group is None:  # of its own: the threads of a save must not meet the run's own messages
+            if self._group is None:  # a group apart: the threads of a save must not mix with training messages
                 distributed.ensure_group()
                 self._group = torch.distributed.new_group(backend="gloo")
-            written: Any = async_save(tensors, storage_writer=writer, process_group=self._group)
-            self._waiting = (written, state)
+            future: Any = async_save(tensors, storage_writer=writer, process_group=self._group)
+            self._pending = (future, state)
             return
-        with _quietly(), _plainly():
+        with _ignore_warnings(), _unwrap_errors():
             save(tensors, storage_writer=writer, no_dist=distributed.world_size() == 1)
         self._complete(state)
 
     def finish(self) -> None:
-        """Wait for what is being written behind the run."""
-        if self._waiting:
-            written, state = self._waiting
-            self._waiting = None
-            with _plainly():
-                written.result()
+        """Wait for the checkpoint that is being written in the background."""
+        if self._pending:
+            future, state = self._pending
+            self._pending = None
+            with _unwrap_errors():
+                future.result()
             self._complete(state)
 
     def _complete(self, state: dict[str, Any]) -> None:
-        """Hash the shards and let the checkpoint appear."""
+        """Hash the shards and rename the folder to its final name."""
         work, final = self.folder / _WRITING, self.folder / f"step-{state['step']:08}"
         distributed.barrier()
         hashes = _hashes(work)
@@ -105,78 +105,78 @@ class Saver:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(work, final)
             sync_tree(self.folder)
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-                shutil.rmtree(old)
+            for expired in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                shutil.rmtree(expired)
         distributed.barrier()
         self.last = final
 
     def load(self) -> dict[str, Any] | None:
         """Restore the newest undamaged checkpoint; return its state, None without one."""
         distributed.barrier()
-        for found in sorted(self.folder.glob("step-*"), reverse=True):
-            state = _undamaged(found)
+        for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
+            state = _read_state(checkpoint)
             if state is None:
-                notify(f"{found}: this checkpoint is damaged and passed over")
+                notify(f"{checkpoint}: this checkpoint is damaged; trying the previous one")
                 continue
-            self.before = state.pop("before")
-            self._read(found, state["step"])
-            self.last = found
+            self.earlier_steps = state.pop("before")
+            self._read(checkpoint, state["step"])
+            self.last = checkpoint
             return state
         return None
 
-    def begin(self, found: Path) -> None:
-        """Take weights and moments, and nothing else, from the checkpoint of another run; all processes together.
+    def begin(self, checkpoint: Path) -> None:
+        """Start from the weights and moments of another run's checkpoint; all processes together.
 
         Raises:
             UserError: if it is damaged.
         """
-        state = _undamaged(found)
+        state = _read_state(checkpoint)
         if state is None:
-            raise UserError(f"{found}: this checkpoint is damaged; remove the folder of the run that made it")
-        self.before = state["before"] + state["step"]
-        self._read(found, 0)
+            raise UserError(f"{checkpoint}: this checkpoint is damaged; remove the folder of the run that made it")
+        self.earlier_steps = state["before"] + state["step"]
+        self._read(checkpoint, 0)
 
-    def _read(self, found: Path, step: int) -> None:
-        """Weights and moments of a checkpoint, after so many steps of this run."""
+    def _read(self, checkpoint: Path, step: int) -> None:
+        """Read weights and moments; ``step`` steps of this run are done."""
         for parameter in self.parameters.values():
             moments = {key: torch.zeros_like(parameter.detach()) for key in _MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.before + step)), **moments}
-        with _quietly(), _plainly():
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(self.earlier_steps + step)), **moments}
+        with _ignore_warnings(), _unwrap_errors():
             load(
                 self._tensors(),
-                storage_reader=HuggingFaceStorageReader(str(found)),
+                storage_reader=HuggingFaceStorageReader(str(checkpoint)),
                 no_dist=distributed.world_size() == 1,
             )
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = {f"weight.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors = {f"weight.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key in _MOMENTS:
                 if (moments := self.optimizer.state[parameter]) and key in moments:
-                    found[f"{key}.{name}"] = moments[key]
-        return found
+                    tensors[f"{key}.{name}"] = moments[key]
+        return tensors
 
 
-def _undamaged(found: Path) -> dict[str, Any] | None:
-    """The state of a checkpoint whose files are those it was written with; None for any other."""
+def _read_state(checkpoint: Path) -> dict[str, Any] | None:
+    """The state of a checkpoint; None if its state or a shard is damaged."""
     try:
-        state = read_json(found / _STATE)
-        known, step = state.pop("hashes"), state["step"]
-        there = isinstance(step, int) and isinstance(state["before"], int) and bool(known)
+        state = read_json(checkpoint / _STATE)
+        hashes, step = state.pop("hashes"), state["step"]
+        complete = isinstance(step, int) and isinstance(state["before"], int) and bool(hashes)
     except (UserError, LookupError, AttributeError, TypeError):
-        there, state, known = False, {}, {}
-    if not distributed.all_true(there):
+        complete, state, hashes = False, {}, {}
+    if not distributed.all_true(complete):
         return None
-    return state if _hashes(found) == known else None
+    return state if _hashes(checkpoint) == hashes else None
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The number of the file that each tensor goes to: a file is made in memory before it is written."""
-    most = max(_FILE_BYTES, sum(tensor.nbytes for tensor in tensors.values()) // _FILES)
-    numbers, held = {}, 0
+    """Tensor name -> number of its file; files are small, since each is made in memory before it is written."""
+    limit = max(_FILE_BYTES, sum(tensor.nbytes for tensor in tensors.values()) // _FILES)
+    numbers, size = {}, 0
     for name, tensor in tensors.items():
-        numbers[name] = 1 + held // most
-        held += tensor.nbytes
+        numbers[name] = 1 + size // limit
+        size += tensor.nbytes
     return numbers
 
 
@@ -192,16 +192,16 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """Raise what went wrong, such as a full disk: DCP wraps it in an exception that is no ``Exception``."""
+def _unwrap_errors() -> Iterator[None]:
+    """Raise the cause, such as a full disk, of DCP's ``CheckpointException``, which is no ``Exception``."""
     try:
         yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
 
 
-def _quietly() -> warnings.catch_warnings:
-    """DCP warns that it saves in one process, which is meant, and of its own use of torch."""
+def _ignore_warnings() -> warnings.catch_warnings:
+    """Hide DCP's warnings about saving in one process, which is intended, and about its calls of torch."""
     caught = warnings.catch_warnings()
     warnings.simplefilter("ignore")
     return caught

@@ -1,7 +1,7 @@
 """Distillation: a student learns a teacher's distribution over the next token (arXiv:1503.02531).
 
-The teacher reads what the student reads, without gradients, and each chunk of tokens is compared at once (see
-:mod:`secateur.losses.kl`). The two may differ in every size but the vocabulary, and in their family.
+The teacher reads the same tokens without gradients, and the two are compared in chunks of tokens
+(:mod:`secateur.losses.kl`). They may differ in family and in every size but the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Distillation", "check_teacher"]
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  #: files that say which token has which id
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  #: files with a vocabulary
 
 
 class Distillation(LanguageModel):
-    """The divergence from a teacher, and the language-model loss as far as ``alpha`` leaves room for it.
+    """``alpha`` times the divergence from a teacher, plus ``1 - alpha`` times the language-model loss.
 
-    In evaluation mode it is the language-model loss alone, and the teacher is not asked.
+    In evaluation mode it is the language-model loss alone, and the teacher does not run.
 
     Args:
         spec: temperature, share and categories.
-        teacher: with the student's vocabulary, placed (:func:`secateur.training.parallel.place_teacher`). It is a part
-            of the objective, so that FSDP gathers its blocks ahead; it is neither trained nor saved.
+        teacher: a model with the student's vocabulary (:func:`secateur.training.parallel.place_teacher`). As a part of
+            the objective FSDP gathers its blocks ahead; it is neither trained nor saved.
     """
 
     def __init__(self, spec: Distill, teacher: PreTrainedModel) -> None:
@@ -46,7 +46,7 @@ class Distillation(LanguageModel):
         self.teacher = teacher.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Distillation:
-        """The teacher stays in evaluation mode: its dropout would blur what is to be learned."""
+        """Set the mode of the objective; the teacher stays in evaluation mode, without dropout."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -58,24 +58,26 @@ class Distillation(LanguageModel):
         if not self.training:
             return super().forward(model, ids, positions, targets)
         targets = ids[:, 1:] if targets is None else targets
-        from torch.distributed.fsdp import FSDPModule  # takes a second, which reading a study file does not have
+        from torch.distributed.fsdp import (
+            FSDPModule,
+        )  # imported late: it takes a second, and study files import this module
 
-        spread = self.teacher if isinstance(self.teacher, FSDPModule) else None
-        if spread is not None:
-            # Embedding and head are read apart from a forward pass of the whole model, which would gather them.
-            spread.unshard()
+        sharded = self.teacher if isinstance(self.teacher, FSDPModule) else None
+        if sharded is not None:
+            # Embedding and head are used outside the forward pass of the whole model, which would gather them.
+            sharded.unshard()
         with torch.no_grad():
-            taught = readout(self.teacher, ids, positions)
+            teacher_readout = readout(self.teacher, ids, positions)
         total, each = summed_divergence(
             readout(model, ids, positions),
-            taught,
+            teacher_readout,
             targets.flatten(),
             temperature=self.spec.temperature,
             alpha=self.spec.alpha,
             top_k=self.spec.top_k,
         )
-        if spread is not None:
-            spread.reshard()
+        if sharded is not None:
+            sharded.reshard()
         return BatchLosses(total, each.view(targets.shape))
 
 
@@ -83,16 +85,16 @@ def check_teacher(teacher: Checkpoint, student: Shape, directory: Path, sequence
     """Check that a teacher can teach a student.
 
     Args:
-        teacher: the checkpoint.
-        student: its shape.
-        directory: where the student's tokenizer lies, if it has one.
+        teacher: the teacher's checkpoint.
+        student: the student's shape.
+        directory: folder of the student's tokenizer, which may be missing.
         sequence: tokens in a window.
 
     Raises:
         UserError: if the vocabularies differ in size, or in their tokens where both have a tokenizer; or if a window
             is longer than the teacher's positions.
     """
-    where = f"teacher {teacher.directory}"
+    where = f"`teacher` {teacher.directory}"
     if teacher.shape.vocabulary != student.vocabulary:
         raise UserError(
             f"{where}: its vocabulary is {teacher.shape.vocabulary}, the student's {student.vocabulary}; name a "
@@ -103,19 +105,19 @@ def check_teacher(teacher: Checkpoint, student: Shape, directory: Path, sequence
         raise UserError(f"{where}: it has {limit} positions, fewer than sequence={sequence}; set sequence={limit}")
     if not _same_tokens(teacher.directory, directory):
         raise UserError(
-            f"{where}: its tokenizer and that of {directory} give an id to different tokens; name a teacher with the "
-            "student's tokenizer"
+            f"{where}: its tokenizer and that of {directory} have different tokens under one id; name a teacher with "
+            "the student's tokenizer"
         )
 
 
-def _same_tokens(one: Path, other: Path) -> bool:
-    """Whether two tokenizers have the same token for each id, so that a model of the one can read ids of the other.
+def _same_tokens(first: Path, second: Path) -> bool:
+    """Whether two tokenizers have the same token for each id, whatever their rules for cutting text.
 
-    How text is cut into tokens does not matter. A directory without a tokenizer goes with any.
+    A directory without a tokenizer matches any.
     """
-    if not all(any((folder / name).is_file() for name in _VOCABULARIES) for folder in (one, other)):
+    if not all(any((folder / name).is_file() for name in _VOCABULARIES) for folder in (first, second)):
         return True
-    files = [folder / "tokenizer.json" for folder in (one, other)]
+    files = [folder / "tokenizer.json" for folder in (first, second)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
         return True
-    return load_tokenizer(one).get_vocab() == load_tokenizer(other).get_vocab()
+    return load_tokenizer(first).get_vocab() == load_tokenizer(second).get_vocab()

@@ -1,13 +1,13 @@
 """Gates on a model's layers, channels and heads, learned along with its weights: an objective for the training loop.
 
-A gate multiplies what passes through its unit. Whatever the family, each has one of four places, so that a model with
-gates of zero and one computes what the model cut to them would:
+A gate multiplies the signal of its unit. Gates of zero and one give the same outputs as the model cut accordingly.
+Their places, in every family:
 
-- a hidden channel, FFN channel or KV head: the input of every linear that reads it; hidden channels also what the last
-  norm puts out for the head;
-- a layer: what it adds to the residual stream, attention and FFN each.
+- a hidden channel, FFN channel or KV head: the input of every linear that reads it; hidden channels also the output of
+  the final norm;
+- a layer: its two additions to the residual stream, of attention and FFN.
 
-A norm over channels of which some are shut divides by the root of a mean over those that are open, as in the cut model.
+A norm over partly closed channels divides by the root mean square of the open ones, as in the cut model.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Gates(Objective):
     """The language-model loss under gates whose expected number is driven to a shape.
 
     Args:
-        model: whose modules get hooks; its weights may still be missing.
-        method: what a gate is, and what draws it to the target.
+        model: its modules get hooks; its weights may still be missing.
+        method: defines gates and penalty.
         before: the model's shape.
         after: the shape to reach.
     """
@@ -55,15 +55,15 @@ class Gates(Objective):
         self.quadratic = parameters(method.phi, units=False)  #: phi, likewise
         self.values: dict[str, Tensor] = {}  #: the gates that the hooks apply, [rows, units]
         self._expected: dict[str, Tensor] = {}  # share of open gates, its mean over the rows
-        self._step, self._share = 0, 0.0  # how far the target has come down to the shape
-        self._hang(model)
+        self._step, self._share = 0, 0.0  # share of the way from the full shape to the target
+        self._hook(model)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def begin(self, step: int, steps: int) -> None:
         self._step, self._share = step, min(1.0, (step + 1) / max(1.0, self.method.warmup * steps))
-        for a in self.a.values():  # further out a gate would no longer feel what it does to the loss
+        for a in self.a.values():  # beyond the limit a gate's gradient vanishes
             local_part(a).clamp_(-self.method.LIMIT, self.method.LIMIT)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -75,93 +75,93 @@ class Gates(Objective):
         ]
 
     def figures(self) -> Mapping[str, float]:
-        """The mean expected size of each space, and the size that it is to have now."""
+        """The mean expected size of each space, and its present target."""
         if not self._expected:
             return {}
         units = {space: self.before.units(space) for space in self.spaces}
-        found = {space: float(self._expected[space]) * units[space] for space in self.spaces}
-        return found | {f"{space}_target": self._target(space) * units[space] for space in self.spaces}
+        sizes = {space: float(self._expected[space]) * units[space] for space in self.spaces}
+        return sizes | {f"{space}_target": self._target(space) * units[space] for space in self.spaces}
 
     def note(self) -> str:
-        found = self.figures()
-        return "  ".join(f"{space} {found[space]:.4g}/{found[f'{space}_target']:.4g}" for space in self.spaces)
+        figures = self.figures()
+        return "  ".join(f"{space} {figures[space]:.4g}/{figures[f'{space}_target']:.4g}" for space in self.spaces)
 
     def forward(
         self, model: PreTrainedModel, ids: Tensor, positions: Tensor | None, targets: Tensor | None
     ) -> BatchLosses:
         """The losses under drawn gates, and the penalty; in evaluation mode those under settled gates."""
-        draw = self._drawn if self.training else (lambda space, a: self.method.eval_gates(a))
+        draw = self._draw_gates if self.training else (lambda space, a: self.method.eval_gates(a))
         self.values = {space: draw(space, a) for space, a in self.a.items()}
         total, each, _ = self.loss(model, ids, positions, targets)
         return BatchLosses(total, each, self._penalty() if self.training else None)
 
-    def _drawn(self, space: str, a: Tensor) -> Tensor:
-        """Gates of this step, the same for all its batches and in all processes."""
+    def _draw_gates(self, space: str, a: Tensor) -> Tensor:
+        """The random gates of this step, equal for all its batches and in all processes."""
         seed = hashlib.sha256(f"{self.method.seed}:{space}:{self._step}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(seed[:7], "little"))
         u = torch.rand(a.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
         return self.method.sample_gates(a, u.to(a.device))
 
     def _penalty(self) -> Tensor:
-        stands = float(self._share == 1)  # multipliers have no gradient until the target stands, but their values
+        stands = float(self._share == 1)  # multipliers have no gradient until the target is final
         terms = []
         for space, a in self.a.items():
-            kept = self.method.open_probability(a).mean(dim=1)
-            self._expected[space] = kept.detach().mean()
+            open_share = self.method.open_probability(a).mean(dim=1)
+            self._expected[space] = open_share.detach().mean()
             linear, quadratic = (m[space].detach().lerp(m[space], stands) for m in (self.linear, self.quadratic))
-            terms.append(self.method.penalty(kept - self._target(space), linear, quadratic))
+            terms.append(self.method.penalty(open_share - self._target(space), linear, quadratic))
         return torch.stack(terms).sum()
 
     def _target(self, space: str) -> float:
-        gone = 1 - self.after.units(space) / self.before.units(space)
-        return 1 - self._share * gone
+        removed = 1 - self.after.units(space) / self.before.units(space)
+        return 1 - self._share * removed
 
     # --- hooks ------------------------------------------------------------------------------------------------------
 
-    def _hang(self, model: PreTrainedModel) -> None:
+    def _hook(self, model: PreTrainedModel) -> None:
         family = self.before.family
         for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(family.layers))):
             for site in family.sites.values():
-                reads = partial(self._reads, axis=site.space, layer=number)
+                gate = partial(self._gate_input, axis=site.space, layer=number)
                 if site.readers and site.output:
-                    block.get_submodule(site.module).register_forward_hook(partial(_after, reads))
+                    block.get_submodule(site.module).register_forward_hook(partial(_after, gate))
                 for reader in () if site.output else site.readers:
-                    block.get_submodule(reader).register_forward_pre_hook(partial(_before, reads))
+                    block.get_submodule(reader).register_forward_pre_hook(partial(_before, gate))
             for name, axes in family.block.items():
                 if len(axes) == 1 and name.endswith("norm.weight") and axes[0] != "head":
-                    self._hang_norm(block.get_submodule(name.removesuffix(".weight")), str(axes[0]), number)
+                    self._hook_norm(block.get_submodule(name.removesuffix(".weight")), str(axes[0]), number)
             for writer in family.writers:
-                writes = partial(self._writes, layer=number)
+                writes = partial(self._gate_layer, layer=number)
                 block.get_submodule(writer).register_forward_hook(partial(_after, writes))
         norm = model.get_submodule(family.final_norm.removesuffix(".weight"))
-        self._hang_norm(norm, "hidden", 0)
-        norm.register_forward_hook(partial(_after, partial(self._reads, axis="hidden", layer=0)))
+        self._hook_norm(norm, "hidden", 0)
+        norm.register_forward_hook(partial(_after, partial(self._gate_input, axis="hidden", layer=0)))
 
-    def _hang_norm(self, norm: nn.Module, axis: str, layer: int) -> None:
-        def shut(x: Tensor) -> Tensor:
-            gate = self._of(axis, layer)
+    def _hook_norm(self, norm: nn.Module, axis: str, layer: int) -> None:
+        def close_channels(x: Tensor) -> Tensor:
+            gate = self._channel_gates(axis, layer)
             return x if gate is None else x * (gate > 0).to(x.dtype)
 
-        def scaled(x: Tensor) -> Tensor:
-            gate = self._of(axis, layer)
+        def rescale(x: Tensor) -> Tensor:
+            gate = self._channel_gates(axis, layer)
             return x if gate is None else x * (gate > 0).float().mean().sqrt().to(x.dtype)
 
-        norm.register_forward_pre_hook(partial(_before, shut))
-        norm.register_forward_hook(partial(_after, scaled))
+        norm.register_forward_pre_hook(partial(_before, close_channels))
+        norm.register_forward_hook(partial(_after, rescale))
 
-    def _of(self, axis: str, layer: int) -> Tensor | None:
-        """The gates of an axis's channels in a layer; None where none are learned."""
+    def _channel_gates(self, axis: str, layer: int) -> Tensor | None:
+        """The gates of an axis's channels in a layer; None where the axis has no gates."""
         space = {"query": "kv"}.get(axis, axis)
         if space not in self.values:
             return None
         gates = self.values[space][layer if space != "hidden" else 0]
         return gates if space != "kv" else gates.repeat_interleave(self.before.axis_size(axis) // len(gates))
 
-    def _reads(self, x: Tensor, *, axis: str, layer: int) -> Tensor:
-        gate = self._of(axis, layer)
+    def _gate_input(self, x: Tensor, *, axis: str, layer: int) -> Tensor:
+        gate = self._channel_gates(axis, layer)
         return x if gate is None else x * gate.to(x.dtype)
 
-    def _writes(self, x: Tensor, *, layer: int) -> Tensor:
+    def _gate_layer(self, x: Tensor, *, layer: int) -> Tensor:
         return x * self.values["layers"][0, layer].to(x.dtype) if "layers" in self.values else x
 
     # --- the end ----------------------------------------------------------------------------------------------------

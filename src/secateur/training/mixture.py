@@ -1,8 +1,7 @@
 """Windows from several domains, in shares that follow their losses: dynamic batch loading (arXiv:2310.06694, 2.2).
 
-A domain whose loss is above its reference is read more, one at or below it less. Shares change only when they are told
-to; between that, every domain gets its share to within one window, and nothing is drawn by chance but the order of the
-windows within a domain.
+A domain with a loss above its reference is read more, other domains less. Shares change only in :meth:`Mixture.update`;
+between updates every domain gets its share to within one window. Only the order of windows within a domain is random.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from secateur.training.recipe import Recipe
 
 __all__ = ["Mixture"]
 
-_TINY = 1e-300  # a share that is zero beside the others: its logarithm is finite
+_TINY = 1e-300  # stands for a share of zero: its logarithm is finite
 
 
 class Mixture:
-    """Whole windows of some domains, as many in every step, read again in a new order when a domain is exhausted.
+    """Windows of several domains, equally many in every step; an exhausted domain is read again in a new order.
 
     At first a domain's share is that of its tokens. With one domain this is a run of any length over few tokens.
 
@@ -34,7 +33,7 @@ class Mixture:
         store: what the ranges are of, read as ``train``: :class:`secateur.data.domains.DomainTokens`, or any tokens.
         ranges: domain -> its tokens [start, stop); what is left behind the last whole window is not read.
         recipe: windows of ``sequence`` tokens, ``tokens_per_step`` in each step.
-        steps: how many steps there are.
+        steps: number of steps.
         references: domain -> the loss (nats a token) that :meth:`update` compares with; it may be set later.
 
     Raises:
@@ -68,17 +67,17 @@ class Mixture:
 
     @property
     def tokens(self) -> int:
-        """How many are read in all steps together."""
+        """Number of tokens in all steps."""
         return self.steps * self.recipe.tokens_per_step
 
     @property
     def step(self) -> int:
-        """The step that is read next."""
+        """The next step."""
         return self._step
 
     @property
     def weights(self) -> dict[str, float]:
-        """Domain -> its share of the windows that follow; their sum is one."""
+        """Domain -> its share of the next windows; shares sum to one."""
         return dict(zip(self.ranges, self._weights.tolist(), strict=True))
 
     @property
@@ -88,24 +87,24 @@ class Mixture:
 
     @property
     def passes(self) -> dict[str, float]:
-        """Domain -> how many times it has been read so far; above one, windows were read again."""
+        """Domain -> number of passes so far; above one, windows were read again."""
         return {name: read / n for (name, read), n in zip(self.read.items(), self._windows, strict=True)}
 
     def spans(self, step: int) -> list[Span]:
-        """The windows of a step, of all processes. Steps are asked for in order; the last one may be asked for again.
+        """The windows of a step, for all processes. Call it for each step in order; the last call may be repeated.
 
-        Each window goes to the domain that must have its next one soonest, to lag less than a window behind its share,
-        among those that would not be a whole window ahead then (Pfair scheduling; the first of equals). Where shares
-        stay as they are, no domain is ever off by a window, which the largest remainder alone would not keep.
+        Each window goes to the domain whose deadline is first, i.e. that would soonest lag a window behind its share,
+        among those not a whole window ahead (Pfair scheduling; the first of equals). While shares are constant, no
+        domain deviates by a whole window; the largest-remainder rule does not guarantee that.
         """
         if step == self._last[0]:
             return list(self._last[1])
-        assert step == self._step, f"step {step} was asked for, but step {self._step} is next"
+        assert step == self._step, f"got step {step}, but step {self._step} is next"
         spans: list[Span] = []
         for _ in range(self.recipe.tokens_per_step // self.recipe.sequence):
             self._credits += self._weights
-            left = np.where(self._credits > 0, (1 - self._credits) / np.maximum(self._weights, _TINY), np.inf)
-            domain = int(left.argmin())
+            deadlines = np.where(self._credits > 0, (1 - self._credits) / np.maximum(self._weights, _TINY), np.inf)
+            domain = int(deadlines.argmin())
             self._credits[domain] -= 1
             spans.append(self._next(domain))
         self._step += 1
@@ -115,26 +114,28 @@ class Mixture:
     def update(self, losses: Mapping[str, float | None]) -> None:
         """Change the shares from the next step on: w <- w exp(max(loss - reference, 0)), normalised.
 
-        A domain without a loss or without a reference keeps its share; the others divide theirs.
+        A domain without a loss or a reference keeps its share; the others divide the rest.
 
         Args:
-            losses: domain -> nats a token; the same in all processes. Domains that are not read do not count.
+            losses: domain -> nats a token; the same in all processes. Other domains are ignored.
 
         Raises:
-            RunError: if one is not finite.
+            RunError: if a loss is not finite.
         """
-        known = {name: losses.get(name) for name in self.ranges if name in self.references}
-        found = {name: loss for name, loss in known.items() if loss is not None}
-        for name, loss in found.items():
+        candidates = {name: losses.get(name) for name in self.ranges if name in self.references}
+        measured = {name: loss for name, loss in candidates.items() if loss is not None}
+        for name, loss in measured.items():
             if not math.isfinite(loss):
                 raise RunError(f"the loss of domain {name!r} is {loss}, which gives no share; lower peak_rate")
-        excess = {name: max(loss - self.references[name], 0.0) for name, loss in found.items()}
+        excess = {name: max(loss - self.references[name], 0.0) for name, loss in measured.items()}
         if not any(excess.values()):
             return
         places = [place for place, name in enumerate(self._names) if name in excess]
         before = self._weights[places]
         logs = np.log(np.maximum(before, _TINY)) + list(excess.values())
-        after = np.exp(np.maximum(logs - logs.max(), math.log(_TINY)))  # the largest is one, so that the sum is none
+        after = np.exp(
+            np.maximum(logs - logs.max(), math.log(_TINY))
+        )  # the largest is one, so that the sum is not zero
         self._weights[places] = before.sum() * after / after.sum()
 
     def batch(self, spans: Sequence[Span]) -> Batch:
@@ -146,16 +147,16 @@ class Mixture:
         return document_names(self.store, spans, most)
 
     def state(self) -> dict[str, Any]:
-        """Where reading stands, as plain values: the next step, references, and shares, credits and windows read."""
+        """The next step, references, shares, credits and windows read, as plain values."""
         credits = dict(zip(self.ranges, self._credits.tolist(), strict=True))
-        known = {"references": self.references, "weights": self.weights, "credits": credits, "read": self.read}
-        return {"step": self._step, **known}
+        state = {"references": self.references, "weights": self.weights, "credits": credits, "read": self.read}
+        return {"step": self._step, **state}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from what :meth:`state` gave; None is the beginning.
+        """Continue from a :meth:`state`; None starts from the beginning.
 
         Raises:
-            UserError: if it is of other domains.
+            UserError: if the state has other domains.
         """
         if state is None:
             sizes = np.array([stop - start for start, stop in self.ranges.values()], dtype=np.float64)
@@ -163,7 +164,7 @@ class Mixture:
             weights = dict(zip(self.ranges, (sizes / sizes.sum()).tolist(), strict=True))
             state = {"step": 0, "references": self.references, "weights": weights, "credits": zeros, "read": zeros}
         if set(state["weights"]) != set(self.ranges):
-            raise UserError("the checkpoint is of a run over other domains; take a new directory")
+            raise UserError("the checkpoint belongs to a run over other domains; write to a new directory")
         self._step, self.references = state["step"], dict(state["references"])
         self._weights = np.array([state["weights"][name] for name in self.ranges], dtype=np.float64)
         self._credits = np.array([state["credits"][name] for name in self.ranges], dtype=np.float64)
