@@ -1,4 +1,4 @@
-"""learn -> plan: train a model under gates until they have the shape asked for, and say what stays."""
+"""Learn what to cut: train a model under gates until they reach the target shape, then make a plan."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from secateur.training.recipe import Recipe
 
 __all__ = ["cut_plan", "gate_values", "learn", "learning_recipe", "track_domain_losses", "write_gated"]
 
-_NEAR = 0.02  #: how far from its target, as a share of the units, a mean of expected sizes may end
-_POINTS = 16  #: of the curve
+_NEAR = 0.02  #: largest distance of an expected size from its target, as a share of the units
+_POINTS = 16  #: points of the curve
 
 
 def learning_recipe(method: LearnedMethod, sequence: int, micro_batch: int) -> Recipe:
-    """How weights train along with the gates, whose own rates do not follow its schedule.
+    """The recipe of a run that learns gates.
 
     Args:
-        method: with its options.
+        method: the method with its options.
         sequence: tokens in a window.
         micro_batch: windows at once.
     """
     return Recipe(
         sequence=sequence,
         tokens_per_step=method.windows * sequence,
-        peak_rate=method.rate or 1.0,  # of no weight, where none is trained
+        peak_rate=method.rate or 1.0,  # no effect if weights are frozen
         data_seed=method.seed,
         seed=method.seed,
         micro_batch=micro_batch,
@@ -71,22 +71,22 @@ def learn(
 
     Args:
         checkpoint: the model.
-        name: of the method.
-        target: the shape, or the ratio.
-        data: what to train on, under :func:`learning_recipe`.
-        method: it.
-        record: what identifies the data, for the plan.
+        name: name of the method.
+        target: shape or ratio to reach.
+        data: training data, under :func:`learning_recipe`.
+        method: the method with its options.
+        record: identifies the data in the plan.
         execution: where and how to compute.
         options: checkpoints of the run, metrics, progress.
-        measure: gives a held-out loss along the way.
+        measure: computes the held-out loss at each point; None without held-out text.
         out: an existing folder for the trained model.
 
     Returns:
-        The plan; and the model before the cut, its weights trained and multiplied by their gates, in ``out``.
+        The plan; and the trained model before the cut, gates multiplied into its weights, in ``out``.
 
     Raises:
-        UserError: on a target that this model has no shape for.
-        RunError: if the gates did not come near the target, or training ended early.
+        UserError: if the model has no shape for the target.
+        RunError: if the gates end far from the target, or training ends early.
     """
     after = target.shape(checkpoint.shape, method, name)
     check_config(checkpoint, after)
@@ -103,9 +103,9 @@ def learn(
         method,
         scores,
         after,
-        asked=target.record(method) | {"options": identity(method)},
+        request=target.record(method) | {"options": identity(method)},
         calibration={**record, "tokens": result["tokens"], "method_source": method.source},
-        told={key: result[key] for key in ("steps", "targets", "curve")},
+        training={key: result[key] for key in ("steps", "targets", "curve")},
     )
     return plan, write_gated(checkpoint, module, gate_values(method, scores, after), out)
 
@@ -114,18 +114,18 @@ def track_domain_losses(
     mixture: Mixture,
     protocols: Mapping[str, Protocol],
     micro_batch: int,
-    tell: Callable[[Mapping[str, float]], None] = lambda _: None,
+    report: Callable[[Mapping[str, float]], None] = lambda _: None,
 ) -> Callable[[TrainModule], float | None]:
-    """What measures held-out losses along the way, and has the shares of several domains follow them.
+    """Make a function that measures held-out losses by domain and updates the mixture's shares.
 
     Args:
-        mixture: what is trained on; its references are the losses of the model before anything is cut.
+        mixture: the training data; its references become the losses before training.
         protocols: domain -> held-out windows.
         micro_batch: windows at once.
-        tell: told the losses of several domains.
+        report: receives the losses of several domains.
 
     Returns:
-        a model -> the loss over all domains, in nats a token; None where nothing is held out.
+        A function from a model to its loss over all domains, in nats a token; None without held-out text.
     """
 
     def measure(module: TrainModule) -> float | None:
@@ -134,7 +134,7 @@ def track_domain_losses(
             if mixture.references:
                 mixture.update(losses)
             mixture.references = mixture.references or losses
-            tell(losses)
+            report(losses)
         tokens = sum(protocol.tokens for protocol in protocols.values())
         return sum(losses[name] * protocol.tokens for name, protocol in protocols.items()) / tokens if tokens else None
 
@@ -148,46 +148,46 @@ def cut_plan(
     scores: Mapping[str, Tensor],
     after: Shape,
     *,
-    asked: dict[str, Any],
+    request: dict[str, Any],
     calibration: dict[str, Any],
-    told: Mapping[str, Any],
+    training: Mapping[str, Any],
 ) -> Plan:
-    """What stays: the units whose gates have the highest parameters, exactly as many as the shape has.
+    """Plan to keep the units whose gates have the highest parameters, exactly as many as ``after`` has.
 
     Args:
         checkpoint: the model.
-        name: of the method.
-        method: it.
+        name: name of the method.
+        method: the method with its options.
         scores: space -> the gates' parameters, [rows, units] (:meth:`secateur.training.gates.Gates.scores`).
-        after: the shape.
-        asked: as it was asked for.
-        calibration: what the gates were learned on.
-        told: for the summary.
+        after: the shape to reach.
+        request: target and options as plain values.
+        calibration: identifies the training data.
+        training: steps, targets and curve of the run, for the summary.
     """
-    kept = {space: _kept(a, after, space) for space, a in scores.items()}
-    layers = kept["layers"][0] if "layers" in kept else torch.arange(checkpoint.shape.layers)
+    keep = {space: _top_units(a, after, space) for space, a in scores.items()}
+    layers = keep["layers"][0] if "layers" in keep else torch.arange(checkpoint.shape.layers)
     fields: dict[str, Any] = {"keep_layers": layers}
     evidence: dict[str, Tensor] = {}
     for space, a in scores.items():
         if space in ("layers", "hidden"):
-            fields[f"keep_{space}"], evidence[space] = kept[space][0], a[0]
+            fields[f"keep_{space}"], evidence[space] = keep[space][0], a[0]
         else:
-            fields[f"keep_{space}"] = {layer: kept[space][layer] for layer in layers.tolist()}
+            fields[f"keep_{space}"] = {layer: keep[space][layer] for layer in layers.tolist()}
             evidence |= {f"{space}.{layer}": a[layer] for layer in layers.tolist()}
     before = checkpoint.shape
     changed = [
-        f"{words} {before.units(space)} to {after.units(space)}" for space, words in _WORDS.items() if space in kept
+        f"{words} {before.units(space)} to {after.units(space)}" for space, words in _WORDS.items() if space in keep
     ]
     undecided = {space: _undecided(method, a, layers) for space, a in scores.items()}
     return Plan.keeping_all(
         name,
         method.granularity,
-        asked,
+        request,
         before,
         after=after,
         source=checkpoint.digest,
         calibration=calibration,
-        summary={"detail": ", ".join(changed), "undecided": undecided, **told},
+        summary={"detail": ", ".join(changed), "undecided": undecided, **training},
         scores=evidence,
         **fields,
     )
@@ -197,7 +197,7 @@ _WORDS = {"layers": "layers", "hidden": "hidden channels", "ffn": "FFN channels"
 
 
 def _undecided(method: LearnedMethod, a: Tensor, layers: Tensor) -> float:
-    """The share of gates, in the layers that stay, that are neither surely open nor surely shut."""
+    """The share of gates, in the kept layers, that are open with a probability between 0.1 and 0.9."""
     chance = method.open_probability(a[layers] if len(a) > 1 else a)
     return float(((chance > 0.1) & (chance < 0.9)).float().mean())
 
@@ -210,37 +210,36 @@ def _check_reached(
     curve: list[dict[str, Any]],
     options: RunOptions,
 ) -> None:
-    """Refuse gates that are not near the shape: which of them to cut would then be an arbitrary choice."""
+    """Refuse gates far from the target shape, where the choice of units to cut would be arbitrary."""
     for space, a in scores.items():
         units, goal = before.units(space), after.units(space)
         sizes = method.open_probability(a).sum(dim=1)
         worst = int((sizes - goal).abs().argmax())
         if abs(float(sizes[worst]) - goal) > max(0.5, _NEAR * units):
-            past = ", ".join(f"{point[space]:.4g}" for point in curve[1:])
+            history = ", ".join(f"{point[space]:.4g}" for point in curve[1:])
             where = f" in layer {worst}" if len(sizes) > 1 else ""
             raise RunError(
                 f"{options.label}: the gates did not settle: {space} is expected to keep {float(sizes[worst]):.4g} "
-                f"of {units}{where}, and {goal} were asked (on average along the run: {past}); "
+                f"of {units}{where}, and the target is {goal} (on average along the run: {history}); "
                 "raise the method's option steps, or its options phi and multiplier_rate"
             )
 
 
-def _kept(a: Tensor, after: Shape, space: str) -> Tensor:
-    """The units of the highest ``a`` in each row, as many as asked: [rows, kept], sorted."""
+def _top_units(a: Tensor, after: Shape, space: str) -> Tensor:
+    """The units with the highest ``a`` of each row, as many as ``after`` has: sorted indices [rows, units]."""
     return torch.stack([keep_channels(row, after.units(space)) for row in a])
 
 
 def gate_values(method: LearnedMethod, scores: Mapping[str, Tensor], after: Shape) -> dict[str, Tensor]:
-    """What each unit is multiplied by when the model is cut: its gate without noise, zero where it goes.
+    """Space -> the gate of each unit when the model is cut: without noise, and zero for removed units.
 
-    A unit that stays only to make up the number may have a gate of zero. It gets the probability that it is open, so
-    that it can still learn.
+    A kept unit may have a gate of zero. It gets the probability that it is open instead, so that it can still learn.
     """
     values = {}
     for space, a in scores.items():
-        kept, gates = _kept(a, after, space), method.eval_gates(a)
+        indices, gates = _top_units(a, after, space), method.eval_gates(a)
         gates = gates.where(gates > 0, method.open_probability(a))
-        values[space] = torch.zeros_like(a).scatter(1, kept, gates.gather(1, kept))
+        values[space] = torch.zeros_like(a).scatter(1, indices, gates.gather(1, indices))
     return values
 
 
@@ -248,9 +247,9 @@ def write_gated(checkpoint: Checkpoint, module: TrainModule, values: Mapping[str
     """Write the trained model with its gates multiplied in, in the types of the checkpoint; all processes together.
 
     Args:
-        checkpoint: what it was.
-        module: what it is now.
-        values: space -> the gates, [rows, units].
+        checkpoint: the model before training.
+        module: the trained model.
+        values: space -> gates, [rows, units].
         out: an existing folder.
     """
     write_trained(
@@ -260,7 +259,7 @@ def write_gated(checkpoint: Checkpoint, module: TrainModule, values: Mapping[str
         checkpoint.dtype_of,
         provenance={"kind": "trained", "init": "checkpoint", "source": checkpoint.digest},
         line="A model with learned gates multiplied in, before it was cut.",
-        change=lambda name, tensor: _gated(tensor, name, checkpoint.shape, values),
+        change=lambda name, tensor: _multiply_gates(tensor, name, checkpoint.shape, values),
     )
     if distributed.is_main():
         copy_tokenizer(checkpoint.directory, out)
@@ -268,11 +267,11 @@ def write_gated(checkpoint: Checkpoint, module: TrainModule, values: Mapping[str
     return Checkpoint(out)
 
 
-def _gated(tensor: Tensor, name: str, shape: Shape, values: Mapping[str, Tensor]) -> Tensor:
-    """A tensor with the gates multiplied into it that its module has in training (:mod:`secateur.training.gates`)."""
+def _multiply_gates(tensor: Tensor, name: str, shape: Shape, values: Mapping[str, Tensor]) -> Tensor:
+    """Multiply into a tensor the gates of its module in training (:mod:`secateur.training.gates`)."""
     family = shape.family
     if name == family.final_norm and "hidden" in values:
-        return _scaled(tensor, values["hidden"][0], family.norm_offset)
+        return _scale(tensor, values["hidden"][0], family.norm_offset)
     if not name.startswith(f"{family.layers}."):
         return tensor
     number, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
@@ -284,9 +283,9 @@ def _gated(tensor: Tensor, name: str, shape: Shape, values: Mapping[str, Tensor]
             tensor = tensor * gates.repeat_interleave(shape.axis_size(axis) // len(gates))
     if module in family.writers and "layers" in values:
         is_norm = tensor.dim() == 1 and f"{module}.weight" not in family.linears
-        tensor = _scaled(tensor, values["layers"][0, layer], family.norm_offset if is_norm else 0.0)
+        tensor = _scale(tensor, values["layers"][0, layer], family.norm_offset if is_norm else 0.0)
     return tensor
 
 
-def _scaled(weight: Tensor, gate: Tensor, offset: float) -> Tensor:
+def _scale(weight: Tensor, gate: Tensor, offset: float) -> Tensor:
     return (weight + offset) * gate.to(weight.device) - offset

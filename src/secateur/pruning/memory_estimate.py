@@ -19,17 +19,17 @@ __all__ = ["MemoryEstimate", "estimate_memory", "estimate_training_memory"]
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, above what the process holds already; of several processes, what the first one needs."""
+    """Bytes that pruning needs above the process's present memory; of several processes, for the first one."""
 
     block: int  #: one block's weights, statistics and activations, where it is computed
-    coming: int  #: the next block's weights, which a GPU gets meanwhile
-    leaving: int  #: what is found in one block, which leaves a GPU meanwhile
+    coming: int  #: the next block's weights, prefetched to a GPU
+    leaving: int  #: results of one block, on their way from a GPU to disk
     states: int  #: the states between blocks
-    kept: int  #: what is found in all blocks, for all outputs, on disk until they are written
-    output: int  #: the checkpoint to be written, on disk
+    journal: int  #: results of all blocks for all outputs, on disk until the outputs are written
+    output: int  #: the checkpoints to write, on disk
 
     def host(self, device: str, states: str) -> int:
-        """Memory on the host, where states lie in ``ram``, on the ``device`` or on ``disk``."""
+        """Memory on the host; ``states`` is ``ram``, ``device`` or ``disk``."""
         return (self.block if device == "cpu" else self.leaving) + (self.states if states == "ram" else 0)
 
     def device(self, states: str) -> int:
@@ -37,8 +37,8 @@ class MemoryEstimate:
         return self.block + self.coming + self.leaving + (self.states if states == "device" else 0)
 
     def disk(self, states: str, processes: int = 1) -> int:
-        """Room for files, of all processes together."""
-        return self.kept + self.output + (processes * self.states if states == "disk" else 0)
+        """Disk space of all processes together."""
+        return self.journal + self.output + (processes * self.states if states == "disk" else 0)
 
 
 def estimate_memory(
@@ -51,17 +51,17 @@ def estimate_memory(
     stored: int,
     outputs: Sequence[Shape],
 ) -> MemoryEstimate:
-    """Reckon what scoring ``windows`` of ``seqlen`` tokens and cutting will need.
+    """Estimate the needs of scoring ``windows`` of ``seqlen`` tokens and cutting.
 
     Args:
-        method: how.
-        shape: the model, whole.
-        windows: of calibration; 0 where the method reads none.
-        seqlen: tokens in each.
+        method: the pruning method.
+        shape: shape of the whole model.
+        windows: calibration windows; 0 where the method reads no text.
+        seqlen: tokens in a window.
         batch: windows at once.
-        dtype: of the forward pass.
+        dtype: dtype of the forward pass.
         stored: bytes of the checkpoint.
-        outputs: the shapes of the checkpoints to be written.
+        outputs: shapes of the checkpoints to write.
     """
     sizes = [math.prod(shape.tensor_size(axes)) for axes in shape.block_tensors().values()]
     weights, largest = sum(sizes), max(sizes)
@@ -79,41 +79,41 @@ def estimate_memory(
         block += weights * 4 * len(gradients) + max(activations, weights * 4)
         states *= shape.layers + 2
         if any(after.hidden != shape.hidden for after in outputs):
-            block = max(block, _outer(shape, len(gradients)))
+            block = max(block, _outer_bytes(shape, len(gradients)))
     if isinstance(method, RemovalMethod):
         states = max(min(states * (shape.layers + 1), GROUP_BYTES), states // max(windows // max(batch, 1), 1))
-    kept, output = 0, sum(round(stored * after.total / shape.total) for after in outputs)
+    journal, output = 0, sum(round(stored * after.total / shape.total) for after in outputs)
     if isinstance(method, WeightMethod):  # masks are in the journal and in the plan, a byte for each weight
-        kept = shape.block_weights * (1 + (2 if method.updates else 0))
+        journal = shape.block_weights * (1 + (2 if method.updates else 0))
         output += shape.block_weights * len(outputs)
-    leaving = kept // shape.layers
-    return MemoryEstimate(block, weights * dtype.itemsize, leaving, states, kept * len(outputs), output)
+    leaving = journal // shape.layers
+    return MemoryEstimate(block, weights * dtype.itemsize, leaving, states, journal * len(outputs), output)
 
 
 def estimate_training_memory(
     shape: Shape, outputs: Sequence[Shape], recipe: Recipe, *, trained: bool, dtype: str
 ) -> tuple[int, int]:
-    """Reckon what learning a shape will need, in all processes together.
+    """Estimate the needs of learning a shape, of all processes together.
 
     Args:
-        shape: the model, whole.
-        outputs: the shapes of the checkpoints to be written.
-        recipe: of the training.
-        trained: whether weights are trained along.
-        dtype: of what is computed.
+        shape: shape of the whole model.
+        outputs: shapes of the checkpoints to write.
+        recipe: recipe of the training.
+        trained: whether weights are trained along with the gates.
+        dtype: dtype of activations.
 
     Returns:
-        Bytes of memory, and of disk besides a second copy of the model as it is stored.
+        Bytes of memory, and bytes of disk besides a second copy of the stored model.
     """
-    held = 16 if trained else 4  # bytes of a float32 weight, with its gradient and its two moments
+    weight_bytes = 16 if trained else 4  # bytes of a float32 weight, with its gradient and its two moments
     tokens = min(recipe.micro_batch * recipe.sequence, recipe.tokens_per_step)
     # What a block keeps for the backward pass: its linears' inputs and what the gates multiply.
-    kept = tokens * shape.layers * (6 * shape.ffn + 16 * shape.hidden) * (2 if dtype == "bfloat16" else 4)
+    activations = tokens * shape.layers * (6 * shape.ffn + 16 * shape.hidden) * (2 if dtype == "bfloat16" else 4)
     saved = 3 * 12 * shape.total if trained else 0  # two checkpoints of the run, and one that is being written
-    return held * shape.total + kept, saved + sum(4 * after.total for after in outputs)
+    return weight_bytes * shape.total + activations, saved + sum(4 * after.total for after in outputs)
 
 
-def _outer(shape: Shape, kinds: int) -> int:
+def _outer_bytes(shape: Shape, kinds: int) -> int:
     """Bytes for scoring hidden channels by gradients of the embedding and the head, whole and in float32.
 
     Of each there are the weights and ``kinds`` statistics, and of one of them four products of these.

@@ -1,4 +1,4 @@
-"""score -> select: evidence goes to the method, its scores to the selector. One function for each kind of method."""
+"""Score and select: one function for each kind of method, from statistics to the fields of a plan."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def score_and_select(
     task: Task | None,
     batch: int | None,
 ) -> Decision:
-    """Score, and select what to keep.
+    """Score the units of a model and select those to keep.
 
     Args:
-        method: how.
-        walk: over the blocks.
+        method: computes the scores.
+        walk: reads the blocks.
         target: how much to remove, and of what.
-        after: the shape that this comes to.
-        task: what removals are measured by; None for the loss.
+        after: the shape to reach.
+        task: measures removals by accuracy; None for the loss.
         batch: examples of the task at once.
     """
     if isinstance(method, RemovalMethod):
-        return _decide_runs(method, walk, after, task, batch)
+        return _decide_removals(method, walk, after, task, batch)
     if isinstance(method, LayerMethod):
         return _decide_layers(method, walk, after)
     if isinstance(method, WidthMethod):
@@ -56,31 +56,31 @@ def score_and_select(
     return _decide_weights(method, walk, target)
 
 
-def _decide_runs(
+def _decide_removals(
     method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None, batch: int | None
 ) -> Decision:
-    """Try each candidate's removal; take out the run, or the layers, that the model misses least."""
+    """Measure the model without each candidate; remove the run, or the layers, with the lowest scores."""
     layers = walk.checkpoint.shape.layers
-    gone = layers - after.layers
-    length = gone if method.contiguous else 1
+    count = layers - after.layers
+    length = count if method.contiguous else 1
     if task:
         full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
     else:
-        full, without = removal_losses(walk, length)  # which asks the journal first
+        full, without = removal_losses(walk, length)  # reads finished candidates from the journal
     scores = method.score(full, torch.tensor(without, dtype=torch.float64))
     _check_finite(walk, {"layers": scores})
-    firsts = lowest_indices(scores, 1 if method.contiguous else gone)
+    firsts = lowest_indices(scores, 1 if method.contiguous else count)
     measured = "accuracy" if task else "loss"
-    kept = _kept_layers(layers, {layer for first in firsts for layer in range(first, first + length)})
+    keep = _complement(layers, {layer for first in firsts for layer in range(first, first + length)})
     candidates = [{"first": i, "last": i + length - 1, measured: value} for i, value in enumerate(without)]
-    summary = {"detail": _removed_layers(layers, kept), f"{measured}_full": full, "candidates": candidates}
+    summary = {"detail": _removed_layers(layers, keep), f"{measured}_full": full, "candidates": candidates}
     if task:
         summary["task"] = task.record()
-    return {"keep_layers": kept, "scores": {"layers": scores}, "summary": summary}
+    return {"keep_layers": keep, "scores": {"layers": scores}, "summary": summary}
 
 
 def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decision:
-    """Score the layers one by one; take out those of the lowest scores."""
+    """Score the layers one by one; remove those with the lowest scores."""
     layers = walk.checkpoint.shape.layers
     for block, places in walk_places(walk, method.needs, ("layer",)):
         assert block is not None
@@ -88,13 +88,16 @@ def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decisi
         del places
     scores = torch.stack([walk.journal[f"score.{layer}"] for layer in range(layers)])
     _check_finite(walk, {"layers": scores[scores != torch.inf]})  # infinity spares a layer
-    scored, gone = torch.isfinite(scores), layers - after.layers
-    if gone > int(scored.sum()):
-        raise UserError(f"{gone} layers are to go, but only {int(scored.sum())} may; spare fewer or remove less")
-    kept = _kept_layers(layers, set(lowest_indices(scores, gone)))
-    candidates = [{"first": i, "last": i, "score": s if scored[i] else None} for i, s in enumerate(scores.tolist())]
-    summary = {"detail": _removed_layers(layers, kept), "candidates": candidates}
-    return {"keep_layers": kept, "scores": {"layers": scores}, "summary": summary}
+    removable, count = torch.isfinite(scores), layers - after.layers
+    if count > int(removable.sum()):
+        raise UserError(
+            f"{count} layers are to be removed, but the method spares all but {int(removable.sum())}; "
+            "spare fewer or remove less"
+        )
+    keep = _complement(layers, set(lowest_indices(scores, count)))
+    candidates = [{"first": i, "last": i, "score": s if removable[i] else None} for i, s in enumerate(scores.tolist())]
+    summary = {"detail": _removed_layers(layers, keep), "candidates": candidates}
+    return {"keep_layers": keep, "scores": {"layers": scores}, "summary": summary}
 
 
 def _check_finite(walk: BlockWalk, scores: Mapping[str, Tensor]) -> None:
@@ -103,18 +106,18 @@ def _check_finite(walk: BlockWalk, scores: Mapping[str, Tensor]) -> None:
             raise UserError(f"{walk.checkpoint.directory}: the scores of {name} are NaN or infinite")
 
 
-def _kept_layers(layers: int, gone: set[int]) -> Tensor:
-    return torch.tensor([layer for layer in range(layers) if layer not in gone])
+def _complement(layers: int, removed: set[int]) -> Tensor:
+    return torch.tensor([layer for layer in range(layers) if layer not in removed])
 
 
-def _removed_layers(layers: int, kept: Tensor) -> str:
-    stays = set(kept.tolist())
-    gone = [layer for layer in range(layers) if layer not in stays]
-    if len(gone) == 1:
-        return f"layer {gone[0]} of 0-{layers - 1} removed"
-    contiguous = gone == list(range(gone[0], gone[-1] + 1))
-    named = f"{gone[0]}-{gone[-1]}" if contiguous else ", ".join(map(str, gone))
-    return f"layers {named} of 0-{layers - 1} removed"
+def _removed_layers(layers: int, keep: Tensor) -> str:
+    """Describe the removed layers in words."""
+    removed = sorted(set(range(layers)) - set(keep.tolist()))
+    if len(removed) == 1:
+        return f"layer {removed[0]} of 0-{layers - 1} removed"
+    contiguous = removed == list(range(removed[0], removed[-1] + 1))
+    numbers = f"{removed[0]}-{removed[-1]}" if contiguous else ", ".join(map(str, removed))
+    return f"layers {numbers} of 0-{layers - 1} removed"
 
 
 def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: Shape) -> Decision:
@@ -124,23 +127,23 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
     uniform = target.allocation == "uniform"
     cutting = method.sequential and uniform and "hidden" not in spaces
 
-    def cut(block: Block) -> None:
+    def zero_removed_units(block: Block) -> None:
         for space in layered:
             score = walk.journal[f"score.{space}.{block.index}"]
-            gone = torch.ones(len(score), dtype=torch.bool)
-            gone[keep_channels(score, after.units(space))] = False
+            removed = torch.ones(len(score), dtype=torch.bool)
+            removed[keep_channels(score, after.units(space))] = False
             reader = f"{walk.family.reader(space)}.weight"
             weight = block.weight(reader)
-            columns = gone.repeat_interleave(weight.shape[1] // len(score))
+            columns = removed.repeat_interleave(weight.shape[1] // len(score))
             block.set_weight(reader, weight * ~columns.to(walk.device))
 
-    for block, places in walk_places(walk, method.needs, spaces, replay=cut if cutting else None):
+    for block, places in walk_places(walk, method.needs, spaces, replay=zero_removed_units if cutting else None):
         step = len(walk.layers) if block is None else block.index
         walk.journal.put(step, _score_units(method, places, layered if block is not None else (), step))
         del places
         if cutting:
             assert block is not None
-            cut(block)
+            zero_removed_units(block)
     scores: dict[str, Tensor] = dict(walk.journal.with_prefix("score."))
     if hidden := [
         score for _, score in sorted(walk.journal.with_prefix("hidden.").items(), key=lambda item: int(item[0]))
@@ -149,27 +152,28 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
     means = walk.journal.with_prefix("mean.")
     _check_finite(walk, scores)
     scores = dict(sorted(scores.items(), key=_by_layer))  # gradients come from the last block to the first
-    kept = _keep_units(walk.checkpoint.shape, scores, target, after)
+    keep = _keep_units(walk.checkpoint.shape, scores, target, after)
     if not uniform:
-        after = _padded(walk.checkpoint.shape, kept)
+        after = _padded(walk.checkpoint.shape, keep)
         after = after.switched_on(method.config_switches(after, spaces))
-    return _width_decision(method, walk, scores, kept, means, after)
+    return _width_decision(method, walk, scores, keep, means, after)
 
 
 def _score_units(
     method: WidthMethod, places: Mapping[str, Sequence[Place]], layered: Sequence[str], step: int
 ) -> dict[str, Tensor]:
-    """What one block says of the units of each space, by the names that the journal has for it."""
-    found: dict[str, Tensor] = {}
+    """Score the units of one block: journal entries ``hidden.STEP``, ``score.SPACE.STEP`` and ``mean.SPACE.STEP``."""
+    entries: dict[str, Tensor] = {}
     for place in places.get("hidden", ()):
         score = method.score(place).cpu()
-        found[f"hidden.{step}"] = found[f"hidden.{step}"] + score if f"hidden.{step}" in found else score
+        name = f"hidden.{step}"
+        entries[name] = entries[name] + score if name in entries else score
     for space in layered:
         place = places[space][0]
-        found[f"score.{space}.{step}"] = method.score(place).cpu()
+        entries[f"score.{space}.{step}"] = method.score(place).cpu()
         if Mean in place.stats:
-            found[f"mean.{space}.{step}"] = place.stats[Mean].cpu()
-    return found
+            entries[f"mean.{space}.{step}"] = place.stats[Mean].cpu()
+    return entries
 
 
 def _by_layer(item: tuple[str, Tensor]) -> tuple[int, str]:
@@ -178,7 +182,7 @@ def _by_layer(item: tuple[str, Tensor]) -> tuple[int, str]:
 
 
 def _keep_units(shape: Shape, scores: Mapping[str, Tensor], target: Target, after: Shape) -> dict[str, Tensor]:
-    """Sorted indices of the units that stay, for each group of scores."""
+    """Group of scores -> sorted indices of the units to keep."""
     if target.allocation == "uniform":
         return {n: keep_channels(s, after.units(n.partition(".")[0])).cpu() for n, s in scores.items()}
     assert target.ratio is not None
@@ -187,10 +191,10 @@ def _keep_units(shape: Shape, scores: Mapping[str, Tensor], target: Target, afte
     return keep_globally(scores, costs, target.ratio * counted)
 
 
-def _padded(shape: Shape, kept: Mapping[str, Tensor]) -> Shape:
-    """The narrowest shape that the config accepts and that has room for what every layer keeps."""
+def _padded(shape: Shape, keep: Mapping[str, Tensor]) -> Shape:
+    """The narrowest shape that the config accepts and that holds the units of every layer."""
     for space in ("ffn", "kv"):
-        most = max((len(indices) for name, indices in kept.items() if name.startswith(f"{space}.")), default=None)
+        most = max((len(indices) for name, indices in keep.items() if name.startswith(f"{space}.")), default=None)
         if most is not None:
             wide_enough = (shape.narrowed(space, units) for units in range(most, shape.units(space) + 1))
             shape = next(candidate for candidate in wide_enough if not candidate.refused_by_config)
@@ -201,78 +205,78 @@ def _width_decision(
     method: WidthMethod,
     walk: BlockWalk,
     scores: Mapping[str, Tensor],
-    kept: Mapping[str, Tensor],
+    keep: Mapping[str, Tensor],
     means: Mapping[str, Tensor],
     after: Shape,
 ) -> Decision:
     before = walk.checkpoint.shape
-    biases, uncompensated = _compensate(method, walk, kept, means, after)
+    biases, uncompensated = _compensate(method, walk, keep, means, after)
     summary: dict[str, Any] = {
         "detail": ", ".join(
-            _narrowed(space, before, after, kept)
+            _narrowed(space, before, after, keep)
             for space in ("hidden", "ffn", "kv")
-            if any(name.partition(".")[0] == space for name in kept)
+            if any(name.partition(".")[0] == space for name in keep)
         ),
         "importance": {name: _curve(score) for name, score in scores.items()},
-        "importance_kept": {name: _share(score, kept[name]) for name, score in scores.items()},
+        "importance_kept": {name: _share(score, keep[name]) for name, score in scores.items()},
     }
     if method.bias != "none":
         summary["bias"] = {"compensated": sorted({name.split(".", 3)[-1] for name in biases}), "not": uncompensated}
-    ragged = {n: len(k) for n, k in kept.items() if n != "hidden" and len(k) < after.units(n.partition(".")[0])}
+    ragged = {n: len(k) for n, k in keep.items() if n != "hidden" and len(k) < after.units(n.partition(".")[0])}
     if ragged:
-        summary["units_kept"] = {name: len(indices) for name, indices in kept.items()}
+        summary["units_kept"] = {name: len(indices) for name, indices in keep.items()}
         notify(
             "layers keep different numbers of channels: the checkpoint is padded with zeros to the widest, so it is "
             "smaller and faster by its padded shape alone"
         )
     fields: Decision = {"after": after, "scores": dict(scores), "summary": summary, "biases": biases}
-    if "hidden" in kept:
-        fields["keep_hidden"] = kept["hidden"]
+    if "hidden" in keep:
+        fields["keep_hidden"] = keep["hidden"]
     for space in ("ffn", "kv"):
-        layers = {int(n.partition(".")[2]): k for n, k in kept.items() if n.startswith(f"{space}.")}
+        layers = {int(n.partition(".")[2]): k for n, k in keep.items() if n.startswith(f"{space}.")}
         if layers:
             fields[f"keep_{space}"] = dict(sorted(layers.items()))
     return fields
 
 
-def _narrowed(space: str, before: Shape, after: Shape, kept: Mapping[str, Tensor]) -> str:
+def _narrowed(space: str, before: Shape, after: Shape, keep: Mapping[str, Tensor]) -> str:
     words = {"hidden": "hidden", "ffn": "FFN", "kv": "KV heads"}
-    counts = {len(indices) for name, indices in kept.items() if name.partition(".")[0] == space}
+    counts = {len(indices) for name, indices in keep.items() if name.partition(".")[0] == space}
     reached = f"{min(counts)}-{max(counts)}" if len(counts) > 1 else f"{max(counts)}"
     tail = f" (heads {before.heads} to {after.heads})" if space == "kv" and len(counts) == 1 else ""
     return f"{words[space]} {before.units(space)} to {reached}{' channels' if space != 'kv' else ''}{tail}"
 
 
 def _curve(scores: Tensor, points: int = 33) -> list[float]:
-    """The scores from the highest to the lowest, thinned out to so many points, both ends among them."""
+    """Scores from the highest to the lowest, at most ``points`` of them, both ends included."""
     ranked = scores.sort(descending=True).values
     if ranked.numel() <= points:
         return ranked.tolist()
     return ranked[torch.linspace(0, ranked.numel() - 1, points).round().long()].tolist()
 
 
-def _share(scores: Tensor, kept: Tensor) -> float | None:
-    """The share of importance that stays; None where scores may be negative and have no shares."""
+def _share(scores: Tensor, keep: Tensor) -> float | None:
+    """The share of importance that stays; None with negative scores, which have no shares."""
     total = float(scores.sum())
-    return float(scores[kept.to(scores.device)].sum()) / total if total > 0 and float(scores.min()) >= 0 else None
+    return float(scores[keep.to(scores.device)].sum()) / total if total > 0 and float(scores.min()) >= 0 else None
 
 
 def _compensate(
-    method: WidthMethod, walk: BlockWalk, kept: Mapping[str, Tensor], means: Mapping[str, Tensor], after: Shape
+    method: WidthMethod, walk: BlockWalk, keep: Mapping[str, Tensor], means: Mapping[str, Tensor], after: Shape
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What removed channels put out on average: bias -> addition; and the linears without a bias -> the reason."""
+    """Compensate removed channels by their mean output: bias -> addition, and linear without a bias -> reason."""
     biases: dict[str, Tensor] = {}
     refused: dict[str, str] = {}
-    for name, indices in kept.items() if method.bias != "none" else ():
+    for name, indices in keep.items() if method.bias != "none" else ():
         space, _, layer = name.partition(".")
         reader = walk.family.reader(space)
         if after.family.bias_switch(reader) is None:
             refused[reader] = f"{after.family.name} has no option in its config that gives {reader} a bias"
             continue
         weight = walk.checkpoint.tensor(walk.family.block_tensor(int(layer), f"{reader}.weight")).float()
-        gone = torch.ones(walk.checkpoint.shape.units(space), dtype=torch.bool)
-        gone[indices] = False
-        columns = gone.repeat_interleave(weight.shape[1] // gone.numel())
+        removed = torch.ones(walk.checkpoint.shape.units(space), dtype=torch.bool)
+        removed[indices] = False
+        columns = removed.repeat_interleave(weight.shape[1] // removed.numel())
         biases[walk.family.block_tensor(int(layer), f"{reader}.bias")] = weight[:, columns] @ means[name].cpu()[columns]
     if refused and method.bias == "require":
         raise UserError(f"`options`: bias=require: {'; '.join(refused.values())}")
@@ -282,20 +286,20 @@ def _compensate(
 
 
 def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Decision:
-    """Prune block after block, each seeing what the pruned ones before it put out."""
+    """Prune block after block; each block reads the outputs of the pruned blocks before it."""
     family = walk.family
     select = Selector(target.sparsity, method.compare, target.pattern.group if target.pattern else None)
-    wanted: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
+    needs: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
     masks, weights = walk.journal.with_prefix("mask."), walk.journal.with_prefix("weight.")
 
-    def put_back(block: Block) -> None:
+    def restore(block: Block) -> None:
         for linear in family.linears:
             name = family.block_tensor(block.index, linear)
             block.set_weight(
                 linear, weights[name] if method.updates else block.weight(linear) * masks[name].to(walk.device)
             )
 
-    for block, stats in walk.observe(wanted, replay=put_back):
+    for block, stats in walk.observe(needs, replay=restore):
         walk.journal.put(block.index, _prune_block(method, block, stats, select))
     zeros = {name: int(count) for name, count in walk.journal.with_prefix("zeros.").items()}
     shape = walk.checkpoint.shape
@@ -313,18 +317,18 @@ def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> De
 def _prune_block(
     method: WeightMethod, block: Block, stats: dict[str, dict[type, Tensor]], select: Selector
 ) -> dict[str, Tensor]:
-    """Prune a block's linears in place and return what becomes of them: masks, how many zeros, and changed weights.
+    """Prune a block's linears in place; return journal entries with masks, numbers of zeros, and changed weights.
 
-    The statistics are given up on the way: there are matrices of all pairs of channels among them.
+    Statistics are freed on the way, since some are matrices over all pairs of channels.
     """
-    walk, found = block.walk, dict[str, Tensor]()
+    walk, entries = block.walk, dict[str, Tensor]()
     for site, linears in itertools.groupby(walk.family.linears, walk.family.site_of):
         names = {linear: walk.family.block_tensor(block.index, linear) for linear in linears}
         statistics = stats.pop(site, {})
         if not all(is_finite(value) for value in statistics.values()):
-            read = next(iter(names.values()))
+            name = next(iter(names.values()))
             raise UserError(
-                f"{walk.checkpoint.directory}: what {read} reads is too large: a sum of squares is infinite"
+                f"{walk.checkpoint.directory}: the input of {name} is too large: a sum of squares is infinite"
             )
         shared = method.prepare(statistics)
         del statistics
@@ -332,10 +336,10 @@ def _prune_block(
             weight, keep = method.prune(block.weight(linear), shared, select)
             if not is_finite(weight):
                 raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
-            if method.updates:  # as it will be stored, so that the next block sees what is written
-                weight = found[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name))
+            if method.updates:  # in the stored dtype, so that the next block reads the weights that are written
+                weight = entries[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name))
             block.set_weight(linear, weight)
-            found[f"mask.{name}"] = keep
-            found[f"zeros.{name}"] = keep.numel() - keep.count_nonzero()  # a sum of bool copies it to int64
+            entries[f"mask.{name}"] = keep
+            entries[f"zeros.{name}"] = keep.numel() - keep.count_nonzero()  # a sum of bool copies it to int64
         del shared
-    return found
+    return entries
