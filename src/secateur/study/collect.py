@@ -1,4 +1,4 @@
-"""From a store's records to what a report shows."""
+"""Collect the records of a study's stages into the results that a report shows."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ __all__ = ["collect"]
 
 
 def collect(study: StudySpec, stages: list[Stage], store: Store, study_yaml: str) -> StudyResults:
-    """Read the records of a study's stages; what is missing is None, never zero.
+    """Read the records of a study's stages. A missing value is None, never zero.
 
     Raises:
-        UserError: if not even the corpus is there.
+        UserError: if not even the corpus is finished.
     """
     corpus = store.record(stages[0])
     if corpus is None:
-        raise UserError(f"{store.out}: holds no finished stage of this study; run it first: secateur study run FILE")
-    found = _Records(study, stages, store)
+        raise UserError(f"{store.out}: has no finished stage of this study; run the study first")
+    records = _Records(study, stages, store)
     return StudyResults(
         name=study.name,
         title=study.title or study.name,
         fingerprint=fingerprint(study),
-        parents=tuple(found.parent(stage) for stage in stages if stage.facts.get("path") == "parent"),
-        pruned=tuple(found.pruned(stage) for stage in stages if stage.kind == "prune"),
-        cells=tuple(found.cell(stage) for stage in stages if stage.facts.get("path") in _CELLS),
+        parents=tuple(records.parent(stage) for stage in stages if stage.facts.get("path") == "parent"),
+        pruned=tuple(records.pruned(stage) for stage in stages if stage.kind == "prune"),
+        cells=tuple(records.cell(stage) for stage in stages if stage.facts.get("path") in _CELLS),
         corpus=corpus,
-        protocol=found.protocol(),
+        protocol=records.protocol(),
         recipe={**identity(study.recipe), "retrain_peak_rate": study.retrain.peak_rate or study.recipe.peak_rate},
         stages=tuple(_note(stage, store) for stage in unique(stages)),
         environment=_environment(stages, store),
@@ -60,19 +60,19 @@ class _Records:
         self.stages = unique(stages)
         self.records = {stage.fingerprint: store.record(stage) for stage in self.stages}
         self.seconds = {stage.fingerprint: _seconds(store.runtime(stage)) for stage in self.stages}
-        self.measured = {stage.facts["of"]: stage for stage in stages if stage.kind == "evaluate"}
-        self.timed = {stage.facts["of"]: stage for stage in stages if stage.kind == "cost"}
+        self.evaluations = {stage.facts["of"]: stage for stage in stages if stage.kind == "evaluate"}
+        self.timings = {stage.facts["of"]: stage for stage in stages if stage.kind == "cost"}
         pruned = {(stage.facts["parent"], stage.fingerprint) for stage in stages if stage.kind == "prune"}
         self.children = {name: sum(parent == name for parent, _ in pruned) for name in study.all_parents}
 
     def protocol(self) -> dict[str, Any]:
-        records = (self.records[stage.fingerprint] for stage in self.measured.values())
+        records = (self.records[stage.fingerprint] for stage in self.evaluations.values())
         return next((record["protocol"] for record in records if record), {})
 
     def evaluation(self, stage: Stage) -> Evaluation | None:
-        measured = self.measured.get(stage.fingerprint)
-        record = self.records[measured.fingerprint] if measured else None
-        if measured is None or record is None:
+        evaluation = self.evaluations.get(stage.fingerprint)
+        record = self.records[evaluation.fingerprint] if evaluation else None
+        if evaluation is None or record is None:
             return None
         return Evaluation(
             loss=record["loss"],
@@ -81,18 +81,18 @@ class _Records:
             protocol=record["protocol"]["fingerprint"],
             windows=tuple(record["windows"]),
             sparsity=record["sparsity"],
-            measured=_figures(self.store.folder(measured) / RESULTS),
+            measured=_measurements(self.store.folder(evaluation) / RESULTS),
         )
 
     def running(self, stage: Stage) -> Running | None:
-        timed = self.timed.get(stage.fingerprint)
-        if timed is None or self.records[timed.fingerprint] is None:
+        timing = self.timings.get(stage.fingerprint)
+        if timing is None or self.records[timing.fingerprint] is None:
             return None
-        found = read_json(self.store.folder(timed) / COST)
-        return Running(found["device"], found["dtype"], tuple(found["figures"]), found["sparsity"]["note"])
+        cost = read_json(self.store.folder(timing) / COST)
+        return Running(cost["device"], cost["dtype"], tuple(cost["figures"]), cost["sparsity"]["note"])
 
     def curve(self, stage: Stage) -> tuple[Point, ...]:
-        """Of the run, and before it of those that it continues, end to end."""
+        """The curves of the runs that this one continues and of the run itself, end to end."""
         points: list[Point] = []
         for part in (*stage.facts.get("before", ()), stage):
             record = self.records[part.fingerprint]
@@ -103,17 +103,16 @@ class _Records:
         return tuple(points)
 
     def cost(self, stages: Iterable[Stage]) -> Cost:
-        """Of stages together, as if each had been run for this alone."""
-        together = [Cost(s.tokens, s.flops, self.seconds[s.fingerprint]) for s in stages]
-        first, *others = together
-        return sum(others, first)
+        """The total cost of stages, each counted in full even if others share it."""
+        costs = [Cost(s.tokens, s.flops, self.seconds[s.fingerprint]) for s in stages]
+        return sum(costs[1:], costs[0])
 
     def parent(self, stage: Stage) -> Parent:
         shape, name = stage.facts["shape"], stage.facts["parent"]
         spec = self.study.all_parents[name]
         if stage.kind == "train":
             cost = self.cost([stage])
-        else:  # by the same formula, if its tokens are known
+        else:  # the same formula, if the checkpoint's tokens are known
             flops = train_flops(shape, spec.tokens or 0, self.study.recipe.sequence)
             cost = Cost(spec.tokens, flops) if spec.tokens else None
         return Parent(
@@ -165,7 +164,7 @@ class _Records:
             objective=facts["objective"],
             seed=facts["seed"],
             parameters=shape.total,
-            non_embedding=self._kept(shape, pruning),
+            non_embedding=self._remaining(shape, pruning),
             training=self.cost((*facts["before"], stage)),
             pruning=self.cost([pruning]) if pruning else None,
             sweep=self.cost(sweep.facts["trials"]) if sweep else None,
@@ -173,15 +172,15 @@ class _Records:
             curve=self.curve(stage),
             evaluation=self.evaluation(stage),
             shape=shape.as_dict(),
-            stages=tuple(part.fingerprint for part in self.behind(stage)),
+            stages=tuple(part.fingerprint for part in self.provenance(stage)),
         )
 
-    def behind(self, stage: Stage) -> list[Stage]:
-        """All that a run is made from, each stage after its inputs, then itself and what measured it."""
+    def provenance(self, stage: Stage) -> list[Stage]:
+        """The inputs of a run, each after its own inputs, then the run and its measurements."""
         return [*with_inputs([stage]), *(s for s in self.stages if s.facts.get("of") == stage.fingerprint)]
 
-    def _kept(self, shape: Any, pruning: Stage | None) -> int:
-        """Parameters outside the embeddings that no mask drops."""
+    def _remaining(self, shape: Any, pruning: Stage | None) -> int:
+        """Parameters outside the embeddings that the mask keeps."""
         if pruning is None or pruning.facts["granularity"] != "sparse":
             return shape.non_embedding
         record = self.records[pruning.fingerprint]
@@ -190,17 +189,17 @@ class _Records:
         return round(shape.non_embedding * (1 - record["ratio"]["non_embedding"]))
 
 
-def _figures(path: Path) -> tuple[Measurement, ...]:
-    """The figures of a model, their items without what no comparison needs."""
+def _measurements(path: Path) -> tuple[Measurement, ...]:
+    """The measurements of a model; their items are reduced to what comparisons need."""
     needed = ("value", "tokens", "domain")
     return tuple(
-        replace(found, items=[{key: item[key] for key in needed if key in item} for item in found.items])
-        for found in MeasuredResults.load(path).measurements
+        replace(measurement, items=[{key: item[key] for key in needed if key in item} for item in measurement.items])
+        for measurement in MeasuredResults.load(path).measurements
     )
 
 
 def _seconds(runtime: Mapping[str, Any]) -> float | None:
-    """Seconds times processes."""
+    """Device seconds: seconds times processes."""
     return runtime["seconds"] * runtime.get("processes", 1) if "seconds" in runtime else None
 
 
@@ -219,14 +218,14 @@ def _note(stage: Stage, store: Store) -> StageNote:
 
 
 def _environment(stages: list[Stage], store: Store) -> dict[str, str]:
-    """Where the stages ran; several values of one field are all named."""
-    seen: dict[str, set[str]] = {}
+    """Versions, device and threads of the stages' runs; different values are joined."""
+    values_of: dict[str, set[str]] = {}
     for stage in stages:
         runtime = store.runtime(stage)
-        found = {
+        facts = {
             **runtime.get("environment", {}),
             **{k: str(runtime[k]) for k in ("device", "threads") if k in runtime},
         }
-        for key, value in found.items():
-            seen.setdefault(key, set()).add(value)
-    return {key: ", ".join(sorted(values)) for key, values in seen.items()} or environment()
+        for key, value in facts.items():
+            values_of.setdefault(key, set()).add(value)
+    return {key: ", ".join(sorted(values)) for key, values in values_of.items()} or environment()

@@ -1,4 +1,4 @@
-"""From a study to its cells: the product of methods, targets, budgets, objectives and seeds, less what is excluded."""
+"""The cells of a study: the product of methods, targets, budgets, objectives and seeds, minus the exclusions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from secateur.study.spec import (
 
 __all__ = ["TWIN_NAMES", "PlannedComparison", "Pruning", "comparisons", "prunings"]
 
-#: What a from-scratch twin is called, by what it has in common with the pruned run.
+#: Name of a from-scratch twin, by the quantity that it shares with the pruned run.
 TWIN_NAMES: dict[SettingKind, str] = {
     "equal_training_tokens": "S_R",
     "equal_total_tokens": "S_{P+R}",
@@ -36,7 +36,7 @@ TWIN_NAMES: dict[SettingKind, str] = {
 
 @dataclass(frozen=True)
 class Pruning:
-    """One model to be made: an entry of the study at one target."""
+    """One pruned model: an entry of the study at one target."""
 
     entry: MethodEntry
     parent: str
@@ -53,7 +53,7 @@ class Pruning:
 
     @property
     def granularity(self) -> str:
-        """Of the method; one that learns is of depth where it cuts layers alone, of width where it cuts none."""
+        """The method's granularity; for one that may cut both layers and widths, what the target cuts."""
         if self.method.granularity != "depth+width":
             return self.method.granularity
         layers = self.after.layers != self.before.layers
@@ -63,7 +63,7 @@ class Pruning:
 
 @dataclass(frozen=True)
 class PlannedComparison:
-    """A pruned run and what it is held against."""
+    """A pruned run and the runs that it is compared with."""
 
     pruning: Pruning
     tokens: int  #: R
@@ -77,13 +77,13 @@ def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
     """Every model that the study prunes.
 
     Args:
-        study: it.
-        shapes: those of its parents, by name.
+        study: the study.
+        shapes: parent -> shape.
 
     Raises:
         UserError: if a parent has no shape at one of the targets.
     """
-    found = []
+    models = []
     for number, entry in enumerate(study.methods):
         method, parent = get_method(entry.method, entry.options), study.parent_of(entry)
         for name, target in entry.targets(study.ratios).items():
@@ -92,53 +92,54 @@ def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
             except UserError as error:
                 where = f"methods[{number}] ({entry.label} at {name})"
                 raise UserError(f"{where}: {spell_keys(str(error))}") from None
-            found.append(Pruning(entry, parent, name, target, method, shapes[parent], after))
-    return found
+            models.append(Pruning(entry, parent, name, target, method, shapes[parent], after))
+    return models
 
 
 def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedComparison]:
-    """What is trained of a pruned model, and what it is held against."""
+    """The comparisons of a pruned model: one for each budget, objective and seed."""
     entry = pruning.entry
-    settings = _or(entry.settings, study.settings)
-    controls = _or(entry.controls, study.controls)
-    objectives = _or(entry.objective, study.retrain.objective)
-    for tokens in _or(entry.tokens, study.retrain.tokens):
+    settings = _default(entry.settings, study.settings)
+    controls = _default(entry.controls, study.controls)
+    objectives = _default(entry.objective, study.retrain.objective)
+    for tokens in _default(entry.tokens, study.retrain.tokens):
         for objective in objectives:
-            for seed in _or(entry.seeds, study.seeds) or (None,):
-                told: dict[str, Any] = {
+            for seed in _default(entry.seeds, study.seeds) or (None,):
+                cell: dict[str, Any] = {
                     "method": entry.label,
                     "target": pruning.name,
                     "tokens": tokens,
                     "seed": study.recipe.seed if seed is None else seed,
                     "objective": objective.label,
                 }
-                if _excluded(study, told):
+                if _is_excluded(study, cell):
                     continue
                 kinds = (
                     [s.kind for s in settings if _at(s, tokens)] if objective.settings is None else objective.settings
                 )
-                kept = tuple(kind for kind in kinds if not _excluded(study, {**told, "setting": kind}))
-                drawn = [c.init for c in controls if _at(c, tokens) and _applies(c.init, pruning)]
-                drawn = [] if objective.label else drawn  # they are of the shape and the weights, whatever is minimised
-                kept_controls = tuple(kind for kind in drawn if not _excluded(study, {**told, "control": kind}))
-                yield PlannedComparison(pruning, tokens, objective, seed, kept, kept_controls)
+                kinds = tuple(kind for kind in kinds if not _is_excluded(study, {**cell, "setting": kind}))
+                inits = [c.init for c in controls if _at(c, tokens) and _applies(c.init, pruning)]
+                inits = [] if objective.label else inits  # controls concern shape and weights, not the objective
+                inits = tuple(init for init in inits if not _is_excluded(study, {**cell, "control": init}))
+                yield PlannedComparison(pruning, tokens, objective, seed, kinds, inits)
 
 
-def _or(own: Any, common: Any) -> Any:
-    return common if own is None else own
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
-def _at(chosen: SettingSpec | ControlSpec, tokens: int) -> bool:
-    return chosen.tokens is None or tokens in chosen.tokens
+def _at(twin: SettingSpec | ControlSpec, tokens: int) -> bool:
+    """Whether a twin applies to the budget ``tokens``."""
+    return twin.tokens is None or tokens in twin.tokens
 
 
 def _applies(control: ControlKind, pruning: Pruning) -> bool:
-    """Whether a control is another model than the twin: those of masks need one, and a dense model is its own twin."""
+    """Whether a control differs from the twin: controls of the mask need one, and a dense model has none."""
     if pruning.method.granularity == "sparse":
         return control != "redrawn"
     return control == "shuffled-weights"
 
 
-def _excluded(study: StudySpec, told: dict[str, Any]) -> bool:
+def _is_excluded(study: StudySpec, cell: dict[str, Any]) -> bool:
     """Whether an exclusion covers a cell."""
-    return any(exclusion.covers(told) for exclusion in study.exclude)
+    return any(exclusion.covers(cell) for exclusion in study.exclude)

@@ -1,7 +1,7 @@
-"""From a study to its stages: a pure function. Nothing is read, run or written here.
+"""The stages of a study, as a pure function: nothing is read, run or written.
 
-The training split is cut by token index. A parent reads the P tokens before ``start``, what is scored on lies among
-them, and what is retrained reads from ``start`` on; a twin at equal total tokens reads both.
+The training split is cut by token index. A parent trains on the P tokens before ``start``; pruning scores use some of
+them. Retraining begins at ``start``. A twin at equal total tokens trains on both parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from secateur.methods.base import LearnedMethod
 from secateur.model.shapes import solve_width
 from secateur.pruning.cost import scoring_flops
 from secateur.study.grid import TWIN_NAMES, PlannedComparison, Pruning, comparisons, prunings
-from secateur.study.resolve import ResolvedStudy, split_places
+from secateur.study.resolve import ResolvedStudy, split_paths
 from secateur.study.spec import ControlKind, SettingKind, StudySpec
 from secateur.study.stage import Stage, unique
 from secateur.study.training_runs import Inputs, TrainingRuns, sizes_of
@@ -26,30 +26,30 @@ __all__ = ["stages_of", "tokens_needed", "trunk_savings"]
 _EQUAL_TOTAL = ("equal_total_tokens", "equal_total_flops")
 
 
-def stages_of(study: StudySpec, known: ResolvedStudy) -> list[Stage]:
+def stages_of(study: StudySpec, resolved: ResolvedStudy) -> list[Stage]:
     """All stages of a study, each after its inputs.
 
-    Several cells may need the same stage, e.g. when two ratios come to one shape: it is listed for each, under one
-    fingerprint.
+    Several cells may share a stage, e.g. if two ratios lead to the same shape. The stage then appears once for each
+    cell, always with the same fingerprint.
 
     Raises:
-        UserError: if a parent has no shape at one of the targets, or a setting cannot be had.
+        UserError: if a parent has no shape at one of the targets, or a setting is impossible for a parent.
     """
-    return _Builder(study, known).build()
+    return _Builder(study, resolved).build()
 
 
 def tokens_needed(stages: Sequence[Stage]) -> int:
-    """The tokens that the training split has to have."""
+    """Tokens that the training split must have."""
     return max((stage.identity["slice"][1] for stage in stages if "slice" in stage.identity), default=0)
 
 
 class _Builder(TrainingRuns):
-    def __init__(self, study: StudySpec, known: ResolvedStudy) -> None:
-        asked, places = split_places(identity(study.text))
-        corpus = Stage("corpus", "corpus", {**asked, "digest": known.corpus}, runtime=places)
-        super().__init__(study, corpus, known.suite)
-        self.known = known
-        self.prunings = prunings(study, {name: parent.shape for name, parent in known.parents.items()})
+    def __init__(self, study: StudySpec, resolved: ResolvedStudy) -> None:
+        corpus_identity, paths = split_paths(identity(study.text))
+        corpus = Stage("corpus", "corpus", {**corpus_identity, "digest": resolved.corpus}, runtime=paths)
+        super().__init__(study, corpus, resolved.suite)
+        self.resolved = resolved
+        self.prunings = prunings(study, {name: parent.shape for name, parent in resolved.parents.items()})
         self.start = self._start()
         self.parents = {name: self._parent(name) for name in study.all_parents}
 
@@ -64,38 +64,38 @@ class _Builder(TrainingRuns):
                     self._control(comparison, control, pruned)
         return self.stages
 
-    # --- what is trained on -----------------------------------------------------------------------------------------
+    # --- slices of the training split --------------------------------------------------------------------------------
 
     def _start(self) -> int:
-        """The first token of all retraining: behind what any parent is pretrained on, or what is scored on."""
-        own = [parent.tokens or 0 for parent in self.study.all_parents.values() if parent.checkpoint is None]
-        if own:
-            return max(own)
+        """The first token of all retraining: after the tokens of pretraining or, for checkpoints, of scoring."""
+        pretraining = [parent.tokens or 0 for parent in self.study.all_parents.values() if parent.checkpoint is None]
+        if pretraining:
+            return max(pretraining)
         return max(self._scored(pruning) for pruning in self.prunings)
 
     def _scored(self, pruning: Pruning) -> int:
-        """Tokens that a method looks at, or trains on."""
+        """Tokens that a method scores or trains on."""
         if isinstance(pruning.method, LearnedMethod):
             return pruning.method.tokens(self.sequence)
         return self.study.calibration.windows * self.sequence if pruning.method.calibrated else 0
 
     def _before(self, parent: str) -> int:
-        """Where the tokens of a parent's pretraining begin."""
+        """The first token of a parent's pretraining."""
         spec = self.study.all_parents[parent]
         return self.start - (spec.tokens or 0) if spec.checkpoint is None else 0
 
     # --- parents and pruned models ----------------------------------------------------------------------------------
 
     def _parent(self, name: str) -> Stage:
-        spec, found = self.study.all_parents[name], self.known.parents[name]
-        facts = {"path": "parent", "parent": name, "shape": found.shape}
+        spec, parent = self.study.all_parents[name], self.resolved.parents[name]
+        facts = {"path": "parent", "parent": name, "shape": parent.shape}
         if spec.checkpoint is not None:
-            asked = {"checkpoint": found.identity, "shape": sizes_of(found.shape)}
+            content = {"checkpoint": parent.identity, "shape": sizes_of(parent.shape)}
             runtime = {"checkpoint": spec.checkpoint}
-            stage = self.add(Stage("fetch", name, asked, {}, 0, 0.0, runtime, facts))
+            stage = self.add(Stage("fetch", name, content, {}, 0, 0.0, runtime, facts))
         else:
             span = (self._before(name), self.start)
-            stage = self.train(name, found.shape, span, "random", self.study.recipe, facts)
+            stage = self.train(name, parent.shape, span, "random", self.study.recipe, facts)
         self.evaluate(stage)
         return stage
 
@@ -104,7 +104,7 @@ class _Builder(TrainingRuns):
         learned = isinstance(pruning.method, LearnedMethod)
         tokens = self._scored(pruning)
         first = self._before(pruning.parent)
-        asked = {
+        content = {
             "method": pruning.entry.method,
             "options": identity(pruning.method),
             "target": pruning.target.as_dict(),
@@ -116,7 +116,7 @@ class _Builder(TrainingRuns):
         facts = {**self._facts(pruning), "path": "pruned", "shape": pruning.after}
         flops = scoring_flops(pruning.before, pruning.after, pruning.method, tokens, self.sequence)
         inputs = {"corpus": self.corpus, "model": self.parents[pruning.parent]}
-        stage = self.add(Stage("prune", pruning.label, asked, inputs, tokens, flops, self.runtime(), facts))
+        stage = self.add(Stage("prune", pruning.label, content, inputs, tokens, flops, self.runtime(), facts))
         self.evaluate(stage)
         return stage
 
@@ -136,7 +136,7 @@ class _Builder(TrainingRuns):
     # --- cells ------------------------------------------------------------------------------------------------------
 
     def _pruned_run(self, comparison: PlannedComparison, pruned: Stage) -> Stage:
-        """P-R."""
+        """The retraining of a pruned model, P-R."""
         pruning, objective = comparison.pruning, comparison.objective
         tokens = self._retrained(comparison)
         recipe = dataclasses.replace(
@@ -151,7 +151,7 @@ class _Builder(TrainingRuns):
         return run
 
     def _retrained(self, comparison: PlannedComparison) -> int:
-        """The tokens of a pruned run: R, or as many as its teacher leaves of the FLOPs that R takes without one."""
+        """The tokens of a pruned run: R, or fewer if the teacher's FLOPs count against those of R tokens."""
         objective, pruning = comparison.objective, comparison.pruning
         if objective.distill is None or objective.equal == "tokens":
             return comparison.tokens
@@ -159,14 +159,14 @@ class _Builder(TrainingRuns):
         return self._whole(comparison.tokens * alone / (alone + pruning.before.forward_flops(self.sequence)))
 
     def _twin(self, comparison: PlannedComparison, setting: SettingKind, pruned: Stage, run: Stage) -> None:
-        """The same architecture from new weights; of a sparse model, under its mask."""
+        """The same architecture from new weights; for a sparse model, under the same mask."""
         pruning = comparison.pruning
         first = self.start
         if setting in _EQUAL_TOTAL:
             if self.study.all_parents[pruning.parent].checkpoint is not None:
                 raise UserError(
-                    f"settings: {setting} needs a parent that the study pretrains, and {pruning.entry.label} has a "
-                    "checkpoint; give that method settings of its own, without it"
+                    f"settings: {setting} needs a parent that the study pretrains, and that of {pruning.entry.label} "
+                    "is a checkpoint; give this method settings without it"
                 )
             first = self._before(pruning.parent)
         tokens = run.facts["cost"][0]
@@ -214,17 +214,17 @@ class _Builder(TrainingRuns):
         }
 
     def _like(self, parent: str) -> Inputs:
-        """What a dense twin takes its configuration from: nothing where the parent is the study's own Llama."""
+        """The input whose configuration a dense twin copies; none if the parent is the study's own Llama."""
         stage = self.parents[parent]
         return {"like": stage} if stage.kind == "fetch" else {}
 
     def _whole(self, tokens: float) -> int:
-        """To the nearest window."""
+        """Round to whole windows, at least one."""
         return max(1, round(tokens / self.sequence)) * self.sequence
 
 
 def trunk_savings(stages: Sequence[Stage]) -> tuple[int, int]:
-    """Training tokens of a study's runs, and how many they would be if no run shared a trunk."""
+    """Training tokens of a study's runs, and their number if no run shared a trunk."""
     trained = [stage for stage in unique(stages) if stage.kind == "train"]
     alone = sum(stage.facts["cost"][0] for stage in trained if stage.facts["path"] != "trunk")
     return sum(stage.tokens for stage in trained), alone

@@ -1,4 +1,4 @@
-"""What a study depends on that lies outside its file: text, tasks, and checkpoints that are there already."""
+"""What a study depends on outside its file: text, tasks and existing checkpoints."""
 
 from __future__ import annotations
 
@@ -18,68 +18,68 @@ from secateur.files import sha256_file, sha256_tree
 from secateur.model.shapes import Shape
 from secateur.study.spec import EvaluationSpec, ParentSpec, StudySpec
 
-__all__ = ["SHARDS", "ResolvedParent", "ResolvedStudy", "resolve", "split_places"]
+__all__ = ["SHARDS", "ResolvedParent", "ResolvedStudy", "resolve", "split_paths"]
 
 HUB, SHARDS, TEXT = "hf:", "shards:", "text:"
 
 
 @dataclass(frozen=True)
 class ResolvedParent:
-    """A parent's sizes; and, of a checkpoint, what identifies its weights."""
+    """A parent's sizes and, for a checkpoint, the identity of its weights."""
 
     shape: Shape
-    identity: str = ""  #: digest of a local one, name and revision of one of the Hub; empty for one that is pretrained
+    identity: str = ""  #: digest of a local checkpoint, name and revision on the Hub; empty if pretrained
 
 
 @dataclass(frozen=True)
 class ResolvedStudy:
-    """What stages depend on besides the study file."""
+    """The identities of all that stages depend on besides the study file."""
 
-    corpus: str  #: identifies the content of the text source
+    corpus: str  #: digest of the text source
     parents: Mapping[str, ResolvedParent]
-    suite: Mapping[str, Any] = field(default_factory=dict)  #: what is measured besides the held-out loss, with digests
+    suite: Mapping[str, Any] = field(default_factory=dict)  #: measurements besides the held-out loss, with digests
 
 
 def resolve(study: StudySpec) -> ResolvedStudy:
-    """Look up what a study file names; no network is asked.
+    """Look up the sources and checkpoints that a study file names, without a network.
 
     Raises:
-        UserError: if a source or a checkpoint is missing, or is not as the file says.
+        UserError: if a source or a checkpoint is missing, or differs from the file.
     """
     parents = {name: _parent(study, name, parent) for name, parent in study.all_parents.items()}
     corpus = _corpus(study, min(parent.shape.vocabulary for parent in parents.values()))
     return ResolvedStudy(corpus, parents, _suite(study.evaluation))
 
 
-def _suite(measured: EvaluationSpec) -> dict[str, Any]:
-    """The texts and tasks, each with the digest of its local file; None where it is of the Hub."""
-    asked, found = measured.asked, {}
-    if asked.texts:
-        data = measured.text_data
-        found["texts"] = {text.name: text_source(text, data).digest() if data else None for text in asked.texts}
-    if asked.tasks:
-        found |= _tasks(measured)
-    return found
+def _suite(evaluation: EvaluationSpec) -> dict[str, Any]:
+    """The texts and tasks of a suite, each with the digest of its local file; None for one on the Hub."""
+    suite, identities = evaluation.measurements, {}
+    if suite.texts:
+        data = evaluation.text_data
+        identities["texts"] = {text.name: text_source(text, data).digest() if data else None for text in suite.texts}
+    if suite.tasks:
+        identities |= _tasks(evaluation)
+    return identities
 
 
-def _tasks(measured: EvaluationSpec) -> dict[str, Any]:
-    """The single tasks that the suite comes to, each with the digest of its local file; and what else identifies them.
+def _tasks(evaluation: EvaluationSpec) -> dict[str, Any]:
+    """The single tasks of a suite, each with the digest of its local file, and their settings.
 
-    What is as usual has no entry: the same measurement has the same identity whatever else can be asked for by now.
+    Default settings have no entry, so that new settings leave the identity of old measurements unchanged.
     """
-    listed, data = measured.asked.task_list("evaluation."), measured.tasks_data
-    changes = {m.name: {"changes": dict(m.changes), "metric": m.metric} for m in listed.members}
-    examples = {m.name: examples_file(data, m.name) for m in listed.members} if data else {}
-    more = {
-        "few_shot": measured.few_shot,
-        "settings": {name: told for name, told in changes.items() if any(told.values())},
+    tasks, data = evaluation.measurements.task_list("evaluation."), evaluation.tasks_data
+    settings = {m.name: {"changes": dict(m.changes), "metric": m.metric} for m in tasks.members}
+    examples = {m.name: examples_file(data, m.name) for m in tasks.members} if data else {}
+    optional = {
+        "few_shot": evaluation.few_shot,
+        "settings": {name: values for name, values in settings.items() if any(values.values())},
         "examples": {name: sha256_file(path) for name, path in examples.items() if path.is_file()},
-        "groups": [asdict(group) for group in listed.groups],
+        "groups": [asdict(group) for group in tasks.groups],
     }
     return {
-        "tasks": {member.name: _digest(data, member.name) for member in listed.members},
-        "task_limit": measured.task_limit,
-        **{key: value for key, value in more.items() if value not in (None, {}, [])},
+        "tasks": {member.name: _digest(data, member.name) for member in tasks.members},
+        "task_limit": evaluation.task_limit,
+        **{key: value for key, value in optional.items() if value not in (None, {}, [])},
     }
 
 
@@ -92,25 +92,25 @@ def _digest(folder: str | None, task: str) -> str | None:
     return sha256_file(path)
 
 
-def split_places(asked: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """A corpus without the places of its local files, which are known by what they hold; and these places.
+def split_paths(corpus: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Split a corpus into its identity without paths and the paths, since local files are identified by content.
 
     Args:
-        asked: the identity of a ``CorpusSpec``.
+        corpus: the identity of a ``CorpusSpec``.
     """
-    source, tokenizer = asked["source"], asked["tokenizer"]
-    places: dict[str, str] = {}
-    kept = dict(asked)
+    source, tokenizer = corpus["source"], corpus["tokenizer"]
+    paths: dict[str, str] = {}
+    content = dict(corpus)
     scheme = next((scheme for scheme in (TEXT, SHARDS) if source.startswith(scheme)), None)
     if scheme:
-        places["source"], kept["source"] = source, scheme
+        paths["source"], content["source"] = source, scheme
     if tokenizer is not None and not tokenizer.startswith(HUB):
-        places["tokenizer"], kept["tokenizer"] = tokenizer, "local"
-    return kept, places
+        paths["tokenizer"], content["tokenizer"] = tokenizer, "local"
+    return content, paths
 
 
 def _corpus(study: StudySpec, rows: int) -> str:
-    """What identifies the corpus; ``rows`` are those of the smallest embedding."""
+    """The digest of the corpus; ``rows`` is the size of the smallest embedding."""
     spec = study.text
     if spec.source.startswith(SHARDS):
         tokens = TokenStore(Path(spec.source.removeprefix(SHARDS)))
@@ -134,19 +134,21 @@ def _corpus(study: StudySpec, rows: int) -> str:
 
 def _parent(study: StudySpec, name: str, parent: ParentSpec) -> ResolvedParent:
     where = "parent" if study.parent else f"parents.{name}"
-    said = parent.shape(study.corpus.vocabulary)
+    shape = parent.shape(study.corpus.vocabulary)
     if parent.checkpoint is None:
-        assert said is not None
-        return ResolvedParent(said)
+        assert shape is not None
+        return ResolvedParent(shape)
     if parent.checkpoint.startswith(HUB):
-        if said is None:
+        if shape is None:
             raise UserError(
-                f"{where}: give the sizes of {parent.checkpoint}, so that it can be planned without a network"
+                f"{where}: give the sizes of {parent.checkpoint}, so that the study can be planned without a network"
             )
-        return ResolvedParent(said, parent.checkpoint)
+        return ResolvedParent(shape, parent.checkpoint)
     from secateur.model.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(parent.checkpoint)
-    if said is not None and said.as_dict() != checkpoint.shape.as_dict():
-        raise UserError(f"{where}: {parent.checkpoint} has {checkpoint.shape}, not the sizes given; leave them out")
+    if shape is not None and shape.as_dict() != checkpoint.shape.as_dict():
+        raise UserError(
+            f"{where}: {parent.checkpoint} has {checkpoint.shape}, not the sizes in the file; leave them out"
+        )
     return ResolvedParent(checkpoint.shape, checkpoint.digest)

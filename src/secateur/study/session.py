@@ -117,10 +117,10 @@ class Study:
 
         Raises:
             UserError: if nothing matches a pattern, the machine lacks what a stage needs, or the corpus fails.
-            RunError: if the run was told to stop; the same call resumes.
+            RunError: if a signal stopped the run; the same call resumes it.
         """
         stages = self._select(only)
-        if self.spec.evaluation.asked.tasks:
+        if self.spec.evaluation.measurements.tasks:
             from secateur.evaluation.lm_eval.harness import import_harness
 
             import_harness("lm_eval")  # a missing package is reported now, not after hours of training
@@ -149,15 +149,15 @@ class Study:
         return run_stages(stages, self.out, jobs=jobs, device=device, file=self.file, keep_going=keep_going)
 
     def preview(self, only: Iterable[str] = ()) -> RunPreview:
-        """Say what :meth:`run` would run, and why. Nothing is run or written."""
+        """List the stages that :meth:`run` would run, with reasons. Nothing is run or written."""
         stages = self._select(only)
-        found = survey(stages, self.store)
+        finished = survey(stages, self.store)
         pending = tuple(
-            explain_stage(stage, self.stages, self.store, found.damaged.get(stage.fingerprint))
+            explain_stage(stage, self.stages, self.store, finished.damaged.get(stage.fingerprint))
             for stage in stages
-            if stage.fingerprint not in found.done
+            if stage.fingerprint not in finished.done
         )
-        return RunPreview(self.spec.name, self.out, len(found.done), pending)
+        return RunPreview(self.spec.name, self.out, len(finished.done), pending)
 
     def status(self) -> StudyStatus:
         """Look up the state of each stage."""

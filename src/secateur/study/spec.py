@@ -1,4 +1,4 @@
-"""What a study file may say."""
+"""The keys of a study file."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ Budgets = Annotated[tuple[Count, ...], listed(), Field(min_length=1)]
 
 @spec
 class ParentSpec:
-    """A model that is pruned: a Llama of this shape that the study pretrains, or a checkpoint that is there already.
+    """A model to prune: a Llama of this shape that the study pretrains, or an existing checkpoint.
 
-    For a checkpoint in a directory all sizes may be left out, and are then read from its configuration; those of a
-    model of the Hub are wanted, to plan without a network. A checkpoint's ``tokens`` count in the ledger alone.
+    The sizes of a checkpoint in a directory may be left out: its configuration has them. Those of a model of the Hub
+    are required, so that a study can be planned without a network. A checkpoint's ``tokens`` only enter the ledger.
     """
 
     tokens: Count | None = None  #: P
@@ -67,8 +67,8 @@ class ParentSpec:
     layers: Positive | None = None
     heads: Positive | None = None
     kv_heads: Positive | None = None
-    head_dim: Positive | None = None  #: hidden / heads unless given
-    vocabulary: Positive | None = None  #: of a checkpoint; otherwise it is that of the corpus
+    head_dim: Positive | None = None  #: default: hidden / heads
+    vocabulary: Positive | None = None  #: of a checkpoint; a pretrained parent has that of the corpus
     tied: bool = False
 
     def __post_init__(self) -> None:
@@ -78,18 +78,18 @@ class ParentSpec:
             for key in (*missing, *(["tokens"] if self.tokens is None else [])):
                 raise UserError(f"parent.{key}: this key is required, unless parent.checkpoint names a model")
             if self.vocabulary is not None:
-                raise UserError("parent.vocabulary: is that of the corpus; set corpus.vocabulary")
+                raise UserError("parent.vocabulary: a pretrained parent has that of the corpus; set corpus.vocabulary")
         elif missing and len(missing) < len(sizes):
             raise UserError(f"parent.{missing[0]}: give all sizes of the checkpoint, or none")
         if not missing:
             assert self.hidden and self.heads and self.kv_heads
             if self.hidden % self.heads and self.head_dim is None:
-                raise UserError(f"parent.hidden: {self.hidden} is no multiple of parent.heads {self.heads}")
+                raise UserError(f"parent.hidden: {self.hidden} is not a multiple of parent.heads {self.heads}")
             if self.heads % self.kv_heads:
-                raise UserError(f"parent.heads: {self.heads} is no multiple of parent.kv_heads {self.kv_heads}")
+                raise UserError(f"parent.heads: {self.heads} is not a multiple of parent.kv_heads {self.kv_heads}")
 
     def shape(self, vocabulary: int) -> Shape | None:
-        """The model's sizes; None where they are in its configuration alone."""
+        """The model's sizes; None if only the checkpoint's configuration has them."""
         if self.hidden is None:
             return None
         assert self.ffn and self.layers and self.heads and self.kv_heads
@@ -100,22 +100,24 @@ class ParentSpec:
 
 @spec
 class ObjectiveSpec(Distill):
-    """What a pruned model's retraining minimises: the language-model loss, or the divergence from its parent."""
+    """The loss of a pruned model's retraining: the language-model loss, or the divergence from its parent."""
 
     kind: Literal["language-model", "distill"]  # type: ignore[assignment]
-    name: Label | None = None  #: in records and reports; the kind unless given
+    name: Label | None = None  #: in records and reports; default: the kind
     teacher: Literal["parent"] = "parent"
-    equal: Literal["tokens", "flops"] = "tokens"  #: to the language-model run on the same budget
-    settings: Annotated[tuple[SettingKind, ...] | None, listed()] = None  #: instead of the study's
+    equal: Literal["tokens", "flops"] = (
+        "tokens"  #: the quantity it shares with the language-model run of the same budget
+    )
+    settings: Annotated[tuple[SettingKind, ...] | None, listed()] = None  #: default: the study's
 
     @property
     def label(self) -> str:
-        """Empty for the language-model loss."""
+        """Name in records and reports; empty for the language-model loss."""
         return self.name or ("" if self.kind == "language-model" else self.kind)
 
     @property
     def distill(self) -> Distill | None:
-        """How to teach; None where nobody does."""
+        """The distillation; None for the language-model loss."""
         if self.kind == "language-model":
             return None
         return Distill(temperature=self.temperature, alpha=self.alpha, top_k=self.top_k)
@@ -123,29 +125,28 @@ class ObjectiveSpec(Distill):
 
 @spec
 class RetrainSpec:
-    """The training of pruned models. Their from-scratch twins see the same tokens under the study's recipe."""
+    """The training of pruned models. Their from-scratch twins train on the same tokens with the study's recipe."""
 
-    tokens: Budgets  #: R; several make a ladder, each with a schedule of its own
-    peak_rate: Rate | None = None  #: of the pruned runs; the recipe's unless given
+    tokens: Budgets  #: R; several budgets form a ladder, each with its own schedule
+    peak_rate: Rate | None = None  #: of the pruned runs; default: the recipe's
     objective: Annotated[tuple[ObjectiveSpec, ...], listed("kind"), Field(min_length=1)] = (
         ObjectiveSpec(kind="language-model"),
     )
-    trunk: Literal["own", "shared"] = (
-        "own"  #: shared: the budgets of a ladder have one trunk, and only decays of their own
-    )
+    #: shared: the budgets of a ladder share one trunk and differ in their decays
+    trunk: Literal["own", "shared"] = "own"
 
 
 @spec
 class SettingSpec:
-    """What a from-scratch twin has in common with the pruned run."""
+    """A quantity that a from-scratch twin shares with the pruned run."""
 
     kind: SettingKind
-    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: the budgets R it is for; all unless given
+    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: the budgets R that it applies to; default: all
 
 
 @spec
 class ControlSpec:
-    """A run at equal training tokens that shares some of what a pruned model inherits."""
+    """A run at equal training tokens that shares a part of what a pruned model inherits."""
 
     init: ControlKind
     tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: as in a setting
@@ -157,11 +158,11 @@ Controls = Annotated[tuple[ControlSpec, ...], listed("init")]
 
 @spec
 class MethodEntry:
-    """A method with how much it shall remove; what is not said is the study's own."""
+    """A method and how much it removes; missing keys default to those of the study."""
 
     method: Annotated[str, AfterValidator(_known_method)]
-    name: Label | None = None  #: in records and reports; the method's unless given
-    parent: str | None = None  #: which, of several; the first unless given
+    name: Label | None = None  #: in records and reports; default: the method's
+    parent: str | None = None  #: one of several; default: the first
     ratios: Annotated[tuple[Fraction, ...] | None, listed()] = None
     shapes: Mapping[Label, str] | None = None  #: name -> sizes, as in hidden=3072,ffn=9216
     pattern: str | None = None  #: N:M
@@ -177,21 +178,21 @@ class MethodEntry:
 
     @property
     def label(self) -> str:
-        """What it is called."""
+        """Name in records and reports."""
         return self.name or self.method
 
     def targets(self, ratios: tuple[float, ...]) -> dict[str, Target]:
-        """What it is asked for, by name.
+        """Name -> target of each model that the entry prunes.
 
         Args:
             ratios: the study's.
 
         Raises:
-            UserError: if it is asked for in two ways, or one cannot be read.
+            UserError: if two keys say how much to remove, or a target is invalid.
         """
-        given = [key for key in ("ratios", "shapes", "pattern") if getattr(self, key)]
-        if len(given) > 1:
-            raise UserError(f"{given[0]} and {given[1]}: say how much to remove in one way; make two entries of them")
+        keys = [key for key in ("ratios", "shapes", "pattern") if getattr(self, key)]
+        if len(keys) > 1:
+            raise UserError(f"{keys[0]} and {keys[1]} both say how much to remove; make two entries of them")
         common = {"of": self.of, "axes": self.axes, "allocation": self.allocation}
         if self.pattern:
             return {self.pattern: Target.parse(pattern=self.pattern, **common)}
@@ -202,37 +203,38 @@ class MethodEntry:
 
 @spec
 class CalibrationSpec:
-    """What pruning scores are computed on: windows of the parent's own training slice."""
+    """The text that pruning scores are computed on: windows of the parent's own training slice."""
 
     windows: Positive = 128
-    seed: int = 42  #: which windows
+    seed: int = 42  #: chooses the windows
 
 
 @spec
 class EvaluationSpec:
-    """What is measured of every model: its held-out loss, and what a suite names besides."""
+    """What is measured of every model: its held-out loss and the measurements of ``suite``."""
 
     windows: Positive = 256  #: spread over the held-out split
     points: Positive = 8  #: measurements along each training run
-    suite: Annotated[tuple[str, ...], listed()] = ()  #: as ``secateur eval --suite`` takes them
-    protocol: str = "heldout"  #: of the suite's perplexities
-    text_data: Annotated[str | None, RUNTIME] = None  #: a folder with their texts; the Hub unless given
-    tasks_data: Annotated[str | None, RUNTIME] = None  #: a folder with the documents of tasks; the Hub unless given
-    task_limit: Positive | None = None  #: documents of each task; all unless given
-    few_shot: Annotated[int, Field(ge=0)] | None = (
-        None  #: examples in each prompt of a task; as many as the task says unless given
-    )
+    suite: Annotated[tuple[str, ...], listed()] = ()  #: names, as for ``secateur eval``
+    protocol: str = "heldout"  #: of the perplexities in ``suite``
+    text_data: Annotated[str | None, RUNTIME] = None  #: folder of the perplexities' texts; default: the Hub
+    tasks_data: Annotated[str | None, RUNTIME] = None  #: folder of the tasks' documents; default: the Hub
+    task_limit: Positive | None = None  #: documents of each task; default: all
+    few_shot: Annotated[int, Field(ge=0)] | None = None  #: examples in each prompt; default: the task's own
 
     def __post_init__(self) -> None:
-        asked = self.asked
-        of_tasks = [(key, asked.tasks) for key in ("tasks_data", "task_limit", "few_shot")]
-        for key, needed in (("text_data", asked.texts), *of_tasks):
-            if getattr(self, key) is not None and not needed:
-                raise UserError(f"evaluation.{key}: nothing of evaluation.suite reads it")
+        suite = self.measurements
+        readers = [
+            ("text_data", suite.texts),
+            *((key, suite.tasks) for key in ("tasks_data", "task_limit", "few_shot")),
+        ]
+        for key, names in readers:
+            if getattr(self, key) is not None and not names:
+                raise UserError(f"evaluation.{key}: nothing in evaluation.suite uses it")
 
     @property
-    def asked(self) -> Suite:
-        """What the suite comes to."""
+    def measurements(self) -> Suite:
+        """The parsed ``suite``."""
         if not self.suite:
             return Suite(loss=True)
         return Suite.parse(",".join(self.suite), self.protocol, where="evaluation.")
@@ -240,11 +242,11 @@ class EvaluationSpec:
 
 @spec
 class SweepSpec:
-    """Learning rates that are tried, on tokens of the run's own slice, for each architecture and path."""
+    """Learning rates to try, on tokens of the run's own slice, for each architecture and path."""
 
     rates: Annotated[tuple[Rate, ...], Field(min_length=2)]
-    tokens: Count | None = None  #: of each trial; the smallest budget unless given
-    windows: Positive = 64  #: held-out windows that choose, others than those of ``evaluation``
+    tokens: Count | None = None  #: of each trial; default: the smallest budget
+    windows: Positive = 64  #: held-out windows that choose the rate, none of them in ``evaluation``
 
 
 @spec
@@ -253,15 +255,15 @@ class ComputeSpec:
 
     dtype: Literal["float32", "bfloat16"] = "float32"  #: of the forward pass in training; weights and sums are float32
     device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = "auto"
-    processes: Annotated[Positive, RUNTIME] = 1  #: that share a stage of training or pruning
-    replicas: Annotated[Positive, RUNTIME] = 1  #: groups of them that hold the model once each
+    processes: Annotated[Positive, RUNTIME] = 1  #: of each stage that trains or prunes
+    replicas: Annotated[Positive, RUNTIME] = 1  #: groups of processes that each hold the whole model
     recompute: Annotated[bool, RUNTIME] = False
     compile: Annotated[bool, RUNTIME] = False
 
 
 @spec
 class Exclude:
-    """Cells that are left out: those that have, of all that is named, one of the values."""
+    """A rule that leaves out cells: those that have, for every key of the rule, one of its values."""
 
     method: Annotated[tuple[str, ...] | None, listed()] = None  #: an entry's name
     target: Annotated[tuple[str | float, ...] | None, listed()] = None
@@ -273,13 +275,13 @@ class Exclude:
 
     def __post_init__(self) -> None:
         if not any(getattr(self, f.name) for f in fields(self)):
-            raise UserError("exclude: an entry has to name something, such as {seed: 1, setting: equal_total_tokens}")
+            raise UserError("exclude: an entry needs at least one key, as in {seed: 1, setting: equal_total_tokens}")
 
     def covers(self, cell: Mapping[str, Any]) -> bool:
-        """Whether a cell has, of all that is named, one of the values."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        named |= {"target": [v if isinstance(v, str) else f"{v:g}" for v in self.target]} if self.target else {}
-        return all(cell.get(key) in values for key, values in named.items())
+        """Whether a cell has, for every key of the rule, one of its values."""
+        rule = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        rule |= {"target": [v if isinstance(v, str) else f"{v:g}" for v in self.target]} if self.target else {}
+        return all(cell.get(key) in values for key, values in rule.items())
 
 
 @spec
@@ -290,69 +292,72 @@ class StudySpec:
     title: str = ""
     corpus: CorpusSpec
     parent: ParentSpec | None = None
-    parents: Mapping[Label, ParentSpec] | None = None  #: instead of ``parent``, by name
+    parents: Mapping[Label, ParentSpec] | None = None  #: name -> parent, instead of ``parent``
     methods: Annotated[tuple[MethodEntry, ...], listed("method"), Field(min_length=1)]
     ratios: Annotated[tuple[Fraction, ...], listed()] = ()
     retrain: RetrainSpec
     settings: Settings = (SettingSpec(kind="equal_training_tokens"), SettingSpec(kind="equal_total_tokens"))
     controls: Controls = ()
-    seeds: Annotated[tuple[Seed, ...], listed()] = ()  #: those of the recipe unless given
+    seeds: Annotated[tuple[Seed, ...], listed()] = ()  #: default: the recipe's
     exclude: tuple[Exclude, ...] = ()
     sweep: SweepSpec | None = None
     calibration: CalibrationSpec = CalibrationSpec()
     recipe: Recipe = Recipe()
     evaluation: EvaluationSpec = EvaluationSpec()
     compute: ComputeSpec = ComputeSpec()
-    children: Positive | None = None  #: that share a parent's cost; the study's own pruned models unless given
+    children: Positive | None = (
+        None  #: models that share a parent's cost; default: the number of pruned models of the study
+    )
 
     def __post_init__(self) -> None:
         if (self.parent is None) == (not self.parents):
             raise UserError("parent: this key is required" if self.parent is None else "parents: leave out parent")
         for key in ("ratios", "seeds"):
-            _once(key, getattr(self, key))
-        _once("settings", [setting.kind for setting in self.settings])
-        _once("retrain.tokens", self.retrain.tokens)
+            _check_unique(key, getattr(self, key))
+        _check_unique("settings", [setting.kind for setting in self.settings])
+        _check_unique("retrain.tokens", self.retrain.tokens)
         if self.retrain.trunk == "shared" and self.recipe.schedule != "wsd":
-            raise UserError(
-                "retrain.trunk: only runs with recipe.schedule wsd have a trunk; set it, or leave trunk out"
-            )
+            raise UserError("retrain.trunk: a shared trunk needs recipe.schedule wsd; set it, or leave trunk out")
         if self.sweep and self.retrain.trunk == "shared":
-            raise UserError("sweep: is for runs with schedules of their own; leave out retrain.trunk")
+            raise UserError("sweep: does not go with a shared trunk; leave out retrain.trunk")
         self._check_entries()
         for name, parent in self.all_parents.items():
-            asked = self.calibration.windows * self.recipe.sequence
-            if parent.checkpoint is None and parent.tokens and asked > parent.tokens:
+            tokens = self.calibration.windows * self.recipe.sequence
+            if parent.checkpoint is None and parent.tokens and tokens > parent.tokens:
                 raise UserError(
                     f"calibration.windows: {self.calibration.windows} windows of {self.recipe.sequence} tokens "
                     f"are more than {'parent' if self.parent else f'parents.{name}'}.tokens {parent.tokens}"
                 )
 
     def _check_entries(self) -> None:
+        targets: list[tuple[str, str]] = []
         for number, entry in enumerate(self.methods):
             where = f"methods[{number}]"
             try:
                 get_method(entry.method, entry.options)
+                targets += [(entry.label, target) for target in entry.targets(self.ratios)]
             except UserError as error:
                 raise UserError(spell(str(error), f"{where}.{{}}".format)) from None
             if entry.parent is not None and entry.parent not in self.all_parents:
                 raise UserError(
-                    f"{where}.parent: {entry.parent!r} is no parent{did_you_mean(entry.parent, self.all_parents)}"
+                    f"{where}.parent: {entry.parent!r} is not a parent{did_you_mean(entry.parent, self.all_parents)}"
                 )
             if not (entry.ratios or entry.shapes or entry.pattern or self.ratios):
-                raise UserError("ratios: this key is required, unless every method says itself how much to remove")
-        named = [(entry.label, target) for entry in self.methods for target in entry.targets(self.ratios)]
-        for label, target in named:
-            if named.count((label, target)) > 1:
+                raise UserError(
+                    "ratios: this key is required, unless every method has its own ratios, shapes or pattern"
+                )
+        for label, target in targets:
+            if targets.count((label, target)) > 1:
                 raise UserError(f"methods: an entry appears twice: {label} at {target}; give one of them another name")
 
     @property
     def all_parents(self) -> Mapping[str, ParentSpec]:
-        """Every parent by its name, the study's own first."""
+        """Name -> parent; the study's own comes first."""
         return self.parents or {"parent": self.parent}  # type: ignore[dict-item]
 
     @property
     def text(self) -> CorpusSpec:
-        """The corpus; where every parent is a checkpoint, under the tokenizer of the first unless it names one."""
+        """The corpus. If every parent is a checkpoint, the first one's tokenizer is the default."""
         names = [parent.checkpoint for parent in self.all_parents.values()]
         if self.corpus.tokenizer is not None or None in names:
             return self.corpus
@@ -363,7 +368,7 @@ class StudySpec:
         return entry.parent or next(iter(self.all_parents))
 
 
-def _once(key: str, values: Any) -> None:
+def _check_unique(key: str, values: Any) -> None:
     for value in values:
         if list(values).count(value) > 1:
             raise UserError(f"{key}: an entry appears twice: {value}")
@@ -373,7 +378,7 @@ def load_study(path: Path) -> StudySpec:
     """Read a study file.
 
     Raises:
-        UserError: if it is missing or says something that cannot be.
+        UserError: if it is missing or invalid.
     """
     try:
         return parse(StudySpec, load_yaml(path), origin=str(path))

@@ -1,4 +1,4 @@
-"""A stage: one step of a study, found again by what it is and what it is made from."""
+"""A stage: one step of a study, identified by its settings and its inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["VERSIONS", "Stage", "StageKind", "unique", "with_inputs"]
 
 StageKind = Literal["corpus", "fetch", "train", "select", "prune", "evaluate", "cost"]
 
-#: Raised when a stage of the kind would give other results from the same identity.
+#: Increased when the same identity would give other results.
 VERSIONS: dict[StageKind, int] = {
     "corpus": 2,
     "fetch": 1,
@@ -30,18 +30,19 @@ class Stage:
     """One step of a study.
 
     Attributes:
-        name: for people; not part of the identity.
+        name: shown to users; not part of the identity.
         identity: everything that changes the result, as plain values.
-        inputs: role -> the stage whose folder is read.
+        inputs: role -> the stage whose folder this one reads.
+        tokens: that it trains or scores on.
         runtime: how to run it; not part of the identity.
-        facts: what the report needs to know of the stage (method, target, path); derived, not part of the identity.
+        facts: for the report (method, target, path); derived, not part of the identity.
     """
 
     kind: StageKind
     name: str
     identity: Mapping[str, Any]
     inputs: Mapping[str, Stage] = field(default_factory=dict)
-    tokens: int = 0  #: that it trains or scores on
+    tokens: int = 0
     flops: float = 0.0
     runtime: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -49,30 +50,30 @@ class Stage:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the kind, its version, the identity and the inputs' fingerprints."""
-        made_from = {role: stage.fingerprint for role, stage in self.inputs.items()}
-        return fingerprint([self.kind, VERSIONS[self.kind], self.identity, made_from])
+        inputs = {role: stage.fingerprint for role, stage in self.inputs.items()}
+        return fingerprint([self.kind, VERSIONS[self.kind], self.identity, inputs])
 
     @property
     def folder(self) -> str:
-        """The name of its folder."""
+        """The name of the stage's folder."""
         slug = self.name.translate(str.maketrans("/@~", "---", "{}"))
         return f"{self.kind}-{slug}-{self.fingerprint[:12]}"
 
 
 def unique(stages: Iterable[Stage]) -> list[Stage]:
-    """The stages to run: of equal ones, which different cells may share, the first."""
-    found: dict[str, Stage] = {}
+    """The first stage of each fingerprint, since cells may share stages."""
+    by_fingerprint: dict[str, Stage] = {}
     for stage in stages:
-        found.setdefault(stage.fingerprint, stage)
-    return list(found.values())
+        by_fingerprint.setdefault(stage.fingerprint, stage)
+    return list(by_fingerprint.values())
 
 
 def with_inputs(stages: Iterable[Stage]) -> list[Stage]:
-    """The stages and all that they are made from, each after its inputs."""
+    """The stages and their direct and indirect inputs, each after its inputs."""
 
-    def found(stage: Stage) -> Iterator[Stage]:
+    def chain(stage: Stage) -> Iterator[Stage]:
         for used in stage.inputs.values():
-            yield from found(used)
+            yield from chain(used)
         yield stage
 
-    return unique(inner for stage in stages for inner in found(stage))
+    return unique(link for stage in stages for link in chain(stage))

@@ -1,4 +1,4 @@
-"""Runs as stages: one schedule each, or a trunk that budgets share, at a rate that is given or was swept for."""
+"""Training runs as stages: each with its own schedule or on a shared trunk, at a fixed or a swept rate."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Inputs = Mapping[str, Stage]
 
 
 class TrainingRuns:
-    """The stages of a study, as far as they are there, and what adds a run to them.
+    """The stages of a study under construction, with methods that add runs and measurements.
 
     Args:
-        study: it.
-        corpus: the stage that all others rest on.
-        suite: what is measured of every model besides its held-out loss, with what identifies its content.
+        study: the study.
+        corpus: the stage that all others depend on.
+        suite: measurements of every model besides its held-out loss, with the digests of their data.
     """
 
     def __init__(self, study: StudySpec, corpus: Stage, suite: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class TrainingRuns:
         *,
         ladder: bool = True,
     ) -> Stage:
-        """One trained model: in one run, or as the end of a trunk that its ladder shares, at a rate that was swept."""
+        """Add the stages of one trained model: sweep and run, or a branch of the ladder's trunk."""
         name = self._name(comparison, facts["name"])
         span = (first, first + tokens)
         if self.study.retrain.trunk == "shared" and ladder:
@@ -87,7 +87,7 @@ class TrainingRuns:
         inputs: Inputs,
         objective: ObjectiveSpec | None,
     ) -> Stage:
-        """The decay of one budget, behind the segments of the trunk that the smaller budgets of its ladder need too."""
+        """Add the decay of one budget, after the segments of the trunk that the smaller budgets share."""
         first, stop = span
         more = [t - comparison.tokens for t in comparison.pruning.entry.tokens or self.study.retrain.tokens]
         ends = sorted(stop + difference for difference in more if difference <= 0)
@@ -100,10 +100,10 @@ class TrainingRuns:
             if fork == at:
                 continue
             trunk = dataclasses.replace(recipe, schedule="constant", warmup=min(0.99, warm) if number == 0 else 0.0)
-            named = f"{name.partition('@')[0]}/trunk@{_short(fork - first)}"
+            trunk_name = f"{name.partition('@')[0]}/trunk@{_short(fork - first)}"
             kind = init if at == first else "continued"
             stage = self.train(
-                named, shape, (at, fork), kind, trunk, {"path": "trunk", "shape": shape}, chain, objective
+                trunk_name, shape, (at, fork), kind, trunk, {"path": "trunk", "shape": shape}, chain, objective
             )
             before = (*before, stage)
             chain, at = {**inputs, "model": stage}, fork
@@ -122,7 +122,7 @@ class TrainingRuns:
         inputs: Inputs,
         objective: ObjectiveSpec | None,
     ) -> Stage:
-        """Trials at each rate, and the choice among them: for an architecture and a path, whatever the budget."""
+        """Add trials at each rate and the choice among them, for an architecture and a path at any budget."""
         sweep = self.study.sweep
         assert sweep
         budgets = comparison.pruning.entry.tokens or self.study.retrain.tokens
@@ -131,14 +131,22 @@ class TrainingRuns:
         skip = self.study.evaluation.windows
         trials = {}
         for rate in sweep.rates:
-            tried = dataclasses.replace(recipe, peak_rate=rate)
-            told = {"path": "trial", "shape": shape}
+            trial = dataclasses.replace(recipe, peak_rate=rate)
+            trial_facts = {"path": "trial", "shape": shape}
             span = (self.start, self.start + tokens)
             trials[f"{rate:g}"] = self.train(
-                f"{label}@{rate:g}", shape, span, init, tried, told, inputs, objective, held_out=(skip, sweep.windows)
+                f"{label}@{rate:g}",
+                shape,
+                span,
+                init,
+                trial,
+                trial_facts,
+                inputs,
+                objective,
+                holdout=(skip, sweep.windows),
             )
-        asked = {"rates": [float(rate) for rate in sweep.rates]}
-        return self.add(Stage("select", label, asked, trials, facts={"trials": tuple(trials.values())}))
+        content = {"rates": [float(rate) for rate in sweep.rates]}
+        return self.add(Stage("select", label, content, trials, facts={"trials": tuple(trials.values())}))
 
     def train(
         self,
@@ -152,41 +160,41 @@ class TrainingRuns:
         objective: ObjectiveSpec | None = None,
         *,
         before: tuple[Stage, ...] = (),
-        held_out: tuple[int, int] | None = None,
+        holdout: tuple[int, int] | None = None,
     ) -> Stage:
-        """A run over the tokens ``span``.
+        """Add a run over the tokens ``span``.
 
         Args:
             name: of the stage.
             shape: of the model.
-            span: its tokens.
-            init: where its weights are from.
-            recipe: how it is trained; its rate counts unless ``inputs`` have a ``rate``.
-            facts: what the report needs to know.
+            span: first token, and the token after the last.
+            init: origin of the first weights.
+            recipe: of the training; its rate applies unless ``inputs`` have a ``rate``.
+            facts: for the report.
             inputs: role -> stage.
-            objective: what is minimised; None for the language-model loss.
+            objective: the loss; None for the language-model loss.
             before: the runs that it continues.
-            held_out: windows passed over, and windows measured; None for those of the final figures.
+            holdout: held-out windows to skip and to measure; None for those of the final figures.
         """
         study = self.study
-        told, fresh = identity(recipe), init in ("random", "scratch", "dense-twin")
-        if init in ("pruned", "continued", "shuffled-weights"):  # nothing is drawn: nothing of the drawing is identity
+        settings, fresh = identity(recipe), init in ("random", "scratch", "dense-twin")
+        if init in ("pruned", "continued", "shuffled-weights"):  # no random weights, so their settings have no effect
             unused = ("init_std",) if init == "shuffled-weights" else ("init_std", "seed")
-            told = {key: value for key, value in told.items() if key not in unused}
+            settings = {key: value for key, value in settings.items() if key not in unused}
         if "rate" in inputs:
-            told["peak_rate"] = None
-        skip, windows = held_out or (0, study.evaluation.windows)
-        points = study.evaluation.points if held_out is None and facts["path"] != "trunk" else 1
+            settings["peak_rate"] = None
+        skip, windows = holdout or (0, study.evaluation.windows)
+        points = study.evaluation.points if holdout is None and facts["path"] != "trunk" else 1
         tokens = span[1] - span[0]
         distill = objective.distill if objective else None
         flops = train_flops(shape, tokens, self.sequence)
         if distill:
             flops += teacher_flops(inputs["teacher"].facts["shape"], tokens, self.sequence)
-        asked = {
+        content = {
             "init": "scratch" if fresh else init,
             "shape": sizes_of(shape) if fresh else None,
             "slice": list(span),
-            "recipe": told,
+            "recipe": settings,
             "dtype": study.compute.dtype,
             "evaluation": {"skip": skip, "windows": windows, "points": points},
             **({"objective": identity(distill)} if distill else {}),
@@ -195,8 +203,9 @@ class TrainingRuns:
         runtime = {**self.runtime(), "micro_batch": recipe.micro_batch}
         cost = (sum(s.tokens for s in before) + tokens, sum(s.flops for s in before) + flops)
         rate = None if "rate" in inputs else recipe.peak_rate
-        known = {**facts, "shape": shape, "cost": cost, "before": before, "peak_rate": rate}
-        return self.add(Stage("train", name, asked, {"corpus": self.corpus, **inputs}, tokens, flops, runtime, known))
+        facts = {**facts, "shape": shape, "cost": cost, "before": before, "peak_rate": rate}
+        inputs = {"corpus": self.corpus, **inputs}
+        return self.add(Stage("train", name, content, inputs, tokens, flops, runtime, facts))
 
     def runtime(self) -> dict[str, Any]:
         compute = self.study.compute
@@ -204,21 +213,21 @@ class TrainingRuns:
         return {key: getattr(compute, key) for key in keys}
 
     def evaluate(self, model: Stage) -> None:
-        """Measure how good a model is; and, of a parent and of what is pruned, what it costs to run.
+        """Add the evaluation of a model and, for a parent or a pruned model, the measurement of its serving cost.
 
-        A retrained model, and its twin, have the shape and the zeros of the pruned one, and with them its cost.
+        A retrained model and its twin have the pruned model's shape and zeros, and so its cost.
         """
-        measured, device = self.study.evaluation, self.study.compute.device
+        evaluation, device = self.study.evaluation, self.study.compute.device
         name = f"{model.name}/pruned" if model.kind == "prune" else model.name
-        asked = {"windows": measured.windows, "seqlen": self.sequence}
-        asked |= {"suite": self.suite} if self.suite else {}
-        asked |= {"dtype": self.study.compute.dtype} if self.study.compute.dtype != "float32" else {}
-        runtime = {"device": device, "text_data": measured.text_data, "tasks_data": measured.tasks_data}
+        content = {"windows": evaluation.windows, "seqlen": self.sequence}
+        content |= {"suite": self.suite} if self.suite else {}
+        content |= {"dtype": self.study.compute.dtype} if self.study.compute.dtype != "float32" else {}
+        runtime = {"device": device, "text_data": evaluation.text_data, "tasks_data": evaluation.tasks_data}
         facts = {"of": model.fingerprint}
-        self.add(Stage("evaluate", name, asked, {"corpus": self.corpus, "model": model}, 0, 0.0, runtime, facts))
-        if measured.asked.cost and (model.kind == "prune" or model.facts["path"] == "parent"):
-            timed = {"workload": identity(Workload())}
-            self.add(Stage("cost", name, timed, {"model": model}, 0, 0.0, {"device": device}, facts))
+        self.add(Stage("evaluate", name, content, {"corpus": self.corpus, "model": model}, 0, 0.0, runtime, facts))
+        if evaluation.measurements.cost and (model.kind == "prune" or model.facts["path"] == "parent"):
+            content = {"workload": identity(Workload())}
+            self.add(Stage("cost", name, content, {"model": model}, 0, 0.0, {"device": device}, facts))
 
     def add(self, stage: Stage) -> Stage:
         self.stages.append(stage)
@@ -226,13 +235,13 @@ class TrainingRuns:
 
 
 def sizes_of(shape: Shape) -> Any:
-    """A shape as plain values, without its family."""
+    """The sizes of a shape as plain values, without its family."""
     fields = dataclasses.fields(shape)
     return identity({f.name: getattr(shape, f.name) for f in fields if f.name != "family"})
 
 
 def _short(tokens: int) -> str:
-    """``400k``, ``1.5M``, ``52.4288B``; in full where that would be inexact."""
+    """Format tokens as ``400k``, ``1.5M`` or ``52.4288B``; in full if that would be inexact."""
     for suffix, unit in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
         text = f"{tokens / unit:.6g}"
         if tokens >= unit and round(float(text) * unit) == tokens:

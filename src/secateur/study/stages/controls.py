@@ -1,7 +1,7 @@
-"""Controls: a pruned model less some of what it inherits.
+"""Controls: pruned models that lack a part of what pruning inherits.
 
-A mask says where weights stay, and has structure: rows and columns that keep more than others, and a pattern. The
-weights have a distribution in each tensor, and an arrangement.
+A mask has positions and structure: some rows and columns keep more weights than others, and there may be a pattern.
+The weights of a tensor have a distribution and an arrangement.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["permuted_mask", "random_mask", "shuffle_weights"]
 
 
 def permuted_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = None) -> Tensor:
-    """A mask with its rows and its columns permuted: as many weights stay in each row and column, but in others.
+    """Permute the rows and the columns of a mask: the numbers of weights in rows and columns stay, at other places.
 
     Args:
-        mask: bool [out, in], True where kept.
-        name: of the tensor, which the permutation follows from together with ``seed``.
-        seed: of it.
-        pattern: N:M, if the mask has one: columns then move by groups of M.
+        mask: bool [out, in], True for weights that stay.
+        name: of the tensor; with ``seed`` it determines the permutation.
+        seed: of the permutation.
+        pattern: N:M of the mask: columns then move in groups of M.
     """
     generator = _generator(seed, name)
     out, width = mask.shape
@@ -36,33 +36,33 @@ def permuted_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = 
 
 
 def random_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = None) -> Tensor:
-    """A mask that keeps as many weights of the linear, anywhere; with a pattern as many of each group.
+    """Draw a mask that keeps as many weights of the linear at random; with a pattern, as many of each group.
 
-    Args and result are as those of :func:`permuted_mask`.
+    Args and result are those of :func:`permuted_mask`.
     """
     group = pattern.group if pattern else mask.numel()
     noise = torch.rand(mask.numel() // group, group, generator=_generator(seed, name))
-    kept = mask.reshape(-1, group).sort(dim=1, descending=True).values
-    return torch.empty_like(kept).scatter_(1, noise.argsort(dim=1), kept).reshape(mask.shape)
+    counts = mask.reshape(-1, group).sort(dim=1, descending=True).values  # as many True as before, all in front
+    return torch.empty_like(counts).scatter_(1, noise.argsort(dim=1), counts).reshape(mask.shape)
 
 
 def shuffle_weights(
     weights: Callable[[str], Tensor], masks: Mapping[str, Tensor], seed: int
 ) -> Callable[[str], Tensor]:
-    """Weights permuted within each tensor: the same values, and none at its place. Masked ones stay zero.
+    """Permute the weights within each tensor. Masked weights stay zero.
 
     Args:
         weights: name of a parameter -> its value.
-        masks: name -> bool, True where kept.
+        masks: name -> bool, True for weights that stay.
         seed: of the permutations.
     """
 
     def read(name: str) -> Tensor:
         value = weights(name)
-        kept = masks[name] if name in masks else torch.ones_like(value, dtype=torch.bool)
-        values = value[kept]
+        mask = masks[name] if name in masks else torch.ones_like(value, dtype=torch.bool)
+        values = value[mask]
         order = torch.randperm(len(values), generator=_generator(seed, name))
-        return torch.zeros_like(value).masked_scatter_(kept, values[order])
+        return torch.zeros_like(value).masked_scatter_(mask, values[order])
 
     return read
 

@@ -1,7 +1,6 @@
-"""What each kind of stage does. Each function reads its inputs' folders, writes its own and returns its result.
+"""Run a stage by its kind: read the folders of its inputs, write its own folder and return its result.
 
-Under ``torchrun`` all processes call :func:`run_stage` together; training and pruning share their work, and the first
-process writes.
+Under ``torchrun`` all processes call :func:`run_stage` together. Training and pruning share their work; rank 0 writes.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ __all__ = ["run_stage"]
 
 
 def run_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
-    """Do the stage's work in the folder ``work`` and return its result, plain values only."""
+    """Run a stage in the folder ``work`` and return its result as plain values."""
     return _KINDS[stage.kind](stage, store, work)
 
 
@@ -40,28 +39,28 @@ def _corpus(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     if not source.startswith(SHARDS):
         return build_corpus(parse(CorpusSpec, raw, origin="corpus"), work)
     tokens = TokenStore(Path(source.removeprefix(SHARDS)))
-    for entry in tokens.folder.iterdir():  # links stand for the shards, which may be larger than any study
+    for entry in tokens.folder.iterdir():  # links, since shards may be larger than any study
         if not (work / entry.name).exists():
             os.symlink(entry.resolve(), work / entry.name)
-    counted = {side: tokens.tokens(side) for side in tokens.manifest.splits}
-    return {"source": f"{SHARDS}{tokens.folder.name}", "tokens": counted, "fingerprint": tokens.fingerprint}
+    counts = {side: tokens.tokens(side) for side in tokens.manifest.splits}
+    return {"source": f"{SHARDS}{tokens.folder.name}", "tokens": counts, "fingerprint": tokens.fingerprint}
 
 
 def _fetch(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
-    """A checkpoint that is there already: a link to it stands for its weights."""
+    """Link an existing checkpoint into the stage's folder."""
     directory = local_checkpoint(stage.runtime["checkpoint"])
     checkpoint = Checkpoint(directory)
-    found, said = checkpoint.shape.as_dict(), stage.identity["shape"]
-    wrong = next((key for key, value in found.items() if said[key] != value), None)
-    if wrong:
-        raise UserError(f"{directory}: has {wrong} {found[wrong]}, and the study says {said[wrong]}")
+    sizes, expected = checkpoint.shape.as_dict(), stage.identity["shape"]
+    key = next((key for key, value in sizes.items() if expected[key] != value), None)
+    if key:
+        raise UserError(f"{directory}: has {key} {sizes[key]}, but the study file {expected[key]}")
     (work / "model").unlink(missing_ok=True)
     os.symlink(directory.resolve(), work / "model")
     return {"checkpoint": directory.name, "parameters": {"total": checkpoint.shape.total}}
 
 
 def _select(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
-    """The rate whose trial ended lowest on held-out windows that no final figure uses."""
+    """Choose the rate whose trial has the lowest final loss on held-out windows that no final figure uses."""
     losses = {}
     for name, trial in stage.inputs.items():
         record = read_json(store.folder(trial) / "record.json")["result"]

@@ -1,4 +1,4 @@
-"""What stages read of those before them."""
+"""Tokens, checkpoints and protocols that stages read from their inputs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["corpus_tokens", "holdout_protocol", "model_of"]
 
 
 def corpus_tokens(stage: Stage, store: Store) -> TokenStore:
-    """The tokens of the study's corpus.
+    """Open the tokens of the study's corpus.
 
     Raises:
-        UserError: if they end before the stage's slice does.
+        UserError: if the corpus is too short for the stage's slice.
     """
     tokens = TokenStore(store.folder(stage.inputs["corpus"]))
     _, stop = stage.identity.get("slice", (0, 0))
@@ -36,15 +36,15 @@ def model_of(stage: Stage, store: Store, role: str = "model") -> Path:
 
 
 def holdout_protocol(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Protocol:
-    """What losses are measured on, as :func:`secateur.data.domains.heldout_stream` has it.
+    """The held-out windows that losses are measured on (:func:`secateur.data.domains.heldout_stream`).
 
     Args:
         tokens: the corpus.
-        windows: how many; the whole split where it has no more.
+        windows: number of windows; the whole split if it has fewer.
         seqlen: tokens in a window.
-        skip: of those that as many windows by themselves would be, none is taken.
+        skip: exclude the windows that a protocol of ``skip`` windows would take.
 
     Raises:
-        UserError: if there are none.
+        UserError: if the split has no window.
     """
     return Protocol.of_stream(heldout_stream(tokens, windows, seqlen, skip), seqlen, "held-out documents")
