@@ -63,7 +63,8 @@ def _compared(index: Index, group: Group, name: str) -> list[Comparison]:
     kinds: dict[str, MeasurementKind] = {m.name: m.kind for m in both[0][0].measurements}
     reason = "the two were measured under different protocols"
     incomparable = [Comparison(name, kinds.get(name, "loss"), "not measured", reason=reason) for name in sorted(unlike)]
-    return [*compare_results(pruned, scratch), *incomparable]
+    comparable = any(side.measurements for side in (*pruned, *scratch))
+    return [*(compare_results(pruned, scratch) if comparable else ()), *incomparable]
 
 
 def _without(measured: Measured, names: Set[str]) -> Measured:
