@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, Pruned, StageNote, StudyResults
+from secateur.report.judgement import Judgement, judge
+from secateur.report.page import render
+from secateur.report.terminal import text_table
 
 P, R = 700_000, 200_000
 PROTOCOL = "5d0e2b6c9f1a4e77a3c1"
@@ -152,6 +157,7 @@ def _stages() -> tuple[StageNote, ...]:
     )
 
 
+@cache
 def example() -> StudyResults:
     """A complete study with every value measured."""
     cells = [
@@ -188,6 +194,7 @@ def example() -> StudyResults:
     )
 
 
+@cache
 def large() -> StudyResults:
     """Two methods at two ratios, a ladder of three R, two seeds, every setting, controls, distillation.
 
@@ -233,6 +240,7 @@ def _rung(method: str, target: str, tokens: int, seed: int) -> list[Cell]:
     return cells
 
 
+@cache
 def broken() -> StudyResults:
     """A broken study: ratios and seeds, a failed evaluation, a missing run, another protocol, a diverged model."""
     base = example()
@@ -261,3 +269,21 @@ def broken() -> StudyResults:
     records[0] = dataclasses.replace(records[0], evaluation=None)
     stages = (*base.stages, failed, absent)
     return dataclasses.replace(base, cells=tuple(cells), pruned=tuple(records), stages=stages)
+
+
+@cache
+def judged(make: Callable[[], StudyResults]) -> Judgement:
+    """The judgement of one of the studies above, computed once: the large one takes seconds."""
+    return judge(make())
+
+
+@cache
+def judged_text(make: Callable[[], StudyResults]) -> str:
+    """The text table of :func:`judged`."""
+    return text_table(judged(make))
+
+
+@cache
+def judged_page(make: Callable[[], StudyResults]) -> str:
+    """The report page of :func:`judged`."""
+    return render(judged(make))

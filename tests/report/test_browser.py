@@ -14,11 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from example import R, broken, example, large
+from example import R, broken, example, judged_page, large
 
 from secateur.comparison.records import StudyResults
-from secateur.report.judgement import judge
-from secateur.report.page import render
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [
@@ -72,7 +70,7 @@ def pages(ladder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     """The folder of each page: a complete study, a broken one, a large one and a part of the large one."""
     folders = {make.__name__: tmp_path_factory.mktemp(make.__name__) for make in (example, broken, part)}
     for make in (example, broken, part):
-        (folders[make.__name__] / "report.html").write_text(render(judge(make())))
+        (folders[make.__name__] / "report.html").write_text(judged_page(make))
     return {**folders, "ladder": ladder}
 
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from example import METHODS, broken, example
+from example import METHODS, broken, example, judged, judged_page
 
 from secateur.comparison.provenance import spark
 from secateur.comparison.records import Point, StudyResults
@@ -99,7 +99,7 @@ def test_ids_are_unique_and_every_reference_has_its_target(name: str, ladder: Pa
     html = (
         (ladder / "report.html").read_text()
         if name == "ladder"
-        else rendered({"example": example, "broken": broken}[name]())
+        else judged_page({"example": example, "broken": broken}[name])
     )
     page = Page(html)
     ids = Counter(page.values("id"))
@@ -163,7 +163,7 @@ def test_a_line_fills_its_box_and_needs_two_points():
 
 def test_the_verdict_comes_first_and_in_full(page: Page):
     assert "is not complete" not in page.words
-    judgement = judge(example())
+    judgement = judged(example)
     texts = [judgement.answer, *judgement.headlines.values()]
     places = [page.words.index(text) for text in texts]
     assert places == sorted(places)
@@ -229,7 +229,7 @@ def test_a_rebuild_replaces_files_and_removes_stale_ones(tmp_path: Path):
 
 
 def test_missing_values_are_named_and_never_a_number():
-    html = rendered(broken())
+    html = judged_page(broken)
     page = Page(html)
     assert "This study is not complete" in page.words
     assert "minitron-depth/0.5/S_R/train (train): failed. loss is NaN" in page.words

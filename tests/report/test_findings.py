@@ -5,15 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from example import NAMES, broken, cell, evaluation, example, large
+from example import NAMES, broken, cell, evaluation, example, judged_text, large
 
 from secateur.comparison.findings import Finding, find
 from secateur.comparison.index import Index
 from secateur.comparison.intervals import bootstrap_interval
 from secateur.comparison.records import Cell, StudyResults
-from secateur.report.judgement import judge
 from secateur.report.prose import finding_sentence
-from secateur.report.terminal import text_table
 
 
 def study(*cells: Cell) -> StudyResults:
@@ -168,6 +166,6 @@ def test_the_large_example_holds_and_the_text_tells_it():
         ("ratio", "holds"),
         ("granularity", "holds"),
     ]
-    text = " ".join(text_table(judge(large())).split())
+    text = " ".join(judged_text(large).split())
     assert "Do the findings of arXiv:2606.14150 hold here? Pruned beats scratch" in text
     assert "not measured" in {row.answer for finding in find(Index(broken())) for row in finding.rows}

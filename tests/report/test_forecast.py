@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example import LADDER, P, cell, evaluation, example, pruned
+from example import LADDER, P, cell, evaluation, example, judged, pruned
 
 from secateur.comparison.index import Index
 from secateur.comparison.records import Cell, StudyResults
@@ -108,6 +108,7 @@ def test_a_teacher_makes_the_twins_tokens_dearer_by_a_rate() -> None:
 
 def test_a_measured_run_stands_in_the_place_of_the_fit(known: Forecast) -> None:
     judgement = judge(study(ladder()))
+    assert judgement.forecasts.found == (known,)  # the same again
     verdict = next(v for v in judgement.verdicts if v.setting == "total" and v.difference is not None)
     total = by_account(known)["total"].standings
     assert total[0].basis == "measured" and total[0].difference
@@ -176,7 +177,7 @@ def test_missing_runs_are_left_out_and_never_zero() -> None:
 
 
 def test_no_ladder_no_forecast() -> None:
-    judgement = judge(example())
+    judgement = judged(example)
     assert not judgement.forecasts.found and not judgement.forecasts.unfitted and not judgement.laws
     assert "Forecasts" not in text_table(judgement) and answer_json(judgement)["forecasts"] == []
 
@@ -252,5 +253,5 @@ def test_the_report_tells_and_writes_its_forecasts(tmp_path: Path) -> None:
     text = text_table(judgement)
     assert "Forecasts, by curves fitted" in text and "a ratio that was left out" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 100
-    build_report(judge(example()), tmp_path)
+    build_report(judged(example), tmp_path)
     assert not list(tmp_path.glob("forecasts.*")) and not list((tmp_path / "figures").glob("forecast-*"))

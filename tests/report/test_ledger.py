@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example import SCORING, P, R, broken, cell, example, large, pruned
+from example import SCORING, P, R, broken, cell, example, judged, judged_text, large, pruned
 
 from secateur.comparison.ablation import controls, parts
 from secateur.comparison.index import Group, Index
@@ -22,7 +22,6 @@ from secateur.report.judgement import judge
 from secateur.report.latex import comparisons_tex, escaped
 from secateur.report.prose import part_sentence
 from secateur.report.tables import cell_rows, comparison_rows, rows_csv
-from secateur.report.terminal import text_table
 
 PARENT = example().parents[0]
 PARENT_FLOPS = PARENT.cost.flops if PARENT.cost else math.nan
@@ -86,8 +85,8 @@ def test_best_runs_are_those_that_a_naive_search_finds():
 
 
 def test_the_ranking_is_printed_for_larger_studies_alone():
-    assert "Lowest losses" not in text_table(judge(example()))
-    text = text_table(judge(large()))
+    assert "Lowest losses" not in judged_text(example)
+    text = judged_text(large)
     rows = [line for line in text.splitlines() if line.startswith(("P-R, ", "S_"))]
     losses = [float(line.split()[-4]) for line in rows if line.count("e+") == 3]
     assert len(losses) == 12 and losses == sorted(losses)
@@ -191,7 +190,7 @@ def test_objectives_are_compared_at_equal_tokens_and_at_equal_flops():
 
 
 def test_the_columns_of_cells_csv_that_others_read_stay_where_they_are(tmp_path: Path):
-    rows = cell_rows(judge(large()))
+    rows = cell_rows(judged(large))
     head = rows_csv(rows).splitlines()[0].split(",")
     first = "name method granularity seed ratio ratio_total ratio_non_embedding parameters non_embedding train_tokens"
     then = "total_tokens train_flops total_flops loss perplexity sparsity difference low high winner"
@@ -202,7 +201,7 @@ def test_the_columns_of_cells_csv_that_others_read_stay_where_they_are(tmp_path:
 
 
 def test_comparisons_are_written_pooled_and_by_seed():
-    judgement = judge(large())
+    judgement = judged(large)
     rows = list(csv.DictReader(rows_csv(comparison_rows(judgement)).splitlines()))
     assert len(rows) == len(judgement.verdicts) + len(judgement.by_seed)
     assert {(row["seed"], row["seeds"]) for row in rows} == {("", "2"), ("0", "1"), ("1", "1")}

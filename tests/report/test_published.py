@@ -11,14 +11,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for benchmarks/
 
 from benchmarks import forecast
-from example import large
+from example import judged, large
 
 from secateur.errors import UserError
 from secateur.forecast.curve import CURVE_FORMS
 from secateur.forecast.fit import DEFAULT_FORM
 from secateur.forecast.published import exact, published
 from secateur.forecast.ratio_law import fit_ratios
-from secateur.report.judgement import judge
 from secateur.report.tables import cell_rows, curves_csv, rows_csv
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8")
@@ -82,7 +81,7 @@ def test_one_ratio_is_no_law_across_ratios() -> None:
 
 
 def test_a_studys_tables_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    judgement = judge(large())
+    judgement = judged(large)
     kept = [
         row
         for row in cell_rows(judgement)
@@ -94,4 +93,4 @@ def test_a_studys_tables_are_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     told = capsys.readouterr().out
     assert told.count("| `shared-floor` |") == 1 and "| minitron-depth 0.5, pruned | 800,000 | 5.200 |" in told
     law = next(line for line in told.splitlines() if line.startswith("| minitron-depth | 6 | 0.5, 0.75 |"))
-    assert "0.5: cannot be left out" in law and "hardly told" in law
+    assert "0.5: cannot be left out" in law and "hardly identified" in law

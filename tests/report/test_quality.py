@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example import cell, evaluation, example
+from example import cell, evaluation, example, judged_page
 
 from secateur.comparison.index import Index
 from secateur.comparison.quality import by_domain, measurement_rows, quality_rows
@@ -200,7 +200,7 @@ def test_the_page_shows_what_was_measured_and_nothing_else(tmp_path: Path) -> No
     assert 'id="running"' in page
     assert "Held-out loss against time" in page
     assert "not measured" in page  # peak memory
-    bare = render(judge(example()))
+    bare = judged_page(example)
     assert 'id="running"' not in bare
     assert 'id="quality"' not in bare
     build_report(judge(with_costs({"wanda": running(8, 4)}, running(10, 4))), tmp_path)

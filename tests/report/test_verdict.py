@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from example import METHODS, NAMES, R, broken, cell, curve, evaluation, example, large, pruned
+from example import METHODS, NAMES, R, broken, cell, curve, evaluation, example, judged, judged_text, large, pruned
 
 from secateur.comparison.intervals import bootstrap_interval, pooled_interval
 from secateur.comparison.records import Cell, StudyResults
@@ -110,7 +110,7 @@ def test_interval_is_paired():
 
 
 def test_verdicts_are_deterministic():
-    assert judge(broken()) == judge(broken())
+    assert judge(broken()) == judged(broken)
 
 
 def test_missing_run():
@@ -274,7 +274,7 @@ def test_an_objective_without_its_own_twin_leaves_the_study_complete():
 
 
 def test_the_answer_as_json_names_every_comparison():
-    answer = answer_json(judge(large()))
+    answer = answer_json(judged(large))
     first = answer["verdicts"][0]
     assert (first["method"], first["target"], first["retrain_tokens"], first["seed"]) == (
         "minitron-depth",
@@ -322,27 +322,28 @@ def test_answers():
     assert judge(study(*trio(None, 5.2, 5.1))).answer.startswith("There is no answer yet")
     assert judge(study()).answer.startswith("There is no answer yet")
     assert judge(study(*trio(5.4, 5.8, None))).answer.endswith("there is no answer yet, as far as measured.")
-    assert "wins or is too close to call" in judge(example()).answer
+    assert "wins or is too close to call" in judged(example).answer
 
 
 @pytest.mark.parametrize("make", [example, broken, large])
 def test_text_table_is_plain_and_narrow(make: Any):
-    text = text_table(judge(make()))
+    text = judged_text(make)
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 100
-    assert text == text_table(judge(make()))
+    if make is not large:  # whose forecasts take seconds; that they are the same again: test_forecast.py
+        assert text == text_table(judge(make()))
 
 
 def test_text_table_shows_losses_and_winners():
-    text = text_table(judge(example()))
+    text = judged_text(example)
     row = next(line for line in text.splitlines() if line.startswith("minitron-depth"))
     assert row.split() == ["minitron-depth", "0.5", "5.470", "5.410", "5.860", "5.130", "pruned", "scratch"]
     assert "held-out loss 5.440" in text
-    assert judge(example()).answer in " ".join(text.split())
+    assert judged(example).answer in " ".join(text.split())
 
 
 def test_text_table_shows_missing_values_as_a_dash():
-    row = next(line for line in text_table(judge(broken())).splitlines() if line.startswith("minitron-depth"))
+    row = next(line for line in judged_text(broken).splitlines() if line.startswith("minitron-depth"))
     assert row.split()[3:7] == ["5.405", "5.860*", "5.130", "not"]
 
 
@@ -355,10 +356,10 @@ def test_text_table_of_several_parents_objectives_and_settings_stays_narrow():
 
 
 def test_text_table_shows_controls_and_objectives():
-    text = " ".join(text_table(judge(large())).split())
+    text = " ".join(judged_text(large).split())
     assert "What is inherited, by controls at equal training tokens Wanda at ratio 0.5 (R = 200 k)" in text
     assert "at equal tokens: distillation on 50 k tokens ends 0.05 nats below the language-model loss on 50 k" in text
-    assert "What is inherited" not in text_table(judge(example()))
+    assert "What is inherited" not in judged_text(example)
 
 
 def test_text_table_shortens_a_long_method_name():

@@ -65,7 +65,7 @@ def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path:
     assert (found["kills"], found["whole"], found["last"]) == (KILLS, 0, 0), said["last"]
     assert records(out) == records(quiet)
     assert not [*out.glob("stages/*.partial-*"), *out.glob("stages/*.damaged")], "nothing unfinished is left behind"
-    assert found["full"] == 1 and "the disk is full; make room" in said["full"]
+    assert found["full"] == 1 and "the disk is full; free some space" in said["full"]
     assert re.search(
         rf"checkpoints/{found['truncated']}: this checkpoint is damaged; trying the previous one",
         "".join(said.values()),

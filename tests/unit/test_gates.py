@@ -62,7 +62,9 @@ def test_a_gated_model_computes_what_the_cut_one_does(tmp_path: Path, name: str,
     (tmp_path / "gated").mkdir()
     (tmp_path / "cut").mkdir()
     scores = gates.scores()
-    plan = cut_plan(checkpoint, "sheared", gates.method, scores, after, request={}, calibration={"source": None}, training={})
+    plan = cut_plan(
+        checkpoint, "sheared", gates.method, scores, after, request={}, calibration={"source": None}, training={}
+    )
     dense = write_gated(checkpoint, module, gate_values(gates.method, scores, after), tmp_path / "gated")
     write_pruned(dense, plan, tmp_path / "cut")
     found = model_loss(Checkpoint(tmp_path / "cut").load(), IDS)[1]

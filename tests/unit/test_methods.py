@@ -129,7 +129,7 @@ def test_impossible_ratios_are_told_before_scoring(method: str, ratio: float, pa
 @pytest.mark.parametrize("method", [name for name in SCORED if get_method(name).calibrated])
 def test_text_is_asked_for(method: str, tmp_path: Path) -> None:
     target = Target(ratio=0.4)
-    with pytest.raises(UserError, match=f"--calibration: {method} is scored on text"):
+    with pytest.raises(UserError, match=f"`calibration`: {method} is scored on text"):
         make_plan(Checkpoint(tiny_llama(tmp_path)), method, target, None)
 
 
