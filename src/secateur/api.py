@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.errors import UserError
+
 if TYPE_CHECKING:
     from secateur.comparison.items import Comparisons
     from secateur.data.job import Corpus
@@ -132,7 +134,12 @@ def compare(a: Any, b: Any) -> Comparisons:
     """
     from secateur.comparison.items import compare_results
 
-    return compare_results(load_results(a), load_results(b))
+    sides = load_results(a), load_results(b)
+    comparisons = compare_results(*sides)
+    if not comparisons:
+        names = ", ".join(result.model for side in sides for result in side)
+        raise UserError(f"{names}: hold no measurement; evaluate them with `data` or a `suite`")
+    return comparisons
 
 
 def load_results(results: Any) -> list[EvaluationResults]:

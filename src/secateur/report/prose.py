@@ -101,7 +101,8 @@ def finding_sentence(row: FindingRow) -> str:
     """Say whether a finding holds for a method, or for several together."""
     mean = row.mean
     if mean is None:
-        return f"{row.scope}: {row.answer}."
+        together = " together" if row.planned > 1 else ""
+        return f"{row.scope}{together}: {row.answer}."
     digits = decimals(mean.value, mean.low, mean.high)
     notes = [interval(mean.low, mean.high, digits)]
     if row.comparisons < row.planned:

@@ -23,12 +23,11 @@ def evaluate(arguments: Namespace) -> Answer:
 
 def compare(arguments: Namespace) -> Answer:
     """``secateur compare A[,A...] B[,B...]``."""
-    from secateur.api import load_results
+    from secateur import api
     from secateur.cli.verbs.scores import comparison_table
-    from secateur.comparison.items import compare_results
 
-    sides = [load_results(side.split(",")) for side in (arguments.a, arguments.b)]
-    comparisons = compare_results(*sides)
+    sides = [api.load_results(side.split(",")) for side in (arguments.a, arguments.b)]
+    comparisons = api.compare(*sides)
     names = [[result.model for result in side] for side in sides]
     answer = {"a": names[0], "b": names[1], "comparisons": [comparison.record() for comparison in comparisons]}
     return answer, comparison_table(comparisons, *names), 0
