@@ -181,7 +181,6 @@ def inspect(model: Any, *, context: int | None = None) -> Any:
     """Describe a checkpoint: shape, parameters, sparsity, damage, FLOPs and KV cache.
 
     Args:
-        model: a checkpoint.
         context: window that FLOPs per token are averaged over; None for 2048, or the model's limit if less.
 
     Returns:

@@ -211,7 +211,6 @@ def parse(cls: type[T], raw: Any, *, origin: str) -> T:
     Args:
         cls: a class decorated with :func:`spec`.
         raw: mappings, lists, strings, numbers, as read from YAML or JSON.
-        origin: prefix of errors, usually the file.
 
     Raises:
         UserError: one line with the path of the first invalid key, and the nearest valid name.

@@ -138,9 +138,7 @@ def resumable_directory(
     ``request`` and ``resume`` continues from it. Before the first step, and after invalid input, nothing remains.
 
     Args:
-        out: the directory to write.
         request: identifies the run: what it makes, from what.
-        resume: whether to continue an unfinished run.
         progress_files: glob pattern below the work directory; a match shows that the first step is done.
         labels: how to name keys of ``request`` in messages.
 
@@ -251,12 +249,8 @@ def shared_directory(
     """Yield the folders of :func:`resumable_directory` in all processes; the first one makes and moves them.
 
     Args:
-        out: the directory to write.
         identity: what it is made of, the same in all processes.
         subject: what ``identity`` describes, for errors.
-        resume: whether to continue an unfinished run.
-        progress_files: as of :func:`resumable_directory`.
-        labels: as of :func:`resumable_directory`.
     """
     distributed.require_equal(subject, fingerprint(identity))
     if distributed.is_main():

@@ -47,14 +47,9 @@ class BlockWalk:
     """One pass over the decoder blocks of a checkpoint; with several processes, each runs its share of the windows.
 
     Args:
-        checkpoint: the checkpoint to read weights from.
         windows: token ids [windows, positions], int64; None to visit only the weights.
         batch: windows that go through a block at once; it only affects rounding. None for a default of the device.
-        device: device of the blocks.
-        label: label of the progress bar.
         dtype: type of the forward pass and the states; statistics and scored weights are float32 or better.
-        store: store of the states between blocks.
-        journal: record of the results, block by block.
     """
 
     def __init__(
@@ -208,7 +203,6 @@ class BlockWalk:
         """Yield the blocks in order with their weights loaded; the next iteration frees them.
 
         Args:
-            start: index of the first block.
             backwards: whether to go from the last block to the first.
             part: addition to the label of the progress bar.
         """

@@ -32,7 +32,6 @@ def gradients_of(
 
     Args:
         walk: the walk over the blocks, with batches of one window.
-        kinds: kinds of statistics.
         outer: whether to yield a last item, with None for the block, for the tensors outside the blocks.
     """
     entering: list[States] = [walk.start()]

@@ -21,7 +21,6 @@ class Observer:
     """Updates statistics with the activations at a site.
 
     Args:
-        site: the name of the site.
         statistics: statistics of its activations.
         pending: sites not yet observed in this batch; None if the block runs to its end.
     """

@@ -23,8 +23,6 @@ class LMHead:
 
     Args:
         checkpoint: the checkpoint with the head.
-        norm: the final norm, its weight loaded.
-        device: where to compute.
     """
 
     def __init__(self, checkpoint: Checkpoint, norm: nn.Module, device: str) -> None:

@@ -95,7 +95,6 @@ def walk_places(
     asking for the next.
 
     Args:
-        walk: the walk over the blocks.
         needs: kinds of statistics: of activations, of states, or of gradients.
         spaces: spaces to yield places of: ``hidden``, ``ffn``, ``kv``, or ``layer``.
         replay: as in :meth:`BlockWalk.observe`.

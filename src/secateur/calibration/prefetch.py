@@ -28,11 +28,8 @@ def prefetch(order: Sequence[int], read: Read, device: str, dtype: torch.dtype) 
     current block wait for it. Memory holds two blocks.
 
     Args:
-        order: indices of the blocks.
         read: returns a block's tensors as stored; called in the thread. Its error is raised here, when that block is
             due.
-        device: device to copy to.
-        dtype: type of the weights there.
     """
     on_gpu = torch.device(device).type == "cuda"
     stream = torch.cuda.Stream(device) if on_gpu else None

@@ -98,7 +98,6 @@ def write_splits(
     """Write the shards and columns of all splits, but no manifest, into the folder ``out``.
 
     Args:
-        source: provides the documents.
         encoder: encodes the documents; its seed also determines their order.
         out: files of an earlier run are overwritten.
         work: stores the runs of the first pass; a killed build resumes from them.

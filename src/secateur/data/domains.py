@@ -55,7 +55,6 @@ def heldout_stream(store: TokenStore, windows: int, length: int, skip: int = 0) 
     """Read held-out windows evenly spaced over the split, so that a few long documents do not dominate.
 
     Args:
-        store: the corpus.
         windows: number of windows; the whole split, with a shorter last window, if it has no more.
         length: tokens in a window.
         skip: excludes the windows that a call with ``windows=skip`` returns.

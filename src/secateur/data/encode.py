@@ -64,9 +64,7 @@ class Encoder:
     """Encodes documents to a block; the result does not depend on the process.
 
     Args:
-        tokenizer: for documents with text.
         vocabulary: ids are below it.
-        dtype: of the ids.
         seed: for the order of documents.
     """
 

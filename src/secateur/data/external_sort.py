@@ -47,7 +47,6 @@ class SortedRuns:
 
     Args:
         folder: used by nothing else.
-        dtype: of the ids.
 
     Attributes:
         documents: number of documents stored in finished runs.

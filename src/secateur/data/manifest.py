@@ -80,7 +80,6 @@ def write_manifest(
         vocabulary: every id is below it.
         splits: entries returned by the writers.
         domains: names of the documents' domains; empty if there is only one.
-        provenance: how the data was built, as plain values.
     """
     tokenizer = folder / "tokenizer"
     manifest = Manifest(

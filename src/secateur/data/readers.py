@@ -53,8 +53,6 @@ class Fields:
         """Make a document of a record.
 
         Args:
-            row: the record.
-            where: name of the document.
             at: position of the record, for errors.
             domain: of the document, unless the record has a field for it.
 

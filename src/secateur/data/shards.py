@@ -34,11 +34,7 @@ class ShardWriter:
     """Writes a split: ``append`` or ``extend`` by documents, then ``close``; nothing stays in memory.
 
     Args:
-        folder: destination.
-        split: name of the split.
-        dtype: of the ids.
         shard_tokens: tokens in each file except the last.
-        domains: whether to write a column of domains.
     """
 
     def __init__(

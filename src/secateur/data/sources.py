@@ -296,7 +296,6 @@ def walk(root: Path, extensions: tuple[str, ...] = (), skip: Set[str] = frozense
     """List files below ``root``, sorted by relative path; hidden files and folders are skipped.
 
     Args:
-        root: folder to search.
         extensions: of the files; empty for any.
         skip: names of folders to ignore at any depth.
     """

@@ -144,8 +144,6 @@ def encode_documents(
     """Encode documents, reading no more than necessary.
 
     Args:
-        documents: in order.
-        tokenizer: how to encode them.
         limit: maximal number of tokens; None for all.
     """
     parts: list[NDArray[np.int64]] = []

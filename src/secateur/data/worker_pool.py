@@ -32,7 +32,6 @@ def encode_in_workers(batches: Iterable[Sequence[Document]], encoder: Encoder, w
 
     Args:
         batches: read a little ahead.
-        encoder: encodes a batch.
         workers: number of processes; 1 encodes in this process.
 
     Raises:

@@ -53,7 +53,6 @@ def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workl
     """Measure the cost of running a model on its device and in its dtype.
 
     Args:
-        checkpoint: of the model.
         model: in evaluation mode.
         workload: sizes of the timed runs, shortened to the model's positions; None for the defaults.
 

@@ -56,8 +56,6 @@ class ResumableResults:
         """Measure losses, tasks and averages of groups in the order of the request, but those in the file already.
 
         Args:
-            checkpoint: the model's directory.
-            model: the model in memory.
             protocols: name of a loss -> its windows.
             tasks: with their data.
             groups: whose averages follow the tasks.

@@ -28,8 +28,6 @@ def removal_accuracies(
     Args:
         checkpoint: the model, with its tokenizer.
         length: of the runs, in blocks.
-        task: what to measure.
-        device: where to compute.
         batch: rows of requests at once; changes the order of sums, and so their rounding.
 
     Returns:

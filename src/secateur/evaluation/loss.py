@@ -61,7 +61,6 @@ class Protocol:
         Args:
             stream: the ids with their documents, or the ids alone.
             seqlen: tokens in a window; a shorter last window counts too if it has a token to predict.
-            source: of the ids.
             stride: tokens from window to window; None for ``seqlen``. With a shorter stride windows overlap, and every
                 token but the first is predicted once.
             whole: leave out a shorter last window.
@@ -219,7 +218,6 @@ def window_losses(
 
     Args:
         model: in any mode; it is measured in evaluation mode.
-        protocol: the windows.
         batch: windows at once; None for what suits the device.
         advance: called with the number of tokens after each batch.
     """

@@ -65,13 +65,11 @@ def measure(
     """Measure losses under protocols, then tasks; all processes together.
 
     Args:
-        checkpoint: holds the tokenizer.
         model: of the checkpoint, in evaluation mode, on its device.
         protocols: by the name of the measurement.
         tasks: single tasks.
         batch: windows, or rows of requests, at once; None for what suits the device.
         done: names to leave out, because their measurements exist.
-        of: name of the model in progress bars.
 
     Yields:
         Each measurement as soon as it is finished.

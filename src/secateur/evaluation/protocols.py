@@ -82,8 +82,6 @@ def text_protocol(
     """Cut a text into windows, in the tokens of a tokenizer.
 
     Args:
-        text: the text.
-        tokenizer: of the model.
         data: a folder with ``<file>.txt``, ``.jsonl`` or ``.parquet``, or a folder ``<file>`` of them; None for the
             Hub.
         positions: of the model, which limit the length of windows; None for no limit.

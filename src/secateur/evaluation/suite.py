@@ -42,7 +42,6 @@ class Suite:
 
         Args:
             text: e.g. ``paper``, ``perplexity,cost`` or ``arc_easy,mmlu``.
-            protocol: of the perplexities.
             where: put before the fields ``suite`` and ``protocol`` in errors, e.g. ``evaluation.``; empty for fields in
                 backticks.
 

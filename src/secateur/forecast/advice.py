@@ -128,8 +128,6 @@ def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint]
     Args:
         evidence: that the runs are from.
         question: with the sizes and budgets to predict for.
-        points: the runs.
-        noise: as for :func:`secateur.forecast.fit.fit_pair`.
 
     Raises:
         UserError: if the runs contradict one another, or are too few.

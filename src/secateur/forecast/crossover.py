@@ -121,7 +121,6 @@ def next_runs(fit: Fit, quantity: Floats, candidates: Sequence[tuple[Path, int]]
     fitting again comes to, without the fitting.
 
     Args:
-        fit: what is known.
         quantity: what is to be told, for each draw; finite.
         candidates: path and tokens of each run; unless given, every budget of either path once more, those halfway
             between neighbours, and twice the largest.

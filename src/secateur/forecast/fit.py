@@ -122,7 +122,6 @@ def fit_pair(
         form: a name in :data:`FORMS`.
         parent_loss: held-out loss of the parent, in nats; for the form ``parent-floor``.
         noise: standard deviation of a run's loss, in nats; :data:`NOISE` and what the runs tell, unless given.
-        draws: how many.
 
     Raises:
         UserError: on an unknown form, too few points, or points that contradict one another.
@@ -214,8 +213,6 @@ def leave_last_out(
         points: finished runs of any number of pairs.
         form: a name in :data:`FORMS`.
         last: how many budgets of each path are left out, the largest ones.
-        parent_loss: as for :func:`fit_pair`.
-        draws: as for :func:`fit_pair`.
 
     Returns:
         The runs that were left out, pair by pair. A pair of which too little would be left is not among them.

@@ -92,7 +92,6 @@ def _prune_columns(columns: Tensor, error: Tensor, root: Tensor, span: int, sele
         error: the contribution of the columns before the block to ``D R``, [out, columns].
         root: ``R`` within the block.
         span: number of columns whose mask is chosen at once.
-        select: turns scores into a mask.
 
     Returns:
         The change of the weights, and the mask, both [out, columns].

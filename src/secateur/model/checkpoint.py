@@ -281,7 +281,6 @@ def write_checkpoint(
 
     Args:
         out: an existing directory, usually from :func:`secateur.files.resumable_directory`.
-        config: the content of config.json.
         tensors: in any order.
         provenance: origin of the checkpoint, for ``secateur.json``.
         card: the model card's text, for ``README.md``.

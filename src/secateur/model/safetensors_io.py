@@ -146,9 +146,6 @@ def write_tensors(
     """Write a safetensors file; one tensor, or one part of it, is in memory at a time.
 
     Args:
-        path: of the new file.
-        tensors: its content, in any order.
-        metadata: for the header.
         written: called with the size in bytes of each tensor that has been written.
 
     Raises:

@@ -256,8 +256,6 @@ def solve_width(
     to go or to stay (or, failing that, of the nearest ones), the one whose spaces keep the most similar shares.
 
     Args:
-        shape: the shape to narrow.
-        ratio: the share of parameters to remove.
         spaces: which of ``layers``, ``hidden``, ``ffn`` and ``kv`` may shrink.
         of: which parameters the ratio counts.
 
@@ -320,7 +318,6 @@ def explicit(shape: Shape, sizes: Mapping[str, int]) -> Shape:
     """The shape with these sizes in place of its own.
 
     Args:
-        shape: the shape to cut.
         sizes: ``hidden``, ``ffn``, ``layers``, ``heads`` or ``kv_heads`` -> size; query heads and KV heads follow each
             other.
 

@@ -135,7 +135,7 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"transformers refuses the shape {plan.after} for this model: {reason}; try another shape, e.g. with `axes` ffn"
+            f"transformers refuses the shape {plan.after} for this model: {reason}; try another, e.g. with `axes` ffn"
         ) from None
     return config
 

@@ -70,14 +70,9 @@ def learn(
     """Learn what to cut; all processes together.
 
     Args:
-        checkpoint: the model.
-        name: name of the method.
-        target: shape or ratio to reach.
         data: training data, under :func:`learning_recipe`.
         method: the method with its options.
         record: identifies the data in the plan.
-        execution: where and how to compute.
-        options: checkpoints of the run, metrics, progress.
         measure: computes the held-out loss at each point; None without held-out text.
         out: an existing folder for the trained model.
 
@@ -155,11 +150,8 @@ def cut_plan(
     """Plan to keep the units whose gates have the highest parameters, exactly as many as ``after`` has.
 
     Args:
-        checkpoint: the model.
-        name: name of the method.
         method: the method with its options.
         scores: space -> the gates' parameters, [rows, units] (:meth:`secateur.training.gates.Gates.scores`).
-        after: the shape to reach.
         request: target and options as plain values.
         calibration: identifies the training data.
         training: steps, targets and curve of the run, for the summary.
@@ -247,10 +239,7 @@ def write_gated(checkpoint: Checkpoint, module: TrainModule, values: Mapping[str
     """Write the trained model with its gates multiplied in, in the types of the checkpoint; all processes together.
 
     Args:
-        checkpoint: the model before training.
-        module: the trained model.
         values: space -> gates, [rows, units].
-        out: an existing folder.
     """
     write_trained(
         out,

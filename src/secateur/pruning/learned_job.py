@@ -92,12 +92,7 @@ def learn_and_cut(
     """Train under gates, cut, and write the pruned model into the existing ``out``; all processes together.
 
     Args:
-        checkpoint: the model.
-        name: of the method.
         method: the method with its options.
-        target: the shape or the ratio.
-        data: the tokens to train on.
-        execution: where and how to compute.
         options: checkpoints of the run, metrics, progress; the trained model lies beside their folder.
         micro_batch: windows at once.
         out: an existing folder; written by the first process.

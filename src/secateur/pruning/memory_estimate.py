@@ -54,13 +54,10 @@ def estimate_memory(
     """Estimate the needs of scoring ``windows`` of ``seqlen`` tokens and cutting.
 
     Args:
-        method: the pruning method.
-        shape: shape of the whole model.
         windows: calibration windows; 0 where the method reads no text.
         seqlen: tokens in a window.
         batch: windows at once.
         dtype: dtype of the forward pass.
-        stored: bytes of the checkpoint.
         outputs: shapes of the checkpoints to write.
     """
     sizes = [math.prod(shape.tensor_size(axes)) for axes in shape.block_tensors().values()]
@@ -96,11 +93,8 @@ def estimate_training_memory(
     """Estimate the needs of learning a shape, of all processes together.
 
     Args:
-        shape: shape of the whole model.
         outputs: shapes of the checkpoints to write.
-        recipe: recipe of the training.
         trained: whether weights are trained along with the gates.
-        dtype: dtype of activations.
 
     Returns:
         Bytes of memory, and bytes of disk besides a second copy of the stored model.

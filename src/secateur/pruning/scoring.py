@@ -40,10 +40,7 @@ def score_and_select(
     """Score the units of a model and select those to keep.
 
     Args:
-        method: computes the scores.
-        walk: reads the blocks.
         target: how much to remove, and of what.
-        after: the shape to reach.
         task: measures removals by accuracy; None for the loss.
         batch: examples of the task at once.
     """

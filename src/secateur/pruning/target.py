@@ -126,7 +126,6 @@ class Target:
         """Read a target from the texts of a command line or a study file.
 
         Args:
-            ratio: share to remove.
             of: ``total`` or ``non-embedding``.
             shape: e.g. ``hidden=3072,ffn=9216``.
             pattern: e.g. ``2:4``.

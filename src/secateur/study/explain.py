@@ -80,9 +80,6 @@ def explain_stage(stage: Stage, stages: list[Stage], store: Store, damage: str |
     """Say why a stage will run, or why it need not.
 
     Args:
-        stage: in question.
-        stages: all stages of the study.
-        store: their results.
         damage: what is wrong with the stage's files, if anything is.
     """
     state, note = state_of(stage, store)

@@ -76,10 +76,6 @@ class PlannedComparison:
 def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
     """Every model that the study prunes.
 
-    Args:
-        study: the study.
-        shapes: parent -> shape.
-
     Raises:
         UserError: if a parent has no shape at one of the targets.
     """

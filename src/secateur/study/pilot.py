@@ -25,8 +25,6 @@ def write_pilot(out: Path, question: Question, cases: list[Case], like: Path | N
     """Write a study file for ``secateur study plan`` and ``run``.
 
     Args:
-        out: the new file.
-        question: the question that the study should answer.
         cases: the fits; their most informative next run gives the budget of a study ``like`` another.
         like: a study file whose corpus, parent and recipe are copied; None for a small parent on the standard library,
             with as many tokens for each parameter as the question has, as far as that text goes.

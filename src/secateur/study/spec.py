@@ -184,9 +184,6 @@ class MethodEntry:
     def targets(self, ratios: tuple[float, ...]) -> dict[str, Target]:
         """Name -> target of each model that the entry prunes.
 
-        Args:
-            ratios: the study's.
-
         Raises:
             UserError: if two keys say how much to remove, or a target is invalid.
         """

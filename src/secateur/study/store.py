@@ -210,7 +210,6 @@ class Store:
         scores are deleted with a warning.
 
         Args:
-            stage: that needs the scores.
             identity: what the scores depend on, besides the version of the stage's kind.
         """
         name = f"{identity['method']}-{fingerprint([VERSIONS[stage.kind], identity])[:12]}"

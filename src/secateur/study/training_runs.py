@@ -24,7 +24,6 @@ class TrainingRuns:
     """The stages of a study under construction, with methods that add runs and measurements.
 
     Args:
-        study: the study.
         corpus: the stage that all others depend on.
         suite: measurements of every model besides its held-out loss, with the digests of their data.
     """
@@ -165,13 +164,9 @@ class TrainingRuns:
         """Add a run over the tokens ``span``.
 
         Args:
-            name: of the stage.
-            shape: of the model.
             span: first token, and the token after the last.
             init: origin of the first weights.
             recipe: of the training; its rate applies unless ``inputs`` have a ``rate``.
-            facts: for the report.
-            inputs: role -> stage.
             objective: the loss; None for the language-model loss.
             before: the runs that it continues.
             holdout: held-out windows to skip and to measure; None for those of the final figures.

@@ -42,7 +42,6 @@ class Saver:
     Args:
         folder: checkpoint folder, visible to all processes.
         parameters: trained parameters by the names to save them under.
-        optimizer: AdamW over them.
         keep: number of checkpoints that stay, the newest.
         background: write while training continues; a checkpoint is complete at the next save or :meth:`finish`.
     """

@@ -85,8 +85,6 @@ def check_teacher(teacher: Checkpoint, student: Shape, directory: Path, sequence
     """Check that a teacher can teach a student.
 
     Args:
-        teacher: the teacher's checkpoint.
-        student: the student's shape.
         directory: folder of the student's tokenizer, which may be missing.
         sequence: tokens in a window.
 

@@ -34,9 +34,6 @@ class Gates(Objective):
 
     Args:
         model: its modules get hooks; its weights may still be missing.
-        method: defines gates and penalty.
-        before: the model's shape.
-        after: the shape to reach.
     """
 
     def __init__(self, model: PreTrainedModel, method: LearnedMethod, before: Shape, after: Shape) -> None:

@@ -123,8 +123,6 @@ def train_model(
 
     Args:
         start: the model, its first weights and the masks that it keeps.
-        data: the exact tokens, and the recipe.
-        execution: where and how to compute.
         objective: the teacher in its place; None for the language-model loss.
         protocol: the windows of the held-out loss; None where nothing is held out.
         points: measurements of it after the start.

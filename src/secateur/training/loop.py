@@ -154,8 +154,6 @@ def _accumulate_gradients(
 
     Args:
         module: the model; its gradients are added to.
-        data: reads the windows.
-        spans: the step's windows.
         targets: number of tokens that all windows predict together.
         stop: this process's stop signal.
 

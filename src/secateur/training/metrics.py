@@ -27,7 +27,6 @@ class Metrics:
 
     Args:
         path: the file; None to write none.
-        trackers: receive the numbers too.
     """
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:

@@ -33,7 +33,6 @@ class Mixture:
         store: what the ranges are of, read as ``train``: :class:`secateur.data.domains.DomainTokens`, or any tokens.
         ranges: domain -> its tokens [start, stop); what is left behind the last whole window is not read.
         recipe: windows of ``sequence`` tokens, ``tokens_per_step`` in each step.
-        steps: number of steps.
         references: domain -> the loss (nats a token) that :meth:`update` compares with; it may be set later.
 
     Raises:

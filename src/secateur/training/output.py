@@ -31,12 +31,8 @@ def write_trained(
     """Write a model tensor by tensor: all processes send their parts, the first one writes.
 
     Args:
-        out: an existing directory.
-        module: the model.
-        config: the content of config.json.
         dtype: name of a parameter -> the dtype to store.
         provenance: content of ``secateur.json``.
-        line: text of the model card.
         title: title of the card; None for the directory's name.
         change: (name of a parameter, its whole float32 value) -> the value to write.
     """

@@ -111,7 +111,6 @@ def place_model(
     Args:
         model: parameters on the meta device, buffers real (:func:`secateur.model.checkpoint.skeleton`).
         weights: name of a parameter -> its whole value, the same in all processes.
-        execution: where and how to compute.
         objective: the loss; None for the language-model loss. Its trained parameters are sharded like the model but
             compute in float32; the others are not moved.
     """
@@ -136,8 +135,6 @@ def place_teacher(model: PreTrainedModel, weights: Callable[[str], Tensor], exec
     and nothing is gathered.
 
     Args:
-        model: as in :func:`place_model`.
-        weights: as there.
         execution: where and how to compute; nothing is recomputed, since there is no backward pass.
     """
     shard = _sharder(execution, MixedPrecisionPolicy(), set()) if execution.splits_model else _keep_whole

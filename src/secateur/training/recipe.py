@@ -99,7 +99,6 @@ def make_optimizer(
 
     Args:
         weights: parameters that follow the recipe's schedule.
-        recipe: schedule, betas, epsilon and decay.
         extra_groups: optimizer groups with a ``peak_rate`` each and without decay.
     """
     from torch import optim

@@ -29,7 +29,6 @@ def measure_task(model: Likelihoods, task: Task, *, advance: Callable[[float], N
 
     Args:
         model: from :func:`language_model`.
-        task: what to measure.
         advance: called with the number of answered requests after each batch.
 
     Raises:
@@ -134,7 +133,6 @@ def language_model(checkpoint: Checkpoint, model: PreTrainedModel, batch: int | 
     """Wrap a model for the harness, with the checkpoint's own tokenizer.
 
     Args:
-        checkpoint: holds the tokenizer.
         model: in evaluation mode, on its device.
         batch: rows at once; None for what suits the device.
 

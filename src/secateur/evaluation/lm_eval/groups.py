@@ -58,7 +58,6 @@ def expand(names: Sequence[str], *, where: str) -> TaskList:
     """Look up names, which may be patterns such as ``mmlu_*``.
 
     Args:
-        names: tasks, groups and tags.
         where: the field that holds the names, at the beginning of errors, e.g. ``evaluation.suite``.
 
     Raises:

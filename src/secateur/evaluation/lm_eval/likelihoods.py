@@ -82,7 +82,6 @@ class Likelihoods(_HFLM):
 
     Args:
         model: in evaluation mode, on its device.
-        tokenizer: of the model.
         name: of the model, for errors.
         batch: rows at once; None for what suits the device.
 
@@ -106,7 +105,6 @@ class Likelihoods(_HFLM):
         """Begin a task: reset the counters.
 
         Args:
-            task: its name, for errors.
             advance: called with the number of answered requests after each batch; it may be a fraction.
         """
         self.task = task

@@ -29,7 +29,6 @@ def read_documents(path: Path, hint: str = "the data of a task is a folder that 
     """Read the documents of a task, one JSON object a line.
 
     Args:
-        path: the file.
         hint: what to do if the file is missing.
 
     Raises:
@@ -69,9 +68,7 @@ def local_changes(config: Mapping[str, Any], folder: str, few_shot: int) -> tupl
     documents that it asks about.
 
     Args:
-        config: the harness's configuration of the task.
         folder: holds ``<task>.jsonl``, and ``<task>.examples.jsonl`` if examples come from another split.
-        few_shot: examples in each prompt.
 
     Raises:
         UserError: as :func:`read_documents`; if there are too few examples; or if the task is a Python class, which

@@ -87,7 +87,6 @@ class Leases:
         """Make the lease that follows number ``after``; None if another process was first.
 
         Args:
-            key: of the stage.
             after: the number of the last lease, whose state was free.
             on_loss: called in a thread if another process takes the lease over.
 
@@ -118,9 +117,7 @@ class Leases:
         """Acquire a lease as soon as it is free; None if ``cancelled()`` becomes true first.
 
         Args:
-            key: of the stage.
             on_wait: called once if another process holds the lease.
-            cancelled: whether to stop waiting.
         """
         waiting = False
         while not cancelled():

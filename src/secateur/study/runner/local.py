@@ -44,9 +44,7 @@ class LocalLauncher:
     """Runs stages in processes of this machine.
 
     Args:
-        out: the study's folder.
         jobs: stages at once; None for one for each core, or GPU.
-        device: ``cpu`` or ``cuda``.
         file: the study file; stages of several processes need it.
     """
 

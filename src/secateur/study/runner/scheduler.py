@@ -100,10 +100,7 @@ def run_stages(
     """Run the stages that are not done, and their inputs, on this machine.
 
     Args:
-        stages: to run.
-        out: the study's directory.
         jobs: stages at once; None for one for each core, or GPU.
-        device: ``cpu`` or ``cuda``.
         file: the study file, which stages of several processes need.
         keep_going: after a failure, start the stages that do not depend on it; otherwise start no more.
 

@@ -74,10 +74,7 @@ def run_on_slurm(
     """Submit the stages that are not done, and their inputs, and wait. An interrupt does not end the jobs.
 
     Args:
-        stages: to run.
         out: the study's folder, on a disk that all nodes share.
-        file: the study file.
-        options: resources of each job.
         device: ``auto``, ``cpu`` or ``cuda``.
         keep_going: after a failure, keep the jobs that do not depend on it; otherwise cancel them.
 
@@ -119,7 +116,6 @@ def _settle(stage: Stage, run: Run, queued: bool, missing: dict[str, float]) -> 
 
     Args:
         stage: one of the run's waiting stages.
-        run: the run.
         queued: whether the stage's job is in the queue.
         missing: fingerprint -> time at which its job was first missing from the queue without a result.
     """

@@ -23,12 +23,8 @@ def torchrun_command(
     """The command line of a stage, under torchrun if it takes several processes.
 
     Args:
-        stage: to run.
-        file: the study file.
-        out: the study's folder.
         device: ``auto``, ``cpu`` or ``cuda``.
         nodes: number of machines that share the processes.
-        node: index of this machine.
         address: ``host:port`` of machine 0.
     """
     verb = ["-m", "secateur", "study", "stage", str(file), stage.fingerprint, "--out", str(out), "--device", device]

@@ -42,7 +42,6 @@ def run_stage_attempt(
 
     Args:
         stage: with finished inputs.
-        store: its folder.
         after: the number of its last lease, whose state was free; None to look it up.
         on_loss: called in a thread if another process takes the stage over.
     """

@@ -23,7 +23,6 @@ def permuted_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = 
     Args:
         mask: bool [out, in], True for weights that stay.
         name: of the tensor; with ``seed`` it determines the permutation.
-        seed: of the permutation.
         pattern: N:M of the mask: columns then move in groups of M.
     """
     generator = _generator(seed, name)
@@ -54,7 +53,6 @@ def shuffle_weights(
     Args:
         weights: name of a parameter -> its value.
         masks: name -> bool, True for weights that stay.
-        seed: of the permutations.
     """
 
     def read(name: str) -> Tensor:

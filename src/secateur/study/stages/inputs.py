@@ -39,7 +39,6 @@ def holdout_protocol(tokens: TokenStore, windows: int, seqlen: int, skip: int = 
     """The held-out windows that losses are measured on (:func:`secateur.data.domains.heldout_stream`).
 
     Args:
-        tokens: the corpus.
         windows: number of windows; the whole split if it has fewer.
         seqlen: tokens in a window.
         skip: exclude the windows that a protocol of ``skip`` windows would take.
