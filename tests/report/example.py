@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, Pruned, StageNote, StudyResults
+from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, PrunedModel, StageNote, StudyResults
 from secateur.report.judgement import Judgement, judge
 from secateur.report.page import render
 from secateur.report.terminal import text_table
@@ -108,9 +108,9 @@ def _zeros(granularity: str) -> float:
     return 0.5 if granularity == "sparse" else 0.0
 
 
-def pruned(method: str, *, target: str = "0.5", parent: str = "parent") -> Pruned:
+def pruned(method: str, *, target: str = "0.5", parent: str = "parent") -> PrunedModel:
     granularity, before, *_, total, dense, detail = METHODS[method]
-    return Pruned(
+    return PrunedModel(
         parent=parent,
         method=method,
         granularity=granularity,

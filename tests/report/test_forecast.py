@@ -49,8 +49,8 @@ def study(cells: list[Cell], **changes: Any) -> StudyResults:
 
 def one(results: StudyResults) -> Forecast:
     found = judge(results).forecasts
-    assert not found.unfitted and len(found.found) == 1
-    return found.found[0]
+    assert not found.unfitted and len(found.fitted) == 1
+    return found.fitted[0]
 
 
 def by_account(found: Forecast) -> dict[str, Outlook]:
@@ -108,7 +108,7 @@ def test_a_teacher_makes_the_twins_tokens_dearer_by_a_rate() -> None:
 
 def test_a_measured_run_stands_in_the_place_of_the_fit(known: Forecast) -> None:
     judgement = judge(study(ladder()))
-    assert judgement.forecasts.found == (known,)  # the same again
+    assert judgement.forecasts.fitted == (known,)  # the same again
     verdict = next(v for v in judgement.verdicts if v.setting == "total" and v.difference is not None)
     total = by_account(known)["total"].standings
     assert total[0].basis == "measured" and total[0].difference
@@ -178,7 +178,7 @@ def test_missing_runs_are_left_out_and_never_zero() -> None:
 
 def test_no_ladder_no_forecast() -> None:
     judgement = judged(example)
-    assert not judgement.forecasts.found and not judgement.forecasts.unfitted and not judgement.laws
+    assert not judgement.forecasts.fitted and not judgement.forecasts.unfitted and not judgement.laws
     assert "Forecasts" not in text_table(judgement) and answer_json(judgement)["forecasts"] == []
 
 
@@ -225,7 +225,7 @@ def test_a_pattern_is_another_law_and_another_ladder() -> None:
     """2:4 removes half as well; its runs are not those of the ratio 0.5."""
     patterned = [dataclasses.replace(c, target="2:4", ratio=0.5) for c in ladder()]
     found = judge(study([*ladder(), *patterned])).forecasts
-    assert [one.name for one in found.found] == ["Minitron-depth at ratio 0.5", "Minitron-depth at 2:4"]
+    assert [one.name for one in found.fitted] == ["Minitron-depth at ratio 0.5", "Minitron-depth at 2:4"]
     higher = [dataclasses.replace(c, target="2:4", ratio=0.5, evaluation=evaluation(9.0)) for c in grid()[:3]]
     (law,) = across_ratios(Index(records([*grid(), *higher], 5.3)))
     assert law.law and len(law.law.runs) == len(grid())

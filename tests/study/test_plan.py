@@ -233,7 +233,10 @@ def test_equal_shapes_share_their_twins(tmp_path: Path) -> None:
         ({"parent": None}, "parent: this key is required"),
         ({"methods": [{"method": "minitron-depth", "parent": "other"}]}, "methods[0].parent: 'other' is not a parent"),
         ({"methods": ["wanda", {"method": "wanda", "ratios": [0.5]}]}, "an entry appears twice: wanda at 0.5"),
-        ({"methods": [{"method": "wanda", "ratios": 0.5, "pattern": "2:4"}]}, "both say how much to remove; make two entries of them"),
+        (
+            {"methods": [{"method": "wanda", "ratios": 0.5, "pattern": "2:4"}]},
+            "both say how much to remove; make two entries of them",
+        ),
         ({"methods": [{"method": "flap", "shapes": {"x": "layers=2"}}]}, "flap at x): shape: "),
         (
             {"methods": [{"method": "sheared", "options": {"stepz": 3}}]},

@@ -111,7 +111,7 @@ def test_names_are_nouns_and_verbs() -> None:
             name = ""
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 name = node.id
-            elif isinstance(node, ast.arg):
+            elif isinstance(node, ast.arg) and node.arg != "other":  # of ``__add__``
                 name = node.arg
             elif isinstance(node, ast.FunctionDef | ast.ClassDef):
                 name = node.name

@@ -588,7 +588,9 @@ def test_help_teaches_and_does_not_wait_for_torch() -> None:
 def test_examples_of_the_manual_are_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Every example gets as far as the checkpoint, which is not there."""
     examples = [
-        line.strip() for line in (manual.prune_epilog() + manual.SHAPES).splitlines() if line.startswith("  secateur ")
+        line.strip()
+        for line in (manual.prune_epilog() + manual.SHAPES_EPILOG).splitlines()
+        if line.startswith("  secateur ")
     ]
     assert len(examples) == 14
     for line in examples:

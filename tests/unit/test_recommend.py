@@ -244,7 +244,7 @@ def test_the_examples_of_the_manual_work(
     (tmp_path / "runs").mkdir()
     study(tmp_path / "runs" / "mine", ROWS)
     (tmp_path / "mine.yaml").write_text((Path(__file__).parents[2] / "studies" / "smoke.yaml").read_text())
-    examples = re.findall(r"^  secateur (recommend .*)$", manual.RECOMMEND, re.MULTILINE)
+    examples = re.findall(r"^  secateur (recommend .*)$", manual.RECOMMEND_EPILOG, re.MULTILINE)
     assert len(examples) == 8
     for example in examples:
         assert main(example.split()) == 0, example

@@ -356,7 +356,9 @@ class Block:
                     with contextlib.suppress(StopForward):
                         self.forward(batch)
         join([*itertools.chain(*gathered.values()), *watch], self.walk.device)
-        values = {site: {type(s): s.value() for s in statistics} for site, statistics in gathered.items()}
+        values: dict[str, dict[type, Tensor]] = {
+            site: {type(s): s.value() for s in statistics} for site, statistics in gathered.items()
+        }
         if watch:
             values["states"] = {type(s): s.value() for s in watch}
         return values, outputs

@@ -8,16 +8,16 @@ from secateur.errors import UserError
 from secateur.methods.registry import METHODS, plugin_methods
 
 __all__ = [
-    "COMPARE",
-    "DATA",
+    "COMPARE_EPILOG",
+    "DATA_EPILOG",
     "DOCUMENTS",
     "EPILOG",
-    "EVAL",
-    "RECOMMEND",
-    "SHAPES",
+    "EVAL_EPILOG",
+    "RECOMMEND_EPILOG",
+    "SHAPES_EPILOG",
     "SOURCES",
-    "STUDY",
-    "TRAIN",
+    "STUDY_EPILOGS",
+    "TRAIN_EPILOG",
     "memory_hint",
     "prune_epilog",
 ]
@@ -69,7 +69,7 @@ DOCUMENTS = (
     "arrow:PATH[:column] (written by `datasets`), array_record:PATH[:feature]"
 )
 
-DATA = """\
+DATA_EPILOG = """\
 examples:
   secateur data text:corpus OUT --tokenizer DIR
   secateur data text:corpus OUT --tokenizer DIR --field content --domain source --workers 16
@@ -143,7 +143,7 @@ rounding. The first one decides and writes: OUT must lie where all can read it. 
 """
 
 
-SHAPES = """\
+SHAPES_EPILOG = """\
 examples:
   secateur shapes config.json                              parameters, FLOPs, KV cache
   secateur shapes DIR --ratio 0.5                          fewer layers, narrower, or fewer heads: side by side
@@ -153,7 +153,7 @@ examples:
 
 
 #: action of ``study`` -> examples
-STUDY = {
+STUDY_EPILOGS = {
     "run": """\
 examples:
   secateur study run FILE --dry-run               what would run, and why
@@ -183,7 +183,7 @@ examples:
 """,
 }
 
-TRAIN = """\
+TRAIN_EPILOG = """\
 keys of the recipe (--recipe FILE, --set KEY=VALUE), with their defaults:
   sequence=8192            tokens in a window           tokens_per_step=4194304  a multiple of sequence
   peak_rate=3e-4           learning rate after warm-up  warmup=0.05              share of the steps
@@ -209,7 +209,7 @@ save and stop with exit code 75. OUT holds the checkpoint, train.json (request, 
 """
 
 
-RECOMMEND = """\
+RECOMMEND_EPILOG = """\
 Which account decides: an existing parent costs nothing more, so both paths get --tokens (equal training tokens). A
 parent that must be trained counts, so training from scratch gets its tokens as well, or its share of them (equal
 total tokens). Equal FLOPs are shown beside them: a token of the parent costs more than a token of the small model.
@@ -229,7 +229,7 @@ assumptions, what the intervals cover, and the errors of such fits.
 """
 
 
-EVAL = """\
+EVAL_EPILOG = """\
 suites, joined by commas:
   perplexity   C4, WikiText and CNN/DailyMail: 256 windows of 8192 tokens at most
   zero-shot    winogrande, arc_challenge, arc_easy, hellaswag, piqa, sciq, boolq, openbookqa
@@ -262,7 +262,7 @@ measures only what is missing. See docs/evaluation.md.
 """
 
 
-COMPARE = """\
+COMPARE_EPILOG = """\
 For each figure: the difference in A's favour with a 95% interval by a paired bootstrap over items, the number of
 items on which either model is better, and the sign test of those numbers. With several seeds on both sides, in pairs,
 also the 95% interval over seeds by Student's t. A verdict needs every interval to exclude zero; else it is too close

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secateur.comparison.records import Cell, Cost, Parent, Pruned, StudyResults
+from secateur.comparison.records import Cell, Cost, Parent, PrunedModel, StudyResults
 from secateur.model.families import Granularity
 
 __all__ = ["PRUNED", "Group", "Index", "Model", "group_of"]
@@ -51,7 +51,7 @@ class Index:
     def __init__(self, results: StudyResults):
         self.results = results
         self.parents: dict[str, Parent] = {parent.name: parent for parent in results.parents}
-        self.pruned: dict[Model, Pruned] = {Model(p.parent, p.method, p.target): p for p in results.pruned}
+        self.pruned: dict[Model, PrunedModel] = {Model(p.parent, p.method, p.target): p for p in results.pruned}
         self.cells: dict[tuple[Group, str], Cell] = {(group_of(cell), cell.name): cell for cell in results.cells}
         self.groups = self._groups()
         self.pools: dict[Group, tuple[Group, ...]] = {}  #: a comparison without its seed -> itself with each seed

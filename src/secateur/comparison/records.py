@@ -16,7 +16,7 @@ __all__ = [
     "Init",
     "Parent",
     "Point",
-    "Pruned",
+    "PrunedModel",
     "Running",
     "StageNote",
     "StudyResults",
@@ -98,7 +98,7 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PrunedModel:
     """One pruned model before any retraining."""
 
     parent: str
@@ -168,7 +168,7 @@ class StudyResults:
     title: str
     fingerprint: str  #: of the study's specification
     parents: tuple[Parent, ...]  #: the first is the one that the study file calls its own
-    pruned: tuple[Pruned, ...]
+    pruned: tuple[PrunedModel, ...]
     cells: tuple[Cell, ...]
     corpus: dict[str, Any]  #: source, documents, tokens, hashes
     protocol: dict[str, Any]  #: of the held-out evaluation: windows, seqlen, tokens, fingerprint

@@ -60,7 +60,7 @@ class ResumableResults:
             tasks: with their data.
             groups: whose averages follow the tasks.
             batch: windows at once; None for what suits the device.
-            of: what progress is shown as; None for the default.
+            of: the name that progress shows; None for the default.
         """
         prints = {name: protocol.record()["fingerprint"] for name, protocol in protocols.items()}
         prints |= {task.name: task.requests.protocol()["fingerprint"] for task in tasks}

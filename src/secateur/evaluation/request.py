@@ -39,7 +39,7 @@ class EvaluateRequest:
         dtype: of weights and products.
 
     Raises:
-        UserError: if a field is out of range, or nothing that is asked for reads it.
+        UserError: if a field is out of range, or a field is set that no figure of the request reads.
     """
 
     models: Annotated[tuple[Any, ...], Field(min_length=1)]

@@ -58,17 +58,17 @@ class Question:
 class Distance:
     """How far the question lies from the evidence in one respect."""
 
-    what: str  #: the quantity, e.g. "ratio"
-    asked: float  #: its value in the question
+    quantity: str  #: its name, e.g. "ratio"
+    value: float  #: its value in the question
     low: float  #: the smallest that was run
     high: float  #: the largest
 
     @property
     def factor(self) -> float:
         """How many times the question lies above the evidence, or (below one) below it; 1 within."""
-        if self.asked > self.high:
-            return self.asked / self.high
-        return self.asked / self.low if self.asked < self.low else 1.0
+        if self.value > self.high:
+            return self.value / self.high
+        return self.value / self.low if self.value < self.low else 1.0
 
     @property
     def outside(self) -> bool:

@@ -104,9 +104,9 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Forecasts:
-    """Of every ladder of a study."""
+    """The forecasts of all ladders of a study."""
 
-    found: tuple[Forecast, ...]
+    fitted: tuple[Forecast, ...]
     unfitted: tuple[str, ...]  #: why a ladder has none, a line each
 
 

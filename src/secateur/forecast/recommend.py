@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import UserError, did_you_mean
-from secateur.forecast.advice import Advice, AdviceAccount, Case, Question, advise, bearing, case_of
+from secateur.forecast.advice import Advice, AdviceAccount, Case, Distance, Question, advise, bearing, case_of
 from secateur.forecast.costs import Price, Sizes, costs
 from secateur.forecast.curve import PATHS
 from secateur.forecast.evidence import Evidence, of_study
@@ -164,9 +164,15 @@ def _case(case: Case, question: Question) -> dict[str, Any]:
         "scale": case.scale,
         "pruned_loss": asdict(fit.at("pruned", question.tokens / case.scale)),
         "accounts": [_account(case, account, question) for account in case.accounts],
-        "distances": [{**asdict(d), "factor": d.factor, "outside": d.outside} for d in case.distances],
+        "distances": [_distance(distance) for distance in case.distances],
         "next_runs": [asdict(run) for run in case.next_runs[:3]],
     }
+
+
+def _distance(distance: Distance) -> dict[str, Any]:
+    span = {"low": distance.low, "high": distance.high}
+    verdict = {"factor": distance.factor, "outside": distance.outside}
+    return {"what": distance.quantity, "asked": distance.value, **span, **verdict}
 
 
 def _account(case: Case, account: AdviceAccount, question: Question) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Plan:
 
     method: str
     granularity: Granularity
-    asked: dict[str, Any]  #: the request: ratio, shape or pattern, and the options
+    request: dict[str, Any]  #: the target: ratio, shape or pattern, and the options
     before: Shape
     after: Shape
     keep_layers: Tensor
@@ -62,7 +62,7 @@ class Plan:
 
     @classmethod
     def keeping_all(
-        cls, method: str, granularity: Granularity, asked: dict[str, Any], shape: Shape, **fields: Any
+        cls, method: str, granularity: Granularity, request: dict[str, Any], shape: Shape, **fields: Any
     ) -> Plan:
         """Make a plan that keeps everything, except for ``fields``."""
         everything: dict[str, Any] = {
@@ -72,7 +72,7 @@ class Plan:
             "keep_ffn": {layer: torch.arange(shape.ffn) for layer in range(shape.layers)},
             "keep_kv": {layer: torch.arange(shape.kv_heads) for layer in range(shape.layers)},
         }
-        return cls(method=method, granularity=granularity, asked=asked, before=shape, **(everything | fields))
+        return cls(method=method, granularity=granularity, request=request, before=shape, **(everything | fields))
 
     def indices(self, axis: Axis, layer: int) -> Tensor | None:
         """The indices to keep of an axis in a layer; None for all."""
@@ -161,8 +161,8 @@ class Plan:
         content = {
             "method": self.method,
             "granularity": self.granularity,
-            "asked": self.asked,
-            "ratio": {"asked": self.asked.get("ratio"), **self.removed()},
+            "asked": self.request,
+            "ratio": {"asked": self.request.get("ratio"), **self.removed()},
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
             "calibration": self.calibration,

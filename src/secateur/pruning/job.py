@@ -44,7 +44,7 @@ class Pruned:
 
     path: Path
     method: str
-    plan: Plan  #: what was kept, with scores and masks
+    plan: Plan  #: kept layers, channels and heads, masks and scores
     fingerprint: str  #: of the plan
     removed: dict[str, float]  #: shares removed: ``total``, ``non_embedding`` and, for masks, ``block_weights``
     shape: Shape  #: after the cut
@@ -59,7 +59,7 @@ class Pruned:
         return {
             "out": str(self.path),
             "method": self.method,
-            "asked": self.plan.asked,
+            "asked": self.plan.request,
             "ratio": removed_shares(self.plan),
             "shape": self.shape.as_dict(),
             "calibration": self.calibration,
@@ -79,7 +79,7 @@ def prune_model(request: PruneRequest) -> PreTrainedModel:
     """Prune in memory.
 
     Returns:
-        The cut model, with attributes ``plan`` (what was kept), ``masks`` (parameter name -> bool, True where kept;
+        The cut model, with attributes ``plan``, ``masks`` (parameter name -> bool, True where kept;
         empty unless sparse) and ``report`` (plain values, as :meth:`Pruned.record` gives them).
 
     Raises:
@@ -107,7 +107,7 @@ def prune_model(request: PruneRequest) -> PreTrainedModel:
     if isinstance(checkpoint, LiveCheckpoint):
         model = model.to(checkpoint.model.device)
     model.plan, model.masks = plan, dict(plan.masks)
-    model.report = {"asked": plan.asked, "ratio": removed_shares(plan), "summary": plan.summary}
+    model.report = {"asked": plan.request, "ratio": removed_shares(plan), "summary": plan.summary}
     model.report |= {"method": plan.method, "shape": plan.after.as_dict(), "calibration": plan.calibration}
     return model
 

@@ -65,8 +65,8 @@ class LearningData:
             UserError: if no domain has a whole window.
         """
         view = DomainTokens(store, "train", start, stop, sequence)
-        for name, left in view.short_domains.items():
-            notify(f"domain {name!r}: its {left} tokens are less than a window of {sequence}, and are not read")
+        for name, rest in view.short_domains.items():
+            notify(f"domain {name!r}: its {rest} tokens are less than a window of {sequence}, and are not read")
         windows = sum((end - begin) // sequence for begin, end in view.ranges.values())
         record = {"source": source, "windows": windows, "seqlen": sequence, "hash": store.fingerprint}
         return cls(view, view.ranges, record, sequence, domain_protocols(store, sequence, _HELDOUT_WINDOWS))

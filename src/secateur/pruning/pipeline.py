@@ -182,7 +182,7 @@ def removed_shares(plan: Plan) -> dict[str, Any]:
         ``non_embedding`` or ``block_weights``); the shares removed, ``total``, ``non_embedding`` and, for masks,
         ``block_weights``; ``drift``: the share of that kind less the requested ratio.
     """
-    ratio, of = plan.asked.get("ratio"), plan.asked.get("of")
+    ratio, of = plan.request.get("ratio"), plan.request.get("of")
     shares = plan.removed()
     if plan.masks:
         shares["block_weights"] = plan.zeroed / plan.before.block_weights
@@ -198,7 +198,7 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
     content = plan.save(out)
     share = removed_shares(plan)
     lines = [
-        f"Pruned with **{plan.method}** ({plan.granularity}) by secateur, asked for {describe_target(plan.asked)}: "
+        f"Pruned with **{plan.method}** ({plan.granularity}) by secateur, asked for {describe_target(plan.request)}: "
         f"{plan.summary['detail']}.",
         "",
         f"- removed: {100 * share['total']:.1f}% of all parameters, "

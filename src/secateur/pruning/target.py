@@ -325,16 +325,16 @@ def _check_axes(axes: tuple[str, ...]) -> None:
         raise UserError(f"`axes`: {','.join(axes)} names an axis twice")
 
 
-def describe_target(asked: Mapping[str, Any]) -> str:
+def describe_target(target: Mapping[str, Any]) -> str:
     """Describe a target (:meth:`Target.record`) in words."""
     parts = []
-    if "ratio" in asked:
-        parts.append(f"{100 * asked['ratio']:.4g}% of {_COUNTED[asked['of']]}")
-    if "shape" in asked:
-        parts.append(",".join(f"{name}={size}" for name, size in asked["shape"].items()))
-    parts += [f"{key} {asked[key]}" for key in ("pattern", "allocation") if key in asked]
-    if "axes" in asked:
-        parts.append(f"axes {','.join(asked['axes'])}")
+    if "ratio" in target:
+        parts.append(f"{100 * target['ratio']:.4g}% of {_COUNTED[target['of']]}")
+    if "shape" in target:
+        parts.append(",".join(f"{name}={size}" for name, size in target["shape"].items()))
+    parts += [f"{key} {target[key]}" for key in ("pattern", "allocation") if key in target]
+    if "axes" in target:
+        parts.append(f"axes {','.join(target['axes'])}")
     return ", ".join(parts)
 
 

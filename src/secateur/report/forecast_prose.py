@@ -142,7 +142,7 @@ def misfit_sentence(forecast: Forecast) -> str:
 def forecasts_json(forecasts: Forecasts) -> dict[str, Any]:
     """Every ladder as plain values; None for what these runs do not determine."""
     return {
-        "forecasts": [_forecast_json(forecast) for forecast in forecasts.found],
+        "forecasts": [_forecast_json(forecast) for forecast in forecasts.fitted],
         "not_forecast": list(forecasts.unfitted),
     }
 

@@ -50,7 +50,7 @@ def forecasts_tex(judgement: Judgement) -> str:
     """The crossover of each ladder on each account, in tokens of R, with its interval."""
     head = ("Model", "Equal", "Ahead at first", "The other catches up at")
     rows = []
-    for forecast in judgement.forecasts.found:
+    for forecast in judgement.forecasts.fitted:
         for outlook in forecast.outlooks:
             crossing = outlook.crossover
             leader = (crossing.leader or "level") if crossing else "--"

@@ -17,7 +17,7 @@ from secateur.comparison.naming import BUDGETS, group_name, model_name
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.provenance import runs_of
 from secateur.comparison.quality import measurement_rows
-from secateur.comparison.records import Pruned
+from secateur.comparison.records import PrunedModel
 from secateur.comparison.serving_cost import running_rows
 from secateur.comparison.twins import SCRATCH
 from secateur.files import write_text
@@ -95,7 +95,7 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
     write_text(folder / "measurements.csv", rows_csv(measurement_rows(judgement.index)))
     optional = {
         "forecasts.csv": rows_csv(forecast_rows(judgement)),
-        "forecasts.tex": forecasts_tex(judgement) if judgement.forecasts.found else "",
+        "forecasts.tex": forecasts_tex(judgement) if judgement.forecasts.fitted else "",
         "across_ratios.csv": rows_csv(across_rows(judgement)),
     }
     for name, text in optional.items():
@@ -166,7 +166,7 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "quality": [(row, group_name(row.group, index.comparisons, target=True)) for row in judgement.quality],
         "running": running_rows(index),
         "forecasts": judgement.forecasts,
-        "forecast_texts": [_forecast_texts(forecast) for forecast in judgement.forecasts.found],
+        "forecast_texts": [_forecast_texts(forecast) for forecast in judgement.forecasts.fitted],
         "laws": judgement.laws,
         "across": across_rows(judgement),
         "cells": cell_rows(judgement),
@@ -216,7 +216,7 @@ def _varying_columns(groups: Sequence[Group]) -> list[tuple[str, str]]:
     return [(head, key) for head, key in columns if len({getattr(group, key) for group in groups}) > 1]
 
 
-def _losses_before_training(index: Index) -> list[tuple[Pruned, float | None]]:
+def _losses_before_training(index: Index) -> list[tuple[PrunedModel, float | None]]:
     """Every pruned model with its loss minus its parent's; None unless both were measured under one protocol."""
     rows = []
     for pruned in index.results.pruned:
@@ -258,7 +258,7 @@ def _model_details(
     return {"name": model_name(model, index.models), **details} if any(details.values()) else None
 
 
-def _removal_text(pruned: Pruned | None) -> str:
+def _removal_text(pruned: PrunedModel | None) -> str:
     if pruned is None:
         return ""
     total, dense = formatting.percent(pruned.ratio_total), formatting.percent(pruned.ratio_non_embedding)

@@ -143,7 +143,7 @@ def forecast_rows(judgement: Judgement) -> list[Row]:
             **_estimate("crossover", outlook.crossover.budget if outlook.crossover else None),
             "horizon": outlook.crossover.horizon if outlook.crossover else None,
         }
-        for forecast in judgement.forecasts.found
+        for forecast in judgement.forecasts.fitted
         for outlook in forecast.outlooks
         for standing in outlook.standings
     ]

@@ -234,7 +234,7 @@ def _objectives(index: Index) -> list[str]:
 
 def _forecasts(judgement: Judgement) -> list[str]:
     """For each ladder: crossovers with the parent sunk and charged, and losses at a larger budget."""
-    forecasts, laws = judgement.forecasts.found, judgement.laws
+    forecasts, laws = judgement.forecasts.fitted, judgement.laws
     lines = ["", "Forecasts, by curves fitted to finished runs, with 95% intervals"] if forecasts or laws else []
     for forecast in forecasts[:_MOST_SENTENCES]:
         lines += _wrapped(forecast.name, indent="  ")

@@ -7,7 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from secateur.comparison.records import Cell, Cost, Evaluation, Parent, Point, Pruned, Running, StageNote, StudyResults
+from secateur.comparison.records import (
+    Cell,
+    Cost,
+    Evaluation,
+    Parent,
+    Point,
+    PrunedModel,
+    Running,
+    StageNote,
+    StudyResults,
+)
 from secateur.config import fingerprint, identity
 from secateur.errors import UserError
 from secateur.evaluation.results import EvaluationResults as MeasuredResults
@@ -127,11 +137,11 @@ class _Records:
             running=self.running(stage),
         )
 
-    def pruned(self, stage: Stage) -> Pruned:
+    def pruned(self, stage: Stage) -> PrunedModel:
         record, facts = self.records[stage.fingerprint], stage.facts
         parent = stage.inputs["model"].facts["shape"]
         share = record["ratio"] if record else removed(parent, facts["shape"])
-        return Pruned(
+        return PrunedModel(
             parent=facts["parent"],
             method=facts["method"],
             granularity=facts["granularity"],

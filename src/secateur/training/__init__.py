@@ -1,1 +1,1 @@
-"""Training under an exact token budget."""
+"""Training under an exact token budget: read ``loop`` downward; ``job`` runs a request."""

@@ -66,7 +66,7 @@ class Trained:
 
     @property
     def heldout_loss(self) -> float | None:
-        """Held-out loss at the end, nats per token; None where no text is held out."""
+        """Held-out loss at the end, nats per token; None without a held-out split."""
         return self.curve[-1]["loss"]
 
     @property
@@ -124,7 +124,7 @@ def train_model(
     Args:
         start: the model, its first weights and the masks that it keeps.
         objective: the teacher in its place; None for the language-model loss.
-        protocol: the windows of the held-out loss; None where nothing is held out.
+        protocol: the windows of the held-out loss; None without one.
         points: measurements of it after the start.
         options: checkpoints, metrics, progress.
 
@@ -310,7 +310,7 @@ def _slice(request: TrainRequest, store: TokenStore, origin: _Origin) -> Slice:
     first, last, available = request.skip, request.skip + request.tokens, store.tokens("train")
     if last > available:
         raise UserError(
-            f"`tokens`: tokens {first:,} to {last:,} were asked for, but {request.data} has {available:,}; "
+            f"`tokens`: {request.data} has {available:,} tokens, not {first:,} to {last:,}; "
             f"lower `tokens` by {last - available:,}, or build a larger corpus"
         )
     open_shards(request.data, "data", origin.shape.vocabulary)

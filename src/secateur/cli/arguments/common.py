@@ -17,12 +17,12 @@ __all__ = [
     "add_verb",
     "amount",
     "computing",
-    "count",
     "count_or_none",
     "holdout",
     "positive",
     "ratio",
     "ratios",
+    "token_count",
     "windows",
 ]
 
@@ -143,7 +143,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def count(text: str) -> int:
+def token_count(text: str) -> int:
     """A count above zero, such as 700k."""
     from secateur.config import parse_count  # imported late, since it loads pydantic
 
@@ -158,7 +158,7 @@ def count(text: str) -> int:
 
 def count_or_none(text: str) -> int:
     """A count, or zero."""
-    return 0 if text.strip() == "0" else count(text)
+    return 0 if text.strip() == "0" else token_count(text)
 
 
 def _number(text: str) -> float:

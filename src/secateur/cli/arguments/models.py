@@ -10,10 +10,10 @@ from secateur.cli.arguments.common import (
     add_verb,
     amount,
     computing,
-    count,
     count_or_none,
     holdout,
     positive,
+    token_count,
     windows,
 )
 
@@ -48,7 +48,7 @@ def add_shapes(verbs: Any) -> None:
         "show a model's size and cost, before and after pruning",
         "It counts parameters, FLOPs and KV cache from config.json alone; no weights are needed. With a ratio it shows "
         "the legal shapes nearest to it, and how far off they are.",
-        manual.SHAPES,
+        manual.SHAPES_EPILOG,
     )
     shapes.add_argument("model", metavar="CONFIG_OR_DIR", help="config.json, a directory that has one, or a Hub name")
     amount(shapes, "are listed one after the other")
@@ -65,7 +65,7 @@ def add_data(verbs: Any) -> None:
         "It encodes documents in several processes, leaves out those that repeat an earlier one, holds some out, and "
         "writes the rest in a shuffled order. The hash of its text and the seed decide a document's split "
         "and place. After a kill, the same command resumes.",
-        manual.DATA,
+        manual.DATA_EPILOG,
     )
     data.add_argument("source", metavar="SOURCE", help=manual.DOCUMENTS)
     data.add_argument("out", metavar="OUT", help="new directory to write")
@@ -83,11 +83,11 @@ def add_data(verbs: Any) -> None:
         "--holdout", type=holdout, default=0.05, metavar="SHARE", help="share of the documents held out; 0 for none"
     )
     data.add_argument(
-        "--documents", type=count, metavar="N", help="documents to read at most, e.g. 200k (default: all)"
+        "--documents", type=token_count, metavar="N", help="documents to read at most, e.g. 200k (default: all)"
     )
     data.add_argument("--seed", type=int, default=0, help="of the order of documents")
     data.add_argument("--workers", type=positive, help="processes; execution only (default: one for each core)")
-    data.add_argument("--shard-tokens", type=count, metavar="N", help="tokens in a file (default: 67108864)")
+    data.add_argument("--shard-tokens", type=token_count, metavar="N", help="tokens in a file (default: 67108864)")
 
 
 def add_prune(verbs: Any) -> None:
@@ -154,12 +154,12 @@ def add_train(verbs: Any) -> None:
         "train a model on an exact number of tokens",
         "It reads a slice of the data once, to the last token, in an order that a seed fixes, whatever the number of "
         "processes. A sparse model keeps its masks. After a kill, the same command resumes from its last checkpoint.",
-        manual.TRAIN,
+        manual.TRAIN_EPILOG,
     )
     train.add_argument("out", help="new directory to write")
     train.add_argument("--init", required=True, metavar="scratch|DIR", help="fresh weights, or those of a checkpoint")
     train.add_argument("--like", metavar="DIR", help="checkpoint or config.json of the shape, for --init scratch")
-    train.add_argument("--tokens", required=True, type=count, help="budget: 700k, 7e5, 50B ...")
+    train.add_argument("--tokens", required=True, type=token_count, help="budget: 700k, 7e5, 50B ...")
     train.add_argument("--data", required=True, metavar="shards:DIR", help="what `secateur data` has written")
     train.add_argument(
         "--skip",
@@ -211,7 +211,7 @@ def add_evaluate(verbs: Any) -> None:
         "measure held-out loss, perplexity, accuracy on tasks, and cost",
         "Text is encoded with the checkpoint's own tokenizer and cut into windows, whose first token is context only. "
         "Several checkpoints give one table, if their figures were measured in the same way.",
-        manual.EVAL,
+        manual.EVAL_EPILOG,
     )
     evaluate.add_argument(
         "models", metavar="model", nargs="+", help="checkpoint directory or Hub name; several for one table"
@@ -254,7 +254,7 @@ def add_compare(verbs: Any) -> None:
         "compare two evaluated models item by item",
         "It reads the results that `secateur eval --out` has written and compares windows or documents of text, and "
         "documents of tasks. Nothing is run.",
-        manual.COMPARE,
+        manual.COMPARE_EPILOG,
     )
     compare.add_argument("a", metavar="A.json[,A.json...]", help="results of one model, one file for each seed")
     compare.add_argument("b", metavar="B.json[,B.json...]", help="results of the other, seeds in the same order")

@@ -10,9 +10,9 @@ from secateur.cli.arguments.common import (
     Parser,
     above_zero,
     add_verb,
-    count,
     positive,
     ratio,
+    token_count,
 )
 from secateur.model.families import Granularity
 
@@ -59,11 +59,11 @@ def add_study(verbs: Any) -> None:
     )
     actions = study.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
     for name, (summary, detail) in _STUDY_ACTIONS.items():
-        action = add_verb(actions, name, summary, detail, manual.STUDY.get(name))
+        action = add_verb(actions, name, summary, detail, manual.STUDY_EPILOGS.get(name))
         action.add_argument("file", help="study file, or the name of a shipped study such as demo")
         if name == "plan":
             help_ = "speed of a device, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
-            action.add_argument("--flops-per-second", type=count, metavar="X", help=help_)
+            action.add_argument("--flops-per-second", type=token_count, metavar="X", help=help_)
         else:
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
         _OF_ACTION.get(name, lambda _: None)(action)
@@ -142,13 +142,15 @@ def add_recommend(verbs: Any) -> None:
         "recommend a path, by published figures or by a study's",
         "It fits both paths' losses against tokens and prints who is ahead at a budget, where the other path catches "
         "up, with intervals, the distance of the question from the evidence, and the cost of both paths.",
-        manual.RECOMMEND,
+        manual.RECOMMEND_EPILOG,
     )
     size = recommend.add_mutually_exclusive_group(required=True)
-    size.add_argument("--params", type=count, metavar="N", help="parameters of the parent: 8e9, 8B ...")
+    size.add_argument("--params", type=token_count, metavar="N", help="parameters of the parent: 8e9, 8B ...")
     size.add_argument("--model", metavar="CONFIG_OR_DIR", help="the parent's config.json instead, for exact FLOPs")
     recommend.add_argument("--ratio", type=ratio, required=True, metavar="R", help="share to remove, between 0 and 1")
-    recommend.add_argument("--tokens", type=count, required=True, metavar="N", help="budget after pruning: 50B ...")
+    recommend.add_argument(
+        "--tokens", type=token_count, required=True, metavar="N", help="budget after pruning: 50B ..."
+    )
     recommend.add_argument("--granularity", choices=get_args(Granularity), help="what is removed (default: any)")
     recommend.add_argument("--method", help="pruning method, as for prune (default: any)")
     recommend.add_argument(
@@ -157,7 +159,9 @@ def add_recommend(verbs: Any) -> None:
         default="have",
         help="whether the parent exists, its cost sunk, or must be trained",
     )
-    recommend.add_argument("--parent-tokens", type=count, metavar="N", help="tokens that the parent is trained on")
+    recommend.add_argument(
+        "--parent-tokens", type=token_count, metavar="N", help="tokens that the parent is trained on"
+    )
     recommend.add_argument(
         "--children", type=positive, default=1, metavar="K", help="pruned models that share the parent's cost"
     )

@@ -73,7 +73,7 @@ def _describe(output: Pruned) -> list[str]:
         shares += f", {percent(removed['block_weights'])} of the weights of the blocks' linears"
     lines = [
         f"{output.path}: {output.method}, {plan.summary['detail']}",
-        f"asked        {describe_target(plan.asked)}",
+        f"asked        {describe_target(plan.request)}",
         f"removed      {shares}",
     ]
     drift: Any = removed_shares(plan)["drift"]

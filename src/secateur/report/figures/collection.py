@@ -125,7 +125,7 @@ def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, Draw, None]]:
 
 
 def _forecasts(judgement: Judgement) -> Iterator[tuple[str, str, Draw, Model]]:
-    for forecast in judgement.forecasts.found:
+    for forecast in judgement.forecasts.fitted:
 
         def draw(palette: Palette, forecast=forecast) -> tuple[Figure, str]:
             return draw_forecast(forecast, palette)

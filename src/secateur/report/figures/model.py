@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from secateur.comparison.ablation import ControlGap
-from secateur.comparison.records import Pruned
+from secateur.comparison.records import PrunedModel
 from secateur.formatting import NOT_MEASURED, loss, percent
 from secateur.report.figures.palette import Palette
 
@@ -20,7 +20,7 @@ __all__ = ["draw_controls", "draw_layers"]
 _WIDTH = 4.0  # inches
 
 
-def draw_layers(pruned: Pruned, parent: dict[str, Any], title: str, palette: Palette) -> tuple[Figure, str]:
+def draw_layers(pruned: PrunedModel, parent: dict[str, Any], title: str, palette: Palette) -> tuple[Figure, str]:
     """A strip of the parent's layers, each filled by the share that remains, and a description."""
     strips = _strips(pruned, parent)
     height = 0.55 + 0.5 * len(strips)
@@ -56,7 +56,7 @@ def _range_text(label: str, shares: Sequence[float], layers: int) -> str:
     return f"{low} kept" if low == high else f"{low} to {high} kept"
 
 
-def _strips(pruned: Pruned, parent: dict[str, Any]) -> dict[str, list[float | None]]:
+def _strips(pruned: PrunedModel, parent: dict[str, Any]) -> dict[str, list[float | None]]:
     """For each kind of unit, the share that remains in each layer, None for a removed layer; at least whole layers."""
 
     def shares(key: str, whole: float | None) -> list[float | None]:

@@ -78,7 +78,7 @@ def cost_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     """Measure what a model costs to run; the figures go to ``cost.json``, since times differ from run to run.
 
     Returns:
-        ``workload``, as it was asked.
+        ``workload``, as the study requests it.
     """
     device = pick_device(stage.runtime.get("device", "auto"))
     checkpoint = Checkpoint(model_of(stage, store))

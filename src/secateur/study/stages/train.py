@@ -179,6 +179,6 @@ def _config(stage: Stage, store: Store, recipe: Recipe) -> Any:
         tokenizer = load_tokenizer(store.folder(stage.inputs["corpus"]) / "tokenizer")
         return llama_config(shape, context=recipe.sequence, tokenizer=tokenizer)
     parent = Checkpoint(model_of(stage, store, "like"))
-    kept = {"after": shape, "keep_layers": torch.arange(shape.layers)}
-    raw = cut_config(parent, Plan.keeping_all("", "width", {}, parent.shape, **kept))
+    fields = {"after": shape, "keep_layers": torch.arange(shape.layers)}
+    raw = cut_config(parent, Plan.keeping_all("", "width", {}, parent.shape, **fields))
     return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
