@@ -1,1 +1,1 @@
-"""Measuring what a checkpoint is worth."""
+"""Measuring checkpoints: losses under protocols, tasks of lm-eval, cost; results item by item."""
