@@ -159,6 +159,7 @@ def test_texts_are_calibrated_on_with_the_models_tokenizer(lettered: Path, tmp_p
         ({"ratio": 0.5, "axes": "ffn"}, "axes", "prunes no channels"),
         ({"ratio": 0.5, "calibration": IDS + 60}, "calibration", "the model's vocabulary is 61"),
         ({"ratio": 0.5, "calibration": IDS[0]}, "calibration", "[windows, positions]"),
+        ({"ratio": 0.5, "model": "live", "calibration": ["text"]}, "tokenizer", "names none"),
         ({"ratio": 0.5, "device": "tpu"}, None, "tpu"),
         ({"ratio": 0.5, "method": "wnda"}, None, "did you mean 'wanda'?"),
         ({"ratio": 0.5, "method": "sheared"}, "out", "needs a directory"),
@@ -166,7 +167,12 @@ def test_texts_are_calibrated_on_with_the_models_tokenizer(lettered: Path, tmp_p
 )
 def test_bad_requests_name_the_field(fields: dict[str, Any], field: str | None, part: str, root: Path) -> None:
     with pytest.raises(secateur.UserError) as error:
-        secateur.prune(root / "llama-0", **{"method": "wanda", "calibration": IDS, **fields})
+        model: Any = root / "llama-0"
+        if fields.get("model") == "live":
+            model = hf(model)
+            model.name_or_path = ""
+        request = {"method": "wanda", "calibration": IDS, **fields, "model": model}
+        secateur.prune(**request)
     assert part in str(error.value) and "--" not in str(error.value)
     assert field is None or error.value.field == field
 

@@ -159,7 +159,10 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_the_methods_of_packages(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "of installed packages" not in shown(capsys)
     install(site, {"mine": "it:Mine", "also-mine": "it:AlsoMine", "wanda": "it:Other"}, it="raise ImportError")
-    assert "\n  of installed packages\n    also-mine  (it:AlsoMine)\n    mine  (it:Mine)\n\nmagnitude and the random controls " in shown(capsys)
+    assert (
+        "\n  of installed packages\n    also-mine  (it:AlsoMine)\n    mine  (it:Mine)\n\nmagnitude and the random controls "
+        in shown(capsys)
+    )
 
 
 def test_an_announcement_that_cannot_be_read(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

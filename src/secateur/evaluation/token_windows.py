@@ -19,6 +19,7 @@ from secateur.data.tokenizer import Stream, check_vocabulary, encode_documents, 
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.protocols import begins_with_bos
+from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.progress import notify
 
@@ -150,7 +151,7 @@ def _encode(
         if isinstance(source, str)
         else (Document(f"text {number}", text) for number, text in enumerate(source))
     )
-    tokenizer = tokenizer or load_tokenizer(checkpoint.directory)
+    tokenizer = tokenizer or load_tokenizer(local_checkpoint(checkpoint.directory, weights=False))
     check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     stream = encode_documents(documents, tokenizer, limit)
     shorter = window_length(checkpoint, seqlen)

@@ -12,12 +12,13 @@ import torch
 
 from secateur import distributed
 from secateur.calibration.journal import Workspace
+from secateur.data.token_files import is_token_file
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.files import FINISHED_BLOCKS, check_disk, partial_directories, require_new_directory, shared_directory
 from secateur.formatting import byte_size
-from secateur.hub import local_checkpoint
+from secateur.hub import is_hub_name, local_checkpoint
 from secateur.memory import ResourceUse, free_device_memory, free_memory, track_resources
 from secateur.methods.base import LearnedMethod
 from secateur.model.checkpoint import Checkpoint
@@ -226,9 +227,16 @@ def _copy_tokenizer(request: PruneRequest, out: Path) -> None:
 
 
 def _tokenizer(request: PruneRequest) -> Any:
-    """The tokenizer of the request: an object, or loaded from a directory; None where it names none."""
+    """The tokenizer of the request: an object, or loaded from a directory or the Hub; None where it names none."""
     tokenizer = request.tokenizer
-    return load_tokenizer(Path(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+    if isinstance(tokenizer, str | Path):
+        return load_tokenizer(local_checkpoint(tokenizer, weights=False))
+    if tokenizer is None and isinstance(request.model, torch.nn.Module):
+        name = str(getattr(request.model, "name_or_path", ""))
+        texts = request.calibration is not None and not hasattr(request.calibration, "shape")
+        if texts and not (is_token_file(str(request.calibration)) or Path(name).is_dir() or is_hub_name(name)):
+            raise UserError("`tokenizer`: calibration texts need one, and this model in memory names none")
+    return tokenizer
 
 
 def _task(request: PruneRequest) -> Task | None:
