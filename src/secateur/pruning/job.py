@@ -234,7 +234,9 @@ def _tokenizer(request: PruneRequest) -> Any:
     if tokenizer is None and isinstance(request.model, torch.nn.Module):
         name = str(getattr(request.model, "name_or_path", ""))
         texts = request.calibration is not None and not hasattr(request.calibration, "shape")
-        if texts and not (is_token_file(str(request.calibration)) or Path(name).is_dir() or is_hub_name(name)):
+        if texts and not (
+            is_token_file(str(request.calibration)) or (name and Path(name).is_dir()) or is_hub_name(name)
+        ):
             raise UserError("`tokenizer`: calibration texts need one, and this model in memory names none")
     return tokenizer
 
