@@ -159,9 +159,8 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_the_methods_of_packages(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "of installed packages" not in shown(capsys)
     install(site, {"mine": "it:Mine", "also-mine": "it:AlsoMine", "wanda": "it:Other"}, it="raise ImportError")
-    assert (
-        "\n  of installed packages\n    also-mine  (it:AlsoMine)\n    mine  (it:Mine)\n\nmagnitude and the random controls "
-        in shown(capsys)
+    lines = "\n  of installed packages\n    also-mine  (it:AlsoMine)\n    mine  (it:Mine)\n\n"
+    assert f"{lines}magnitude and the random controls " in shown(capsys)
     )
 
 
