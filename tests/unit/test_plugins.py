@@ -161,7 +161,6 @@ def test_help_lists_the_methods_of_packages(site: Path, capsys: pytest.CaptureFi
     install(site, {"mine": "it:Mine", "also-mine": "it:AlsoMine", "wanda": "it:Other"}, it="raise ImportError")
     lines = "\n  of installed packages\n    also-mine  (it:AlsoMine)\n    mine  (it:Mine)\n\n"
     assert f"{lines}magnitude and the random controls " in shown(capsys)
-    )
 
 
 def test_an_announcement_that_cannot_be_read(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
