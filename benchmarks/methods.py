@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from secateur.data.sources import open_source
-from secateur.data.tokenizer import encode_stream, load_tokenizer
+from secateur.data.tokenizer import encode_documents, load_tokenizer
 from secateur.errors import UserError
-from secateur.evaluation.loss import Protocol, evaluate_loss
+from secateur.evaluation.loss import Protocol, window_losses
 from secateur.model.checkpoint import Checkpoint
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.pipeline import make_plan, write_pruned
@@ -95,9 +95,9 @@ def main() -> None:
         plan = make_plan(checkpoint, method, Target(**besides, **target), calibration, options=options)
         with tempfile.TemporaryDirectory() as out:
             write_pruned(checkpoint, plan, Path(out))
-            return float(evaluate_loss(Checkpoint(out).load(), protocol)["perplexity"])
+            return float(window_losses(Checkpoint(out).load(), protocol).summary()["perplexity"])
 
-    dense = evaluate_loss(checkpoint.load(), protocol)["perplexity"]
+    dense = window_losses(checkpoint.load(), protocol).summary()["perplexity"]
     print(f"dense: {dense:.3f}; calibration {calibration.record()['hash'][:12]}, {protocol.tokens:,} held-out tokens\n")
     print("| granularity | method | " + " | ".join(f"{ratio:g}" for ratio in asked.ratios) + " |")
     print("|---|---|" + "---|" * len(asked.ratios))
@@ -134,7 +134,7 @@ def _draws(perplexity: Any, control: Row, seeds: int, **target: Any) -> tuple[fl
 
 
 def _ids(checkpoint: Checkpoint, source: str, limit: int) -> Any:
-    return encode_stream(open_source(source).documents(), load_tokenizer(checkpoint.directory), limit)
+    return encode_documents(open_source(source).documents(), load_tokenizer(checkpoint.directory), limit).ids
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from secateur.methods.base import LearnedMethod
 from secateur.methods.registry import METHODS, get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
+from secateur.model.safetensors_io import Stored
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.learned import learn, learning_recipe
 from secateur.pruning.target import Target
@@ -158,6 +159,11 @@ def hf(directory: Path) -> PreTrainedModel:
 
 
 @torch.no_grad()
+def model_tensors(model: PreTrainedModel) -> Iterator[Stored]:
+    """A model's parameters by name, tied ones once."""
+    return (Stored.of(name, parameter.detach()) for name, parameter in model.named_parameters())
+
+
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 

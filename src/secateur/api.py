@@ -21,17 +21,7 @@ if TYPE_CHECKING:
     from secateur.forecast.request import RecommendRequest
     from secateur.training.job import Trained
 
-__all__ = [
-    "build_corpus",
-    "compare",
-    "evaluate",
-    "inspect",
-    "load_results",
-    "prune",
-    "recommend",
-    "shapes",
-    "train",
-]
+__all__ = ["build_corpus", "compare", "evaluate", "inspect", "load_results", "prune", "recommend", "shapes", "train"]
 
 
 def prune(model: Any, out: Any = None, *, method: str, **fields: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import VARIANTS, edit_config, files, hf, logits, tiny_llama, windows
+from helpers import VARIANTS, edit_config, files, hf, logits, model_tensors, tiny_llama, windows
 from secateur.calibration.block_walk import BlockWalk
 from secateur.errors import UserError
 from secateur.files import resumable_directory
@@ -18,7 +18,6 @@ from secateur.model.checkpoint import (
     Checkpoint,
     copy_tokenizer,
     model_card,
-    model_tensors,
     skeleton,
     write_checkpoint,
 )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from helpers import hf, logits, tiny_llama
 from secateur.errors import UserError
-from secateur.evaluation.loss import Protocol, evaluate_loss, token_losses
+from secateur.evaluation.loss import Protocol, token_losses, window_losses
 
 
 def stream(tokens: int, seed: int = 0) -> np.ndarray:
@@ -37,7 +37,7 @@ def test_evaluate_against_a_naive_loop(tokens: int, batch: int, tmp_path: Path) 
     model, ids = hf(tiny_llama(tmp_path)), stream(tokens)
     protocol = Protocol.of_stream(ids, 8, "test")
     steps: list[int] = []
-    result = evaluate_loss(model, protocol, batch=batch, advance=steps.append)
+    result = window_losses(model, protocol, batch=batch, advance=steps.append).summary()
     expected = naive(model, ids, 8)
     every = [loss for window in expected for loss in window]
     assert result["windows"] == pytest.approx([sum(w) / len(w) for w in expected], rel=1e-5)
@@ -59,7 +59,7 @@ def test_token_losses_are_the_library_s(tmp_path: Path) -> None:
 def test_the_mode_is_put_back(training: bool, tmp_path: Path) -> None:
     model = hf(tiny_llama(tmp_path, attention_dropout=0.5)).train(training)
     protocol = Protocol.of_stream(stream(20), 8, "test")
-    assert evaluate_loss(model, protocol) == evaluate_loss(model, protocol)  # no dropout
+    assert window_losses(model, protocol).summary() == window_losses(model, protocol).summary()  # no dropout
     assert model.training is training
 
 
@@ -91,4 +91,4 @@ def test_a_broken_model_is_told(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match="held-out: the loss is nan"):
-        evaluate_loss(model, Protocol.of_stream(stream(20), 8, "held-out"))
+        window_losses(model, Protocol.of_stream(stream(20), 8, "held-out")).summary()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers import edit_config, files, tiny_llama
 from secateur.cli import main, manual
-from secateur.data.tokenizer import encode_stream, load_tokenizer, token_hash, train_tokenizer
+from secateur.data.tokenizer import encode_documents, load_tokenizer, token_hash, train_tokenizer
 from secateur.methods.registry import METHODS, get_method
 from secateur.model.checkpoint import INDEX
 
@@ -171,7 +171,7 @@ def test_what_is_printed(call: Callable[..., Call], world: Path) -> None:
     assert lines["drift"].endswith(" points from the ratio asked")
     asked, reached = 50.0, float(lines["removed"].split("% of those")[0].split()[-1])
     assert float(lines["drift"].split()[0].replace("\N{MINUS SIGN}", "-")) == pytest.approx(reached - asked, abs=0.06)
-    ids = encode_stream([_document()], load_tokenizer(world / "model"), 96).reshape(6, 16)
+    ids = encode_documents([_document()], load_tokenizer(world / "model"), 96).ids.reshape(6, 16)
     assert lines["calibration"].endswith(f"hash {token_hash(ids)[:16]}")
 
 
@@ -251,7 +251,7 @@ def test_ids_from_a_file_are_those_of_the_text(call: Callable[..., Call], world:
     line = PRUNE + "--method wanda --ratio 0.5 --calibration "
     first = call(line + "text:{w}/text.txt --seqlen 16 --windows 6").answer
     (tmp_path / "out").rename(tmp_path / "first")
-    ids = encode_stream([_document()], load_tokenizer(world / "model"), 96).reshape(6, 16)
+    ids = encode_documents([_document()], load_tokenizer(world / "model"), 96).ids.reshape(6, 16)
     np.save(tmp_path / "ids.npy", ids.astype(np.uint16))
     bare = shutil.copytree(world / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
     found = call(line.replace("{w}/model", "{m}") + f"tokens:{tmp_path}/ids.npy --windows 5 --seqlen 16", bare)
@@ -264,7 +264,7 @@ def test_ids_from_a_file_are_those_of_the_text(call: Callable[..., Call], world:
 
 def test_evaluating_on_ids_from_a_file(call: Callable[..., Call], world: Path, tmp_path: Path) -> None:
     text = call("eval {w}/model --json --data text:{w}/text.txt --seqlen 16 --windows 6")
-    ids = encode_stream([_document()], load_tokenizer(world / "model"), 96).reshape(6, 16)
+    ids = encode_documents([_document()], load_tokenizer(world / "model"), 96).ids.reshape(6, 16)
     np.save(tmp_path / "ids.npy", ids.astype(">i4"))
     found = call(f"eval {{w}}/model --json --data tokens:{tmp_path}/ids.npy")
     (ours,), (theirs,) = (c.answer["results"][0]["measurements"] for c in (found, text))

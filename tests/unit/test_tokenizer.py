@@ -18,7 +18,7 @@ from secateur.data.readers import Document
 from secateur.data.tokenizer import (
     END,
     check_vocabulary,
-    encode_stream,
+    encode_documents,
     id_bound,
     load_tokenizer,
     token_hash,
@@ -142,15 +142,15 @@ def test_a_stream_reads_no_more_than_it_needs(tokenizer: PreTrainedTokenizerFast
             read.append(number)
             yield Document(str(number), TEXTS[number % len(TEXTS)])
 
-    whole = encode_stream(documents(40), tokenizer)
+    whole = encode_documents(documents(40), tokenizer).ids
     assert (
         whole.tolist() == np.concatenate(encode_texts(tokenizer, [TEXTS[n % len(TEXTS)] for n in range(40)])).tolist()
     )
     read.clear()
-    assert encode_stream(documents(10_000), tokenizer, 24).tolist() == whole[:24].tolist()
+    assert encode_documents(documents(10_000), tokenizer, 24).ids.tolist() == whole[:24].tolist()
     assert len(read) <= 16
-    assert encode_stream(documents(40), tokenizer, 10**6).tolist() == whole.tolist()
-    empty = encode_stream([], tokenizer)
+    assert encode_documents(documents(40), tokenizer, 10**6).ids.tolist() == whole.tolist()
+    empty = encode_documents([], tokenizer).ids
     assert empty.shape == (0,) and empty.dtype == np.int64
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from helpers import SIZES, naive_loss, randomise, windows
+from helpers import SIZES, model_tensors, naive_loss, randomise, windows
 from secateur.config import fingerprint, parse
 from secateur.errors import RunError, UserError
-from secateur.model.checkpoint import Checkpoint, model_tensors, skeleton, write_checkpoint
+from secateur.model.checkpoint import Checkpoint, skeleton, write_checkpoint
 from secateur.model.shapes import Shape
 from secateur.training.batches import Slice
 from secateur.training.checkpoints import Saver

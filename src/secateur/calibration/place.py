@@ -80,11 +80,7 @@ class Place:
 
 
 def walk_places(
-    walk: BlockWalk,
-    needs: Sequence[type],
-    spaces: Sequence[str],
-    *,
-    replay: Callable[[Block], None] | None = None,
+    walk: BlockWalk, needs: Sequence[type], spaces: Sequence[str], *, replay: Callable[[Block], None] | None = None
 ) -> Iterator[tuple[Block | None, dict[str, list[Place]]]]:
     """Walk through the blocks and yield the places of each.
 

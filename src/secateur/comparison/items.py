@@ -11,13 +11,7 @@ from numpy.typing import NDArray
 
 from secateur.comparison.intervals import bootstrap_interval, mean_interval, seed_interval, sign_test
 from secateur.errors import UserError
-from secateur.evaluation.results import (
-    LOSS,
-    EvaluationResults,
-    Measurement,
-    MeasurementKind,
-    check_same_protocols,
-)
+from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, MeasurementKind, check_same_protocols
 
 __all__ = ["AVERAGE", "FEW", "Comparison", "Comparisons", "Outcome", "compare_results"]
 

@@ -40,7 +40,8 @@ def objective_rows(index: Index) -> tuple[ObjectiveRow, ...]:
         seeds = [seed for seed in first_runs if seed in second_runs]
         if not seeds:
             continue
-        ratio = _ratio(first_runs[seeds[0]], second_runs[seeds[0]])
+        first_flops, second_flops = (runs[seeds[0]].training.flops for runs in (first_runs, second_runs))
+        ratio = second_flops / first_flops if first_flops else None
         same_flops = ratio is not None and abs(ratio - 1) <= _SAME_FLOPS
         pairs = [pair_cells(second_runs[seed], first_runs[seed], PRUNED, PRUNED) for seed in seeds]
         mean = mean_difference([pair for pair in pairs if isinstance(pair, Paired)])
@@ -67,10 +68,6 @@ def _pairs(index: Index) -> Iterator[tuple[Group, Group]]:
 def _runs(index: Index, group: Group) -> dict[int | None, Cell]:
     cells = {seeded.seed: index.cell(seeded, PRUNED) for seeded in index.pools[group]}
     return {seed: cell for seed, cell in cells.items() if cell}
-
-
-def _ratio(first: Cell, second: Cell) -> float | None:
-    return second.training.flops / first.training.flops if first.training.flops else None
 
 
 def _mean(cells: list[Cell]) -> float | None:

@@ -134,12 +134,7 @@ def _figures(about: dict[str, Any], evaluation: Evaluation | None) -> list[dict[
     for measurement in evaluation.measured if evaluation else ():
         common = {"unit": measurement.scale, "protocol": measurement.protocol["fingerprint"]}
         figures = [(part.name, part.value) for part in (measurement, *by_domain(measurement))]
-        figures += [
-            (f"{measurement.name} behind {p['from']} to {p['to']} tokens", p["loss"]) for p in _positions(measurement)
-        ]
+        positions = measurement.details.get("by_position", ())
+        figures += [(f"{measurement.name} behind {p['from']} to {p['to']} tokens", p["loss"]) for p in positions]
         rows += [{**named, "figure": name, "value": value, **common} for name, value in figures]
     return rows
-
-
-def _positions(measurement: Measurement) -> Sequence[Any]:
-    return measurement.details.get("by_position", ())

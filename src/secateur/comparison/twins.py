@@ -33,12 +33,7 @@ Setting = Literal["training", "total", "training-flops", "total-flops"]
 Winner = Literal["pruned", "scratch", "too close to call", "not measured"]
 
 #: The from-scratch run that P-R is compared with in each setting.
-SCRATCH: dict[Setting, str] = {
-    "training": "S_R",
-    "total": "S_{P+R}",
-    "training-flops": "S_F",
-    "total-flops": "S_{P+F}",
-}
+SCRATCH: dict[Setting, str] = {"training": "S_R", "total": "S_{P+R}", "training-flops": "S_F", "total-flops": "S_{P+F}"}
 SETTINGS: tuple[Setting, ...] = tuple(SCRATCH)
 
 _ROUNDING = 1e-9  # nats; what two sums of equal losses may differ by

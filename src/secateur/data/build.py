@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,9 +168,10 @@ def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> 
     sides = [TRAIN, *([HELDOUT] if holdout.share else [])]
     counts = {side: np.zeros((len(domains), 3), dtype=np.int64) for side in sides}
     with ExitStack() as stack, progress.track("sort and write", runs.tokens) as task:
+        dtype = "uint16" if runs.dtype.itemsize == 2 else "uint32"
         writers = {}
         for side in sides:
-            writers[side] = ShardWriter(out, side, _dtype(runs), shard_tokens, domains=len(domains) > 1)
+            writers[side] = ShardWriter(out, side, dtype, shard_tokens, domains=len(domains) > 1)
             stack.callback(writers[side].abandon)
         read = 0
         for bucket in runs.buckets():
@@ -186,10 +186,6 @@ def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> 
                 raise holdout.empty(side, read)
         splits = {side: writer.close() for side, writer in writers.items()}
     return BuildResult(splits, domains if len(domains) > 1 else [], runs.documents - read, counts)
-
-
-def _dtype(runs: SortedRuns) -> Any:
-    return "uint16" if runs.dtype.itemsize == 2 else "uint32"
 
 
 def _write_documents(writer: ShardWriter, bucket: Bucket, mask: NDArray[np.bool_], counts: NDArray[np.int64]) -> None:

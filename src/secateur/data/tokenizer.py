@@ -30,7 +30,6 @@ __all__ = [
     "batches",
     "check_vocabulary",
     "encode_documents",
-    "encode_stream",
     "id_bound",
     "load_tokenizer",
     "token_hash",
@@ -162,13 +161,6 @@ def encode_documents(
     ids = np.concatenate([np.zeros(0, dtype=np.int64), *parts])[:limit]
     numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[:limit]
     return Stream(ids, numbers, tuple(domains))
-
-
-def encode_stream(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-) -> NDArray[np.int64]:
-    """Return only the ids of :func:`encode_documents`: int64 [limit], or fewer if the documents end earlier."""
-    return encode_documents(documents, tokenizer, limit).ids
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -68,7 +68,7 @@ def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workl
         figures += _speeds(model, workload, DENSE, progress.advance)
     sparsity, more = _sparsity_gain(checkpoint, model, workload)
     return {
-        "device": _device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "environment": environment(),
@@ -76,10 +76,6 @@ def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workl
         "figures": [figure.record() for figure in (*figures, *more)],
         "sparsity": sparsity,
     }
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def _sizes(checkpoint: Checkpoint, model: PreTrainedModel) -> list[Figure]:

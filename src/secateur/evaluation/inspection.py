@@ -44,15 +44,8 @@ class Inspection:
 
     def record(self) -> dict[str, Any]:
         """Plain values, as ``secateur inspect --json`` prints them."""
-        return {
-            "model": self.model,
-            **describe_shape(self.shape, self.context),
-            "sparsity": self.sparsity,
-            "not_finite": self.not_finite,
-            "dtype": self.dtype,
-            "digest": self.digest,
-            "provenance": self.provenance,
-        }
+        content = {key: value for key, value in vars(self).items() if key not in ("shape", "context")}
+        return {"model": content.pop("model"), **describe_shape(self.shape, self.context), **content}
 
 
 def inspect_checkpoint(request: InspectRequest) -> Inspection:

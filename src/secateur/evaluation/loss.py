@@ -21,7 +21,7 @@ from secateur.evaluation.results import Measurement
 from secateur.losses.next_token import model_loss
 from secateur.runtime import pick_batch
 
-__all__ = ["Losses", "Protocol", "evaluate_loss", "measure_loss", "token_losses", "window_losses"]
+__all__ = ["Losses", "Protocol", "measure_loss", "token_losses", "window_losses"]
 
 
 @dataclass(frozen=True)
@@ -234,24 +234,6 @@ def window_losses(
         parts.append(distributed.all_reduce(losses))
     model.train(was_training)
     return Losses(protocol, tuple(parts))
-
-
-def evaluate_loss(
-    model: PreTrainedModel,
-    protocol: Protocol,
-    *,
-    batch: int | None = None,
-    advance: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Measure and summarize the loss of a model; arguments as in :func:`window_losses`.
-
-    Returns:
-        :meth:`Losses.summary`.
-
-    Raises:
-        UserError: if the loss is not finite.
-    """
-    return window_losses(model, protocol, batch=batch, advance=advance).summary()
 
 
 def measure_loss(losses: Losses, name: str) -> Measurement:

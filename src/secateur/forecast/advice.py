@@ -178,10 +178,7 @@ def _distances(
     if question.parent_tokens is not None and evidence.parent_tokens is not None:
         per_parameter = evidence.parent_tokens / evidence.parent_parameters
         yield Distance(
-            "the parent, tokens a parameter",
-            question.parent_tokens / question.parameters,
-            per_parameter,
-            per_parameter,
+            "the parent, tokens a parameter", question.parent_tokens / question.parameters, per_parameter, per_parameter
         )
 
 

@@ -20,15 +20,7 @@ from secateur.model.shapes import Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "LayerMethod",
-    "LearnedMethod",
-    "Method",
-    "RemovalMethod",
-    "Statistics",
-    "WeightMethod",
-    "WidthMethod",
-]
+__all__ = ["LayerMethod", "LearnedMethod", "Method", "RemovalMethod", "Statistics", "WeightMethod", "WidthMethod"]
 
 Statistics = Mapping[type[Statistic], "Tensor"]  #: kind of statistic -> its value at one site
 

@@ -40,7 +40,6 @@ __all__ = [
     "is_finite",
     "max_positions",
     "model_card",
-    "model_tensors",
     "read_config",
     "skeleton",
     "write_checkpoint",
@@ -317,12 +316,6 @@ def _shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
         shards[-1].append(stored)
         size += stored.bytes
     return shards
-
-
-def model_tensors(model: PreTrainedModel) -> Iterator[Stored]:
-    """A model's parameters by name, tied ones once."""
-    for name, parameter in model.named_parameters(remove_duplicate=True):
-        yield Stored.of(name, parameter.detach())
 
 
 def model_card(title: str, base: str | None, lines: Iterable[str]) -> str:

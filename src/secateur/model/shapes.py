@@ -209,10 +209,7 @@ def teacher_flops(teacher: Shape, tokens: int, context: int) -> float:
 
 def removed(before: Shape, after: Shape) -> dict[str, float]:
     """The share of parameters that ``after`` lacks: ``total`` and ``non_embedding``."""
-    return {
-        "total": 1 - after.total / before.total,
-        "non_embedding": 1 - after.non_embedding / before.non_embedding,
-    }
+    return {"total": 1 - after.total / before.total, "non_embedding": 1 - after.non_embedding / before.non_embedding}
 
 
 def multiple_of(size: int, divisor: int = 1) -> int:

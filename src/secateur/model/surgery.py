@@ -121,10 +121,11 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     other_family = plan.after.family is not plan.before.family
     config = _spelled_out(checkpoint) if other_family else dict(checkpoint.raw_config)
     config |= plan.after.config_changes() | dict.fromkeys(plan.after.switches, True)
+    cuts_layers = plan.after.layers < plan.before.layers
     for key in checkpoint.family.per_layer_keys:
         # The config object spells out what older files derive from a period, which cut layers no longer follow.
         values = getattr(checkpoint.config, key, None)
-        if isinstance(values, list) and len(values) == plan.before.layers and (key in config or _cuts_layers(plan)):
+        if isinstance(values, list) and len(values) == plan.before.layers and (key in config or cuts_layers):
             config[key] = [values[layer] for layer in plan.keep_layers.tolist()]
     if other_family:
         assert plan.before.family.relaxed is not None
@@ -143,7 +144,3 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 def _spelled_out(checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration with all defaults, since those of another family may differ."""
     return {key: value for key, value in checkpoint.config.to_diff_dict().items() if not key.startswith("_")}
-
-
-def _cuts_layers(plan: Plan) -> bool:
-    return plan.after.layers < plan.before.layers

@@ -30,7 +30,8 @@ from secateur.pruning.calibration import Calibration
 from secateur.pruning.learned_job import prune_learned
 from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory
 from secateur.pruning.pipeline import make_plan, removed_shares, write_pruned
-from secateur.pruning.request import PruneRequest
+from secateur.pruning.request import LABELS, PruneRequest
+from secateur.pruning.target import Target
 from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
 
 if TYPE_CHECKING:
@@ -93,17 +94,8 @@ def prune_model(request: PruneRequest) -> PreTrainedModel:
         raise UserError("`ratio`: a model in memory is cut to one ratio; name `out` for several")
     checkpoint = open_checkpoint(request.model)
     device = pick_device(request.device)
-    plan = make_plan(
-        checkpoint,
-        request.method,
-        target,
-        _calibration(request, checkpoint),
-        options=request.options,
-        task=_task(request),
-        batch=request.batch,
-        device=device,
-        dtype=pick_dtype(request.dtype, device),
-    )
+    calibration = _calibration(request, checkpoint)
+    plan = _plan(request, checkpoint, target, calibration, device, pick_dtype(request.dtype, device))
     model: Any = cut_model(checkpoint, plan)
     if isinstance(checkpoint, LiveCheckpoint):
         model = model.to(checkpoint.model.device)
@@ -132,7 +124,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
         raise UserError(f"{out}: lies in the model's directory {checkpoint.directory}; name one outside it")
     _check_tokenizer(checkpoint, request)
     if isinstance(request.prototype, LearnedMethod):
-        return [Pruned(*entry) for entry in _entries(*prune_learned(request, checkpoint, outputs, device))]
+        return _results(*prune_learned(request, checkpoint, outputs, device))
     calibration = _calibration(request, checkpoint)
     dtype = pick_dtype(request.dtype, device)
     states = _estimate(request, checkpoint, calibration, outputs, device, dtype)
@@ -151,59 +143,49 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     work = partial_directories(out)[1]
     if request.resume and not any(work.glob(FINISHED_BLOCKS)):
         notify(f"`resume`: there is no unfinished run in {work.parent}; this one starts from the beginning")
-    directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, labels=_WORDS)
+    directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, labels=LABELS)
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with track_resources(device) as use, directories as (fresh, work):
         workspace = Workspace(work, states)
         for target in request.targets:
-            plan = make_plan(
-                checkpoint,
-                request.method,
-                target,
-                calibration,
-                options=request.options,
-                task=_task(request),
-                batch=request.batch,
-                device=device,
-                dtype=dtype,
-                workspace=workspace,
-            )
+            plan = _plan(request, checkpoint, target, calibration, device, dtype, workspace)
             if not distributed.is_main():
                 continue
             name = "" if len(request.targets) == 1 else f"ratio-{target.ratio:g}"
             (fresh / name).mkdir(exist_ok=True)
             content = write_pruned(checkpoint, plan, fresh / name, base=checkpoint.directory.name)
-            _copy_tokenizer(request, fresh / name)
+            if request.tokenizer is not None:
+                _tokenizer(request).save_pretrained(fresh / name)
             done.append((out / name, plan, content))
-    return [Pruned(*entry) for entry in _entries(done, use)]
+    return _results(done, use)
 
 
-#: fields of a request by the keys that identify an unfinished run
-_WORDS = {
-    "model": "another `model`",
-    "method": "`method`",
-    "options": "`options`",
-    "targets": "`ratio`, `shape`, `pattern` or what goes with them",
-    "calibration": "`calibration`, `windows` or `seqlen`",
-    "batch": "`batch`",
-    "device": "`device`",
-    "dtype": "`dtype`",
-    "processes": "another number of processes",
-    "versions": "other versions of Python's packages",
-}
+def _plan(
+    request: PruneRequest,
+    checkpoint: Checkpoint,
+    target: Target,
+    calibration: Calibration | None,
+    device: str,
+    dtype: torch.dtype,
+    workspace: Workspace | None = None,
+) -> Plan:
+    task = Task(request.task, request.tasks_data, request.task_limit, few_shot=0) if request.task else None
+    fields: dict[str, Any] = {"options": request.options, "task": task, "batch": request.batch}
+    fields |= {"device": device, "dtype": dtype, "workspace": workspace}
+    return make_plan(checkpoint, request.method, target, calibration, **fields)
 
 
-def _entries(done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: ResourceUse) -> list[tuple[Any, ...]]:
-    entries = []
+def _results(done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: ResourceUse) -> list[Pruned]:
+    results = []
     for path, plan, content in done:
         masks = load_masks(path) if plan.masks else {}  # the journal that the plan's masks were views of is gone
         shares = removed_shares(plan)
         plan = dataclasses.replace(plan, masks=masks, weights={})
         removed = {key: shares[key] for key in ("total", "non_embedding", "block_weights") if key in shares}
-        entries.append(
-            (path, plan.method, plan, content["fingerprint"], removed, plan.after, plan.calibration, use),
+        results.append(
+            Pruned(path, plan.method, plan, content["fingerprint"], removed, plan.after, plan.calibration, use)
         )
-    return entries
+    return results
 
 
 def _check_tokenizer(checkpoint: Checkpoint, request: PruneRequest) -> None:
@@ -221,11 +203,6 @@ def _check_tokenizer(checkpoint: Checkpoint, request: PruneRequest) -> None:
         check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
 
 
-def _copy_tokenizer(request: PruneRequest, out: Path) -> None:
-    if request.tokenizer is not None:
-        _tokenizer(request).save_pretrained(out)
-
-
 def _tokenizer(request: PruneRequest) -> Any:
     """The tokenizer of the request: an object, or loaded from a directory or the Hub; None where it names none."""
     tokenizer = request.tokenizer
@@ -241,13 +218,6 @@ def _tokenizer(request: PruneRequest) -> Any:
     return tokenizer
 
 
-def _task(request: PruneRequest) -> Task | None:
-    """The task that the method goes by, with the place of its data; None for methods that go by none."""
-    if not request.task:
-        return None
-    return Task(request.task, data=request.tasks_data, limit=request.task_limit, few_shot=0)
-
-
 def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration | None:
     """The calibration windows; None where the method reads no text, with a notice about fields without effect."""
     if request.reads_text:
@@ -261,15 +231,13 @@ def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration |
         )
     reason = f"{request.method} " + (f"goes by the task {request.task}" if request.task else "looks at no text")
     if request.calibration is not None:
-        notify(f"`calibration`: {_source_name(request.calibration)} is not read, since {reason}")
+        source = request.calibration
+        name = source if isinstance(source, str) else f"a {type(source).__name__}"
+        notify(f"`calibration`: {name} is not read, since {reason}")
     if request.idle_fields:
         names = ", ".join(f"`{name}`" for name in request.idle_fields)
         notify(f"{names}: without effect, since {reason}")
     return None
-
-
-def _source_name(source: Any) -> str:
-    return source if isinstance(source, str) else f"a {type(source).__name__}"
 
 
 def _estimate(

@@ -28,7 +28,7 @@ from secateur.pruning.cost import scoring_flops
 from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
 from secateur.pruning.memory_estimate import estimate_training_memory
 from secateur.pruning.pipeline import write_pruned
-from secateur.pruning.request import PruneRequest
+from secateur.pruning.request import LABELS, PruneRequest
 from secateur.pruning.target import Target
 from secateur.runtime import pick_batch, pick_dtype
 from secateur.training.batches import Tokens, WindowTokens
@@ -170,7 +170,7 @@ def prune_learned(
         "dtype": dtype,
     }
     directories = shared_directory(
-        out, run_identity, "what to prune, and how", resume=request.resume, progress_files=_CHECKPOINTS, labels=_WORDS
+        out, run_identity, "what to prune, and how", resume=request.resume, progress_files=_CHECKPOINTS, labels=LABELS
     )
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):
@@ -211,17 +211,6 @@ def prune_learned(
     return done, use
 
 
-#: fields of a request by the keys that identify an unfinished run
-_WORDS = {
-    "model": "another `model`",
-    "method": "`method`",
-    "options": "`options`",
-    "targets": "`ratio`, `shape` or what goes with them",
-    "calibration": "`calibration`, `windows` or `seqlen`",
-    "dtype": "`dtype`",
-}
-
-
 def _learning_data(request: PruneRequest, checkpoint: Checkpoint) -> LearningData:
     """Read the text to train on: shards, by domain, or windows as other methods are calibrated on.
 
@@ -232,12 +221,7 @@ def _learning_data(request: PruneRequest, checkpoint: Checkpoint) -> LearningDat
     windows = request.windows or request.prototype.steps * request.prototype.windows
     if not isinstance(source, str) or not source.startswith("shards:"):
         calibration = Calibration.of(
-            checkpoint,
-            source,
-            field=request.field,
-            windows=windows,
-            seqlen=request.seqlen,
-            tokenizer=request.tokenizer,
+            checkpoint, source, field=request.field, windows=windows, seqlen=request.seqlen, tokenizer=request.tokenizer
         )
         tokens = WindowTokens(calibration.windows)
         return LearningData(tokens, {"": (0, tokens.tokens)}, calibration.record(), calibration.windows.shape[1])

@@ -27,13 +27,7 @@ from secateur.pruning.scoring import score_and_select
 from secateur.pruning.target import Target, describe_target
 from secateur.runtime import pick_batch
 
-__all__ = [
-    "check_config",
-    "make_plan",
-    "removed_shares",
-    "scores_identity",
-    "write_pruned",
-]
+__all__ = ["check_config", "make_plan", "removed_shares", "scores_identity", "write_pruned"]
 
 
 def make_plan(

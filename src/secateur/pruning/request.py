@@ -11,10 +11,24 @@ from secateur.config import Positive, spec
 from secateur.errors import UserError
 from secateur.pruning.target import Target
 
-__all__ = ["PruneRequest"]
+__all__ = ["LABELS", "PruneRequest"]
 
 #: fields of text windows, which a method that reads no text ignores
 _TEXT_FIELDS = ("windows", "seqlen", "field")
+
+#: fields of a request by the keys that identify an unfinished run
+LABELS = {
+    "model": "another `model`",
+    "method": "`method`",
+    "options": "`options`",
+    "targets": "`ratio`, `shape`, `pattern` or what goes with them",
+    "calibration": "`calibration`, `windows` or `seqlen`",
+    "batch": "`batch`",
+    "device": "`device`",
+    "dtype": "`dtype`",
+    "processes": "another number of processes",
+    "versions": "other versions of Python's packages",
+}
 
 
 @spec

@@ -17,15 +17,7 @@ from secateur.forecast.fit import Interval
 from secateur.report.judgement import Judgement
 from secateur.report.studies import StudyComparison
 
-__all__ = [
-    "across_rows",
-    "cell_rows",
-    "comparison_rows",
-    "curves_csv",
-    "forecast_rows",
-    "rows_csv",
-    "versus_rows",
-]
+__all__ = ["across_rows", "cell_rows", "comparison_rows", "curves_csv", "forecast_rows", "rows_csv", "versus_rows"]
 
 Row = dict[str, Any]
 
@@ -45,42 +37,29 @@ def cell_rows(judgement: Judgement) -> list[Row]:
         group = group_of(cell)
         record = index.pruned.get(group.model)
         verdict = verdicts.get((group, cell.name))
-        evaluation = cell.evaluation
         total_tokens, total_flops = setting_total(index, cell)
         rows.append(
             {
-                "name": cell.name,
-                "method": cell.method,
-                "granularity": cell.granularity,
-                "seed": cell.seed,
-                "ratio": cell.ratio,
-                "ratio_total": record.ratio_total if record else None,
-                "ratio_non_embedding": record.ratio_non_embedding if record else None,
-                "parameters": cell.parameters,
-                "non_embedding": cell.non_embedding,
+                **_values(cell, "name", "method", "granularity", "seed", "ratio"),
+                **_values(record, "ratio_total", "ratio_non_embedding"),
+                **_values(cell, "parameters", "non_embedding"),
                 "train_tokens": cell.training.tokens,
                 "total_tokens": total_tokens,
                 "train_flops": cell.training.flops,
                 "total_flops": total_flops,
-                "loss": evaluation.loss if evaluation else None,
-                "perplexity": evaluation.perplexity if evaluation else None,
-                "sparsity": evaluation.sparsity if evaluation else None,
-                "difference": verdict.difference if verdict else None,
-                "low": verdict.low if verdict else None,
-                "high": verdict.high if verdict else None,
-                "winner": verdict.winner if verdict else None,
-                "parent": cell.parent,
-                "target": cell.target,
-                "retrain_tokens": cell.retrain_tokens,
-                "objective": cell.objective,
-                "init": cell.init,
-                "path": cell.path,
-                "peak_rate": cell.peak_rate,
+                **_values(cell.evaluation, "loss", "perplexity", "sparsity"),
+                **_values(verdict, "difference", "low", "high", "winner"),
+                **_values(cell, "parent", "target", "retrain_tokens", "objective", "init", "path", "peak_rate"),
                 **_costs(index, cell),
                 "best_for": " ".join(on_front.get((group, cell.name), ())),
             }
         )
     return rows
+
+
+def _values(record: Any, *names: str) -> Row:
+    """The attributes ``names``; None without a record."""
+    return {name: getattr(record, name) if record else None for name in names}
 
 
 def _costs(index: Index, cell: Cell) -> Row:
@@ -96,30 +75,12 @@ def _costs(index: Index, cell: Cell) -> Row:
 
 def comparison_rows(judgement: Judgement) -> list[Row]:
     """One row for each comparison in each setting: first pooled over seeds, then for each seed."""
-    rows = []
-    for verdict in (*judgement.verdicts, *judgement.by_seed):
-        group = verdict.group
-        rows.append(
-            {
-                "setting": verdict.setting,
-                "parent": group.parent,
-                "method": group.method,
-                "target": group.target,
-                "retrain_tokens": group.retrain_tokens,
-                "objective": group.objective,
-                "seed": group.seed,
-                "seeds": verdict.seeds,
-                "pruned_loss": verdict.pruned_loss,
-                "scratch_loss": verdict.scratch_loss,
-                "difference": verdict.difference,
-                "low": verdict.low,
-                "high": verdict.high,
-                "winner": verdict.winner,
-                "flop_ratio": verdict.flop_ratio,
-                "reason": verdict.reason,
-            }
-        )
-    return rows
+    group = ("parent", "method", "target", "retrain_tokens", "objective", "seed")
+    figures = ("seeds", "pruned_loss", "scratch_loss", "difference", "low", "high", "winner", "flop_ratio", "reason")
+    return [
+        {"setting": verdict.setting, **_values(verdict.group, *group), **_values(verdict, *figures)}
+        for verdict in (*judgement.verdicts, *judgement.by_seed)
+    ]
 
 
 def forecast_rows(judgement: Judgement) -> list[Row]:

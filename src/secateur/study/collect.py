@@ -60,6 +60,7 @@ def collect(study: StudySpec, stages: list[Stage], store: Store, study_yaml: str
 
 
 _CELLS = ("P-R", "scratch", "control")
+_MODEL = ("parent", "method", "granularity", "target", "ratio")  #: facts that identify a pruned model
 
 
 class _Records:
@@ -142,11 +143,7 @@ class _Records:
         parent = stage.inputs["model"].facts["shape"]
         share = record["ratio"] if record else removed(parent, facts["shape"])
         return PrunedModel(
-            parent=facts["parent"],
-            method=facts["method"],
-            granularity=facts["granularity"],
-            target=facts["target"],
-            ratio=facts["ratio"],
+            **{key: facts[key] for key in _MODEL},
             ratio_total=share["total"],
             ratio_non_embedding=share["non_embedding"],
             shape=facts["shape"].as_dict(),
@@ -164,15 +161,7 @@ class _Records:
         return Cell(
             name=facts["name"],
             path="pruned" if facts["path"] == "P-R" else facts["path"],
-            init=facts["init"],
-            parent=facts["parent"],
-            method=facts["method"],
-            granularity=facts["granularity"],
-            target=facts["target"],
-            ratio=facts["ratio"],
-            retrain_tokens=facts["retrain_tokens"],
-            objective=facts["objective"],
-            seed=facts["seed"],
+            **{key: facts[key] for key in (*_MODEL, "init", "retrain_tokens", "objective", "seed")},
             parameters=shape.total,
             non_embedding=self._remaining(shape, pruning),
             training=self.cost((*facts["before"], stage)),

@@ -57,15 +57,7 @@ class Explanation:
 
     def as_dict(self) -> dict[str, Any]:
         """The explanation as plain values, as ``--json`` prints it."""
-        return {
-            "kind": self.kind,
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "state": self.state,
-            "reason": self.reason,
-            "nearest": self.nearest,
-            "changes": [asdict(change) for change in self.changes],
-        }
+        return {key: value for key, value in asdict(self).items() if key != "log"}
 
     def __str__(self) -> str:
         lines = [f"{self.kind} {self.name}: {self.state}: {self.reason}"]

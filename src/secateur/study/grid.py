@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.errors import UserError
+from secateur.errors import UserError, spell
 from secateur.methods.base import Method
 from secateur.methods.registry import get_method
 from secateur.model.shapes import Shape
@@ -20,7 +20,6 @@ from secateur.study.spec import (
     SettingKind,
     SettingSpec,
     StudySpec,
-    spell_keys,
 )
 
 __all__ = ["TWIN_NAMES", "PlannedComparison", "Pruning", "comparisons", "prunings"]
@@ -87,7 +86,7 @@ def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
                 after = target.shape(shapes[parent], method, entry.method)
             except UserError as error:
                 where = f"methods[{number}] ({entry.label} at {name})"
-                raise UserError(f"{where}: {spell_keys(str(error))}") from None
+                raise UserError(f"{where}: {spell(str(error), str)}") from None
             models.append(Pruning(entry, parent, name, target, method, shapes[parent], after))
     return models
 

@@ -77,10 +77,7 @@ class StudyPlan:
         """The plan as plain values, as ``--json`` prints it."""
         content = asdict(self) | {"stages": [asdict(stage) for stage in self.stages]}
         speed = content.pop("flops_per_second")
-        return content | {
-            "device_hours": {"flops_per_second": speed, "hours": self.device_hours},
-            "formula": _FORMULA,
-        }
+        return content | {"device_hours": {"flops_per_second": speed, "hours": self.device_hours}, "formula": _FORMULA}
 
     def __str__(self) -> str:
         purposes = ", ".join(f"{name} {scientific(flops)}" for name, flops in self.flops_by.items())

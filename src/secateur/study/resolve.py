@@ -15,12 +15,13 @@ from secateur.errors import UserError
 from secateur.evaluation.lm_eval.task_files import examples_file, task_file
 from secateur.evaluation.protocols import text_source
 from secateur.files import sha256_file, sha256_tree
+from secateur.hub import is_hub_name
 from secateur.model.shapes import Shape
 from secateur.study.spec import EvaluationSpec, ParentSpec, StudySpec
 
 __all__ = ["SHARDS", "ResolvedParent", "ResolvedStudy", "resolve", "split_paths"]
 
-HUB, SHARDS, TEXT = "hf:", "shards:", "text:"
+SHARDS, TEXT = "shards:", "text:"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def split_paths(corpus: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
     scheme = next((scheme for scheme in (TEXT, SHARDS) if source.startswith(scheme)), None)
     if scheme:
         paths["source"], content["source"] = source, scheme
-    if tokenizer is not None and not tokenizer.startswith(HUB):
+    if tokenizer is not None and not is_hub_name(tokenizer):
         paths["tokenizer"], content["tokenizer"] = tokenizer, "local"
     return content, paths
 
@@ -121,7 +122,7 @@ def _corpus(study: StudySpec, rows: int) -> str:
             )
         return tokens.fingerprint
     digest = open_source(spec.source, field=spec.field, split=spec.split).digest()
-    if spec.tokenizer is None or spec.tokenizer.startswith(HUB):
+    if spec.tokenizer is None or is_hub_name(spec.tokenizer):
         return digest
     from secateur.model.checkpoint import TOKENIZER_FILES
 
@@ -138,10 +139,10 @@ def _parent(study: StudySpec, name: str, parent: ParentSpec) -> ResolvedParent:
     if parent.checkpoint is None:
         assert shape is not None
         return ResolvedParent(shape)
-    if parent.checkpoint.startswith(HUB):
+    if is_hub_name(parent.checkpoint):
         if shape is None:
             raise UserError(
-                f"{where}: give the sizes of {parent.checkpoint}, so that the study can be planned without a network"
+                f"{where}: {parent.checkpoint} is on the Hub; give its sizes, so that the study can be planned offline"
             )
         return ResolvedParent(shape, parent.checkpoint)
     from secateur.model.checkpoint import Checkpoint

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import REQUEUE, RunError, UserError, did_you_mean
+from secateur.errors import REQUEUE, RunError, UserError, did_you_mean, spell
 from secateur.progress import notify
 from secateur.study.explain import Explanation, explain_stage
 from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study
@@ -16,7 +16,7 @@ from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve
 from secateur.study.runner.scheduler import StudyOutcome, run_stages, survey
 from secateur.study.shipped import find_study
-from secateur.study.spec import StudySpec, load_study, spell_keys
+from secateur.study.spec import StudySpec, load_study
 from secateur.study.stage import Stage, unique, with_inputs
 from secateur.study.status import StudyStatus, study_status
 from secateur.study.store import Store
@@ -86,7 +86,7 @@ class Study:
         try:
             stages = stages_of(spec, resolve(spec))
         except UserError as error:
-            raise UserError(f"{file}: {spell_keys(str(error))}") from None
+            raise UserError(f"{file}: {spell(str(error), str)}") from None
         return cls(file, spec, stages, Store(Path(out or f"runs/{spec.name}")))
 
     @property

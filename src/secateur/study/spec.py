@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import field, fields, replace
 from pathlib import Path
@@ -32,7 +31,6 @@ __all__ = [
     "StudySpec",
     "SweepSpec",
     "load_study",
-    "spell_keys",
 ]
 
 SettingKind = Literal["equal_training_tokens", "equal_total_tokens", "equal_training_flops", "equal_total_flops"]
@@ -61,7 +59,7 @@ class ParentSpec:
     """
 
     tokens: Count | None = None  #: P
-    checkpoint: str | None = None  #: a directory, or hf:NAME[@REVISION]
+    checkpoint: str | None = None  #: a directory, or a Hub model: org/name[@REVISION]
     hidden: Positive | None = None
     ffn: Positive | None = None
     layers: Positive | None = None
@@ -380,11 +378,5 @@ def load_study(path: Path) -> StudySpec:
     try:
         return parse(StudySpec, load_yaml(path), origin=str(path))
     except UserError as error:
-        text = spell_keys(str(error))
+        text = spell(str(error), str)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-
-
-def spell_keys(message: str) -> str:
-    """Spell the fields that an error names in backticks as keys of a study file."""
-    message = re.sub(r"(?<![\w-])--(?=[a-z])", "", message)
-    return spell(message, str)

@@ -101,10 +101,7 @@ class TrainModule(nn.Module):
 
 
 def place_model(
-    model: PreTrainedModel,
-    weights: Callable[[str], Tensor],
-    execution: Execution,
-    objective: Objective | None = None,
+    model: PreTrainedModel, weights: Callable[[str], Tensor], execution: Execution, objective: Objective | None = None
 ) -> TrainModule:
     """Load weights into a model block by block; each process keeps its part.
 

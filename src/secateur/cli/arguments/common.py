@@ -18,6 +18,7 @@ __all__ = [
     "amount",
     "computing",
     "count_or_none",
+    "dtype",
     "holdout",
     "positive",
     "ratio",
@@ -102,6 +103,12 @@ def computing(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def dtype(parser: argparse.ArgumentParser, use: str) -> None:
+    """Add the dtype and what it is used for."""
+    choices = ("auto", "float32", "bfloat16")
+    parser.add_argument("--dtype", choices=choices, default="auto", help=f"{use} (auto: bfloat16 on a GPU)")
+
+
 def windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") -> None:
     """Add how text is cut into windows; ``most`` describes the default of ``--windows``."""
     # No argparse defaults: a file of ids must know which options were set.
@@ -114,21 +121,20 @@ def windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") ->
 
 def amount(parser: argparse.ArgumentParser, several: str) -> None:
     """Add how much to remove, and from which parameters."""
-    parser.add_argument(
-        "--ratio", type=ratios, metavar="R[,R...]", help=f"share to remove, between 0 and 1; several {several}"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--ratio", type=ratios, metavar="R[,R...]", help=f"share to remove, between 0 and 1; several {several}")
+    add(
         "--of",
         choices=("total", "non-embedding"),
         help="parameters that the ratio counts (default: non-embedding; for sparse methods always the weights of the "
         "blocks' linears)",
     )
-    parser.add_argument(
+    add(
         "--shape",
         metavar="SIZES",
         help="sizes to reach instead: hidden=3072,ffn=9216 or layers=16 or heads=20,ffn=6528",
     )
-    parser.add_argument(
+    add(
         "--axes",
         metavar="AXES",
         help="spaces that a width method narrows: hidden, ffn, kv (KV heads with their query heads), e.g. kv,ffn; for "

@@ -11,6 +11,7 @@ from secateur.cli.arguments.common import (
     amount,
     computing,
     count_or_none,
+    dtype,
     holdout,
     positive,
     token_count,
@@ -67,27 +68,22 @@ def add_data(verbs: Any) -> None:
         "and place. After a kill, the same command resumes.",
         manual.DATA_EPILOG,
     )
-    data.add_argument("source", metavar="SOURCE", help=manual.DOCUMENTS)
-    data.add_argument("out", metavar="OUT", help="new directory to write")
-    data.add_argument(
-        "--tokenizer", required=True, metavar="DIR", help="directory with the tokenizer, a checkpoint, or a Hub name"
-    )
-    data.add_argument("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
-    data.add_argument("--split", help="split to read, for hf: and arrow: (default: train)")
-    data.add_argument(
+    add = data.add_argument
+    add("source", metavar="SOURCE", help=manual.DOCUMENTS)
+    add("out", metavar="OUT", help="new directory to write")
+    add("--tokenizer", required=True, metavar="DIR", help="directory with the tokenizer, a checkpoint, or a Hub name")
+    add("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
+    add("--split", help="split to read, for hf: and arrow: (default: train)")
+    add(
         "--domain",
         metavar="FIELD",
         help="field that names a document's domain (default: the first subfolder that its file lies in)",
     )
-    data.add_argument(
-        "--holdout", type=holdout, default=0.05, metavar="SHARE", help="share of the documents held out; 0 for none"
-    )
-    data.add_argument(
-        "--documents", type=token_count, metavar="N", help="documents to read at most, e.g. 200k (default: all)"
-    )
-    data.add_argument("--seed", type=int, default=0, help="of the order of documents")
-    data.add_argument("--workers", type=positive, help="processes; execution only (default: one for each core)")
-    data.add_argument("--shard-tokens", type=token_count, metavar="N", help="tokens in a file (default: 67108864)")
+    add("--holdout", type=holdout, default=0.05, metavar="SHARE", help="share of the documents held out; 0 for none")
+    add("--documents", type=token_count, metavar="N", help="documents to read at most, e.g. 200k (default: all)")
+    add("--seed", type=int, default=0, help="of the order of documents")
+    add("--workers", type=positive, help="processes; execution only (default: one for each core)")
+    add("--shard-tokens", type=token_count, metavar="N", help="tokens in a file (default: 67108864)")
 
 
 def add_prune(verbs: Any) -> None:
@@ -101,22 +97,23 @@ def add_prune(verbs: Any) -> None:
         "shares that were removed are printed beside the request.",
     )
     prune.write_epilog = manual.prune_epilog
-    prune.add_argument("model", help="checkpoint directory, or Hub name (org/name[@revision])")
-    prune.add_argument("out", help="new directory to write")
-    prune.add_argument("--method", required=True, help="one of the methods below")
+    add = prune.add_argument
+    add("model", help="checkpoint directory, or Hub name (org/name[@revision])")
+    add("out", help="new directory to write")
+    add("--method", required=True, help="one of the methods below")
     amount(prune, "give one checkpoint each, OUT/ratio-R, scored once where the scores do not depend on it")
-    prune.add_argument(
+    add(
         "--pattern",
         metavar="N:M",
         help="zeros of sparse methods: keep N weights of each M in a row, e.g. 2:4 or 4:8 (default: unstructured)",
     )
-    prune.add_argument(
+    add(
         "--allocation",
         choices=("uniform", "global"),
         default="uniform",
         help="width methods: every layer keeps as many channels, or layers compete",
     )
-    prune.add_argument(
+    add(
         "--option",
         dest="options",
         metavar="KEY=VALUE",
@@ -124,18 +121,13 @@ def add_prune(verbs: Any) -> None:
         default=[],
         help="an option of the method; may be repeated",
     )
-    prune.add_argument("--tasks-data", metavar="DIR", help="minitron-depth: folder of the task's data")
-    prune.add_argument("--task-limit", metavar="N", type=positive, help="minitron-depth: examples of the task at most")
-    prune.add_argument("--calibration", metavar="SOURCE", help=f"{manual.SOURCES}; for sheared also shards:DIR")
+    add("--tasks-data", metavar="DIR", help="minitron-depth: folder of the task's data")
+    add("--task-limit", metavar="N", type=positive, help="minitron-depth: examples of the task at most")
+    add("--calibration", metavar="SOURCE", help=f"{manual.SOURCES}; for sheared also shards:DIR")
     windows(prune, "128")
     computing(prune)
-    prune.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the forward passes; statistics and scores are float32 or better (auto: bfloat16 on a GPU)",
-    )
-    prune.add_argument(
+    dtype(prune, "of the forward passes; statistics and scores are float32 or better")
+    add(
         "--states",
         choices=("auto", "device", "ram", "disk"),
         default="auto",
@@ -143,7 +135,7 @@ def add_prune(verbs: Any) -> None:
         "resumed run does not repeat finished blocks (auto: on a GPU if they fit into 8 GB and half of its free "
         "memory; else in memory, or on disk if memory is short)",
     )
-    prune.add_argument("--resume", action="store_true", help="continue a killed run at its last finished block")
+    add("--resume", action="store_true", help="continue a killed run at its last finished block")
 
 
 def add_train(verbs: Any) -> None:
@@ -156,51 +148,39 @@ def add_train(verbs: Any) -> None:
         "processes. A sparse model keeps its masks. After a kill, the same command resumes from its last checkpoint.",
         manual.TRAIN_EPILOG,
     )
-    train.add_argument("out", help="new directory to write")
-    train.add_argument("--init", required=True, metavar="scratch|DIR", help="fresh weights, or those of a checkpoint")
-    train.add_argument("--like", metavar="DIR", help="checkpoint or config.json of the shape, for --init scratch")
-    train.add_argument("--tokens", required=True, type=token_count, help="budget: 700k, 7e5, 50B ...")
-    train.add_argument("--data", required=True, metavar="shards:DIR", help="what `secateur data` has written")
-    train.add_argument(
+    add = train.add_argument
+    add("out", help="new directory to write")
+    add("--init", required=True, metavar="scratch|DIR", help="fresh weights, or those of a checkpoint")
+    add("--like", metavar="DIR", help="checkpoint or config.json of the shape, for --init scratch")
+    add("--tokens", required=True, type=token_count, help="budget: 700k, 7e5, 50B ...")
+    add("--data", required=True, metavar="shards:DIR", help="what `secateur data` has written")
+    add(
         "--skip",
         type=count_or_none,
         default=0,
         metavar="TOKENS",
         help="tokens of the data to leave out before the first",
     )
-    train.add_argument("--recipe", metavar="FILE", help="YAML with the keys below")
-    train.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable"
-    )
-    train.add_argument("--teacher", metavar="DIR", help="checkpoint to distil from, of the model's vocabulary")
+    add("--recipe", metavar="FILE", help="YAML with the keys below")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable")
+    add("--teacher", metavar="DIR", help="checkpoint to distil from, of the model's vocabulary")
     for name, convert, meaning in (
         ("--temperature", float, "softens both distributions (default: 1)"),
         ("--alpha", float, "share of the divergence from the teacher; the rest is the usual loss (default: 1)"),
         ("--top-k", positive, "compare the teacher's likeliest N ids, all others as one (default: all apart)"),
     ):
-        train.add_argument(
-            name, type=convert, metavar="N" if convert is positive else "X", help=f"with --teacher: {meaning}"
-        )
-    train.add_argument("--points", type=positive, default=8, help="measurements of the held-out loss along the run")
-    train.add_argument("--heldout-windows", type=positive, default=256, help="windows that it is measured on, at most")
-    train.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    train.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of the computation; weights, moments and sums stay float32 (auto: bfloat16 on a GPU)",
-    )
-    train.add_argument("--micro-batch", type=positive, metavar="N", help="windows at once in a process (default: 8)")
-    train.add_argument(
-        "--recompute", action="store_true", help="recompute activations within blocks: less memory, a third more time"
-    )
-    train.add_argument("--compile", action="store_true", help="compile the blocks (torch.compile)")
-    train.add_argument("--replicas", type=positive, default=1, help="groups of processes that each hold the model")
-    train.add_argument("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
-    train.add_argument("--keep", type=positive, default=2, metavar="N", help="checkpoints of the run to keep")
-    train.add_argument(
-        "--track", action="append", choices=("tensorboard", "wandb"), help="also send the metrics to this tracker"
-    )
+        add(name, type=convert, metavar="N" if convert is positive else "X", help=f"with --teacher: {meaning}")
+    add("--points", type=positive, default=8, help="measurements of the held-out loss along the run")
+    add("--heldout-windows", type=positive, default=256, help="windows that it is measured on, at most")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    dtype(train, "of the computation; weights, moments and sums stay float32")
+    add("--micro-batch", type=positive, metavar="N", help="windows at once in a process (default: 8)")
+    add("--recompute", action="store_true", help="recompute activations within blocks: less memory, a third more time")
+    add("--compile", action="store_true", help="compile the blocks (torch.compile)")
+    add("--replicas", type=positive, default=1, help="groups of processes that each hold the model")
+    add("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
+    add("--keep", type=positive, default=2, metavar="N", help="checkpoints of the run to keep")
+    add("--track", action="append", choices=("tensorboard", "wandb"), help="also send the metrics to this tracker")
 
 
 def add_evaluate(verbs: Any) -> None:
@@ -213,37 +193,25 @@ def add_evaluate(verbs: Any) -> None:
         "Several checkpoints give one table, if their figures were measured in the same way.",
         manual.EVAL_EPILOG,
     )
-    evaluate.add_argument(
-        "models", metavar="model", nargs="+", help="checkpoint directory or Hub name; several for one table"
-    )
-    evaluate.add_argument(
-        "--data", metavar="SOURCE", help=f"held-out text: {manual.SOURCES}, shards:DIR (its held-out split)"
-    )
-    evaluate.add_argument("--suite", metavar="NAME[,NAME...]", help="further figures to measure; see below")
-    evaluate.add_argument(
-        "--tasks-data", metavar="DIR", help="folder with <task>.jsonl (default: the Hugging Face Hub)"
-    )
-    evaluate.add_argument("--task-limit", type=positive, metavar="N", help="documents of each task, from the first")
-    evaluate.add_argument(
+    add = evaluate.add_argument
+    add("models", metavar="model", nargs="+", help="checkpoint directory or Hub name; several for one table")
+    add("--data", metavar="SOURCE", help=f"held-out text: {manual.SOURCES}, shards:DIR (its held-out split)")
+    add("--suite", metavar="NAME[,NAME...]", help="further figures to measure; see below")
+    add("--tasks-data", metavar="DIR", help="folder with <task>.jsonl (default: the Hugging Face Hub)")
+    add("--task-limit", type=positive, metavar="N", help="documents of each task, from the first")
+    add(
         "--few-shot",
         type=count_or_none,
         metavar="N",
         help="examples in each prompt of a task (default: as the task says)",
     )
-    evaluate.add_argument("--text-data", metavar="DIR", help="folder with c4.jsonl ... (default: the Hugging Face Hub)")
-    evaluate.add_argument("--protocol", default="heldout", help="of the perplexities: heldout or paper-train-split")
+    add("--text-data", metavar="DIR", help="folder with c4.jsonl ... (default: the Hugging Face Hub)")
+    add("--protocol", default="heldout", help="of the perplexities: heldout or paper-train-split")
     windows(evaluate, "the whole text; 256 for perplexities", "2048; 8192 for perplexities")
-    evaluate.add_argument(
-        "--stride", type=positive, metavar="N", help="tokens from window to window (default: windows side by side)"
-    )
-    evaluate.add_argument("--out", metavar="DIR", help="write results, and those of every item, for `secateur compare`")
+    add("--stride", type=positive, metavar="N", help="tokens from window to window (default: windows side by side)")
+    add("--out", metavar="DIR", help="write results, and those of every item, for `secateur compare`")
     computing(evaluate)
-    evaluate.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="of weights and products; losses are summed in float64 (auto: bfloat16 on a GPU)",
-    )
+    dtype(evaluate, "of weights and products; losses are summed in float64")
 
 
 def add_compare(verbs: Any) -> None:

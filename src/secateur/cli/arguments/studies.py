@@ -6,14 +6,7 @@ import argparse
 from typing import Any, get_args
 
 from secateur.cli import manual
-from secateur.cli.arguments.common import (
-    Parser,
-    above_zero,
-    add_verb,
-    positive,
-    ratio,
-    token_count,
-)
+from secateur.cli.arguments.common import Parser, above_zero, add_verb, positive, ratio, token_count
 from secateur.model.families import Granularity
 
 __all__ = ["add_demo", "add_recommend", "add_study"]
@@ -82,27 +75,24 @@ def _running(run: argparse.ArgumentParser) -> None:
 
 def _study_run(run: argparse.ArgumentParser) -> None:
     _running(run)
-    run.add_argument(
+    add = run.add_argument
+    add(
         "--only",
         metavar="PATTERN",
         action="append",
         default=[],
         help="run stages of these names and their inputs, e.g. 'wanda-*/P-R'; repeatable",
     )
-    run.add_argument(
-        "--launcher", choices=("local", "slurm"), default="local", help="processes here, or jobs of SLURM (submitit)"
-    )
-    run.add_argument(
+    add("--launcher", choices=("local", "slurm"), default="local", help="processes here, or jobs of SLURM (submitit)")
+    add(
         "--slurm",
         metavar="KEY=VALUE",
         action="append",
         default=[],
         help="a resource that jobs request, see below; repeatable",
     )
-    run.add_argument(
-        "--keep-going", action="store_true", help="after a failure, run all stages that do not depend on it"
-    )
-    run.add_argument("--dry-run", action="store_true", help="print what would run, and why; run and write nothing")
+    add("--keep-going", action="store_true", help="after a failure, run all stages that do not depend on it")
+    add("--dry-run", action="store_true", help="print what would run, and why; run and write nothing")
 
 
 def _study_status(status: argparse.ArgumentParser) -> None:
@@ -147,36 +137,27 @@ def add_recommend(verbs: Any) -> None:
     size = recommend.add_mutually_exclusive_group(required=True)
     size.add_argument("--params", type=token_count, metavar="N", help="parameters of the parent: 8e9, 8B ...")
     size.add_argument("--model", metavar="CONFIG_OR_DIR", help="the parent's config.json instead, for exact FLOPs")
-    recommend.add_argument("--ratio", type=ratio, required=True, metavar="R", help="share to remove, between 0 and 1")
-    recommend.add_argument(
-        "--tokens", type=token_count, required=True, metavar="N", help="budget after pruning: 50B ..."
-    )
-    recommend.add_argument("--granularity", choices=get_args(Granularity), help="what is removed (default: any)")
-    recommend.add_argument("--method", help="pruning method, as for prune (default: any)")
-    recommend.add_argument(
+    add = recommend.add_argument
+    add("--ratio", type=ratio, required=True, metavar="R", help="share to remove, between 0 and 1")
+    add("--tokens", type=token_count, required=True, metavar="N", help="budget after pruning: 50B ...")
+    add("--granularity", choices=get_args(Granularity), help="what is removed (default: any)")
+    add("--method", help="pruning method, as for prune (default: any)")
+    add(
         "--parent",
         choices=("have", "must-train"),
         default="have",
         help="whether the parent exists, its cost sunk, or must be trained",
     )
-    recommend.add_argument(
-        "--parent-tokens", type=token_count, metavar="N", help="tokens that the parent is trained on"
-    )
-    recommend.add_argument(
-        "--children", type=positive, default=1, metavar="K", help="pruned models that share the parent's cost"
-    )
-    recommend.add_argument("--study", metavar="DIR", help="folder of a study of your own (default: published figures)")
-    recommend.add_argument(
+    add("--parent-tokens", type=token_count, metavar="N", help="tokens that the parent is trained on")
+    add("--children", type=positive, default=1, metavar="K", help="pruned models that share the parent's cost")
+    add("--study", metavar="DIR", help="folder of a study of your own (default: published figures)")
+    add(
         "--noise",
         type=above_zero,
         metavar="NATS",
         help="standard deviation of a run's loss between seeds (default: what the runs show, with 0.01 as a prior)",
     )
-    recommend.add_argument("--cost-per-hour", type=above_zero, metavar="X", help="price of an accelerator")
-    recommend.add_argument(
-        "--flops-per-second", type=above_zero, metavar="F", help="what it sustains in training, e.g. 4e14"
-    )
-    recommend.add_argument("--pilot", metavar="FILE", help="write a study whose results would sharpen the answer")
-    recommend.add_argument(
-        "--like", metavar="STUDY", help="study file whose corpus, parent and recipe the pilot takes over"
-    )
+    add("--cost-per-hour", type=above_zero, metavar="X", help="price of an accelerator")
+    add("--flops-per-second", type=above_zero, metavar="F", help="what it sustains in training, e.g. 4e14")
+    add("--pilot", metavar="FILE", help="write a study whose results would sharpen the answer")
+    add("--like", metavar="STUDY", help="study file whose corpus, parent and recipe the pilot takes over")

@@ -29,12 +29,7 @@ def prune(arguments: Namespace) -> Answer:
     if not distributed.is_main():
         return {}, "", 0
     use = outputs[0].use
-    used = {
-        "seconds": use.seconds,
-        "memory": use.memory,
-        "device": use.device,
-        "processes": distributed.world_size(),
-    }
+    used = {"seconds": use.seconds, "memory": use.memory, "device": use.device, "processes": distributed.world_size()}
     records = [output.record() for output in outputs]
     answer = {**records[0], "used": used}
     if len(outputs) > 1:

@@ -12,11 +12,7 @@ from secateur.report.forecast_prose import catches_up
 __all__ = ["text"]
 
 _WIDTH = 100
-_ACCOUNTS = {
-    "training": "equal training tokens",
-    "total": "equal total tokens",
-    "flops": "equal FLOPs",
-}
+_ACCOUNTS = {"training": "equal training tokens", "total": "equal total tokens", "flops": "equal FLOPs"}
 
 
 def text(answer: Mapping[str, Any]) -> str:
@@ -83,9 +79,10 @@ def _distances(distances: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _evidence(evidence: Mapping[str, Any]) -> list[str]:
+    trained = f", trained on {count(evidence['parent_tokens'])} tokens" if evidence["parent_tokens"] else ""
     lines = _wrapped(
         f"Evidence: {evidence['source']}; {evidence['runs']} runs, parent of {count(evidence['parent_parameters'])} "
-        f"parameters{_trained(evidence)}. Where the parent is of another size, curves are read at equal tokens a "
+        f"parameters{trained}. Where the parent is of another size, curves are read at equal tokens a "
         "parameter, and losses are those of the evidence's size."
     )
     if evidence["runs_without_a_loss"]:
@@ -100,22 +97,15 @@ def _evidence(evidence: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _trained(evidence: Mapping[str, Any]) -> str:
-    return f", trained on {count(evidence['parent_tokens'])} tokens" if evidence["parent_tokens"] else ""
-
-
 def _costs(costs: Mapping[str, Any]) -> list[str]:
-    lines = [f"{'cost':30}  {'tokens':>9}  {'FLOPs':>13}{'  money' if _priced(costs) else ''}"]
+    money = "  money" if any(row["money"] is not None for row in costs["paths"]) else ""
+    lines = [f"{'cost':30}  {'tokens':>9}  {'FLOPs':>13}{money}"]
     for row in [*costs["terms"], *costs["paths"]]:
         tokens = "-" if row["tokens"] is None else count(row["tokens"])
         flops = "not known" if row["flops"] is None else scientific(row["flops"])
         money = f"  {row['money']:,.2f}" if row["money"] is not None else ""
         lines.append(f"  {row['name']:28}  {tokens:>9}  {flops:>13}{money}")
     return [*lines, *_wrapped(costs["formula"], "  ")]
-
-
-def _priced(costs: Mapping[str, Any]) -> bool:
-    return any(row["money"] is not None for row in costs["paths"])
 
 
 def _interval(interval: Mapping[str, float], *, sign: bool = False) -> str:

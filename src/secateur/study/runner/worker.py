@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from secateur import distributed, progress
-from secateur.errors import REQUEUE, RunError, UserError, disk_full, first_line, out_of_memory
+from secateur.errors import REQUEUE, RunError, UserError, disk_full, first_line, out_of_memory, spell
 from secateur.files import write_json
 from secateur.runtime import environment
 from secateur.study.runner.lease import Lease, LeaseLost
-from secateur.study.spec import spell_keys
 from secateur.study.stage import Stage
 from secateur.study.stages.execute import run_stage
 from secateur.study.store import PROGRESS, StageOutcome, Store, key_of
@@ -113,7 +112,7 @@ def _outcome_of(error: Exception, log: Path) -> StageOutcome:
     if isinstance(error, RunError) and error.code == REQUEUE:
         return StageOutcome("stopped", str(error))
     if isinstance(error, UserError | RunError):
-        return StageOutcome("failed", spell_keys(str(error)))
+        return StageOutcome("failed", spell(str(error), str))
     line = first_line(error)
     if disk_full(error):
         return StageOutcome("failed", f"the disk is full; free some space, then run the same command again ({line})")

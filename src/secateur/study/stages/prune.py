@@ -17,7 +17,7 @@ from secateur.model.checkpoint import Checkpoint
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.learned_job import LearningData, learn_and_cut, learning_options
 from secateur.pruning.pipeline import make_plan, scores_identity, write_pruned
-from secateur.pruning.target import Pattern, Target
+from secateur.pruning.target import Target
 from secateur.runtime import pick_batch, pick_device
 from secateur.study.stage import Stage
 from secateur.study.stages.inputs import corpus_tokens, model_of
@@ -37,7 +37,7 @@ def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     Returns:
         The fields of plan.json that identify the plan, and ``layers``: the units that each layer of the parent keeps.
     """
-    identity, target = stage.identity, _target(stage.identity["target"])
+    identity, target = stage.identity, Target.from_dict(stage.identity["target"])
     method = get_method(identity["method"], identity["options"])
     checkpoint = Checkpoint(model_of(stage, store))
     if distributed.is_main():
@@ -55,11 +55,6 @@ def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     if not distributed.is_main():
         return {}
     return {**{key: content[key] for key in _RECORDED}, "layers": plan.by_layer()}
-
-
-def _target(fields: dict[str, Any]) -> Target:
-    pattern = Pattern.parse(fields["pattern"]) if fields["pattern"] else None
-    return Target(fields["ratio"], fields["of"], fields["sizes"], pattern, tuple(fields["axes"]), fields["allocation"])
 
 
 def _calibration_windows(stage: Stage, store: Store) -> Tensor:
