@@ -193,7 +193,7 @@ def shapes(model: Any, **fields: Any) -> Any:
             ``shape``, ``axes``, ``method``, ``context``.
 
     Returns:
-        A :class:`~secateur.pruning.preview.Preview`: ``own`` and ``outputs``, descriptions as plain values.
+        A :class:`~secateur.pruning.preview.Preview`: ``before`` and ``outputs``, descriptions as plain values.
 
     Raises:
         UserError: if there is no such configuration, or no legal shape near the target.

@@ -209,7 +209,6 @@ def gather_texts(texts: Mapping[int, str], count: int) -> list[str]:
 
     Args:
         texts: number -> text; no two processes have the same number.
-        count: number of texts in all processes.
     """
     import torch
 
@@ -259,7 +258,6 @@ def require_equal(subject: str, digest: str) -> None:
     """Check that all processes have the same input.
 
     Args:
-        subject: name of the input, for the error.
         digest: hash of this process's input, in hexadecimal.
 
     Raises:

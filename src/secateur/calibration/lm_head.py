@@ -19,11 +19,7 @@ _TOKENS = 2**14  #: most tokens of the vocabulary in a chunk
 
 
 class LMHead:
-    """The final norm and the matrix that turns states into logits.
-
-    Args:
-        checkpoint: the checkpoint with the head.
-    """
+    """The final norm and the matrix that turns states into logits."""
 
     def __init__(self, checkpoint: Checkpoint, norm: nn.Module, device: str) -> None:
         self.checkpoint, self.norm, self.device = checkpoint, norm, device

@@ -63,7 +63,6 @@ def mean_interval(groups: Sequence[NDArray[np.floating]], shares: Sequence[float
     """95% percentile interval of the mean of the means of several groups, each resampled for itself.
 
     Args:
-        groups: what is measured in each.
         shares: what each group counts, one in all; None where each counts as much.
     """
     means = [_means(group, None, number) for number, group in enumerate(groups)]

@@ -100,10 +100,8 @@ def write_splits(
         encoder: encodes the documents; its seed also determines their order.
         out: files of an earlier run are overwritten.
         work: stores the runs of the first pass; a killed build resumes from them.
-        holdout: share of held-out documents.
         documents: maximal number to read, in the source's order.
         workers: number of encoding processes; does not change the result.
-        shard_tokens: tokens in a shard.
 
     Raises:
         UserError: if the source cannot be read, or a split is empty.

@@ -79,7 +79,6 @@ class DomainTokens:
         split: of the store; the other methods accept only this one.
         start: first token, an index into the split.
         stop: end of the slice (exclusive).
-        sequence: tokens in a window.
 
     Attributes:
         ranges: domain -> its tokens [start, stop) in the new order; domains are in the manifest's order.

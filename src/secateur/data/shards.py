@@ -61,7 +61,6 @@ class ShardWriter:
         Args:
             ids: of shape [tokens].
             digest: SHA-256 of the document's text; None for that of its ids.
-            domain: index of its domain's name.
 
         Raises:
             ValueError: if an id does not fit the dtype, or ``ids`` is not one-dimensional.

@@ -81,7 +81,6 @@ def open_source(
             ``text:PATH`` (a file, or a folder of .txt, .jsonl and .parquet files) or ``hf:NAME[:config]`` (a dataset of
             the Hugging Face Hub, or a local folder of one).
         field: the key or column with the text, where records have keys.
-        split: the split of an ``hf:`` dataset.
         domain: the key or column that names a document's domain; None for the first subfolder, see
             ``folder_domain``.
         blank: whether to include documents of white space only, e.g. the empty lines of a text.

@@ -57,7 +57,6 @@ class ResumableResults:
 
         Args:
             protocols: name of a loss -> its windows.
-            tasks: with their data.
             groups: whose averages follow the tasks.
             batch: windows at once; None for what suits the device.
             of: the name that progress shows; None for the default.

@@ -26,7 +26,6 @@ def removal_accuracies(
     the processes share.
 
     Args:
-        checkpoint: the model, with its tokenizer.
         length: of the runs, in blocks.
         batch: rows of requests at once; changes the order of sums, and so their rounding.
 

@@ -64,7 +64,6 @@ class Protocol:
             stride: tokens from window to window; None for ``seqlen``. With a shorter stride windows overlap, and every
                 token but the first is predicted once.
             whole: leave out a shorter last window.
-            fields: further fields of the protocol.
 
         Raises:
             UserError: if there are fewer than two tokens, or, with ``whole``, no whole window.

@@ -67,7 +67,6 @@ def measure(
     Args:
         model: of the checkpoint, in evaluation mode, on its device.
         protocols: by the name of the measurement.
-        tasks: single tasks.
         batch: windows, or rows of requests, at once; None for what suits the device.
         done: names to leave out, because their measurements exist.
 

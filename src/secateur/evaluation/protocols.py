@@ -85,8 +85,6 @@ def text_protocol(
         data: a folder with ``<file>.txt``, ``.jsonl`` or ``.parquet``, or a folder ``<file>`` of them; None for the
             Hub.
         positions: of the model, which limit the length of windows; None for no limit.
-        windows: the most.
-        seqlen: tokens in a window.
         stride: tokens from window to window; None for windows without overlap.
 
     Raises:

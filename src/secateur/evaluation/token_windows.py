@@ -114,7 +114,6 @@ def open_shards(source: str, field: str, vocabulary: int | None = None) -> Token
     """Open the token shards that ``shards:DIR`` names.
 
     Args:
-        field: the request's field, for errors.
         vocabulary: of the model, which the shards' ids must be below; None to leave it unchecked.
 
     Raises:

@@ -125,10 +125,6 @@ def _fits(evidence: Evidence, question: Question, method: str) -> bool:
 def case_of(evidence: Evidence, question: Question, points: Sequence[CurvePoint], noise: float | None = None) -> Case:
     """Fit the runs of one method and ratio, and predict for the question.
 
-    Args:
-        evidence: that the runs are from.
-        question: with the sizes and budgets to predict for.
-
     Raises:
         UserError: if the runs contradict one another, or are too few.
     """

@@ -117,7 +117,6 @@ def forecast(index: Index, verdicts: tuple[Verdict, ...]) -> Forecasts:
     are of all seeds; a twin counts by its own training, whatever comparison it was made for.
 
     Args:
-        index: the records.
         verdicts: their paired comparisons, over seeds where there are several.
     """
     forecasts: list[Forecast] = []

@@ -171,7 +171,6 @@ def get_method(name: str, options: Mapping[str, Any] | None = None) -> Any:
     """Make the method ``name``. This imports torch.
 
     Args:
-        name: one of :func:`known_methods`.
         options: values of its fields; a string is read as YAML.
 
     Raises:

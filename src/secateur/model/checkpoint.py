@@ -281,8 +281,6 @@ def write_checkpoint(
     Args:
         out: an existing directory, usually from :func:`secateur.files.resumable_directory`.
         tensors: in any order.
-        provenance: origin of the checkpoint, for ``secateur.json``.
-        card: the model card's text, for ``README.md``.
         shard_bytes: largest size of a shard with more than one tensor.
     """
     shards = _shards(tensors, shard_bytes)

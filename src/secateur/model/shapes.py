@@ -254,7 +254,6 @@ def solve_width(
 
     Args:
         spaces: which of ``layers``, ``hidden``, ``ffn`` and ``kv`` may shrink.
-        of: which parameters the ratio counts.
 
     Raises:
         UserError: if no legal shape comes within five hundredths, or half of what is to go or to stay.

@@ -37,13 +37,7 @@ _POINTS = 16  #: points of the curve
 
 
 def learning_recipe(method: LearnedMethod, sequence: int, micro_batch: int) -> Recipe:
-    """The recipe of a run that learns gates.
-
-    Args:
-        method: the method with its options.
-        sequence: tokens in a window.
-        micro_batch: windows at once.
-    """
+    """The recipe of a run that learns gates."""
     return Recipe(
         sequence=sequence,
         tokens_per_step=method.windows * sequence,
@@ -71,10 +65,8 @@ def learn(
 
     Args:
         data: training data, under :func:`learning_recipe`.
-        method: the method with its options.
         record: identifies the data in the plan.
         measure: computes the held-out loss at each point; None without held-out text.
-        out: an existing folder for the trained model.
 
     Returns:
         The plan; and the trained model before the cut, gates multiplied into its weights, in ``out``.
@@ -115,8 +107,6 @@ def track_domain_losses(
 
     Args:
         mixture: the training data; its references become the losses before training.
-        protocols: domain -> held-out windows.
-        micro_batch: windows at once.
         report: receives the losses of several domains.
 
     Returns:
@@ -150,10 +140,8 @@ def cut_plan(
     """Plan to keep the units whose gates have the highest parameters, exactly as many as ``after`` has.
 
     Args:
-        method: the method with its options.
         scores: space -> the gates' parameters, [rows, units] (:meth:`secateur.training.gates.Gates.scores`).
         request: target and options as plain values.
-        calibration: identifies the training data.
         training: steps, targets and curve of the run, for the summary.
     """
     keep = {space: _top_units(a, after, space) for space, a in scores.items()}

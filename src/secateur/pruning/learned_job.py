@@ -92,11 +92,8 @@ def learn_and_cut(
     """Train under gates, cut, and write the pruned model into the existing ``out``; all processes together.
 
     Args:
-        method: the method with its options.
         options: checkpoints of the run, metrics, progress; the trained model lies beside their folder.
-        micro_batch: windows at once.
         out: an existing folder; written by the first process.
-        base: the model's name, for the card.
 
     Returns:
         The plan, and the content of plan.json (empty in all processes but the first).

@@ -55,10 +55,6 @@ def estimate_memory(
 
     Args:
         windows: calibration windows; 0 where the method reads no text.
-        seqlen: tokens in a window.
-        batch: windows at once.
-        dtype: dtype of the forward pass.
-        outputs: shapes of the checkpoints to write.
     """
     sizes = [math.prod(shape.tensor_size(axes)) for axes in shape.block_tensors().values()]
     weights, largest = sum(sizes), max(sizes)
@@ -91,10 +87,6 @@ def estimate_training_memory(
     shape: Shape, outputs: Sequence[Shape], recipe: Recipe, *, trained: bool, dtype: str
 ) -> tuple[int, int]:
     """Estimate the needs of learning a shape, of all processes together.
-
-    Args:
-        outputs: shapes of the checkpoints to write.
-        trained: whether weights are trained along with the gates.
 
     Returns:
         Bytes of memory, and bytes of disk besides a second copy of the stored model.

@@ -49,12 +49,11 @@ def make_plan(
 
     Args:
         checkpoint: the model; it is read block by block.
-        target: how much to remove, and of what.
         calibration: what to score on; None for methods that do not read text (:func:`reads_text`).
         task: how to measure the task that the method's options name; None for its defaults.
         batch: windows at once; None for what suits the device.
         dtype: of the forward pass; statistics and scores are float32 or better.
-        workspace: where to keep what is prototype block by block; scores that are there already are not computed again.
+        workspace: where to keep what is computed block by block; scores that are there already are not computed again.
             Several processes need a directory that they all see.
 
     Raises:

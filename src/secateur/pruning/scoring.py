@@ -40,7 +40,6 @@ def score_and_select(
     """Score the units of a model and select those to keep.
 
     Args:
-        target: how much to remove, and of what.
         task: measures removals by accuracy; None for the loss.
         batch: examples of the task at once.
     """

@@ -126,11 +126,9 @@ class Target:
         """Read a target from the texts of a command line or a study file.
 
         Args:
-            of: ``total`` or ``non-embedding``.
             shape: e.g. ``hidden=3072,ffn=9216``.
             pattern: e.g. ``2:4``.
             axes: e.g. ``kv,ffn``.
-            allocation: ``uniform`` or ``global``.
 
         Raises:
             UserError: if a field cannot be read, or contradicts another one.

@@ -69,11 +69,7 @@ class Explanation:
 
 
 def explain_stage(stage: Stage, stages: list[Stage], store: Store, damage: str | None = None) -> Explanation:
-    """Say why a stage will run, or why it need not.
-
-    Args:
-        damage: what is wrong with the stage's files, if anything is.
-    """
+    """Say why a stage will run, or why it need not."""
     state, note = state_of(stage, store)
     nearest, changes = None, ()
     if damage:

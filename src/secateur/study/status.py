@@ -95,12 +95,7 @@ def _progress(stage: Stage, store: Store) -> str:
 
 
 def watch(look: Callable[[], StudyStatus], every: float = 2.0) -> StudyStatus:
-    """Show a live table until all stages are done or the user interrupts; return the last status.
-
-    Args:
-        look: returns the current status.
-        every: seconds between calls of ``look``.
-    """
+    """Show a live table until all stages are done or the user interrupts; return the last status."""
     status = look()
     with Live(console=console, auto_refresh=False) as live:
         try:

@@ -24,7 +24,6 @@ class TrainingRuns:
     """The stages of a study under construction, with methods that add runs and measurements.
 
     Args:
-        corpus: the stage that all others depend on.
         suite: measurements of every model besides its held-out loss, with the digests of their data.
     """
 
@@ -165,10 +164,8 @@ class TrainingRuns:
 
         Args:
             span: first token, and the token after the last.
-            init: origin of the first weights.
             recipe: of the training; its rate applies unless ``inputs`` have a ``rate``.
             objective: the loss; None for the language-model loss.
-            before: the runs that it continues.
             holdout: held-out windows to skip and to measure; None for those of the final figures.
         """
         study = self.study

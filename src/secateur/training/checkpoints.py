@@ -40,9 +40,7 @@ class Saver:
     """Saves and restores a run.
 
     Args:
-        folder: checkpoint folder, visible to all processes.
         parameters: trained parameters by the names to save them under.
-        keep: number of checkpoints that stay, the newest.
         background: write while training continues; a checkpoint is complete at the next save or :meth:`finish`.
     """
 

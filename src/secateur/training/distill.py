@@ -35,7 +35,6 @@ class Distillation(LanguageModel):
     In evaluation mode it is the language-model loss alone, and the teacher does not run.
 
     Args:
-        spec: temperature, share and categories.
         teacher: a model with the student's vocabulary (:func:`secateur.training.parallel.place_teacher`). As a part of
             the objective FSDP gathers its blocks ahead; it is neither trained nor saved.
     """
@@ -86,7 +85,6 @@ def check_teacher(teacher: Checkpoint, student: Shape, directory: Path, sequence
 
     Args:
         directory: folder of the student's tokenizer, which may be missing.
-        sequence: tokens in a window.
 
     Raises:
         UserError: if the vocabularies differ in size, or in their tokens where both have a tokenizer; or if a window

@@ -24,7 +24,6 @@ def heldout_loss(module: TrainModule, protocol: Protocol, batch: int) -> float:
 
     Args:
         module: the model; in training mode afterwards.
-        batch: windows at once in each process.
 
     Raises:
         RunError: if the loss is not finite.

@@ -122,11 +122,9 @@ def train_model(
     """Place a model and train it on every token of ``data``; all processes together.
 
     Args:
-        start: the model, its first weights and the masks that it keeps.
         objective: the teacher in its place; None for the language-model loss.
         protocol: the windows of the held-out loss; None without one.
         points: measurements of it after the start.
-        options: checkpoints, metrics, progress.
 
     Returns:
         The trained module, and the result of :func:`secateur.training.loop.train_loop`.

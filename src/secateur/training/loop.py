@@ -65,7 +65,6 @@ def train_loop(
         masks: parameter name -> bool, True where kept; empty for a dense model.
         measure: computes the held-out loss; returns None without held-out text.
         points: number of measurements after the start, evenly spread over the steps.
-        options: checkpoints, metrics, progress.
 
     Returns:
         ``curve`` (tokens, loss, training_loss, learning_rate of each point), ``tokens``, ``targets`` and ``steps``.
@@ -155,7 +154,6 @@ def _accumulate_gradients(
     Args:
         module: the model; its gradients are added to.
         targets: number of tokens that all windows predict together.
-        stop: this process's stop signal.
 
     Returns:
         The loss of each of the step's windows, summed over its tokens, in the order of ``spans``; and whether any

@@ -21,7 +21,6 @@ class Masks:
     """The masks of a model's parameters; each process keeps its part.
 
     Args:
-        model: the model with these parameters.
         masks: parameter name -> bool of the parameter's size, True where kept; may be empty.
 
     Raises:

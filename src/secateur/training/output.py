@@ -32,8 +32,6 @@ def write_trained(
 
     Args:
         dtype: name of a parameter -> the dtype to store.
-        provenance: content of ``secateur.json``.
-        title: title of the card; None for the directory's name.
         change: (name of a parameter, its whole float32 value) -> the value to write.
     """
 

@@ -48,7 +48,6 @@ class Watchdog:
     """Warns of loss spikes, and of steps that take far longer than earlier ones.
 
     Args:
-        label: the run's name in warnings.
         memory: steps back that means and medians cover.
         least: a step shorter than this many seconds is never stalled.
         report: receives each event as plain values, besides the warning.

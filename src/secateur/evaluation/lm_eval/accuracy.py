@@ -28,7 +28,6 @@ def measure_task(model: Likelihoods, task: Task, *, advance: Callable[[float], N
     """Measure a model on a task; all processes together.
 
     Args:
-        model: from :func:`language_model`.
         advance: called with the number of answered requests after each batch.
 
     Raises:

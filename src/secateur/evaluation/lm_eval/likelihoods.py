@@ -82,7 +82,6 @@ class Likelihoods(_HFLM):
 
     Args:
         model: in evaluation mode, on its device.
-        name: of the model, for errors.
         batch: rows at once; None for what suits the device.
 
     Attributes:
@@ -286,7 +285,6 @@ def rows_of(requests: Iterable[tuple[list[int], list[int]]], *, share: bool = Tr
 
     Args:
         requests: ids that the model reads, and the ids that the last of them predict.
-        share: whether requests may have common rows.
     """
     rows: list[RequestRow] = []
     longest = 0  # request in the row

@@ -28,9 +28,6 @@ def examples_file(folder: str, name: str) -> Path:
 def read_documents(path: Path, hint: str = "the data of a task is a folder that holds <task>.jsonl") -> Rows:
     """Read the documents of a task, one JSON object a line.
 
-    Args:
-        hint: what to do if the file is missing.
-
     Raises:
         UserError: if the file is missing or empty, or a line is not a JSON object with the fields of the first one.
     """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from secateur.comparison.ablation import controls
 from secateur.comparison.index import Group, Index, Model
 from secateur.comparison.naming import BUDGETS, group_name, model_name
-from secateur.comparison.serving_cost import AXES, CostAxis, serving_costs
+from secateur.comparison.serving_cost import AXES, serving_costs
 from secateur.comparison.twins import Setting, Verdict
 from secateur.files import write_bytes, write_text
 from secateur.methods.registry import method_name
@@ -32,16 +33,7 @@ from secateur.report.judgement import Judgement
 __all__ = ["KINDS", "FigureKind", "Panel", "inline_panels", "panels", "save_figures"]
 
 FigureKind = Literal["differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers"]
-KINDS: tuple[FigureKind, ...] = (
-    "differences",
-    "ladder",
-    "ratios",
-    "forecast",
-    "pareto",
-    "curves",
-    "controls",
-    "layers",
-)
+KINDS: tuple[FigureKind, ...] = get_args(FigureKind)
 _INLINED = 12  #: figures of one kind that the page contains; it links to the files of the rest
 Draw = Callable[[Palette], tuple[Figure, str]]  # returns the figure and its description
 
@@ -97,11 +89,7 @@ def _ladders(index: Index) -> Iterator[tuple[str, str, Draw, Model]]:
         if len(groups) > 1:
             rungs = sorted(groups, key=lambda group: group.retrain_tokens)
             name = model_name(model, index.models) + (f", {objective}" if objective else "")
-
-            def draw(palette: Palette, rungs=rungs, name=name) -> tuple[Figure, str]:
-                return draw_ladder(index, rungs, name, palette)
-
-            yield "", f"{name}: final held-out loss against R", draw, model
+            yield "", f"{name}: final held-out loss against R", partial(draw_ladder, index, rungs, name), model
 
 
 def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, Draw, None]]:
@@ -117,41 +105,28 @@ def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, Draw, None]]:
         if len({ratio for pairs in budgets.values() for ratio, _ in pairs}) > 1:
             notes = [parent] * several + [objective] * bool(objective)
             name = method_name(method) + (f" ({', '.join(notes)})" if notes else "")
-
-            def draw(palette: Palette, budgets=budgets, name=name) -> tuple[Figure, str]:
-                return draw_ratios(dict(sorted(budgets.items())), name, palette)
-
+            draw = partial(draw_ratios, dict(sorted(budgets.items())), name)
             yield "", f"{name}: loss saved by pruning against the ratio", draw, None
 
 
 def _forecasts(judgement: Judgement) -> Iterator[tuple[str, str, Draw, Model]]:
     for forecast in judgement.forecasts.fitted:
-
-        def draw(palette: Palette, forecast=forecast) -> tuple[Figure, str]:
-            return draw_forecast(forecast, palette)
-
-        yield "", f"{forecast.name}: fitted curves and where they cross", draw, forecast.model
+        title = f"{forecast.name}: fitted curves and where they cross"
+        yield "", title, partial(draw_forecast, forecast), forecast.model
 
 
 def _pareto(index: Index) -> Iterator[tuple[str, str, Draw, None]]:
     for axis in AXES:
         points, device = serving_costs(index, axis)
         if len(points) > 1:
-
-            def draw(palette: Palette, points=points, device=device, axis: CostAxis = axis) -> tuple[Figure, str]:
-                return draw_pareto(points, axis, device, palette)
-
-            yield axis, f"Held-out loss against {axis}", draw, None
+            yield axis, f"Held-out loss against {axis}", partial(draw_pareto, points, axis, device), None
 
 
 def _curves(index: Index) -> Iterator[tuple[str, str, Draw, Group]]:
     limits = curve_limits(index)
     for group in index.comparisons:
         name = group_name(group, index.comparisons, target=True)
-
-        def draw(palette: Palette, group=group) -> tuple[Figure, str]:
-            return draw_curves(index, group, index.comparisons, limits, palette)
-
+        draw = partial(draw_curves, index, group, index.comparisons, limits)
         yield "", f"{name}: held-out loss in training", draw, group
 
 
@@ -160,11 +135,7 @@ def _controls(index: Index) -> Iterator[tuple[str, str, Draw, Group]]:
         gaps = controls(index, group)
         name = group_name(group, index.comparisons, target=True)
         if gaps:
-
-            def draw(palette: Palette, gaps=gaps, name=name) -> tuple[Figure, str]:
-                return draw_controls(gaps, name, palette)
-
-            yield "", f"{name}: what is inherited", draw, group
+            yield "", f"{name}: what is inherited", partial(draw_controls, gaps, name), group
 
 
 def _layers(index: Index) -> Iterator[tuple[str, str, Draw, Model]]:
@@ -172,10 +143,7 @@ def _layers(index: Index) -> Iterator[tuple[str, str, Draw, Model]]:
         parent = index.parents.get(model.parent)
         if pruned.layers:
             name = model_name(model, list(index.pruned))
-
-            def draw(palette: Palette, pruned=pruned, parent=parent, name=name) -> tuple[Figure, str]:
-                return draw_layers(pruned, parent.shape if parent else {}, name, palette)
-
+            draw = partial(draw_layers, pruned, parent.shape if parent else {}, name)
             yield "", f"{name}: what is left of each layer", draw, model
 
 

@@ -40,7 +40,6 @@ def holdout_protocol(tokens: TokenStore, windows: int, seqlen: int, skip: int = 
 
     Args:
         windows: number of windows; the whole split if it has fewer.
-        seqlen: tokens in a window.
         skip: exclude the windows that a protocol of ``skip`` windows would take.
 
     Raises:
