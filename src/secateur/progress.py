@@ -109,14 +109,8 @@ class LineListener:
         self.write(text)
 
 
-class SilentListener:
+class SilentListener(LineListener):
     """Displays nothing."""
-
-    def update(self, key: str, done: float, total: float, note: str) -> None:
-        pass
-
-    def finish(self, key: str) -> None:
-        pass
 
     def message(self, text: str) -> None:
         pass

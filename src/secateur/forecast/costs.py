@@ -66,12 +66,11 @@ def costs(question: Question, sizes: Sizes, price: Price | None) -> dict[str, An
     whole = None if parent is None else sizes.training(0, parent)
     scoring = sizes.training(0, _SCORING) / 3
     retraining = sizes.training(1, tokens)
-    pruned = scoring + retraining
-    if question.must_train and whole is not None:
-        pruned += whole / question.children
+    charged = 0.0 if not question.must_train else None if whole is None else whole / question.children
+    pruned = scoring + retraining + (charged or 0.0)
     terms = [
         ("parent's training", parent, whole),
-        (f"of it, {account}", share if question.must_train else None, _charged(question, whole)),
+        (f"of it, {account}", share if question.must_train else None, charged),
         ("scoring", _SCORING, scoring),
         ("retraining", tokens, retraining),
     ]
@@ -86,12 +85,6 @@ def costs(question: Question, sizes: Sizes, price: Price | None) -> dict[str, An
         "terms": [_row(name, t, flops, price) for name, t, flops in terms],
         "paths": [_row(name, t, flops, price) for name, t, flops in paths],
     }
-
-
-def _charged(question: Question, whole: float | None) -> float | None:
-    if not question.must_train:
-        return 0.0
-    return None if whole is None else whole / question.children
 
 
 def _row(name: str, tokens: float | None, flops: float | None, price: Price | None) -> dict[str, Any]:

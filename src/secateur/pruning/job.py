@@ -30,7 +30,7 @@ from secateur.pruning.calibration import Calibration
 from secateur.pruning.learned_job import prune_learned
 from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory
 from secateur.pruning.pipeline import make_plan, removed_shares, write_pruned
-from secateur.pruning.request import LABELS, PruneRequest
+from secateur.pruning.request import RESUME_LABELS, PruneRequest
 from secateur.pruning.target import Target
 from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
 
@@ -143,7 +143,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     work = partial_directories(out)[1]
     if request.resume and not any(work.glob(FINISHED_BLOCKS)):
         notify(f"`resume`: there is no unfinished run in {work.parent}; this one starts from the beginning")
-    directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, labels=LABELS)
+    directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, labels=RESUME_LABELS)
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with track_resources(device) as use, directories as (fresh, work):
         workspace = Workspace(work, states)
@@ -169,7 +169,7 @@ def _plan(
     dtype: torch.dtype,
     workspace: Workspace | None = None,
 ) -> Plan:
-    task = Task(request.task, request.tasks_data, request.task_limit, few_shot=0) if request.task else None
+    task = Task(request.task, data=request.tasks_data, limit=request.task_limit, few_shot=0) if request.task else None
     fields: dict[str, Any] = {"options": request.options, "task": task, "batch": request.batch}
     fields |= {"device": device, "dtype": dtype, "workspace": workspace}
     return make_plan(checkpoint, request.method, target, calibration, **fields)

@@ -28,7 +28,7 @@ from secateur.pruning.cost import scoring_flops
 from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
 from secateur.pruning.memory_estimate import estimate_training_memory
 from secateur.pruning.pipeline import write_pruned
-from secateur.pruning.request import LABELS, PruneRequest
+from secateur.pruning.request import RESUME_LABELS, PruneRequest
 from secateur.pruning.target import Target
 from secateur.runtime import pick_batch, pick_dtype
 from secateur.training.batches import Tokens, WindowTokens
@@ -167,7 +167,12 @@ def prune_learned(
         "dtype": dtype,
     }
     directories = shared_directory(
-        out, run_identity, "what to prune, and how", resume=request.resume, progress_files=_CHECKPOINTS, labels=LABELS
+        out,
+        run_identity,
+        "what to prune, and how",
+        resume=request.resume,
+        progress_files=_CHECKPOINTS,
+        labels=RESUME_LABELS,
     )
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):

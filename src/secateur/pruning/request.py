@@ -11,13 +11,13 @@ from secateur.config import Positive, spec
 from secateur.errors import UserError
 from secateur.pruning.target import Target
 
-__all__ = ["LABELS", "PruneRequest"]
+__all__ = ["RESUME_LABELS", "PruneRequest"]
 
 #: fields of text windows, which a method that reads no text ignores
 _TEXT_FIELDS = ("windows", "seqlen", "field")
 
 #: fields of a request by the keys that identify an unfinished run
-LABELS = {
+RESUME_LABELS = {
     "model": "another `model`",
     "method": "`method`",
     "options": "`options`",

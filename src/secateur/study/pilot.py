@@ -60,11 +60,6 @@ def _methods(question: Question) -> list[str]:
     return _METHODS[question.granularity]
 
 
-def _ladder(tokens: int) -> list[int]:
-    """Three budgets up to ``tokens``, enough for a curve."""
-    return [max(1, tokens // 4), max(1, tokens // 2), tokens]
-
-
 def _next(question: Question, cases: list[Case], raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The user's study with the most informative further budget."""
     runs = [run for case in cases for run in case.next_runs]
@@ -99,7 +94,7 @@ def _scaled(question: Question) -> tuple[dict[str, Any], str]:
         },
         "methods": [],
         "ratios": [],
-        "retrain": {"tokens": _ladder(retrain), "peak_rate": 5e-4},
+        "retrain": {"tokens": [retrain // 4, retrain // 2, retrain], "peak_rate": 5e-4},
         "settings": [],
         "calibration": {"windows": 64},
         "recipe": {"sequence": 128, "tokens_per_step": 1024, "peak_rate": 4e-3, "init_std": 0.06},

@@ -142,7 +142,7 @@ def _parent(study: StudySpec, name: str, parent: ParentSpec) -> ResolvedParent:
     if is_hub_name(parent.checkpoint):
         if shape is None:
             raise UserError(
-                f"{where}: {parent.checkpoint} is on the Hub; give its sizes, so that the study can be planned offline"
+                f"{where}: {parent.checkpoint} is on the Hub; give the sizes, so that the study can be planned offline"
             )
         return ResolvedParent(shape, parent.checkpoint)
     from secateur.model.checkpoint import Checkpoint

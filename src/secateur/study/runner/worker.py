@@ -80,8 +80,9 @@ def _attempt(stage: Stage, store: Store, lease: Lease) -> StageOutcome:
             distributed.sum_count(lease.number)  # the other ranks wait for the folder
             result = run_stage(stage, store, work)
             seconds = time.monotonic() - started
-            runtime = {"seconds": seconds, "attempts": attempts, **_runtime(stage)}
-            store.finish(stage, work, lease, result, runtime)
+            runtime: dict[str, Any] = {"seconds": seconds, "attempts": attempts, "threads": torch.get_num_threads()}
+            runtime |= {"device": stage.runtime.get("device", "cpu"), "processes": distributed.world_size()}
+            store.finish(stage, work, lease, result, {**runtime, "environment": environment()})
             write(f"finished after {progress.clock_time(seconds)}")
         return StageOutcome("done")
     except Exception as error:
@@ -93,16 +94,6 @@ def _attempt(stage: Stage, store: Store, lease: Lease) -> StageOutcome:
         else:  # no other process uses this folder
             shutil.rmtree(work, ignore_errors=True)
         return outcome
-
-
-def _runtime(stage: Stage) -> dict[str, Any]:
-    """Device, threads, processes and versions of a run of a stage."""
-    return {
-        "threads": torch.get_num_threads(),
-        "device": stage.runtime.get("device", "cpu"),
-        "processes": distributed.world_size(),
-        "environment": environment(),
-    }
 
 
 def _outcome_of(error: Exception, log: Path) -> StageOutcome:
