@@ -270,16 +270,17 @@ def test_a_pattern_needs_no_quotes(tmp_path: Path) -> None:
     assert pruned.identity["target"]["pattern"] == "2:4"
 
 
-def test_a_checkpoint_of_the_hub_is_planned_without_a_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["hf:someone/something", "someone/something@main"])
+def test_a_checkpoint_of_the_hub_is_planned_without_a_network(tmp_path: Path, name: str) -> None:
     sizes = {"hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 280}
-    of = study(tmp_path, parent={"checkpoint": "hf:someone/something", **sizes}, settings="equal_training_tokens")
+    of = study(tmp_path, parent={"checkpoint": name, **sizes}, settings="equal_training_tokens")
     stages = unique(stages_of(of, resolve(of)))
     fetched = named(stages, "parent", "fetch")
-    assert fetched.identity["checkpoint"] == "hf:someone/something"
+    assert fetched.identity["checkpoint"] == name
     assert named(stages, "minitron-depth-0.5/P-R").identity["slice"] == [256, 4352]  # behind what is scored on
-    assert stages[0].identity["tokenizer"] == "hf:someone/something"
+    assert stages[0].identity["tokenizer"] == name
     with pytest.raises(UserError, match="give the sizes"):
-        resolve(study(tmp_path, parent={"checkpoint": "hf:someone/something"}))
+        resolve(study(tmp_path, parent={"checkpoint": name}))
     with pytest.raises(UserError, match="needs a parent that the study pretrains"):
-        of = study(tmp_path, parent={"checkpoint": "hf:someone/something", **sizes})
+        of = study(tmp_path, parent={"checkpoint": name, **sizes})
         stages_of(of, resolve(of))

@@ -207,7 +207,7 @@ def test_the_api_is_listed_and_imported_late() -> None:
 
 
 def test_no_message_below_the_command_line_names_a_flag() -> None:
-    others = ("--nproc-per-node", "--error", "--no-", "--find-links")  # of other programs
+    others = ("--nproc-per-node", "--error", "--no-", "--find-links", "--force-reinstall")  # of other programs
     for path in (ROOT / "src" / "secateur").rglob("*.py"):
         if "cli" in path.parts:
             continue
