@@ -17,7 +17,7 @@ from test_study import records, run, study_file
 
 from secateur.model.safetensors_io import Stored, write_tensors
 
-KILLS = 25
+KILLS = 10
 
 #: A study's process and its worker; both hold the pipe that is read here.
 HELD = """
@@ -71,7 +71,7 @@ def test_kills_a_full_disk_and_spoilt_files_change_nothing(text: Path, tmp_path:
         "".join(said.values()),
     )
     told = [line for line in said["last"].splitlines() if "damaged" in line]
-    assert len(told) == 1 and told[0].endswith("model/model.safetensors is damaged; it is done again")
+    assert len(told) == 1 and told[0].endswith("model/model.safetensors is damaged; it will be run again")
     # No stage was done twice, but for the one that was spoilt, and no two processes were at one at the same time: each
     # attempt counts on from what the one before it had left.
     for log in (out / "logs").glob("*.log"):

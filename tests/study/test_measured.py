@@ -76,12 +76,12 @@ def test_what_is_timed_is_planned_once_for_each_shape(text: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("suite", "fields", "says"),
     [
-        (["cost"], {"few_shot": 0}, "evaluation.few_shot: nothing of evaluation.suite reads it"),
+        (["cost"], {"few_shot": 0}, "evaluation.few_shot: nothing in evaluation.suite uses it"),
         (["zero-shott"], {}, "evaluation.suite zero-shott: is not known; did you mean 'zero-shot'?"),
         (["cost", "cost"], {}, "evaluation.suite cost,cost: has an empty or repeated name"),
-        (["cost"], {"tasks_data": "x"}, "evaluation.tasks_data: nothing of evaluation.suite reads it"),
-        (["cost"], {"task_limit": 3}, "evaluation.task_limit: nothing of evaluation.suite reads it"),
-        ([], {"text_data": "x"}, "evaluation.text_data: nothing of evaluation.suite reads it"),
+        (["cost"], {"tasks_data": "x"}, "evaluation.tasks_data: nothing in evaluation.suite uses it"),
+        (["cost"], {"task_limit": 3}, "evaluation.task_limit: nothing in evaluation.suite uses it"),
+        ([], {"text_data": "x"}, "evaluation.text_data: nothing in evaluation.suite uses it"),
         (["perplexity"], {"protocol": "held"}, "evaluation.protocol held: is not known; did you mean 'heldout'?"),
         (["arc_easy"], {"tasks_data": "nowhere"}, "evaluation.tasks_data: nowhere/arc_easy.jsonl is missing"),
     ],

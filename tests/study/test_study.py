@@ -282,6 +282,7 @@ def test_explain_names_the_input_that_changed(tmp_path: Path) -> None:
     assert found.state == "waiting" and found.nearest == pair(0.1, 1e-3)[1].folder
 
 
+@pytest.mark.slow
 def test_a_stage_of_several_processes(text: Path, tmp_path: Path) -> None:
     """Under torchrun the first process alone claims and publishes."""
     shape = {"hidden": 16, "ffn": 48, "layers": 2, "heads": 4, "kv_heads": 2}

@@ -47,7 +47,7 @@ def made(subject: Subject, method: str, folder: Path, *, batch: int = 2) -> tupl
     if method in SCORED:
         return plan_of(subject, method, batch=batch), subject.checkpoint
     target = Target(sizes={"layers": subject.layers - 1, **SIZES})
-    return learned(subject.checkpoint, method, target, subject.ids, folder, batch=batch)
+    return learned(subject.checkpoint, method, target, subject.ids, folder, batch=batch, windows=3)
 
 
 @pytest.fixture(scope="module")

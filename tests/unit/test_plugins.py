@@ -61,6 +61,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     plugin_methods.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_documented_method_from_the_command_line(tmp_path: Path) -> None:
     entries, module, code = documented()
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
