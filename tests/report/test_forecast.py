@@ -13,6 +13,7 @@ from example import LADDER, P, cell, evaluation, example, judged, pruned
 
 from secateur.comparison.index import Index
 from secateur.comparison.records import Cell, StudyResults
+from secateur.forecast.curve import PATHS
 from secateur.forecast.ladder import Forecast, Outlook
 from secateur.forecast.ratios import across_ratios
 from secateur.report.forecast_prose import crossover_brief, misfit_sentence, outlook_sentence, standing_sentence
@@ -108,7 +109,8 @@ def test_a_teacher_makes_the_twins_tokens_dearer_by_a_rate() -> None:
 
 def test_a_measured_run_stands_in_the_place_of_the_fit(known: Forecast) -> None:
     judgement = judge(study(ladder()))
-    assert judgement.forecasts.fitted == (known,)  # the same again
+    (again,) = judgement.forecasts.fitted
+    assert again.name == known.name and [again.loss(p) for p in PATHS] == [known.loss(p) for p in PATHS]
     verdict = next(v for v in judgement.verdicts if v.setting == "total" and v.difference is not None)
     total = by_account(known)["total"].standings
     assert total[0].basis == "measured" and total[0].difference
