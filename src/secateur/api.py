@@ -8,11 +8,13 @@ itself and raises :class:`UserError` with the field at fault. A *model* is a che
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.errors import UserError
+from secateur.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from secateur.comparison.items import Comparisons
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from secateur.training.job import Trained
 
 __all__ = ["build_corpus", "compare", "evaluate", "inspect", "load_results", "prune", "recommend", "shapes", "train"]
+
+
+T = TypeVar("T")
 
 
 def prune(model: Any, out: Any = None, *, method: str, **fields: Any) -> Any:
@@ -45,7 +50,7 @@ def prune(model: Any, out: Any = None, *, method: str, **fields: Any) -> Any:
     """
     from secateur.pruning.request import PruneRequest
 
-    request = PruneRequest(model=model, out=out, method=method, **fields)
+    request = _request(PruneRequest, model=model, out=out, method=method, **fields)
     from secateur.pruning.job import prune_directory, prune_model
 
     if out is None:
@@ -74,7 +79,7 @@ def train(out: Any, *, init: Any, tokens: int | str, data: Any, **fields: Any) -
     """
     from secateur.training.request import TrainRequest
 
-    request = TrainRequest(out=out, init=init, tokens=tokens, data=str(data), **fields)  # type: ignore[arg-type]
+    request = _request(TrainRequest, out=out, init=init, tokens=tokens, data=str(data), **fields)
     from secateur.training import job
 
     return job.train(request)
@@ -99,7 +104,7 @@ def evaluate(models: Any, *, data: Any = None, **fields: Any) -> list[Evaluation
 
     several = isinstance(models, Sequence) and not isinstance(models, str)
     data = data if data is None else str(data)
-    request = EvaluateRequest(models=tuple(models) if several else (models,), data=data, **fields)
+    request = _request(EvaluateRequest, models=tuple(models) if several else (models,), data=data, **fields)
     from secateur.evaluation import job
     from secateur.progress import notify
 
@@ -161,7 +166,7 @@ def build_corpus(source: str, out: Any, *, tokenizer: Any, **fields: Any) -> Cor
     """
     from secateur.data.request import CorpusRequest
 
-    request = CorpusRequest(source=source, out=out, tokenizer=tokenizer, **fields)
+    request = _request(CorpusRequest, source=source, out=out, tokenizer=tokenizer, **fields)
     from secateur.data import job
 
     return job.build(request)
@@ -200,7 +205,7 @@ def shapes(model: Any, **fields: Any) -> Any:
     """
     from secateur.pruning.preview import ShapesRequest, preview_shapes
 
-    return preview_shapes(ShapesRequest(model=model, **fields))
+    return preview_shapes(_request(ShapesRequest, model=model, **fields))
 
 
 def recommend(*, ratio: float, tokens: int | str, **fields: Any) -> Mapping[str, Any]:
@@ -220,7 +225,7 @@ def recommend(*, ratio: float, tokens: int | str, **fields: Any) -> Mapping[str,
     """
     from secateur.forecast.request import RecommendRequest
 
-    return run_recommendation(RecommendRequest(ratio=ratio, tokens=tokens, **fields))  # type: ignore[arg-type]
+    return run_recommendation(_request(RecommendRequest, ratio=ratio, tokens=tokens, **fields))
 
 
 def run_recommendation(request: RecommendRequest) -> dict[str, Any]:
@@ -235,3 +240,14 @@ def run_recommendation(request: RecommendRequest) -> dict[str, Any]:
         like = None if request.like is None else Path(request.like)
         pilot = write_pilot(Path(request.pilot), answer.question, answer.cases, like)
     return {**answer.record(), "pilot": pilot}
+
+
+def _request(cls: type[T], **fields: Any) -> T:
+    """Make a request, and refuse unknown fields with the nearest name."""
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in fields:
+        if name not in names:
+            raise UserError(f"`{name}`: no such field{did_you_mean(name, names)}")
+    if "out" in fields and not isinstance(fields["out"], str | os.PathLike | None):
+        raise UserError(f"`out`: should be a path, got {type(fields['out']).__name__}")
+    return cls(**fields)

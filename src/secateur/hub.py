@@ -40,6 +40,8 @@ def local_checkpoint(name: str | os.PathLike[str], *, weights: bool = True) -> P
     Raises:
         UserError: if there is no such directory or model, or the download fails.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"a model is a directory, a Hub name or an earlier result, not {type(name).__name__}", "model")
     name = os.fspath(name)
     directory = Path(name).expanduser()
     if directory.is_dir() and not name.startswith(_PREFIX):

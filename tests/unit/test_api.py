@@ -142,6 +142,8 @@ def test_texts_are_calibrated_on_with_the_models_tokenizer(lettered: Path, tmp_p
     fields: dict[str, Any] = {"method": "wanda", "ratio": 0.5, "seqlen": 16, "windows": 4}
     live = secateur.prune(hf(model), calibration=iter(texts), tokenizer=model, **fields)
     written = secateur.prune(model, tmp_path / "out", calibration=texts, **fields)
+    with pytest.raises(secateur.UserError, match="must be str"):
+        secateur.prune(hf(model), calibration=[[1, 2]], tokenizer=model, **fields)
     assert live.report["calibration"]["source"] == "texts" == written.calibration["source"]
     assert live.report["calibration"]["hash"] == written.calibration["hash"]
     assert equal(tensors(live), tensors(hf(written.path)))
@@ -160,6 +162,12 @@ def test_texts_are_calibrated_on_with_the_models_tokenizer(lettered: Path, tmp_p
         ({"ratio": 0.5, "calibration": IDS + 60}, "calibration", "the model's vocabulary is 61"),
         ({"ratio": 0.5, "calibration": IDS[0]}, "calibration", "[windows, positions]"),
         ({"ratio": 0.5, "model": "live", "calibration": ["text"]}, "tokenizer", "names none"),
+        ({"ratio": []}, "ratio", "is empty"),
+        ({"ratios": 0.5}, "ratios", "did you mean 'ratio'?"),
+        ({"ratio": 0.5, "calibration": Path("x")}, "calibration", "is no source"),
+        ({"ratio": 0.5, "calibration": "text:/nope"}, "calibration", "/nope"),
+        ({"ratio": 0.5, "model": 5}, "model", "not int"),
+        ({"ratio": 0.5, "out": 5}, "out", "should be a path"),
         ({"ratio": 0.5, "device": "tpu"}, None, "tpu"),
         ({"ratio": 0.5, "method": "wnda"}, None, "did you mean 'wanda'?"),
         ({"ratio": 0.5, "method": "sheared"}, "out", "needs a directory"),
@@ -171,6 +179,8 @@ def test_bad_requests_name_the_field(fields: dict[str, Any], field: str | None, 
         if fields.get("model") == "live":
             model = hf(model)
             model.name_or_path = ""
+        if isinstance(fields.get("model"), int):
+            model = fields["model"]
         request = {"method": "wanda", "calibration": IDS, **fields, "model": model}
         secateur.prune(**request)
     assert part in str(error.value) and "--" not in str(error.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,24 @@ class Calibration:
             return source
         if not isinstance(source, str) and hasattr(source, "shape"):
             return cls(_checked_ids(checkpoint, torch.as_tensor(source)), "token ids")
-        cut = calibration_windows(checkpoint, source, field=field, windows=windows, seqlen=seqlen, tokenizer=tokenizer)  # type: ignore[arg-type]
+        if isinstance(source, bytes) or not isinstance(source, Iterable):
+            kind = type(source).__name__
+            raise UserError(f"`calibration`: {kind} is no source; give 'text:PATH', ids [windows, positions] or texts")
+        texts = source if isinstance(source, str) else _checked_texts(source)
+        options: dict[str, Any] = {"field": field, "windows": windows, "seqlen": seqlen, "tokenizer": tokenizer}
+        try:
+            cut = calibration_windows(checkpoint, texts, **options)
+        except UserError as error:  # a fault of the source is one of this field
+            raise UserError(str(error), error.field or "calibration") from None
         return cls(cut, source if isinstance(source, str) else "texts")
+
+
+def _checked_texts(texts: Iterable[Any]) -> Iterator[str]:
+    """Yield the texts, and refuse anything else."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"`calibration`: texts must be str, got {type(text).__name__}; give ids as a tensor")
+        yield text
 
 
 def _checked_ids(checkpoint: Checkpoint, ids: Tensor) -> Tensor:

@@ -114,6 +114,8 @@ class PruneRequest:
     def targets(self) -> tuple[Target, ...]:
         """What pruning should reach, one target for each ratio."""
         ratios: Sequence[float | None] = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
+        if not ratios:
+            raise UserError("`ratio`: is empty; name one ratio or several")
         if len(set(ratios)) < len(ratios):
             raise UserError("`ratio`: names a ratio twice")
         shape = self.shape
