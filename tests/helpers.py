@@ -158,12 +158,12 @@ def hf(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
 
 
-@torch.no_grad()
 def model_tensors(model: PreTrainedModel) -> Iterator[Stored]:
     """A model's parameters by name, tied ones once."""
     return (Stored.of(name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
+@torch.no_grad()
 def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 

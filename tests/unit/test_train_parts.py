@@ -330,10 +330,10 @@ def command(world: tuple[Path, Path], out: Path, *options: str) -> list[str]:
         (["--set", "peak_rate"], "should be KEY=VALUE"),
         (["--set", "=3"], "should be KEY=VALUE"),
         (["--replicas", "2"], "do not divide into so many groups"),
-        (["--like", "DIR"], "leave it out, or use --init scratch"),
+        (["--like", "DIR"], "leave it out, or train from scratch"),
         (["--init", "scratch"], "name a checkpoint or config.json of that shape with --like"),
-        (["--init", "scratch", "--like", "nowhere"], "no config.json there"),
-        (["--data", "text:x"], "name shards:DIR"),
+        (["--init", "scratch", "--like", "nowhere"], "no such directory"),
+        (["--data", "text:x"], "is not shards:DIR"),
         (["--data", "shards:nowhere"], "holds no token shards; write them with `secateur data"),
         (["--recipe", "EMPTY"], "expected a mapping"),
         (["--recipe", "LIST"], "expected a mapping"),
@@ -370,19 +370,19 @@ def test_nothing_that_is_asked_for_loses_what_a_run_has_done(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.cli.verbs.training._write", killed)
+        patch.setattr("secateur.training.job._write", killed)
         assert main(command(world, out, *every)) == 130
     kept = sorted((tmp_path / "out.partial").rglob("*"))
     capsys.readouterr()
     assert main(command(world, out, "--set", "peak_rate=1e-2")) == 2
-    assert "--recipe or --set (peak_rate was 0.0003, is now 0.01); ask for the same" in capsys.readouterr().err
-    for late in ("place", "run"):  # before and after the run is taken up again
+    assert "--recipe or --set (peak_rate was 0.0003, is now 0.01); repeat that request" in capsys.readouterr().err
+    for late in ("place_model", "train_loop"):  # before and after the run is taken up again
         with monkeypatch.context() as patch:
 
             def refused(*_: object, **__: object) -> None:
                 raise UserError("what is found late")
 
-            patch.setattr(f"secateur.cli.verbs.training.{late}", refused)
+            patch.setattr(f"secateur.training.job.{late}", refused)
             assert main(command(world, out, *every)) == 2
     assert sorted((tmp_path / "out.partial").rglob("*")) == kept
     assert main(command(world, out)) == 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from secateur.errors import UserError, did_you_mean
@@ -32,6 +33,7 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, with the nearest name."""
 
     write_epilog: Callable[[], str] | None = None  #: for an epilog that it takes a moment to write
+    spellings: Mapping[str, str] = MappingProxyType({})  #: fields that several options stand for
 
     def format_help(self) -> str:
         if self.write_epilog is not None:
@@ -50,6 +52,8 @@ class Parser(argparse.ArgumentParser):
         action = next((action for action in self._actions if action.dest == field), None)
         if action is None:
             return None
+        if field in self.spellings:
+            return self.spellings[field]
         return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest.upper())
 
     def error(self, message: str) -> NoReturn:
