@@ -161,6 +161,7 @@ def add_train(verbs: Any) -> None:
         metavar="TOKENS",
         help="tokens of the data to leave out before the first",
     )
+    train.spellings = {"recipe": "--recipe or --set"}
     add("--recipe", metavar="FILE", help="YAML with the keys below")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable")
     add("--teacher", metavar="DIR", help="checkpoint to distil from, of the model's vocabulary")
