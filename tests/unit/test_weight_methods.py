@@ -262,7 +262,7 @@ def test_activations_whose_squares_overflow_are_told(method: str, tmp_path: Path
         model.model.layers[2].mlp.up_proj.weight.mul_(1e20)
         model.model.layers[2].mlp.down_proj.weight.mul_(1e-20)
     model.save_pretrained(directory)
-    with pytest.raises(UserError, match=r"what model\.layers\.2\.mlp\.down_proj\.weight reads is too large"):
+    with pytest.raises(UserError, match=r"the input of model\.layers\.2\.mlp\.down_proj\.weight is too large"):
         make_plan(Checkpoint(directory), method, HALF, calibration(windows()))
 
 
