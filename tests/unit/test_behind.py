@@ -21,7 +21,7 @@ from secateur.calibration import journal as journals
 from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.journal import Journal, StateStore, Workspace
 from secateur.cli import main
-from secateur.cli.verbs import pruning
+from secateur.pruning import job
 from secateur.pruning.memory_estimate import MemoryEstimate
 
 METHODS = [
@@ -251,10 +251,10 @@ def test_a_rerun_that_is_killed_leaves_no_states_to_go_on_with(
 
 def test_where_states_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def place(states: float, device: str, free: float, host: int | None = 10**11) -> str:
-        monkeypatch.setattr(pruning, "free_device_memory", lambda _: int(free))
-        monkeypatch.setattr(pruning, "free_memory", lambda: host)
+        monkeypatch.setattr(job, "free_device_memory", lambda _: int(free))
+        monkeypatch.setattr(job, "free_memory", lambda: host)
         needs = MemoryEstimate(block=10**9, coming=10**9, leaving=10**9, states=int(states), kept=1, output=1)
-        return pruning._place_of_states(needs, device)
+        return job._place_states(needs, device)
 
     assert [place(s, "cuda", 80e9) for s in (2.1e9, 5e9, 5.1e9)] == ["device", "device", "ram"]
     assert [place(s, "cuda:1", 12e9) for s in (3e9, 3.1e9)] == ["device", "ram"]
@@ -267,4 +267,4 @@ def test_where_states_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_states_on_the_device_want_one(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(line(world, tmp_path / "out", "wanda", "--states", "device", "--device", "cpu")) == 2
-    assert capsys.readouterr().err.startswith("secateur: error: --states device: blocks are computed on the CPU here")
+    assert capsys.readouterr().err.startswith("secateur: error: --states: device: blocks are computed on the CPU here")

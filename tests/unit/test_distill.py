@@ -174,7 +174,9 @@ def test_who_cannot_teach(tmp_path: Path) -> None:
     (teacher / "tokenizer.json").write_text(json.dumps({**edit, "truncation": None}, indent=1))
     teach(teacher)  # written otherwise, but with the same tokens
     with_tokenizer(teacher, "something else entirely ")
-    with pytest.raises(UserError, match="have tokens under one id; name a teacher with the student's tokenizer"):
+    with pytest.raises(
+        UserError, match="have different tokens under one id; name a teacher with the student's tokenizer"
+    ):
         teach(teacher)
 
 
@@ -295,7 +297,7 @@ def test_a_run_goes_on_at_the_same_bits(
         def killed(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("secateur.cli.verbs.training._write", killed)
+        patch.setattr("secateur.training.job._write", killed)
         assert main(taught(world, cut, *options)) == 130
     steps = sorted((tmp_path / "cut.partial" / "work" / "checkpoints").glob("step-*"))
     saved = load_file(next(steps[0].glob("*.safetensors")))
@@ -320,7 +322,7 @@ def test_a_run_goes_on_at_the_same_bits(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--alpha", "0.5"], "--alpha: says how to distil; name whom to distil from with --teacher DIR"),
+        (["--alpha", "0.5"], "--alpha: says how to distil; name a teacher to distil from with --teacher"),
         (["--temperature", "2"], "--temperature: says how to distil"),
         (["--top-k", "5"], "--top-k: says how to distil"),
         (["--teacher", "nowhere"], "nowhere: no such directory"),
