@@ -253,7 +253,7 @@ def test_where_states_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def place(states: float, device: str, free: float, host: int | None = 10**11) -> str:
         monkeypatch.setattr(job, "free_device_memory", lambda _: int(free))
         monkeypatch.setattr(job, "free_memory", lambda: host)
-        needs = MemoryEstimate(block=10**9, coming=10**9, leaving=10**9, states=int(states), kept=1, output=1)
+        needs = MemoryEstimate(block=10**9, coming=10**9, leaving=10**9, states=int(states), journal=1, output=1)
         return job._place_states(needs, device)
 
     assert [place(s, "cuda", 80e9) for s in (2.1e9, 5e9, 5.1e9)] == ["device", "device", "ram"]

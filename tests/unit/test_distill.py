@@ -174,9 +174,7 @@ def test_who_cannot_teach(tmp_path: Path) -> None:
     (teacher / "tokenizer.json").write_text(json.dumps({**edit, "truncation": None}, indent=1))
     teach(teacher)  # written otherwise, but with the same tokens
     with_tokenizer(teacher, "something else entirely ")
-    with pytest.raises(
-        UserError, match="have different tokens under one id; name a teacher with the student's tokenizer"
-    ):
+    with pytest.raises(UserError, match="under one id; name a teacher with the student's tokenizer"):
         teach(teacher)
 
 
