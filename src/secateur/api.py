@@ -9,7 +9,6 @@ itself and raises :class:`UserError` with the field at fault. A *model* is a che
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -248,6 +247,4 @@ def _request(cls: type[T], **fields: Any) -> T:
     for name in fields:
         if name not in names:
             raise UserError(f"`{name}`: no such field{did_you_mean(name, names)}")
-    if "out" in fields and not isinstance(fields["out"], str | os.PathLike | None):
-        raise UserError(f"`out`: should be a path, got {type(fields['out']).__name__}")
     return cls(**fields)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 import types
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from secateur.errors import UserError, did_you_mean
 
 __all__ = [
     "RUNTIME",
+    "AnyPath",
     "Count",
     "Fraction",
     "Positive",
@@ -63,6 +65,14 @@ def parse_count(value: object) -> int:
     return round(number)
 
 
+def _as_path(value: object) -> object:
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise ValueError(f"should be a path, got {type(value).__name__}")
+    return value
+
+
+#: a path, or a result with one (:func:`os.fspath`); None where the field is optional
+AnyPath = Annotated[Any, BeforeValidator(_as_path)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]

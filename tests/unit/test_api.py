@@ -142,6 +142,10 @@ def test_texts_are_calibrated_on_with_the_models_tokenizer(lettered: Path, tmp_p
     fields: dict[str, Any] = {"method": "wanda", "ratio": 0.5, "seqlen": 16, "windows": 4}
     live = secateur.prune(hf(model), calibration=iter(texts), tokenizer=model, **fields)
     written = secateur.prune(model, tmp_path / "out", calibration=texts, **fields)
+    sizes: dict[str, Any] = {"shape": {"ffn": 32}, "seqlen": 16, "windows": 8, "calibration": texts, "tokenizer": model}
+    steps = {"steps": 120, "windows": 4, "phi": 1000.0, "multiplier_rate": 300.0}
+    learned = secateur.prune(hf(model), tmp_path / "learned", method="sheared", options=steps, **sizes)
+    assert learned.shape.ffn == 32 and (learned.path / "tokenizer.json").is_file()  # the tokenizer goes with the model
     with pytest.raises(secateur.UserError, match="must be str"):
         secateur.prune(hf(model), calibration=[[1, 2]], tokenizer=model, **fields)
     assert live.report["calibration"]["source"] == "texts" == written.calibration["source"]

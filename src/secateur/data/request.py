@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from secateur.config import Count, Positive, spec
+from secateur.config import AnyPath, Count, Positive, spec
 
 __all__ = ["CorpusRequest"]
 
@@ -33,7 +33,7 @@ class CorpusRequest:
     """
 
     source: str
-    out: Any
+    out: AnyPath
     tokenizer: Any
     field: str | None = None
     split: str | None = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from secateur.config import Positive, spec
+from secateur.config import AnyPath, Positive, spec
 from secateur.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class EvaluateRequest:
     windows: Positive | None = None
     seqlen: Positive | None = None
     stride: Positive | None = None
-    out: Any = None
+    out: AnyPath = None
     device: str = "auto"
     batch: Positive | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -26,7 +26,14 @@ from secateur.progress import notify
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CALIBRATION_WINDOWS", "calibration_windows", "heldout_protocol", "open_shards", "window_length"]
+__all__ = [
+    "CALIBRATION_WINDOWS",
+    "calibration_windows",
+    "check_shards",
+    "heldout_protocol",
+    "open_shards",
+    "window_length",
+]
 
 SEQLEN = 2048  #: default tokens in a window
 CALIBRATION_WINDOWS = 128  #: default number of calibration windows, at most
@@ -125,12 +132,18 @@ def open_shards(source: str, field: str, vocabulary: int | None = None) -> Token
     if not (Path(path) / "manifest.json").is_file():
         raise UserError(f"`{field}`: {source} holds no token shards; write them with `secateur data SOURCE {path}`")
     store = TokenStore(Path(path))
-    if vocabulary is not None and store.vocabulary > vocabulary:
+    if vocabulary is not None:
+        check_shards(store, source, field, vocabulary)
+    return store
+
+
+def check_shards(store: TokenStore, source: str, field: str, vocabulary: int) -> None:
+    """Refuse shards with ids that a model of this vocabulary has not."""
+    if store.vocabulary > vocabulary:
         raise UserError(
             f"`{field}`: {source} has ids up to {store.vocabulary - 1}, but the model's vocabulary is {vocabulary}; "
             "build the data with the model's tokenizer"
         )
-    return store
 
 
 def _encode(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from secateur.data.tokenizer import token_hash
+from secateur.data.token_files import is_token_file
+from secateur.data.tokenizer import load_tokenizer, token_hash
 from secateur.errors import UserError
 from secateur.evaluation.token_windows import calibration_windows
+from secateur.hub import is_hub_name, local_checkpoint
 from secateur.model.checkpoint import Checkpoint
 
-__all__ = ["Calibration"]
+if TYPE_CHECKING:
+    from secateur.pruning.request import PruneRequest
+
+__all__ = ["Calibration", "read_calibration", "save_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -88,3 +94,31 @@ def _checked_ids(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
             f"{checkpoint.shape.vocabulary}"
         )
     return ids.to("cpu", torch.int64)
+
+
+def read_calibration(request: PruneRequest, checkpoint: Checkpoint, windows: int | None) -> Calibration:
+    """Read at most ``windows`` calibration windows of a request."""
+    tokenizer = _load_tokenizer(request)
+    fields: dict[str, Any] = {"field": request.field, "windows": windows, "seqlen": request.seqlen}
+    return Calibration.of(checkpoint, request.calibration, tokenizer=tokenizer, **fields)
+
+
+def save_tokenizer(request: PruneRequest, out: Path) -> None:
+    """Write the tokenizer that a request names into a pruned checkpoint; nothing where it names none."""
+    if request.tokenizer is not None:
+        _load_tokenizer(request).save_pretrained(out)
+
+
+def _load_tokenizer(request: PruneRequest) -> Any:
+    """The tokenizer of the request: an object, or loaded from a directory or the Hub; None where it names none."""
+    tokenizer = request.tokenizer
+    if isinstance(tokenizer, str | Path):
+        return load_tokenizer(local_checkpoint(tokenizer, weights=False))
+    if tokenizer is None and isinstance(request.model, torch.nn.Module):
+        name = str(getattr(request.model, "name_or_path", ""))
+        texts = request.calibration is not None and not hasattr(request.calibration, "shape")
+        if texts and not (
+            is_token_file(str(request.calibration)) or (name and Path(name).is_dir()) or is_hub_name(name)
+        ):
+            raise UserError("`tokenizer`: calibration texts need one, and this model in memory names none")
+    return tokenizer

@@ -12,13 +12,12 @@ import torch
 
 from secateur import distributed
 from secateur.calibration.journal import Workspace
-from secateur.data.token_files import is_token_file
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.files import FINISHED_BLOCKS, check_disk, partial_directories, require_new_directory, shared_directory
 from secateur.formatting import byte_size
-from secateur.hub import is_hub_name, local_checkpoint
+from secateur.hub import local_checkpoint
 from secateur.memory import ResourceUse, free_device_memory, free_memory, track_resources
 from secateur.methods.base import LearnedMethod
 from secateur.model.checkpoint import Checkpoint
@@ -26,7 +25,7 @@ from secateur.model.live import LiveCheckpoint, cut_model
 from secateur.model.plan import Plan, load_masks
 from secateur.model.shapes import Shape
 from secateur.progress import notify
-from secateur.pruning.calibration import Calibration
+from secateur.pruning.calibration import Calibration, read_calibration, save_tokenizer
 from secateur.pruning.learned_job import prune_learned
 from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory
 from secateur.pruning.pipeline import make_plan, removed_shares, write_pruned
@@ -45,29 +44,49 @@ class Pruned:
     """A pruned checkpoint. ``os.fspath`` gives its directory, so that it serves wherever a path does."""
 
     path: Path
-    method: str
     plan: Plan  #: kept layers, channels and heads, masks and scores
     fingerprint: str  #: of the plan
-    removed: dict[str, float]  #: shares removed: ``total``, ``non_embedding`` and, for masks, ``block_weights``
-    shape: Shape  #: after the cut
-    calibration: dict[str, Any]  #: what the scores were computed on
     use: ResourceUse = field(default_factory=ResourceUse)  #: time and memory of the whole run
 
     def __fspath__(self) -> str:
         return str(self.path)
 
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return self.plan.method
+
+    @property
+    def removed(self) -> dict[str, float]:
+        """Shares removed: ``total``, ``non_embedding`` and, for masks, ``block_weights``."""
+        shares = removed_shares(self.plan)
+        return {key: shares[key] for key in ("total", "non_embedding", "block_weights") if key in shares}
+
+    @property
+    def shape(self) -> Shape:
+        """The shape after the cut."""
+        return self.plan.after
+
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """What the scores were computed on."""
+        return self.plan.calibration
+
     def record(self) -> dict[str, Any]:
         """Plain values, as ``secateur prune --json`` prints them."""
-        return {
-            "out": str(self.path),
-            "method": self.method,
-            "asked": self.plan.request,
-            "ratio": removed_shares(self.plan),
-            "shape": self.shape.as_dict(),
-            "calibration": self.calibration,
-            "plan": self.fingerprint,
-            "summary": self.plan.summary,
-        }
+        return {"out": str(self.path), **_report(self.plan), "plan": self.fingerprint}
+
+
+def _report(plan: Plan) -> dict[str, Any]:
+    """What a plan asked for and reached, as plain values."""
+    return {
+        "method": plan.method,
+        "asked": plan.request,
+        "ratio": removed_shares(plan),
+        "shape": plan.after.as_dict(),
+        "calibration": plan.calibration,
+        "summary": plan.summary,
+    }
 
 
 def open_checkpoint(model: Any) -> Checkpoint:
@@ -99,9 +118,7 @@ def prune_model(request: PruneRequest) -> PreTrainedModel:
     model: Any = cut_model(checkpoint, plan)
     if isinstance(checkpoint, LiveCheckpoint):
         model = model.to(checkpoint.model.device)
-    model.plan, model.masks = plan, dict(plan.masks)
-    model.report = {"asked": plan.request, "ratio": removed_shares(plan), "summary": plan.summary}
-    model.report |= {"method": plan.method, "shape": plan.after.as_dict(), "calibration": plan.calibration}
+    model.plan, model.masks, model.report = plan, dict(plan.masks), _report(plan)
     return model
 
 
@@ -154,8 +171,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
             name = "" if len(request.targets) == 1 else f"ratio-{target.ratio:g}"
             (fresh / name).mkdir(exist_ok=True)
             content = write_pruned(checkpoint, plan, fresh / name, base=checkpoint.directory.name)
-            if request.tokenizer is not None:
-                _tokenizer(request).save_pretrained(fresh / name)
+            save_tokenizer(request, fresh / name)
             done.append((out / name, plan, content))
     return _results(done, use)
 
@@ -179,12 +195,8 @@ def _results(done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: ResourceUse
     results = []
     for path, plan, content in done:
         masks = load_masks(path) if plan.masks else {}  # the journal that the plan's masks were views of is gone
-        shares = removed_shares(plan)
         plan = dataclasses.replace(plan, masks=masks, weights={})
-        removed = {key: shares[key] for key in ("total", "non_embedding", "block_weights") if key in shares}
-        results.append(
-            Pruned(path, plan.method, plan, content["fingerprint"], removed, plan.after, plan.calibration, use)
-        )
+        results.append(Pruned(path, plan, content["fingerprint"], use))
     return results
 
 
@@ -203,32 +215,10 @@ def _check_tokenizer(checkpoint: Checkpoint, request: PruneRequest) -> None:
         check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
 
 
-def _tokenizer(request: PruneRequest) -> Any:
-    """The tokenizer of the request: an object, or loaded from a directory or the Hub; None where it names none."""
-    tokenizer = request.tokenizer
-    if isinstance(tokenizer, str | Path):
-        return load_tokenizer(local_checkpoint(tokenizer, weights=False))
-    if tokenizer is None and isinstance(request.model, torch.nn.Module):
-        name = str(getattr(request.model, "name_or_path", ""))
-        texts = request.calibration is not None and not hasattr(request.calibration, "shape")
-        if texts and not (
-            is_token_file(str(request.calibration)) or (name and Path(name).is_dir()) or is_hub_name(name)
-        ):
-            raise UserError("`tokenizer`: calibration texts need one, and this model in memory names none")
-    return tokenizer
-
-
 def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration | None:
     """The calibration windows; None where the method reads no text, with a notice about fields without effect."""
     if request.reads_text:
-        return Calibration.of(
-            checkpoint,
-            request.calibration,
-            field=request.field,
-            windows=request.windows,
-            seqlen=request.seqlen,
-            tokenizer=_tokenizer(request),
-        )
+        return read_calibration(request, checkpoint, request.windows)
     reason = f"{request.method} " + (f"goes by the task {request.task}" if request.task else "looks at no text")
     if request.calibration is not None:
         source = request.calibration

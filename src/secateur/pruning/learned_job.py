@@ -23,7 +23,7 @@ from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.progress import notify
-from secateur.pruning.calibration import Calibration
+from secateur.pruning.calibration import read_calibration, save_tokenizer
 from secateur.pruning.cost import scoring_flops
 from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
 from secateur.pruning.memory_estimate import estimate_training_memory
@@ -208,6 +208,7 @@ def prune_learned(
             except UserError as error:  # such as shards that are damaged further on: finished steps stay
                 raise RunError(str(error), 2) from None
             if distributed.is_main():
+                save_tokenizer(request, fresh / name)
                 shutil.move(metrics, fresh / name)
                 done.append((out / name, plan, content))
     return done, use
@@ -222,9 +223,7 @@ def _learning_data(request: PruneRequest, checkpoint: Checkpoint) -> LearningDat
     source, sequence = request.calibration, window_length(checkpoint, request.seqlen)
     windows = request.windows or request.prototype.steps * request.prototype.windows
     if not isinstance(source, str) or not source.startswith("shards:"):
-        calibration = Calibration.of(
-            checkpoint, source, field=request.field, windows=windows, seqlen=request.seqlen, tokenizer=request.tokenizer
-        )
+        calibration = read_calibration(request, checkpoint, windows)
         tokens = WindowTokens(calibration.windows)
         return LearningData(tokens, {"": (0, tokens.tokens)}, calibration.record(), calibration.windows.shape[1])
     store = open_shards(source, "calibration", checkpoint.shape.vocabulary)

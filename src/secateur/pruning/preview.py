@@ -58,8 +58,7 @@ class ShapesRequest:
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """One target for each ratio."""
-        ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
-        return tuple(Target.parse(ratio=ratio, of=self.of, shape=self.shape, axes=self.axes) for ratio in ratios)
+        return Target.parse_several(self.ratio, of=self.of, shape=self.shape, axes=self.axes)
 
     @cached_property
     def prototype(self) -> Any:

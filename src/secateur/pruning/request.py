@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
-from secateur.config import Positive, spec
+from secateur.config import AnyPath, Positive, spec
 from secateur.errors import UserError
+from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.target import Target
 
 __all__ = ["RESUME_LABELS", "PruneRequest"]
@@ -66,7 +67,7 @@ class PruneRequest:
 
     model: Any
     method: str
-    out: Any = None
+    out: AnyPath = None
     ratio: Any = None  # checked by Target
     of: Literal["total", "non-embedding"] | None = None
     shape: str | Mapping[str, int] | None = None
@@ -113,35 +114,18 @@ class PruneRequest:
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """What pruning should reach, one target for each ratio."""
-        ratios: Sequence[float | None] = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
-        if not ratios:
-            raise UserError("`ratio`: is empty; name one ratio or several")
-        if len(set(ratios)) < len(ratios):
-            raise UserError("`ratio`: names a ratio twice")
-        shape = self.shape
-        if isinstance(shape, Mapping):
-            shape = ",".join(f"{name}={size}" for name, size in shape.items())
-        return tuple(
-            Target.parse(
-                ratio=ratio,
-                of=self.of,
-                shape=shape,
-                pattern=self.pattern,
-                axes=",".join(self.axes) if isinstance(self.axes, tuple) else self.axes,
-                allocation=self.allocation,
-            )
-            for ratio in ratios
-        )
+        fields = {name: getattr(self, name) for name in ("of", "shape", "pattern", "axes", "allocation")}
+        return Target.parse_several(self.ratio, **fields)
 
     @property
     def task(self) -> str:
         """The task that the method goes by; empty for none."""
-        return getattr(self.prototype, "task", "")
+        return task_of(self.prototype)
 
     @property
     def reads_text(self) -> bool:
         """Whether the method scores on calibration text, and not on weights alone or by a task."""
-        return self.prototype.calibrated and not self.task
+        return reads_text(self.prototype)
 
     @property
     def idle_fields(self) -> list[str]:

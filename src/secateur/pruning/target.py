@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -118,17 +118,17 @@ class Target:
         *,
         ratio: float | None = None,
         of: str | None = None,
-        shape: str | None = None,
+        shape: str | Mapping[str, int] | None = None,
         pattern: str | None = None,
-        axes: str | None = None,
+        axes: str | Sequence[str] | None = None,
         allocation: Allocation = "uniform",
     ) -> Target:
-        """Read a target from the texts of a command line or a study file.
+        """Read a target from the texts of a command line or a study file, or from plain values.
 
         Args:
-            shape: e.g. ``hidden=3072,ffn=9216``.
+            shape: e.g. ``hidden=3072,ffn=9216``, or a mapping.
             pattern: e.g. ``2:4``.
-            axes: e.g. ``kv,ffn``.
+            axes: e.g. ``kv,ffn``, or a sequence.
 
         Raises:
             UserError: if a field cannot be read, or contradicts another one.
@@ -136,11 +136,21 @@ class Target:
         return cls(
             ratio,
             cast("Share | None", of and of.replace("-", "_")),
-            _parse_sizes(shape) if shape is not None else {},
+            _parse_sizes(shape) if isinstance(shape, str) else shape or {},
             Pattern.parse(pattern) if pattern is not None else None,
-            tuple(part.strip() for part in axes.split(",")) if axes is not None else (),
+            tuple(part.strip() for part in axes.split(",")) if isinstance(axes, str) else tuple(axes or ()),
             allocation,
         )
+
+    @classmethod
+    def parse_several(cls, ratio: float | Sequence[float] | None, **fields: Any) -> tuple[Target, ...]:
+        """Read one target for each ratio; ``fields`` are the other ones of :meth:`parse`."""
+        ratios: Sequence[Any] = ratio if isinstance(ratio, tuple | list) else (ratio,)
+        if not ratios:
+            raise UserError("`ratio`: is empty; name one ratio or several")
+        if len(set(ratios)) < len(ratios):
+            raise UserError("`ratio`: names a ratio twice")
+        return tuple(cls.parse(ratio=value, **fields) for value in ratios)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values; part of the identity of a study's stages."""

@@ -16,7 +16,7 @@ from secateur.config import fingerprint, identity
 from secateur.data.shards import TokenStore
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
-from secateur.evaluation.token_windows import open_shards
+from secateur.evaluation.token_windows import check_shards, open_shards
 from secateur.files import require_new_directory, shared_directory, write_json
 from secateur.formatting import count, scientific
 from secateur.hub import local_checkpoint
@@ -216,7 +216,7 @@ def train(request: TrainRequest) -> Trained:
     flops = train_flops(origin.shape, data.tokens, recipe.sequence) + (teaching or 0.0)
     _announce(data, origin, teacher, flops, execution, peak)
     directories = shared_directory(
-        out, run_identity, "what to train, and how", resume=True, progress_files=FINISHED, labels=_WORDS
+        out, run_identity, "what to train, and how", resume=True, progress_files=FINISHED, labels=_RESUME_LABELS
     )
     meter = Meter(flops / data.tokens, peak.flops * distributed.world_size())
     with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):
@@ -256,7 +256,7 @@ def train(request: TrainRequest) -> Trained:
 
 
 #: fields of a request by the keys that identify an unfinished run
-_WORDS = {
+_RESUME_LABELS = {
     "weights": "`init`",
     "config": "`init` or `like`",
     "masks": "the masks of `init` or `like`",
@@ -311,7 +311,7 @@ def _slice(request: TrainRequest, store: TokenStore, origin: _Origin) -> Slice:
             f"`tokens`: {request.data} has {available:,} tokens, not {first:,} to {last:,}; "
             f"lower `tokens` by {last - available:,}, or build a larger corpus"
         )
-    open_shards(request.data, "data", origin.shape.vocabulary)
+    check_shards(store, request.data, "data", origin.shape.vocabulary)
     limit = max_positions(origin.config)
     if limit and recipe.sequence > limit:
         raise UserError(

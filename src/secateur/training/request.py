@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from secateur.config import Count, Positive, load_yaml, parse, parse_count, parse_value, spec
+from secateur.config import AnyPath, Count, Positive, load_yaml, parse, parse_count, parse_value, spec
 from secateur.errors import UserError
 from secateur.training.recipe import Recipe
 
@@ -51,7 +51,7 @@ class TrainRequest:
         UserError: if a field is out of range, or fields contradict each other.
     """
 
-    out: Any
+    out: AnyPath
     init: Any
     tokens: Count
     data: str
