@@ -198,6 +198,7 @@ def kill_after(process: subprocess.Popen[str], partial: Path, checkpoints: int, 
         time.sleep(0.005)
     assert process.poll() is None, process.communicate()[1][-4000:]
     if number == signal.SIGKILL:
+        process.kill()  # at once: a run alone may end while the processes of the machine are listed
         for found in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's workers are in sessions of their own
             with contextlib.suppress(OSError):
                 if str(partial.with_suffix("")).encode() in found.read_bytes().split(b"\0"):

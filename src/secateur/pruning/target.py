@@ -143,9 +143,9 @@ class Target:
         )
 
     @classmethod
-    def parse_several(cls, ratio: float | Sequence[float] | None, **fields: Any) -> tuple[Target, ...]:
-        """Read one target for each ratio; ``fields`` are the other ones of :meth:`parse`."""
-        ratios: Sequence[Any] = ratio if isinstance(ratio, tuple | list) else (ratio,)
+    def parse_several(cls, ratio: Any, **fields: Any) -> tuple[Target, ...]:
+        """Read a target for a ratio, or one for each of several; ``fields`` are the other fields of :meth:`parse`."""
+        ratios = ratio if isinstance(ratio, tuple | list) else (ratio,)
         if not ratios:
             raise UserError("`ratio`: is empty; name one ratio or several")
         if len(set(ratios)) < len(ratios):
