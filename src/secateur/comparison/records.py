@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from secateur.evaluation.results import Measurement
 from secateur.model.families import Granularity
 
 __all__ = [
     "Cell",
     "Cost",
+    "DocumentLoss",
     "Evaluation",
     "Init",
     "Parent",
@@ -20,7 +24,12 @@ __all__ = [
     "Running",
     "StageNote",
     "StudyResults",
+    "TextUnit",
+    "Units",
+    "pair_units",
 ]
+
+TextUnit = Literal["documents", "windows of known documents", "windows"]
 
 Init = Literal[
     "pruned",  # the parent's weights under the plan
@@ -42,6 +51,25 @@ class Point:
 
 
 @dataclass(frozen=True)
+class DocumentLoss:
+    """The loss of a held-out document, summed over its predicted tokens inside the windows."""
+
+    number: int  #: of the document in its protocol
+    tokens: int  #: predicted tokens
+    loss_sum: float  #: nats
+
+
+@dataclass(frozen=True)
+class Units:
+    """The pieces of held-out text that comparisons pair, as arrays [units]."""
+
+    unit: TextUnit  #: "windows": their documents are not known, and each counts as one of its own
+    values: NDArray[np.float64]  #: mean loss of each, nats per predicted token
+    weights: NDArray[np.float64]  #: predicted tokens of each
+    documents: NDArray[np.int64]  #: document, or cluster of documents, that each belongs to
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Held-out loss of one checkpoint under one protocol."""
 
@@ -49,9 +77,45 @@ class Evaluation:
     perplexity: float  #: exp(loss)
     tokens: int  #: predicted tokens
     protocol: str  #: fingerprint of the protocol; figures of different protocols are never compared
-    windows: tuple[float, ...]  #: mean loss of each held-out window, in order: what makes comparisons paired
+    windows: tuple[float, ...]  #: mean loss of each held-out window, in order
     sparsity: float  #: share of exact zeros among the block linears' weights
     measured: tuple[Measurement, ...] = ()  #: this loss by document, then perplexities and tasks, with their items
+    documents: tuple[DocumentLoss, ...] = ()  #: empty in records of older versions
+    window_documents: tuple[int, ...] = ()  #: cluster of each window, where only windows were recorded; empty: unknown
+    window_tokens: tuple[int, ...] = ()  #: predicted tokens of each window; empty for the same in each
+
+    def units(self) -> Units:
+        """The units to pair: documents; where they were not recorded, windows."""
+        return pair_units(self, self)[0]
+
+
+def pair_units(first: Evaluation, second: Evaluation) -> tuple[Units, Units]:
+    """The units of two evaluations under one protocol, the same ones in the same order.
+
+    Documents if both recorded them, else windows. Windows that share a document are one cluster where that is known.
+
+    Raises:
+        ValueError: if the two have different numbers of windows.
+    """
+    numbers = [[(d.number, d.tokens) for d in evaluation.documents] for evaluation in (first, second)]
+    if numbers[0] and numbers[0] == numbers[1]:
+        return _document_units(first), _document_units(second)
+    if len(first.windows) != len(second.windows):
+        raise ValueError(f"{len(first.windows)} and {len(second.windows)} windows cannot be paired")
+    clusters = first.window_documents or second.window_documents
+    tokens = first.window_tokens or second.window_tokens or (1,) * len(first.windows)
+    unit: TextUnit = "windows of known documents" if clusters else "windows"
+    documents = np.asarray(clusters or range(len(first.windows)), dtype=np.int64)
+    weights = np.asarray(tokens, dtype=np.float64)
+    values = [np.asarray(evaluation.windows, dtype=np.float64) for evaluation in (first, second)]
+    return Units(unit, values[0], weights, documents), Units(unit, values[1], weights, documents)
+
+
+def _document_units(evaluation: Evaluation) -> Units:
+    tokens = np.asarray([document.tokens for document in evaluation.documents], dtype=np.float64)
+    sums = np.asarray([document.loss_sum for document in evaluation.documents], dtype=np.float64)
+    numbers = np.asarray([document.number for document in evaluation.documents], dtype=np.int64)
+    return Units("documents", sums / tokens, tokens, numbers)
 
 
 @dataclass(frozen=True)
