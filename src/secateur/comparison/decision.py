@@ -297,6 +297,9 @@ def _judge(value: float, text: Component | None, noise: Component | None, margin
         return Decision("undecided", value, reason=reason, margin=margin)
     components = [text] if noise is None else [text, noise, _sum(text, noise)]
     half = max(_half_width(part) for part in components)
+    if not math.isfinite(half):
+        reason = "one document has nearly all of the weight, which leaves no interval"
+        return Decision("undecided", value, reason=reason, margin=margin, text=text, noise=noise)
     p = max(_p_value(value, part) for part in components)
     low, high = value - half, value + half
     total = text.variance + (noise.variance if noise else 0.0)
