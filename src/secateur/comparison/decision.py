@@ -205,8 +205,8 @@ def decide_independent(first: Decision, second: Decision, *, margin: float | Non
 def adjust(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
     """Correct the verdicts of several comparisons by Holm's method.
 
-    ``first`` and ``second`` need an adjusted p below 0.05, else they become ``undecided``. ``equal within margin`` stays
-    at its own interval. Comparisons without a p do not count.
+    ``first`` and ``second`` need an adjusted p below 0.05, else they become ``undecided``. ``equal within margin``
+    stays at its own interval. Comparisons without a p do not count.
     """
     order = sorted((n for n, d in enumerate(decisions) if d.p is not None), key=lambda n: decisions[n].p or 0.0)
     result, worst = list(decisions), 0.0
