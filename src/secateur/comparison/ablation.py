@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from secateur.comparison.decision import Decision, adjust
 from secateur.comparison.index import Group, Index
 from secateur.comparison.records import Cell, Init
-from secateur.comparison.twins import MeanDifference, Paired, mean_difference, pair_cells
+from secateur.comparison.twins import Paired, mean_difference, pair_cells
 
 __all__ = ["CONTROLS", "ControlGap", "Part", "controls", "parts"]
 
@@ -50,7 +51,7 @@ class Part:
 
     against: Init
     of: Init
-    mean: MeanDifference | None  #: loss(against) - loss(of); None: not measured
+    mean: Decision | None  #: loss(against) - loss(of); None: not measured
 
 
 def controls(index: Index, group: Group) -> tuple[ControlGap, ...]:
@@ -67,14 +68,19 @@ def controls(index: Index, group: Group) -> tuple[ControlGap, ...]:
 
 
 def parts(index: Index, group: Group) -> tuple[Part, ...]:
-    """Split the advantage of a comparison into parts, over all its seeds; empty without a control."""
+    """Split the advantage of a comparison into parts, over all its seeds, corrected for their number.
+
+    Empty without a control.
+    """
     if not controls(index, group):
         return ()
     runs = _runs(index, group)
     pairs = [pair for pair in _PAIRS if pair[0] in runs and pair[1] in runs]
     if "redrawn" in runs:  # the weights then count beside the control that has the mask as well, not beside scratch
         pairs = [pair for pair in pairs if pair[0] != "scratch" or pair[1] == "redrawn"]
-    return tuple(_part(runs, *pair) for pair in pairs)
+    measured = [_part(runs, *pair) for pair in pairs]
+    corrected = iter(adjust([part.mean for part in measured if part.mean]))
+    return tuple(replace(part, mean=next(corrected)) if part.mean else part for part in measured)
 
 
 def _runs(index: Index, group: Group) -> dict[Init, dict[int, Cell]]:

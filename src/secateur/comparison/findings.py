@@ -1,7 +1,7 @@
-"""Test whether the findings of the paper (arXiv:2606.14150) hold in a study.
+"""Test whether the findings of the paper (arXiv:2606.14150) hold in a study, case by case and on average.
 
-Each finding is a contrast of paired differences that is positive where the finding holds. The mean contrast of one
-method, or of all, has a 95% interval over held-out windows, and over seeds where there are several.
+Each finding is a contrast of paired differences that is positive where the finding holds. A case is one comparison, over
+its seeds; the cases of a finding are corrected for their number by Holm's method.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from secateur.comparison.decision import Decision, VerdictName, adjust
 from secateur.comparison.index import PRUNED, Group, Index, Model
 from secateur.comparison.twins import (
     SCRATCH,
-    MeanDifference,
     Paired,
     Setting,
     average,
@@ -23,22 +23,54 @@ from secateur.comparison.twins import (
 )
 from secateur.methods.registry import method_name
 
-__all__ = ["Finding", "FindingAnswer", "FindingRow", "find"]
+__all__ = ["Finding", "FindingAnswer", "FindingCase", "FindingRow", "find"]
 
-FindingAnswer = Literal["holds", "does not hold", "too close to call", "not measured"]
+FindingAnswer = Literal["holds", "holds in part", "does not hold", "undecided", "not measured"]
 Contrast = dict[int, Paired]  # seed -> a difference that is positive where the finding holds; empty: not measured
+
+_AHEAD: frozenset[VerdictName] = frozenset({"first"})
+_LEVEL_OR_AHEAD: frozenset[VerdictName] = frozenset({"first", "equal within margin"})
+
+
+@dataclass(frozen=True)
+class FindingCase:
+    """The contrast of one comparison."""
+
+    group: Group
+    decision: Decision
+    holds: bool
 
 
 @dataclass(frozen=True)
 class FindingRow:
-    """The answer to a finding for one method, or for several together."""
+    """A finding for one method, or for several together."""
 
     scope: str  #: the method's name, or e.g. "All methods"
-    answer: FindingAnswer
     #: mean contrast, nats per token, positive where the finding holds; None: not measured, or two contrasts
-    mean: MeanDifference | None
-    comparisons: int  #: that the mean is over
-    planned: int  #: that the study has
+    mean: Decision | None
+    cases: tuple[FindingCase, ...]  #: every comparison that the study plans for it
+
+    @property
+    def measured(self) -> tuple[FindingCase, ...]:
+        """The cases that were measured."""
+        return tuple(case for case in self.cases if case.decision.verdict != "not measured")
+
+    @property
+    def exceptions(self) -> tuple[FindingCase, ...]:
+        """The measured cases in which the finding does not hold, or nothing is decided."""
+        return tuple(case for case in self.measured if not case.holds)
+
+    @property
+    def answer(self) -> FindingAnswer:
+        """By the cases: ``holds`` only if it holds in every measured one."""
+        if not self.measured:
+            return "not measured"
+        if not self.exceptions:
+            return "holds"
+        if len(self.exceptions) < len(self.measured):
+            return "holds in part"
+        against = all(case.decision.sign < 0 or case.decision.verdict.startswith("equal") for case in self.exceptions)
+        return "does not hold" if against else "undecided"
 
 
 @dataclass(frozen=True)
@@ -136,10 +168,9 @@ def _shares(index: Index, groups: Sequence[Group]) -> dict[float, Group]:
 
 
 def _granularity(index: Index) -> Finding:
-    """Test two claims in one: each has its rows, and the last row holds where both do.
+    """Test two claims in one: each has its rows, and the last row has the cases of both.
 
-    The paper says that depth pruning is "matched or overtaken". An interval cannot show a match, so one that includes
-    zero is too close to call here as elsewhere.
+    "Matched or overtaken" holds where the from-scratch model is ahead, or equal within the margin.
     """
     gaps = _gaps(index, "total")
     kinds = {group: index.granularity(group.model) for group in gaps}
@@ -147,8 +178,8 @@ def _granularity(index: Index) -> Finding:
     coarse = {group: {s: -p for s, p in gap.items()} for group, gap in gaps.items() if kinds[group] == "depth"}
     rows: list[FindingRow] = []
     if fine and coarse:
-        rows = [*_rows(fine, "All sparse methods"), *_rows(coarse, "All depth methods")]
-        rows.append(_both(_row("", fine), _row("", coarse)))
+        rows = [*_rows(fine, "All sparse methods"), *_rows(coarse, "All depth methods", _LEVEL_OR_AHEAD)]
+        rows.append(FindingRow("Both parts", None, (*_cases(fine, _AHEAD), *_cases(coarse, _LEVEL_OR_AHEAD))))
     return Finding(
         "granularity",
         "At equal total tokens, sparse pruning keeps an edge and depth pruning is matched or overtaken.",
@@ -157,28 +188,31 @@ def _granularity(index: Index) -> Finding:
     )
 
 
-def _both(fine: FindingRow, coarse: FindingRow) -> FindingRow:
-    """Join two claims: both fail where either fails."""
-    order: tuple[FindingAnswer, ...] = ("does not hold", "not measured", "too close to call", "holds")
-    answer: FindingAnswer = min((fine.answer, coarse.answer), key=order.index)
-    counts = (fine.comparisons + coarse.comparisons, fine.planned + coarse.planned)
-    return FindingRow("Both parts", answer, None, *counts)
-
-
-def _rows(contrasts: dict[Group, Contrast], scope: str = "All methods") -> tuple[FindingRow, ...]:
+def _rows(
+    contrasts: dict[Group, Contrast], scope: str = "All methods", holding: frozenset[VerdictName] = _AHEAD
+) -> tuple[FindingRow, ...]:
     """A row for each method, and one for all where there are several."""
+    cases = _cases(contrasts, holding)
     methods = list(dict.fromkeys(group.method for group in contrasts))
-    rows = [
-        _row(method_name(method), {group: gap for group, gap in contrasts.items() if group.method == method})
-        for method in methods
+    rows = []
+    for method in methods:
+        contrasts_of_method = {group: gap for group, gap in contrasts.items() if group.method == method}
+        rows.append(_row(method_name(method), contrasts_of_method, [case for case in cases if case.group.method == method]))
+    return (*rows, _row(scope, contrasts, cases)) if len(methods) > 1 else tuple(rows)
+
+
+def _row(scope: str, contrasts: dict[Group, Contrast], cases: Sequence[FindingCase]) -> FindingRow:
+    mean, _ = average([list(gaps.values()) for gaps in contrasts.values()])
+    return FindingRow(scope, mean, tuple(cases))
+
+
+def _cases(contrasts: dict[Group, Contrast], holding: frozenset[VerdictName]) -> list[FindingCase]:
+    """Decide every comparison over its seeds, corrected for their number."""
+    decisions = [
+        mean_difference(list(gaps.values())) or Decision("not measured", reason="its runs were not measured")
+        for gaps in contrasts.values()
     ]
-    return (*rows, _row(scope, contrasts)) if len(methods) > 1 else tuple(rows)
-
-
-def _row(scope: str, contrasts: dict[Group, Contrast]) -> FindingRow:
-    means, used = average(contrasts.values())
-    mean = mean_difference(means)
-    if mean is None:
-        return FindingRow(scope, "not measured", None, 0, len(contrasts))
-    answer: FindingAnswer = "holds" if mean.sign > 0 else "does not hold" if mean.sign < 0 else "too close to call"
-    return FindingRow(scope, answer, mean, used, len(contrasts))
+    return [
+        FindingCase(group, decision, decision.verdict in holding)
+        for group, decision in zip(contrasts, adjust(decisions), strict=True)
+    ]

@@ -3,58 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.comparison.intervals import bootstrap_interval, mean_interval, seed_interval, sign_test
+from secateur.comparison.decision import MARGIN, Decision, decide, sign_test
 from secateur.errors import UserError
 from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, MeasurementKind, check_same_protocols
 
-__all__ = ["AVERAGE", "FEW", "Comparison", "Comparisons", "Outcome", "compare_results"]
+__all__ = ["AVERAGE", "Comparison", "Comparisons", "Outcome", "compare_results"]
 
 AVERAGE = "average of tasks"
-FEW = 30  #: items, below which a bootstrap's interval alone is not trusted
 
-Outcome = Literal["A", "B", "too close to call", "not measured"]
+Outcome = Literal["A", "B", "equal within margin", "undecided", "not measured"]
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One figure of A beside that of B.
 
-    ``difference`` is how much better A is: loss(B) - loss(A), or accuracy(A) - accuracy(B); other metrics of tasks by
-    their own direction. ``low`` and ``high`` bound
-    its 95% interval by a paired bootstrap over items: documents, or windows. ``above`` and ``below`` count the items on
-    which A and B are better, and ``p`` is the sign test's. With several seeds, figures are means over them, and
-    ``seed_low`` and ``seed_high`` bound the 95% interval of the mean of their differences by Student's t. A verdict
-    for one side needs every interval there is to exclude zero; and, of fewer than 30 items, of which the bootstrap's
-    intervals are too narrow, p below 0.05 as well. What was not measured is None.
+    ``decision`` is about how much better A is: loss(B) - loss(A), or accuracy(A) - accuracy(B); other metrics of tasks
+    by their own direction. ``above`` and ``below`` count the items on which A and B are better. With several seeds,
+    figures are means over them. What was not measured is None.
     """
 
     name: str
     kind: MeasurementKind
-    verdict: Outcome
+    decision: Decision
     a: float | None = None
     b: float | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    unit: str | None = None
+    unit: str | None = None  #: of the items: "documents", "windows"
     items: int | None = None
     above: int | None = None
     below: int | None = None
-    p: float | None = None
     seeds: tuple[float, ...] = ()  #: the difference of each seed, where there are several
-    seed_low: float | None = None
-    seed_high: float | None = None
-    reason: str = ""  #: why it is not measured
+
+    @property
+    def verdict(self) -> Outcome:
+        """The better model, or why none is named."""
+        names: dict[str, Outcome] = {"first": "A", "second": "B"}
+        return names.get(self.decision.verdict, self.decision.verdict)  # type: ignore[arg-type]
+
+    @property
+    def difference(self) -> float | None:
+        """How much better A is."""
+        return self.decision.value
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the 95% interval."""
+        return self.decision.low
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the 95% interval."""
+        return self.decision.high
+
+    @property
+    def p(self) -> float | None:
+        """Of no difference, two-sided."""
+        return self.decision.p
+
+    @property
+    def reason(self) -> str:
+        """Why it is not measured, or undecided."""
+        return self.decision.reason
 
     def record(self) -> dict[str, Any]:
         """As plain values."""
-        return {**asdict(self), "seeds": list(self.seeds)}
+        content = asdict(self)
+        decision = decision_record(self.decision)
+        return {
+            "name": content.pop("name"),
+            "kind": content.pop("kind"),
+            "verdict": self.verdict,
+            **decision,
+            **{key: content[key] for key in ("a", "b", "unit", "items", "above", "below")},
+            "by_seed": list(self.seeds),
+        }
+
+
+def decision_record(decision: Decision) -> dict[str, Any]:
+    """A decision as plain values, without its verdict, whose words depend on what was compared."""
+    return {
+        "difference": decision.value,
+        "interval": None if decision.low is None else [decision.low, decision.high],
+        "p": decision.p,
+        "adjusted_p": decision.adjusted_p,
+        "comparisons": decision.comparisons,
+        "margin": decision.margin,
+        "covers": decision.covers,
+        "seeds": decision.seeds,
+        "documents": decision.documents,
+        "effective_documents": decision.effective_documents,
+        "text_share": decision.text_share,
+        "reason": decision.reason,
+    }
 
 
 @dataclass(frozen=True)
@@ -89,12 +135,16 @@ class Comparisons(Sequence[Comparison]):
         return self.rows[index]
 
 
-def compare_results(a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> Comparisons:
+def compare_results(
+    a: Sequence[EvaluationResults], b: Sequence[EvaluationResults], margin: float | None = MARGIN
+) -> Comparisons:
     """Compare two models, each measured once or, trained from several seeds, as often.
 
     Args:
         a: of one model, one for each seed.
         b: of the other, with the seeds in the same order.
+        margin: losses (nats per token) that differ by less count as equal; 0 or None: equality is never a verdict.
+            Accuracies have no such margin.
 
     Returns:
         One comparison for each measurement that either side has, and one of the average where there are several tasks.
@@ -105,7 +155,7 @@ def compare_results(a: Sequence[EvaluationResults], b: Sequence[EvaluationResult
     if len(a) != len(b):
         raise UserError(f"A has {len(a)} seeds and B has {len(b)}; name as many results on both sides, in pairs")
     names = check_same_protocols((r.model, m.name, m.protocol) for r in (*a, *b) for m in r.measurements)
-    rows = [_compare(name, a, b) for name in names]
+    rows = [_compare(name, a, b, margin) for name in names]
     accuracies = [c.name for c in rows if c.kind == "accuracy" and c.verdict != "not measured"]
     counted = _apart([_of(a[0], name) for name in accuracies])
     if len(counted) > 1:
@@ -125,31 +175,33 @@ def _apart(measured: Sequence[Measurement]) -> list[str]:
     return [measurement.name for measurement in measured if measurement.name in names]
 
 
-def _compare(name: str, a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> Comparison:
+def _compare(
+    name: str, a: Sequence[EvaluationResults], b: Sequence[EvaluationResults], margin: float | None
+) -> Comparison:
     measurement = next(m for r in (*a, *b) if (m := r.of(name)))
+
+    def absent(reason: str) -> Comparison:
+        return Comparison(name, measurement.kind, Decision("not measured", reason=reason))
+
     for side, results in (("A", a), ("B", b)):
         if any(r.of(name) is None for r in results):
-            return Comparison(name, measurement.kind, "not measured", reason=f"{side} has no {name}")
+            return absent(f"{side} has no {name}")
     parts = [_of(a[0], task) for task in measurement.tasks or (name,)]
     if reason := _unfit(measurement, parts):
-        return Comparison(name, measurement.kind, "not measured", reason=reason)
-    better = [_better(part.name, a, b) for part in parts]
-    if measurement.tasks:
-        interval = mean_interval(better, [share for _, share in _shares(measurement, a[0])])
-    else:
-        tokens = [item.get("tokens", 1) for item in measurement.items]
-        weights = np.asarray(tokens, dtype=np.float64) if measurement.kind == "loss" and len(set(tokens)) > 1 else None
-        interval = bootstrap_interval(better[0], weights)
+        return absent(reason)
     values = [(_of(first, name).value, _of(second, name).value) for first, second in zip(a, b, strict=True)]
-    return _judged(measurement, values, interval, np.concatenate(better))
+    if measurement.kind == "loss":
+        gains = _gains(name, a, b)
+        tokens = [item.get("tokens", 1) for item in measurement.items]
+        decision = decide(gains, np.arange(gains.shape[1]), weights=tokens, margin=margin)
+        return _row(measurement, values, decision, gains)
+    return _row(measurement, values, *_decide_tasks(_shares(measurement, a[0]), a, b))
 
 
 def _unfit(measurement: Measurement, parts: Sequence[Measurement]) -> str:
     """Why a figure cannot be compared item by item; empty where it can."""
     if measurement.tasks and not measurement.details["compared"]:
         return f"its tasks are compared by another metric than {measurement.scale}"
-    if sum(len(part.items) for part in parts) < 2:
-        return "fewer than two items give no interval"
     if any(item["value"] is None for part in parts for item in part.items):
         return f"{measurement.scale} is of all documents together, and single ones have none"
     return ""
@@ -161,15 +213,31 @@ def _of(results: EvaluationResults, name: str) -> Measurement:
     return measurement
 
 
-def _better(name: str, a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> NDArray[np.float64]:
-    """How much better A is on each item, in the mean over seeds."""
+def _gains(name: str, a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> NDArray[np.float64]:
+    """How much better A is on each item: [seeds, items]."""
     gains = []
     for pair in zip(a, b, strict=True):
         values_a, values_b = (
             np.asarray([item["value"] for item in _of(r, name).items], dtype=np.float64) for r in pair
         )
         gains.append(values_b - values_a if _of(a[0], name).lower_is_better else values_a - values_b)
-    return np.mean(gains, axis=0)
+    return np.stack(gains)
+
+
+def _decide_tasks(
+    shares: Sequence[tuple[str, float]], a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]
+) -> tuple[Decision, NDArray[np.float64]]:
+    """Decide by a mean of tasks, and the gains [seeds, items] behind it.
+
+    Args:
+        shares: each task with what it counts for in the mean, 1 in all. Its items share that evenly.
+    """
+    by_task = [_gains(task, a, b) for task, _ in shares]
+    sizes = [part.shape[1] for part in by_task]
+    gains = np.concatenate(by_task, axis=1)
+    weights = np.repeat([share / size for (_, share), size in zip(shares, sizes, strict=True)], sizes)
+    strata = np.repeat(np.arange(len(sizes)), sizes)
+    return decide(gains, np.arange(gains.shape[1]), weights=weights, strata=strata, margin=None), gains
 
 
 def _shares(measured: Measurement, results: EvaluationResults) -> list[tuple[str, float]]:
@@ -183,48 +251,32 @@ def _shares(measured: Measurement, results: EvaluationResults) -> list[tuple[str
 
 def _average(names: Sequence[str], a: Sequence[EvaluationResults], b: Sequence[EvaluationResults]) -> Comparison:
     """The mean of accuracies, in which a task counts once however many documents it has, and a group as much."""
-    shares = [(task, share) for name in names for task, share in _shares(_of(a[0], name), a[0])]
-    better = [_better(task, a, b) for task, _ in shares]
+    shares = [(task, share / len(names)) for name in names for task, share in _shares(_of(a[0], name), a[0])]
     means = [[float(np.mean([_of(r, name).value for name in names])) for r in side] for side in (a, b)]
-    measurement = replace(_of(a[0], names[0]), name=AVERAGE, kind="accuracy")
-    interval = mean_interval(better, [share / len(names) for _, share in shares])
-    return _judged(measurement, list(zip(*means, strict=True)), interval, np.concatenate(better))
+    decision, gains = _decide_tasks(shares, a, b)
+    row = _row(_of(a[0], names[0]), list(zip(*means, strict=True)), decision, gains)
+    return Comparison(AVERAGE, "accuracy", decision, row.a, row.b, row.unit, row.items, row.above, row.below, row.seeds)
 
 
-def _judged(
+def _row(
     measurement: Measurement,
     values: list[tuple[float, float]],
-    interval: tuple[float, float],
-    better: NDArray[np.float64],
+    decision: Decision,
+    gains: NDArray[np.float64],
 ) -> Comparison:
-    """The comparison of figures, one pair for each seed, with the verdict that all intervals agree on."""
+    """The comparison of figures, one pair for each seed."""
     a, b = (float(np.mean(side)) for side in zip(*values, strict=True))
-    differences = tuple(
-        value_b - value_a if measurement.lower_is_better else value_a - value_b for value_a, value_b in values
-    )
-    intervals, seeds = [interval], {}
-    if len(values) > 1:
-        intervals.append(seed_interval(differences))
-        seeds = {"seeds": differences, "seed_low": intervals[1][0], "seed_high": intervals[1][1]}
-    above, below, p = sign_test(better)
-    verdict: Outcome = "too close to call"
-    if len(better) >= FEW or p < 0.05:
-        if all(low > 0 for low, _ in intervals):
-            verdict = "A"
-        elif all(high < 0 for _, high in intervals):
-            verdict = "B"
+    by_seed = tuple(second - first if measurement.lower_is_better else first - second for first, second in values)
+    above, below, _ = sign_test(gains.mean(axis=0))
     return Comparison(
         measurement.name,
         measurement.kind,
-        verdict,
+        decision,
         a,
         b,
-        float(np.mean(differences)),
-        *interval,
-        unit=measurement.unit,
-        items=len(better),
-        above=above,
-        below=below,
-        p=p,
-        **seeds,
+        measurement.unit,
+        gains.shape[1],
+        above,
+        below,
+        by_seed if len(values) > 1 else (),
     )

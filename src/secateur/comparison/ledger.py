@@ -9,7 +9,7 @@ from typing import Any, Literal
 from secateur.comparison.index import PRUNED, Group, Index, Model, group_of
 from secateur.comparison.naming import group_name, model_name
 from secateur.comparison.records import Cell, Cost
-from secateur.comparison.twins import SCRATCH
+from secateur.comparison.twins import SCRATCH, Paired, mean_difference, pair_cells
 from secateur.formatting import TIMES
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "Forward",
     "account_flops",
     "forwards",
-    "lowest_loss",
+    "best_runs",
     "own_cost",
     "pieces",
     "pipelines",
@@ -89,22 +89,51 @@ def setting_total(index: Index, cell: Cell) -> tuple[int | None, float | None]:
     return parent.tokens + cell.training.tokens, (parent + cell.pruning + cell.training).flops
 
 
-def lowest_loss(index: Index) -> dict[tuple[Group, str], tuple[Account, ...]]:
-    """For each run, the accounts in which no run of the same target has a lower loss for as many FLOPs or fewer."""
+def best_runs(index: Index) -> dict[tuple[Group, str], tuple[Account, ...]]:
+    """For each run, the accounts in which no run of the same target is decidedly better for as many FLOPs or fewer.
+
+    Several runs may be best: those between which nothing is decided. A run counts with all its seeds. The decisions are
+    not corrected for their number, which only makes more runs lose.
+    """
+    runs = _runs(index)
     accounts: dict[tuple[Group, str], tuple[Account, ...]] = {}
+    decisions: dict[tuple[_Run, _Run], bool] = {}
     for account in ACCOUNTS:
-        targets: dict[str, list[tuple[float, float, tuple[Group, str]]]] = {}
-        for key, cell in index.cells.items():
-            flops = account_flops(index, cell, account)
-            if cell.evaluation and flops is not None:
-                targets.setdefault(cell.target, []).append((flops, cell.evaluation.loss, key))
-        for runs in targets.values():
-            lowest, at = float("inf"), float("inf")
-            for flops, loss, key in sorted(runs, key=lambda run: run[:2]):
-                if loss < lowest or (loss, flops) == (lowest, at):  # a run that serves several comparisons is as good
-                    lowest, at = loss, flops
+        priced = [(flops, run) for run in runs if (flops := account_flops(index, run.cells[0], account)) is not None]
+        for flops, run in priced:
+            rivals = [rival for cost, rival in priced if cost <= flops and rival is not run and rival.target == run.target]
+            if not any(_beats(rival, run, decisions) for rival in rivals):
+                for cell in run.cells:
+                    key = (group_of(cell), cell.name)
                     accounts[key] = (*accounts.get(key, ()), account)
     return accounts
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One run of a comparison with all its seeds that have a held-out loss."""
+
+    target: str
+    cells: tuple[Cell, ...]
+
+
+def _runs(index: Index) -> list[_Run]:
+    by_run: dict[tuple[Group, str], list[Cell]] = {}
+    for (group, name), cell in index.cells.items():
+        if cell.evaluation:
+            by_run.setdefault((group.pooled, name), []).append(cell)
+    return [_Run(cells[0].target, tuple(cells)) for cells in by_run.values()]
+
+
+def _beats(rival: _Run, run: _Run, decisions: dict[tuple[_Run, _Run], bool]) -> bool:
+    """Whether ``rival`` has a lower loss than ``run``, decided over the seeds that both have."""
+    if (rival, run) not in decisions:
+        by_seed = {cell.seed: cell for cell in run.cells}
+        pairs = [pair_cells(cell, by_seed[cell.seed], "", "") for cell in rival.cells if cell.seed in by_seed]
+        decision = mean_difference([pair for pair in pairs if isinstance(pair, Paired)], margin=None)
+        sign = decision.sign if decision else 0
+        decisions[rival, run], decisions[run, rival] = sign > 0, sign < 0
+    return decisions[rival, run]
 
 
 def pieces(index: Index) -> list[Row]:

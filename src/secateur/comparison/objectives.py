@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from secateur.comparison.decision import Decision, adjust
 from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.naming import model_name
 from secateur.comparison.records import Cell
-from secateur.comparison.twins import MeanDifference, Paired, mean_difference, pair_cells
+from secateur.comparison.twins import Paired, mean_difference, pair_cells
 
 __all__ = ["ObjectiveRow", "objective_rows"]
 
@@ -27,14 +28,17 @@ class ObjectiveRow:
     second: Group
     first_loss: float | None
     second_loss: float | None
-    mean: MeanDifference | None  #: loss(first) - loss(second): positive where the second is better; None: not measured
+    mean: Decision | None  #: loss(first) - loss(second): positive where the second is better; None: not measured
     flop_ratio: float | None  #: training FLOPs of the second over those of the first
 
 
 def objective_rows(index: Index) -> tuple[ObjectiveRow, ...]:
-    """List every pair of objectives, the language-model loss first where it is one of the two."""
+    """List every pair of objectives, the language-model loss first where it is one of the two.
+
+    Their decisions are corrected for their number.
+    """
     models = index.models
-    rows = []
+    rows: list[ObjectiveRow] = []
     for first, second in _pairs(index):
         first_runs, second_runs = _runs(index, first), _runs(index, second)
         seeds = [seed for seed in first_runs if seed in second_runs]
@@ -53,7 +57,8 @@ def objective_rows(index: Index) -> tuple[ObjectiveRow, ...]:
         name = model_name(first.model, models)
         rest = (first, second, *losses, mean, ratio)
         rows += [ObjectiveRow(name, kind, *rest) for kind, equal in kinds.items() if equal]
-    return tuple(rows)
+    corrected = iter(adjust([row.mean for row in rows if row.mean]))
+    return tuple(replace(row, mean=next(corrected)) if row.mean else row for row in rows)
 
 
 def _pairs(index: Index) -> Iterator[tuple[Group, Group]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
+from secateur.comparison.decision import MARGIN, Decision, adjust
 from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.items import Comparison, compare_results
 from secateur.comparison.records import Cell, Evaluation
@@ -30,26 +31,41 @@ class QualityRow:
     @property
     def winner(self) -> Winner:
         """Which of the two is better."""
-        names: dict[str, Winner] = {"A": "pruned", "B": "scratch", "not measured": "not measured"}
-        return names.get(self.comparison.verdict, "too close to call")
+        names: dict[str, Winner] = {"A": "pruned", "B": "scratch"}
+        return names.get(self.comparison.verdict, self.comparison.verdict)  # type: ignore[arg-type]
 
 
-def quality_rows(index: Index) -> list[QualityRow]:
+def quality_rows(index: Index, margin: float | None = MARGIN) -> list[QualityRow]:
     """Every figure besides the held-out loss as a whole, of every comparison in every setting.
 
-    Seeds of which either side was not measured are left out; where none is left, there is no row.
+    Seeds of which either side was not measured are left out; where none is left, there is no row. The comparisons of one
+    figure in one setting are corrected for their number.
+
+    Args:
+        margin: of losses, nats per token.
     """
     rows = []
     for setting in settings_of(index):
         for group in index.comparisons:
             if is_planned(index, group, setting):
-                rows += [
-                    QualityRow(setting, group, comparison) for comparison in _compared(index, group, SCRATCH[setting])
-                ]
-    return rows
+                compared = _compared(index, group, SCRATCH[setting], margin)
+                rows += [QualityRow(setting, group, comparison) for comparison in compared]
+    return _adjusted(rows)
 
 
-def _compared(index: Index, group: Group, name: str) -> list[Comparison]:
+def _adjusted(rows: Sequence[QualityRow]) -> list[QualityRow]:
+    """Correct the rows of each figure and setting together, by Holm's method."""
+    families: dict[tuple[Setting, str], list[int]] = {}
+    for number, row in enumerate(rows):
+        families.setdefault((row.setting, row.comparison.name), []).append(number)
+    corrected = list(rows)
+    for numbers in families.values():
+        for number, decision in zip(numbers, adjust([rows[n].comparison.decision for n in numbers]), strict=True):
+            corrected[number] = replace(rows[number], comparison=replace(rows[number].comparison, decision=decision))
+    return corrected
+
+
+def _compared(index: Index, group: Group, name: str, margin: float | None) -> list[Comparison]:
     seeds = index.pools[group.pooled] if group.seed is None else (group,)
     pairs = [(_measured(index.cell(seed, PRUNED)), _measured(index.cell(seed, name))) for seed in seeds]
     both = [(pruned, scratch) for pruned, scratch in pairs if pruned and scratch]
@@ -62,9 +78,10 @@ def _compared(index: Index, group: Group, name: str) -> list[Comparison]:
     pruned, scratch = ([_without(side, unlike) for side in sides] for sides in zip(*both, strict=True))
     kinds: dict[str, MeasurementKind] = {m.name: m.kind for m in both[0][0].measurements}
     reason = "the two were measured under different protocols"
-    incomparable = [Comparison(name, kinds.get(name, "loss"), "not measured", reason=reason) for name in sorted(unlike)]
+    absent = Decision("not measured", reason=reason)
+    incomparable = [Comparison(name, kinds.get(name, "loss"), absent) for name in sorted(unlike)]
     comparable = any(side.measurements for side in (*pruned, *scratch))
-    return [*(compare_results(pruned, scratch) if comparable else ()), *incomparable]
+    return [*(compare_results(pruned, scratch, margin) if comparable else ()), *incomparable]
 
 
 def _without(measured: Measured, names: Set[str]) -> Measured:
@@ -99,17 +116,30 @@ def by_domain(measured: Measurement) -> list[Measurement]:
 
 
 def contradicting(verdicts: Sequence[Verdict], rows: Sequence[QualityRow]) -> list[tuple[Verdict, QualityRow]]:
-    """Where the accuracy on tasks decides for one path and the held-out loss for the other.
+    """Where a perplexity or the accuracy on tasks decides for one path and the held-out loss for the other.
 
-    With several tasks it is their average that counts, and no single one.
+    With several tasks it is their average that counts, and no single one. Losses by domain are parts of a whole and do
+    not count.
     """
-    accuracies: dict[tuple[Setting, Group], QualityRow] = {}
-    for row in rows:  # the average comes last
-        if row.comparison.kind == "accuracy":
-            accuracies[row.setting, row.group] = row
     decided = ("pruned", "scratch")
-    pairs = [(v, accuracies.get((v.setting, v.group))) for v in verdicts if v.winner in decided]
-    return [(v, row) for v, row in pairs if row and row.winner in decided and row.winner != v.winner]
+    figures: dict[tuple[Setting, Group], dict[str, QualityRow]] = {}
+    for row in rows:  # the average of tasks comes last
+        comparison = row.comparison
+        if comparison.kind == "accuracy" or not _is_part(comparison.name):
+            name = "accuracy" if comparison.kind == "accuracy" else comparison.name
+            figures.setdefault((row.setting, row.group), {})[name] = row
+    return [
+        (verdict, row)
+        for verdict in verdicts
+        if verdict.winner in decided
+        for row in figures.get((verdict.setting, verdict.group), {}).values()
+        if row.winner in decided and row.winner != verdict.winner
+    ]
+
+
+def _is_part(name: str) -> bool:
+    """Whether a figure is of one domain (:func:`by_domain`)."""
+    return " on " in name
 
 
 def measurement_rows(index: Index) -> list[dict[str, Any]]:

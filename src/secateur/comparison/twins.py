@@ -3,139 +3,159 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
+from secateur.comparison.decision import MARGIN, Decision, adjust, decide, decide_average
 from secateur.comparison.index import PRUNED, Group, Index
-from secateur.comparison.intervals import pooled_interval
-from secateur.comparison.records import Cell, Evaluation
+from secateur.comparison.records import Cell, Evaluation, TextUnit, pair_units
 
 __all__ = [
     "SCRATCH",
     "SETTINGS",
-    "MeanDifference",
     "Paired",
     "Setting",
     "Verdict",
     "Winner",
+    "adjust_verdicts",
     "average",
     "compare_twins",
     "is_planned",
     "mean_difference",
     "pair_cells",
+    "pair_evaluations",
     "settings_of",
 ]
 
 Setting = Literal["training", "total", "training-flops", "total-flops"]
-Winner = Literal["pruned", "scratch", "too close to call", "not measured"]
+Winner = Literal["pruned", "scratch", "equal within margin", "undecided", "not measured"]
 
 #: The from-scratch run that P-R is compared with in each setting.
 SCRATCH: dict[Setting, str] = {"training": "S_R", "total": "S_{P+R}", "training-flops": "S_F", "total-flops": "S_{P+F}"}
 SETTINGS: tuple[Setting, ...] = tuple(SCRATCH)
 
-_ROUNDING = 1e-9  # nats; what two sums of equal losses may differ by
-
 
 @dataclass(frozen=True)
 class Paired:
-    """The difference of two models of one seed, window by window; positive where the second has the higher loss."""
+    """The difference of two models of one seed on the same text; positive where the second has the higher loss."""
 
-    value: float  #: difference of the losses, nats per token
-    windows: np.ndarray = field(repr=False)  #: [windows], differences of their mean losses
+    differences: np.ndarray = field(repr=False)  #: [units], nats per token
+    weights: np.ndarray = field(repr=False)  #: [units], predicted tokens
+    documents: np.ndarray = field(repr=False)  #: [units], the document of each
+    unit: TextUnit
     protocol: str
 
-    def minus(self, pair: Paired) -> Paired | str:
-        """A difference of differences over the same windows, or why there is none."""
-        if self.protocol != pair.protocol or len(self.windows) != len(pair.windows):
-            return "the losses were measured under different protocols"
-        return Paired(self.value - pair.value, self.windows - pair.windows, self.protocol)
-
-    def __neg__(self) -> Paired:
-        return Paired(-self.value, -self.windows, self.protocol)
-
-
-@dataclass(frozen=True)
-class MeanDifference:
-    """A mean difference in nats per token and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-    seeds: int  #: number of seeds that it is the mean of
+    @property
+    def value(self) -> float:
+        """The difference of the losses, nats per token."""
+        return float(np.average(self.differences, weights=self.weights))
 
     @property
-    def sign(self) -> int:
-        """1 or -1 where the interval leaves out zero, else 0."""
-        return (self.low > _ROUNDING) - (self.high < -_ROUNDING)
+    def text(self) -> tuple[str, TextUnit, int]:
+        """What the difference was measured on; only differences on the same text are combined."""
+        return self.protocol, self.unit, len(self.differences)
+
+    def minus(self, pair: Paired) -> Paired | str:
+        """A difference of differences over the same units, or why there is none."""
+        if self.text != pair.text:
+            return "the losses were measured under different protocols"
+        return replace(self, differences=self.differences - pair.differences)
+
+    def __neg__(self) -> Paired:
+        return replace(self, differences=-self.differences)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One comparison of a pruned and retrained model with its from-scratch twin.
 
-    ``difference`` is loss(scratch) - loss(pruned) in nats per token, so positive means that pruning is better;
-    ``low`` and ``high`` bound its 95% interval. All figures are None where the comparison was not measured. Where the
-    group has no seed, losses and difference are means over the seeds that were measured.
+    ``decision`` is about loss(scratch) - loss(pruned) in nats per token, so positive means that pruning is better. All
+    figures are None where the comparison was not measured. Where the group has no seed, losses and difference are means
+    over the seeds that were measured.
     """
 
     setting: Setting
     group: Group
-    winner: Winner
+    decision: Decision
     pruned_loss: float | None = None
     scratch_loss: float | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
     flop_ratio: float | None = None  #: FLOPs of the whole pruned pipeline over those of the scratch run
-    reason: str = ""  #: why it is not measured
     seeds: int = 0  #: seeds that were measured
     planned: int = 1  #: seeds that the comparison has
+    unit: TextUnit | None = None  #: what was paired
+
+    @property
+    def winner(self) -> Winner:
+        """The better path, or why none is named."""
+        names: dict[str, Winner] = {"first": "pruned", "second": "scratch"}
+        return names.get(self.decision.verdict, self.decision.verdict)  # type: ignore[arg-type]
+
+    @property
+    def difference(self) -> float | None:
+        """loss(scratch) - loss(pruned), nats per token."""
+        return self.decision.value
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the 95% interval."""
+        return self.decision.low
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the 95% interval."""
+        return self.decision.high
+
+    @property
+    def reason(self) -> str:
+        """Why it is not measured, or undecided."""
+        return self.decision.reason
 
 
 def pair_cells(better: Cell | None, worse: Cell | None, better_name: str, worse_name: str) -> Paired | str:
-    """loss(worse) - loss(better), window by window; or why it was not measured."""
+    """loss(worse) - loss(better), unit by unit; or why it was not measured."""
     first, second = better.evaluation if better else None, worse.evaluation if worse else None
     reason = _absence(better_name, better) or _absence(worse_name, worse)
-    if not reason and first and second:
-        reason = _mismatch(first, second, better_name, worse_name)
     if reason or first is None or second is None:
         return reason
-    windows = np.asarray(second.windows) - np.asarray(first.windows)
-    return Paired(second.loss - first.loss, windows, first.protocol)
+    pair = pair_evaluations(first, second)
+    if isinstance(pair, str):
+        return f"the {_run_name(better_name)} and the {_run_name(worse_name)} {pair}"
+    return pair
 
 
-def mean_difference(seeds: Sequence[Paired]) -> MeanDifference | None:
-    """The mean over seeds with its interval; None where there is no seed, or where their protocols differ."""
-    if len({(pair.protocol, len(pair.windows)) for pair in seeds}) != 1:
+def pair_evaluations(better: Evaluation, worse: Evaluation) -> Paired | str:
+    """loss(worse) - loss(better), unit by unit; or why the two cannot be paired, as the end of a sentence."""
+    if better.protocol != worse.protocol:
+        return "were evaluated under different protocols"
+    if len(better.windows) != len(worse.windows):
+        return f"have {len(better.windows)} and {len(worse.windows)} held-out windows"
+    first, second = pair_units(better, worse)
+    return Paired(second.values - first.values, first.weights, first.documents, first.unit, better.protocol)
+
+
+def mean_difference(seeds: Sequence[Paired], margin: float | None = MARGIN) -> Decision | None:
+    """Decide by the mean over seeds; None where there is no seed, or where their texts differ."""
+    if len({pair.text for pair in seeds}) != 1:
         return None
-    low, high = pooled_interval(np.stack([pair.windows for pair in seeds]))
-    return MeanDifference(float(np.mean([pair.value for pair in seeds])), low, high, len(seeds))
+    first = seeds[0]
+    differences = np.stack([pair.differences for pair in seeds])
+    return decide(differences, first.documents, weights=first.weights, margin=margin)
 
 
-def average(comparisons: Iterable[dict[int, Paired]]) -> tuple[list[Paired], int]:
-    """The mean over comparisons for each seed that they have in common, and over how many of them.
+def average(comparisons: Sequence[Sequence[Paired]], margin: float | None = MARGIN) -> tuple[Decision | None, int]:
+    """Decide by the mean over comparisons, each with every seed that it has, and count the comparisons.
 
-    Comparisons are taken as given, not as a draw. Where no seed is common to all, those with the fewest are left out;
-    nothing is left where their protocols differ.
+    Nothing is decided where there is none, or where their texts differ.
     """
-    seeds_by_comparison = sorted((pairs for pairs in comparisons if pairs), key=len, reverse=True)
-    if len({(pair.protocol, len(pair.windows)) for pairs in seeds_by_comparison for pair in pairs.values()}) > 1:
-        return [], 0
-    used: list[dict[int, Paired]] = []
-    common: set[int] = set()
-    for pairs in seeds_by_comparison:
-        shared = common & set(pairs) if used else set(pairs)
-        if shared:
-            used, common = [*used, pairs], shared
-    means = []
-    for seed in sorted(common):
-        each = [pairs[seed] for pairs in used]
-        windows = np.mean([pair.windows for pair in each], axis=0)
-        means.append(Paired(float(np.mean([pair.value for pair in each])), windows, each[0].protocol))
-    return means, len(used)
+    measured = [pairs for pairs in comparisons if pairs]
+    if len({pair.text for pairs in measured for pair in pairs}) != 1:
+        return None, 0
+    first = measured[0][0]
+    differences = [np.stack([pair.differences for pair in pairs]) for pairs in measured]
+    return decide_average(differences, first.documents, weights=first.weights, margin=margin), len(measured)
 
 
 def settings_of(index: Index) -> tuple[Setting, ...]:
@@ -144,14 +164,33 @@ def settings_of(index: Index) -> tuple[Setting, ...]:
     return tuple(setting for setting in SETTINGS if SCRATCH[setting] in names)
 
 
-def compare_twins(index: Index, groups: Sequence[Group]) -> tuple[Verdict, ...]:
-    """Judge ``groups`` in every setting of the study, setting by setting; one without a seed, over all its seeds."""
+def compare_twins(index: Index, groups: Sequence[Group], margin: float | None = MARGIN) -> tuple[Verdict, ...]:
+    """Judge ``groups`` in every setting of the study, each by itself; one without a seed, over all its seeds."""
     return tuple(
-        _judge(index, setting, group)
+        _judge(index, setting, group, margin)
         for setting in settings_of(index)
         for group in groups
         if is_planned(index, group, setting)
     )
+
+
+def adjust_verdicts(
+    verdicts: Sequence[Verdict], decisive: Collection[tuple[Setting, Group]] = ()
+) -> tuple[Verdict, ...]:
+    """Correct verdicts by Holm's method: the decisive comparisons together, the others of each setting together.
+
+    Args:
+        decisive: setting and group, without a seed, of the comparisons that the study's question names.
+    """
+    families: dict[str, list[int]] = {}
+    for number, verdict in enumerate(verdicts):
+        named = (verdict.setting, verdict.group.pooled) in decisive
+        families.setdefault("" if named else verdict.setting, []).append(number)
+    corrected = list(verdicts)
+    for numbers in families.values():
+        for number, decision in zip(numbers, adjust([verdicts[n].decision for n in numbers]), strict=True):
+            corrected[number] = replace(verdicts[number], decision=decision)
+    return tuple(corrected)
 
 
 def is_planned(index: Index, group: Group, setting: Setting) -> bool:
@@ -162,7 +201,7 @@ def is_planned(index: Index, group: Group, setting: Setting) -> bool:
     return any(index.over_seeds(group, SCRATCH[setting])) or not index.of(group)
 
 
-def _judge(index: Index, setting: Setting, group: Group) -> Verdict:
+def _judge(index: Index, setting: Setting, group: Group, margin: float | None) -> Verdict:
     """Compare over seeds, or give the reason why that is not possible."""
     name = SCRATCH[setting]
     seeds = index.pools[group] if group.seed is None else (group,)
@@ -170,21 +209,16 @@ def _judge(index: Index, setting: Setting, group: Group) -> Verdict:
     ratio = next((r for pruned, scratch in pairs if (r := _flop_ratio(index, pruned, scratch)) is not None), None)
     differences = [pair_cells(*pair, PRUNED, name) for pair in pairs]
     measured = [pair for pair in differences if isinstance(pair, Paired)]
-    mean = mean_difference(measured)
-    if mean is None:
-        reason = next(
-            (text for text in differences if isinstance(text, str)), "its seeds were evaluated under several protocols"
+    decision = mean_difference(measured, margin)
+    if decision is None:
+        several = "its seeds were evaluated under several protocols"
+        reason = next((text for text in differences if isinstance(text, str)), several)
+        return Verdict(
+            setting, group, Decision("not measured", reason=reason), flop_ratio=ratio, planned=len(seeds)
         )
-        return Verdict(setting, group, "not measured", flop_ratio=ratio, reason=reason, planned=len(seeds))
-    winner: Winner = "pruned" if mean.sign > 0 else "scratch" if mean.sign < 0 else "too close to call"
     used = [cells for cells, pair in zip(pairs, differences, strict=True) if isinstance(pair, Paired)]
-    pruned_loss, scratch_loss = (
-        float(np.mean([c.evaluation.loss for c in side if c and c.evaluation])) for side in zip(*used, strict=True)
-    )
-    interval = (mean.value, mean.low, mean.high)
-    return Verdict(
-        setting, group, winner, pruned_loss, scratch_loss, *interval, ratio, seeds=mean.seeds, planned=len(seeds)
-    )
+    losses = [float(np.mean([c.evaluation.loss for c in side if c and c.evaluation])) for side in zip(*used, strict=True)]
+    return Verdict(setting, group, decision, *losses, ratio, len(measured), len(seeds), measured[0].unit)
 
 
 def _flop_ratio(index: Index, pruned: Cell | None, scratch: Cell | None) -> float | None:
@@ -208,14 +242,3 @@ def _run_name(name: str) -> str:
     if name == PRUNED:
         return f"pruned run {name}"
     return f"scratch run {name}" if name in SCRATCH.values() else f"run {name}"
-
-
-def _mismatch(pruned: Evaluation, scratch: Evaluation, *names: str) -> str:
-    both = " and ".join(f"the {_run_name(name)}" for name in names)
-    if pruned.protocol != scratch.protocol:
-        return f"{both} were evaluated under different protocols"
-    if len(pruned.windows) != len(scratch.windows):
-        return f"{both} have {len(pruned.windows)} and {len(scratch.windows)} held-out windows"
-    if len(pruned.windows) < 2:
-        return "fewer than two held-out windows give no interval"
-    return ""
