@@ -113,12 +113,13 @@ def evaluate(models: Any, *, data: Any = None, **fields: Any) -> list[Evaluation
     return results
 
 
-def compare(a: Any, b: Any) -> Comparisons:
+def compare(a: Any, b: Any, margin: float = 0.02) -> Comparisons:
     """Compare two evaluated models item by item.
 
     Args:
         a: results of one model from :func:`evaluate`, a results file, or a sequence of either, one for each seed.
         b: the same of the other model, seeds in the same order.
+        margin: losses (nats per token) whose difference lies within it count as equal; 0: equality is never a verdict.
 
     Returns:
         One comparison for each figure that both have; ``verdict`` is that of the held-out loss.
@@ -129,7 +130,7 @@ def compare(a: Any, b: Any) -> Comparisons:
     from secateur.comparison.items import compare_results
 
     sides = load_results(a), load_results(b)
-    comparisons = compare_results(*sides)
+    comparisons = compare_results(*sides, margin)
     if not comparisons:
         names = ", ".join(result.model for side in sides for result in side)
         raise UserError(f"{names}: hold no measurement; evaluate them with `data` or a `suite`")

@@ -263,10 +263,10 @@ measures only what is missing. See docs/evaluation.md.
 
 
 COMPARE_EPILOG = """\
-For each figure: the difference in A's favour with a 95% interval by a paired bootstrap over items, the number of
-items on which either model is better, and the sign test of those numbers. With several seeds on both sides, in pairs,
-also the 95% interval over seeds by Student's t. A verdict needs every interval to exclude zero; else it is too close
-to call. Figures that were measured in different ways are refused.
+For each figure: the difference in A's favour, paired by document or item, its 95% interval and p by Student's t, and
+the number of items on which either model is better. With several seeds on both sides, in pairs, the interval covers
+seeds as well. A or B is better if the interval excludes zero; losses are equal if it lies within --margin; else it is
+undecided, as with fewer than 20 documents. Figures that were measured in different ways are refused.
 
 examples:
   secateur eval PRUNED SCRATCH --suite paper --data shards:CORPUS --out results

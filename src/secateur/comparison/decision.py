@@ -261,7 +261,7 @@ def _text(y: Floats, labels: NDArray[np.intp], w: Floats, tasks: NDArray[np.intp
     None with one document.
     """
     means = np.bincount(tasks, w * y) / np.bincount(tasks, w)
-    shares = np.bincount(labels, w)
+    shares = np.asarray(np.bincount(labels, w), dtype=np.float64)
     if len(shares) < 2:
         return None, shares
     residuals = np.bincount(labels, w * (y - means[tasks]))

@@ -1,7 +1,7 @@
 """Test whether the findings of the paper (arXiv:2606.14150) hold in a study, case by case and on average.
 
-Each finding is a contrast of paired differences that is positive where the finding holds. A case is one comparison, over
-its seeds; the cases of a finding are corrected for their number by Holm's method.
+Each finding is a contrast of paired differences that is positive where the finding holds. A case is one comparison,
+over its seeds; the cases of a finding are corrected for their number by Holm's method.
 """
 
 from __future__ import annotations
@@ -197,7 +197,9 @@ def _rows(
     rows = []
     for method in methods:
         contrasts_of_method = {group: gap for group, gap in contrasts.items() if group.method == method}
-        rows.append(_row(method_name(method), contrasts_of_method, [case for case in cases if case.group.method == method]))
+        rows.append(
+            _row(method_name(method), contrasts_of_method, [case for case in cases if case.group.method == method])
+        )
     return (*rows, _row(scope, contrasts, cases)) if len(methods) > 1 else tuple(rows)
 
 

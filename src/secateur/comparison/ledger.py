@@ -18,8 +18,8 @@ __all__ = [
     "Account",
     "Forward",
     "account_flops",
-    "forwards",
     "best_runs",
+    "forwards",
     "own_cost",
     "pieces",
     "pipelines",
@@ -101,7 +101,9 @@ def best_runs(index: Index) -> dict[tuple[Group, str], tuple[Account, ...]]:
     for account in ACCOUNTS:
         priced = [(flops, run) for run in runs if (flops := account_flops(index, run.cells[0], account)) is not None]
         for flops, run in priced:
-            rivals = [rival for cost, rival in priced if cost <= flops and rival is not run and rival.target == run.target]
+            rivals = [
+                rival for cost, rival in priced if cost <= flops and rival is not run and rival.target == run.target
+            ]
             if not any(_beats(rival, run, decisions) for rival in rivals):
                 for cell in run.cells:
                     key = (group_of(cell), cell.name)

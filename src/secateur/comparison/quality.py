@@ -38,8 +38,8 @@ class QualityRow:
 def quality_rows(index: Index, margin: float | None = MARGIN) -> list[QualityRow]:
     """Every figure besides the held-out loss as a whole, of every comparison in every setting.
 
-    Seeds of which either side was not measured are left out; where none is left, there is no row. The comparisons of one
-    figure in one setting are corrected for their number.
+    Seeds of which either side was not measured are left out; where none is left, there is no row. The comparisons of
+    one figure in one setting are corrected for their number.
 
     Args:
         margin: of losses, nats per token.

@@ -22,6 +22,7 @@ __all__ = [
     "Point",
     "PrunedModel",
     "Running",
+    "SeedsVary",
     "StageNote",
     "StudyResults",
     "TextUnit",
@@ -40,6 +41,10 @@ Init = Literal[
     "shuffled-weights",  # the kept weights of the parent, permuted within each tensor
     "dense-twin",  # new weights, and as many of them as the sparse model keeps, dense
 ]
+
+
+#: What seeds vary. "training": the order of the data and fresh weights; "all": also the parent and its pruning.
+SeedsVary = Literal["all", "training"]
 
 
 @dataclass(frozen=True)
@@ -240,3 +245,4 @@ class StudyResults:
     stages: tuple[StageNote, ...]
     environment: dict[str, str] = field(default_factory=dict)  #: versions, device, threads
     study_yaml: str = ""  #: the study file's text
+    seeds_vary: SeedsVary = "training"

@@ -213,12 +213,13 @@ def _judge(index: Index, setting: Setting, group: Group, margin: float | None) -
     if decision is None:
         several = "its seeds were evaluated under several protocols"
         reason = next((text for text in differences if isinstance(text, str)), several)
-        return Verdict(
-            setting, group, Decision("not measured", reason=reason), flop_ratio=ratio, planned=len(seeds)
-        )
+        return Verdict(setting, group, Decision("not measured", reason=reason), flop_ratio=ratio, planned=len(seeds))
     used = [cells for cells, pair in zip(pairs, differences, strict=True) if isinstance(pair, Paired)]
-    losses = [float(np.mean([c.evaluation.loss for c in side if c and c.evaluation])) for side in zip(*used, strict=True)]
-    return Verdict(setting, group, decision, *losses, ratio, len(measured), len(seeds), measured[0].unit)
+    pruned_loss, scratch_loss = (
+        float(np.mean([c.evaluation.loss for c in side if c and c.evaluation])) for side in zip(*used, strict=True)
+    )
+    counts = (len(measured), len(seeds), measured[0].unit)
+    return Verdict(setting, group, decision, pruned_loss, scratch_loss, ratio, *counts)
 
 
 def _flop_ratio(index: Index, pruned: Cell | None, scratch: Cell | None) -> float | None:

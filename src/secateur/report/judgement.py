@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from secateur.comparison.ablation import parts
+from secateur.comparison.decision import Decision
 from secateur.comparison.findings import Finding, find
 from secateur.comparison.index import Index
+from secateur.comparison.items import decision_record
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.quality import QualityRow, contradicting, quality_rows
 from secateur.comparison.records import StudyResults
-from secateur.comparison.twins import MeanDifference, Setting, Verdict, compare_twins, settings_of
+from secateur.comparison.twins import Setting, Verdict, adjust_verdicts, compare_twins, settings_of
 from secateur.forecast.ladder import Forecasts, forecast
 from secateur.forecast.ratios import MethodLaw, across_ratios
 from secateur.report.forecast_prose import forecasts_json, laws_json
@@ -69,10 +71,13 @@ _NO_TWINS = "No model of this study was trained from scratch; it compares pruned
 
 
 def judge(results: StudyResults) -> Judgement:
-    """Compare every pruned run with its from-scratch twins. Depends on ``results`` alone."""
+    """Compare every pruned run with its from-scratch twins. Depends on ``results`` alone.
+
+    Verdicts are corrected for their number by Holm's method, those of each setting together.
+    """
     index = Index(results)
     settings = settings_of(index)
-    verdicts = compare_twins(index, index.comparisons)
+    verdicts = adjust_verdicts(compare_twins(index, index.comparisons))
     headlines: dict[Setting, str] = {
         setting: headline([verdict for verdict in verdicts if verdict.setting == setting]) for setting in settings
     }
@@ -81,8 +86,8 @@ def judge(results: StudyResults) -> Judgement:
         index=index,
         settings=settings,
         verdicts=verdicts,
-        sentences=tuple(verdict_sentence(verdict, index.comparisons) for verdict in verdicts),
-        by_seed=compare_twins(index, index.groups) if index.several_seeds else (),
+        sentences=tuple(verdict_sentence(verdict, index.comparisons, results.seeds_vary) for verdict in verdicts),
+        by_seed=adjust_verdicts(compare_twins(index, index.groups)) if index.several_seeds else (),
         headlines=headlines,
         answer=study_answer(verdicts) if settings or not results.cells else _NO_TWINS,
         findings=find(index),
@@ -97,7 +102,9 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
     """The judgement as plain values. Verdicts pooled over seeds have no seed."""
     groups = judgement.index.groups
     pairs = [*zip(judgement.verdicts, judgement.sentences, strict=True)]
-    pairs += [(verdict, verdict_sentence(verdict, groups)) for verdict in judgement.by_seed]
+    pairs += [
+        (verdict, verdict_sentence(verdict, groups, judgement.results.seeds_vary)) for verdict in judgement.by_seed
+    ]
     return {
         "answer": judgement.answer,
         "verdicts": [_verdict_json(judgement.index, verdict, text) for verdict, text in pairs],
@@ -107,8 +114,15 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
                 "claim": finding.claim,
                 "who": row.scope,
                 "answer": row.answer,
+                "holds_in": len(row.measured) - len(row.exceptions),
+                "measured": len(row.measured),
+                "planned": len(row.cases),
                 **_mean_json(row.mean),
-                "sentence": finding_sentence(row),
+                "exceptions": [
+                    {**dataclasses.asdict(case.group), "verdict": case.decision.verdict, **_mean_json(case.decision)}
+                    for case in row.exceptions
+                ],
+                "sentence": finding_sentence(row, judgement.index.comparisons),
             }
             for finding in judgement.findings
             for row in finding.rows
@@ -138,9 +152,9 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def _mean_json(mean: MeanDifference | None) -> dict[str, Any]:
+def _mean_json(mean: Decision | None) -> dict[str, Any]:
     """A paired difference; None if it was not measured."""
-    return {"difference": mean.value if mean else None, "interval": [mean.low, mean.high] if mean else None}
+    return decision_record(mean or Decision("not measured"))
 
 
 def _verdict_json(index: Index, verdict: Verdict, text: str) -> dict[str, Any]:
@@ -148,11 +162,10 @@ def _verdict_json(index: Index, verdict: Verdict, text: str) -> dict[str, Any]:
         "setting": verdict.setting,
         **dataclasses.asdict(verdict.group),
         "ratio": index.ratio(verdict.group.model),
-        "seeds": verdict.seeds,
         "winner": verdict.winner,
-        "difference": verdict.difference,
-        "interval": None if verdict.low is None else [verdict.low, verdict.high],
+        **decision_record(verdict.decision),
+        "unit": verdict.unit,
+        "seeds": verdict.seeds,
         "flop_ratio": verdict.flop_ratio,
-        "reason": verdict.reason,
         "sentence": text,
     }

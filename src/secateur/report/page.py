@@ -34,7 +34,7 @@ from secateur.report.forecast_prose import (
 )
 from secateur.report.judgement import Judgement
 from secateur.report.latex import comparisons_tex, forecasts_tex
-from secateur.report.prose import drop_setting, finding_sentence, part_sentence, verdict_sentence
+from secateur.report.prose import coverage_note, drop_setting, finding_sentence, part_sentence, verdict_sentence
 from secateur.report.studies import StudyComparison
 from secateur.report.tables import (
     across_rows,
@@ -45,7 +45,6 @@ from secateur.report.tables import (
     rows_csv,
     versus_rows,
 )
-from secateur.report.terminal import POOLED_NOTE
 
 if TYPE_CHECKING:  # imported where figures are drawn: matplotlib takes a second
     from secateur.report.figures.collection import Panel
@@ -70,7 +69,6 @@ _FILTERS = (
     formatting.scientific,
     formatting.percent,
     formatting.signed,
-    finding_sentence,
     part_sentence,
 )
 
@@ -179,7 +177,11 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "unmeasured": [text for v, text in zip(judgement.verdicts, judgement.sentences, strict=True) if v.reason],
         "several_seeds": index.several_seeds,
         "several_parents": len(results.parents) > 1,
-        "pooled_note": POOLED_NOTE,
+        "coverage_note": coverage_note(judgement.verdicts, results.seeds_vary),
+        "findings": [
+            (finding, [(row, finding_sentence(row, index.comparisons)) for row in finding.rows])
+            for finding in judgement.findings
+        ],
         "not_measured": formatting.NOT_MEASURED,
         "budget_names": BUDGETS,
         "minus": formatting.MINUS,
@@ -250,7 +252,7 @@ def _model_details(
         "removed": _removal_text(index.pruned.get(model)),
         "runs": runs_of(index, model),
         "by_seed": [
-            (verdict, verdict_sentence(verdict, index.groups))
+            (verdict, verdict_sentence(verdict, index.groups, judgement.results.seeds_vary))
             for verdict in judgement.by_seed
             if verdict.group.model == model
         ],

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from secateur.comparison.decision import Decision, decide_independent
 from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.naming import group_name
-from secateur.comparison.twins import SCRATCH, MeanDifference, Paired, Setting, Verdict, mean_difference, pair_cells
+from secateur.comparison.twins import SCRATCH, Paired, Setting, Verdict, mean_difference, pair_cells
 from secateur.errors import UserError
 from secateur.report.judgement import Judgement
 
@@ -24,8 +24,7 @@ class RunRow:
     run: str
     a: float | None  #: held-out loss, nats per token
     b: float | None
-    difference: MeanDifference | None  #: b - a, paired over windows; positive: A is better
-    reason: str = ""  #: why the difference is missing
+    difference: Decision  #: b - a, paired over documents; positive: A is better
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class GapRow:
     setting: Setting
     a: Verdict
     b: Verdict
-    difference: MeanDifference | None  #: loss saved by pruning, A - B, nats per token
+    difference: Decision  #: loss saved by pruning, A - B, nats per token
 
     @property
     def agree(self) -> bool | None:
@@ -58,20 +57,28 @@ class StudyComparison:
 
     @property
     def answer(self) -> str:
-        """A sentence on how many verdicts agree."""
+        """How many verdicts agree, and in how many comparisons the studies differ by more than noise."""
         agreements = [row.agree for row in self.gaps if row.agree is not None]
         names = f"{self.a.results.name} and {self.b.results.name}"
         if not agreements:
             return f"{names} have no comparison that both have measured."
-        share = f"all {len(agreements)}" if all(agreements) else f"{sum(agreements)} of {len(agreements)}"
-        return f"{names} give the same verdict in {share} comparisons that both have measured."
+        total = len(agreements)
+        share = f"all {total}" if all(agreements) else f"{sum(agreements)} of {total}"
+        signs = [row.difference.verdict for row in self.gaps if row.agree is not None]
+        apart = sum(verdict in ("first", "second") for verdict in signs)
+        equal = signs.count("equal within margin")
+        return (
+            f"{names} give the same verdict in {share} comparisons that both have measured. The loss saved differs by "
+            f"more than noise in {apart} and is equal within the margin in {equal}; of the other "
+            f"{total - apart - equal} the intervals beside them say how far apart the studies may be."
+        )
 
 
 def compare_studies(a: Judgement, b: Judgement) -> StudyComparison:
     """Compare two studies. Comparisons match by method, target, R, objective and, if there are several, parent.
 
-    Under one protocol, losses are compared window by window over common seeds. Under different protocols, only the
-    losses saved by pruning are compared, as measurements on independent texts.
+    Under one protocol, losses are compared document by document over common seeds. Under different protocols, only the
+    losses saved by pruning are compared, as measurements on independent texts: nothing is paired, and variances add.
 
     Raises:
         UserError: if the studies have no comparison in common.
@@ -122,10 +129,11 @@ def _runs(a: Index, b: Index, pool_a: Group, pool_b: Group, name: str) -> Iterat
             continue
         pairs = [pair_cells(cell_a, cell_b, f"{run} of A", f"{run} of B") for cell_a, cell_b in cells]
         measured = [pair for pair in pairs if isinstance(pair, Paired)]
-        reason = next((pair for pair in pairs if isinstance(pair, str)), "")
+        reason = next((pair for pair in pairs if isinstance(pair, str)), "the texts of its seeds differ")
+        decision = mean_difference(measured) or Decision("not measured", reason=reason)
         losses = [[c.evaluation.loss for c in side if c and c.evaluation] for side in zip(*cells, strict=True)]
         means = [sum(side) / len(side) if side else None for side in losses]
-        yield RunRow(name, run, means[0], means[1], mean_difference(measured) if measured else None, reason)
+        yield RunRow(name, run, means[0], means[1], decision)
 
 
 def _gap(a: Index, b: Index, setting: Setting, in_a: Verdict, in_b: Verdict, among: list[Group]) -> GapRow:
@@ -137,17 +145,8 @@ def _gap(a: Index, b: Index, setting: Setting, in_a: Verdict, in_b: Verdict, amo
         if isinstance(gap_a, Paired) and isinstance(gap_b, Paired):
             difference = gap_a.minus(gap_b)
             saved += [difference] if isinstance(difference, Paired) else []
-    return GapRow(name, setting, in_a, in_b, mean_difference(saved) if saved else _independent_difference(in_a, in_b))
-
-
-def _independent_difference(in_a: Verdict, in_b: Verdict) -> MeanDifference | None:
-    """Difference of two savings measured on different texts: half-widths of the intervals add in quadrature."""
-    values = (in_a.difference, in_a.low, in_a.high, in_b.difference, in_b.low, in_b.high)
-    if None in values:
-        return None
-    a, a_low, a_high, b, b_low, b_high = (float(value) for value in values if value is not None)
-    down, up = math.hypot(a - a_low, b_high - b), math.hypot(a_high - a, b - b_low)
-    return MeanDifference(a - b, a - b - down, a - b + up, min(in_a.seeds, in_b.seeds))
+    decision = mean_difference(saved) or decide_independent(in_a.decision, in_b.decision)
+    return GapRow(name, setting, in_a, in_b, decision)
 
 
 def _differing_settings(a: Judgement, b: Judgement) -> Iterator[tuple[str, Any, Any]]:

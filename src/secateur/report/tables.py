@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from secateur.comparison.decision import Decision
 from secateur.comparison.index import Index, group_of
-from secateur.comparison.ledger import ACCOUNTS, account_flops, lowest_loss, own_cost, setting_total
+from secateur.comparison.ledger import ACCOUNTS, account_flops, best_runs, own_cost, setting_total
 from secateur.comparison.records import Cell
-from secateur.comparison.twins import SCRATCH, MeanDifference
+from secateur.comparison.twins import SCRATCH
 from secateur.forecast.fit import Interval
 from secateur.report.judgement import Judgement
 from secateur.report.studies import StudyComparison
@@ -31,7 +32,7 @@ def cell_rows(judgement: Judgement) -> list[Row]:
     verdicts = {
         (verdict.group, SCRATCH[verdict.setting]): verdict for verdict in judgement.by_seed or judgement.verdicts
     }
-    on_front = lowest_loss(index)
+    best = best_runs(index)
     rows = []
     for cell in judgement.results.cells:
         group = group_of(cell)
@@ -51,7 +52,7 @@ def cell_rows(judgement: Judgement) -> list[Row]:
                 **_values(verdict, "difference", "low", "high", "winner"),
                 **_values(cell, "parent", "target", "retrain_tokens", "objective", "init", "path", "peak_rate"),
                 **_costs(index, cell),
-                "best_for": " ".join(on_front.get((group, cell.name), ())),
+                "best_for": " ".join(best.get((group, cell.name), ())),
             }
         )
     return rows
@@ -77,8 +78,14 @@ def comparison_rows(judgement: Judgement) -> list[Row]:
     """One row for each comparison in each setting: first pooled over seeds, then for each seed."""
     group = ("parent", "method", "target", "retrain_tokens", "objective", "seed")
     figures = ("seeds", "pruned_loss", "scratch_loss", "difference", "low", "high", "winner", "flop_ratio", "reason")
+    decided = ("p", "adjusted_p", "comparisons", "margin", "documents", "effective_documents", "text_share")
     return [
-        {"setting": verdict.setting, **_values(verdict.group, *group), **_values(verdict, *figures)}
+        {
+            "setting": verdict.setting,
+            **_values(verdict.group, *group),
+            **_values(verdict, *figures, "unit"),
+            **_values(verdict.decision, *decided),
+        }
         for verdict in (*judgement.verdicts, *judgement.by_seed)
     ]
 
@@ -138,10 +145,9 @@ def across_rows(judgement: Judgement) -> list[Row]:
 def versus_rows(comparison: StudyComparison) -> list[Row]:
     """One row for each run that both studies have (difference B - A), then one for each verdict (A - B)."""
 
-    def row(kind: str, name: str, of: str, a: float | None, b: float | None, mean: MeanDifference | None) -> Row:
-        values = (mean.value, mean.low, mean.high) if mean else (None, None, None)
+    def row(kind: str, name: str, of: str, a: float | None, b: float | None, mean: Decision) -> Row:
         fields = {"kind": kind, "comparison": name, "of": of, "a": a, "b": b}
-        return fields | dict(zip(("difference", "low", "high"), values, strict=True))
+        return fields | {"difference": mean.value, **_values(mean, "low", "high", "p", "verdict")}
 
     rows = [row("loss", r.name, r.run, r.a, r.b, r.difference) for r in comparison.runs]
     return rows + [

@@ -16,21 +16,22 @@ from secateur.comparison.twins import SCRATCH, Setting, Winner
 from secateur.formatting import MINUS, TIMES, count, join_words, loss
 from secateur.report.forecast_prose import further_sentence, misfit_sentence, next_sentence, outlook_sentence
 from secateur.report.judgement import Judgement
-from secateur.report.prose import drop_setting, finding_sentence, objective_sentence, part_sentence
+from secateur.report.prose import coverage_note, drop_setting, finding_sentence, objective_sentence, part_sentence
 from secateur.report.studies import StudyComparison
 from secateur.report.tables import cell_rows
 
-__all__ = ["POOLED_NOTE", "text_table", "text_versus"]
+__all__ = ["text_table", "text_versus"]
 
 _WIDTH = 100
 _MOST_SENTENCES, _MOST_CONTROLS, _MOST_RANKS = 6, 2, 12  # shown of each list
 
-#: Note below verdicts over several seeds.
-POOLED_NOTE = (
-    "Verdicts are means over seeds. Their intervals resample held-out text and seeds together. With two seeds the "
-    "interval is too narrow."
-)
-_SIGNS: dict[Winner, str] = {"pruned": "P", "scratch": "S", "too close to call": "~", "not measured": "-"}
+_SIGNS: dict[Winner, str] = {
+    "pruned": "P",
+    "scratch": "S",
+    "equal within margin": "=",
+    "undecided": "~",
+    "not measured": "-",
+}
 _UNPLANNED: Winner = "not measured"
 _RUNS: dict[str, str] = {
     "S_R": "on R",
@@ -53,7 +54,9 @@ def text_table(judgement: Judgement) -> str:
             lines += _wrapped(drop_setting(text, setting), indent="  ")
         if len(pairs) > _MOST_SENTENCES:
             lines.append(f"  and {len(pairs) - _MOST_SENTENCES} more, on the page and in comparisons.csv")
-    lines += ["", *_wrapped(POOLED_NOTE)] if index.several_seeds else []
+    lines += (
+        ["", *_wrapped(coverage_note(judgement.verdicts, judgement.results.seeds_vary))] if judgement.verdicts else []
+    )
     lines += _findings(judgement) + _controls(index) + _objectives(index) + _forecasts(judgement)
     if len(index.pools) > len(index.models) or index.several_seeds or len(index.parents) > 1:
         lines += _ranking(judgement)
@@ -65,12 +68,13 @@ def text_table(judgement: Judgement) -> str:
 def text_versus(comparison: StudyComparison) -> str:
     """The comparison of two studies for a terminal: verdicts side by side, and how many agree."""
     names = [comparison.a.results.name, comparison.b.results.name]
-    head = ["comparison", "equal", "A saves", "B saves", "A - B", "95% interval", "agree"]
+    head = ["comparison", "equal", "A saves", "B saves", "A - B", "95% interval", "same"]
     rows = [head]
     for row in comparison.gaps:
         mean = row.difference
         saved = ["-" if v.difference is None else f"{v.difference:+.3f}" for v in (row.a, row.b)]
-        difference = [f"{mean.value:+.3f}", f"{mean.low:+.3f} to {mean.high:+.3f}"] if mean else ["-", "-"]
+        difference = ["-" if mean.value is None else f"{mean.value:+.3f}"]
+        difference.append("-" if mean.low is None else f"{mean.low:+.3f} to {mean.high:+.3f}")
         agree = {True: "yes", False: "no", None: "-"}[row.agree]
         rows.append([_ascii(row.name), BUDGETS[row.setting], *saved, *difference, agree])
     lines = [f"A: {names[0]}; B: {names[1]}. Loss saved by pruning, nats/token; A - B with its 95% interval.", ""]
@@ -178,7 +182,8 @@ def _verdict_columns(settings: Sequence[Setting]) -> str:
         columns = "columns say" if len(settings) == 2 else "column says"
         return f"The last {columns} which run has the lower loss {join_words(ways)}."
     return (
-        f"The last column says which run has the lower loss, P (pruned), S (scratch) or ~ (too close), "
+        f"The last column says which run has the lower loss, P (pruned) or S (scratch), = (equal within the margin) "
+        f"or ~ (undecided), "
         f"{join_words(ways)}."
     )
 
@@ -210,7 +215,7 @@ def _findings(judgement: Judgement) -> list[str]:
     for finding in judgement.findings:
         lines += _wrapped(f"{finding.claim} ({finding.measured_as})", indent="  ")
         for row in finding.rows:
-            lines += _wrapped(finding_sentence(row), indent="    ")
+            lines += _wrapped(finding_sentence(row, judgement.index.comparisons), indent="    ")
     return lines
 
 
@@ -280,7 +285,7 @@ def _ranking(judgement: Judgement) -> list[str]:
     return [
         *lines,
         *_wrapped(
-            f"{notes}. A star: no run of the same target has a lower loss for as few FLOPs. "
+            f"{notes}. A star: no run of the same target is decidedly better for as few FLOPs. "
             f"{len(by_run)} runs in all; cells.csv has the rest."
         ),
     ]

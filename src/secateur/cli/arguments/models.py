@@ -227,3 +227,5 @@ def add_compare(verbs: Any) -> None:
     )
     compare.add_argument("a", metavar="A.json[,A.json...]", help="results of one model, one file for each seed")
     compare.add_argument("b", metavar="B.json[,B.json...]", help="results of the other, seeds in the same order")
+    margin = "losses that differ by less are equal, in nats per token (default: 0.02; 0: never equal)"
+    compare.add_argument("--margin", type=float, default=0.02, metavar="X", help=margin)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.comparison.items import FEW, Comparison
+from secateur.comparison.items import Comparison
 from secateur.evaluation.results import EvaluationResults, Measurement, check_same_protocols
 from secateur.evaluation.suite import ZERO_SHOT
 
@@ -132,17 +132,13 @@ def _workload(cost: Any) -> str:
 
 def comparison_table(comparisons: Sequence[Comparison], a: Sequence[str], b: Sequence[str]) -> str:
     """What two models differ in, and how sure that is."""
-    seeds = len(a) > 1
-    head = ["", "A", "B", "A better by", "95% interval", *(["over seeds"] if seeds else []), "items", "p", "verdict"]
+    head = ["", "A", "B", "A better by", "95% interval", "items", "p", "verdict"]
     rows = [head]
     for c in comparisons:
         if c.difference is None or c.low is None or c.high is None or c.a is None or c.b is None or c.p is None:
             dashes = [_ABSENT] * (len(head) - 2)
             rows.append([c.name, *dashes, f"{c.verdict}: {c.reason}"])
             continue
-        over = []
-        if seeds:
-            over = [f"{c.seed_low:+.4f} to {c.seed_high:+.4f}"] if c.seed_low is not None else [_ABSENT]
         rows.append(
             [
                 c.name,
@@ -150,19 +146,27 @@ def comparison_table(comparisons: Sequence[Comparison], a: Sequence[str], b: Seq
                 f"{c.b:.4f}",
                 f"{c.difference:+.4f}",
                 f"{c.low:+.4f} to {c.high:+.4f}",
-                *over,
                 f"{c.above}:{c.below} of {c.items} {c.unit}",
                 f"{c.p:.3g}",
-                f"{c.verdict} is better" if c.verdict in ("A", "B") else c.verdict,
+                _verdict(c),
             ]
         )
     lines = [f"A: {', '.join(a)}", f"B: {', '.join(b)}", *_aligned(rows)]
-    lines.append("items: on how many A and B are better; p: two-sided sign test over them; loss in nats per token")
-    if any(c.items is not None and c.items < FEW and c.verdict == "too close to call" for c in comparisons):
-        lines.append(f"of fewer than {FEW} items intervals are too narrow; there a verdict needs p below 0.05 as well")
-    if not seeds:
-        lines.append("the interval covers the choice of items, not the noise of training; several seeds cover both")
+    lines.append("items: on how many A and B are better; p: of no difference, two-sided; loss in nats per token")
+    if len(a) > 1:
+        lines.append(f"intervals cover the choice of items and {len(a)} seeds")
+    else:
+        lines.append("intervals cover the choice of items, for this pair of runs; several seeds cover training as well")
+    if any(c.unit == "windows" for c in comparisons):
+        lines.append("the documents of windows are not known: each window counts as a document of its own")
     return "\n".join(lines)
+
+
+def _verdict(comparison: Comparison) -> str:
+    words = {"A": "A is better", "B": "B is better", "undecided": f"undecided: {comparison.reason}"}
+    if comparison.verdict == "equal within margin":
+        return f"equal within {comparison.decision.margin:g}"
+    return words.get(comparison.verdict, comparison.verdict)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
