@@ -1,0 +1,169 @@
+"""Whether a study is in the regime of its question: a well-trained parent, and retraining that repays its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from secateur.comparison.decision import Decision, adjust, decide
+from secateur.comparison.index import PRUNED, Group, Index, Model
+from secateur.comparison.records import Cell, Evaluation, Parent, PrunedModel, pair_units
+from secateur.comparison.twins import SCRATCH
+
+__all__ = ["PUBLISHED", "RateSweeps", "Regime", "RegimeCheck", "TokenShare", "regimes"]
+
+Pair = tuple[Evaluation | None, Evaluation | None]
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """The tokens that a model was trained on, beside its parameters."""
+
+    tokens: int | None  #: None: unknown
+    parameters: int
+    non_embedding: int
+
+    @property
+    def per_parameter(self) -> float | None:
+        """Tokens for each parameter."""
+        return None if self.tokens is None else self.tokens / self.parameters
+
+    @property
+    def per_non_embedding(self) -> float | None:
+        """Tokens for each parameter outside the embeddings."""
+        return None if self.tokens is None else self.tokens / self.non_embedding
+
+
+#: The parent of arXiv:2606.14150: 50,000 steps of 512 x 8,192 tokens, in the shape of Llama-3.1-8B.
+PUBLISHED = TokenShare(209_715_200_000, 8_030_261_248, 6_979_588_096)
+
+
+@dataclass(frozen=True)
+class RateSweeps:
+    """Whether learning rates were chosen by a sweep; None where the study trains no such model."""
+
+    parent: bool | None
+    scratch: bool | None
+    retraining: bool | None
+
+
+@dataclass(frozen=True)
+class RegimeCheck:
+    """Two losses that the regime depends on; the decision is ``first`` where they are as the question assumes."""
+
+    group: Group
+    decision: Decision
+    sparse: bool  #: the pruned model and its twin have the parent's shape, with zeros
+
+
+@dataclass(frozen=True)
+class Regime:
+    """The regime of one parent."""
+
+    parent: str
+    share: TokenShare
+    sweeps: RateSweeps
+    twins: tuple[RegimeCheck, ...]  #: the parent (first) against each of its twins S_{P+R}
+    retraining: tuple[RegimeCheck, ...]  #: each P-R (first) against its pruned model before retraining
+
+    @property
+    def better_twins(self) -> tuple[RegimeCheck, ...]:
+        """The twins whose loss is lower than the parent's."""
+        return tuple(check for check in self.twins if check.decision.verdict == "second")
+
+    @property
+    def harmful_retraining(self) -> tuple[RegimeCheck, ...]:
+        """The comparisons in which retraining raised the loss."""
+        return tuple(check for check in self.retraining if check.decision.verdict == "second")
+
+
+def regimes(index: Index) -> tuple[Regime, ...]:
+    """The regime of each parent of a study, in its order."""
+    by_name: dict[str, dict[int | None, Parent]] = {}
+    for parent in index.results.parents:
+        by_name.setdefault(parent.name, {})[_seed(parent)] = parent
+    return tuple(_regime(index, name, parents) for name, parents in by_name.items())
+
+
+def _regime(index: Index, name: str, parents: Mapping[int | None, Parent]) -> Regime:
+    """The regime of a parent; ``parents`` has one for each seed, or under None one for all seeds."""
+    twins: dict[Group, list[Pair]] = {}
+    retraining: dict[Group, list[Pair]] = {}
+    for group in (group for group in index.comparisons if group.parent == name):
+        scratch, retrained = index.over_seeds(group, SCRATCH["total"]), index.over_seeds(group, PRUNED)
+        if any(scratch):
+            twins[group] = [_pair(_for_seed(parents, cell), cell) for cell in scratch]
+        if any(retrained):
+            models = {_seed(p): p for p in index.results.pruned if Model(p.parent, p.method, p.target) == group.model}
+            retraining[group] = [_pair(cell, _for_seed(models, cell)) for cell in retrained]
+    parent = next(iter(parents.values()))
+    cells = [cell for cell in index.results.cells if cell.parent == name]
+    return Regime(
+        parent=name,
+        share=TokenShare(parent.cost.tokens if parent.cost else None, parent.parameters, parent.non_embedding),
+        sweeps=RateSweeps(
+            parent=_parent_sweep(parent),
+            scratch=_swept(cell for cell in cells if cell.path == "scratch"),
+            retraining=_swept(cell for cell in cells if cell.path == "pruned"),
+        ),
+        twins=_checks(index, twins),
+        retraining=_checks(index, retraining),
+    )
+
+
+def _seed(record: Parent | PrunedModel) -> int | None:
+    return getattr(record, "seed", None)
+
+
+def _for_seed(records: Mapping[int | None, Parent | PrunedModel], cell: Cell | None) -> Parent | PrunedModel | None:
+    """The record of the cell's seed, or the one for all seeds."""
+    return records.get(cell.seed, records.get(None)) if cell else None
+
+
+def _pair(first: Cell | Parent | PrunedModel | None, second: Cell | Parent | PrunedModel | None) -> Pair:
+    return first.evaluation if first else None, second.evaluation if second else None
+
+
+def _parent_sweep(parent: Parent) -> bool | None:
+    """None for a checkpoint, which the study does not train."""
+    return getattr(parent, "sweep", None) is not None if parent.curve else None
+
+
+def _swept(cells: Iterable[Cell]) -> bool | None:
+    sweeps = [cell.sweep is not None for cell in cells]
+    return all(sweeps) if sweeps else None
+
+
+def _checks(index: Index, pairs: Mapping[Group, Sequence[Pair]]) -> tuple[RegimeCheck, ...]:
+    """Decide each comparison over its seeds, by Holm's method among all; models that several share count once."""
+    distinct: dict[tuple[object, ...], Group] = {}
+    for group, seeds in pairs.items():
+        windows = (evaluation and (evaluation.loss, evaluation.windows) for pair in seeds for evaluation in pair)
+        key = tuple(windows)
+        distinct.setdefault(key if all(key) else (group,), group)
+    groups = tuple(distinct.values())
+    decisions = adjust([_decide(pairs[group]) for group in groups])
+    return tuple(
+        RegimeCheck(group, decision, sparse=index.granularity(group.model) == "sparse")
+        for group, decision in zip(groups, decisions, strict=True)
+    )
+
+
+def _decide(pairs: Sequence[Pair]) -> Decision:
+    """Decide whether the first of each pair has the lower loss; pairs without both losses are left out."""
+    both = [(first, second) for first, second in pairs if first and second]
+    if not both:
+        return Decision("not measured", reason="a held-out loss is missing")
+    if len({evaluation.protocol for pair in both for evaluation in pair}) > 1:
+        return Decision("not measured", reason="the losses were measured under different protocols")
+    try:
+        units = [pair_units(first, second) for first, second in both]
+    except ValueError as error:
+        return Decision("not measured", reason=str(error))
+    shared = units[0][0]
+    if any(not np.array_equal(first.documents, shared.documents) for first, _ in units):
+        return Decision("not measured", reason="the seeds were measured on different documents")
+    differences = [second.values - first.values for first, second in units]
+    return decide(np.stack(differences), shared.documents, weights=shared.weights)

@@ -1,0 +1,201 @@
+"""Sentences about the regime of a study. ASCII, except for the minus sign."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from secateur.comparison.decision import MARGIN, VerdictName
+from secateur.comparison.naming import group_name
+from secateur.comparison.regime import PUBLISHED, RateSweeps, Regime, RegimeCheck, TokenShare
+from secateur.formatting import join_words
+from secateur.methods.registry import method_name
+
+__all__ = [
+    "REGIME_TITLE",
+    "caution",
+    "check_name",
+    "regime_json",
+    "regime_sentences",
+    "retraining_sentence",
+    "share_json",
+    "sweeps_sentence",
+    "tokens_sentence",
+    "twins_sentence",
+]
+
+REGIME_TITLE = "Is this regime the question's?"
+_MOST_NAMES, _MOST_NAMES_IN_CAUTION = 6, 3
+
+#: verdict on two losses -> how the second loss of a sentence stands to the first, those against the question first
+_PHRASES: dict[VerdictName, str] = {
+    "second": "higher",
+    "first": "lower",
+    "equal within margin": f"equal within {MARGIN:g} nats",
+    "undecided": "undecided",
+    "not measured": "not measured",
+}
+
+
+def tokens_sentence(parent: str, share: TokenShare) -> str:
+    """The tokens of a parent for each of its parameters, beside those of the published study."""
+    published = (
+        f"that of the published study (arXiv:2606.14150) on {_ratio(PUBLISHED.per_parameter)} "
+        f"({_ratio(PUBLISHED.per_non_embedding)})"
+    )
+    if share.tokens is None:
+        return f"It is not known on how many tokens {parent} was trained; {published} for each parameter."
+    return (
+        f"{_capital(parent)} trains on {_ratio(share.per_parameter)} tokens for each of its parameters "
+        f"({_ratio(share.per_non_embedding)} for each outside the embeddings), {published}."
+    )
+
+
+def sweeps_sentence(sweeps: RateSweeps) -> str:
+    """Which learning rates are chosen by a sweep."""
+    names = {"parent": "the parent", "scratch": "training from scratch", "retraining": "retraining"}
+    chosen = [names[path] for path, swept in asdict(sweeps).items() if swept]
+    fixed = [names[path] for path, swept in asdict(sweeps).items() if swept is False]
+    if not chosen:
+        return "Learning rates are not swept."
+    return f"Learning rates are swept for {join_words(chosen)}{', not for ' + join_words(fixed) if fixed else ''}."
+
+
+def twins_sentence(regime: Regime) -> str:
+    """Whether the parent beats its twins on P+R tokens."""
+    if not regime.twins:
+        return "Whether the parent beats its own twin is not measured: the study has no run S_{P+R}."
+    return (
+        f"The parent's held-out loss, beside that of its twins S_{{P+R}}: {_clauses(regime.twins, note_sparse=True)}."
+    )
+
+
+def retraining_sentence(regime: Regime) -> str:
+    """Whether retraining lowered the loss that pruning left."""
+    if not regime.retraining:
+        return "Whether retraining lowers the loss that pruning left is not measured: the study has no run P-R."
+    return f"The loss after retraining, beside that which pruning left: {_clauses(regime.retraining)}."
+
+
+def regime_sentences(regime: Regime, several_parents: bool) -> tuple[str, ...]:
+    """All that is known of a parent's regime."""
+    name = f"parent {regime.parent}" if several_parents else "the parent"
+    return (
+        tokens_sentence(name, regime.share),
+        twins_sentence(regime),
+        retraining_sentence(regime),
+        sweeps_sentence(regime.sweeps),
+    )
+
+
+def caution(regimes: Sequence[Regime]) -> str:
+    """Why a study tells little about pruning a well-trained parent; empty where nothing shows that."""
+    texts = []
+    for regime in regimes:
+        reasons = [*filter(None, (_weak_parent(regime), _harmful_retraining(regime)))]
+        about = f" with parent {regime.parent}" if len(regimes) > 1 else ""
+        if reasons:
+            text = "; and ".join(reasons)
+            texts.append(f"This study{about} tells little about pruning a well-trained parent: {text}.")
+    return " ".join(texts)
+
+
+def _weak_parent(regime: Regime) -> str:
+    better, total = regime.better_twins, len(regime.twins)
+    if not better:
+        return ""
+    if len(better) <= _MOST_NAMES_IN_CAUTION:
+        twins = (
+            f"the twin{'s' if len(better) > 1 else ''} S_{{P+R}} of {_names(better, regime.twins, note_sparse=True)}"
+        )
+    else:
+        sparse = sum(check.sparse for check in better)
+        kinds = [f"{len(better) - sparse} smaller"] if sparse < len(better) else []
+        kinds += [f"{sparse} sparse, of its own shape"] if sparse else []
+        twins = f"{len(better)} of its {total} twins S_{{P+R}} ({'; '.join(kinds)})"
+    return f"the parent has a higher loss than {twins}, so it has learned less than its size allows"
+
+
+def _harmful_retraining(regime: Regime) -> str:
+    raised, total = regime.harmful_retraining, len(regime.retraining)
+    if not raised:
+        return ""
+    where = f"in {len(raised)} of {total} comparisons" if total > 1 else f"of {_names(raised, raised)}"
+    return (
+        f"retraining raised the loss that pruning left {where}, so P-R measures the retraining as much as the pruning"
+    )
+
+
+def _clauses(checks: Sequence[RegimeCheck], note_sparse: bool = False) -> str:
+    """The verdicts with the comparisons of each."""
+    clauses = []
+    for verdict, phrase in _PHRASES.items():
+        chosen = [check for check in checks if check.decision.verdict == verdict]
+        if len(chosen) == len(checks) > 1:
+            clauses.append(f"{phrase} for {'both' if len(checks) == 2 else f'all {len(checks)}'}")
+        elif chosen:
+            clauses.append(f"{phrase} for {_names(chosen, checks, note_sparse)}")
+    return "; ".join(clauses)
+
+
+def _names(checks: Sequence[RegimeCheck], among: Sequence[RegimeCheck], note_sparse: bool = False) -> str:
+    """The comparisons by name; if they are many, their number for each method."""
+    if len(checks) <= _MOST_NAMES:
+        return join_words([check_name(check, among, note_sparse) for check in checks])
+    numbers = Counter(method_name(check.group.method) for check in checks)
+    return f"{len(checks)} of {len(among)} ({', '.join(f'{name}: {number}' for name, number in numbers.items())})"
+
+
+def check_name(check: RegimeCheck, among: Sequence[RegimeCheck], note_sparse: bool = False) -> str:
+    """The name of a comparison of the regime; ``note_sparse`` says which models have the parent's shape."""
+    name = group_name(check.group, [item.group for item in among], target=True)
+    return f"{name} (sparse, of the parent's shape)" if check.sparse and note_sparse else name
+
+
+def regime_json(regime: Regime) -> dict[str, Any]:
+    """A regime as plain values."""
+    return {
+        "parent": regime.parent,
+        **share_json(regime.share),
+        "published": share_json(PUBLISHED),
+        "swept": asdict(regime.sweeps),
+        "twins": [_check_json(check) for check in regime.twins],
+        "retraining": [_check_json(check) for check in regime.retraining],
+    }
+
+
+def share_json(share: TokenShare) -> dict[str, Any]:
+    """Tokens and parameters of a parent as plain values."""
+    return {
+        **asdict(share),
+        "tokens_per_parameter": share.per_parameter,
+        "tokens_per_non_embedding_parameter": share.per_non_embedding,
+    }
+
+
+def _check_json(check: RegimeCheck) -> dict[str, Any]:
+    """A comparison of the regime; ``difference`` is positive where the losses are as the question assumes."""
+    decision = check.decision
+    return {
+        **asdict(check.group),
+        "sparse": check.sparse,
+        "verdict": decision.verdict,
+        "difference": decision.value,
+        "interval": None if decision.low is None else [decision.low, decision.high],
+        "p": decision.p,
+        "adjusted_p": decision.adjusted_p,
+        "seeds": decision.seeds,
+        "reason": decision.reason,
+    }
+
+
+def _ratio(value: float | None) -> str:
+    """Tokens for each parameter: three significant digits."""
+    assert value is not None
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
