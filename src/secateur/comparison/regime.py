@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from secateur.comparison.decision import Decision, adjust, decide
+from secateur.comparison.decision import Decision, adjust
 from secateur.comparison.index import PRUNED, Group, Index, Model
-from secateur.comparison.records import Cell, Evaluation, Parent, PrunedModel, pair_units
-from secateur.comparison.twins import SCRATCH
+from secateur.comparison.records import Cell, Evaluation, Parent, PrunedModel
+from secateur.comparison.twins import SCRATCH, Paired, mean_difference, pair_evaluations
 
 __all__ = ["PUBLISHED", "RateSweeps", "Regime", "RegimeCheck", "TokenShare", "regimes"]
 
@@ -153,17 +151,7 @@ def _checks(index: Index, pairs: Mapping[Group, Sequence[Pair]]) -> tuple[Regime
 
 def _decide(pairs: Sequence[Pair]) -> Decision:
     """Decide whether the first of each pair has the lower loss; pairs without both losses are left out."""
-    both = [(first, second) for first, second in pairs if first and second]
-    if not both:
-        return Decision("not measured", reason="a held-out loss is missing")
-    if len({evaluation.protocol for pair in both for evaluation in pair}) > 1:
-        return Decision("not measured", reason="the losses were measured under different protocols")
-    try:
-        units = [pair_units(first, second) for first, second in both]
-    except ValueError as error:
-        return Decision("not measured", reason=str(error))
-    shared = units[0][0]
-    if any(not np.array_equal(first.documents, shared.documents) for first, _ in units):
-        return Decision("not measured", reason="the seeds were measured on different documents")
-    differences = [second.values - first.values for first, second in units]
-    return decide(np.stack(differences), shared.documents, weights=shared.weights)
+    differences = [pair_evaluations(first, second) for first, second in pairs if first and second]
+    measured = [difference for difference in differences if isinstance(difference, Paired)]
+    reason = next((f"the two {text}" for text in differences if isinstance(text, str)), "a held-out loss is missing")
+    return mean_difference(measured) or Decision("not measured", reason=reason)

@@ -15,6 +15,7 @@ from secateur.comparison.items import decision_record
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.quality import QualityRow, contradicting, quality_rows
 from secateur.comparison.records import StudyResults
+from secateur.comparison.regime import Regime, regimes
 from secateur.comparison.twins import Setting, Verdict, adjust_verdicts, compare_twins, settings_of
 from secateur.forecast.ladder import Forecasts, forecast
 from secateur.forecast.ratios import MethodLaw, across_ratios
@@ -27,6 +28,7 @@ from secateur.report.prose import (
     study_answer,
     verdict_sentence,
 )
+from secateur.report.regime_prose import caution, regime_json
 
 __all__ = ["Judgement", "answer_json", "judge"]
 
@@ -50,6 +52,16 @@ class Judgement:
     def results(self) -> StudyResults:
         """The results that the judgement is about."""
         return self.index.results
+
+    @cached_property
+    def regimes(self) -> tuple[Regime, ...]:
+        """For each parent, whether the study's regime is that of its question."""
+        return regimes(self.index)
+
+    @property
+    def caution(self) -> str:
+        """Why the study tells little about pruning a well-trained parent; empty where nothing shows that."""
+        return caution(self.regimes)
 
     @cached_property
     def forecasts(self) -> Forecasts:
@@ -107,6 +119,8 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
     ]
     return {
         "answer": judgement.answer,
+        "caution": judgement.caution or None,
+        "regime": [regime_json(regime) for regime in judgement.regimes],
         "verdicts": [_verdict_json(judgement.index, verdict, text) for verdict, text in pairs],
         "findings": [
             {

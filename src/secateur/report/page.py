@@ -35,6 +35,7 @@ from secateur.report.forecast_prose import (
 from secateur.report.judgement import Judgement
 from secateur.report.latex import comparisons_tex, forecasts_tex
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, part_sentence, verdict_sentence
+from secateur.report.regime_prose import regime_rows, regime_sentences
 from secateur.report.studies import StudyComparison
 from secateur.report.tables import (
     across_rows,
@@ -159,6 +160,10 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         },
         "runs": [(SCRATCH[setting], _RUNS[SCRATCH[setting]]) for setting in judgement.settings],
         "budgets": [formatting.count(tokens) for tokens in sorted({group.retrain_tokens for group in index.groups})],
+        "regimes": [
+            (regime, regime_sentences(regime, len(judgement.regimes) > 1), regime_rows(regime))
+            for regime in judgement.regimes
+        ],
         "figures": {kind: [pair for pair in figures if pair[0].kind == kind] for kind in KINDS},
         "objectives": objective_rows(index),
         "quality": [(row, group_name(row.group, index.comparisons, target=True)) for row in judgement.quality],

@@ -18,6 +18,7 @@ __all__ = [
     "caution",
     "check_name",
     "regime_json",
+    "regime_rows",
     "regime_sentences",
     "retraining_sentence",
     "share_json",
@@ -41,26 +42,24 @@ _PHRASES: dict[VerdictName, str] = {
 
 def tokens_sentence(parent: str, share: TokenShare) -> str:
     """The tokens of a parent for each of its parameters, beside those of the published study."""
-    published = (
-        f"that of the published study (arXiv:2606.14150) on {_ratio(PUBLISHED.per_parameter)} "
-        f"({_ratio(PUBLISHED.per_non_embedding)})"
-    )
-    if share.tokens is None:
-        return f"It is not known on how many tokens {parent} was trained; {published} for each parameter."
+    published = f"in the published study (arXiv:2606.14150) it is {PUBLISHED.per_parameter:.0f}"
+    outside = f"({PUBLISHED.per_non_embedding:.0f})"
+    if share.per_parameter is None or share.per_non_embedding is None:
+        return f"How many tokens {parent} was trained on for each parameter is not known; {published}."
     return (
-        f"{_capital(parent)} trains on {_ratio(share.per_parameter)} tokens for each of its parameters "
-        f"({_ratio(share.per_non_embedding)} for each outside the embeddings), {published}."
+        f"{parent[0].upper()}{parent[1:]} trains on {_ratio(share.per_parameter)} tokens for each of its parameters "
+        f"({_ratio(share.per_non_embedding)} for each outside the embeddings); {published} {outside}."
     )
 
 
 def sweeps_sentence(sweeps: RateSweeps) -> str:
     """Which learning rates are chosen by a sweep."""
     names = {"parent": "the parent", "scratch": "training from scratch", "retraining": "retraining"}
-    chosen = [names[path] for path, swept in asdict(sweeps).items() if swept]
-    fixed = [names[path] for path, swept in asdict(sweeps).items() if swept is False]
-    if not chosen:
+    swept = [names[path] for path, value in asdict(sweeps).items() if value]
+    fixed = [names[path] for path, value in asdict(sweeps).items() if value is False]
+    if not swept:
         return "Learning rates are not swept."
-    return f"Learning rates are swept for {join_words(chosen)}{', not for ' + join_words(fixed) if fixed else ''}."
+    return f"Learning rates are swept for {join_words(swept)}{', not for ' + join_words(fixed) if fixed else ''}."
 
 
 def twins_sentence(regime: Regime) -> str:
@@ -132,11 +131,11 @@ def _clauses(checks: Sequence[RegimeCheck], note_sparse: bool = False) -> str:
     """The verdicts with the comparisons of each."""
     clauses = []
     for verdict, phrase in _PHRASES.items():
-        chosen = [check for check in checks if check.decision.verdict == verdict]
-        if len(chosen) == len(checks) > 1:
+        matches = [check for check in checks if check.decision.verdict == verdict]
+        if len(matches) == len(checks) > 1:
             clauses.append(f"{phrase} for {'both' if len(checks) == 2 else f'all {len(checks)}'}")
-        elif chosen:
-            clauses.append(f"{phrase} for {_names(chosen, checks, note_sparse)}")
+        elif matches:
+            clauses.append(f"{phrase} for {_names(matches, checks, note_sparse)}")
     return "; ".join(clauses)
 
 
@@ -152,6 +151,22 @@ def check_name(check: RegimeCheck, among: Sequence[RegimeCheck], note_sparse: bo
     """The name of a comparison of the regime; ``note_sparse`` says which models have the parent's shape."""
     name = group_name(check.group, [item.group for item in among], target=True)
     return f"{name} (sparse, of the parent's shape)" if check.sparse and note_sparse else name
+
+
+def regime_rows(regime: Regime) -> list[dict[str, Any]]:
+    """A row for each comparison of the regime, for the page's table."""
+    kinds = (("parent", "S_{P+R}", regime.twins), ("P-R", "before retraining", regime.retraining))
+    return [
+        {
+            "first": first,
+            "second": second,
+            "name": check_name(check, checks),
+            "check": check,
+            "verdict": _PHRASES[check.decision.verdict],
+        }
+        for first, second, checks in kinds
+        for check in checks
+    ]
 
 
 def regime_json(regime: Regime) -> dict[str, Any]:
@@ -191,11 +206,6 @@ def _check_json(check: RegimeCheck) -> dict[str, Any]:
     }
 
 
-def _ratio(value: float | None) -> str:
+def _ratio(value: float) -> str:
     """Tokens for each parameter: three significant digits."""
-    assert value is not None
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]

@@ -17,6 +17,7 @@ from secateur.formatting import MINUS, TIMES, count, join_words, loss
 from secateur.report.forecast_prose import further_sentence, misfit_sentence, next_sentence, outlook_sentence
 from secateur.report.judgement import Judgement
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, objective_sentence, part_sentence
+from secateur.report.regime_prose import REGIME_TITLE, regime_sentences
 from secateur.report.studies import StudyComparison
 from secateur.report.tables import cell_rows
 
@@ -60,8 +61,9 @@ def text_table(judgement: Judgement) -> str:
     lines += _findings(judgement) + _controls(index) + _objectives(index) + _forecasts(judgement)
     if len(index.pools) > len(index.models) or index.several_seeds or len(index.parents) > 1:
         lines += _ranking(judgement)
+    lines += _regime(judgement)
     ratios = _flop_line(judgement)
-    lines += ["", *(_wrapped(ratios) if ratios else []), *_wrapped(judgement.answer)]
+    lines += ["", *(_wrapped(ratios) if ratios else []), *_wrapped(judgement.answer), *_wrapped(judgement.caution)]
     return _ascii("\n".join(lines)) + "\n"
 
 
@@ -216,6 +218,14 @@ def _findings(judgement: Judgement) -> list[str]:
         lines += _wrapped(f"{finding.claim} ({finding.measured_as})", indent="  ")
         for row in finding.rows:
             lines += _wrapped(finding_sentence(row, judgement.index.comparisons), indent="    ")
+    return lines
+
+
+def _regime(judgement: Judgement) -> list[str]:
+    lines = ["", REGIME_TITLE] if judgement.regimes else []
+    for regime in judgement.regimes:
+        for text in regime_sentences(regime, len(judgement.regimes) > 1):
+            lines += _wrapped(text, indent="  ")
     return lines
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from secateur.comparison.regime import PUBLISHED, RateSweeps, TokenShare
 from secateur.formatting import count, scientific
+from secateur.report.regime_prose import REGIME_TITLE, share_json, sweeps_sentence, tokens_sentence
 from secateur.study.planner import tokens_needed, trunk_savings
 from secateur.study.stage import Stage, unique
 
@@ -57,6 +59,8 @@ class StudyPlan:
         corpus_tokens: training tokens that the corpus must have.
         flops_by: purpose, such as ``retraining``, -> FLOPs.
         flops_per_second: speed of the device that ``device_hours`` counts.
+        parents: name -> tokens for each parameter of a parent.
+        sweeps: which learning rates are chosen by a sweep.
     """
 
     study: str
@@ -67,6 +71,8 @@ class StudyPlan:
     flops: float
     flops_by: Mapping[str, float]
     flops_per_second: float
+    parents: Mapping[str, TokenShare]
+    sweeps: RateSweeps
 
     @property
     def device_hours(self) -> float:
@@ -77,6 +83,10 @@ class StudyPlan:
         """The plan as plain values, as ``--json`` prints it."""
         content = asdict(self) | {"stages": [asdict(stage) for stage in self.stages]}
         speed = content.pop("flops_per_second")
+        content |= {
+            "parents": {name: share_json(share) for name, share in self.parents.items()},
+            "published": share_json(PUBLISHED),
+        }
         return content | {"device_hours": {"flops_per_second": speed, "hours": self.device_hours}, "formula": _FORMULA}
 
     def __str__(self) -> str:
@@ -95,7 +105,12 @@ class StudyPlan:
             lines.append(
                 f"Ladders share their trunks: {trained:,} tokens instead of {alone:,}, {1 - trained / alone:.0%} less."
             )
-        return "\n".join([*lines, _FORMULA, "Nothing has been run."])
+        return "\n".join([*lines, _FORMULA, "", *self._regime(), "", "Nothing has been run."])
+
+    def _regime(self) -> list[str]:
+        names = {name: f"parent {name}" if len(self.parents) > 1 else "the parent" for name in self.parents}
+        sentences = [tokens_sentence(names[name], share) for name, share in self.parents.items()]
+        return [REGIME_TITLE, *sentences, sweeps_sentence(self.sweeps)]
 
     def _table(self) -> list[str]:
         listed = [stage for stage in self.stages if stage.kind not in _COUNTED]
@@ -126,4 +141,17 @@ def plan_study(name: str, stages: Sequence[Stage], flops_per_second: float = FLO
         flops=sum(stage.flops for stage in stages),
         flops_by=flops_by,
         flops_per_second=flops_per_second,
+        parents={s.facts["parent"]: _share(s) for s in stages if s.facts.get("path") == "parent"},
+        sweeps=RateSweeps(*(_swept(stages, path) for path in ("parent", "scratch", "P-R"))),
     )
+
+
+def _share(parent: Stage) -> TokenShare:
+    shape = parent.facts["shape"]
+    return TokenShare(parent.facts["tokens"], shape.total, shape.non_embedding)
+
+
+def _swept(stages: Sequence[Stage], path: str) -> bool | None:
+    """Whether all runs of a path have their learning rate from a sweep; None without such runs."""
+    runs = [stage for stage in stages if stage.kind == "train" and stage.facts.get("path") == path]
+    return all("rate" in stage.inputs for stage in runs) if runs else None

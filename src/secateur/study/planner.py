@@ -88,7 +88,7 @@ class _Builder(TrainingRuns):
 
     def _parent(self, name: str) -> Stage:
         spec, parent = self.study.all_parents[name], self.resolved.parents[name]
-        facts = {"path": "parent", "parent": name, "shape": parent.shape}
+        facts = {"path": "parent", "parent": name, "shape": parent.shape, "tokens": spec.tokens}
         if spec.checkpoint is not None:
             content = {"checkpoint": parent.identity, "shape": sizes_of(parent.shape)}
             runtime = {"checkpoint": spec.checkpoint}
