@@ -15,6 +15,8 @@ from secateur.model.families import Granularity
 __all__ = [
     "Cell",
     "Cost",
+    "DecisiveComparison",
+    "Declaration",
     "DocumentLoss",
     "Evaluation",
     "Init",
@@ -24,6 +26,7 @@ __all__ = [
     "Running",
     "SeedsVary",
     "StageNote",
+    "StudyQuestion",
     "StudyResults",
     "TextUnit",
     "Units",
@@ -230,6 +233,41 @@ class StageNote:
 
 
 @dataclass(frozen=True)
+class DecisiveComparison:
+    """A comparison that decides a study's question, all its seeds together."""
+
+    twin: str  #: the from-scratch run, such as "S_R"
+    parent: str
+    method: str
+    target: str
+    retrain_tokens: int  #: R, as of :class:`Cell`
+    objective: str
+
+
+@dataclass(frozen=True)
+class StudyQuestion:
+    """The question that a study file declares."""
+
+    hash: str  #: fingerprint of its content
+    content: dict[str, Any]  #: the fields below, and the seeds of each comparison, as plain values
+    comparisons: tuple[DecisiveComparison, ...]
+    metric: str  #: "loss": of held-out text
+    margin: float  #: nats per token that count as equal; 0: none do
+    ask: str | None = None
+    yes: str | None = None  #: what would count as yes
+    no: str | None = None  #: what would count as no
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A question as the study's folder recorded it."""
+
+    hash: str | None  #: None: the question was withdrawn
+    stages_done: int  #: finished stages in the folder at that time
+    question: dict[str, Any] | None  #: its content
+
+
+@dataclass(frozen=True)
 class StudyResults:
     """Everything that the page shows."""
 
@@ -246,3 +284,5 @@ class StudyResults:
     environment: dict[str, str] = field(default_factory=dict)  #: versions, device, threads
     study_yaml: str = ""  #: the study file's text
     seeds_vary: SeedsVary = "training"
+    question: StudyQuestion | None = None  #: that the study file declares
+    declarations: tuple[Declaration, ...] = ()  #: the questions that the study's folder records, in their order

@@ -12,25 +12,17 @@ from secateur.methods.base import Method
 from secateur.methods.registry import get_method
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Target
+from secateur.study.settings import SettingKind
 from secateur.study.spec import (
     ControlKind,
     ControlSpec,
     MethodEntry,
     ObjectiveSpec,
-    SettingKind,
     SettingSpec,
     StudySpec,
 )
 
-__all__ = ["TWIN_NAMES", "PlannedComparison", "Pruning", "comparisons", "prunings"]
-
-#: Name of a from-scratch twin, by the quantity that it shares with the pruned run.
-TWIN_NAMES: dict[SettingKind, str] = {
-    "equal_training_tokens": "S_R",
-    "equal_total_tokens": "S_{P+R}",
-    "equal_training_flops": "S_F",
-    "equal_total_flops": "S_{P+F}",
-}
+__all__ = ["PlannedComparison", "Pruning", "comparisons", "prunings"]
 
 
 @dataclass(frozen=True)

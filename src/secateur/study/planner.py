@@ -15,9 +15,10 @@ from secateur.errors import UserError
 from secateur.methods.base import LearnedMethod
 from secateur.model.shapes import solve_width
 from secateur.pruning.cost import scoring_flops
-from secateur.study.grid import TWIN_NAMES, PlannedComparison, Pruning, comparisons, prunings
+from secateur.study.grid import PlannedComparison, Pruning, comparisons, prunings
 from secateur.study.resolve import ResolvedStudy, split_paths
-from secateur.study.spec import ControlKind, SettingKind, StudySpec
+from secateur.study.settings import TWIN_NAMES, SettingKind
+from secateur.study.spec import ControlKind, StudySpec
 from secateur.study.stage import Stage, unique
 from secateur.study.training_runs import Inputs, TrainingRuns, sizes_of
 
@@ -209,6 +210,7 @@ class _Builder(TrainingRuns):
             "name": name,
             "init": init,
             "retrain_tokens": self._retrained(comparison),
+            "budget": comparison.tokens,
             "objective": comparison.objective.label,
             "seed": seed,
         }

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import REQUEUE, RunError, UserError, did_you_mean, spell
 from secateur.progress import notify
+from secateur.study.declarations import read_declarations, record_question
 from secateur.study.explain import Explanation, explain_stage
 from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study
 from secateur.study.planner import stages_of
+from secateur.study.question import resolve_question
 from secateur.study.resolve import resolve
 from secateur.study.runner.scheduler import StudyOutcome, run_stages, survey
 from secateur.study.shipped import find_study
@@ -22,7 +24,7 @@ from secateur.study.status import StudyStatus, study_status
 from secateur.study.store import Store
 
 if TYPE_CHECKING:
-    from secateur.comparison.records import StudyResults
+    from secateur.comparison.records import StudyQuestion, StudyResults
     from secateur.report.judgement import Judgement
     from secateur.study.runner.slurm import Slurm
 
@@ -63,12 +65,14 @@ class Study:
         spec: its content.
         stages: all stages, each after its inputs; cells that share a stage list it once each.
         store: the results on disk.
+        question: the question that the file declares, with the comparisons that decide it; None if it declares none.
     """
 
     file: Path
     spec: StudySpec
     stages: list[Stage]
     store: Store
+    question: StudyQuestion | None = None
 
     @classmethod
     def load(cls, name_or_path: str | Path, out: str | Path | None = None) -> Study:
@@ -85,9 +89,10 @@ class Study:
         spec = load_study(file)
         try:
             stages = stages_of(spec, resolve(spec))
+            question = resolve_question(spec.question, stages) if spec.question else None
         except UserError as error:
             raise UserError(f"{file}: {spell(str(error), str)}") from None
-        return cls(file, spec, stages, Store(Path(out or f"runs/{spec.name}")))
+        return cls(file, spec, stages, Store(Path(out or f"runs/{spec.name}")), question)
 
     @property
     def out(self) -> Path:
@@ -106,7 +111,7 @@ class Study:
         keep_going: bool = False,
         slurm: Slurm | None = None,
     ) -> StudyOutcome:
-        """Run the stages that are not done. A run that was interrupted resumes.
+        """Run the stages that are not done. A run that was interrupted resumes. The question is recorded first.
 
         Args:
             jobs: stages at once; None for one for each core, or GPU.
@@ -126,6 +131,7 @@ class Study:
             import_harness("lm_eval")  # a missing package is reported now, not after hours of training
         runs = sum(stage.kind == "train" for stage in stages)
         notify(f"{self.spec.name}: {len(stages)} stages ({runs} training runs) in {self.out}")
+        record_question(self.store, self.question)
         outcome = self._launch(stages, jobs, device or self.spec.compute.device, keep_going, slurm)
         for line in outcome.summary(self.out / "logs"):
             notify(line)
@@ -188,7 +194,8 @@ class Study:
         """
         from secateur.study.collect import collect
 
-        return collect(self.spec, self.stages, self.store, self.file.read_text(encoding="utf-8"))
+        results = collect(self.spec, self.stages, self.store, self.file.read_text(encoding="utf-8"))
+        return replace(results, question=self.question, declarations=read_declarations(self.store))
 
     def judgement(self) -> Judgement:
         """Compare the pruned models of the results with their from-scratch twins."""

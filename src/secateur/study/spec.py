@@ -16,6 +16,8 @@ from secateur.evaluation.suite import Suite
 from secateur.methods.registry import get_method, known_methods
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Target
+from secateur.study.question import QuestionSpec
+from secateur.study.settings import SettingKind
 from secateur.training.recipe import Distill, Recipe
 
 __all__ = [
@@ -33,7 +35,6 @@ __all__ = [
     "load_study",
 ]
 
-SettingKind = Literal["equal_training_tokens", "equal_total_tokens", "equal_training_flops", "equal_total_flops"]
 ControlKind = Literal["scratch", "redrawn", "permuted", "random-mask", "shuffled-weights", "dense-twin"]
 
 Rate = Annotated[float, Field(gt=0)]
@@ -285,6 +286,7 @@ class StudySpec:
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]
     title: str = ""
+    question: QuestionSpec | None = None
     corpus: CorpusSpec
     parent: ParentSpec | None = None
     parents: Mapping[Label, ParentSpec] | None = None  #: name -> parent, instead of ``parent``
