@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from secateur.comparison.decision import MARGIN
-from secateur.comparison.records import DecisiveComparison, Declaration, StudyQuestion
-from secateur.comparison.twins import SCRATCH, Verdict
+from secateur.comparison.index import Group
+from secateur.comparison.records import Declaration, StudyQuestion
+from secateur.comparison.twins import SCRATCH, Setting
 
-__all__ = ["changed_keys", "decisive", "first_declaration", "is_decisive", "is_recorded", "later_changes", "margin_of"]
+__all__ = ["changed_keys", "decisive", "first_declaration", "is_recorded", "later_changes", "margin_of"]
+
+
+def decisive(question: StudyQuestion | None) -> tuple[tuple[Setting, Group], ...]:
+    """Setting and group, without a seed, of each comparison that decides a question; none without a question."""
+    settings = {twin: setting for setting, twin in SCRATCH.items()}
+    return tuple(
+        (settings[c.twin], Group(c.parent, c.method, c.target, c.retrain_tokens, c.objective, None))
+        for c in (question.comparisons if question else ())
+    )
 
 
 def margin_of(question: StudyQuestion | None) -> float:
     """The margin within which losses count as equal, in nats per token: the question's, or the default."""
     return MARGIN if question is None else question.margin
-
-
-def is_decisive(question: StudyQuestion | None, verdict: Verdict) -> bool:
-    """Whether a verdict is of a comparison that decides the question."""
-    group = verdict.group
-    key = (group.parent, group.method, group.target, group.retrain_tokens, group.objective)
-    return question is not None and DecisiveComparison(SCRATCH[verdict.setting], *key) in question.comparisons
-
-
-def decisive(question: StudyQuestion | None, verdicts: Iterable[Verdict]) -> tuple[Verdict, ...]:
-    """The verdicts that decide the question, in their order; none without a question."""
-    return tuple(verdict for verdict in verdicts if is_decisive(question, verdict))
 
 
 def first_declaration(declarations: Sequence[Declaration]) -> Declaration | None:
@@ -37,8 +35,7 @@ def first_declaration(declarations: Sequence[Declaration]) -> Declaration | None
 
 def later_changes(declarations: Sequence[Declaration]) -> tuple[tuple[Declaration, Declaration], ...]:
     """Every change of the question after the first stage: what it was, and what it became."""
-    pairs = itertools.pairwise(declarations)
-    return tuple((old, new) for old, new in pairs if new.stages_done)
+    return tuple((old, new) for old, new in itertools.pairwise(declarations) if new.stages_done)
 
 
 def changed_keys(old: Declaration, new: Declaration) -> list[str]:
