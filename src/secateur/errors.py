@@ -7,7 +7,7 @@ import errno
 import re
 from collections.abc import Callable, Iterable
 
-__all__ = ["REQUEUE", "RunError", "UserError", "did_you_mean", "disk_full", "first_line", "out_of_memory", "spell"]
+__all__ = ["REQUEUE", "DivergenceError", "RunError", "UserError", "did_you_mean", "disk_full", "first_line", "out_of_memory", "spell"]
 
 
 REQUEUE = 75  #: exit code (EX_TEMPFAIL) of a run that a signal stopped after it saved; the same command resumes it
@@ -43,6 +43,10 @@ class RunError(Exception):
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
         self.code = code
+
+
+class DivergenceError(RunError):
+    """A training run whose loss or gradient is no longer finite."""
 
 
 def spell(message: str, spelling: Callable[[str], str | None]) -> str:

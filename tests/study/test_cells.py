@@ -1,4 +1,4 @@
-"""What a study's richer cells come to when they are run: objectives, controls, trunks, sweeps, checkpoints."""
+"""What a study's richer cells come to when they are run: objectives, controls, trunks, checkpoints."""
 
 from __future__ import annotations
 
@@ -130,18 +130,3 @@ def test_trunks_and_a_checkpoint_as_the_parent(text: Path, tmp_path: Path, capsy
     rows = (out / "curves.csv").read_text().splitlines()
     ends = [int(row.split(",")[4]) for row in rows if row.startswith("P-R,minitron-depth") and ",0," in row]
     assert max(ends) == 2048
-
-
-def test_a_sweep_takes_the_rate_that_ends_lowest(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    sweep = {"rates": [1e-5, 1e-2], "windows": 4, "tokens": 512}
-    answer = ran(tmp_path / "c.yaml", out, capsys, **common(text, methods=["minitron-depth"], sweep=sweep))
-    assert not answer["failed"]
-    chosen = record(out, "select-minitron-depth-0.5-sweep-scratch-*")["result"]
-    assert chosen["peak_rate"] == 1e-2 and chosen["losses"]["0.01"] < chosen["losses"]["1e-05"]
-    assert record(out, "train-minitron-depth-0.5-S_R-*")["result"]["peak_rate"] == 1e-2
-    head, *rows = (line.split(",") for line in (out / "cells.csv").read_text().splitlines())
-    sweeps = {row[head.index("name")]: float(row[head.index("sweep_flops")] or 0) > 0 for row in rows}
-    assert sweeps == {"P-R": True, "S_R": True}

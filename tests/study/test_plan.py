@@ -150,21 +150,6 @@ def test_a_ladder_has_runs_of_its_own_unless_it_shares_its_trunk(tmp_path: Path)
     assert trunk_savings(shared) == (16_000 + 2 * (6144 + 3 * 0 + 512 + 1024 + 2048), 16_000 + 2 * sum(budgets))
 
 
-def test_a_sweep_chooses_for_each_path_and_counts(tmp_path: Path) -> None:
-    stages = planned(study(tmp_path, retrain={"tokens": [2048, 4096]}, sweep={"rates": [1e-3, 1e-2], "windows": 16}))
-    run = named(stages, "minitron-depth-0.5/P-R@4.096k")
-    choice = run.inputs["rate"]
-    assert choice.kind == "select" and run.identity["recipe"]["peak_rate"] is None
-    assert [t.identity["recipe"]["peak_rate"] for t in choice.facts["trials"]] == [1e-3, 1e-2]
-    trial = choice.facts["trials"][0]
-    assert trial.tokens == 2048  # the smallest budget, on windows that no final figure uses
-    assert trial.identity["evaluation"] == {"skip": 256, "windows": 16, "points": 1}
-    twins = {
-        named(stages, f"minitron-depth-0.5/{name}@4.096k").inputs["rate"].fingerprint for name in ("S_R", "S_{P+R}")
-    }
-    assert len(twins) == 1 and choice.fingerprint not in twins
-
-
 def test_a_teacher_is_charged_and_equal_flops_mean_fewer_tokens(tmp_path: Path) -> None:
     objectives = ["language-model", {"kind": "distill"}, {"kind": "distill", "name": "kd-flops", "equal": "flops"}]
     stages = planned(study(tmp_path, retrain={"tokens": 4096, "objective": objectives}, settings=[]))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from secateur.comparison.index import PRUNED, Group, Index, Model, group_of
 from secateur.comparison.naming import group_name, model_name
 from secateur.comparison.records import Cell, Cost
+from secateur.comparison.sweeps import sweep_subject, unique_sweeps
 from secateur.comparison.twins import SCRATCH, Paired, mean_difference, pair_cells
 from secateur.formatting import TIMES
 
@@ -72,7 +73,8 @@ def account_flops(index: Index, cell: Cell, account: Account) -> float | None:
     parent = index.parents.get(cell.parent)
     if parent is None or parent.cost is None:
         return None
-    return cost.flops + parent.cost.flops / (max(parent.children, 1) if account == "shared" else 1)
+    flops = parent.cost.flops + (parent.sweep.flops if parent.sweep else 0.0)
+    return cost.flops + flops / (max(parent.children, 1) if account == "shared" else 1)
 
 
 def setting_total(index: Index, cell: Cell) -> tuple[int | None, float | None]:
@@ -153,8 +155,10 @@ def pieces(index: Index) -> list[Row]:
     for cell in index.results.cells:
         name = group_name(group_of(cell), index.groups, target=True)
         rows.append({"what": whats[cell.path], "name": cell.name, "of": name, "cost": cell.training})
-        if cell.sweep:
-            rows.append({"what": "sweep of learning rates", "name": cell.name, "of": name, "cost": cell.sweep})
+    rows += [
+        {"what": "sweep of learning rates", "name": sweep.name, "of": sweep_subject(index, sweep), "cost": sweep.cost}
+        for sweep in unique_sweeps(index)
+    ]
     return rows
 
 

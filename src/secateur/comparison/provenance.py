@@ -36,7 +36,7 @@ class RunHistory:
         facts: name -> text.
         line: points of its curve for an SVG polyline in a box of 240 by 48; empty without a curve.
         caption: the curve in words.
-        stages: all behind it, each after its inputs; the last one that trains is the run's own.
+        stages: all behind it, each after its inputs; the last one that trains, or chooses a trial, is the run's own.
     """
 
     number: int
@@ -54,7 +54,7 @@ def runs_of(index: Index, model: Model) -> list[RunHistory]:
     for number, cell in enumerate(index.results.cells, 1):
         if group_of(cell).model == model:
             stages = tuple(notes[key] for key in cell.stages if key in notes)
-            facts = _facts(cell, [stage for stage in stages if stage.kind == "train"][-1:])
+            facts = _facts(cell, [stage for stage in stages if stage.kind in ("train", "select")][-1:])
             histories.append(RunHistory(number, cell, facts, spark(cell.curve), _caption(cell.curve), stages))
     return histories
 

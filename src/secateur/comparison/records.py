@@ -28,6 +28,7 @@ __all__ = [
     "StageNote",
     "StudyQuestion",
     "StudyResults",
+    "Sweep",
     "TextUnit",
     "Units",
     "pair_units",
@@ -167,6 +168,7 @@ class Parent:
     curve: tuple[Point, ...]  #: empty for a public checkpoint
     evaluation: Evaluation | None  #: None: not measured, or failed
     running: Running | None = None  #: None: not measured
+    sweep: Cost | None = None  #: as of :class:`Cell`
 
 
 @dataclass(frozen=True)
@@ -211,12 +213,33 @@ class Cell:
     non_embedding: int  #: those that are not zeroed, outside the embeddings
     training: Cost  #: of this run alone, the teacher's forward passes counted
     pruning: Cost | None  #: of the scoring that it rests on: the pruned model's, or that of the mask it took over
-    sweep: Cost | None  #: of the learning-rate sweep that chose its rate; None where there was none
+    sweep: Cost | None  #: of the trials that chose its rate, without a trial that is the run; None: no sweep
     peak_rate: float | None  #: None: not chosen yet
     curve: tuple[Point, ...]  #: begins at tokens = 0, before the first step
     evaluation: Evaluation | None  #: at the end; None: not measured, or failed
     shape: dict[str, Any]  #: as of :class:`Parent`
     stages: tuple[str, ...]  #: fingerprints of all that it is made from, each after its inputs, and of what measured it
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The trials that chose the learning rate of one run, at one seed for all."""
+
+    name: str  #: of the run, as in :class:`Cell`; "parent" for a parent's pretraining
+    parent: str
+    method: str  #: this and the next two are empty for a parent
+    target: str
+    objective: str
+    retrain_tokens: int  #: R of the comparison; 0 for a parent
+    seed: int  #: of the trials
+    tokens: int  #: of each trial
+    whole: bool  #: whether trials have all tokens of the run, so that the best one is the run
+    rates: tuple[float, ...]
+    losses: tuple[float | None, ...]  #: of each rate, nats per token; None: diverged or, without a ``rate``, not measured
+    rate: float | None  #: that has the lowest loss; None: not chosen yet
+    at_edge: Literal["low", "high"] | None  #: the best rate is the lowest or highest, so that it may lie beyond
+    cost: Cost  #: of the trials, without one that is the run
+    stage: str  #: fingerprint of the choice: several runs may share one
 
 
 @dataclass(frozen=True)
@@ -286,3 +309,4 @@ class StudyResults:
     seeds_vary: SeedsVary = "training"
     question: StudyQuestion | None = None  #: that the study file declares
     declarations: tuple[Declaration, ...] = ()  #: the questions that the study's folder records, in their order
+    sweeps: tuple[Sweep, ...] = ()  #: of parents, then of runs

@@ -29,6 +29,7 @@ from secateur.study.spec import StudySpec
 from secateur.study.stage import Stage, unique, with_inputs
 from secateur.study.stages.evaluate import COST, RESULTS
 from secateur.study.store import Store
+from secateur.study.sweeps import choice_of, sweep_cost, sweep_records, trial_of
 
 __all__ = ["collect"]
 
@@ -56,6 +57,9 @@ def collect(study: StudySpec, stages: list[Stage], store: Store, study_yaml: str
         stages=tuple(_note(stage, store) for stage in unique(stages)),
         environment=_environment(stages, store),
         study_yaml=study_yaml,
+        sweeps=sweep_records(
+            [s for s in stages if s.facts.get("path") in ("parent", *_CELLS)], records.records, records.cost
+        ),
     )
 
 
@@ -115,13 +119,25 @@ class _Records:
 
     def cost(self, stages: Iterable[Stage]) -> Cost:
         """The total cost of stages, each counted in full even if others share it."""
-        costs = [Cost(s.tokens, s.flops, self.seconds[s.fingerprint]) for s in stages]
+        costs = [self._cost(stage) for stage in stages]
         return sum(costs[1:], costs[0])
+
+    def _cost(self, stage: Stage) -> Cost:
+        """The cost of one stage; that of a run which is the best of several trials is the trial's."""
+        if stage.kind != "select":
+            return Cost(stage.tokens, stage.flops, self.seconds[stage.fingerprint])
+        trial = trial_of(stage, self.records)
+        return Cost(*stage.facts["cost"], self.seconds[trial.fingerprint] if trial else None)
+
+    def sweep(self, stage: Stage) -> Cost | None:
+        """The cost of the trials that chose a run's rate; None without a sweep."""
+        choice = choice_of(stage)
+        return sweep_cost(choice, self.records, self.cost) if choice else None
 
     def parent(self, stage: Stage) -> Parent:
         shape, name = stage.facts["shape"], stage.facts["parent"]
         spec = self.study.all_parents[name]
-        if stage.kind == "train":
+        if stage.kind != "fetch":
             cost = self.cost([stage])
         else:  # the same formula, if the checkpoint's tokens are known
             flops = train_flops(shape, spec.tokens or 0, self.study.recipe.sequence)
@@ -133,9 +149,10 @@ class _Records:
             non_embedding=shape.non_embedding,
             cost=cost,
             children=self.study.children or self.children[name],
-            curve=self.curve(stage) if stage.kind == "train" else (),
+            curve=self.curve(stage) if stage.kind != "fetch" else (),
             evaluation=self.evaluation(stage),
             running=self.running(stage),
+            sweep=self.sweep(stage),
         )
 
     def pruned(self, stage: Stage) -> PrunedModel:
@@ -157,7 +174,7 @@ class _Records:
     def cell(self, stage: Stage) -> Cell:
         shape, facts = stage.facts["shape"], stage.facts
         record = self.records[stage.fingerprint]
-        pruning, sweep = facts.get("pruning"), facts.get("sweep")
+        pruning = facts.get("pruning")
         return Cell(
             name=facts["name"],
             path="pruned" if facts["path"] == "P-R" else facts["path"],
@@ -166,7 +183,7 @@ class _Records:
             non_embedding=self._remaining(shape, pruning),
             training=self.cost((*facts["before"], stage)),
             pruning=self.cost([pruning]) if pruning else None,
-            sweep=self.cost(sweep.facts["trials"]) if sweep else None,
+            sweep=self.sweep(stage),
             peak_rate=record["peak_rate"] if record else facts["peak_rate"],
             curve=self.curve(stage),
             evaluation=self.evaluation(stage),

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.comparison.regime import PUBLISHED, RateSweeps, TokenShare
-from secateur.formatting import count, scientific
+from secateur.formatting import count, join_words, scientific
 from secateur.report.regime_prose import REGIME_TITLE, share_json, sweeps_sentence, tokens_sentence
 from secateur.study.planner import tokens_needed, trunk_savings
 from secateur.study.stage import Stage, unique
+from secateur.study.sweeps import choice_of, is_run
 
-__all__ = ["FLOPS_PER_SECOND", "PlannedStage", "StudyPlan", "plan_study"]
+__all__ = ["FLOPS_PER_SECOND", "PlannedStage", "PlannedTrials", "StudyPlan", "plan_study"]
 
 FLOPS_PER_SECOND = 4e14  #: of the reference device: an H100 at about 40% of its bfloat16 peak
 
@@ -51,6 +52,24 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
+class PlannedTrials:
+    """The trials of learning rates."""
+
+    number: int
+    runs: int  #: choices whose best trial is a run of the study, and is not trained twice
+    choices: int
+    seeds: tuple[int, ...]  #: of the trials
+
+    def __str__(self) -> str:
+        seeds = f"seed{'s' * (len(self.seeds) > 1)} {join_words([str(seed) for seed in self.seeds])}"
+        text = f"Learning rates are swept with {seeds} alone, which serves all seeds: {self.number} trials"
+        text += f" for {self.choices} choices of a rate."
+        if self.runs:
+            text += f" The best trial of {self.runs} of them is the run itself, which counts as such and not as a sweep."
+        return text
+
+
+@dataclass(frozen=True)
 class StudyPlan:
     """What a study will run and what it will cost; ``str()`` gives the text of ``secateur study plan``.
 
@@ -61,6 +80,7 @@ class StudyPlan:
         flops_per_second: speed of the device that ``device_hours`` counts.
         parents: name -> tokens for each parameter of a parent.
         sweeps: which learning rates are chosen by a sweep.
+        trials: of learning rates; None without any.
     """
 
     study: str
@@ -73,6 +93,7 @@ class StudyPlan:
     flops_per_second: float
     parents: Mapping[str, TokenShare]
     sweeps: RateSweeps
+    trials: PlannedTrials | None = None
 
     @property
     def device_hours(self) -> float:
@@ -105,6 +126,7 @@ class StudyPlan:
             lines.append(
                 f"Ladders share their trunks: {trained:,} tokens instead of {alone:,}, {1 - trained / alone:.0%} less."
             )
+        lines += [str(self.trials)] if self.trials else []
         return "\n".join([*lines, _FORMULA, "", *self._regime(), "", "Nothing has been run."])
 
     def _regime(self) -> list[str]:
@@ -127,11 +149,6 @@ def plan_study(name: str, stages: Sequence[Stage], flops_per_second: float = FLO
     """Sum up the tokens and FLOPs of a study's stages."""
     stages = unique(stages)
     trained, alone = trunk_savings(stages)
-    flops_by: dict[str, float] = {}
-    for stage in stages:
-        if stage.flops:
-            purpose = _PURPOSES[stage.facts["path"]]
-            flops_by[purpose] = flops_by.get(purpose, 0.0) + stage.flops
     return StudyPlan(
         study=name,
         stages=tuple(PlannedStage(s.kind, s.name, s.tokens, s.flops, s.fingerprint) for s in stages),
@@ -139,10 +156,11 @@ def plan_study(name: str, stages: Sequence[Stage], flops_per_second: float = FLO
         training_tokens_without_trunks=alone,
         corpus_tokens=tokens_needed(stages),
         flops=sum(stage.flops for stage in stages),
-        flops_by=flops_by,
+        flops_by=_flops_by_purpose(stages),
         flops_per_second=flops_per_second,
         parents={s.facts["parent"]: _share(s) for s in stages if s.facts.get("path") == "parent"},
         sweeps=RateSweeps(*(_swept(stages, path) for path in ("parent", "scratch", "P-R"))),
+        trials=_trials(stages),
     )
 
 
@@ -153,5 +171,29 @@ def _share(parent: Stage) -> TokenShare:
 
 def _swept(stages: Sequence[Stage], path: str) -> bool | None:
     """Whether all runs of a path have their learning rate from a sweep; None without such runs."""
-    runs = [stage for stage in stages if stage.kind == "train" and stage.facts.get("path") == path]
-    return all("rate" in stage.inputs for stage in runs) if runs else None
+    runs = [stage for stage in stages if stage.kind in ("train", "select") and stage.facts.get("path") == path]
+    return all(map(choice_of, runs)) if runs else None
+
+
+def _flops_by_purpose(stages: Sequence[Stage]) -> dict[str, float]:
+    """Purpose -> FLOPs, as in :class:`StudyPlan`. A trial that is a run counts as the run."""
+    flops_by: dict[str, float] = {}
+    for stage in stages:
+        if stage.flops:
+            purpose = _PURPOSES[stage.facts["path"]]
+            flops_by[purpose] = flops_by.get(purpose, 0.0) + stage.flops
+    for stage in stages:
+        if stage.kind == "select" and is_run(stage):
+            purpose, flops = _PURPOSES[stage.facts["path"]], stage.facts["cost"][1]
+            flops_by[purpose] = flops_by.get(purpose, 0.0) + flops
+            flops_by[_PURPOSES["trial"]] -= flops
+    return flops_by
+
+
+def _trials(stages: Sequence[Stage]) -> PlannedTrials | None:
+    choices = [stage for stage in stages if stage.kind == "select"]
+    if not choices:
+        return None
+    trials = {trial.fingerprint for choice in choices for trial in choice.facts["trials"].values()}
+    seeds = sorted({choice.facts["sweep_seed"] for choice in choices})
+    return PlannedTrials(len(trials), sum(map(is_run, choices)), len(choices), tuple(seeds))

@@ -96,7 +96,9 @@ class _Builder(TrainingRuns):
             stage = self.add(Stage("fetch", name, content, {}, 0, 0.0, runtime, facts))
         else:
             span = (self._before(name), self.start)
-            stage = self.train(name, parent.shape, span, "random", self.study.recipe, facts)
+            rates = self.study.sweep.parent_rates if self.study.sweep else ()
+            key = ("parent", name)
+            stage = self.run_at_best(key, rates, name, parent.shape, span, "random", self.study.recipe, facts)
         self.evaluate(stage)
         return stage
 
@@ -175,7 +177,7 @@ class _Builder(TrainingRuns):
             tokens += self.start - first
         elif setting != "equal_training_tokens":
             spent = run.facts["cost"][1] + pruned.flops
-            spent += self.parents[pruning.parent].flops if setting == "equal_total_flops" else 0.0
+            spent += self.parents[pruning.parent].facts["cost"][1] if setting == "equal_total_flops" else 0.0
             tokens = self._whole(spent / (3 * pruning.after.forward_flops(self.sequence)))
         sparse = pruning.method.granularity == "sparse"
         init = "redrawn" if sparse else "scratch"

@@ -238,11 +238,23 @@ class EvaluationSpec:
 
 @spec
 class SweepSpec:
-    """Learning rates to try, on tokens of the run's own slice, for each architecture and path."""
+    """Learning rates to try for each run of the first seed; the other seeds train at the rate that it chose."""
 
     rates: Annotated[tuple[Rate, ...], Field(min_length=2)]
-    tokens: Count | None = None  #: of each trial; default: the smallest budget
+    parent: bool | Annotated[tuple[Rate, ...], Field(min_length=2)] = False  #: also of parents; or rates of their own
+    tokens: Count | None = None  #: of each trial; default: the run's own, and the best trial is the run
     windows: Positive = 64  #: held-out windows that choose the rate, none of them in ``evaluation``
+
+    def __post_init__(self) -> None:
+        _check_unique("sweep.rates", self.rates)
+        _check_unique("sweep.parent", self.parent_rates)
+
+    @property
+    def parent_rates(self) -> tuple[float, ...]:
+        """Rates to try for parents that the study pretrains; empty for none."""
+        if isinstance(self.parent, bool):
+            return self.rates if self.parent else ()
+        return self.parent
 
 
 @spec

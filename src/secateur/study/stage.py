@@ -18,7 +18,7 @@ VERSIONS: dict[StageKind, int] = {
     "corpus": 2,
     "fetch": 1,
     "train": 5,
-    "select": 2,
+    "select": 3,
     "prune": 4,
     "evaluate": 4,
     "cost": 1,

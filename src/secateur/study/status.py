@@ -28,7 +28,7 @@ class StatusRow:
 
     Attributes:
         state: ``done``, ``running``, ``failed``, ``interrupted``, ``to do``, or ``waiting`` for its inputs.
-        note: progress of a running stage, or the error of a failed one.
+        note: progress of a running stage, the error of a failed one, or a best rate at the end of its sweep.
     """
 
     kind: str
@@ -76,7 +76,7 @@ def study_status(name: str, stages: list[Stage], store: Store) -> StudyStatus:
 def state_of(stage: Stage, store: Store) -> tuple[str, str]:
     """State and note of a stage, as in :class:`StatusRow`."""
     if store.done(stage):
-        return "done", ""
+        return "done", _choice(stage, store)
     if store.is_running(stage):
         return "running", _progress(stage, store)
     if error := store.runtime(stage).get("error"):
@@ -84,6 +84,13 @@ def state_of(stage: Stage, store: Store) -> tuple[str, str]:
     if store.partial(stage):
         return "interrupted", _progress(stage, store)
     return "to do" if all(map(store.done, stage.inputs.values())) else "waiting", ""
+
+
+def _choice(stage: Stage, store: Store) -> str:
+    """What to know of a choice of a rate: that a better one may lie beyond those that were tried."""
+    record = (store.record(stage) if stage.kind == "select" else None) or {}
+    edges = {"low": "lowest", "high": "highest"}
+    return f"rate {record['peak_rate']:g}, the {edges[record['at_edge']]} of the sweep" if record.get("at_edge") else ""
 
 
 def _progress(stage: Stage, store: Store) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from secateur.config import identity
@@ -32,6 +32,7 @@ class TrainingRuns:
         self.sequence = study.recipe.sequence
         self.start = 0  #: the first token of all retraining
         self.stages = [corpus]
+        self.choices: dict[Hashable, Stage] = {}  #: what a rate was chosen for, at any seed -> the choice
 
     def recipe_of(self, comparison: PlannedComparison) -> Recipe:
         if comparison.seed is None:
@@ -57,10 +58,9 @@ class TrainingRuns:
         span = (first, first + tokens)
         if self.study.retrain.trunk == "shared" and ladder:
             return self._branch(name, comparison, facts, shape, span, init, recipe, inputs, objective)
-        if self.study.sweep:
-            inputs = {**inputs, "rate": self._sweep(comparison, facts, shape, init, recipe, inputs, objective)}
-            facts = {**facts, "sweep": inputs["rate"]}
-        return self.train(name, shape, span, init, recipe, facts, inputs, objective)
+        entry, rates = comparison.pruning.entry, self.study.sweep.rates if self.study.sweep else ()
+        key = (entry.label, comparison.pruning.name, facts["name"], comparison.tokens, comparison.objective.label)
+        return self.run_at_best(key, rates, name, shape, span, init, recipe, facts, inputs, objective)
 
     def _name(self, comparison: PlannedComparison, path: str) -> str:
         entry = comparison.pruning.entry
@@ -110,41 +110,82 @@ class TrainingRuns:
             name, shape, (at, stop), "continued" if at > first else init, decay, facts, chain, objective, before=before
         )
 
-    def _sweep(
+    def run_at_best(
         self,
-        comparison: PlannedComparison,
-        facts: Mapping[str, Any],
+        key: Hashable,
+        rates: Sequence[float],
+        name: str,
         shape: Shape,
+        span: tuple[int, int],
         init: str,
         recipe: Recipe,
+        facts: Mapping[str, Any],
+        inputs: Inputs = {},  # noqa: B006 - never changed
+        objective: ObjectiveSpec | None = None,
+    ) -> Stage:
+        """Add a run at the best of several rates: the best of trials on all its tokens, or a run at their rate.
+
+        Args:
+            key: what the rate is for, whatever the seed. The first call for it, with the first seed, adds the trials.
+            rates: to try; if there are none, the run has the recipe's rate.
+        """
+        arguments = (shape, span, init, recipe)
+        if not rates:
+            return self.train(name, *arguments, facts, inputs, objective)
+        if key not in self.choices:
+            self.choices[key] = self._choice(rates, name, *arguments, facts, inputs, objective)
+            if "path" in self.choices[key].facts:  # the best trial is this run
+                return self.choices[key]
+        choice = self.choices[key]
+        return self.train(name, *arguments, {**facts, "choice": choice}, {**inputs, "rate": choice}, objective)
+
+    def _choice(
+        self,
+        rates: Sequence[float],
+        name: str,
+        shape: Shape,
+        span: tuple[int, int],
+        init: str,
+        recipe: Recipe,
+        facts: Mapping[str, Any],
         inputs: Inputs,
         objective: ObjectiveSpec | None,
     ) -> Stage:
-        """Add trials at each rate and the choice among them, for an architecture and a path at any budget."""
-        sweep = self.study.sweep
+        """Add trials of a run and the choice among them.
+
+        Trials on all tokens of the run have one that is the run, so that the choice has its facts. Shorter trials are
+        the same for all larger budgets.
+        """
+        sweep, evaluation = self.study.sweep, self.study.evaluation
         assert sweep
-        budgets = comparison.pruning.entry.tokens or self.study.retrain.tokens
-        tokens = sweep.tokens or min(budgets)
-        label = f"{comparison.pruning.label}/sweep-{facts['init']}" + ("-kd" if objective and objective.distill else "")
-        skip = self.study.evaluation.windows
-        trials = {}
-        for rate in sweep.rates:
-            trial = dataclasses.replace(recipe, peak_rate=rate)
-            trial_facts = {"path": "trial", "shape": shape}
-            span = (self.start, self.start + tokens)
-            trials[f"{rate:g}"] = self.train(
-                f"{label}@{rate:g}",
+        first, stop = span
+        end = min(stop, first + (sweep.tokens or stop))
+        trial_facts = {"path": "trial", "shape": shape}
+        trials = {
+            str(rate): self.train(
+                f"{name}/rate-{rate:g}",
                 shape,
-                span,
+                (first, end),
                 init,
-                trial,
+                dataclasses.replace(recipe, peak_rate=rate),
                 trial_facts,
                 inputs,
                 objective,
-                holdout=(skip, sweep.windows),
             )
-        content = {"rates": [float(rate) for rate in sweep.rates]}
-        return self.add(Stage("select", label, content, trials, facts={"trials": tuple(trials.values())}))
+            for rate in map(float, rates)
+        }
+        content = {
+            "evaluation": {"skip": evaluation.windows, "windows": sweep.windows, "seqlen": self.sequence},
+            "dtype": self.study.compute.dtype,
+            "keep": "model" if end == stop else None,
+        }
+        choice_facts: dict[str, Any] = {"trials": trials, "sweep_seed": recipe.seed}
+        if end == stop:
+            cost = next(iter(trials.values())).facts["cost"]
+            choice_facts |= {**facts, "shape": shape, "cost": cost, "before": (), "peak_rate": None}
+        name = name if end == stop else f"{name}/rate"
+        inputs, runtime = {"corpus": self.corpus, **trials}, {"device": self.study.compute.device}
+        return self.add(Stage("select", name, content, inputs, 0, 0.0, runtime, choice_facts))
 
     def train(
         self,
@@ -158,7 +199,6 @@ class TrainingRuns:
         objective: ObjectiveSpec | None = None,
         *,
         before: tuple[Stage, ...] = (),
-        holdout: tuple[int, int] | None = None,
     ) -> Stage:
         """Add a run over the tokens ``span``.
 
@@ -166,7 +206,6 @@ class TrainingRuns:
             span: first token, and the token after the last.
             recipe: of the training; its rate applies unless ``inputs`` have a ``rate``.
             objective: the loss; None for the language-model loss.
-            holdout: held-out windows to skip and to measure; None for those of the final figures.
         """
         study = self.study
         settings, fresh = identity(recipe), init in ("random", "scratch", "dense-twin")
@@ -175,8 +214,7 @@ class TrainingRuns:
             settings = {key: value for key, value in settings.items() if key not in unused}
         if "rate" in inputs:
             settings["peak_rate"] = None
-        skip, windows = holdout or (0, study.evaluation.windows)
-        points = study.evaluation.points if holdout is None and facts["path"] != "trunk" else 1
+        points = study.evaluation.points if facts["path"] != "trunk" else 1
         tokens = span[1] - span[0]
         distill = objective.distill if objective else None
         flops = train_flops(shape, tokens, self.sequence)
@@ -188,9 +226,11 @@ class TrainingRuns:
             "slice": list(span),
             "recipe": settings,
             "dtype": study.compute.dtype,
-            "evaluation": {"skip": skip, "windows": windows, "points": points},
+            # ``skip`` has been zero since rates are chosen elsewhere; it keeps the identity of earlier runs
+            "evaluation": {"skip": 0, "windows": study.evaluation.windows, "points": points},
             **({"objective": identity(distill)} if distill else {}),
             **({"keep": "state"} if facts["path"] == "trunk" else {}),
+            **({"trial": True} if facts["path"] == "trial" else {}),
         }
         runtime = {**self.runtime(), "micro_batch": recipe.micro_batch}
         cost = (sum(s.tokens for s in before) + tokens, sum(s.flops for s in before) + flops)

@@ -10,7 +10,7 @@ import torch
 from secateur import distributed
 from secateur.data.domains import DomainTokens
 from secateur.data.shards import TokenStore
-from secateur.errors import RunError
+from secateur.errors import DivergenceError
 from secateur.evaluation.loss import Protocol
 from secateur.training.batches import Batch
 from secateur.training.parallel import TrainModule
@@ -26,7 +26,7 @@ def heldout_loss(module: TrainModule, protocol: Protocol, batch: int) -> float:
         module: the model; in training mode afterwards.
 
     Raises:
-        RunError: if the loss is not finite.
+        DivergenceError: if the loss is not finite.
     """
     module.eval()
     sums: list[float] = []
@@ -43,7 +43,7 @@ def heldout_loss(module: TrainModule, protocol: Protocol, batch: int) -> float:
     module.train()
     loss = math.fsum(sums) / protocol.tokens
     if not math.isfinite(loss):
-        raise RunError(f"{protocol.source}: the held-out loss is {loss}; lower peak_rate")
+        raise DivergenceError(f"{protocol.source}: the held-out loss is {loss}; lower peak_rate")
     return loss
 
 

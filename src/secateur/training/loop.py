@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from secateur import distributed
-from secateur.errors import REQUEUE, RunError
+from secateur.errors import REQUEUE, DivergenceError, RunError
 from secateur.progress import ProgressTask, track
 from secateur.training.batches import Data, Span, micro_batches
 from secateur.training.checkpoints import Saver
@@ -201,7 +201,7 @@ def _report_heldout_loss(options: RunOptions, step: int, tokens: int, loss: floa
 
 def _not_finite_error(
     data: Data, spans: list[Span], step: int, losses: list[float], norm: float, saver: Saver, options: RunOptions
-) -> RunError:
+) -> DivergenceError:
     """An error that names the step, the documents of the windows at fault, and the last good checkpoint."""
     saver.finish()
     bad = [span for span, loss in zip(spans, losses, strict=True) if not math.isfinite(loss)] or spans
@@ -211,7 +211,7 @@ def _not_finite_error(
     documents = "; ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
     last = f"the last good checkpoint is {saver.last}" if saver.last else "there is no checkpoint yet"
     total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-    return RunError(
+    return DivergenceError(
         f"{options.label}: loss {total:g}, gradient norm {norm:g} at step {step + 1} in {documents}; {last}; "
         "lower peak_rate, or leave those documents out, in a new directory"
     )

@@ -14,13 +14,13 @@ from secateur.config import parse
 from secateur.data.corpus import CorpusSpec, build_corpus
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
-from secateur.files import read_json
 from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import Checkpoint
 from secateur.study.resolve import SHARDS
 from secateur.study.stage import Stage
 from secateur.study.stages.evaluate import cost_stage, evaluate_stage
 from secateur.study.stages.prune import prune_stage
+from secateur.study.stages.select import select_stage
 from secateur.study.stages.train import train_stage
 from secateur.study.store import Store
 
@@ -59,22 +59,12 @@ def _fetch(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     return {"checkpoint": directory.name, "parameters": {"total": checkpoint.shape.total}}
 
 
-def _select(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
-    """Choose the rate whose trial has the lowest final loss on held-out windows that no final figure uses."""
-    losses = {}
-    for name, trial in stage.inputs.items():
-        record = read_json(store.folder(trial) / "record.json")["result"]
-        losses[name] = record["curve"][-1]["loss"]
-    best = min(losses, key=lambda name: losses[name])
-    return {"peak_rate": float(best), "losses": losses}
-
-
 _KINDS: dict[str, Callable[[Stage, Store, Path], dict[str, Any]]] = {
     "corpus": _corpus,
     "fetch": _fetch,
     "prune": prune_stage,
     "train": train_stage,
-    "select": _select,
+    "select": select_stage,
     "evaluate": evaluate_stage,
     "cost": cost_stage,
 }

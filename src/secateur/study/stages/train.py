@@ -14,11 +14,13 @@ from transformers import CONFIG_MAPPING
 from secateur import distributed
 from secateur.config import parse
 from secateur.data.tokenizer import load_tokenizer
+from secateur.errors import DivergenceError
 from secateur.files import read_json
 from secateur.model.checkpoint import Checkpoint, skeleton
 from secateur.model.plan import JSON_FILE, Plan, load_masks
 from secateur.model.shapes import Shape
 from secateur.model.surgery import cut_config
+from secateur.progress import notify
 from secateur.pruning.target import Pattern
 from secateur.runtime import pick_device
 from secateur.study.stage import Stage
@@ -44,8 +46,22 @@ def train_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     """Train on the stage's slice; all processes together.
 
     Returns:
-        What :func:`secateur.training.loop.train_loop` does, with ``parameters`` and ``peak_rate``.
+        What :func:`secateur.training.loop.train_loop` does, with ``parameters`` and ``peak_rate``. Of a trial that
+        diverged ``{"diverged": True}``: its rate has lost, and the study continues.
+
+    Raises:
+        DivergenceError: if the loss is no longer finite and the run is not a trial.
     """
+    try:
+        return _train(stage, store, work)
+    except DivergenceError as error:
+        if not stage.identity.get("trial"):
+            raise
+        notify(f"{error}; the other rates of the sweep continue")
+        return {"diverged": True}
+
+
+def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     identity = stage.identity
     recipe = _recipe(stage, store)
     tokens = corpus_tokens(stage, store)
