@@ -7,7 +7,17 @@ import errno
 import re
 from collections.abc import Callable, Iterable
 
-__all__ = ["REQUEUE", "DivergenceError", "RunError", "UserError", "did_you_mean", "disk_full", "first_line", "out_of_memory", "spell"]
+__all__ = [
+    "REQUEUE",
+    "DivergenceError",
+    "RunError",
+    "UserError",
+    "did_you_mean",
+    "disk_full",
+    "first_line",
+    "out_of_memory",
+    "spell",
+]
 
 
 REQUEUE = 75  #: exit code (EX_TEMPFAIL) of a run that a signal stopped after it saved; the same command resumes it

@@ -16,7 +16,7 @@ from secateur.comparison.index import Group, Index
 from secateur.comparison.intervals import bootstrap_interval
 from secateur.comparison.ledger import account_flops, forwards, lowest_loss, own_cost, pieces, setting_total
 from secateur.comparison.objectives import objective_rows
-from secateur.comparison.records import Cell, Cost, StudyResults
+from secateur.comparison.records import Cell, Cost, StudyResults, Sweep
 from secateur.model.shapes import Shape, train_flops
 from secateur.report.judgement import judge
 from secateur.report.latex import comparisons_tex, escaped
@@ -44,6 +44,16 @@ def test_accounts_add_the_parents_share_to_what_rests_on_it():
     assert account_flops(index, s_r, "charged") == s_r.training.flops + SCORING.flops + PARENT_FLOPS  # has its mask
     assert {account_flops(index, dense, account) for account in ("sunk", "shared", "charged")} == {dense.training.flops}
     assert own_cost(swept) == Cost(R + SCORING.tokens + 3 * R, own + 1e12, 12.5 + 3.2 + 60.0)
+
+
+def test_a_parents_sweep_is_charged_with_the_parent():
+    p_r = cell("wanda", "P-R", 5.4)
+    swept = dataclasses.replace(PARENT, sweep=Cost(2 * P, 6e11), children=3)
+    index = Index(dataclasses.replace(study(p_r), parents=(swept,)))
+    own = p_r.training.flops + SCORING.flops
+    assert account_flops(index, p_r, "sunk") == own
+    assert account_flops(index, p_r, "shared") == pytest.approx(own + PARENT_FLOPS / 3 + 2e11)
+    assert account_flops(index, p_r, "charged") == own + PARENT_FLOPS + 6e11
 
 
 def test_what_is_unknown_is_never_zero():
@@ -105,9 +115,11 @@ def test_forward_flops_are_those_of_the_shape_and_its_attention():
 
 
 def test_every_piece_of_work_is_in_the_ledger():
-    swept = dataclasses.replace(example().cells[0], sweep=Cost(3 * R, 1e12))
-    results = dataclasses.replace(example(), cells=(swept, *example().cells[1:]))
-    whats = [row["what"] for row in pieces(Index(results))]
+    fields = {"parent": "parent", "method": "wanda", "target": "0.5", "objective": "", "retrain_tokens": R, "seed": 0}
+    trials = {"tokens": R, "whole": True, "rates": (1e-3, 1e-2), "losses": (5.4, 5.6), "rate": 1e-3, "at_edge": "low"}
+    sweep = Sweep(name="P-R", cost=Cost(R, 1e12), stage="c0", **fields, **trials)
+    shared = dataclasses.replace(sweep, retrain_tokens=2 * R)  # by the same trials, which count once
+    whats = [row["what"] for row in pieces(Index(dataclasses.replace(example(), sweeps=(sweep, shared))))]
     assert whats.count("scoring") == 3 and whats.count("retraining") == 3 and whats.count("training from scratch") == 6
     assert whats[0] == "pretraining the parent" and whats.count("sweep of learning rates") == 1
 

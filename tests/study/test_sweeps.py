@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cells import common, ran, record, weights
 from test_plan import named, planned, study
 
-from secateur.cli import main
 from secateur.errors import UserError
 from secateur.study.plan import plan_study
-from secateur.study.session import Study
 from secateur.study.stage import Stage
 from secateur.study.stages.select import edge_of
 

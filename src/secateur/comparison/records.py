@@ -235,7 +235,7 @@ class Sweep:
     tokens: int  #: of each trial
     whole: bool  #: whether trials have all tokens of the run, so that the best one is the run
     rates: tuple[float, ...]
-    losses: tuple[float | None, ...]  #: of each rate, nats per token; None: diverged or, without a ``rate``, not measured
+    losses: tuple[float | None, ...]  #: of each rate, nats per token; None: diverged, or not measured yet
     rate: float | None  #: that has the lowest loss; None: not chosen yet
     at_edge: Literal["low", "high"] | None  #: the best rate is the lowest or highest, so that it may lie beyond
     cost: Cost  #: of the trials, without one that is the run

@@ -65,7 +65,9 @@ class PlannedTrials:
         text = f"Learning rates are swept with {seeds} alone, which serves all seeds: {self.number} trials"
         text += f" for {self.choices} choices of a rate."
         if self.runs:
-            text += f" The best trial of {self.runs} of them is the run itself, which counts as such and not as a sweep."
+            text += (
+                f" The best trial of {self.runs} of them is the run itself, which counts as such and not as a sweep."
+            )
         return text
 
 
