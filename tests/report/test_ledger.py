@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from example import SCORING, P, R, broken, cell, example, judged, judged_text, large, pruned
+from secateur.comparison.intervals import bootstrap_interval
 
 from secateur.comparison.ablation import controls, parts
 from secateur.comparison.index import Group, Index
-from secateur.comparison.intervals import bootstrap_interval
 from secateur.comparison.ledger import account_flops, forwards, lowest_loss, own_cost, pieces, setting_total
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.records import Cell, Cost, StudyResults, Sweep
