@@ -84,7 +84,7 @@ def test_the_plan_counts_a_trial_that_is_the_run_as_the_run(tmp_path: Path) -> N
     once = sum(fixed.flops_by[purpose] for purpose in ("retraining", "from scratch")) / 2  # of two seeds
     assert sweeps == pytest.approx(2 * once) and sum(swept.flops_by.values()) == pytest.approx(swept.flops)
     assert "swept with seed 0 alone" in str(swept) and "9 trials for 3 choices" in str(swept)
-    assert "swept" not in str(fixed)
+    assert "swept with" not in str(fixed)
 
 
 @pytest.mark.parametrize(
