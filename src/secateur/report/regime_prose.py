@@ -106,14 +106,14 @@ def _weak_parent(regime: Regime) -> str:
     if not better:
         return ""
     if len(better) <= _MOST_NAMES_IN_CAUTION:
-        twins = (
-            f"the twin{'s' if len(better) > 1 else ''} S_{{P+R}} of {_names(better, regime.twins, note_sparse=True)}"
-        )
+        noun = "twins" if len(better) > 1 else "twin"
+        twins = f"its {noun} S_{{P+R}} of {_names(better, regime.twins, note_sparse=True)}"
     else:
         sparse = sum(check.sparse for check in better)
         kinds = [f"{len(better) - sparse} smaller"] if sparse < len(better) else []
         kinds += [f"{sparse} sparse, of its own shape"] if sparse else []
-        twins = f"{len(better)} of its {total} twins S_{{P+R}} ({'; '.join(kinds)})"
+        number = f"all {total} of its" if len(better) == total else f"{len(better)} of its {total}"
+        twins = f"{number} twins S_{{P+R}} ({'; '.join(kinds)})"
     return f"the parent has a higher loss than {twins}, so it has learned less than its size allows"
 
 
