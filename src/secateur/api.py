@@ -218,7 +218,7 @@ def recommend(*, ratio: float, tokens: int | str, **fields: Any) -> Mapping[str,
             ``method``, ``parent``, ``study``, and others.
 
     Returns:
-        Plain values: ``question``, ``recommendation``, ``cases``, ``evidence``, ``costs``.
+        Plain values: ``question``, ``recommendation``, ``cases``, ``evidence``, ``findings``, ``costs``.
 
     Raises:
         UserError: if fields contradict each other, or no evidence bears on the question.
@@ -231,6 +231,7 @@ def recommend(*, ratio: float, tokens: int | str, **fields: Any) -> Mapping[str,
 def run_recommendation(request: RecommendRequest) -> dict[str, Any]:
     """Answer a request, and write the pilot study where it names a file."""
     from secateur.forecast.recommend import recommend as answer_question
+    from secateur.report.advice_prose import explain
 
     answer = answer_question(request)
     pilot = None
@@ -239,7 +240,7 @@ def run_recommendation(request: RecommendRequest) -> dict[str, Any]:
 
         like = None if request.like is None else Path(request.like)
         pilot = write_pilot(Path(request.pilot), answer.question, answer.cases, like)
-    return {**answer.record(), "pilot": pilot}
+    return {**explain(answer.record()), "pilot": pilot}
 
 
 def _request(cls: type[T], **fields: Any) -> T:

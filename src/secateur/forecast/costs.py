@@ -1,17 +1,20 @@
-"""The cost of each path: tokens, FLOPs by formula, and money where the price of an accelerator is known."""
+"""The cost of each path and of a pilot: tokens, FLOPs by formula, and money where an accelerator's price is known."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.forecast.advice import Question
+from secateur.forecast.advice import NEAR, Question
+from secateur.forecast.crossover import REACH
 from secateur.model.shapes import Shape, train_flops
 
-__all__ = ["Price", "Sizes", "costs"]
+__all__ = ["Pilot", "Price", "Sizes", "cheapest_pilot", "costs", "pilot_record"]
 
 _SCORING = 128 * 2048  # tokens: what `secateur prune` calibrates on unless told otherwise
 _CONTEXT = 2048  # window that a shape's FLOPs are averaged over
+_SPEED = 4e14  # FLOPs a second that a data-centre accelerator sustains in training, unless told otherwise
+_LADDER = (1 / 4, 1 / 2, 1)  # budgets of a pilot, in those of the largest
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Price:
 
     hour: float  #: money
     flops: float  #: a second, as sustained in training
+    currency: str = "USD"
 
     def of(self, flops: float) -> float:
         """Money."""
@@ -55,10 +59,10 @@ def costs(question: Question, sizes: Sizes, price: Price | None) -> dict[str, An
     children.
 
     Returns:
-        ``formula``; ``terms`` (``name``, ``tokens``, ``flops``, ``money``); ``paths`` (``name``, ``flops``, ``money``):
-        pruned, and from scratch on R tokens, on R and the parent's share (``total``), and on what the FLOPs of the
-        pruned path pay for (``flops``). What depends on a parent's tokens is None where they are not known, and money
-        where there is no price.
+        ``formula``; ``currency``; ``extra_scratch_tokens``, the parent's share; ``terms`` (``name``, ``tokens``,
+        ``flops``, ``money``); ``paths``, likewise: pruned, and from scratch on R tokens, on R and the parent's share
+        (``total``), and on what the FLOPs of the pruned path pay for (``flops``). What depends on a parent's tokens is
+        None where they are not known, and money where there is no price.
     """
     tokens, parent = question.tokens, question.parent_tokens
     share = None if parent is None else parent / question.children
@@ -81,6 +85,8 @@ def costs(question: Question, sizes: Sizes, price: Price | None) -> dict[str, An
     paths += [(f"scratch, equal {n}", t, None if t is None else sizes.training(1, t)) for n, t in scratch.items()]
     return {
         "formula": sizes.formula,
+        "currency": price.currency if price else None,
+        "extra_scratch_tokens": share,
         "account": account,
         "terms": [_row(name, t, flops, price) for name, t, flops in terms],
         "paths": [_row(name, t, flops, price) for name, t, flops in paths],
@@ -90,3 +96,58 @@ def costs(question: Question, sizes: Sizes, price: Price | None) -> dict[str, An
 def _row(name: str, tokens: float | None, flops: float | None, price: Price | None) -> dict[str, Any]:
     money = price.of(flops) if price and flops is not None else None
     return {"name": name, "tokens": tokens, "flops": flops, "money": money}
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """The least that these rules would accept as an answer: both paths at three budgets.
+
+    Attributes:
+        parent: parameters of the parent that is pruned: the question's, or the smallest that counts as near it.
+        parent_tokens: that it has to be trained on first; zero where it is there.
+        budgets: tokens of each path, rising; the question's budget is within reach of the largest.
+        longer: a further budget from scratch, for the account that decides; zero where the others do.
+    """
+
+    parent: float
+    parent_tokens: float
+    budgets: tuple[float, ...]
+    longer: float
+    flops: float
+
+    @property
+    def tokens(self) -> float:
+        """All that is trained on."""
+        return self.parent_tokens + 2 * sum(self.budgets) + self.longer
+
+
+def cheapest_pilot(question: Question, sizes: Sizes) -> Pilot:
+    """The pilot for a question: of the parent itself where it is there, else of one as small as counts as near it.
+
+    A smaller parent has the question's tokens a parameter, so that its tokens shrink as it does.
+    """
+    shrink = NEAR if question.must_train else 1
+    largest = question.tokens / shrink / REACH
+    budgets = tuple(largest * share for share in _LADDER)
+    parent_tokens = (question.parent_tokens or 0) / shrink if question.must_train else 0.0
+    longest = (question.tokens + question.extra) / shrink / REACH
+    longer = longest if longest > largest else 0.0
+    training = sizes.training(1, 2 * sum(budgets) + longer) + sizes.training(0, parent_tokens + _SCORING / 3)
+    return Pilot(question.parameters / shrink, parent_tokens, budgets, longer, training / shrink)
+
+
+def pilot_record(pilot: Pilot, price: Price | None) -> dict[str, Any]:
+    """A pilot as plain values; hours are those of one accelerator."""
+    speed = price.flops if price else _SPEED
+    return {
+        "parent_parameters": pilot.parent,
+        "parent_tokens": pilot.parent_tokens,
+        "budgets": list(pilot.budgets),
+        "longer_scratch": pilot.longer or None,
+        "tokens": pilot.tokens,
+        "flops": pilot.flops,
+        "flops_per_second": speed,
+        "hours": pilot.flops / speed / 3600,
+        "money": price.of(pilot.flops) if price else None,
+        "currency": price.currency if price else None,
+    }

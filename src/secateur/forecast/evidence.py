@@ -7,13 +7,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from secateur.comparison.naming import is_pattern
 from secateur.errors import UserError, did_you_mean
 from secateur.forecast.curve import CurvePoint
 
-__all__ = ["Accuracy", "Evidence", "PublishedFinding", "of_study"]
+__all__ = ["SLACK", "Accuracy", "Evidence", "of_study"]
+
+SLACK = 0.02  #: how far a ratio may be from one that was run to count as it
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,6 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class PublishedFinding:
-    """What a source says in words of all its methods."""
-
-    account: str  #: training, or total
-    winner: Literal["pruned", "scratch"] | None  #: None: it depends
-    says: str
-
-
-@dataclass(frozen=True)
 class Evidence:
     """Finished runs that compare both paths.
 
@@ -46,8 +38,8 @@ class Evidence:
         parent_loss: the parent's held-out loss, in nats per token; None where it was not measured.
         points: the runs, at the end of their schedules.
         granularity: method -> depth, width or sparse.
+        published: whether it is the published study, whose findings answer where its curves do not.
         accuracies: where there are any.
-        findings: what else the source says.
         absent: runs of the source that have no held-out loss.
     """
 
@@ -57,8 +49,8 @@ class Evidence:
     parent_loss: float | None
     points: tuple[CurvePoint, ...]
     granularity: Mapping[str, str]
+    published: bool = False
     accuracies: tuple[Accuracy, ...] = ()
-    findings: tuple[PublishedFinding, ...] = ()
     absent: int = 0
 
 

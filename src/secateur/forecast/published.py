@@ -8,15 +8,23 @@ are 52.4 B.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from secateur.forecast.curve import CurvePoint, Path
-from secateur.forecast.evidence import Accuracy, Evidence, PublishedFinding
+from secateur.forecast.evidence import SLACK, Accuracy, Evidence
 
-__all__ = ["LABELS", "exact", "published"]
+__all__ = ["LABELS", "Claim", "claim", "exact", "published"]
 
 LABELS = (10, 30, 50, 250, 500)  #: the ladder's budgets in billions of tokens, as the authors count them
 
-_RATIO = 0.5
+Trend = Literal["ahead", "nearly gone", "behind", "accuracies"]
+
+_LOWEST, _HIGHEST = 0.5, 0.8  #: ratios of the study
+_EXTRA = 4  #: tokens that scratch gets beyond R at equal total tokens, in those of R
+_LIKE = 4  #: how many times a budget may lie from the study's to be like it
+_PARENT = 8.03e9  #: parameters
+
 #: method, path -> held-out loss (DCLM), in nats per token, at each of the budgets
 _LOSSES: dict[tuple[str, Path], Sequence[float]] = {
     ("minitron-depth", "scratch"): (3.09, 2.81, 2.64, 2.49, 2.47),
@@ -34,13 +42,6 @@ _ACCURACIES = (
     Accuracy("sparsegpt", "sparse", scratch=66.3, pruned=67.5),
 )
 
-_FINDINGS = (
-    PublishedFinding(
-        "training", "pruned", "pruned weights beat random ones; less so after more tokens, and hardly at 0.8"
-    ),
-    PublishedFinding("total", None, "fine granularity keeps an advantage; coarse granularity is matched or overtaken"),
-)
-
 
 def exact(label: float) -> int:
     """Tokens, counted exactly, of a budget that the authors call so many billions."""
@@ -50,17 +51,62 @@ def exact(label: float) -> int:
 def published() -> Evidence:
     """The published runs: Llama-3.1-8B's shape, pruned at 0.5."""
     points = tuple(
-        CurvePoint(path, method, _RATIO, _PARAMETERS[method], exact(label), loss)
+        CurvePoint(path, method, _LOWEST, _PARAMETERS[method], exact(label), loss)
         for (method, path), losses in _LOSSES.items()
         for label, loss in zip(LABELS, losses, strict=True)
     )
     return Evidence(
         source="arXiv:2606.14150, figure 1 (losses read off an image, to about 0.01 nats; one seed)",
-        parent_parameters=8.03e9,
+        parent_parameters=_PARENT,
         parent_tokens=exact(200),
         parent_loss=2.40,
         points=points,
         granularity={"minitron-depth": "depth", "minitron-width": "width"},
+        published=True,
         accuracies=_ACCURACIES,
-        findings=_FINDINGS,
     )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the study's findings say where it has no curve.
+
+    Attributes:
+        trend: pruning ``ahead``; its advantage ``nearly gone``; ``behind`` at equal total tokens; or ``accuracies`` of
+            both paths that lie close together.
+        winner: the path ahead; None where the advantage is nearly gone.
+        beyond: whether no ratio as low, or as high, was run, so that the trend speaks.
+    """
+
+    trend: Trend
+    winner: Path | Literal["undecided"] | None
+    beyond: bool
+
+
+def claim(ratio: float, granularity: str | None, budget: float, extra: float) -> Claim | None:
+    """What the study's findings say of a question.
+
+    The advantage of pruned weights at equal training tokens shrinks as more is removed and as tokens grow. So fewer
+    tokens and a lower ratio than the study's can only favour pruning more, and more tokens and a higher ratio less.
+
+    Args:
+        budget: R in tokens for each parameter of the parent.
+        extra: tokens that scratch gets beyond R, in those of R: zero at equal training tokens.
+
+    Returns:
+        None where the findings leave it open.
+    """
+    retraining = budget / (exact(50) / _PARENT)
+    if ratio >= _HIGHEST - SLACK:
+        if retraining < 1 / _LIKE or (extra >= 1 and granularity == "sparse"):
+            return None
+        beyond = ratio > _HIGHEST + SLACK
+        return Claim("nearly gone", None, beyond) if extra < 1 else Claim("behind", "scratch", beyond)
+    if extra == 0:
+        return Claim("ahead", "pruned", ratio < _LOWEST - SLACK) if retraining <= _LIKE else None
+    if ratio < _LOWEST - SLACK or not 1 / _LIKE <= retraining <= _LIKE or not 1 <= extra <= _LIKE * _EXTRA:
+        return None
+    if granularity == "depth":
+        return Claim("behind", "scratch", False) if extra >= _EXTRA else None
+    measured = ratio <= _LOWEST + SLACK and granularity in ("sparse", "depth+width")
+    return Claim("accuracies", "undecided", False) if measured else None

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import UserError, did_you_mean
-from secateur.forecast.advice import Advice, AdviceAccount, Case, Distance, Question, advise, bearing, case_of
-from secateur.forecast.costs import Price, Sizes, costs
-from secateur.forecast.curve import PATHS
+from secateur.forecast.advice import (
+    Advice,
+    AdviceAccount,
+    Case,
+    Distance,
+    Obstacle,
+    Question,
+    advise,
+    bearing,
+    case_of,
+    obstacles_of,
+)
+from secateur.forecast.costs import Price, Sizes, cheapest_pilot, costs, pilot_record
+from secateur.forecast.crossover import NextRun
+from secateur.forecast.curve import PATHS, CurvePoint
 from secateur.forecast.evidence import Evidence, of_study
 from secateur.forecast.published import published
+from secateur.forecast.published_findings import by_relevance
 from secateur.forecast.request import RecommendRequest
 from secateur.hub import local_checkpoint
 from secateur.methods.registry import METHODS
@@ -33,20 +47,30 @@ class Recommendation:
     advice: Advice
     price: Price | None
 
+    @property
+    def needs_pilot(self) -> bool:
+        """Whether these figures leave the question open, so that a pilot is worth naming."""
+        return self.advice.basis == "none"
+
     def record(self) -> dict[str, Any]:
-        """Plain values, as ``secateur recommend --json`` prints them, but for the pilot."""
-        advice, question = self.advice, self.question
+        """Plain values, as ``secateur recommend --json`` prints them, but for the sentences and a pilot study."""
+        question = self.question
+        pilot = pilot_record(cheapest_pilot(question, self.sizes), self.price) if self.needs_pilot else None
         return {
             "question": _question_record(question, self.sizes),
             "recommendation": {
-                "choice": advice.choice,
+                "choice": self.advice.choice,
                 "decided_by": question.decides,
-                "why": advice.why,
-                "extrapolates": advice.extrapolates,
+                "basis": self.advice.basis,
+                "obstacles": [_obstacle(obstacle) for obstacle in self.advice.obstacles],
+                "finding": asdict(self.advice.claim) if self.advice.claim else None,
+                "method_without_figures": self.advice.absent,
+                "cheapest_pilot": pilot,
             },
-            "cases": [_case(case, question) for case in self.cases],
+            "cases": [_case(case, question, self.price) for case in self.cases],
             "not_fitted": self.refused,
             "evidence": _evidence(self.evidence, question),
+            "findings": [asdict(f) for f in by_relevance(question.granularity, question.ratio, question.distill)],
             "costs": costs(question, self.sizes, self.price),
         }
 
@@ -55,18 +79,27 @@ def recommend(request: RecommendRequest) -> Recommendation:
     """Fit the evidence that bears on the question, and advise.
 
     Raises:
-        UserError: if the method is unknown, no evidence bears on the question, or none of it can be fitted.
+        UserError: if the method is unknown, or there are runs to go by and none of them can be fitted.
     """
     evidence = published() if request.study is None else of_study(Path(request.study))
     question, sizes = _question(request, evidence)
     price = None
     if request.cost_per_hour is not None and request.flops_per_second is not None:
-        price = Price(request.cost_per_hour, request.flops_per_second)
-    cases, refused = _cases(evidence, question, request.noise)
-    return Recommendation(question, sizes, evidence, cases, refused, advise(evidence, question, cases), price)
+        price = Price(request.cost_per_hour, request.flops_per_second, request.currency or "USD")
+    obstacles = obstacles_of(evidence, question)
+    cases: list[Case] = []
+    refused: list[str] = []
+    if not obstacles:
+        ladders, obstacles = bearing(evidence, question)
+        cases, refused = _cases(evidence, question, ladders, request.noise)
+    return Recommendation(
+        question, sizes, evidence, cases, refused, advise(evidence, question, cases, obstacles), price
+    )
 
 
-def _cases(evidence: Evidence, question: Question, noise: float | None) -> tuple[list[Case], list[str]]:
+def _cases(
+    evidence: Evidence, question: Question, ladders: Sequence[Sequence[Sequence[CurvePoint]]], noise: float | None
+) -> tuple[list[Case], list[str]]:
     """The fits that bear on the question, and why others are not among them.
 
     Raises:
@@ -74,11 +107,10 @@ def _cases(evidence: Evidence, question: Question, noise: float | None) -> tuple
     """
     cases: list[Case] = []
     refused: list[str] = []
-    groups = bearing(evidence, question)
-    with track("fit the curves", len(groups)) as progress:
-        for points in groups:
+    with track("fit the curves", len(ladders)) as progress:
+        for ladder in ladders:
             try:
-                cases.append(case_of(evidence, question, points, noise))
+                cases.append(case_of(evidence, question, ladder, noise))
             except UserError as error:
                 refused.append(str(error))
             progress.advance()
@@ -102,7 +134,7 @@ def _question(request: RecommendRequest, evidence: Evidence) -> tuple[Question, 
     shapes = _shapes(request.model, request.ratio, granularity) if request.model else None
     parent = float(shapes[0].total) if shapes else float(request.params or 0)
     terms = (request.ratio, request.tokens, granularity, method, request.must_train)
-    question = Question(parent, *terms, request.parent_tokens, request.children)
+    question = Question(parent, *terms, request.parent_tokens, request.children, request.distill)
     target = float(shapes[1].total) if shapes else question.target(granularity)
     sizes = Sizes(parent, target, shapes)
     if shapes:
@@ -134,6 +166,7 @@ def _question_record(question: Question, sizes: Sizes) -> dict[str, Any]:
         "parent": "must-train" if question.must_train else "have",
         "parent_tokens": question.parent_tokens,
         "children": question.children,
+        "distill": question.distill,
     }
 
 
@@ -148,25 +181,29 @@ def _evidence(evidence: Evidence, question: Question) -> dict[str, Any]:
         "runs": len(evidence.points),
         "runs_without_a_loss": evidence.absent,
         "accuracies": [asdict(accuracy) for accuracy in near],
-        "findings": [asdict(finding) for finding in evidence.findings],
+        "published": evidence.published,
     }
 
 
-def _case(case: Case, question: Question) -> dict[str, Any]:
-    fit = case.fit
+def _case(case: Case, question: Question, price: Price | None) -> dict[str, Any]:
+    fit = case.fits[0]
     return {
         "method": case.method,
         "granularity": case.granularity,
-        "ratio": case.ratio,
+        "ratios": list(case.ratios),
         "form": fit.form.name,
-        "noise": fit.noise,
-        "budgets": {path: fit.budgets(path) for path in PATHS},
-        "scale": case.scale,
-        "pruned_loss": asdict(fit.at("pruned", question.tokens / case.scale)),
+        "noise": max(fit.noise for fit in case.fits),
+        "budgets": {path: sorted({b for fit in case.fits for b in fit.budgets(path)}) for path in PATHS},
+        "scales": list(case.scales),
+        "pruned_loss": asdict(case.pruned_loss),
         "accounts": [_account(case, account, question) for account in case.accounts],
         "distances": [_distance(distance) for distance in case.distances],
-        "next_runs": [asdict(run) for run in case.next_runs[:3]],
+        "next_runs": [_next_run(run, case, price) for run in case.next_runs[:3]],
     }
+
+
+def _obstacle(obstacle: Obstacle) -> dict[str, Any]:
+    return {"kind": obstacle.kind, **(_distance(obstacle.distance) if obstacle.distance else {})}
 
 
 def _distance(distance: Distance) -> dict[str, Any]:
@@ -177,13 +214,19 @@ def _distance(distance: Distance) -> dict[str, Any]:
 
 def _account(case: Case, account: AdviceAccount, question: Question) -> dict[str, Any]:
     """One account in the question's tokens; None for a budget beyond what the runs can tell."""
-    tokens = question.tokens + account.extra
     return {
         "name": account.name,
-        "scratch_tokens": tokens,
-        "scratch_loss": asdict(case.fit.at("scratch", tokens / case.scale)),
+        "scratch_tokens": question.tokens + account.extra,
+        "scratch_loss": asdict(account.scratch_loss),
         "difference": asdict(account.lead.difference),
         "likely_pruned": account.lead.likely_pruned,
         "winner": account.winner,
-        "crossover": account.crossover.record(case.scale),
+        "crossover": account.crossover.record(case.scales[0]) if account.crossover else None,
     }
+
+
+def _next_run(run: NextRun, case: Case, price: Price | None) -> dict[str, Any]:
+    """A further run of the evidence's own models, with its cost by 6 N D of the evidence's target."""
+    parameters = case.fits[0].points[0].parameters
+    flops = 6.0 * parameters * run.tokens
+    return {**asdict(run), "flops": flops, "money": price.of(flops) if price else None}

@@ -12,6 +12,7 @@ from secateur.errors import UserError
 __all__ = ["RecommendRequest"]
 
 _Price = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Currency = Annotated[str, Field(pattern=r"^\S{1,8}$")]
 
 
 @spec
@@ -26,12 +27,14 @@ class RecommendRequest:
         granularity: of the pruning; None for any.
         method: pruning method; None for any.
         parent: ``have``: the parent exists, its cost sunk; ``must-train``: it has to be trained.
-        parent_tokens: tokens that the parent is trained on.
+        parent_tokens: tokens that the parent is trained on, or was; None where that is not known.
         children: pruned models that share the parent's cost.
+        distill: whether the pruned model learns from the parent's outputs.
         study: folder of a study of the user's own; None for published figures.
         noise: standard deviation of a run's loss between seeds, in nats; None to estimate it from the runs.
         cost_per_hour: price of an accelerator.
         flops_per_second: FLOPs that it sustains in training.
+        currency: of the price, as it is to be printed; None for USD.
         pilot: new file for a study that would sharpen the answer.
         like: study file whose corpus, parent and recipe the pilot takes over.
 
@@ -48,10 +51,12 @@ class RecommendRequest:
     parent: Literal["have", "must-train"] = "have"
     parent_tokens: Count | None = None
     children: Positive = 1
+    distill: bool = False
     study: Any = None
     noise: _Price | None = None
     cost_per_hour: _Price | None = None
     flops_per_second: _Price | None = None
+    currency: _Currency | None = None
     pilot: Any = None
     like: Any = None
 
@@ -67,6 +72,8 @@ class RecommendRequest:
         if (self.cost_per_hour is None) != (self.flops_per_second is None):
             missing = "flops_per_second" if self.flops_per_second is None else "cost_per_hour"
             raise UserError(f"`{missing}`: is missing; money needs both an accelerator's price and its speed")
+        if self.currency is not None and self.cost_per_hour is None:
+            raise UserError("`currency`: is that of a price; set `cost_per_hour` as well")
 
     @property
     def must_train(self) -> bool:

@@ -18,7 +18,7 @@ _STDLIB = 3_000_000  #: training tokens that Python's standard library has to gi
 _LAYERS, _HEAD = 6, 16
 _VOCABULARY = 512
 _TOKENS_A_PARAMETER = 20  # of a parent whose tokens are not known: about what compute-optimal training gives
-_METHODS = {"depth": ["minitron-depth"], "width": ["minitron-width"], "sparse": ["wanda"]}
+_METHODS = {"depth": ["minitron-depth"], "width": ["minitron-width"], "sparse": ["wanda"], "depth+width": ["sheared"]}
 
 
 def write_pilot(out: Path, question: Question, cases: list[Case], like: Path | None) -> dict[str, Any]:
@@ -54,9 +54,7 @@ def _methods(question: Question) -> list[str]:
     if question.method is not None:
         return [question.method]
     if question.granularity is None:
-        return [name for names in _METHODS.values() for name in names]
-    if question.granularity not in _METHODS:
-        raise UserError(f"`pilot`: no default method for granularity {question.granularity}; name one with `method`")
+        return [_METHODS[granularity][0] for granularity in ("depth", "width", "sparse")]
     return _METHODS[question.granularity]
 
 
@@ -64,9 +62,8 @@ def _next(question: Question, cases: list[Case], raw: dict[str, Any]) -> tuple[d
     """The user's study with the most informative further budget."""
     runs = [run for case in cases for run in case.next_runs]
     best = min(runs, key=lambda run: (run.width, run.tokens), default=None)
-    tokens = (
-        best.tokens if best else max((p.tokens for case in cases for p in case.fit.points), default=question.tokens)
-    )
+    largest = max((p.tokens for case in cases for fit in case.fits for p in fit.points), default=question.tokens)
+    tokens = best.tokens if best else largest
     raw["retrain"] = {**raw["retrain"], "tokens": tokens}
     return raw, f"R = {_plain(tokens)} tokens beside what has been run."
 

@@ -148,8 +148,9 @@ def add_recommend(verbs: Any) -> None:
         default="have",
         help="whether the parent exists, its cost sunk, or must be trained",
     )
-    add("--parent-tokens", type=token_count, metavar="N", help="tokens that the parent is trained on")
+    add("--parent-tokens", type=token_count, metavar="N", help="tokens that the parent is trained on, or was")
     add("--children", type=positive, default=1, metavar="K", help="pruned models that share the parent's cost")
+    add("--distill", action="store_true", help="the pruned model learns from the parent's outputs")
     add("--study", metavar="DIR", help="folder of a study of your own (default: published figures)")
     add(
         "--noise",
@@ -159,5 +160,6 @@ def add_recommend(verbs: Any) -> None:
     )
     add("--cost-per-hour", type=above_zero, metavar="X", help="price of an accelerator")
     add("--flops-per-second", type=above_zero, metavar="F", help="what it sustains in training, e.g. 4e14")
+    add("--currency", metavar="TEXT", help="of that price: EUR ... (default: USD)")
     add("--pilot", metavar="FILE", help="write a study whose results would sharpen the answer")
     add("--like", metavar="STUDY", help="study file whose corpus, parent and recipe the pilot takes over")
