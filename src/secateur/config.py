@@ -114,7 +114,8 @@ def _field_adapters(cls: type) -> list[tuple[str, TypeAdapter[Any]]]:
 
 
 def _adapter(hint: Any, config: ConfigDict) -> TypeAdapter[Any]:
-    return TypeAdapter(hint, config=None if dataclasses.is_dataclass(hint) else config)
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return TypeAdapter(hint, config=None if dataclasses.is_dataclass(kind) else config)
 
 
 def _tuples(value: Any) -> Any:

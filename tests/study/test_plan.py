@@ -10,6 +10,7 @@ import pytest
 from secateur.cli import main
 from secateur.config import dump_yaml
 from secateur.errors import UserError
+from secateur.study.plan import plan_study
 from secateur.study.planner import stages_of, tokens_needed, trunk_savings
 from secateur.study.resolve import ResolvedParent, ResolvedStudy, resolve
 from secateur.study.spec import StudySpec, load_study
@@ -197,7 +198,9 @@ def test_seeds_budgets_and_exclusions_multiply(tmp_path: Path) -> None:
         "minitron-depth-0.5/S_R@4.096k~s0",
         "minitron-depth-0.5/S_R@4.096k~s1",
         "minitron-depth-0.5/S_{P+R}@4.096k~s0",
-        "parent",
+        "parent~s0",
+        "parent~s1",
+        "parent~s3",
         "wanda-0.5/P-R",
     ]
     second = named(stages, "minitron-depth-0.5/S_R@4.096k~s1").identity["recipe"]
@@ -269,3 +272,104 @@ def test_a_checkpoint_of_the_hub_is_planned_without_a_network(tmp_path: Path, na
     with pytest.raises(UserError, match="needs a parent that the study pretrains"):
         of = study(tmp_path, parent={"checkpoint": name, **sizes})
         stages_of(of, resolve(of))
+
+
+def test_each_seed_has_its_own_parent_and_pruning_unless_seeds_vary_training_alone(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"methods": ["wanda", "random-depth"], "controls": "permuted"}
+    common["retrain"] = {"tokens": 4096, "objective": [{"kind": "distill", "settings": []}, "language-model"]}
+    single = planned(study(tmp_path, **common))
+    every = planned(study(tmp_path, **common, seeds=[0, 1]))
+    assert {s.fingerprint for s in single} < {s.fingerprint for s in every}  # the recipe's own seed changes nothing
+    parent, pruned = named(every, "parent~s1"), named(every, "wanda-0.5~s1", "prune")
+    recipe = named(single, "parent").identity["recipe"]
+    assert parent.identity["recipe"] == {**recipe, "seed": 1, "data_seed": 1}
+    assert pruned.inputs["model"] is parent
+    windows = [named(every, f"wanda-0.5~s{seed}", "prune").identity["calibration"]["seed"] for seed in (0, 1)]
+    draws = [named(every, f"random-depth-0.5~s{seed}", "prune").identity["options"]["seed"] for seed in (0, 1)]
+    assert windows[0] == 42 != windows[1] and draws[0] == 42 != draws[1]
+    for name in ("P-R", "S_R", "permuted"):  # all that rests on a pruning rests on that of its seed
+        run = named(every, f"wanda-0.5/{name}~s1")
+        assert run.inputs["model" if name == "P-R" else "plan"] is pruned
+    assert named(every, "wanda-0.5/P-R+distill~s1").inputs["teacher"] is parent
+    shared = planned(study(tmp_path, **common, seeds={"values": [0, 1], "vary": "training"}))
+    assert {s.fingerprint for s in single} < {s.fingerprint for s in shared}
+    assert [s.name for s in shared if s.kind == "prune"] == ["wanda-0.5", "random-depth-0.5"]
+    assert named(shared, "wanda-0.5/P-R~s1").inputs["model"] is named(shared, "wanda-0.5", "prune")
+    lone = planned(study(tmp_path, **common, seeds=1))  # one seed has nothing to vary
+    assert named(lone, "parent").fingerprint == named(single, "parent").fingerprint
+
+
+def test_only_parents_and_prunings_with_a_cell_are_planned(tmp_path: Path) -> None:
+    methods = ["minitron-depth", {"method": "wanda", "seeds": [0, 2]}]
+    of = study(tmp_path, methods=methods, ratios=[0.5, 0.25], seeds=[0, 1], exclude=[{"seed": 2, "target": 0.25}])
+    stages = planned(of)
+    assert [s.name for s in stages if s.facts.get("path") == "parent"] == ["parent~s0", "parent~s1", "parent~s2"]
+    wanda = [s.name for s in stages if s.kind == "prune" and s.name.startswith("wanda")]
+    assert wanda == ["wanda-0.5~s0", "wanda-0.5~s2", "wanda-0.25~s0"]
+    fewer = planned(study(tmp_path, methods=methods, seeds=[0, 1], exclude=[{"seed": [1, 2]}]))
+    assert [s.name for s in fewer if s.facts.get("path") == "parent"] == ["parent~s0"]
+
+
+def test_a_checkpoint_is_shared_by_all_seeds(tmp_path: Path) -> None:
+    sizes = {"hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 280}
+    methods = ["wanda", "magnitude", "random-weight"]
+    parent = {"checkpoint": "hf:a/b", **sizes}
+    of = study(tmp_path, parent=parent, methods=methods, settings="equal_training_tokens", seeds=[0, 1])
+    stages = unique(stages_of(of, resolve(of)))
+    assert [s.name for s in stages if s.kind == "fetch"] == ["parent"]
+    prunings = [s.name for s in stages if s.kind == "prune"]  # magnitudes of one model are the same for all seeds
+    assert prunings == ["wanda-0.5~s0", "wanda-0.5~s1", "magnitude-0.5", "random-weight-0.5~s0", "random-weight-0.5~s1"]
+
+
+def test_twins_of_a_learned_method_train_on_its_tokens_as_well(tmp_path: Path) -> None:
+    sheared = {"method": "sheared", "axes": "layers", "options": {"steps": 10, "windows": 4}}
+    settings = ["equal_training_tokens", "equal_total_tokens", "equal_training_flops"]
+    controls = ["shuffled-weights", "without-pruning-tokens"]
+    stages = planned(study(tmp_path, methods=["minitron-depth", sheared], settings=settings, controls=controls))
+    spans = {s.name: tuple(s.identity["slice"]) for s in stages if "slice" in s.identity}
+    learned = 10 * 4 * 32
+    retraining = 16_000 + learned
+    assert spans["sheared-0.5"] == (16_000, retraining)  # behind the parent's P
+    assert spans["sheared-0.5/P-R"] == (retraining, retraining + 4096)
+    assert spans["sheared-0.5/S_R"] == (16_000, retraining + 4096)
+    assert spans["sheared-0.5/S_{P+R}"] == (0, retraining + 4096)
+    assert spans["sheared-0.5/shuffled-weights"] == spans["sheared-0.5/P-R"]
+    assert spans["sheared-0.5/without-pruning-tokens"] == spans["sheared-0.5/P-R"]
+    assert spans["minitron-depth-0.5"] == (0, 16_000) and spans["minitron-depth-0.5/P-R"] == (16_000, 20_096)
+    assert "minitron-depth-0.5/without-pruning-tokens" not in spans  # it would be the twin itself
+    control, twin = (named(stages, f"sheared-0.5/{name}") for name in ("without-pruning-tokens", "S_R"))
+    assert control.identity["init"] == "scratch" and control.identity["shape"] == twin.identity["shape"]
+    run, pruned = named(stages, "sheared-0.5/P-R"), named(stages, "sheared-0.5", "prune")
+    assert pruned.tokens == learned and pruned.facts["training_tokens"] == learned
+    equal = named(stages, "sheared-0.5/S_F")
+    assert equal.flops == pytest.approx(run.flops + pruned.flops, rel=0.01) and equal.identity["slice"][0] == 16_000
+
+
+def test_a_learned_method_reads_the_tokens_before_retraining_of_a_checkpoint_too(tmp_path: Path) -> None:
+    sizes = {"hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2, "vocabulary": 280}
+    sheared = {"method": "sheared", "axes": "layers", "options": {"steps": 10, "windows": 4}}
+    parent = {"checkpoint": "hf:a/b", **sizes}
+    of = study(tmp_path, parent=parent, methods=["wanda", sheared], settings="equal_training_tokens")
+    spans = {s.name: s.identity["slice"] for s in stages_of(of, resolve(of)) if "slice" in s.identity}
+    assert spans["sheared-0.5"] == [0, 1280] and spans["sheared-0.5/S_R"] == [0, 5376]
+    assert spans["sheared-0.5/P-R"] == spans["wanda-0.5/P-R"] == [1280, 5376]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "expected"),
+    [
+        ([0, 1], "Seeds 0 and 1 vary the order of the data, fresh weights, the parent and its pruning."),
+        (
+            {"values": [0, 1], "vary": "training"},
+            "Seeds 0 and 1 vary the order of the data and fresh weights; all seeds share one parent and one pruning.",
+        ),
+        (0, None),
+    ],
+)
+def test_the_plan_says_what_seeds_vary_and_what_pruning_trains_on(
+    tmp_path: Path, seeds: Any, expected: str | None
+) -> None:
+    sheared = {"method": "sheared", "axes": "layers", "options": {"steps": 10, "windows": 4}}
+    text = str(plan_study("micro", planned(study(tmp_path, methods=["wanda", sheared], seeds=seeds))))
+    assert "sheared trains on L = 1,280 tokens while it prunes" in text and "wanda trains on" not in text
+    assert expected in text if expected else "Seeds" not in text

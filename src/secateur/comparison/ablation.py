@@ -13,6 +13,7 @@ __all__ = ["CONTROLS", "ControlGap", "Part", "controls", "parts"]
 
 #: Where the weights of each model are from, in the order in which each inherits more.
 CONTROLS: dict[Init, str] = {
+    "without-pruning-tokens": "new weights, without the tokens that pruning trained on",
     "scratch": "new weights, no mask",
     "dense-twin": "as many weights, dense and new",
     "random-mask": "a random mask, new weights",
@@ -33,6 +34,8 @@ _PAIRS: tuple[tuple[Init, Init], ...] = (
     ("shuffled-weights", "pruned"),
     ("dense-twin", "redrawn"),
     ("scratch", "redrawn"),
+    ("without-pruning-tokens", "scratch"),
+    ("without-pruning-tokens", "pruned"),
 )
 
 
@@ -84,10 +87,16 @@ def parts(index: Index, group: Group) -> tuple[Part, ...]:
 
 
 def _runs(index: Index, group: Group) -> dict[Init, dict[int, Cell]]:
-    """The runs of a comparison that were trained on exactly R tokens: init -> seed -> run."""
+    """The runs of a comparison at equal training tokens: init -> seed -> run.
+
+    They were trained on exactly R tokens; the twin S_R also on those that pruning itself trained on.
+    """
     runs: dict[Init, dict[int, Cell]] = {}
+    pruned = index.pruned.get(group.model)
     for cell in index.of(group):
-        if cell.training.tokens == cell.retrain_tokens and (cell.path != "scratch" or cell.name == "S_R"):
+        extra = pruned.training_tokens if pruned and cell.name == "S_R" else 0
+        right_tokens = cell.training.tokens == cell.retrain_tokens + extra
+        if right_tokens and (cell.path != "scratch" or cell.name == "S_R"):
             runs.setdefault(cell.init, {})[cell.seed] = cell
     return runs
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from secateur.comparison.records import Cell, Cost, Parent, PrunedModel, StudyResults
 from secateur.model.families import Granularity
 
-__all__ = ["PRUNED", "Group", "Index", "Model", "group_of"]
+__all__ = ["PRUNED", "Group", "Index", "Model", "group_of", "mean_loss"]
 
 PRUNED = "P-R"
 
@@ -46,12 +46,24 @@ class Group:
 
 
 class Index:
-    """The records of a study, found by what they are of."""
+    """The records of a study, found by what they are of.
+
+    Attributes:
+        parents: name -> the parent's first record. Where each seed has its own parent, names, shapes, tokens and FLOPs
+            are equal for all seeds; :meth:`parent` gives the record of one seed.
+        pruned: the same for pruned models; :meth:`pruned_model` gives the record of one seed.
+    """
 
     def __init__(self, results: StudyResults):
         self.results = results
-        self.parents: dict[str, Parent] = {parent.name: parent for parent in results.parents}
-        self.pruned: dict[Model, PrunedModel] = {Model(p.parent, p.method, p.target): p for p in results.pruned}
+        self._parents = {(parent.name, parent.seed): parent for parent in results.parents}
+        self._pruned = {(_model_of(pruned), pruned.seed): pruned for pruned in results.pruned}
+        self.parents: dict[str, Parent] = {}
+        self.pruned: dict[Model, PrunedModel] = {}
+        for parent in results.parents:
+            self.parents.setdefault(parent.name, parent)
+        for pruned in results.pruned:
+            self.pruned.setdefault(_model_of(pruned), pruned)
         self.cells: dict[tuple[Group, str], Cell] = {(group_of(cell), cell.name): cell for cell in results.cells}
         self.groups = self._groups()
         self.pools: dict[Group, tuple[Group, ...]] = {}  #: a comparison without its seed -> itself with each seed
@@ -95,8 +107,26 @@ class Index:
         """Every run of a comparison, all its seeds."""
         return [cell for cell in self.results.cells if group_of(cell).pooled == group.pooled]
 
+    def parent(self, name: str, seed: int | None) -> Parent | None:
+        """The parent of a comparison with ``seed``: that seed's own, or the one that all seeds share."""
+        return self._parents.get((name, seed)) or self._parents.get((name, None))
+
+    def pruned_model(self, model: Model, seed: int | None) -> PrunedModel | None:
+        """The pruned model of a comparison with ``seed``: that seed's own, or the one that all seeds share."""
+        return self._pruned.get((model, seed)) or self._pruned.get((model, None))
+
+    def parents_over_seeds(self, group: Group) -> list[Parent]:
+        """The parents of a comparison: one for each of its seeds, or the one that they share."""
+        records = (self.parent(group.parent, seeded.seed) for seeded in self.pools[group.pooled])
+        return list({parent.seed: parent for parent in records if parent}.values())
+
+    def pruned_over_seeds(self, group: Group) -> list[PrunedModel]:
+        """The pruned models of a comparison: one for each of its seeds, or the one that they share."""
+        records = (self.pruned_model(group.model, seeded.seed) for seeded in self.pools[group.pooled])
+        return list({pruned.seed: pruned for pruned in records if pruned}.values())
+
     def parent_cost(self, name: str) -> Cost | None:
-        """Of pretraining; None where nobody knows it."""
+        """Of one pretraining; None where nobody knows it."""
         parent = self.parents.get(name)
         return parent.cost if parent else None
 
@@ -112,6 +142,16 @@ class Index:
 
     def _any_cell(self, model: Model) -> Cell | None:
         return next((cell for cell in self.results.cells if group_of(cell).model == model), None)
+
+
+def mean_loss(records: Iterable[Cell | Parent | PrunedModel]) -> float | None:
+    """The mean held-out loss of the records that were measured; None if there are none."""
+    losses = [record.evaluation.loss for record in records if record.evaluation]
+    return sum(losses) / len(losses) if losses else None
+
+
+def _model_of(pruned: PrunedModel) -> Model:
+    return Model(pruned.parent, pruned.method, pruned.target)
 
 
 def group_of(cell: Cell) -> Group:

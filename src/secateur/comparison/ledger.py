@@ -70,7 +70,7 @@ def account_flops(index: Index, cell: Cell, account: Account) -> float | None:
         return None
     if account == "sunk" or not rests_on_parent(cell):
         return cost.flops
-    parent = index.parents.get(cell.parent)
+    parent = index.parent(cell.parent, cell.seed)
     if parent is None or parent.cost is None:
         return None
     flops = parent.cost.flops + (parent.sweep.flops if parent.sweep else 0.0)
@@ -78,17 +78,19 @@ def account_flops(index: Index, cell: Cell, account: Account) -> float | None:
 
 
 def setting_total(index: Index, cell: Cell) -> tuple[int | None, float | None]:
-    """Tokens and FLOPs as the settings count them: with the parent and the scoring for what has its weights.
+    """Tokens and FLOPs as the settings count them: with the parent and the pruning for what has its weights.
 
-    A twin that keeps the parent's mask counts by its own run alone, as "from scratch" has it; the accounts above
-    charge it for the mask.
+    The tokens are those of training: of the parent, of a pruning that trains, and of the run. A twin that keeps the
+    parent's mask counts by its own run alone, as "from scratch" has it; the accounts above charge it for the mask.
     """
     if cell.init not in ("pruned", "shuffled-weights"):
         return cell.training.tokens, cell.training.flops
     parent = index.parent_cost(cell.parent)
     if parent is None or cell.pruning is None:
         return None, None
-    return parent.tokens + cell.training.tokens, (parent + cell.pruning + cell.training).flops
+    pruned = index.pruned_model(group_of(cell).model, cell.seed)
+    learned = pruned.training_tokens if pruned else 0
+    return parent.tokens + learned + cell.training.tokens, (parent + cell.pruning + cell.training).flops
 
 
 def best_runs(index: Index) -> dict[tuple[Group, str], tuple[Account, ...]]:
@@ -146,11 +148,10 @@ def pieces(index: Index) -> list[Row]:
     rows: list[Row] = []
     for parent in index.results.parents:
         work = f"pretraining {parent.name}" if several else "pretraining the parent"
-        rows.append({"what": work, "cost": parent.cost})
-    rows += [
-        {"what": "scoring", "of": model_name(model, index.models), "cost": pruned.cost}
-        for model, pruned in index.pruned.items()
-    ]
+        rows.append({"what": work + _of_seed(parent.seed), "cost": parent.cost})
+    for pruned in index.results.pruned:
+        name = model_name(Model(pruned.parent, pruned.method, pruned.target), index.models)
+        rows.append({"what": "scoring", "of": name + _of_seed(pruned.seed), "cost": pruned.cost})
     whats = {"pruned": "retraining", "scratch": "training from scratch", "control": "training a control"}
     for cell in index.results.cells:
         name = group_name(group_of(cell), index.groups, target=True)
@@ -160,6 +161,10 @@ def pieces(index: Index) -> list[Row]:
         for sweep in unique_sweeps(index)
     ]
     return rows
+
+
+def _of_seed(seed: int | None) -> str:
+    return "" if seed is None else f" (seed {seed})"
 
 
 def pipelines(index: Index) -> list[Row]:
@@ -198,7 +203,7 @@ def forwards(index: Index) -> list[Forward]:
     """Forward FLOPs per token of each parent and pruned architecture, from what the runs recorded."""
     sequence = index.results.recipe.get("sequence")
     rows = []
-    for parent in index.results.parents:
+    for parent in index.parents.values():
         if parent.cost and parent.cost.tokens:
             name = "parent" if len(index.parents) == 1 else parent.name
             rows.append(_forward(name, parent.cost, parent.shape, sequence))

@@ -24,6 +24,7 @@ _INIT = {
     "random-mask": "new, under a random mask",
     "shuffled-weights": "the parent's, at other places of each tensor",
     "dense-twin": "new, dense, as many as the sparse model keeps",
+    "without-pruning-tokens": "new; the run lacks the tokens that pruning trained on",
 }
 
 

@@ -146,10 +146,11 @@ def measurement_rows(index: Index) -> list[dict[str, Any]]:
     """Every figure of every model, one a row, those of the parents first: losses, by domain and position, and tasks."""
     rows = []
     for parent in index.results.parents:
-        rows += _figures({"model": parent.name, "method": None, "target": None}, parent.evaluation)
+        about = {"model": parent.name, "method": None, "target": None, "seed": parent.seed}
+        rows += _figures(about, parent.evaluation)
     for pruned in index.results.pruned:
         about = {"model": f"{pruned.method}-{pruned.target} before retraining", "method": pruned.method}
-        rows += _figures({**about, "target": pruned.target}, pruned.evaluation)
+        rows += _figures({**about, "target": pruned.target, "seed": pruned.seed}, pruned.evaluation)
     for cell in index.results.cells:
         about = {"model": cell.name, "method": cell.method, "target": cell.target}
         more = {"retrain_tokens": cell.retrain_tokens, "objective": cell.objective, "seed": cell.seed}

@@ -44,6 +44,7 @@ Init = Literal[
     "random-mask",  # as many weights kept in each linear, at random, new weights
     "shuffled-weights",  # the kept weights of the parent, permuted within each tensor
     "dense-twin",  # new weights, and as many of them as the sparse model keeps, dense
+    "without-pruning-tokens",  # new weights, without the tokens that pruning itself trained on
 ]
 
 
@@ -167,8 +168,9 @@ class Parent:
     children: int  #: pruned models that the study makes of it: they share its cost in the account "shared"
     curve: tuple[Point, ...]  #: empty for a public checkpoint
     evaluation: Evaluation | None  #: None: not measured, or failed
-    running: Running | None = None  #: None: not measured
+    running: Running | None = None  #: None: not measured; of several seeds, the first is measured
     sweep: Cost | None = None  #: as of :class:`Cell`
+    seed: int | None = None  #: None: shared by all seeds
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,9 @@ class PrunedModel:
     detail: str  #: one line, e.g. "layers 2-4 removed"
     evaluation: Evaluation | None
     layers: tuple[dict[str, Any], ...] = ()  #: for each layer of the parent: kept (bool), ffn, kv, sparsity
-    running: Running | None = None  #: of all that is trained of it, and of its twins; None: not measured
+    running: Running | None = None  #: of all that is trained of it, and of its twins; measured of the first seed
+    seed: int | None = None  #: None: shared by all seeds
+    training_tokens: int = 0  #: L, tokens that pruning itself trained on; its twins train on as many more
 
 
 @dataclass(frozen=True)
@@ -297,7 +301,7 @@ class StudyResults:
     name: str
     title: str
     fingerprint: str  #: of the study's specification
-    parents: tuple[Parent, ...]  #: the first is the one that the study file calls its own
+    parents: tuple[Parent, ...]  #: for each seed, where seeds vary them; the first is the study file's own
     pruned: tuple[PrunedModel, ...]
     cells: tuple[Cell, ...]
     corpus: dict[str, Any]  #: source, documents, tokens, hashes
@@ -305,8 +309,9 @@ class StudyResults:
     recipe: dict[str, Any]  #: of the training
     stages: tuple[StageNote, ...]
     environment: dict[str, str] = field(default_factory=dict)  #: versions, device, threads
-    study_yaml: str = ""  #: the study file's text
+    #: all: each seed has its own pretrained parent and its own pruning; training: all seeds share them
     seeds_vary: SeedsVary = "training"
     question: StudyQuestion | None = None  #: that the study file declares
     declarations: tuple[Declaration, ...] = ()  #: the questions that the study's folder records, in their order
     sweeps: tuple[Sweep, ...] = ()  #: of parents, then of runs
+    study_yaml: str = ""  #: the study file's text

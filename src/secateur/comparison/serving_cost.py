@@ -36,8 +36,8 @@ class ServingCost:
 
 def running_rows(index: Index) -> list[dict[str, Any]]:
     """What each parent and each pruned model costs to run; empty where nothing was measured."""
-    names = {p.name: "the parent" if len(index.parents) == 1 else p.name for p in index.results.parents}
-    runs = [(names[parent.name], parent.running) for parent in index.results.parents]
+    single = len(index.parents) == 1
+    runs = [("the parent" if single else name, parent.running) for name, parent in index.parents.items()]
     runs += [(model_name(model, list(index.pruned)), pruned.running) for model, pruned in index.pruned.items()]
     return [row for name, running in runs if running for row in _rows(name, running)]
 
@@ -71,7 +71,7 @@ def serving_costs(index: Index, axis: CostAxis) -> tuple[list[ServingCost], str]
     A run of a ladder counts at its largest budget, under the language-model loss. Costs of different
     devices share no axis: where there are several, those of the device that has the most are taken.
     """
-    every = [p.running for p in (*index.results.parents, *index.pruned.values()) if p.running]
+    every = [p.running for p in (*index.parents.values(), *index.pruned.values()) if p.running]
     if not every:
         return [], ""
     (device, dtype), _ = Counter((running.device, running.dtype) for running in every).most_common(1)[0]
@@ -85,8 +85,9 @@ def serving_costs(index: Index, axis: CostAxis) -> tuple[list[ServingCost], str]
             if cost:
                 points.append(ServingCost(model, run, execution, sum(losses) / len(losses), *cost))
 
-    for parent in index.results.parents:
-        add(None, "parent", parent.running, [parent.evaluation.loss] if parent.evaluation else [])
+    for name, parent in index.parents.items():
+        losses = [p.evaluation.loss for p in index.results.parents if p.name == name and p.evaluation]
+        add(None, "parent", parent.running, losses)
     for (model, run), losses in _last(index).items():
         pruned = index.pruned.get(model)
         add(model, run, pruned.running if pruned else None, losses)

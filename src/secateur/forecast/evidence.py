@@ -88,12 +88,13 @@ def of_study(folder: Path) -> Evidence:
     if max(sizes) - min(sizes) > 1 + 1e-6 * max(sizes):
         raise UserError(f"{folder / 'cells.csv'}: its runs are of parents of different sizes; name one study's folder")
     curve = [row for _, row in _read(folder / "curves.csv", _CURVES) if row["name"] == "parent"]
+    ends = list({row.get("seed"): row for row in curve}.values())  # each seed may have its own parent
     where = f"{folder / 'curves.csv'}: the parent's last point"
     return Evidence(
         source=f"the study in {folder}",
         parent_parameters=float(max(sizes)),
         parent_tokens=int(_number(curve[-1], "tokens", where)) if curve else None,
-        parent_loss=_number(curve[-1], "loss", where) if curve else None,
+        parent_loss=sum(_number(end, "loss", where) for end in ends) / len(ends) if ends else None,
         points=tuple(points),
         granularity=granularity,
         absent=absent,

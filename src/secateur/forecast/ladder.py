@@ -169,7 +169,8 @@ def _forecast(
             for r in (*ladder, further)
         ]
         outlooks.append(Outlook(allowance, _crossover(fit, allowance), tuple(standings)))
-    runs = narrowing(fit, crossover(fit))
+    crossing = outlooks[0].crossover
+    runs = narrowing(fit, crossing) if crossing else []
     return Forecast(model, objective, name, fit, further, tuple(outlooks), runs[0] if runs else None)
 
 
@@ -205,13 +206,15 @@ def _allowances(index: Index, cells: list[Cell]) -> Iterator[Allowance]:
 
     FLOPs of a token are those that the records have of training; a teacher's are in those of the pruned path.
     """
-    yield Allowance("training")
     pruned = next(cell for cell in cells if cell.path == "pruned")
     scratch = next(cell for cell in cells if cell.path == "scratch")
-    parent = index.parents.get(pruned.parent)
+    model = index.pruned_model(group_of(pruned).model, pruned.seed)
+    learned = model.training_tokens if model else 0
+    yield Allowance("training", learned)
+    parent = index.parent(pruned.parent, pruned.seed)
     cost = parent.cost if parent else None
     if cost:
-        yield Allowance("total", cost.tokens)
+        yield Allowance("total", cost.tokens + learned)
     if pruned.pruning is None:
         return
     each = scratch.training.flops / scratch.training.tokens

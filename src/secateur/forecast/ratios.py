@@ -77,7 +77,7 @@ def _law(index: Index, method: str, objective: str, cells: list[Cell]) -> Method
 
 
 def _retrained(index: Index, cell: Cell) -> Retrained:
-    parent = index.parents.get(cell.parent)
+    parent = index.parent(cell.parent, cell.seed)
     measured, parent_measured = cell.evaluation, parent.evaluation if parent else None
     if not parent or not measured or not parent_measured:
         raise UserError("the parent's held-out loss is not measured, from which the law starts")
@@ -95,7 +95,8 @@ def _predictions(law: RatioLaw) -> tuple[Prediction, ...]:
     predictions = []
     for run, ratio, tokens in product(parents.values(), law.ratios, [*budgets, _FURTHER * budgets[-1]]):
         same = [r.loss for r in law.runs if (r.parent, r.ratio, r.tokens) == (run.parent, ratio, tokens)]
-        query = Retrained(run.parent, run.parent_parameters, run.parent_loss, ratio, tokens, math.nan)
+        seeds = {r.parent_loss for r in law.runs if r.parent == run.parent}  # each seed may have its own parent
+        query = Retrained(run.parent, run.parent_parameters, sum(seeds) / len(seeds), ratio, tokens, math.nan)
         predictions.append(
             Prediction(run.parent, ratio, tokens, law.loss(query), sum(same) / len(same) if same else None)
         )

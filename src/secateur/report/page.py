@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from secateur import formatting
 from secateur.comparison.ablation import parts
-from secateur.comparison.index import PRUNED, Group, Index, Model
+from secateur.comparison.index import PRUNED, Group, Index, Model, mean_loss
 from secateur.comparison.ledger import ACCOUNTS, FORMULA, forwards, own_cost, pieces, pipelines
 from secateur.comparison.naming import BUDGETS, group_name, model_name
 from secateur.comparison.objectives import objective_rows
@@ -181,12 +181,14 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "unfinished": [stage for stage in results.stages if stage.state != "done"],
         "unmeasured": [text for v, text in zip(judgement.verdicts, judgement.sentences, strict=True) if v.reason],
         "several_seeds": index.several_seeds,
-        "several_parents": len(results.parents) > 1,
         "coverage_note": coverage_note(judgement.verdicts, results.seeds_vary),
         "findings": [
             (finding, [(row, finding_sentence(row, index.comparisons)) for row in finding.rows])
             for finding in judgement.findings
         ],
+        "several_parents": len(index.parents) > 1,
+        "parents": [(parent, _mean_parent_loss(index, name)) for name, parent in index.parents.items()],
+        "seeded_prunings": len(index.pruned) < len(results.pruned),
         "not_measured": formatting.NOT_MEASURED,
         "budget_names": BUDGETS,
         "minus": formatting.MINUS,
@@ -227,11 +229,15 @@ def _losses_before_training(index: Index) -> list[tuple[PrunedModel, float | Non
     """Every pruned model with its loss minus its parent's; None unless both were measured under one protocol."""
     rows = []
     for pruned in index.results.pruned:
-        parent = index.parents.get(pruned.parent)
+        parent = index.parent(pruned.parent, pruned.seed)
         evaluation, baseline = pruned.evaluation, parent.evaluation if parent else None
         same = evaluation and baseline and evaluation.protocol == baseline.protocol
         rows.append((pruned, evaluation.loss - baseline.loss if same and evaluation and baseline else None))
     return rows
+
+
+def _mean_parent_loss(index: Index, name: str) -> float | None:
+    return mean_loss(parent for parent in index.results.parents if parent.name == name)
 
 
 def _model_details(

@@ -152,7 +152,7 @@ def _gap(a: Index, b: Index, setting: Setting, in_a: Verdict, in_b: Verdict, amo
 def _differing_settings(a: Judgement, b: Judgement) -> Iterator[tuple[str, Any, Any]]:
     for section in ("corpus", "protocol", "recipe", "environment"):
         yield from _differing_keys(section, getattr(a.results, section), getattr(b.results, section))
-    for parent_a, parent_b in zip(a.results.parents, b.results.parents, strict=False):
+    for parent_a, parent_b in zip(a.index.parents.values(), b.index.parents.values(), strict=False):
         sizes = [
             {**p.shape, "parameters": p.parameters, "tokens": p.cost.tokens if p.cost else None}
             for p in (parent_a, parent_b)

@@ -36,7 +36,7 @@ def cell_rows(judgement: Judgement) -> list[Row]:
     rows = []
     for cell in judgement.results.cells:
         group = group_of(cell)
-        record = index.pruned.get(group.model)
+        record = index.pruned_model(group.model, cell.seed)
         verdict = verdicts.get((group, cell.name))
         total_tokens, total_flops = setting_total(index, cell)
         rows.append(
@@ -165,7 +165,8 @@ def curves_csv(judgement: Judgement) -> str:
     head = ["name", "method", "ratio", "seed", "tokens", "loss", "parent", "target", "retrain_tokens", "objective"]
     rows: list[list[Any]] = []
     for parent in judgement.results.parents:
-        rows += [["parent", None, None, None, p.tokens, p.loss, parent.name, None, None, None] for p in parent.curve]
+        run = ["parent", None, None, parent.seed]
+        rows += [[*run, point.tokens, point.loss, parent.name, None, None, None] for point in parent.curve]
     for cell in judgement.results.cells:
         run = [cell.name, cell.method, cell.ratio, cell.seed]
         group = [cell.parent, cell.target, cell.retrain_tokens, cell.objective]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.comparison.ablation import parts
-from secateur.comparison.index import PRUNED, Group, Index, group_of
+from secateur.comparison.index import PRUNED, Group, Index, group_of, mean_loss
 from secateur.comparison.ledger import ACCOUNTS
 from secateur.comparison.naming import BUDGETS, group_name, target_words
 from secateur.comparison.objectives import objective_rows
-from secateur.comparison.records import Cell, Evaluation, Parent
+from secateur.comparison.records import Cell, PrunedModel
 from secateur.comparison.twins import SCRATCH, Setting, Winner
 from secateur.formatting import MINUS, TIMES, count, join_words, loss
 from secateur.report.forecast_prose import further_sentence, misfit_sentence, next_sentence, outlook_sentence
@@ -45,7 +45,7 @@ _RUNS: dict[str, str] = {
 def text_table(judgement: Judgement) -> str:
     """The whole report: parents, losses, verdicts, findings and, for larger studies, a ranking by loss and FLOPs."""
     index = judgement.index
-    lines = [*_parents(judgement.results.parents), ""]
+    lines = [*_parents(index), ""]
     lines += _aligned(_rows(judgement), 1 + len(_columns(index)), _count_text_columns(judgement))
     lines += ["", *_wrapped(_legend(judgement))]
     for setting in judgement.settings:
@@ -83,15 +83,16 @@ def text_versus(comparison: StudyComparison) -> str:
     return _ascii("\n".join([*lines, *_aligned(rows, 2, 1), "", *_wrapped(comparison.answer)])) + "\n"
 
 
-def _parents(parents: Sequence[Parent]) -> list[str]:
+def _parents(index: Index) -> list[str]:
     lines = []
-    for parent in parents:
-        name = f"Parent {parent.name}" if len(parents) > 1 else "Parent"
+    for key, parent in index.parents.items():
+        records = [record for record in index.results.parents if record.name == key]
+        mean = mean_loss(records)
+        name = f"Parent {key}" if len(index.parents) > 1 else "Parent"
         tokens = f"P = {count(parent.cost.tokens)} tokens" if parent.cost else "P unknown"
-        text = (
-            f"{name}: {count(parent.parameters)} parameters, {tokens}, held-out loss {loss(_loss(parent.evaluation))}"
-        )
-        lines += _wrapped(text + (" nats/token" if parent.evaluation else ""))
+        text = f"{name}: {count(parent.parameters)} parameters, {tokens}, held-out loss {loss(mean)}"
+        text += " nats/token" if mean is not None else ""
+        lines += _wrapped(text + (f", the mean of {len(records)} seeds" if len(records) > 1 else ""))
     return lines
 
 
@@ -130,9 +131,7 @@ def _rows(judgement: Judgement) -> list[list[str]]:
     early = ["before"] if _has_before(judgement) else []
     rows = [["method", *(head for head, _ in columns), *early, *names, *heads]]
     for group in index.comparisons:
-        pruned = index.pruned.get(group.model)
-        before = _loss(pruned.evaluation) if pruned else None
-        losses = ["-" if before is None else loss(before)] * len(early)
+        losses = [_mean(index.pruned_over_seeds(group))] * len(early)
         losses += [_mean(index.over_seeds(group, name)) for name in names]
         row: list[Winner] = [winners.get((group, setting), _UNPLANNED) for setting in settings]
         verdicts = [str(winner) for winner in row] if in_words else ["".join(_SIGNS[winner] for winner in row)]
@@ -140,16 +139,11 @@ def _rows(judgement: Judgement) -> list[list[str]]:
     return rows
 
 
-def _loss(evaluation: Evaluation | None) -> float | None:
-    return evaluation.loss if evaluation else None
-
-
-def _mean(cells: Sequence[Cell | None]) -> str:
+def _mean(records: Sequence[Cell | PrunedModel | None]) -> str:
     """The mean over seeds; a star if some are missing."""
-    losses = [cell.evaluation.loss for cell in cells if cell and cell.evaluation]
-    if not losses:
-        return "-"
-    return loss(sum(losses) / len(losses)) + ("*" if len(losses) < len(cells) else "")
+    measured = [record for record in records if record and record.evaluation]
+    mean = mean_loss(measured)
+    return "-" if mean is None else loss(mean) + ("*" if len(measured) < len(records) else "")
 
 
 def _legend(judgement: Judgement) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ def collect(study: StudySpec, stages: list[Stage], store: Store, study_yaml: str
         sweeps=sweep_records(
             [s for s in stages if s.facts.get("path") in ("parent", *_CELLS)], records.records, records.cost
         ),
+        seeds_vary=study.seeds.vary,
     )
 
 
@@ -77,8 +79,7 @@ class _Records:
         self.seconds = {stage.fingerprint: _seconds(store.runtime(stage)) for stage in self.stages}
         self.evaluations = {stage.facts["of"]: stage for stage in stages if stage.kind == "evaluate"}
         self.timings = {stage.facts["of"]: stage for stage in stages if stage.kind == "cost"}
-        pruned = {(stage.facts["parent"], stage.fingerprint) for stage in stages if stage.kind == "prune"}
-        self.children = {name: sum(parent == name for parent, _ in pruned) for name in study.all_parents}
+        self.prunings = [stage for stage in stages if stage.kind == "prune"]
 
     def protocol(self) -> dict[str, Any]:
         records = (self.records[stage.fingerprint] for stage in self.evaluations.values())
@@ -148,12 +149,19 @@ class _Records:
             parameters=shape.total,
             non_embedding=shape.non_embedding,
             cost=cost,
-            children=self.study.children or self.children[name],
+            children=self.study.children or self.children(stage),
             curve=self.curve(stage) if stage.kind != "fetch" else (),
             evaluation=self.evaluation(stage),
             running=self.running(stage),
             sweep=self.sweep(stage),
+            seed=stage.facts["seed"],
         )
+
+    def children(self, parent: Stage) -> int:
+        """The number of models that are pruned from a parent; prunings that differ in their seed alone count as one."""
+        seeds = {stage.fingerprint: stage.facts["seed"] for stage in self.prunings if stage.inputs["model"] is parent}
+        models = Counter(seeds.values())
+        return models.pop(None, 0) + max(models.values(), default=0)
 
     def pruned(self, stage: Stage) -> PrunedModel:
         record, facts = self.records[stage.fingerprint], stage.facts
@@ -169,6 +177,8 @@ class _Records:
             evaluation=self.evaluation(stage),
             layers=tuple(record["layers"]) if record else (),
             running=self.running(stage),
+            seed=facts["seed"],
+            training_tokens=facts["training_tokens"],
         )
 
     def cell(self, stage: Stage) -> Cell:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from secateur.errors import UserError, spell
-from secateur.methods.base import Method
+from secateur.methods.base import LearnedMethod, Method
 from secateur.methods.registry import get_method
 from secateur.model.shapes import Shape
+from secateur.pruning.cost import reads_text
 from secateur.pruning.target import Target
 from secateur.study.settings import SettingKind
 from secateur.study.spec import (
@@ -22,12 +23,12 @@ from secateur.study.spec import (
     StudySpec,
 )
 
-__all__ = ["PlannedComparison", "Pruning", "comparisons", "prunings"]
+__all__ = ["PlannedComparison", "Pruning", "comparisons", "prunings", "seed_shift"]
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """One pruned model: an entry of the study at one target."""
+    """One pruned model: an entry of the study at one target and, where seeds vary the pruning, for one seed."""
 
     entry: MethodEntry
     parent: str
@@ -36,11 +37,16 @@ class Pruning:
     method: Method
     before: Shape
     after: Shape
+    seed: int | None = None  #: None: shared by all seeds
 
     @property
     def label(self) -> str:
         """E.g. ``wanda-0.5``."""
         return f"{self.entry.label}-{self.name}".replace(":", "of")
+
+    def training_tokens(self, sequence: int) -> int:
+        """Tokens that pruning itself trains on, with windows of ``sequence`` tokens; from-scratch twins get as many."""
+        return self.method.tokens(sequence) if isinstance(self.method, LearnedMethod) else 0
 
     @property
     def granularity(self) -> str:
@@ -65,7 +71,7 @@ class PlannedComparison:
 
 
 def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
-    """Every model that the study prunes.
+    """Every entry of the study at each of its targets, not yet for a seed.
 
     Raises:
         UserError: if a parent has no shape at one of the targets.
@@ -84,14 +90,14 @@ def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
 
 
 def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedComparison]:
-    """The comparisons of a pruned model: one for each budget, objective and seed."""
+    """The comparisons of an entry at a target, one for each budget, objective and seed, each with its own pruning."""
     entry = pruning.entry
     settings = _default(entry.settings, study.settings)
     controls = _default(entry.controls, study.controls)
     objectives = _default(entry.objective, study.retrain.objective)
     for tokens in _default(entry.tokens, study.retrain.tokens):
         for objective in objectives:
-            for seed in _default(entry.seeds, study.seeds) or (None,):
+            for seed in _default(entry.seeds, study.seeds.values) or (None,):
                 cell: dict[str, Any] = {
                     "method": entry.label,
                     "target": pruning.name,
@@ -105,10 +111,28 @@ def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedCompariso
                     [s.kind for s in settings if _at(s, tokens)] if objective.settings is None else objective.settings
                 )
                 kinds = tuple(kind for kind in kinds if not _is_excluded(study, {**cell, "setting": kind}))
-                inits = [c.init for c in controls if _at(c, tokens) and _applies(c.init, pruning)]
+                sequence = study.recipe.sequence
+                inits = [c.init for c in controls if _at(c, tokens) and _applies(c.init, pruning, sequence)]
                 inits = [] if objective.label else inits  # controls concern shape and weights, not the objective
                 inits = tuple(init for init in inits if not _is_excluded(study, {**cell, "control": init}))
-                yield PlannedComparison(pruning, tokens, objective, seed, kinds, inits)
+                yield PlannedComparison(_seeded(study, pruning, cell["seed"]), tokens, objective, seed, kinds, inits)
+
+
+def seed_shift(study: StudySpec, seed: int | None) -> int:
+    """What a seed adds to the seeds of pruning: nothing for the recipe's own, and no number twice."""
+    return 0 if seed in (None, study.recipe.seed) else seed + 1
+
+
+def _seeded(study: StudySpec, pruning: Pruning, seed: int) -> Pruning:
+    """The pruning of one seed; the shared one where seeds vary neither the parent nor what a method goes by."""
+    stochastic = hasattr(pruning.method, "seed")
+    pretrained = study.all_parents[pruning.parent].checkpoint is None
+    if not study.parents_vary or not (pretrained or stochastic or reads_text(pruning.method)):
+        return pruning
+    method: Any = pruning.method
+    if stochastic:
+        method = dataclasses.replace(method, seed=method.seed + seed_shift(study, seed))
+    return dataclasses.replace(pruning, method=method, seed=seed)
 
 
 def _default(value: Any, default: Any) -> Any:
@@ -120,8 +144,10 @@ def _at(twin: SettingSpec | ControlSpec, tokens: int) -> bool:
     return twin.tokens is None or tokens in twin.tokens
 
 
-def _applies(control: ControlKind, pruning: Pruning) -> bool:
+def _applies(control: ControlKind, pruning: Pruning, sequence: int) -> bool:
     """Whether a control differs from the twin: controls of the mask need one, and a dense model has none."""
+    if control == "without-pruning-tokens":
+        return pruning.training_tokens(sequence) > 0
     if pruning.method.granularity == "sparse":
         return control != "redrawn"
     return control == "shuffled-weights"

@@ -83,6 +83,7 @@ class StudyPlan:
         parents: name -> tokens for each parameter of a parent.
         sweeps: which learning rates are chosen by a sweep.
         trials: of learning rates; None without any.
+        notes: what seeds vary, and which pruning trains on tokens of its own.
     """
 
     study: str
@@ -96,6 +97,7 @@ class StudyPlan:
     parents: Mapping[str, TokenShare]
     sweeps: RateSweeps
     trials: PlannedTrials | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def device_hours(self) -> float:
@@ -129,7 +131,7 @@ class StudyPlan:
                 f"Ladders share their trunks: {trained:,} tokens instead of {alone:,}, {1 - trained / alone:.0%} less."
             )
         lines += [str(self.trials)] if self.trials else []
-        return "\n".join([*lines, _FORMULA, "", *self._regime(), "", "Nothing has been run."])
+        return "\n".join([*lines, *self.notes, _FORMULA, "", *self._regime(), "", "Nothing has been run."])
 
     def _regime(self) -> list[str]:
         names = {name: f"parent {name}" if len(self.parents) > 1 else "the parent" for name in self.parents}
@@ -163,6 +165,7 @@ def plan_study(name: str, stages: Sequence[Stage], flops_per_second: float = FLO
         parents={s.facts["parent"]: _share(s) for s in stages if s.facts.get("path") == "parent"},
         sweeps=RateSweeps(*(_swept(stages, path) for path in ("parent", "scratch", "P-R"))),
         trials=_trials(stages),
+        notes=(*_seed_notes(stages), *_learning_notes(stages)),
     )
 
 
@@ -199,3 +202,28 @@ def _trials(stages: Sequence[Stage]) -> PlannedTrials | None:
     trials = {trial.fingerprint for choice in choices for trial in choice.facts["trials"].values()}
     seeds = sorted({choice.facts["sweep_seed"] for choice in choices})
     return PlannedTrials(len(trials), sum(map(is_run, choices)), len(choices), tuple(seeds))
+
+
+def _seed_notes(stages: Sequence[Stage]) -> list[str]:
+    """What the seeds of a study vary, in one sentence; empty for a study with one seed."""
+    seeds = sorted({stage.facts["seed"] for stage in stages if "retrain_tokens" in stage.facts})
+    if len(seeds) < 2:
+        return []
+    parents = {stage.facts["seed"] for stage in stages if stage.facts.get("path") == "parent"}
+    prunings = {stage.facts["seed"] for stage in stages if stage.kind == "prune"}
+    parts = ["the order of the data", "fresh weights"]
+    parts += ["the parent"] if parents - {None} else []
+    parts += ["its pruning"] if prunings - {None} else []
+    shared = [name for name, varied in (("parent", parents), ("pruning", prunings)) if varied == {None}]
+    rest = f"; all seeds share one {' and one '.join(shared)}" if shared else ""
+    return [f"Seeds {join_words([str(seed) for seed in seeds])} vary {join_words(parts)}{rest}."]
+
+
+def _learning_notes(stages: Sequence[Stage]) -> list[str]:
+    """The tokens that pruning itself trains on, one sentence for each method that does."""
+    tokens = {s.facts["method"]: s.facts["training_tokens"] for s in stages if s.kind == "prune"}
+    return [
+        f"{name} trains on L = {learned:,} tokens while it prunes; its twins train on as many more."
+        for name, learned in tokens.items()
+        if learned
+    ]

@@ -1,7 +1,9 @@
 """The stages of a study, as a pure function: nothing is read, run or written.
 
 The training split is cut by token index. A parent trains on the P tokens before ``start``; pruning scores use some of
-them. Retraining begins at ``start``. A twin at equal total tokens trains on both parts.
+them. A method that trains reads the L tokens from ``start`` on. Retraining begins behind them, at ``start`` where L is
+zero. A twin at equal training tokens trains on the L tokens and those of retraining, one at equal total tokens on all
+three parts.
 """
 
 from __future__ import annotations
@@ -12,10 +14,9 @@ from typing import Any
 
 from secateur.config import identity
 from secateur.errors import UserError
-from secateur.methods.base import LearnedMethod
 from secateur.model.shapes import solve_width
 from secateur.pruning.cost import scoring_flops
-from secateur.study.grid import PlannedComparison, Pruning, comparisons, prunings
+from secateur.study.grid import PlannedComparison, Pruning, comparisons, prunings, seed_shift
 from secateur.study.resolve import ResolvedStudy, split_paths
 from secateur.study.settings import TWIN_NAMES, SettingKind
 from secateur.study.spec import ControlKind, StudySpec
@@ -50,20 +51,46 @@ class _Builder(TrainingRuns):
         corpus = Stage("corpus", "corpus", {**corpus_identity, "digest": resolved.corpus}, runtime=paths)
         super().__init__(study, corpus, resolved.suite)
         self.resolved = resolved
-        self.prunings = prunings(study, {name: parent.shape for name, parent in resolved.parents.items()})
+        shapes = {name: parent.shape for name, parent in resolved.parents.items()}
+        self.cells = [(pruning, tuple(comparisons(study, pruning))) for pruning in prunings(study, shapes)]
+        self.models = [self._models(*cells) for cells in self.cells]
+        self.pretrains = any(parent.checkpoint is None for parent in study.all_parents.values())
         self.start = self._start()
-        self.parents = {name: self._parent(name) for name in study.all_parents}
+        self.parents: dict[tuple[str, int | None], Stage] = {}  #: of a name and a seed; None: shared by all seeds
+        for name, seed in self._parent_seeds():
+            self.parents[name, seed] = self._parent(name, seed)
 
     def build(self) -> list[Stage]:
-        for pruning in self.prunings:
-            pruned = self._pruned(pruning)
-            for comparison in comparisons(self.study, pruning):
+        for (_, cells), models in zip(self.cells, self.models, strict=True):
+            stages = {pruning.seed: self._pruned(pruning, measure=pruning is models[0]) for pruning in models}
+            for comparison in cells:
+                pruned = stages[comparison.pruning.seed]
                 run = self._pruned_run(comparison, pruned)
                 for setting in comparison.settings:
                     self._twin(comparison, setting, pruned, run)
                 for control in comparison.controls:
                     self._control(comparison, control, pruned)
         return self.stages
+
+    # --- what seeds vary ----------------------------------------------------------------------------------------------
+
+    def _models(self, pruning: Pruning, cells: Sequence[PlannedComparison]) -> list[Pruning]:
+        """The pruned models of an entry at a target: one that all seeds share, or one for each seed that has a cell."""
+        by_seed = {comparison.pruning.seed: comparison.pruning for comparison in cells}
+        return list(by_seed.values()) if self.study.parents_vary else [pruning]
+
+    def _parent_seeds(self) -> list[tuple[str, int | None]]:
+        """Each parent with each seed that a pruned model needs; with None where all seeds share it, as a checkpoint."""
+        pairs: list[tuple[str, int | None]] = []
+        for name, spec in self.study.all_parents.items():
+            seeds = [pruning.seed for models in self.models for pruning in models if pruning.parent == name]
+            shared = spec.checkpoint is not None or not seeds
+            pairs += [(name, seed) for seed in dict.fromkeys([None] if shared else seeds)]
+        return pairs
+
+    def _parent_of(self, pruning: Pruning) -> Stage:
+        checkpoint = self.study.all_parents[pruning.parent].checkpoint
+        return self.parents[pruning.parent, pruning.seed if checkpoint is None else None]
 
     # --- slices of the training split --------------------------------------------------------------------------------
 
@@ -72,13 +99,22 @@ class _Builder(TrainingRuns):
         pretraining = [parent.tokens or 0 for parent in self.study.all_parents.values() if parent.checkpoint is None]
         if pretraining:
             return max(pretraining)
-        return max(self._scored(pruning) for pruning in self.prunings)
+        return max((self._scored(pruning) for pruning, _ in self.cells), default=0)
 
     def _scored(self, pruning: Pruning) -> int:
         """Tokens that a method scores or trains on."""
-        if isinstance(pruning.method, LearnedMethod):
-            return pruning.method.tokens(self.sequence)
-        return self.study.calibration.windows * self.sequence if pruning.method.calibrated else 0
+        scored = self.study.calibration.windows * self.sequence if pruning.method.calibrated else 0
+        return pruning.training_tokens(self.sequence) or scored
+
+    def _learning(self, pruning: Pruning) -> tuple[int, int]:
+        """The slice that pruning itself trains on; empty for a method that does not train.
+
+        Retraining begins at its end. The slice begins behind the parents' pretraining or, if none is pretrained, ends
+        where the retraining of other methods begins.
+        """
+        tokens = pruning.training_tokens(self.sequence)
+        first = self.start if self.pretrains else self.start - tokens
+        return first, first + tokens
 
     def _before(self, parent: str) -> int:
         """The first token of a parent's pretraining."""
@@ -87,40 +123,47 @@ class _Builder(TrainingRuns):
 
     # --- parents and pruned models ----------------------------------------------------------------------------------
 
-    def _parent(self, name: str) -> Stage:
+    def _parent(self, name: str, seed: int | None) -> Stage:
         spec, parent = self.study.all_parents[name], self.resolved.parents[name]
-        facts = {"path": "parent", "parent": name, "shape": parent.shape, "tokens": spec.tokens}
+        facts = {"path": "parent", "parent": name, "shape": parent.shape, "tokens": spec.tokens, "seed": seed}
         if spec.checkpoint is not None:
             content = {"checkpoint": parent.identity, "shape": sizes_of(parent.shape)}
             runtime = {"checkpoint": spec.checkpoint}
             stage = self.add(Stage("fetch", name, content, {}, 0, 0.0, runtime, facts))
         else:
-            span = (self._before(name), self.start)
-            rates = self.study.sweep.parent_rates if self.study.sweep else ()
-            key = ("parent", name)
-            stage = self.run_at_best(key, rates, name, parent.shape, span, "random", self.study.recipe, facts)
-        self.evaluate(stage)
+            span, recipe = (self._before(name), self.start), self.study.recipe
+            if seed not in (None, recipe.seed):
+                recipe = dataclasses.replace(recipe, seed=seed, data_seed=seed)
+            key, rates = ("parent", name), self.study.sweep.parent_rates if self.study.sweep else ()
+            title = _seed_name(name, seed)
+            stage = self.run_at_best(key, rates, title, parent.shape, span, "random", recipe, facts)
+        self.evaluate(stage, cost=name not in [parent for parent, _ in self.parents])
         return stage
 
-    def _pruned(self, pruning: Pruning) -> Stage:
-        study = self.study
-        learned = isinstance(pruning.method, LearnedMethod)
-        tokens = self._scored(pruning)
-        first = self._before(pruning.parent)
+    def _pruned(self, pruning: Pruning, measure: bool) -> Stage:
+        """Add a pruned model; ``measure``: also what it costs to run, which is the same for all seeds."""
+        study, tokens = self.study, self._scored(pruning)
+        learned = pruning.training_tokens(self.sequence)
+        if learned:
+            reading = {"slice": list(self._learning(pruning)), "dtype": study.compute.dtype}
+        else:
+            seed = study.calibration.seed + seed_shift(study, pruning.seed)
+            calibration = identity(dataclasses.replace(study.calibration, seed=seed))
+            reading = {"calibration": calibration, "slice": [self._before(pruning.parent), self.start]}
         content = {
             "method": pruning.entry.method,
             "options": identity(pruning.method),
             "target": pruning.target.as_dict(),
-            "calibration": identity(study.calibration),
             "seqlen": self.sequence,
-            "slice": [first, self.start],
-            **({"dtype": study.compute.dtype} if learned else {}),
+            **reading,
         }
-        facts = {**self._facts(pruning), "path": "pruned", "shape": pruning.after}
+        facts = {**self._facts(pruning), "path": "pruned", "shape": pruning.after, "seed": pruning.seed}
+        facts |= {"training_tokens": learned}
         flops = scoring_flops(pruning.before, pruning.after, pruning.method, tokens, self.sequence)
-        inputs = {"corpus": self.corpus, "model": self.parents[pruning.parent]}
-        stage = self.add(Stage("prune", pruning.label, content, inputs, tokens, flops, self.runtime(), facts))
-        self.evaluate(stage)
+        inputs = {"corpus": self.corpus, "model": self._parent_of(pruning)}
+        name = _seed_name(pruning.label, pruning.seed)
+        stage = self.add(Stage("prune", name, content, inputs, tokens, flops, self.runtime(), facts))
+        self.evaluate(stage, cost=measure)
         return stage
 
     def _facts(self, pruning: Pruning) -> dict[str, Any]:
@@ -147,9 +190,10 @@ class _Builder(TrainingRuns):
         )
         inputs: dict[str, Stage] = {"model": pruned}
         if objective.distill:
-            inputs["teacher"] = self.parents[pruning.parent]
+            inputs["teacher"] = self._parent_of(pruning)
         facts = {**self._facts(pruning), **self._compared(comparison, "P-R", "pruned", "P-R"), "pruning": pruned}
-        run = self.run(comparison, facts, pruning.after, self.start, tokens, "pruned", recipe, inputs, objective)
+        first = self._learning(pruning)[1]
+        run = self.run(comparison, facts, pruning.after, first, tokens, "pruned", recipe, inputs, objective)
         self.evaluate(run)
         return run
 
@@ -164,7 +208,7 @@ class _Builder(TrainingRuns):
     def _twin(self, comparison: PlannedComparison, setting: SettingKind, pruned: Stage, run: Stage) -> None:
         """The same architecture from new weights; for a sparse model, under the same mask."""
         pruning = comparison.pruning
-        first = self.start
+        first, retraining = self._learning(pruning)
         if setting in _EQUAL_TOTAL:
             if self.study.all_parents[pruning.parent].checkpoint is not None:
                 raise UserError(
@@ -173,17 +217,17 @@ class _Builder(TrainingRuns):
                 )
             first = self._before(pruning.parent)
         tokens = run.facts["cost"][0]
-        if setting == "equal_total_tokens":
-            tokens += self.start - first
-        elif setting != "equal_training_tokens":
+        if setting in ("equal_training_tokens", "equal_total_tokens"):
+            tokens += retraining - first
+        else:
             spent = run.facts["cost"][1] + pruned.flops
-            spent += self.parents[pruning.parent].facts["cost"][1] if setting == "equal_total_flops" else 0.0
+            spent += self._parent_of(pruning).facts["cost"][1] if setting == "equal_total_flops" else 0.0
             tokens = self._whole(spent / (3 * pruning.after.forward_flops(self.sequence)))
         sparse = pruning.method.granularity == "sparse"
         init = "redrawn" if sparse else "scratch"
         facts = {**self._facts(pruning), **self._compared(comparison, TWIN_NAMES[setting], init, "scratch")}
         facts |= {"pruning": pruned if sparse else None}
-        inputs = {"plan": pruned} if sparse else self._like(pruning.parent)
+        inputs = {"plan": pruned} if sparse else self._like(pruning)
         recipe = self.recipe_of(comparison)
         flops_equal = setting not in ("equal_training_tokens", "equal_total_tokens")
         stage = self.run(comparison, facts, pruning.after, first, tokens, init, recipe, inputs, ladder=not flops_equal)
@@ -195,14 +239,16 @@ class _Builder(TrainingRuns):
         if init == "shuffled-weights":
             inputs = {"model": pruned}
         elif init == "scratch":
-            shape, inputs = pruning.before, self._like(pruning.parent)
+            shape, inputs = pruning.before, self._like(pruning)
         elif init == "dense-twin":
             zeroed = pruning.target.sparsity * pruning.before.block_weights / pruning.before.non_embedding
-            shape, inputs = solve_width(pruning.before, zeroed), self._like(pruning.parent)
+            shape, inputs = solve_width(pruning.before, zeroed), self._like(pruning)
+        elif init == "without-pruning-tokens":
+            inputs = self._like(pruning)
         facts = {**self._facts(pruning), **self._compared(comparison, init, init, "control")}
-        facts |= {"pruning": pruned if init not in ("scratch", "dense-twin") else None}
-        tokens, recipe = comparison.tokens, self.recipe_of(comparison)
-        stage = self.run(comparison, facts, shape, self.start, tokens, init, recipe, inputs, ladder=False)
+        facts |= {"pruning": pruned if init not in ("scratch", "dense-twin", "without-pruning-tokens") else None}
+        first, tokens, recipe = self._learning(pruning)[1], comparison.tokens, self.recipe_of(comparison)
+        stage = self.run(comparison, facts, shape, first, tokens, init, recipe, inputs, ladder=False)
         self.evaluate(stage)
 
     def _compared(self, comparison: PlannedComparison, name: str, init: str, path: str) -> dict[str, Any]:
@@ -217,14 +263,19 @@ class _Builder(TrainingRuns):
             "seed": seed,
         }
 
-    def _like(self, parent: str) -> Inputs:
+    def _like(self, pruning: Pruning) -> Inputs:
         """The input whose configuration a dense twin copies; none if the parent is the study's own Llama."""
-        stage = self.parents[parent]
+        stage = self._parent_of(pruning)
         return {"like": stage} if stage.kind == "fetch" else {}
 
     def _whole(self, tokens: float) -> int:
         """Round to whole windows, at least one."""
         return max(1, round(tokens / self.sequence)) * self.sequence
+
+
+def _seed_name(name: str, seed: int | None) -> str:
+    """The name of a parent or a pruned model, e.g. ``wanda-0.5~s1``; without a seed if all seeds share it."""
+    return name if seed is None else f"{name}~s{seed}"
 
 
 def trunk_savings(stages: Sequence[Stage]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from secateur.config import RUNTIME, Count, Fraction, Positive, listed, load_yaml, parse, spec
 from secateur.data.corpus import CorpusSpec
@@ -29,13 +29,16 @@ __all__ = [
     "ObjectiveSpec",
     "ParentSpec",
     "RetrainSpec",
+    "SeedsSpec",
     "SettingSpec",
     "StudySpec",
     "SweepSpec",
     "load_study",
 ]
 
-ControlKind = Literal["scratch", "redrawn", "permuted", "random-mask", "shuffled-weights", "dense-twin"]
+ControlKind = Literal[
+    "scratch", "redrawn", "permuted", "random-mask", "shuffled-weights", "dense-twin", "without-pruning-tokens"
+]
 
 Rate = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
@@ -149,6 +152,20 @@ class ControlSpec:
 
     init: ControlKind
     tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: as in a setting
+
+
+@spec
+class SeedsSpec:
+    """The seeds of a study, and what they vary."""
+
+    values: Annotated[tuple[Seed, ...], listed()] = ()  #: default: the recipe's
+    #: all: also the pretrained parent, its calibration windows and its pruning; training: one parent serves all seeds
+    vary: Literal["all", "training"] = "all"
+
+
+def _as_seeds(value: Any) -> Any:
+    """Let a file give the seeds alone."""
+    return value if isinstance(value, Mapping | SeedsSpec) else {"values": value}
 
 
 Settings = Annotated[tuple[SettingSpec, ...], listed("kind")]
@@ -307,7 +324,7 @@ class StudySpec:
     retrain: RetrainSpec
     settings: Settings = (SettingSpec(kind="equal_training_tokens"), SettingSpec(kind="equal_total_tokens"))
     controls: Controls = ()
-    seeds: Annotated[tuple[Seed, ...], listed()] = ()  #: default: the recipe's
+    seeds: Annotated[SeedsSpec, BeforeValidator(_as_seeds)] = SeedsSpec()
     exclude: tuple[Exclude, ...] = ()
     sweep: SweepSpec | None = None
     calibration: CalibrationSpec = CalibrationSpec()
@@ -321,8 +338,8 @@ class StudySpec:
     def __post_init__(self) -> None:
         if (self.parent is None) == (not self.parents):
             raise UserError("parent: this key is required" if self.parent is None else "parents: leave out parent")
-        for key in ("ratios", "seeds"):
-            _check_unique(key, getattr(self, key))
+        _check_unique("ratios", self.ratios)
+        _check_unique("seeds", self.seeds.values)
         _check_unique("settings", [setting.kind for setting in self.settings])
         _check_unique("retrain.tokens", self.retrain.tokens)
         if self.retrain.trunk == "shared" and self.recipe.schedule != "wsd":
@@ -363,6 +380,16 @@ class StudySpec:
     def all_parents(self) -> Mapping[str, ParentSpec]:
         """Name -> parent; the study's own comes first."""
         return self.parents or {"parent": self.parent}  # type: ignore[dict-item]
+
+    def seeds_of(self, entry: MethodEntry) -> tuple[int, ...]:
+        """The seeds of an entry's runs: its own, the study's, or the recipe's."""
+        seeds = self.seeds.values if entry.seeds is None else entry.seeds
+        return seeds or (self.recipe.seed,)
+
+    @property
+    def parents_vary(self) -> bool:
+        """Whether each seed has its own parent and pruning. A study with one seed has nothing to vary."""
+        return self.seeds.vary == "all" and len({seed for entry in self.methods for seed in self.seeds_of(entry)}) > 1
 
     @property
     def text(self) -> CorpusSpec:

@@ -19,6 +19,8 @@ __all__ = ["Inputs", "TrainingRuns", "sizes_of"]
 
 Inputs = Mapping[str, Stage]
 
+_FRESH = ("random", "scratch", "dense-twin", "without-pruning-tokens")  #: inits without any part of another model
+
 
 class TrainingRuns:
     """The stages of a study under construction, with methods that add runs and measurements.
@@ -69,7 +71,7 @@ class TrainingRuns:
             parts.append(f"@{_short(comparison.tokens)}")
         if comparison.objective.label:
             parts.append(f"+{comparison.objective.label}")
-        if len(entry.seeds or self.study.seeds) > 1:
+        if len(self.study.seeds_of(entry)) > 1:
             parts.append(f"~s{comparison.seed}")
         return "".join(parts)
 
@@ -94,11 +96,13 @@ class TrainingRuns:
         warm = recipe.warmup * (ends[0] - first) / max(step, forks[0] - first)
         at, chain = first, dict(inputs)
         before: tuple[Stage, ...] = ()
+        head, _, tail = name.partition("@")
+        tail = tail.removeprefix(_short(comparison.tokens))  # the objective and the seed
         for number, fork in enumerate(dict.fromkeys(forks)):
             if fork == at:
                 continue
             trunk = dataclasses.replace(recipe, schedule="constant", warmup=min(0.99, warm) if number == 0 else 0.0)
-            trunk_name = f"{name.partition('@')[0]}/trunk@{_short(fork - first)}"
+            trunk_name = f"{head}/trunk@{_short(fork - first)}{tail}"
             kind = init if at == first else "continued"
             stage = self.train(
                 trunk_name, shape, (at, fork), kind, trunk, {"path": "trunk", "shape": shape}, chain, objective
@@ -208,7 +212,7 @@ class TrainingRuns:
             objective: the loss; None for the language-model loss.
         """
         study = self.study
-        settings, fresh = identity(recipe), init in ("random", "scratch", "dense-twin")
+        settings, fresh = identity(recipe), init in _FRESH
         if init in ("pruned", "continued", "shuffled-weights"):  # no random weights, so their settings have no effect
             unused = ("init_std",) if init == "shuffled-weights" else ("init_std", "seed")
             settings = {key: value for key, value in settings.items() if key not in unused}
@@ -244,10 +248,11 @@ class TrainingRuns:
         keys = ("device", "processes", "replicas", "recompute", "compile")
         return {key: getattr(compute, key) for key in keys}
 
-    def evaluate(self, model: Stage) -> None:
-        """Add the evaluation of a model and, for a parent or a pruned model, the measurement of its serving cost.
+    def evaluate(self, model: Stage, cost: bool = False) -> None:
+        """Add the evaluation of a model and, with ``cost``, the measurement of its serving cost.
 
-        A retrained model and its twin have the pruned model's shape and zeros, and so its cost.
+        The cost is measured of one parent of a name and of one pruned model of a target. Those of other seeds, the
+        retrained model and its twin have the same shape and number of zeros, and so the same cost.
         """
         evaluation, device = self.study.evaluation, self.study.compute.device
         name = f"{model.name}/pruned" if model.kind == "prune" else model.name
@@ -257,7 +262,7 @@ class TrainingRuns:
         runtime = {"device": device, "text_data": evaluation.text_data, "tasks_data": evaluation.tasks_data}
         facts = {"of": model.fingerprint}
         self.add(Stage("evaluate", name, content, {"corpus": self.corpus, "model": model}, 0, 0.0, runtime, facts))
-        if evaluation.measurements.cost and (model.kind == "prune" or model.facts["path"] == "parent"):
+        if cost and evaluation.measurements.cost:
             content = {"workload": identity(Workload())}
             self.add(Stage("cost", name, content, {"model": model}, 0, 0.0, {"device": device}, facts))
 

@@ -12,14 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from secateur.comparison.index import PRUNED, Group, Index
+from secateur.comparison.index import PRUNED, Group, Index, mean_loss
 from secateur.comparison.naming import group_name
 from secateur.comparison.records import Cell
 from secateur.formatting import NOT_MEASURED, count, loss, number
 from secateur.report.figures.frame import LegendRow, draw_legend, panel, style_axes
 from secateur.report.figures.palette import Palette
 
-__all__ = ["RUNS", "RunStyle", "curve_limits", "draw_curves", "mean_loss"]
+__all__ = ["RUNS", "RunStyle", "curve_limits", "draw_curves"]
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,12 @@ def draw_curves(
             end = cell.curve[-1]
             last = max([end.tokens, *_lengths(runs)])
             axes.plot([end.tokens, last], [end.loss] * 2, color=palette.pruned, lw=0.8, ls=(0, (1, 2.5)))
-    parent = index.parents.get(group.parent)
-    measured = parent.evaluation if parent else None
+    parent, mean = index.parents.get(group.parent), mean_loss(index.parents_over_seeds(group))
     style = {"color": palette.muted, "lw": 0.9}
-    if measured:
-        axes.axhline(measured.loss, zorder=1, **style)
+    if mean is not None:
+        axes.axhline(mean, zorder=1, **style)
     label = "the parent, after P tokens" if parent and parent.cost else "the parent"
-    rows.append(LegendRow(label, loss(measured.loss if measured else None), style if measured else None))
+    rows.append(LegendRow(label, loss(mean), None if mean is None else style))
     draw_legend(figure, rows, _cut_note([c for cells in runs.values() for c in cells], limits[1]), palette)
     return figure, "; ".join(f"{row.label}: {row.value}" for row in rows) + ". Losses in nats per token."
 
@@ -120,12 +119,6 @@ def _frame(axes: Axes, ticks: dict[int, str], limits: tuple[float, float], palet
     axes.set_xlabel("training tokens of the run (square-root scale)", size=8.5, color=palette.muted, labelpad=2)
     axes.axvline(list(ticks)[1] if len(ticks) > 1 else 0, color=palette.rule, lw=0.9, zorder=0)
     style_axes(axes, palette, "held-out loss, nats per token")
-
-
-def mean_loss(cells: Sequence[Cell]) -> float | None:
-    """The mean final loss of the measured runs; None if there are none."""
-    losses = [cell.evaluation.loss for cell in cells if cell.evaluation]
-    return sum(losses) / len(losses) if losses else None
 
 
 def _draw_run(axes: Axes, run: RunStyle, cells: Sequence[Cell], top: float, palette: Palette) -> LegendRow:

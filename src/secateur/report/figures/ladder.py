@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from secateur.comparison.index import Group, Index
+from secateur.comparison.index import Group, Index, mean_loss
 from secateur.comparison.records import Cell
 from secateur.comparison.twins import Verdict
 from secateur.formatting import NOT_MEASURED, count, loss, signed
-from secateur.report.figures.curves import RUNS, RunStyle, mean_loss
+from secateur.report.figures.curves import RUNS, RunStyle
 from secateur.report.figures.frame import LegendRow, draw_legend, panel, style_axes
 from secateur.report.figures.palette import Palette
 
@@ -38,12 +38,11 @@ def draw_ladder(index: Index, groups: Sequence[Group], title: str, palette: Pale
         value = f"{loss(losses[0])} → {loss(losses[-1])}" if losses else NOT_MEASURED
         rows.append(LegendRow(run.label, value, style if losses else None))
     gaps = _draw_gaps(axes, lines, palette)
-    parent = index.parents.get(groups[0].parent)
-    measured = parent.evaluation if parent else None
+    mean = mean_loss(index.parents_over_seeds(groups[0]))
     style = {"color": palette.muted, "lw": 0.9}
-    if measured:
-        axes.axhline(measured.loss, zorder=1, **style)
-    rows.append(LegendRow("the parent", loss(measured.loss if measured else None), style if measured else None))
+    if mean is not None:
+        axes.axhline(mean, zorder=1, **style)
+    rows.append(LegendRow("the parent", loss(mean), None if mean is None else style))
     _token_axis(axes, [group.retrain_tokens for group in groups], palette)
     style_axes(axes, palette, "final held-out loss, nats per token")
     draw_legend(figure, rows, "in the plot: S(R) \u2212 P-R at each R" if gaps else "", palette)

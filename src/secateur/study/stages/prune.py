@@ -28,6 +28,7 @@ from secateur.training.watchdog import stop_on_signals
 __all__ = ["prune_stage"]
 
 _SOURCE = "the parent's training slice"
+_LEARNING_SOURCE = "the slice before that of retraining"
 _RECORDED = ("ratio", "before", "after", "calibration", "summary", "fingerprint")
 
 
@@ -71,10 +72,13 @@ def _calibration_windows(stage: Stage, store: Store) -> Tensor:
 def _learn(
     stage: Stage, store: Store, work: Path, checkpoint: Checkpoint, method: LearnedMethod, target: Target
 ) -> tuple[Any, dict[str, Any]]:
-    """Train under gates on the parent's slice, read again where it is short."""
+    """Train under gates on the stage's slice, which has as many tokens as the method trains on.
+
+    Of several domains, one that is read more than its share is read again, and others are not read to their ends.
+    """
     sequence, (start, stop) = stage.identity["seqlen"], stage.identity["slice"]
     device = pick_device(stage.runtime["device"])
-    data = LearningData.of_store(corpus_tokens(stage, store), start, stop, sequence, _SOURCE)
+    data = LearningData.of_store(corpus_tokens(stage, store), start, stop, sequence, _LEARNING_SOURCE)
     with stop_on_signals() as signal:
         return learn_and_cut(
             checkpoint,
