@@ -42,6 +42,16 @@ def evaluation(loss: float, salt: int = 0, *, windows: int = WINDOWS, protocol: 
     return Evaluation(loss, math.exp(loss), 255 * windows, protocol, means, 0.0)
 
 
+def t_interval(differences: Any) -> tuple[float, float]:
+    """95% interval of the mean of independent, equally weighted differences, by Student's t on the jackknife."""
+    from scipy.stats import t
+
+    values = [float(value) for value in differences]
+    n, mean = len(values), sum(values) / len(values)
+    half = t.ppf(0.975, n - 1) * math.sqrt(sum((value - mean) ** 2 for value in values)) / (n - 1)
+    return mean - half, mean + half
+
+
 def curve(start: float, end: float, tokens: int, points: int = 12) -> tuple[Point, ...]:
     """An exponential decay from ``start`` to ``end`` with ``points`` + 1 evenly spaced evaluations."""
     steps = [i / points for i in range(points + 1)]

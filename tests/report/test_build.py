@@ -192,7 +192,7 @@ def test_a_large_study_is_folded_and_its_page_stays_small(ladder: Path):
 
 def test_a_large_study_reports_seeds_controls_and_findings(ladder: Path):
     words = Page((ladder / "report.html").read_text()).words
-    assert "With two seeds the interval is too narrow" in words
+    assert "Intervals cover held-out text and seeds (which share one parent)" in words
     assert "Wanda at ratio 0.5 (R = 50 k, seed 1) ends" in words
     assert "The mask alone, beside a random one, saves 0.10 nats" in words
     assert "That gap narrows with more tokens." in words

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example import SCORING, P, R, broken, cell, example, judged, judged_text, large, pruned
-from secateur.comparison.intervals import bootstrap_interval
+from example import SCORING, P, R, broken, cell, example, judged, judged_text, large, pruned, t_interval
 
 from secateur.comparison.ablation import controls, parts
+from secateur.comparison.decision import decide
 from secateur.comparison.index import Group, Index
-from secateur.comparison.ledger import account_flops, forwards, lowest_loss, own_cost, pieces, setting_total
+from secateur.comparison.ledger import account_flops, best_runs, forwards, own_cost, pieces, setting_total
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.records import Cell, Cost, StudyResults, Sweep
 from secateur.model.shapes import Shape, train_flops
@@ -81,17 +81,39 @@ def test_the_settings_count_the_parent_for_the_pruned_path_alone():
 
 def test_best_runs_are_those_that_a_naive_search_finds():
     index = Index(large())
-    found = lowest_loss(index)
+    best = best_runs(index)
     for account in ("sunk", "shared", "charged"):
-        runs = {
-            key: (account_flops(index, c, account), c.evaluation.loss) for key, c in index.cells.items() if c.evaluation
-        }
-        for (group, name), (flops, loss) in runs.items():
-            rivals = [run for (other, _), run in runs.items() if other.target == group.target]
+        flops = {key: account_flops(index, c, account) for key, c in index.cells.items() if c.evaluation}
+        for group, name in flops:
+            rivals = [
+                (rival, rival_name)
+                for rival, rival_name in flops
+                if rival.target == group.target and rival.seed == group.seed and (rival, rival_name) != (group, name)
+            ]
             beaten = any(
-                (less < loss and f <= flops) or (less == loss and f < flops) for f, less in rivals if f and flops
+                flops[rival] <= flops[group, name] and _first_is_better(index, rival, (group, name)) for rival in rivals
             )
-            assert (account in found.get((group, name), ())) != beaten
+            assert (account in best.get((group, name), ())) != beaten
+
+
+def _first_is_better(index: Index, first: tuple[Group, str], second: tuple[Group, str]) -> bool:
+    gaps = []
+    for seed in (0, 1):
+        losses = [index.cells.get((dataclasses.replace(group, seed=seed), name)) for group, name in (first, second)]
+        if all(c and c.evaluation for c in losses):
+            one, two = (np.asarray(c.evaluation.windows) for c in losses if c and c.evaluation)
+            gaps.append(two - one)
+    return decide(gaps, range(len(gaps[0])), margin=None).verdict == "first"
+
+
+def test_runs_between_which_nothing_is_decided_are_both_best():
+    near = cell("wanda", "P-R", 5.400, salt=1), cell("wanda", "S_R", 5.405, salt=2)
+    far = cell("wanda", "P-R", 5.400, salt=1), cell("wanda", "S_R", 5.6, salt=2)
+    assert [{name for _, name in best_runs(Index(study(*runs)))} for runs in (near, far)] == [{"P-R", "S_R"}, {"P-R"}]
+    dear = dataclasses.replace(far[1], training=Cost(R, 1e18))
+    assert {name for _, name in best_runs(Index(study(far[0], dear)))} == {"P-R"}
+    level = dataclasses.replace(near[1], training=Cost(R, 1e18))
+    assert {name for _, name in best_runs(Index(study(near[0], level)))} == {"P-R", "S_R"}
 
 
 def test_the_ranking_is_printed_for_larger_studies_alone():
@@ -148,7 +170,7 @@ def test_controls_take_the_advantage_apart():
     }
     cells = {c.init: np.asarray(c.evaluation.windows) for c in index.results.cells if c.evaluation}
     mask = found["random-mask", "redrawn"].mean
-    assert mask and (mask.low, mask.high) == pytest.approx(bootstrap_interval(cells["random-mask"] - cells["redrawn"]))
+    assert mask and (mask.low, mask.high) == pytest.approx(t_interval(cells["random-mask"] - cells["redrawn"]))
     assert part_sentence(found["random-mask", "redrawn"]).startswith(
         "The mask alone, beside a random one, saves 0.20 nats (95%"
     )
@@ -164,7 +186,7 @@ def test_controls_of_a_dense_model_start_from_scratch():
     index = Index(study(*cells))
     texts = [part_sentence(part) for part in parts(index, index.comparisons[0])]
     assert texts[0].startswith("The weights save 0.40 nats")
-    assert texts[1].startswith("The distribution of the weights alone makes no clear difference (")
+    assert texts[1].startswith("The distribution of the weights alone makes no difference beyond 0.02 nats (")
     assert len(texts) == 3
 
 

@@ -7,9 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from example import METHODS, NAMES, R, broken, cell, curve, evaluation, example, judged, judged_text, large, pruned
+from example import (
+    METHODS,
+    NAMES,
+    R,
+    broken,
+    cell,
+    curve,
+    evaluation,
+    example,
+    judged,
+    judged_text,
+    large,
+    pruned,
+    t_interval,
+)
 
-from secateur.comparison.intervals import bootstrap_interval, pooled_interval
 from secateur.comparison.records import Cell, StudyResults
 from secateur.comparison.twins import Verdict
 from secateur.report.judgement import answer_json, judge
@@ -46,66 +59,52 @@ def test_each_setting_has_its_own_winner():
     assert total.difference == pytest.approx(-0.28)
     assert training.low and training.high and training.low < 0.45 < training.high
     assert judge(results).answer == (
-        "If the parent is already there, prune; if its tokens count too, train from scratch."
+        "If the parent is already there, the pruned models ended lower; if its tokens count too, the from-scratch "
+        "models ended lower. One seed: this is about these runs; another seed may end differently."
     )
 
 
-def test_verdict_sentences():
-    training, total = judge(study(*trio(5.41, 5.86, 5.13, "minitron-depth"))).sentences
+def test_one_seed_speaks_of_this_pair_of_runs_and_never_of_what_pays():
+    judgement = judge(study(*trio(5.41, 5.86, 5.13, "minitron-depth")))
+    training, total = judgement.sentences
     assert training == (
         "At equal training tokens, Minitron-depth at ratio 0.5 ends 0.45 nats below its from-scratch twin "
-        "(95% interval 0.43 to 0.47): pruning pays."
+        "(95% interval 0.43 to 0.47), in this pair of runs."
     )
     assert total.startswith("At equal total tokens, Minitron-depth at ratio 0.5 ends 0.28 nats above its")
-    assert total.endswith(": training from scratch pays.")
+    assert "pays" not in " ".join((*judgement.sentences, judgement.answer, *judgement.headlines.values()))
+    assert "held-out text only, since there is one seed" in " ".join(text_table(judgement).split())
 
 
-def test_a_difference_within_the_noise_is_too_close_to_call():
-    results = study(*trio(5.440, 5.441, 5.439))
-    assert {v.winner for v in judge(results).verdicts} == {"too close to call"}
-    assert "too close to call" in judge(results).sentences[0]
-    assert "the two paths are too close to call" in judge(results).answer
+def test_a_difference_within_the_noise_is_undecided():
+    results = study(*trio(5.440, 5.452, 5.428))
+    assert {v.winner for v in judge(results).verdicts} == {"undecided"}
+    assert "is undecided (difference 0.01 nats" in judge(results).sentences[0]
+    assert "it is undecided" in judge(results).answer
 
 
-def test_identical_models_are_too_close_to_call():
+def test_identical_models_are_equal_within_the_margin():
     twin = [dataclasses.replace(c, evaluation=evaluation(5.4)) for c in trio(5.4, 5.4, 5.4)]
-    assert verdict(study(*twin), "training").winner == "too close to call"
+    assert verdict(study(*twin), "training").winner == "equal within margin"
+    assert "is equal to its from-scratch twin within 0.02 nats" in judge(study(*twin)).sentences[0]
+    assert "the two paths ended equal within the margin" in judge(study(*twin)).answer
 
 
-def test_a_tiny_but_certain_difference_is_not_shown_as_zero():
+def test_a_certain_difference_within_the_margin_is_equal_and_not_shown_as_zero():
     shared = evaluation(5.4)
     better = dataclasses.replace(shared, loss=5.399, windows=tuple(w - 0.001 for w in shared.windows))
     p_r, s_r, s_pr = trio(5.4, 5.4, 5.4)
     cells = (dataclasses.replace(p_r, evaluation=better), dataclasses.replace(s_r, evaluation=shared), s_pr)
-    assert "ends 0.001 nats below" in judge(study(*cells)).sentences[0]
-
-
-def test_interval_agrees_with_a_naive_loop():
-    differences = np.random.default_rng(3).normal(0.02, 0.1, 40)
-    generator = np.random.default_rng(99)
-    means = []
-    for _ in range(4000):
-        picks = [differences[generator.integers(0, 40)] for _ in range(40)]
-        means.append(sum(picks) / 40)
-    means.sort()
-    low, high = bootstrap_interval(differences)
-    assert low == pytest.approx(means[100], abs=0.003)
-    assert high == pytest.approx(means[3900], abs=0.003)
-
-
-def test_interval_agrees_with_the_normal_approximation():
-    differences = np.random.default_rng(4).normal(0.5, 0.2, 400)
-    half = 1.96 * differences.std() / math.sqrt(400)
-    low, high = bootstrap_interval(differences)
-    assert low == pytest.approx(differences.mean() - half, abs=0.0015)
-    assert high == pytest.approx(differences.mean() + half, abs=0.0015)
+    assert "within 0.02 nats (difference 0.001 nats" in judge(study(*cells)).sentences[0]
 
 
 def test_interval_is_paired():
-    """Windows vary by 0.3 for both models. Unpaired, that would hide a difference of 0.02."""
-    results = study(*trio(5.40, 5.42, 5.42))
+    """Windows vary by 0.3 for both models. Unpaired, that would hide a difference of 0.04."""
+    results = study(*trio(5.40, 5.44, 5.44))
     training = verdict(results, "training")
     assert training.winner == "pruned"
+    losses = {c.name: np.asarray(c.evaluation.windows) for c in results.cells if c.evaluation}
+    assert (training.low, training.high) == pytest.approx(t_interval(losses["S_R"] - losses["P-R"]))
     assert training.low is not None and training.high is not None and training.high - training.low < 0.05
 
 
@@ -135,11 +134,13 @@ def test_a_twin_that_the_study_leaves_out_is_not_missing():
 def test_only_settings_that_the_study_has_runs_for_are_judged():
     p_r, s_r, s_pr = trio(5.4, 5.8, 5.2)
     assert judge(study(p_r, s_pr)).settings == ("total",)
-    assert judge(study(p_r, s_r)).answer == "If the parent is already there, prune."
-    assert judge(study(p_r, s_pr)).answer == "If the parent's tokens count, train from scratch."
+    assert judge(study(p_r, s_r)).answer.startswith("If the parent is already there, the pruned models ended lower.")
+    assert judge(study(p_r, s_pr)).answer.startswith(
+        "If the parent's tokens count, the from-scratch models ended lower."
+    )
     flops = [cell("wanda", name, loss, salt=i) for i, (name, loss) in enumerate((("S_F", 5.8), ("S_{P+F}", 5.9)))]
-    assert judge(study(p_r, *flops)).answer == (
-        "Counted in FLOPs: prune, whether or not the parent's FLOPs are counted."
+    assert judge(study(p_r, *flops)).answer.startswith(
+        "Counted in FLOPs: the pruned models ended lower, whether or not the parent's FLOPs are counted."
     )
     sentences = judge(study(p_r, *flops)).sentences
     assert sentences[0].startswith("At equal training FLOPs, Wanda at ratio 0.5 ends 0.40 nats below")
@@ -172,9 +173,34 @@ def test_evaluations_that_cannot_be_compared(change: dict[str, Any], words: str)
     assert words in reason(p_r, s_r, s_pr)
 
 
-def test_one_window_has_no_interval():
-    single = [dataclasses.replace(c, evaluation=evaluation(5.4, windows=1)) for c in trio(5.4, 5.4, 5.4)]
-    assert "fewer than two" in reason(*single)
+@pytest.mark.parametrize(("windows", "reason"), [(1, "only 1 document of the 20"), (19, "only 19 documents of the 20")])
+def test_few_documents_decide_nothing(windows: int, reason: str):
+    losses = ((5.4, 0), (5.8, 1), (5.8, 2))
+    few = [
+        dataclasses.replace(c, evaluation=evaluation(loss, salt, windows=windows))
+        for c, (loss, salt) in zip(trio(5.4, 5.8, 5.8), losses, strict=True)
+    ]
+    assert verdict(study(*few), "training").winner == "undecided"
+    assert reason in judge(study(*few)).sentences[0]
+
+
+def test_windows_of_one_document_are_one_unit_of_the_text():
+    """Four windows a document that move together leave a quarter of the evidence."""
+    clusters = tuple(range(16)) * 4
+    shift = np.tile(np.random.default_rng(5).normal(0.0, 0.2, 16), 4)
+    p_r, s_r, s_pr = trio(5.4, 5.5, None)
+    assert s_r.evaluation and p_r.evaluation
+    moved = tuple(np.asarray(s_r.evaluation.windows) + shift - shift.mean())
+    alone = dataclasses.replace(s_r, evaluation=dataclasses.replace(s_r.evaluation, windows=moved))
+    together = dataclasses.replace(
+        alone,
+        evaluation=dataclasses.replace(alone.evaluation, window_documents=clusters),  # type: ignore[type-var]
+    )
+    wide, narrow = (verdict(study(p_r, twin, s_pr), "training") for twin in (together, alone))
+    assert (narrow.decision.documents, wide.decision.documents) == (64, 16)
+    assert wide.low is not None and wide.high is not None and narrow.low is not None and narrow.high is not None
+    assert wide.high - wide.low > 1.7 * (narrow.high - narrow.low)
+    assert (wide.winner, narrow.winner) == ("undecided", "pruned")
 
 
 def test_flop_ratio_counts_the_whole_pipeline():
@@ -209,14 +235,41 @@ def test_targets_and_seeds_are_compared_each_with_its_own_twin_and_pooled_over_s
     pooled = [v for v in judgement.verdicts if v.setting == "training"]
     assert [(v.group.target, v.group.seed, v.seeds) for v in pooled] == [("0.5", None, 2), ("0.75", None, 2)]
     assert [round(v.difference or 0, 6) for v in pooled] == [0.9, 0.9]
-    assert judgement.headlines["training"] == "At equal training tokens, pruning wins for both comparisons."
-    assert "ends 0.90 nats below its from-scratch twins on average over two seeds" in judgement.sentences[0]
+    assert judgement.headlines["training"] == "At equal training tokens: undecided for both comparisons."
+    by_seeds = "on average over two seeds, which share one parent"
+    assert f"is undecided (difference 0.90 nats {by_seeds}, 95% interval" in judgement.sentences[0]
 
 
-def test_seeds_that_disagree_are_too_close_to_call():
+def test_several_seeds_that_agree_say_which_path_pays():
+    cells = seeded(0.40, 0.41, 0.42)
+    judgement = judge(study(*cells))
+    assert (
+        "0.41 nats below its from-scratch twins on average over three seeds, which share one" in judgement.sentences[0]
+    )
+    assert judgement.sentences[0].endswith(": pruning pays.")
+    assert judgement.answer.startswith("If the parent is already there, prune; if its tokens count too, train")
+    every = judge(dataclasses.replace(study(*cells), seeds_vary="all"))
+    assert "three seeds, each with its own parent" in every.sentences[0]
+    assert "Intervals cover held-out text and seeds (each with its own parent)" in " ".join(text_table(every).split())
+
+
+def test_seeds_that_disagree_are_undecided():
     judgement = judge(study(*seeded(0.2, -0.2)))
     assert [v.winner for v in judgement.by_seed if v.setting == "training"] == ["pruned", "scratch"]
-    assert [v.winner for v in judgement.verdicts if v.setting == "training"] == ["too close to call"]
+    assert [v.winner for v in judgement.verdicts if v.setting == "training"] == ["undecided"]
+
+
+def test_many_comparisons_need_a_smaller_p():
+    """One comparison of p = 0.04 is a verdict; among ten of no difference it is none."""
+    one = trio(5.400, 5.4186, 5.2)
+    alone = verdict(study(*one), "training")
+    assert alone.decision.p is not None and 0.005 < alone.decision.p < 0.05
+    no_margin = judge(study(*one)).verdicts[0].decision
+    others = [c for n in range(1, 10) for c in trio(5.4, 5.401, 5.2, target=f"0.{n}5")]
+    crowded = next(v for v in judge(study(*one, *others)).verdicts if v.group.target == "0.5")
+    assert crowded.decision.comparisons == 10 and no_margin.comparisons == 1
+    assert crowded.decision.adjusted_p == pytest.approx(min(1.0, 10 * alone.decision.p))
+    assert crowded.winner == "undecided" and "among 10 comparisons (Holm)" in crowded.reason
 
 
 def test_a_failed_seed_is_left_out_and_reported():
@@ -228,24 +281,6 @@ def test_a_failed_seed_is_left_out_and_reported():
     assert "5.700*" in text_table(judgement)
     none = judge(study(*seeded(None, None)))
     assert none.verdicts[0].reason == "the scratch run S_R has no held-out loss"
-
-
-def test_pooled_interval_agrees_with_a_naive_loop():
-    differences = np.random.default_rng(5).normal(0.1, 0.3, (3, 20)) + np.array([[0.0], [0.3], [0.6]])
-    generator = np.random.default_rng(98)
-    means = []
-    for _ in range(6000):
-        seeds, windows = generator.integers(0, 3, 3), generator.integers(0, 20, 20)
-        means.append(sum(differences[seed, window] for seed in seeds for window in windows) / 60)
-    means.sort()
-    low, high = pooled_interval(differences)
-    assert low == pytest.approx(means[150], abs=0.02)
-    assert high == pytest.approx(means[5850], abs=0.02)
-
-
-def test_pooled_interval_of_one_seed_is_the_paired_bootstrap():
-    differences = np.random.default_rng(6).normal(0.02, 0.1, 50)
-    assert pooled_interval(differences[None]) == pytest.approx(bootstrap_interval(differences), abs=1e-12)
 
 
 def test_names_are_the_shortest_unambiguous_ones():
@@ -300,29 +335,33 @@ def test_a_pruned_model_without_runs_is_not_measured():
 @pytest.mark.parametrize(
     ("losses", "words"),
     [
-        ([(5.4, 5.8)] * 3, "pruning wins for all three methods"),
-        ([(5.8, 5.4)] * 3, "training from scratch wins for all three methods"),
+        ([(5.4, 5.8)] * 3, "the pruned model ended lower in its pair of runs for all three methods"),
+        ([(5.8, 5.4)] * 3, "the from-scratch model ended lower in its pair of runs for all three methods"),
         (
-            [(5.4, 5.8), (5.8, 5.4), (5.4, 5.4)],
-            "pruning wins for Minitron-depth; training from scratch wins for Minitron-width; "
-            "Wanda is too close to call",
+            [(5.4, 5.8), (5.8, 5.4), (5.4, 5.415)],
+            "the pruned model ended lower in its pair of runs for Minitron-depth; the from-scratch model ended lower "
+            "in its pair of runs for Minitron-width; undecided for Wanda",
         ),
-        ([(5.4, 5.8), (5.4, 5.9), (5.4, None)], "pruning wins for Minitron-depth and Minitron-width; Wanda is not"),
-        ([(None, None)] * 3, "all three methods are not measured"),
+        (
+            [(5.4, 5.8), (5.4, 5.9), (5.4, None)],
+            "the pruned model ended lower in its pair of runs for Minitron-depth and Minitron-width; not measured for",
+        ),
+        ([(None, None)] * 3, "not measured for all three methods"),
     ],
 )
 def test_headlines(losses: list[tuple[float | None, float | None]], words: str):
     cells = [c for m, (p_r, s_r) in zip(METHODS, losses, strict=True) for c in trio(p_r, s_r, None, m)]
-    assert judge(study(*cells)).headlines["training"].startswith(f"At equal training tokens, {words}")
+    assert judge(study(*cells)).headlines["training"].startswith(f"At equal training tokens: {words}")
 
 
 def test_answers():
-    assert judge(study(*trio(5.4, 5.8, 5.9))).answer == "Prune, whether or not the parent's tokens are counted."
-    assert judge(study(*trio(5.4, 5.2, 5.1))).answer.startswith("Train from scratch, whether or not")
+    lower = "models ended lower, whether or not the parent's tokens are counted."
+    assert judge(study(*trio(5.4, 5.8, 5.9))).answer.startswith(f"The pruned {lower} One seed:")
+    assert judge(study(*trio(5.4, 5.2, 5.1))).answer.startswith(f"The from-scratch {lower} One seed:")
     assert judge(study(*trio(None, 5.2, 5.1))).answer.startswith("There is no answer yet")
     assert judge(study()).answer.startswith("There is no answer yet")
-    assert judge(study(*trio(5.4, 5.8, None))).answer.endswith("there is no answer yet, as far as measured.")
-    assert "wins or is too close to call" in judged(example).answer
+    assert "there is no answer yet, as far as measured." in judge(study(*trio(5.4, 5.8, None))).answer
+    assert "the from-scratch models ended lower where a path is named" in judged(example).answer
 
 
 @pytest.mark.parametrize("make", [example, broken, large])

@@ -40,7 +40,7 @@ def compare(a: StudyResults, b: StudyResults) -> StudyComparison:
 
 def test_a_study_and_itself_differ_in_nothing() -> None:
     comparison = compare(example(), example())
-    assert all(row.difference and row.difference.value == 0 for row in (*comparison.runs, *comparison.gaps))
+    assert all(row.difference.value == 0 for row in (*comparison.runs, *comparison.gaps))
     assert all(row.agree for row in comparison.gaps)
     assert comparison.settings == ()
     assert comparison.alone == (0, 0)
@@ -51,7 +51,7 @@ def test_runs_are_paired_window_by_window() -> None:
     comparison = compare(example(), shifted({"wanda P-R": 0.2}))
     rows = {(row.name, row.run): row for row in comparison.runs}
     pruned = rows["Wanda at ratio 0.5", "P-R"].difference
-    assert pruned
+    assert pruned.value is not None
     assert (pruned.value, pruned.low, pruned.high) == pytest.approx((0.2, 0.2, 0.2))  # every window has the same shift
     scratch = rows["Wanda at ratio 0.5", "S_R"].difference
     assert scratch
@@ -68,6 +68,7 @@ def test_verdicts_that_differ_are_counted() -> None:
     assert agreements["Wanda at ratio 0.5", "training"] is False
     assert sum(agree is False for agree in agreements.values()) == 1
     assert "in 5 of 6 comparisons" in comparison.answer
+    assert "differs by more than noise in 2 and is equal within the margin in 4" in comparison.answer
 
 
 def test_losses_of_different_protocols_are_not_subtracted_and_savings_are() -> None:
@@ -78,9 +79,11 @@ def test_losses_of_different_protocols_are_not_subtracted_and_savings_are() -> N
         if c.evaluation
     )
     comparison = compare(a, dataclasses.replace(a, cells=cells))
-    assert all(row.difference is None and "different protocols" in row.reason for row in comparison.runs)
+    assert all(
+        row.difference.value is None and "different protocols" in row.difference.reason for row in comparison.runs
+    )
     for row in comparison.gaps:
-        assert row.difference
+        assert row.difference.low is not None and row.difference.high is not None
         assert row.difference.low < 0 < row.difference.high  # the same losses, on other windows
         assert row.a.low is not None
         assert row.a.high is not None
@@ -93,11 +96,11 @@ def test_a_run_missing_in_one_study_is_not_measured() -> None:
     cells = (dataclasses.replace(c, evaluation=None) if (c.method, c.name) == missing else c for c in a.cells)
     comparison = compare(a, dataclasses.replace(a, cells=tuple(cells)))
     (run,) = [row for row in comparison.runs if (row.name, row.run) == ("Wanda at ratio 0.5", "S_R")]
-    assert (run.b, run.difference) == (None, None)
-    assert "no held-out loss" in run.reason
+    assert (run.b, run.difference.value) == (None, None)
+    assert "no held-out loss" in run.difference.reason
     (row,) = [row for row in comparison.gaps if (row.name, row.setting) == ("Wanda at ratio 0.5", "training")]
     assert row.agree is None
-    assert row.difference is None
+    assert row.difference.verdict == "not measured"
 
 
 def test_differing_settings_are_listed() -> None:

@@ -179,7 +179,11 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "has_controls": any(row["controls"] for row in details),
         **_costs(judgement),
         "unfinished": [stage for stage in results.stages if stage.state != "done"],
-        "unmeasured": [text for v, text in zip(judgement.verdicts, judgement.sentences, strict=True) if v.reason],
+        "unmeasured": [
+            text
+            for verdict, text in zip(judgement.verdicts, judgement.sentences, strict=True)
+            if verdict.winner == "not measured"
+        ],
         "several_seeds": index.several_seeds,
         "coverage_note": coverage_note(judgement.verdicts, results.seeds_vary),
         "findings": [

@@ -58,7 +58,7 @@ def verdict_sentence(verdict: Verdict, among: Sequence[Group], seeds_vary: Seeds
     if low is None or high is None:
         return f"{start} is undecided: {verdict.reason}."
     digits = decimals(difference, low, high)
-    several = verdict.seeds > 1
+    several = decision.seeds > 1
     average = f" on average over {_seeds_phrase(verdict, seeds_vary)}" if several else ""
     twin = "its from-scratch twins" if several else "its from-scratch twin"
     spread = f"difference {number(difference, digits)} nats{average}, {interval(low, high, digits)}"
@@ -76,7 +76,9 @@ def verdict_sentence(verdict: Verdict, among: Sequence[Group], seeds_vary: Seeds
 
 
 def _this_pair(verdict: Verdict) -> str:
-    return ", in this pair of runs" if verdict.seeds == 1 else ""
+    if verdict.decision.seeds > 1:
+        return ""
+    return ", in this pair of runs" + (" (its seeds are identical and count as one)" if verdict.seeds > 1 else "")
 
 
 def _seeds_phrase(verdict: Verdict, seeds_vary: SeedsVary) -> str:
@@ -156,9 +158,8 @@ def finding_sentence(row: FindingRow, among: Sequence[Group]) -> str:
         text += f"; {'mean ' if len(measured) > 1 else ''}{_spread(mean)}{seeds if len(measured) > 1 else ''}"
     if row.exceptions and len(measured) > 1:
         cases = [f"{group_name(case.group, among, target=True)} ({_case(case.decision)})" for case in row.exceptions]
-        shown = cases[:_MOST_CASES]
-        more = f", and {len(cases) - len(shown)} more" if len(cases) > len(shown) else ""
-        text += f". Not in {'; '.join(shown)}{more}"
+        more = f", and {len(cases) - _MOST_CASES} more" if len(cases) > _MOST_CASES else ""
+        text += f". Not in {'; '.join(cases[:_MOST_CASES])}{more}"
     return f"{text}."
 
 
@@ -216,7 +217,7 @@ def coverage_note(verdicts: Sequence[Verdict], seeds_vary: SeedsVary) -> str:
     measured = [verdict for verdict in verdicts if verdict.unit]
     if not measured:
         return ""
-    seeds = {verdict.seeds for verdict in measured}
+    seeds = {verdict.decision.seeds for verdict in measured}
     covers = "held-out text only, since there is one seed: training anew could move each difference further"
     if max(seeds) > 1:
         covers = f"held-out text and seeds ({_SEEDS[seeds_vary]})"
@@ -244,7 +245,9 @@ def drop_setting(text: str, setting: Setting) -> str:
 def headline(verdicts: Sequence[Verdict]) -> str:
     """All verdicts of one setting in one sentence; ``verdicts`` must not be empty and must share their setting."""
     among = [verdict.group for verdict in verdicts]
-    lower = "ends lower" if any(verdict.seeds > 1 for verdict in verdicts) else "ended lower in its pair of runs"
+    lower = (
+        "ends lower" if any(verdict.decision.seeds > 1 for verdict in verdicts) else "ended lower in its pair of runs"
+    )
     phrases: tuple[tuple[Winner, str], ...] = (
         ("pruned", f"the pruned model {lower} for {{}}"),
         ("scratch", f"the from-scratch model {lower} for {{}}"),
@@ -277,7 +280,7 @@ def study_answer(verdicts: Sequence[Verdict]) -> str:
     """The study's answer from the verdicts of all settings: counted in tokens, then in FLOPs where there are any."""
     note = ", as far as measured" if any(verdict.winner == "not measured" for verdict in verdicts) else ""
     noun = "method" if _differ_by_method_only([verdict.group for verdict in verdicts]) else "comparison"
-    several = any(verdict.seeds > 1 for verdict in verdicts)
+    several = any(verdict.decision.seeds > 1 for verdict in verdicts)
     texts = []
     for training, total, unit in (("training", "total", "tokens"), ("training-flops", "total-flops", "FLOPs")):
         sunk, charged = (_tendency([v for v in verdicts if v.setting == setting]) for setting in (training, total))

@@ -310,9 +310,8 @@ def _flop_line(judgement: Judgement) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        _ascii(text), _WIDTH, initial_indent=indent, subsequent_indent=indent + ("  " if indent else "")
-    )
+    further = indent + ("  " if indent else "")
+    return textwrap.wrap(_ascii(text), _WIDTH, initial_indent=indent, subsequent_indent=further, break_on_hyphens=False)
 
 
 def _ascii(text: str) -> str:
