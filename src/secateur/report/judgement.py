@@ -14,6 +14,7 @@ from secateur.comparison.index import Index
 from secateur.comparison.items import decision_record
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.quality import QualityRow, contradicting, quality_rows
+from secateur.comparison.question import decisive, margin_of
 from secateur.comparison.records import StudyResults
 from secateur.comparison.regime import Regime, regimes
 from secateur.comparison.twins import Setting, Verdict, adjust_verdicts, compare_twins, settings_of
@@ -85,21 +86,23 @@ _NO_TWINS = "No model of this study was trained from scratch; it compares pruned
 def judge(results: StudyResults) -> Judgement:
     """Compare every pruned run with its from-scratch twins. Depends on ``results`` alone.
 
-    Verdicts are corrected for their number by Holm's method, those of each setting together.
+    Verdicts are corrected for their number by Holm's method: those that decide the study's question together, the
+    others of each setting together.
     """
     index = Index(results)
     settings = settings_of(index)
-    verdicts = adjust_verdicts(compare_twins(index, index.comparisons))
+    margin, named = margin_of(results.question), decisive(results.question)
+    verdicts = adjust_verdicts(compare_twins(index, index.comparisons, margin), named)
     headlines: dict[Setting, str] = {
         setting: headline([verdict for verdict in verdicts if verdict.setting == setting]) for setting in settings
     }
-    quality = quality_rows(index)
+    quality = quality_rows(index, margin)
     return Judgement(
         index=index,
         settings=settings,
         verdicts=verdicts,
         sentences=tuple(verdict_sentence(verdict, index.comparisons, results.seeds_vary) for verdict in verdicts),
-        by_seed=adjust_verdicts(compare_twins(index, index.groups)) if index.several_seeds else (),
+        by_seed=adjust_verdicts(compare_twins(index, index.groups, margin), named) if index.several_seeds else (),
         headlines=headlines,
         answer=study_answer(verdicts) if settings or not results.cells else _NO_TWINS,
         findings=find(index),
