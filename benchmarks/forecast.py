@@ -2,84 +2,166 @@
 
     python benchmarks/forecast.py ladder
     python benchmarks/forecast.py study runs/findings
-    python benchmarks/forecast.py coverage [--trials 100] [--draws 100]
+    python benchmarks/forecast.py coverage [--tuning] [--trials 100] [--draws 400]
 
 `ladder` prints the tables of docs/prediction.md: the longest one or two budgets of each published curve are left out
-and predicted from the others, by every form. `study` leaves the longest budget of each curve of a study's folder out
-(its cells.csv and curves.csv), and fits the law across ratios to its pruned runs: to all, and with each ratio left out
-in turn. `coverage` makes curves, runs with noise on them, fits those, and counts how often the intervals hold the
-truth. The truths are drawn apart from the priors: evenly between bounds, on a floor of both paths or on two floors that
-are up to 0.05 nats apart. What is counted: the loss of each path at five times the largest budget, and the crossover at
-equal training tokens, where none within reach counts as infinite.
+and predicted from the others, by every form and by their average. `study` leaves the longest budget of each curve of a
+study's folder out (its cells.csv and curves.csv), and fits the law across ratios to its pruned runs: to all, and with
+each ratio left out in turn. `coverage` makes curves, runs with noise on them, fits those, and counts how often the
+intervals hold the true difference of the two paths, at 1, 2, 4 and 10 times the largest budget and where the model from
+scratch has 4 times the tokens of the pruned one; how often they hold the true crossover; and how many verdicts up to
+the reach of verdicts are right and how many false. The truths of `--tuning` are those by which the average over forms
+and its reach were chosen, the others served to check the choice. Both are drawn apart from the priors.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path as FilePath
 
 import numpy as np
 
 from secateur.errors import UserError
 from secateur.forecast.crossover import REACH, crossover
-from secateur.forecast.curve import CURVE_FORMS, PATHS, CurvePoint, Path
+from secateur.forecast.curve import CURVE_FORMS, PATHS, CurvePoint, Floats
 from secateur.forecast.evidence import Evidence, of_study
-from secateur.forecast.fit import DEFAULT_FORM, DRAWS, LeftOut, fit_pair, leave_last_out
+from secateur.forecast.fit import AVERAGED_FORMS, DRAWS, LeftOut, fit_pair, leave_last_out, percentile_interval
 from secateur.forecast.published import LABELS, exact, published
 from secateur.forecast.ratio_law import Retrained, fit_ratios, leave_one_ratio_out
 
 BUDGETS = {3: (10, 30, 50), 5: (10, 30, 50, 250, 500)}
+NOISE = 0.01
+FACTORS = np.array((1.0, 2.0, 4.0, 10.0))  # over the largest budget
+
+Curve = Callable[[Floats], Floats]
+Truth = tuple[Curve, Curve]  # from scratch, pruned
 
 
-def truth(random: np.random.Generator, *, apart: float) -> dict[Path, tuple[float, float, float]]:
-    """Floor, the part that 50 tokens leave, and exponent of each path."""
-    floor = random.uniform(1.8, 2.6)
-    curves: dict[Path, tuple[float, float, float]] = {}
-    for path, (low, high) in zip(PATHS, ((0.2, 0.6), (0.08, 0.3)), strict=True):
-        shift = apart * random.uniform(-0.5, 0.5)
-        curves[path] = (floor + shift, random.uniform(low, high), random.uniform(0.25, 0.7))
-    return curves
+def power(floor: float, gap: float, exponent: float, head_start: float = 0.0) -> Curve:
+    """A power law above a floor; ``gap``: the part that 50 tokens leave."""
+    return lambda tokens: floor + gap * ((tokens + head_start) / 50) ** -exponent
 
 
-def loss(curve: tuple[float, float, float], tokens: float) -> float:
-    """The true loss."""
-    floor, gap, alpha = curve
-    return floor + gap * (tokens / 50) ** -alpha
+def broken(floor: float, gap: float, first: float, second: float, bend: float) -> Curve:
+    """A power law whose exponent changes from ``first`` to ``second`` at about ``bend`` tokens."""
+
+    def loss(tokens: Floats) -> Floats:
+        turn = ((1 + (tokens / bend) ** 2) / (1 + (50 / bend) ** 2)) ** (-(second - first) / 2)
+        return floor + gap * (tokens / 50) ** -first * turn
+
+    return loss
 
 
-def true_crossover(curves: dict[Path, tuple[float, float, float]], low: float, high: float) -> float:
+def log_uniform(random: np.random.Generator, low: float, high: float) -> float:
+    """A number even in the logarithm."""
+    return math.exp(random.uniform(math.log(low), math.log(high)))
+
+
+def truth(kind: str, random: np.random.Generator) -> Truth:
+    """Both curves of a truth by which the choice was checked."""
+    uniform = random.uniform
+    floor, (scratch, pruned) = uniform(1.8, 2.6), (uniform(0.2, 0.6), uniform(0.08, 0.3))
+    a, b = uniform(0.25, 0.7, 2)
+    apart = {"floors .05 apart": 0.025, "floors .2 apart": 0.1}.get(kind, 0.0)
+    shifts = floor + apart * uniform(-1, 1, 2)
+    if kind == "head start":
+        return power(floor, scratch, a), power(floor, scratch, a, log_uniform(random, 10, 500))
+    if kind == "no floor":
+        high = uniform(2.4, 3.0)
+        return power(0, high, uniform(0.03, 0.09)), power(0, high - uniform(0.05, 0.3), uniform(0.02, 0.07))
+    if kind == "broken power law":
+        bends = [(uniform(0.4, 1.8), log_uniform(random, 15, 1000)) for _ in PATHS]
+        first, second = (
+            broken(floor, gap, exponent, exponent * turn, bend)
+            for gap, exponent, (turn, bend) in zip((scratch, pruned), (a, b), bends, strict=True)
+        )
+        return first, second
+    return power(shifts[0], scratch, a), power(shifts[1], pruned, b)
+
+
+def tuning_truth(kind: str, random: np.random.Generator) -> Truth:
+    """Both curves of a truth by which the average over forms and its reach were chosen."""
+    floor, scratch = log_uniform(random, 1.5, 3.2), log_uniform(random, 0.15, 0.8)
+    pruned = scratch * log_uniform(random, 0.2, 0.8)
+    a, b = 0.4 * np.exp(0.35 * random.standard_normal(2))
+    if kind == "parabola in log tokens":
+
+        def parabola(gap: float, exponent: float, bend: float) -> Curve:
+            return lambda tokens: floor + gap * np.exp(bend * np.log(tokens / 50) ** 2) * (tokens / 50) ** -exponent
+
+        bends = random.uniform(-0.05, 0.05, 2)
+        return parabola(scratch, a, bends[0]), parabola(pruned, b, bends[1])
+    if kind == "floors apart, sd .04":
+        shifts = floor + 0.04 * random.standard_normal(2)
+        return power(shifts[0], scratch, a), power(shifts[1], pruned, b)
+    if kind == "head start, own curves":
+        gap, start = scratch * log_uniform(random, 0.7, 1.3), log_uniform(random, 5, 300)
+        return power(floor, scratch, a), power(floor + 0.03 * random.standard_normal(), gap, b, start)
+    if kind == "low floor":
+        low, high, exponent = random.uniform(0.5, 1.5), random.uniform(1.0, 1.6), random.uniform(0.05, 0.16)
+        gap = high - random.uniform(0.05, 0.25)
+        return power(low, high, exponent), power(low, gap, exponent * random.uniform(0.4, 1))
+    first, second = (
+        _two_powers(floor, gap, random.uniform(0.2, 0.8), random.uniform(0.5, 1.0), random.uniform(0.1, 0.3))
+        for gap in (scratch, pruned)
+    )
+    return first, second
+
+
+def _two_powers(floor: float, gap: float, share: float, steep: float, flat: float) -> Curve:
+    return lambda tokens: floor + gap * (share * (tokens / 50) ** -steep + (1 - share) * (tokens / 50) ** -flat)
+
+
+CHECKS = ("one floor", "floors .05 apart", "floors .2 apart", "head start", "no floor", "broken power law")
+TUNING = ("parabola in log tokens", "floors apart, sd .04", "head start, own curves", "low floor", "two powers")
+
+
+def trial(random: np.random.Generator, curves: Truth, number: int, draws: int) -> list[float]:
+    """What the intervals of one fit hold: the difference at each factor, at unequal budgets, the crossover; verdicts.
+
+    The last two are the shares of the verdicts within reach that are right and false.
+    """
+    budgets = np.array(BUDGETS[number], dtype=float)
+    points = [
+        CurvePoint(path, "method", 0.5, 1, int(d), float(curve(d) + NOISE * random.standard_normal()))
+        for path, curve in zip(PATHS, curves, strict=True)
+        for d in budgets
+    ]
+    fit = fit_pair(points, draws=draws)
+    scratch, pruned = np.append(FACTORS, 4) * budgets[-1], np.append(FACTORS, 1) * budgets[-1]
+    best = fit.loss("scratch", scratch) - fit.loss("pruned", pruned)
+    each = fit.loss_draws("scratch", scratch) - fit.loss_draws("pruned", pruned)
+    true = curves[0](scratch) - curves[1](pruned)
+    intervals = [percentile_interval(float(value), column) for value, column in zip(best, each.T, strict=True)]
+    covered = [float(i.low <= value <= i.high) for i, value in zip(intervals, true, strict=True)]
+    told = [np.sign(i.low) * (i.low * i.high > 0) * np.sign(t) for i, t in zip(intervals, true, strict=True)]
+    verdicts = np.array(told)[np.append(FACTORS, 4) <= REACH]
+    crossing, step = crossover(fit), (REACH * budgets[-1] / budgets[0]) ** (1 / 1000)  # as fine as the grids
+    held = math.nan
+    if crossing:
+        at = true_crossover(curves, budgets[0], crossing.horizon)
+        held = float(crossing.budget.low / step <= at <= crossing.budget.high * step)
+    return [*covered, held, float(np.mean(verdicts > 0)), float(np.mean(verdicts < 0))]
+
+
+def true_crossover(curves: Truth, low: float, high: float) -> float:
     """The first of many budgets at which the path behind has caught up."""
     grid = np.geomspace(low, high, 2000)
-    ahead = np.array([loss(curves["scratch"], d) - loss(curves["pruned"], d) for d in grid])
+    ahead = curves[0](grid) - curves[1](grid)
     behind = np.flatnonzero(np.sign(ahead[0]) * ahead <= 0)
     return float(grid[behind[0]]) if len(behind) else math.inf
 
 
-def trial(random: np.random.Generator, number: int, noise: float, apart: float, draws: int) -> list[bool]:
-    """Whether the intervals of one fit hold the truth: scratch loss, pruned loss, crossover."""
-    curves, budgets = truth(random, apart=apart), BUDGETS[number]
-    points = [
-        CurvePoint(path, "method", 0.5, 1, d, loss(curves[path], d) + noise * random.standard_normal())
-        for path in PATHS
-        for d in budgets
-    ]
-    fit = fit_pair(points, draws=draws)
-    far = 5 * budgets[-1]
-    covered = []
-    for path in PATHS:
-        interval = fit.at(path, far)
-        covered.append(interval.low <= loss(curves[path], far) <= interval.high)
-    crossed = crossover(fit)
-    true = true_crossover(curves, budgets[0], REACH * budgets[-1])
-    step = math.exp(math.log(REACH * budgets[-1] / budgets[0]) / 1000)  # as fine as the grids
-    return [*covered, crossed.budget.low / step <= true <= crossed.budget.high * step]
+#: Each form by itself, and the average that forecasts take.
+ROWS = {form: (form,) for form in CURVE_FORMS} | {"average": AVERAGED_FORMS}
 
 
 def left_out(form: str, last: int, draws: int) -> list[LeftOut]:
     """The published ladder's longest runs, predicted from the others."""
     evidence = published()
-    return leave_last_out(evidence.points, form, last=last, parent_loss=evidence.parent_loss, draws=draws)
+    return leave_last_out(evidence.points, ROWS[form], last=last, parent_loss=evidence.parent_loss, draws=draws)
 
 
 def error_row(form: str, last: int) -> str:
@@ -90,27 +172,27 @@ def error_row(form: str, last: int) -> str:
 
 
 def interval_rows(last: int) -> list[str]:
-    """What the default form predicts, with its intervals, beside what was measured."""
+    """What the average predicts, with its intervals, beside what was measured."""
     names = {exact(label): label for label in LABELS}
     return [
         f"| {run.point.method}, {run.point.path} | {names[run.point.tokens]} B | {run.point.loss:.2f} | "
         f"{run.predicted.value:.3f} | {run.predicted.low:.2f} to {run.predicted.high:.2f} | {run.error:+.3f} |"
-        for run in left_out(DEFAULT_FORM, last, DRAWS)
+        for run in left_out("average", last, DRAWS)
     ]
 
 
 def study(folder: FilePath) -> None:
-    """Print the tables of a study's folder: leave-last-out by every form, the default's runs, and the ratios."""
+    """Print the tables of a study's folder: leave-last-out by every form, the average's runs, and the ratios."""
     evidence = of_study(folder)
     print("| form | runs left out | RMS, nats | largest error |\n|---|---|---|---|")
-    for form in CURVE_FORMS:
-        runs = leave_last_out(evidence.points, form, parent_loss=evidence.parent_loss, draws=1)
+    for form, forms in ROWS.items():
+        runs = leave_last_out(evidence.points, forms, parent_loss=evidence.parent_loss, draws=1)
         errors = [run.error for run in runs]
         if errors:
             root = math.sqrt(np.mean(np.square(errors)))
             print(f"| `{form}` | {len(errors)} | {root:.3f} | {max(errors, key=abs):+.3f} |")
     print("\n| curve | budget | measured | predicted | 95% interval | error |\n|---|---|---|---|---|---|")
-    for run in leave_last_out(evidence.points, parent_loss=evidence.parent_loss):
+    for run in leave_last_out(evidence.points):
         point, predicted = run.point, run.predicted
         print(
             f"| {point.method} {point.ratio:g}, {point.path} | {point.tokens:,} | {point.loss:.3f} "
@@ -153,15 +235,20 @@ def ratios(evidence: Evidence) -> None:
         print(f"| {method} | {len(runs)} | {ran} | {terms} | {law.error:.3f} | {'; '.join(errors)} | {root} |")
 
 
-def coverage(trials: int, draws: int) -> None:
-    """Print a row for each setting."""
-    print("| budgets a path | noise, nats | floors apart, up to | scratch | pruned | crossover |")
-    print("|---|---|---|---|---|---|")
-    for number, noise, apart in ((3, 0.01, 0.0), (3, 0.01, 0.05), (3, 0.02, 0.0), (5, 0.01, 0.0), (5, 0.01, 0.05)):
-        random = np.random.default_rng(0)
-        shares = np.mean([trial(random, number, noise, apart, draws) for _ in range(trials)], axis=0)
-        cells = " | ".join(f"{share:.2f}" for share in shares)
-        print(f"| {number} | {noise} | {apart} | {cells} |", flush=True)
+def coverage(trials: int, draws: int, tuning: bool) -> None:
+    """Print a row for each kind of truth and number of budgets."""
+    factors = " | ".join(f"{factor:g}x" for factor in FACTORS)
+    print(f"| truth | budgets a path | {factors} | scratch 4x, pruned 1x | crossover | right verdicts | false |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    make = tuning_truth if tuning else truth
+    for place, kind in enumerate(TUNING if tuning else CHECKS):
+        for number in BUDGETS:
+            random = np.random.default_rng((tuning, number, place))
+            rows = [trial(random, make(kind, random), number, draws) for _ in range(trials)]
+            print(
+                f"| {kind} | {number} | " + " | ".join(f"{share:.2f}" for share in np.nanmean(rows, axis=0)) + " |",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -170,10 +257,11 @@ def main() -> None:
     parser.add_argument("what", choices=("ladder", "study", "coverage"))
     parser.add_argument("folder", nargs="?", type=FilePath, help="of a study, with its cells.csv")
     parser.add_argument("--trials", type=int, default=100)
-    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--tuning", action="store_true", help="truths by which the average was chosen")
     arguments = parser.parse_args()
     if arguments.what == "coverage":
-        coverage(arguments.trials, arguments.draws)
+        coverage(arguments.trials, arguments.draws, arguments.tuning)
         return
     if arguments.what == "study":
         if arguments.folder is None:
@@ -181,7 +269,7 @@ def main() -> None:
         study(arguments.folder)
         return
     for last in (2, 1):
-        print("\n".join([*(error_row(form, last) for form in CURVE_FORMS), ""]))
+        print("\n".join([*(error_row(form, last) for form in ROWS), ""]))
     print("\n".join(interval_rows(2)))
 
 

@@ -16,7 +16,7 @@ from secateur.comparison.records import Cell, StudyResults
 from secateur.forecast.curve import PATHS
 from secateur.forecast.ladder import Forecast, Outlook
 from secateur.forecast.ratios import across_ratios
-from secateur.report.forecast_prose import crossover_brief, misfit_sentence, outlook_sentence, standing_sentence
+from secateur.report.forecast_prose import crossover_brief, outlook_sentence, standing_sentence
 from secateur.report.judgement import answer_json, judge
 from secateur.report.latex import forecasts_tex
 from secateur.report.page import build_report
@@ -32,7 +32,7 @@ def scratch_law(tokens: float) -> float:
 
 
 def pruned_law(tokens: float) -> float:
-    return 4.5 + 0.3 * (tokens / 200_000) ** -0.3
+    return 4.5 + 0.4 * (tokens / 200_000) ** -0.3
 
 
 def ladder(**changes: Any) -> list[Cell]:
@@ -64,8 +64,8 @@ def known() -> Forecast:
 
 
 def test_known_curves_and_their_crossover(known: Forecast) -> None:
-    """0.8 x^-0.6 = 0.3 x^-0.3 where x = (0.8 / 0.3)^(1 / 0.3)."""
-    want = 200_000 * (0.8 / 0.3) ** (1 / 0.3)
+    """0.8 x^-0.6 = 0.4 x^-0.3 where x = 2^(1 / 0.3)."""
+    want = 200_000 * 2 ** (1 / 0.3)
     found = by_account(known)["training"].crossover
     assert found and found.leader == "pruned"
     assert found.budget.low < want < found.budget.high and 0.4 < found.budget.value / want < 2.5
@@ -141,30 +141,41 @@ def test_a_parent_that_cost_too_much_is_out_of_reach() -> None:
     assert PARENT.cost
     dear = dataclasses.replace(PARENT, cost=dataclasses.replace(PARENT.cost, flops=1000 * PARENT.cost.flops))
     outlook = by_account(one(study(ladder(), parents=(dear,))))["total-flops"]
-    assert outlook.crossover is None and crossover_brief(None) == "out of reach"
+    assert outlook.crossover is None and crossover_brief(None) == "no forecast"
     assert outlook.last.basis == "out of reach" and outlook.last.difference is None
     assert outlook.last.winner == "not measured"
     for told in (outlook_sentence(outlook), standing_sentence(outlook.last, "total-flops")):
-        assert "no forecast, because the twin would get" in told
+        assert "out of reach, because" in told and "more than 4 times beyond" in told
 
 
-def test_paths_that_tie_are_too_close_to_call() -> None:
+def test_paths_that_tie_are_undecided() -> None:
     cells = [
         dataclasses.replace(c, evaluation=evaluation(scratch_law(c.training.tokens), salt))
         for salt, c in enumerate(ladder())
     ]
     further = by_account(one(study(cells)))["training"].further
-    assert further.winner == "too close to call" and "too close to call" in standing_sentence(further, "training")
+    assert further.winner == "undecided" and "undecided" in standing_sentence(further, "training")
 
 
-def test_runs_far_off_any_curve_are_warned_of(known: Forecast) -> None:
-    assert misfit_sentence(known) == ""
+def test_figures_of_runs_far_off_any_curve_are_withheld(tmp_path: Path) -> None:
+    """No number of a bad fit is anywhere, and one sentence says why; measured comparisons stay."""
     rising = {"P-R": 5.0, "S_R": 6.0, "S_{P+R}": 4.2}
     cells = [
         dataclasses.replace(c, evaluation=evaluation(rising[c.name] + 0.3 * (c.retrain_tokens == LADDER[1]), salt))
         for salt, c in enumerate(ladder())
     ]
-    assert "Poor fit: these runs scatter by 0." in misfit_sentence(one(study(cells)))
+    judgement = judge(study(cells))
+    assert not judgement.forecasts.fitted and not forecast_rows(judgement)
+    (reason,) = judgement.forecasts.unfitted
+    assert reason.startswith("Minitron-depth at ratio 0.5: its runs scatter by 0.") and "withheld" in reason
+    page = build_report(judgement, tmp_path).read_text()
+    assert page.count("around any curve") == 1 and not list(tmp_path.glob("forecasts.*"))
+    assert not list((tmp_path / "figures").glob("forecast-*"))
+    text = " ".join(text_table(judgement).split())
+    assert text.count("around any curve") == 1 and "catches up" not in text
+    answer = answer_json(judgement)
+    assert answer["forecasts"] == [] and answer["not_forecast"] == [reason]
+    assert any(verdict["winner"] == "pruned" for verdict in answer["verdicts"])
 
 
 def test_missing_runs_are_left_out_and_never_zero() -> None:

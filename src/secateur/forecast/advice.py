@@ -12,10 +12,10 @@ from dataclasses import astuple, dataclass
 from operator import mul
 from typing import Literal
 
-from secateur.forecast.crossover import REACH, Crossover, Lead, NextRun, crossover, lead, narrowing
+from secateur.forecast.crossover import Crossover, Lead, NextRun, crossover, lead, narrowing
 from secateur.forecast.curve import CurvePoint
 from secateur.forecast.evidence import SLACK, Evidence
-from secateur.forecast.fit import DEFAULT_FORM, Fit, Interval, fit_pair, pairs
+from secateur.forecast.fit import Fit, Interval, fit_pair, pairs
 from secateur.forecast.published import Claim, claim
 from secateur.methods.registry import METHODS
 
@@ -126,8 +126,8 @@ class AdviceAccount:
 
     name: Name
     extra: float  #: tokens that the from-scratch model gets beyond R
-    scratch_loss: Interval
-    lead: Lead
+    scratch_loss: Interval | None
+    lead: Lead | None  #: None: out of reach
     crossover: Crossover | None  #: in the evidence's tokens; None between two ratios
     winner: Winner
 
@@ -214,7 +214,7 @@ def case_of(
     method = ladder[0][0].method
     granularity = evidence.granularity[method]
     ratios = tuple(points[0].ratio for points in ladder)
-    fits = tuple(fit_pair(points, DEFAULT_FORM, parent_loss=evidence.parent_loss, noise=noise) for points in ladder)
+    fits = tuple(fit_pair(points, noise=noise) for points in ladder)
     target = question.target(granularity)
     targets = [question.target(granularity, evidence.parent_parameters, ratio) for ratio in ratios]
     scales = tuple(target / evidence_target for evidence_target in targets)
@@ -261,19 +261,14 @@ def _account(
 ) -> AdviceAccount:
     both = list(zip(fits, scales, strict=True))
     leads = [lead(fit, tokens / scale, extra / scale) for fit, scale in both]
-    share = sum(w * standing.likely_pruned for w, standing in zip(weights, leads, strict=True))
-    standing = Lead(_mix([item.difference for item in leads], weights), share)
+    near = [standing for standing in leads if standing]
+    if len(near) < len(leads):
+        return AdviceAccount(name, extra, None, None, None, "beyond what these runs can tell")
+    share = sum(w * standing.likely_pruned for w, standing in zip(weights, near, strict=True))
+    standing = Lead(_mix([item.difference for item in near], weights), share)
     losses = [fit.at("scratch", (tokens + extra) / scale) for fit, scale in both]
-    near = all(_within_reach(fit, tokens / scale, extra / scale) for fit, scale in both)
-    ahead: Winner = standing.winner if standing.winner in ("pruned", "scratch") else "undecided"
-    winner: Winner = ahead if near else "beyond what these runs can tell"
     crossing = crossover(fits[0], extra / scales[0]) if len(fits) == 1 else None
-    return AdviceAccount(name, extra, _mix(losses, weights), standing, crossing, winner)
-
-
-def _within_reach(fit: Fit, tokens: float, extra: float) -> bool:
-    budgets, most = fit.budgets("pruned"), max(p.tokens for p in fit.points)
-    return budgets[0] / REACH <= tokens and tokens + extra <= REACH * most
+    return AdviceAccount(name, extra, _mix(losses, weights), standing, crossing, standing.winner)
 
 
 def _distances(

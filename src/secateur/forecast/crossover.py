@@ -16,11 +16,26 @@ from typing import Any, Literal
 import numpy as np
 
 from secateur.forecast.curve import PATHS, Floats, Path
-from secateur.forecast.fit import LEVEL, Fit, Interval, percentile_interval
+from secateur.forecast.fit import LEVEL, Curves, Interval, percentile_interval
 
-__all__ = ["REACH", "Crossover", "Lead", "NextRun", "crossover", "lead", "narrowing", "next_runs"]
+__all__ = [
+    "REACH",
+    "WORTH",
+    "Crossover",
+    "Lead",
+    "NextRun",
+    "crossover",
+    "lead",
+    "narrowing",
+    "next_runs",
+    "within_reach",
+]
 
-REACH = 10  #: predictions go up to this many times the largest budget run
+#: There is a verdict, a crossover or a loss up to this many times the largest budget that a path was run on. Up to
+#: there the intervals of the difference held 90% of truths or more for each kind of truth that was tried, also where no
+#: form is right (docs/prediction.md, "Whether the intervals hold").
+REACH = 4
+WORTH = 0.9  #: a further run is worth naming if it shrinks the interval to this share of its width or less
 
 _GRID = 300  # budgets looked at, evenly spread in the logarithm
 _TRUTHS = 100  # draws that are taken for the truth, one after the other, to see what a further run would tell
@@ -29,16 +44,16 @@ _SEED = 42
 
 @dataclass(frozen=True)
 class Lead:
-    """Who is ahead at one budget."""
+    """Who is ahead at one budget within reach. A forecast never says that the paths are equal."""
 
     difference: Interval  #: loss(scratch) - loss(pruned), nats per token: positive where pruning is ahead
     likely_pruned: float  #: share of the draws in which it is
 
     @property
-    def winner(self) -> Literal["pruned", "scratch", "too close to call"]:
+    def winner(self) -> Literal["pruned", "scratch", "undecided"]:
         """The path ahead, if the whole interval says so."""
         low, high = self.difference.low, self.difference.high
-        return "pruned" if low > 0 else "scratch" if high < 0 else "too close to call"
+        return "pruned" if low > 0 else "scratch" if high < 0 else "undecided"
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Crossover:
         budget: R, in tokens, of the first budget at which the other is no worse: ``lowest`` where it is so from the
             start, infinite where it is not so up to ``horizon``.
         lowest: the smallest budget that is looked at: the smallest that a pruned model was run on.
-        horizon: the largest: :data:`REACH` times the largest budget run.
+        horizon: the largest: there the budget of one path is :data:`REACH` times the largest that it was run on.
         draws: the budget of each draw.
     """
 
@@ -68,22 +83,49 @@ class Crossover:
         return {"leader": self.leader, **tokens}
 
 
-def lead(fit: Fit, tokens: float, extra: float = 0.0, rate: float = 1.0) -> Lead:
-    """Compare the paths at R = ``tokens``, where the from-scratch model gets ``rate * tokens + extra``."""
+def within_reach(curves: Curves, tokens: float, scratch_tokens: float) -> bool:
+    """Whether both budgets are at most :data:`REACH` times the largest that their path was run on, or that far below.
+
+    Args:
+        tokens: R, of the pruned model.
+        scratch_tokens: of the model from scratch.
+    """
+    for path, budget in (("pruned", tokens), ("scratch", scratch_tokens)):
+        budgets = curves.budgets(path)
+        if not budgets[0] / REACH <= budget <= REACH * budgets[-1]:
+            return False
+    return True
+
+
+def lead(curves: Curves, tokens: float, extra: float = 0.0, rate: float = 1.0) -> Lead | None:
+    """Compare the paths at R = ``tokens``, where the from-scratch model gets ``rate * tokens + extra``.
+
+    Returns:
+        Who is ahead; None out of reach, and where the runs lie too far off the curves (:attr:`Curves.poor`).
+    """
     scratch_tokens = rate * tokens + extra
-    draws = fit.loss_draws("scratch", scratch_tokens) - fit.loss_draws("pruned", tokens)
-    best = float(fit.loss("scratch", scratch_tokens) - fit.loss("pruned", tokens))
+    if curves.poor or not within_reach(curves, tokens, scratch_tokens):
+        return None
+    draws = curves.loss_draws("scratch", scratch_tokens) - curves.loss_draws("pruned", tokens)
+    best = float(curves.loss("scratch", scratch_tokens) - curves.loss("pruned", tokens))
     return Lead(percentile_interval(best, draws), float(np.mean(draws > 0)))
 
 
-def crossover(fit: Fit, extra: float = 0.0, rate: float = 1.0) -> Crossover:
-    """Find where the path behind catches up, where the from-scratch model gets ``rate * R + extra`` tokens."""
-    lowest = float(fit.budgets("pruned")[0])
-    horizon = REACH * float(max(p.tokens for p in fit.points))
+def crossover(curves: Curves, extra: float = 0.0, rate: float = 1.0) -> Crossover | None:
+    """Find where the path behind catches up, where the from-scratch model gets ``rate * R + extra`` tokens.
+
+    Returns:
+        The crossover; None where no R is in reach (:func:`within_reach`), and where the runs lie too far off the
+        curves.
+    """
+    lowest, largest = (float(curves.budgets("pruned")[end]) for end in (0, -1))
+    horizon = min(REACH * largest, (REACH * curves.budgets("scratch")[-1] - extra) / rate)
+    if curves.poor or horizon <= lowest:
+        return None
     budgets = np.geomspace(lowest, horizon, _GRID)
     scratch_tokens = rate * budgets + extra
-    ahead = fit.loss("scratch", scratch_tokens) - fit.loss("pruned", budgets)
-    draws = fit.loss_draws("scratch", scratch_tokens) - fit.loss_draws("pruned", budgets)
+    ahead = curves.loss("scratch", scratch_tokens) - curves.loss("pruned", budgets)
+    draws = curves.loss_draws("scratch", scratch_tokens) - curves.loss_draws("pruned", budgets)
     leader: Path | None = "pruned" if ahead[0] > 0 else "scratch" if ahead[0] < 0 else None
     sign = -1.0 if leader == "scratch" else 1.0
     crossings = _first_not_above(sign * np.vstack([ahead, draws]), budgets)
@@ -111,9 +153,10 @@ class NextRun:
     path: Path
     tokens: int
     width: float  #: of the interval after it, as a share of what it is now; a mean over what the run may show
+    flops: float | None = None  #: of training; None where a token's FLOPs are not known
 
 
-def next_runs(fit: Fit, quantity: Floats, candidates: Sequence[tuple[Path, int]] | None = None) -> list[NextRun]:
+def next_runs(curves: Curves, quantity: Floats, candidates: Sequence[tuple[Path, int]] | None = None) -> list[NextRun]:
     """Rank further runs by how much each would narrow the interval of ``quantity``, the best first.
 
     Each of many draws is taken for the truth. The run then shows that draw's loss with noise, and the draws are
@@ -134,24 +177,31 @@ def next_runs(fit: Fit, quantity: Floats, candidates: Sequence[tuple[Path, int]]
     if width == 0:
         return []
     truths = np.linspace(0, len(values) - 1, min(_TRUTHS, len(values))).astype(int)
-    noise = fit.noise * np.random.default_rng(_SEED).standard_normal(len(truths))
+    noise = curves.noise * np.random.default_rng(_SEED).standard_normal(len(truths))
     runs = []
-    for path, tokens in candidates or _candidates(fit):
-        losses = fit.loss_draws(path, tokens)[order]
+    for path, tokens in candidates or _candidates(curves):
+        losses = curves.loss_draws(path, tokens)[order]
         outcomes = losses[truths] + noise
-        agreement = np.exp(-0.5 * ((losses - outcomes[:, None]) / fit.noise) ** 2)
+        agreement = np.exp(-0.5 * ((losses - outcomes[:, None]) / curves.noise) ** 2)
         then = _width(values, agreement / agreement.sum(axis=1, keepdims=True))
         runs.append(NextRun(path, tokens, float(np.mean(then) / width)))
     return sorted(runs, key=lambda run: (run.width, run.tokens, run.path))
 
 
-def narrowing(fit: Fit, crossing: Crossover) -> list[NextRun]:
-    """:func:`next_runs` for the logarithm of a crossover; a draw without one counts as the horizon."""
-    return next_runs(fit, np.log(np.minimum(crossing.draws, crossing.horizon)))
+def narrowing(curves: Curves, crossing: Crossover | None) -> list[NextRun]:
+    """The further runs that would tell something of a crossover, the best first.
+
+    A run counts if it should shrink the interval of the crossover's logarithm to :data:`WORTH` of its width or less; a
+    draw without a crossover counts as the horizon. There is none where the crossover itself is out of reach.
+    """
+    if crossing is None or not crossing.lowest < crossing.budget.value <= crossing.horizon:
+        return []
+    runs = next_runs(curves, np.log(np.minimum(crossing.draws, crossing.horizon)))
+    return [run for run in runs if run.width <= WORTH]
 
 
-def _candidates(fit: Fit) -> list[tuple[Path, int]]:
-    every = sorted({p.tokens for p in fit.points})
+def _candidates(curves: Curves) -> list[tuple[Path, int]]:
+    every = sorted({p.tokens for p in curves.points})
     between = [round(math.sqrt(a * b)) for a, b in pairwise(every) if b > 1.5 * a]
     return [(path, tokens) for path in PATHS for tokens in sorted({*every, *between, 2 * every[-1]})]
 

@@ -55,7 +55,7 @@ class Form:
     head_start: bool = False  #: amplitude and exponent are shared, and pruning is worth H tokens
 
 
-#: The forms that are tried, and reported, all of them.
+#: Every form; forecasts average over those that need no loss of the parent.
 CURVE_FORMS: dict[str, Form] = {
     form.name: form
     for form in (
@@ -102,6 +102,7 @@ class Problem:
     """The points and priors of one fit. Its vector holds the logarithms of the parameters that the form leaves open.
 
     Attributes:
+        points: the runs.
         losses: of the points.
         scale: ``D_0``, in tokens.
         centres: of the priors.
@@ -109,6 +110,7 @@ class Problem:
     """
 
     def __init__(self, points: Sequence[CurvePoint], form: Form, parent_loss: float | None) -> None:
+        self.points = tuple(points)
         self.losses = np.array([p.loss for p in points])
         self.scale = float(np.exp(np.mean(np.log([p.tokens for p in points]))))
         self._form, self._parent_loss = form, parent_loss

@@ -1,12 +1,14 @@
 """Fit both curves of a pair to finished runs, with the uncertainty that the runs leave.
 
-Few points cannot tell all parameters of the law. So each has a prior, wide and the same for all curves, and what the
-points leave open is open in the draws of a :class:`Fit` as well. docs/prediction.md lists the assumptions.
+Few points cannot tell all parameters of the law, nor which form is right. So each parameter has a prior, wide and the
+same for all curves, and every form that fits the runs acceptably has an equal share of the draws of a :class:`Fit`.
+docs/prediction.md lists the assumptions, and how often intervals hold where the forms are wrong.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,25 +18,30 @@ from secateur.errors import UserError, did_you_mean
 from secateur.forecast.curve import CURVE_FORMS, PATHS, CurvePoint, Floats, Form, Path, Problem, law
 
 __all__ = [
-    "DEFAULT_FORM",
+    "AVERAGED_FORMS",
     "DRAWS",
     "LEVEL",
+    "MISFIT",
     "NOISE",
+    "Curves",
     "Fit",
     "Interval",
     "LeftOut",
     "fit_pair",
+    "has_enough_runs",
     "leave_last_out",
     "pairs",
     "percentile_interval",
 ]
 
-#: Chosen by leave-last-out on the published ladder; docs/prediction.md has the errors of all.
-DEFAULT_FORM = "shared-floor"
+#: The forms that forecasts average over: all that need no loss of the parent.
+AVERAGED_FORMS = tuple(name for name, form in CURVE_FORMS.items() if form.floor != "parent")
 LEVEL = 0.95  #: of every interval
-DRAWS = 400  #: of the bootstrap
+DRAWS = 400  #: of the bootstrap, shared by the forms
 NOISE = 0.01  #: standard deviation of a run's loss between seeds, in nats, as far as the runs do not tell
+MISFIT = 4  #: a fit whose runs scatter by this many times the noise has no figures
 
+_ACCEPTABLE = 1.5  # times the scatter of the best form, or the assumed noise: a form that scatters by more has no share
 _NOISE_WEIGHT = 4  # the assumed noise counts as so many degrees of freedom, beside those of the runs
 _SEED = 42
 
@@ -55,35 +62,27 @@ def percentile_interval(value: float, draws: Floats) -> Interval:
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The two curves of one pair, and other curves that the same runs could have come from.
+class Curves(ABC):
+    """The loss of both paths by their training tokens, with draws of what it could be.
 
     Attributes:
-        form: what was fitted.
-        points: the runs.
-        scale: ``D_0``, tokens.
-        noise: standard deviation of a run's loss, in nats: the assumed one and that of the runs, pooled.
-        best: each path's curve ``[2, 4]`` (scratch first): E and G in nats, alpha, H over ``D_0``.
-        draws: the same for each draw of the bootstrap, ``[draws, 2, 4]``.
+        points: the finished runs behind the curves.
+        noise: standard deviation of a run's loss, in nats.
+        poor: whether the runs scatter around the curves by :data:`MISFIT` times the noise or more. Such curves tell
+            nothing: whoever shows figures withholds them.
     """
 
-    form: Form
     points: tuple[CurvePoint, ...]
-    scale: float
     noise: float
-    best: Floats
-    draws: Floats
+    poor: bool
 
+    @abstractmethod
     def loss(self, path: Path, tokens: float | Floats) -> Floats:
-        """The fitted loss, in nats per token, after ``tokens`` of training."""
-        return law(self.best[PATHS.index(path)], np.asarray(tokens, dtype=float) / self.scale)
+        """The expected loss, in nats per token, after ``tokens`` of training."""
 
+    @abstractmethod
     def loss_draws(self, path: Path, tokens: float | Floats) -> Floats:
         """The same for each draw: ``[draws, *shape of tokens]``."""
-        budgets = np.asarray(tokens, dtype=float)
-        curves = self.draws[:, PATHS.index(path)].T
-        return law(curves.reshape(4, -1, *[1] * budgets.ndim), budgets / self.scale)
 
     def at(self, path: Path, tokens: float) -> Interval:
         """The loss at a budget, with what the fit leaves open; a single run scatters by ``noise`` around it."""
@@ -94,6 +93,43 @@ class Fit:
         return sorted({p.tokens for p in self.points if p.path == path})
 
 
+@dataclass(frozen=True)
+class Fit(Curves):
+    """The two curves of one pair, and other curves that the same runs could have come from.
+
+    Attributes:
+        forms: that fit the runs acceptably; each has the same weight.
+        points: the runs.
+        scale: ``D_0``, tokens.
+        noise: standard deviation of a run's loss, in nats: the assumed one and that of the runs, pooled.
+        scatter: of the runs around the curves of the best form, in nats, pooled with the noise.
+        poor: whether that is :data:`MISFIT` times the noise that the assumption and several seeds tell, or more.
+        best: each path's curve by each form ``[forms, 2, 4]`` (scratch first): E and G in nats, alpha, H over ``D_0``.
+        draws: the same for each draw of the bootstrap, ``[draws, 2, 4]``.
+    """
+
+    forms: tuple[Form, ...]
+    points: tuple[CurvePoint, ...]
+    scale: float
+    noise: float
+    scatter: float
+    poor: bool
+    best: Floats
+    draws: Floats
+
+    def loss(self, path: Path, tokens: float | Floats) -> Floats:
+        """The mean over the forms of the fitted loss, in nats per token."""
+        return self._losses(self.best, path, tokens).mean(axis=0)
+
+    def loss_draws(self, path: Path, tokens: float | Floats) -> Floats:
+        """The loss by each draw: ``[draws, *shape of tokens]``."""
+        return self._losses(self.draws, path, tokens)
+
+    def _losses(self, curves: Floats, path: Path, tokens: float | Floats) -> Floats:
+        budgets = np.asarray(tokens, dtype=float)
+        return law(curves[:, PATHS.index(path)].T.reshape(4, -1, *[1] * budgets.ndim), budgets / self.scale)
+
+
 def pairs(points: Sequence[CurvePoint]) -> dict[tuple[str, float], list[CurvePoint]]:
     """The points by method and ratio: what a pruned model is compared with has its shape, or its mask."""
     groups: dict[tuple[str, float], list[CurvePoint]] = {}
@@ -102,68 +138,125 @@ def pairs(points: Sequence[CurvePoint]) -> dict[tuple[str, float], list[CurvePoi
     return groups
 
 
+def has_enough_runs(points: Sequence[CurvePoint]) -> bool:
+    """Whether a pair has runs of both paths, and three budgets or more in all."""
+    budgets = {(p.path, p.tokens) for p in points}
+    return {path for path, _ in budgets} == set(PATHS) and len(budgets) > 2
+
+
 def fit_pair(
     points: Sequence[CurvePoint],
-    form: str = DEFAULT_FORM,
+    forms: Sequence[str] = AVERAGED_FORMS,
     *,
     parent_loss: float | None = None,
     noise: float | None = None,
     draws: int = DRAWS,
 ) -> Fit:
-    """Fit both curves of one pair of paths together.
+    """Fit both curves of one pair of paths together, by every form, and average over those that fit acceptably.
 
-    The best curve has the least sum of Huber losses of the deviations, in logarithms of the loss and over the noise,
-    of points and priors alike; it is the best of several starts. Each draw fits anew what the runs might have shown:
-    every point moved by normal noise of a size that is itself drawn, every prior's centre by the prior's width. For
-    a linear law this draws from the posterior, and for this one nearly. The same points give the same draws.
+    The best curve of a form has the least sum of Huber losses of the deviations, in logarithms of the loss and over
+    the noise, of points and priors alike; it is the best of several starts. A form is acceptable if the runs scatter
+    around it by no more than 1.5 times what they do around the best form, or 1.5 times the noise. Each draw fits
+    anew what the runs might have shown: every point moved by normal noise of a size that is itself drawn, every prior's
+    centre by the prior's width. For a linear law this draws from the posterior, and for this one nearly. The
+    same points give the same draws.
 
     Args:
         points: finished runs of one method and ratio, both paths among them.
-        form: a name in :data:`FORMS`.
+        forms: names in :data:`CURVE_FORMS`.
         parent_loss: held-out loss of the parent, in nats; for the form ``parent-floor``.
         noise: standard deviation of a run's loss, in nats; :data:`NOISE` and what the runs tell, unless given.
+        draws: how many, over all forms; at least one a form.
 
     Raises:
         UserError: on an unknown form, too few points, or points that contradict one another.
     """
-    if form not in CURVE_FORMS:
-        raise UserError(f"form: {form!r} is not known{did_you_mean(form, CURVE_FORMS)}")
-    if CURVE_FORMS[form].floor == "parent" and parent_loss is None:
-        raise UserError(f"form {form}: needs the parent's held-out loss")
+    for form in forms:
+        if form not in CURVE_FORMS:
+            raise UserError(f"form: {form!r} is not known{did_you_mean(form, CURVE_FORMS)}")
+        if CURVE_FORMS[form].floor == "parent" and parent_loss is None:
+            raise UserError(f"form {form}: needs the parent's held-out loss")
     _check(points)
     points = tuple(sorted(points, key=lambda p: (p.path, p.tokens, p.seed, p.name)))  # their order tells nothing
-    problem = Problem(points, CURVE_FORMS[form], parent_loss)
-    deviation, freedom = noise or NOISE, _NOISE_WEIGHT
-    best = problem.solve(problem.losses, problem.centres, deviation, problem.starts())
-    if noise is None:
-        deviation, freedom = _pooled_noise(points, problem, best)
-        best = problem.solve(problem.losses, problem.centres, deviation, [best, *problem.starts()])
+    fits = [_FormFit.of(Problem(points, CURVE_FORMS[form], parent_loss), CURVE_FORMS[form], noise) for form in forms]
+    scatter = min(fit.scatter for fit in fits)
+    fits = [fit for fit in fits if fit.scatter <= _ACCEPTABLE * max(scatter, noise or NOISE)]
     random = np.random.default_rng(_SEED)
-    sizes, losses, centres = np.empty(draws), np.empty((draws, len(points))), np.empty((draws, len(best)))
-    for draw in range(draws):
-        sizes[draw] = deviation if noise else deviation * math.sqrt(freedom / random.chisquare(freedom))
-        moved = sizes[draw] / problem.losses * random.standard_normal(len(points))
-        losses[draw] = problem.losses * np.exp(moved)  # in logarithms, as the fit has it: no loss falls below zero
-        centres[draw] = problem.centres + problem.widths * random.standard_normal(len(best))
-    curves = problem.curves(problem.solve_many(losses, centres, sizes, best))
-    return Fit(CURVE_FORMS[form], points, problem.scale, deviation, problem.curves(best), curves)
+    numbers = [max(1, len(part)) for part in np.array_split(np.arange(draws), len(fits))]
+    return Fit(
+        forms=tuple(fit.form for fit in fits),
+        points=points,
+        scale=fits[0].problem.scale,
+        noise=math.sqrt(float(np.mean([fit.noise**2 for fit in fits]))),
+        scatter=scatter,
+        poor=scatter >= MISFIT * (noise or _noise_of_seeds(points)[0]),
+        best=np.stack([fit.problem.curves(fit.best) for fit in fits]),
+        draws=np.concatenate([fit.draw(random, number) for fit, number in zip(fits, numbers, strict=True)]),
+    )
 
 
-def _pooled_noise(points: Sequence[CurvePoint], problem: Problem, best: Floats) -> tuple[float, int]:
+@dataclass(frozen=True)
+class _FormFit:
+    """The best curves of one form."""
+
+    problem: Problem
+    form: Form
+    best: Floats  #: the vector of the problem
+    noise: float  #: of a run, in nats
+    freedom: int | None  #: degrees of freedom of the noise; None: it is known
+    scatter: float  #: of the runs around the curves, pooled with the assumed noise
+
+    @classmethod
+    def of(cls, problem: Problem, form: Form, noise: float | None) -> _FormFit:
+        """Fit; ``noise`` is that of a run where it is known, and else told by the runs."""
+        best = problem.solve(problem.losses, problem.centres, noise or NOISE, problem.starts())
+        if noise is not None:
+            return cls(problem, form, best, noise, None, _scatter(problem, best, noise))
+        size, freedom = _pooled_noise(problem, best)
+        best = problem.solve(problem.losses, problem.centres, size, [best, *problem.starts()])
+        return cls(problem, form, best, size, freedom, _scatter(problem, best, NOISE))
+
+    def draw(self, random: np.random.Generator, draws: int) -> Floats:
+        """Fit anew what the runs might have shown: curves ``[draws, 2, 4]``."""
+        problem, shape = self.problem, (draws, len(self.problem.losses))
+        sizes = np.full(draws, self.noise)
+        if self.freedom is not None:
+            sizes *= np.sqrt(self.freedom / random.chisquare(self.freedom, draws))
+        moves = sizes[:, None] / problem.losses * random.standard_normal(shape)
+        losses = problem.losses * np.exp(moves)  # in logarithms, as the fit has it: no loss falls below zero
+        centres = problem.centres + problem.widths * random.standard_normal((draws, len(self.best)))
+        return problem.curves(problem.solve_many(losses, centres, sizes, self.best))
+
+
+def _pooled_noise(problem: Problem, best: Floats) -> tuple[float, int]:
     """The noise that the runs show, pooled with the assumed one, and its degrees of freedom.
 
     Runs show it in their distance from the fit where they outnumber its parameters, else in that between seeds.
     """
-    freedom = len(points) - len(best)
-    apart = problem.losses - problem.fitted(best)
-    if freedom <= 0:
-        groups: dict[tuple[str, int], list[float]] = {}
-        for p in points:
-            groups.setdefault((p.path, p.tokens), []).append(p.loss)
-        apart = np.concatenate([np.array(losses) - np.mean(losses) for losses in groups.values()])
-        freedom = len(points) - len(groups)
-    square = float(np.sum(apart**2)) + _NOISE_WEIGHT * NOISE**2
-    return math.sqrt(square / (freedom + _NOISE_WEIGHT)), freedom + _NOISE_WEIGHT
+    freedom = len(problem.losses) - len(best)
+    return _pool(_squares(problem, best), freedom) if freedom > 0 else _noise_of_seeds(problem.points)
+
+
+def _scatter(problem: Problem, best: Floats, noise: float) -> float:
+    """The distance of the runs from the fit, pooled with ``noise``, even where no freedom is left."""
+    return _pool(_squares(problem, best), max(len(problem.losses) - len(best), 0), noise)[0]
+
+
+def _squares(problem: Problem, best: Floats) -> float:
+    return float(np.sum((problem.losses - problem.fitted(best)) ** 2))
+
+
+def _noise_of_seeds(points: Sequence[CurvePoint]) -> tuple[float, int]:
+    """The noise between seeds, pooled with the assumed one, and its degrees of freedom."""
+    groups: dict[tuple[str, int], list[float]] = {}
+    for p in points:
+        groups.setdefault((p.path, p.tokens), []).append(p.loss)
+    squares = sum(float(np.sum((np.array(losses) - np.mean(losses)) ** 2)) for losses in groups.values())
+    return _pool(squares, len(points) - len(groups))
+
+
+def _pool(squares: float, freedom: int, noise: float = NOISE) -> tuple[float, int]:
+    return math.sqrt((squares + _NOISE_WEIGHT * noise**2) / (freedom + _NOISE_WEIGHT)), freedom + _NOISE_WEIGHT
 
 
 def _check(points: Sequence[CurvePoint]) -> None:
@@ -178,11 +271,10 @@ def _check(points: Sequence[CurvePoint]) -> None:
         if (p.path, p.name, p.tokens, p.seed) in keys:
             raise UserError(f"{who}: two {p.path} runs of {p.tokens} tokens have seed {p.seed}; keep one of them")
         keys.add((p.path, p.name, p.tokens, p.seed))
-    budgets = {path: len({p.tokens for p in points if p.path == path}) for path in PATHS}
-    missing = [path for path, number in budgets.items() if not number]
+    missing = [path for path in PATHS if not any(p.path == path for p in points)]
     if missing:
         raise UserError(f"{who}: no finished {missing[0]} run; a comparison needs both paths")
-    if sum(budgets.values()) < 3:
+    if not has_enough_runs(points):
         raise UserError(f"{who}: two finished runs tell no curve; run one of the paths at another budget as well")
 
 
@@ -201,7 +293,7 @@ class LeftOut:
 
 def leave_last_out(
     points: Sequence[CurvePoint],
-    form: str = DEFAULT_FORM,
+    forms: Sequence[str] = AVERAGED_FORMS,
     *,
     last: int = 1,
     parent_loss: float | None = None,
@@ -211,7 +303,7 @@ def leave_last_out(
 
     Args:
         points: finished runs of any number of pairs.
-        form: a name in :data:`FORMS`.
+        forms: names in :data:`CURVE_FORMS`, averaged over.
         last: how many budgets of each path are left out, the largest ones.
 
     Returns:
@@ -221,7 +313,7 @@ def leave_last_out(
     for group in pairs(points).values():
         out = {path: sorted({p.tokens for p in group if p.path == path})[-last:] for path in PATHS}
         shorter_runs = [p for p in group if p.tokens not in out[p.path]]
-        if {p.path for p in shorter_runs} == set(PATHS) and len({(p.path, p.tokens) for p in shorter_runs}) > 2:
-            shorter = fit_pair(shorter_runs, form, parent_loss=parent_loss, draws=draws)
+        if has_enough_runs(shorter_runs):
+            shorter = fit_pair(shorter_runs, forms, parent_loss=parent_loss, draws=draws)
             predictions += [LeftOut(p, shorter.at(p.path, p.tokens)) for p in group if p.tokens in out[p.path]]
     return predictions

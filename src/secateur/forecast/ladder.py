@@ -9,19 +9,22 @@ just that account is in the study, its own paired difference stands in the place
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
+
+import numpy as np
 
 from secateur.comparison.index import PRUNED, Index, Model, group_of
 from secateur.comparison.naming import model_name
 from secateur.comparison.records import Cell
 from secateur.comparison.twins import Setting, Verdict, Winner
 from secateur.errors import UserError
-from secateur.forecast.crossover import REACH, Crossover, NextRun, crossover, lead, narrowing
-from secateur.forecast.curve import PATHS, CurvePoint
-from secateur.forecast.fit import Fit, Interval, fit_pair
+from secateur.forecast.crossover import Crossover, NextRun, crossover, lead, narrowing
+from secateur.forecast.curve import PATHS, CurvePoint, Path
+from secateur.forecast.fit import MISFIT, Fit, Interval, fit_pair
+from secateur.formatting import number
 
 __all__ = ["AccountName", "Allowance", "Basis", "Forecast", "Forecasts", "Outlook", "Standing", "forecast"]
 
@@ -65,13 +68,18 @@ class Standing:
     winner: Winner
     difference: Interval | None
 
+    @property
+    def by_curves(self) -> bool:
+        """Whether the fitted curves say so: not where it was measured, nor out of reach."""
+        return self.basis not in ("measured", "out of reach")
+
 
 @dataclass(frozen=True)
 class Outlook:
     """One account of a ladder: where the path behind catches up, and who is ahead at each budget."""
 
     allowance: Allowance
-    crossover: Crossover | None  #: None: even at the smallest R the twin's budget is out of reach
+    crossover: Crossover | None  #: None: out of reach at every R, or measured comparisons contradict the curves'
     standings: tuple[Standing, ...]  #: at each R of the ladder, and last at the further budget
 
     @property
@@ -95,11 +103,13 @@ class Forecast:
     fit: Fit
     further: int  #: tokens: R of the forecast, twice the largest of the ladder
     outlooks: tuple[Outlook, ...]  #: one for each account whose costs are known
-    next_run: NextRun | None  #: what would narrow the crossover at equal training tokens most; None: nothing is open
+    next_run: NextRun | None  #: what would narrow the crossover at equal training tokens most; None: nothing by enough
 
-    def loss(self, path: Literal["scratch", "pruned"]) -> Interval:
-        """Of one path on as many training tokens as the further budget."""
-        return self.fit.at(path, self.further)
+    def loss(self, path: Path) -> Interval | None:
+        """Of one path at the further budget, at equal training tokens; None out of reach."""
+        standing = self.outlooks[0].further
+        tokens = standing.tokens if path == "pruned" else standing.scratch_tokens
+        return self.fit.at(path, tokens) if standing.difference else None
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,11 @@ def _forecast(
     if len({cell.evaluation.protocol for cell in cells if cell.evaluation}) > 1:
         raise UserError("its runs were evaluated under different protocols")
     fit = _fitted(tuple(dict.fromkeys(map(_point, cells))))
+    if fit.poor:
+        raise UserError(
+            f"its runs scatter by {number(fit.scatter, 2)} nats around any curve, {MISFIT} times the noise of a run or "
+            "more, so that the figures of this fit are withheld"
+        )
     ladder = fit.budgets("pruned")
     further = _FURTHER * ladder[-1]
     measured = {
@@ -168,17 +183,38 @@ def _forecast(
             else _standing(fit, allowance, r)
             for r in (*ladder, further)
         ]
-        outlooks.append(Outlook(allowance, _crossover(fit, allowance), tuple(standings)))
-    crossing = outlooks[0].crossover
-    runs = narrowing(fit, crossing) if crossing else []
-    return Forecast(model, objective, name, fit, further, tuple(outlooks), runs[0] if runs else None)
+        crossing = crossover(fit, allowance.extra, allowance.rate)
+        outlooks.append(Outlook(allowance, _agreeing(crossing, standings), tuple(standings)))
+    runs = narrowing(fit, outlooks[0].crossover)
+    next_run = _with_cost(runs[0], cells) if runs else None
+    return Forecast(model, objective, name, fit, further, tuple(outlooks), next_run)
 
 
-def _crossover(fit: Fit, allowance: Allowance) -> Crossover | None:
-    reach = REACH * max(p.tokens for p in fit.points)
-    if allowance.tokens(fit.budgets("pruned")[0]) > reach:
+def _agreeing(crossing: Crossover | None, standings: Sequence[Standing]) -> Crossover | None:
+    """The crossover as measured comparisons bound it: they win over the curves.
+
+    Returns:
+        The crossover, its budgets moved between the last R at which its leader was measured ahead and the first
+        at which the other path was, and infinite where the curves put it before the former; None where no crossover
+        agrees with all that was measured.
+    """
+    winners = {s.tokens: s.winner for s in standings if s.basis == "measured" and s.winner in PATHS}
+    if crossing is None or not winners:
+        return crossing
+    ahead = [tokens for tokens, winner in winners.items() if winner == crossing.leader]
+    behind = [tokens for tokens, winner in winners.items() if winner != crossing.leader]
+    low, high = max(ahead, default=0), min(behind, default=math.inf)
+    if crossing.leader is None or high <= max(low, crossing.lowest):
         return None
-    return crossover(fit, allowance.extra, allowance.rate)
+    start, end = (min(max(budget, low), high) for budget in (crossing.budget.low, crossing.budget.high))
+    value = min(crossing.budget.value, high) if crossing.budget.value > low else math.inf
+    return replace(crossing, budget=Interval(value, start, end), draws=np.clip(crossing.draws, low, high))
+
+
+def _with_cost(run: NextRun, cells: Sequence[Cell]) -> NextRun:
+    """The run with the FLOPs of its training, at those of a token in the finished runs of its path."""
+    training = next(cell.training for cell in cells if cell.path == run.path)
+    return replace(run, flops=run.tokens * training.flops / training.tokens)
 
 
 @lru_cache(maxsize=256)
@@ -234,15 +270,15 @@ def _measured(verdict: Verdict, allowance: Allowance) -> Standing:
 
 
 def _standing(fit: Fit, allowance: Allowance, tokens: int) -> Standing:
-    """Predict by the fitted curves, up to :data:`REACH` times the largest budget that was run."""
+    """Predict by the fitted curves, within reach of the budgets that were run."""
     scratch_tokens = allowance.tokens(tokens)
     pruned_budgets, scratch_budgets = fit.budgets("pruned"), fit.budgets("scratch")
-    if max(scratch_tokens, tokens) > REACH * max(pruned_budgets[-1], scratch_budgets[-1]):
+    result = lead(fit, tokens, allowance.extra, allowance.rate)
+    if result is None:
         return Standing(tokens, scratch_tokens, "out of reach", "not measured", None)
     within = (
         pruned_budgets[0] <= tokens <= pruned_budgets[-1]
         and scratch_budgets[0] <= scratch_tokens <= scratch_budgets[-1]
     )
-    result = lead(fit, tokens, allowance.extra, allowance.rate)
     basis: Basis = "between the budgets run" if within else "beyond the budgets run"
     return Standing(tokens, scratch_tokens, basis, result.winner, result.difference)

@@ -191,7 +191,7 @@ def _case(case: Case, question: Question, price: Price | None) -> dict[str, Any]
         "method": case.method,
         "granularity": case.granularity,
         "ratios": list(case.ratios),
-        "form": fit.form.name,
+        "forms": [form.name for form in fit.forms],
         "noise": max(fit.noise for fit in case.fits),
         "budgets": {path: sorted({b for fit in case.fits for b in fit.budgets(path)}) for path in PATHS},
         "scales": list(case.scales),
@@ -217,9 +217,9 @@ def _account(case: Case, account: AdviceAccount, question: Question) -> dict[str
     return {
         "name": account.name,
         "scratch_tokens": question.tokens + account.extra,
-        "scratch_loss": asdict(account.scratch_loss),
-        "difference": asdict(account.lead.difference),
-        "likely_pruned": account.lead.likely_pruned,
+        "scratch_loss": asdict(account.scratch_loss) if account.scratch_loss else None,
+        "difference": asdict(account.lead.difference) if account.lead else None,
+        "likely_pruned": account.lead.likely_pruned if account.lead else None,
         "winner": account.winner,
         "crossover": account.crossover.record(case.scales[0]) if account.crossover else None,
     }

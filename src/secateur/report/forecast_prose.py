@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from secateur.comparison.naming import BUDGETS
-from secateur.forecast.crossover import REACH, Crossover
-from secateur.forecast.fit import NOISE, Interval
+from secateur.forecast.crossover import REACH, WORTH, Crossover
+from secateur.forecast.curve import PATHS
+from secateur.forecast.fit import Interval
 from secateur.forecast.ladder import AccountName, Forecast, Forecasts, Outlook, Standing
 from secateur.forecast.ratios import MethodLaw
-from secateur.formatting import count, decimals, loss, number
+from secateur.formatting import count, decimals, loss, number, scientific
 from secateur.report.prose import interval
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "forecasts_json",
     "further_sentence",
     "laws_json",
-    "misfit_sentence",
     "next_sentence",
     "outlook_sentence",
     "standing_sentence",
@@ -36,7 +36,6 @@ ACCOUNT_NAMES: dict[AccountName, str] = {
     "shared-flops": "FLOPs, the parent shared",
     "total-flops": "FLOPs, the parent charged",
 }
-_MISFIT = 4  # a fit is poor if its runs scatter by this many times the assumed noise
 _PATHS = {"pruned": "pruning", "scratch": "training from scratch"}
 
 
@@ -50,6 +49,8 @@ def catches_up(crossover: Mapping[str, Any]) -> str:
     if low is None:
         return f"{path} does not catch up within {horizon} tokens."
     at_first = low <= crossover["lowest"]
+    if at_first and high is None:
+        return f"Undecided: these runs cannot tell whether or where {path[0].lower()}{path[1:]} catches up."
     start = f"{count(crossover['lowest'])} or less" if at_first else count(low)
     span = f"95%: {start} to " + (f"beyond {horizon}" if high is None else count(high))
     if crossover["budget"] is None:
@@ -60,23 +61,29 @@ def catches_up(crossover: Mapping[str, Any]) -> str:
 def crossover_brief(crossover: Crossover | None) -> str:
     """The crossover's budget and its interval, for a legend or a table."""
     if crossover is None:
-        return "out of reach"
+        return "no forecast"
     budget, low, high = crossover.budget.value, crossover.budget.low, crossover.budget.high
     horizon = count(crossover.horizon)
     if math.isinf(low):
         return f"not within {horizon}"
+    if low <= crossover.lowest and math.isinf(high):
+        return "undecided"
     if math.isinf(budget):
-        return "undetermined" if low <= crossover.lowest else f"not before {count(low)}"
+        return "undecided" if low <= crossover.lowest else f"not before {count(low)}"
     return f"{count(budget)} ({count(low)} to {f'beyond {horizon}' if math.isinf(high) else count(high)})"
 
 
 def outlook_sentence(outlook: Outlook) -> str:
     """Where the trailing path catches up on one account."""
     start = f"At equal {ACCOUNT_NAMES[outlook.allowance.account]}"
-    if outlook.crossover is None:
+    if outlook.crossover is not None:
+        text = catches_up(outlook.crossover.record())
+        return f"{start}: {text[0].lower()}{text[1:]}"
+    if outlook.standings[0].difference is None:
         return f"{start}: {_no_forecast(outlook.standings[0])}."
-    text = catches_up(outlook.crossover.record())
-    return f"{start}: {text[0].lower()}{text[1:]}"
+    if any(standing.basis == "measured" for standing in outlook.standings):
+        return f"{start}: no crossover, because the fitted curves disagree with the measured comparisons."
+    return f"{start}: no crossover, because budgets beyond the smallest are out of reach."
 
 
 def standing_sentence(standing: Standing, account: AccountName) -> str:
@@ -87,9 +94,9 @@ def standing_sentence(standing: Standing, account: AccountName) -> str:
         return f"{start}: {_no_forecast(standing)}."
     digits = decimals(difference.value, difference.low, difference.high)
     basis = standing.basis if standing.basis == "measured" else f"by the fitted curves, {standing.basis}"
-    if standing.winner == "too close to call":
+    if standing.winner not in _PATHS:  # undecided, or measured to be equal
         span = interval(difference.low, difference.high, digits)
-        return f"{start}: too close to call, difference {number(difference.value, digits)} nats ({span}; {basis})."
+        return f"{start}: {standing.winner}, difference {number(difference.value, digits)} nats ({span}; {basis})."
     near, far = sorted((abs(difference.low), abs(difference.high)))
     lead = f"{_PATHS[standing.winner]} is ahead by {number(abs(difference.value), digits)} nats"
     return f"{start}: {lead} ({interval(near, far, digits)}; {basis})."
@@ -97,18 +104,19 @@ def standing_sentence(standing: Standing, account: AccountName) -> str:
 
 def _no_forecast(standing: Standing) -> str:
     return (
-        f"no forecast, because the twin would get {count(standing.scratch_tokens)} tokens, more than {REACH} times the "
-        "largest budget run"
+        f"out of reach, because R = {count(standing.tokens)} or the twin's {count(standing.scratch_tokens)} tokens lie "
+        f"more than {REACH} times beyond the budgets of that path"
     )
 
 
 def further_sentence(forecast: Forecast) -> str:
-    """The expected loss of each path at twice the largest budget run."""
-    pruned, scratch = (_loss_with_interval(forecast.loss(path)) for path in ("pruned", "scratch"))
-    return (
-        f"Expected losses at R = {count(forecast.further)}, twice the largest budget run: P-R {pruned}; from scratch "
-        f"on as many tokens {scratch}."
-    )
+    """Who is ahead at twice the largest budget run at equal training tokens, with the expected losses."""
+    standing = forecast.outlooks[0].further
+    losses = forecast.loss("pruned"), forecast.loss("scratch")
+    if losses[0] is None or losses[1] is None:
+        return standing_sentence(standing, "training")
+    pruned, scratch = map(_loss_with_interval, losses)
+    return f"{standing_sentence(standing, 'training')} Expected losses there: P-R {pruned}; from scratch {scratch}."
 
 
 def _loss_with_interval(estimate: Interval) -> str:
@@ -116,26 +124,18 @@ def _loss_with_interval(estimate: Interval) -> str:
 
 
 def next_sentence(forecast: Forecast) -> str:
-    """The single further run that would narrow the crossover at equal training tokens most."""
+    """The further run that would narrow the crossover at equal training tokens most, with its cost."""
     run = forecast.next_run
     if run is None:
         return (
-            "No single further run would narrow the crossover at equal training tokens: all fitted curves agree on it."
+            "No single further run is worth naming: the crossover at equal training tokens is out of reach, or no run "
+            f"would shrink its interval to {100 * WORTH:.0f}% of its width."
         )
     path = {"pruned": "P-R", "scratch": "from scratch"}[run.path]
+    flops = f", {scientific(run.flops)} FLOPs" if run.flops else ""
     return (
-        f"Most informative next run for equal training tokens: {path} on {count(run.tokens)} tokens. It should shrink "
-        f"the interval to {100 * run.width:.0f}% of its width."
-    )
-
-
-def misfit_sentence(forecast: Forecast) -> str:
-    """A warning where the runs scatter around their curves by far more than noise; else empty."""
-    if forecast.fit.noise < _MISFIT * NOISE:
-        return ""
-    return (
-        f"Poor fit: these runs scatter by {number(forecast.fit.noise, 2)} nats around the curves, where noise is about "
-        f"{number(NOISE, 2)}. Do not rely on this forecast."
+        f"Most informative next run for equal training tokens: {path} on {count(run.tokens)} tokens{flops}. It should "
+        f"shrink the interval to {100 * run.width:.0f}% of its width."
     )
 
 
@@ -151,15 +151,13 @@ def _forecast_json(forecast: Forecast) -> dict[str, Any]:
     return {
         **asdict(forecast.model),
         "objective": forecast.objective,
-        "form": forecast.fit.form.name,
+        "forms": [form.name for form in forecast.fit.forms],
         "noise": forecast.fit.noise,
-        "misfit": misfit_sentence(forecast) or None,
         "runs": len(forecast.fit.points),
         "budgets": {path: forecast.fit.budgets(path) for path in ("pruned", "scratch")},
         "further": {
             "tokens": forecast.further,
-            "pruned": asdict(forecast.loss("pruned")),
-            "scratch": asdict(forecast.loss("scratch")),
+            **{path: asdict(estimate) if (estimate := forecast.loss(path)) else None for path in PATHS},
         },
         "accounts": [
             {

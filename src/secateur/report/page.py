@@ -27,7 +27,6 @@ from secateur.report.forecast_prose import (
     ACCOUNT_NAMES,
     crossover_brief,
     further_sentence,
-    misfit_sentence,
     next_sentence,
     outlook_sentence,
     standing_sentence,
@@ -204,7 +203,6 @@ def _forecast_texts(forecast: Forecast) -> dict[str, Any]:
     return {
         "name": forecast.name,
         "sentences": [
-            *filter(None, [misfit_sentence(forecast)]),
             outlook_sentence(forecast.outlooks[0]),
             further_sentence(forecast),
             next_sentence(forecast),

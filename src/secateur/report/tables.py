@@ -105,8 +105,10 @@ def forecast_rows(judgement: Judgement) -> list[Row]:
             "basis": standing.basis,
             "winner": standing.winner,
             **_estimate("difference", standing.difference),
-            **_estimate("fitted_pruned", forecast.fit.at("pruned", standing.tokens)),
-            **_estimate("fitted_scratch", forecast.fit.at("scratch", standing.scratch_tokens)),
+            **_estimate("fitted_pruned", forecast.fit.at("pruned", standing.tokens) if standing.by_curves else None),
+            **_estimate(
+                "fitted_scratch", forecast.fit.at("scratch", standing.scratch_tokens) if standing.by_curves else None
+            ),
             "leader": outlook.crossover.leader if outlook.crossover else None,
             **_estimate("crossover", outlook.crossover.budget if outlook.crossover else None),
             "horizon": outlook.crossover.horizon if outlook.crossover else None,

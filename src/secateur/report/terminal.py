@@ -14,7 +14,7 @@ from secateur.comparison.objectives import objective_rows
 from secateur.comparison.records import Cell, PrunedModel
 from secateur.comparison.twins import SCRATCH, Setting, Winner
 from secateur.formatting import MINUS, TIMES, count, join_words, loss
-from secateur.report.forecast_prose import further_sentence, misfit_sentence, next_sentence, outlook_sentence
+from secateur.report.forecast_prose import further_sentence, next_sentence, outlook_sentence
 from secateur.report.judgement import Judgement
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, objective_sentence, part_sentence
 from secateur.report.regime_prose import REGIME_TITLE, regime_sentences
@@ -243,17 +243,19 @@ def _objectives(index: Index) -> list[str]:
 
 def _forecasts(judgement: Judgement) -> list[str]:
     """For each ladder: crossovers with the parent sunk and charged, and losses at a larger budget."""
-    forecasts, laws = judgement.forecasts.fitted, judgement.laws
-    lines = ["", "Forecasts, by curves fitted to finished runs, with 95% intervals"] if forecasts or laws else []
+    forecasts, unfitted, laws = judgement.forecasts.fitted, judgement.forecasts.unfitted, judgement.laws
+    if not (forecasts or unfitted or laws):
+        return []
+    lines = ["", "Forecasts, by curves fitted to finished runs, with 95% intervals"]
     for forecast in forecasts[:_MOST_SENTENCES]:
         lines += _wrapped(forecast.name, indent="  ")
         outlooks = [o for o in forecast.outlooks if o.allowance.account in ("training", "total-flops")]
-        sentences = [misfit_sentence(forecast), *map(outlook_sentence, outlooks)]
-        sentences += [further_sentence(forecast), next_sentence(forecast)]
-        for text in filter(None, sentences):
+        for text in (*map(outlook_sentence, outlooks), further_sentence(forecast), next_sentence(forecast)):
             lines += _wrapped(text, indent="    ")
     if len(forecasts) > _MOST_SENTENCES:
         lines.append(f"  and {len(forecasts) - _MOST_SENTENCES} more, on the page and in forecasts.csv")
+    for reason in unfitted[:_MOST_SENTENCES]:
+        lines += _wrapped(f"No forecast for {reason}.", indent="  ")
     for fitted in laws:
         if fitted.law and fitted.left_out_error is not None:
             lines += _wrapped(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from secateur.forecast.crossover import Crossover
+from secateur.forecast.crossover import REACH, Crossover
 from secateur.forecast.curve import Path
 from secateur.forecast.fit import LEVEL
 from secateur.forecast.ladder import Forecast
@@ -52,6 +52,8 @@ def draw_forecast(forecast: Forecast, palette: Palette) -> tuple[Figure, str]:
 
 def _loss_with_interval(forecast: Forecast, path: Path) -> str:
     estimate = forecast.loss(path)
+    if estimate is None:
+        return "out of reach"
     return f"{loss(estimate.value, 2)} ({loss(estimate.low, 2)} to {loss(estimate.high, 2)})"
 
 
@@ -64,7 +66,8 @@ def _draw_path(
     colour: str,
     span: tuple[float, float],
 ) -> None:
-    tokens = np.geomspace(*span, _CURVE)
+    budgets = forecast.fit.budgets(path)
+    tokens = np.geomspace(max(span[0], budgets[0] / REACH), min(span[1], REACH * budgets[-1]), _CURVE)
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(forecast.fit.loss_draws(path, tokens), (tail, 100 - tail), axis=0)
     axes.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0, zorder=1)
