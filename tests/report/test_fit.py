@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 
 from secateur.errors import UserError
-from secateur.forecast.crossover import REACH, crossover, lead, next_runs
+from secateur.forecast.crossover import REACH, WORTH, crossover, lead, narrowing, next_runs
 from secateur.forecast.curve import CURVE_FORMS, CurvePoint, Form, Path, Problem, _huber, law
-from secateur.forecast.fit import NOISE, fit_pair, leave_last_out, pairs, percentile_interval
+from secateur.forecast.fit import (
+    AVERAGED_FORMS,
+    MISFIT,
+    NOISE,
+    Interval,
+    fit_pair,
+    leave_last_out,
+    pairs,
+    percentile_interval,
+)
 
 LADDER = (10_000, 30_000, 50_000, 250_000, 500_000)
 SHARED = {"scratch": (2.2, 0.4, 0.6, 0.0), "pruned": (2.2, 0.15, 0.3, 0.0)}  # E, G at 50,000 tokens, alpha, H
@@ -174,6 +183,67 @@ def test_runs_that_tie_are_level() -> None:
     found = crossover(same)
     assert found.leader is None and found.budget.value == found.lowest == 10_000
     assert lead(same, 100_000).winner == "undecided"
+
+
+def test_there_is_no_verdict_out_of_reach() -> None:
+    fit = fit_pair(points(SHARED), draws=20)
+    assert lead(fit, REACH * 500_000) and lead(fit, 10_000 / REACH)
+    assert lead(fit, 1.01 * REACH * 500_000) is None and lead(fit, 0.99 * 10_000 / REACH) is None
+    assert lead(fit, 500_000, REACH * 500_000) is None  # the twin's tokens
+    crossing = crossover(fit, 500_000)
+    assert crossing and crossing.horizon == (REACH - 1) * 500_000  # there the twin has REACH * 500,000
+    assert crossover(fit, REACH * 500_000) is None
+
+
+def test_forms_that_fit_share_the_draws_and_bad_ones_have_none() -> None:
+    """Runs on two floors: one curve with a head start, and power laws that fall to zero, are far off."""
+    fit = fit_pair(points(OWN), draws=100)
+    forms = [form.name for form in fit.forms]
+    assert "own" in forms and not {"head-start", "no-floor", "parent-floor"} & set(forms)
+    assert fit.draws.shape == (100, 2, 4) and fit.best.shape == (len(forms), 2, 4)
+    few = fit_pair(points(SHARED, LADDER[:2]), draws=100)
+    assert len(few.forms) == 6  # two budgets tell no form from another
+    alone = [
+        float(fit_pair(points(SHARED, LADDER[:2]), [form.name], draws=1).loss("pruned", 1e6)) for form in few.forms
+    ]
+    assert float(few.loss("pruned", 1e6)) == pytest.approx(np.mean(alone))
+
+
+def test_runs_far_off_every_curve_have_no_figures() -> None:
+    bad = [dataclasses.replace(p, loss=p.loss + 0.3 * (p.tokens == 30_000)) for p in points(OWN)]
+    fit = fit_pair(bad, draws=5)
+    assert fit.poor and fit.scatter >= MISFIT * NOISE
+    assert lead(fit, 100_000) is None and crossover(fit) is None and narrowing(fit, crossover(fit)) == []
+    assert not fit_pair(bad, noise=0.2, draws=5).poor  # with such noise they are not far off
+    loud = fit_pair(points(OWN, seeds=6, noise=0.08), draws=5)
+    assert loud.noise > MISFIT * NOISE and not loud.poor  # seeds scatter as much
+
+
+def test_a_run_that_tells_little_is_not_named() -> None:
+    fit = fit_pair(points(SHARED, LADDER[:4], noise=0.01), draws=100)
+    crossing = crossover(fit)
+    assert crossing
+    runs = narrowing(fit, crossing)
+    assert all(run.width <= WORTH for run in runs)
+    beyond = dataclasses.replace(crossing, budget=Interval(math.inf, crossing.budget.low, math.inf))
+    assert narrowing(fit, beyond) == [] and narrowing(fit, None) == []
+
+
+def test_the_average_holds_where_one_form_does_not() -> None:
+    """Floors apart and five budgets: at four times the largest the default of one floor held about a half."""
+    random, held = np.random.default_rng(3), {"average": 0, "shared-floor": 0}
+    for _ in range(12):
+        curves = {
+            "scratch": (2.2 + random.uniform(-0.1, 0.1), random.uniform(0.2, 0.6), random.uniform(0.25, 0.7), 0.0),
+            "pruned": (2.2 + random.uniform(-0.1, 0.1), random.uniform(0.08, 0.3), random.uniform(0.25, 0.7), 0.0),
+        }
+        runs = [dataclasses.replace(p, loss=p.loss + 0.01 * random.standard_normal()) for p in points(curves)]
+        far = 4.0 * LADDER[-1]
+        truth = true(curves, "scratch", far) - true(curves, "pruned", far)
+        for name, forms in (("average", AVERAGED_FORMS), ("shared-floor", ("shared-floor",))):
+            standing = lead(fit_pair(runs, forms, draws=60), far)
+            held[name] += standing is None or standing.difference.low <= truth <= standing.difference.high
+    assert held["average"] >= 11 and held["shared-floor"] <= 8
 
 
 def test_a_further_run_narrows_as_refitting_with_it_does() -> None:

@@ -8,15 +8,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from example import LADDER, P, cell, evaluation, example, judged, pruned
 
 from secateur.comparison.index import Index
 from secateur.comparison.records import Cell, StudyResults
+from secateur.comparison.twins import Winner
+from secateur.forecast.crossover import WORTH, Crossover, NextRun
 from secateur.forecast.curve import PATHS
-from secateur.forecast.ladder import Forecast, Outlook
+from secateur.forecast.fit import Interval
+from secateur.forecast.ladder import Allowance, Forecast, Outlook, Standing, _agreeing, _with_cost
 from secateur.forecast.ratios import across_ratios
-from secateur.report.forecast_prose import crossover_brief, outlook_sentence, standing_sentence
+from secateur.formatting import count, scientific
+from secateur.report.forecast_prose import crossover_brief, next_sentence, outlook_sentence, standing_sentence
 from secateur.report.judgement import answer_json, judge
 from secateur.report.latex import forecasts_tex
 from secateur.report.page import build_report
@@ -244,6 +249,67 @@ def test_a_pattern_is_another_law_and_another_ladder() -> None:
     assert law.law and len(law.law.runs) == len(grid())
 
 
+def test_the_figures_of_a_law_far_from_its_runs_are_withheld() -> None:
+    """Losses that go up and down with the ratio are on no law; no number of it is left."""
+    cells = [
+        dataclasses.replace(
+            c, evaluation=evaluation(c.evaluation.loss + (0.3 if c.target in ("0.6", "0.8") else 0), salt)
+        )
+        for salt, c in enumerate(grid())
+        if c.evaluation
+    ]
+    (row,) = across_ratios(Index(records(cells, 5.3)))
+    assert row.law is None and "withheld" in row.reason and not row.predictions and row.left_out_error is None
+
+
+def of(winner: Winner, tokens: int) -> Standing:
+    return Standing(tokens, tokens, "measured", winner, Interval(0.1, 0.05, 0.15))
+
+
+CROSSING = Crossover("pruned", Interval(400.0, 200.0, math.inf), 100.0, 4000.0, np.array([200.0, 400.0, math.inf]))
+
+
+@pytest.mark.parametrize(
+    ("standings", "want"),
+    [
+        ([], (400, 200, math.inf)),
+        ([of("undecided", 300), of("equal within margin", 500)], (400, 200, math.inf)),
+        ([of("pruned", 300)], (400, 300, math.inf)),
+        ([of("pruned", 300), of("scratch", 800)], (400, 300, 800)),
+        ([of("pruned", 500)], (math.inf, 500, math.inf)),  # the curves say 400, and 500 was measured
+        ([of("scratch", 300)], (300, 200, 300)),
+        ([of("scratch", 300), of("pruned", 800)], None),
+        ([of("scratch", 100)], None),
+    ],
+)
+def test_measured_comparisons_bound_the_crossover(
+    standings: list[Standing], want: tuple[float, float, float] | None
+) -> None:
+    agreeing = _agreeing(CROSSING, standings)
+    assert (dataclasses.astuple(agreeing.budget) if agreeing else None) == want
+
+
+def test_curves_that_measured_comparisons_contradict_have_no_crossover() -> None:
+    """One statement: the measured verdict stays, and the sentence says why there is no crossover."""
+    outlook = Outlook(Allowance("training"), _agreeing(CROSSING, [of("scratch", 100)]), (of("scratch", 100),) * 2)
+    assert outlook_sentence(outlook) == (
+        "At equal training tokens: no crossover, because the fitted curves disagree with the measured comparisons."
+    )
+    assert "training from scratch is ahead" in standing_sentence(outlook.last, "training")
+
+
+def test_a_next_run_has_its_cost_and_tells_something(known: Forecast) -> None:
+    """Its FLOPs are those of a token in the runs of its path; a run that would tell little is not named."""
+    run = NextRun("scratch", 1000, 0.5)
+    cells = ladder()
+    flops = next(c.training.flops / c.training.tokens for c in cells if c.path == "scratch")
+    assert _with_cost(run, cells).flops == pytest.approx(1000 * flops)
+    named = dataclasses.replace(known, next_run=dataclasses.replace(run, flops=3e12))
+    assert f"from scratch on {count(1000)} tokens, {scientific(3e12)} FLOPs" in next_sentence(named)
+    assert "No single further run is worth naming" in next_sentence(dataclasses.replace(known, next_run=None))
+    assert known.next_run is None or known.next_run.width <= WORTH
+
+
 def test_a_law_without_its_parents_loss_says_so() -> None:
     results = records(grid(), 5.3)
     unknown = dataclasses.replace(results, parents=(dataclasses.replace(PARENT, evaluation=None),))
@@ -252,7 +318,12 @@ def test_a_law_without_its_parents_loss_says_so() -> None:
 
 
 def test_the_report_tells_and_writes_its_forecasts(tmp_path: Path) -> None:
-    judgement = judge(records([*ladder(), *grid()[len(LADDER) :]], 4.6))
+    tokens = LADDER[1]
+    others = [
+        cell(METHOD, "P-R", pruned_law(tokens) + float(ratio) - 0.5, target=ratio, tokens=tokens)
+        for ratio in ("0.6", "0.7", "0.8")
+    ]
+    judgement = judge(records([*ladder(), *others], 4.4))
     page = build_report(judgement, tmp_path).read_text()
     assert 'id="forecast"' in page and "forecast-01-title" in page and "Across ratios" in page
     assert (tmp_path / "figures" / "forecast-01.pdf").is_file()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ __all__ = [
     "fit_pair",
     "has_enough_runs",
     "leave_last_out",
+    "noise_between_seeds",
     "pairs",
     "percentile_interval",
 ]
@@ -247,12 +248,20 @@ def _squares(problem: Problem, best: Floats) -> float:
 
 
 def _noise_of_seeds(points: Sequence[CurvePoint]) -> tuple[float, int]:
-    """The noise between seeds, pooled with the assumed one, and its degrees of freedom."""
     groups: dict[tuple[str, int], list[float]] = {}
     for p in points:
         groups.setdefault((p.path, p.tokens), []).append(p.loss)
-    squares = sum(float(np.sum((np.array(losses) - np.mean(losses)) ** 2)) for losses in groups.values())
-    return _pool(squares, len(points) - len(groups))
+    return noise_between_seeds(groups.values())
+
+
+def noise_between_seeds(groups: Collection[Sequence[float]]) -> tuple[float, int]:
+    """The noise within groups of losses that differ by the seed alone, pooled with the assumed one.
+
+    Returns:
+        The standard deviation, nats, and its degrees of freedom.
+    """
+    squares = sum(float(np.sum((np.array(losses) - np.mean(losses)) ** 2)) for losses in groups)
+    return _pool(squares, sum(map(len, groups)) - len(groups))
 
 
 def _pool(squares: float, freedom: int, noise: float = NOISE) -> tuple[float, int]:

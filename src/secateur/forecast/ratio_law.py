@@ -22,7 +22,7 @@ import numpy as np
 
 from secateur.errors import UserError
 from secateur.forecast.curve import Floats
-from secateur.forecast.fit import NOISE
+from secateur.forecast.fit import MISFIT, NOISE, noise_between_seeds
 
 __all__ = ["LeftOutRatio", "RatioLaw", "Retrained", "Term", "fit_ratios", "leave_one_ratio_out"]
 
@@ -101,6 +101,14 @@ class RatioLaw:
     def error(self) -> float:
         """Root of the mean square of fitted less measured, nats."""
         return math.sqrt(float(np.mean([(self.loss(run) - run.loss) ** 2 for run in self.runs])))
+
+    @property
+    def poor(self) -> bool:
+        """Whether the runs scatter around the law by :data:`MISFIT` times the noise or more: it then tells nothing."""
+        groups: dict[tuple[str, float, int], list[float]] = {}
+        for run in self.runs:
+            groups.setdefault((run.parent, run.ratio, run.tokens), []).append(run.loss - run.parent_loss)
+        return self.error >= MISFIT * noise_between_seeds(groups.values())[0]
 
     @property
     def ratios(self) -> tuple[float, ...]:

@@ -10,7 +10,9 @@ from secateur.comparison.index import Index
 from secateur.comparison.naming import is_pattern
 from secateur.comparison.records import Cell
 from secateur.errors import UserError
+from secateur.forecast.fit import MISFIT
 from secateur.forecast.ratio_law import LeftOutRatio, RatioLaw, Retrained, fit_ratios, leave_one_ratio_out
+from secateur.formatting import number
 from secateur.methods.registry import method_name
 
 __all__ = ["MethodLaw", "Prediction", "across_ratios"]
@@ -37,7 +39,7 @@ class MethodLaw:
     method: str
     objective: str
     name: str
-    law: RatioLaw | None  #: None: it could not be fitted
+    law: RatioLaw | None  #: None: it could not be fitted, or its runs lie too far off
     reason: str  #: why not
     left_out: tuple[LeftOutRatio, ...] = ()  #: each ratio predicted from the others
     refused: tuple[float, ...] = ()  #: ratios without which the law cannot be fitted
@@ -72,6 +74,12 @@ def _law(index: Index, method: str, objective: str, cells: list[Cell]) -> Method
         law = fit_ratios(runs)
     except UserError as error:
         return MethodLaw(method, objective, name, None, str(error))
+    if law.poor:
+        reason = (
+            f"its runs scatter by {number(law.error, 3)} nats around the law, {MISFIT} times the noise of a run or "
+            "more, so that the figures of this fit are withheld"
+        )
+        return MethodLaw(method, objective, name, None, reason)
     left_out, refused = leave_one_ratio_out(runs)
     return MethodLaw(method, objective, name, law, "", tuple(left_out), tuple(refused), _predictions(law))
 
