@@ -91,10 +91,14 @@ def test_losses_by_document_domain_and_position(stride: int, tmp_path: Path) -> 
         assert buckets[0]["loss"] == pytest.approx(np.mean(first), rel=1e-5)
 
 
-def test_one_document_is_measured_by_windows() -> None:
-    protocol = Protocol.of_stream(stream([30], [""]), 8, "test")
-    losses = Losses(protocol, tuple(torch.ones(p.shape[0], p.shape[1] - 1) for p in protocol.windows))
-    assert measure_loss(losses, "loss").unit == "windows" and losses.domains() == []
+def test_ids_without_documents_are_measured_by_windows() -> None:
+    text = stream([30], [""])
+    for ids, unit, count in ((text, "documents", 1), (text.ids, "windows", 4)):
+        protocol = Protocol.of_stream(ids, 8, "test")
+        losses = Losses(protocol, tuple(torch.ones(p.shape[0], p.shape[1] - 1) for p in protocol.windows))
+        measured = measure_loss(losses, "loss")
+        assert (measured.unit, len(measured.items)) == (unit, count) and losses.domains() == []
+        assert len(losses.summary()["documents"]["number"]) == (1 if unit == "documents" else 0)
 
 
 def rows(path: Path, texts: list[str], field: str = "text") -> Path:

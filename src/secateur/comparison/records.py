@@ -107,8 +107,8 @@ def pair_units(first: Evaluation, second: Evaluation) -> tuple[Units, Units]:
     Raises:
         ValueError: if the two have different numbers of windows.
     """
-    numbers = [[(d.number, d.tokens) for d in evaluation.documents] for evaluation in (first, second)]
-    if numbers[0] and numbers[0] == numbers[1]:
+    tokens_by_document = [[document.tokens for document in side.documents] for side in (first, second)]
+    if tokens_by_document[0] and tokens_by_document[0] == tokens_by_document[1]:
         return _document_units(first), _document_units(second)
     if len(first.windows) != len(second.windows):
         raise ValueError(f"{len(first.windows)} and {len(second.windows)} windows cannot be paired")

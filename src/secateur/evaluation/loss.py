@@ -37,7 +37,7 @@ class Protocol:
     contexts: tuple[int, ...] = ()  #: tokens of context in the windows of each part; empty for one token everywhere
     documents: tuple[
         Tensor, ...
-    ] = ()  #: document number of each token, shaped like ``windows``; empty for one document
+    ] = ()  #: document number of each token, shaped like ``windows``; empty where documents are not known
     domains: tuple[str, ...] = ()  #: of each document, by its number
     name: str = ""  #: of a named protocol, e.g. ``heldout/c4``
     split: str | None = None  #: of the dataset
@@ -59,7 +59,7 @@ class Protocol:
         """Cut a token stream [tokens] into windows.
 
         Args:
-            stream: the ids with their documents, or the ids alone.
+            stream: the ids with their documents, or the ids alone where documents are not known.
             seqlen: tokens in a window; a shorter last window counts too if it has a token to predict.
             stride: tokens from window to window; None for ``seqlen``. With a shorter stride windows overlap, and every
                 token but the first is predicted once.
@@ -93,7 +93,7 @@ class Protocol:
         fields = {"stride": step if step < seqlen and len(groups) > 1 else None, **fields}
         if overlap > 1:
             fields["contexts"] = tuple(context for _, context, _ in groups)
-        if isinstance(stream, Stream) and ids.size and stream.documents[0] != stream.documents[-1]:
+        if isinstance(stream, Stream):
             fields |= {"documents": cut(stream.documents), "domains": stream.domains}
         return cls(cut(ids), source, **fields)
 
@@ -145,7 +145,13 @@ class Losses:
         ]
 
     def documents(self) -> dict[int, tuple[int, float]]:
-        """The number of predicted tokens and their summed loss (nats) of each document with any, by its number."""
+        """The number of predicted tokens and their summed loss (nats) of each document with any, by its number.
+
+        A token belongs to its own document, even where the tokens before it in the window are another's. Empty where
+        documents are not known.
+        """
+        if not self.protocol.documents:
+            return {}
         width = len(self.protocol.domains)
         counts, sums = np.zeros(width, dtype=np.int64), np.zeros(width)
         parts = zip(self.protocol.parts(), self.losses, self.protocol.documents, strict=True)
@@ -158,7 +164,7 @@ class Losses:
     def domains(self) -> list[dict[str, Any]]:
         """The mean loss of each domain; empty for a single domain."""
         totals: dict[str, tuple[int, float]] = {}
-        for number, (count, total) in self.documents().items() if self.protocol.documents else ():
+        for number, (count, total) in self.documents().items():
             domain = self.protocol.domains[number]
             tokens, loss = totals.get(domain, (0, 0.0))
             totals[domain] = tokens + count, loss + total
@@ -196,13 +202,28 @@ class Losses:
         return loss
 
     def summary(self) -> dict[str, Any]:
-        """``loss`` (nats per predicted token), ``perplexity``, ``tokens``, and ``windows``: each window's mean loss.
+        """``loss`` (nats per predicted token), ``perplexity``, ``tokens``, and the loss by window and by document.
+
+        ``windows`` is each window's mean loss. ``documents`` is three lists of one length: each document's ``number``
+        in the protocol, its predicted ``tokens`` and their summed loss ``loss_sum`` (nats); empty where documents are
+        not known.
 
         Raises:
             UserError: if the loss is not finite.
         """
         loss, means = self.mean(), [total / count for count, total in self.windows()]
-        return {"loss": loss, "perplexity": perplexity(loss), "tokens": self.protocol.tokens, "windows": means}
+        documents = self.documents()
+        return {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "tokens": self.protocol.tokens,
+            "windows": means,
+            "documents": {
+                "number": list(documents),
+                "tokens": [count for count, _ in documents.values()],
+                "loss_sum": [total for _, total in documents.values()],
+            },
+        }
 
 
 @torch.no_grad()
@@ -242,8 +263,8 @@ def measure_loss(losses: Losses, name: str) -> Measurement:
         UserError: if the loss is not finite.
     """
     loss = losses.mean()
-    unit = "documents" if losses.protocol.documents else "windows"
-    parts = losses.documents() if losses.protocol.documents else dict(enumerate(losses.windows()))
+    documents = losses.documents()
+    parts = documents or dict(enumerate(losses.windows()))
     items: list[dict[str, Any]] = [{"value": total / count, "tokens": count} for count, total in parts.values()]
     details: dict[str, Any] = {"perplexity": perplexity(loss), "tokens": losses.protocol.tokens}
     details |= {"by_position": losses.positions()}
@@ -251,6 +272,7 @@ def measure_loss(losses: Losses, name: str) -> Measurement:
         details["by_domain"] = domains
         for number, item in zip(parts, items, strict=True):
             item["domain"] = losses.protocol.domains[number]
+    unit = "documents" if documents else "windows"
     return Measurement(name, "loss", loss, losses.protocol.record(), unit, items, details)
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from secateur.data.encode import encode_texts
 from secateur.data.readers import TEXT_EXTENSIONS, Document
 from secateur.data.sources import Source, open_source
-from secateur.data.tokenizer import Stream, encode_documents
+from secateur.data.tokenizer import encode_documents
 from secateur.errors import RunError, UserError
 from secateur.progress import notify
 
@@ -126,8 +127,10 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def _joined(rows: Iterator[Document], join: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> Stream:
+def _joined(rows: Iterator[Document], join: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> NDArray[np.int64]:
     """Join rows to one text and encode it; rows beyond ``limit`` tokens are not read.
+
+    The result names no documents: a row may be a line of an article.
 
     A token depends only on a few characters after it, so the first ``limit`` ids do not change if the text is cut
     some tokens later.
@@ -144,7 +147,7 @@ def _joined(rows: Iterator[Document], join: str, tokenizer: PreTrainedTokenizerB
                 break
         ids = encode_texts(tokenizer, [join.join(texts)])[0]
         if not more or len(ids) > limit + 16:
-            return Stream(ids[:limit], np.zeros(len(ids[:limit]), dtype=np.int64), ("",))
+            return np.asarray(ids[:limit], dtype=np.int64)
         target *= 2
 
 

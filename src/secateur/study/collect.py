@@ -11,6 +11,7 @@ from typing import Any
 from secateur.comparison.records import (
     Cell,
     Cost,
+    DocumentLoss,
     Evaluation,
     Parent,
     Point,
@@ -21,8 +22,8 @@ from secateur.comparison.records import (
 )
 from secateur.config import fingerprint, identity
 from secateur.errors import UserError
+from secateur.evaluation.results import LOSS, Measurement
 from secateur.evaluation.results import EvaluationResults as MeasuredResults
-from secateur.evaluation.results import Measurement
 from secateur.files import read_json
 from secateur.model.shapes import removed, train_flops
 from secateur.runtime import environment
@@ -31,6 +32,7 @@ from secateur.study.stage import Stage, unique, with_inputs
 from secateur.study.stages.evaluate import COST, RESULTS
 from secateur.study.store import Store
 from secateur.study.sweeps import choice_of, sweep_cost, sweep_records, trial_of
+from secateur.study.window_documents import WindowDocuments
 
 __all__ = ["collect"]
 
@@ -75,6 +77,7 @@ class _Records:
     def __init__(self, study: StudySpec, stages: list[Stage], store: Store) -> None:
         self.study, self.store = study, store
         self.stages = unique(stages)
+        self.window_documents = WindowDocuments(store)
         self.records = {stage.fingerprint: store.record(stage) for stage in self.stages}
         self.seconds = {stage.fingerprint: _seconds(store.runtime(stage)) for stage in self.stages}
         self.evaluations = {stage.facts["of"]: stage for stage in stages if stage.kind == "evaluate"}
@@ -90,6 +93,10 @@ class _Records:
         record = self.records[evaluation.fingerprint] if evaluation else None
         if evaluation is None or record is None:
             return None
+        measured = _measurements(self.store.folder(evaluation) / RESULTS)
+        documents = _documents(record, measured)
+        size = record["protocol"]["seqlen"] - 1  # predicted tokens of all windows but the last, which may be shorter
+        last = record["tokens"] - size * (len(record["windows"]) - 1)
         return Evaluation(
             loss=record["loss"],
             perplexity=record["perplexity"],
@@ -97,7 +104,10 @@ class _Records:
             protocol=record["protocol"]["fingerprint"],
             windows=tuple(record["windows"]),
             sparsity=record["sparsity"],
-            measured=_measurements(self.store.folder(evaluation) / RESULTS),
+            measured=measured,
+            documents=documents,
+            window_documents=() if documents else self.window_documents.of(evaluation, record),
+            window_tokens=(*(size,) * (len(record["windows"]) - 1), last),
         )
 
     def running(self, stage: Stage) -> Running | None:
@@ -222,6 +232,16 @@ def _measurements(path: Path) -> tuple[Measurement, ...]:
         replace(measurement, items=[{key: item[key] for key in needed if key in item} for item in measurement.items])
         for measurement in MeasuredResults.load(path).measurements
     )
+
+
+def _documents(record: Mapping[str, Any], measured: Iterable[Measurement]) -> tuple[DocumentLoss, ...]:
+    """The loss by document; of older versions, from the items of the measurement."""
+    if "documents" in record:
+        columns = (record["documents"][key] for key in ("number", "tokens", "loss_sum"))
+        return tuple(DocumentLoss(*row) for row in zip(*columns, strict=True))
+    loss = next((m for m in measured if m.name == LOSS and m.unit == "documents"), None)
+    items = loss.items if loss else ()
+    return tuple(DocumentLoss(n, i["tokens"], i["value"] * i["tokens"]) for n, i in enumerate(items))
 
 
 def _seconds(runtime: Mapping[str, Any]) -> float | None:

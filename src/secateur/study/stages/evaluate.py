@@ -35,8 +35,8 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
 
     Returns:
         Of the held-out loss ``loss`` (nats per predicted token), ``perplexity``, ``tokens``, ``windows`` (the mean loss
-        of each), ``by_position``, ``by_domain`` where there are several, and its ``protocol``; ``sparsity``; and
-        ``suite``, the figures of the suite.
+        of each), ``documents`` (of each its number, tokens and summed loss), ``by_position``, ``by_domain`` where there
+        are several, and its ``protocol``; ``sparsity``; and ``suite``, the figures of the suite.
     """
     identity = stage.identity
     protocol = holdout_protocol(corpus_tokens(stage, store), identity["windows"], identity["seqlen"])
