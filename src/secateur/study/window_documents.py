@@ -74,9 +74,9 @@ class WindowDocuments:
             return _clusters(TokenStore(Path(folder)), stage, key)
 
     def _save(self) -> None:
-        known = {key: clusters for key, clusters in self.clusters.items() if clusters}
+        nonempty = {key: clusters for key, clusters in self.clusters.items() if clusters}
         with contextlib.suppress(OSError, UserError):  # a folder that is read only: they are looked up each time
-            write_json(self.path, known)
+            write_json(self.path, nonempty)
 
 
 def _is_local(corpus: Mapping[str, Any]) -> bool:
