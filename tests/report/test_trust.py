@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
+from example import cell, example
 from scipy.stats import binomtest, t
 
 from secateur.comparison.decision import Decision, adjust, decide, decide_average, decide_independent, negate
+from secateur.comparison.items import compare_results
+from secateur.comparison.records import Cell, DocumentLoss, Evaluation, StudyResults
 from secateur.errors import UserError
+from secateur.evaluation.results import LOSS, EvaluationResults, Measurement
+from secateur.report.judgement import answer_json, judge
 
 Rows = Sequence[Sequence[float]]
 
@@ -461,3 +466,130 @@ def test_equality_and_missing_ones_are_not_adjusted() -> None:
     assert [d.verdict for d in after] == ["equal within margin", "not measured", "undecided", "undecided"]
     assert after[1] == missing
     assert after[2].comparisons == 3, "what was not measured is no comparison"
+
+
+# --- one rule, whoever asks -------------------------------------------------------------------------------------------
+
+
+def evaluations(losses: np.ndarray, tokens: Sequence[int]) -> list[Evaluation]:
+    """One evaluation for each seed, of documents with the mean losses [seeds, documents]."""
+    return [
+        Evaluation(
+            loss=float(np.average(row, weights=tokens)),
+            perplexity=float(np.exp(np.average(row, weights=tokens))),
+            tokens=sum(tokens),
+            protocol="p",
+            windows=tuple(map(float, row)),
+            sparsity=0.0,
+            documents=tuple(
+                DocumentLoss(number, n, float(value) * n)
+                for number, (value, n) in enumerate(zip(row, tokens, strict=True))
+            ),
+        )
+        for row in losses
+    ]
+
+
+def results_of(evaluation: Evaluation) -> EvaluationResults:
+    """The same losses as ``secateur eval`` writes them."""
+    items = [
+        {"value": d.loss_sum / d.tokens, "tokens": d.tokens, "document": f"{d.number}"} for d in evaluation.documents
+    ]
+    protocol = {"source": "text", "fingerprint": "p"}
+    return EvaluationResults("model", [Measurement(LOSS, "loss", evaluation.loss, protocol, "documents", items)])
+
+
+def study_of(pruned: Sequence[Evaluation], scratch: Sequence[Evaluation]) -> StudyResults:
+    cells: list[Cell] = []
+    for seed, pair in enumerate(zip(pruned, scratch, strict=True)):
+        for name, measured in zip(("P-R", "S_R"), pair, strict=True):
+            cells.append(replace(cell("wanda", name, 5.0, seed=seed), evaluation=measured))
+    return replace(example(), cells=tuple(cells), pruned=())
+
+
+@pytest.mark.parametrize(
+    ("seeds", "documents", "gap", "seed_sd", "verdict"),
+    [
+        (1, 60, 0.3, 0.0, "pruned"),
+        (1, 60, -0.3, 0.0, "scratch"),
+        (1, 60, 0.0, 0.0, "undecided"),
+        (1, 19, 0.3, 0.0, "undecided"),
+        (2, 60, 0.35, 0.05, "undecided"),  # the case of [.30, .40] on which the two contradicted each other
+        (3, 60, 0.35, 0.05, "pruned"),
+        (3, 60, -0.35, 0.05, "scratch"),
+        (3, 400, 0.0005, 0.0001, "equal within margin"),
+        (2, 60, math.nan, 0.0, "not measured"),
+    ],
+)
+def test_compare_and_the_report_give_one_verdict(
+    seeds: int, documents: int, gap: float, seed_sd: float, verdict: str
+) -> None:
+    """On the same numbers, to the last digit."""
+    generator = np.random.default_rng([seeds, documents])
+    tokens = [int(n) for n in generator.integers(20, 400, documents)]
+    spread = 0.001 if verdict == "equal within margin" else 0.1
+    base = generator.normal(5.0, 0.5, (seeds, documents))
+    shifts = gap + seed_sd * (np.arange(seeds)[:, None] * 2 - seeds + 1)
+    noise = generator.normal(0.0, spread, documents)
+    other = base + shifts + noise - np.average(noise, weights=tokens)
+    if math.isnan(gap):
+        other = base.copy()
+        other[0, 3] = math.nan
+    pruned, scratch = evaluations(base, tokens), evaluations(other, tokens)
+    (reported,) = judge(study_of(pruned, scratch)).verdicts
+    (compared,) = compare_results(list(map(results_of, pruned)), list(map(results_of, scratch)))
+    assert reported.winner == verdict
+    assert compared.verdict == {"pruned": "A", "scratch": "B"}.get(verdict, verdict)
+    if verdict == "not measured":
+        assert (reported.difference, compared.difference) == (None, None)
+        return
+    for attribute in ("value", "low", "high", "p", "effective_documents", "text_share"):
+        mine, theirs = getattr(reported.decision, attribute), getattr(compared.decision, attribute)
+        assert mine == pytest.approx(theirs, abs=1e-12), attribute
+    rows = -base + other
+    same(decide(rows, range(documents), weights=tokens), reference(rows.tolist(), range(documents), tokens))
+
+
+def test_raw_and_adjusted_p_are_in_the_data() -> None:
+    generator = np.random.default_rng(31)
+    base = generator.normal(5.0, 0.5, (1, 60))
+    study = study_of(evaluations(base, [100] * 60), evaluations(base + generator.normal(0.1, 0.1, 60), [100] * 60))
+    (verdict,) = answer_json(judge(study))["verdicts"]
+    assert 0 < verdict["p"] == verdict["adjusted_p"] < 0.05
+    assert verdict["interval"][0] < verdict["difference"] < verdict["interval"][1]
+
+
+def by_metric(gaps: dict[str, tuple[float, float]], items: int = 60) -> list[EvaluationResults]:
+    """Two models, A and B, with losses and accuracies of these two means each."""
+    sides = []
+    for side in (0, 1):
+        measurements = []
+        for name, values in gaps.items():
+            kind = "accuracy" if name.startswith("task") else "loss"
+            if kind == "accuracy":
+                each = [float(i < round(values[side] * items)) for i in range(items)]
+            else:
+                each = [values[side] + 0.01 * math.sin(i * (side + 1)) for i in range(items)]
+            rows = [{"value": value, "tokens": 1, "document": f"{i}"} for i, value in enumerate(each)]
+            protocol = {"metric": "acc", "fingerprint": name}
+            measurements.append(Measurement(name, kind, sum(each) / items, protocol, "documents", rows))
+        sides.append(EvaluationResults("AB"[side], measurements))
+    return sides
+
+
+def test_metrics_that_contradict_each_other_keep_their_verdicts() -> None:
+    """Loss for A, the perplexity of a text for B, one task for each: none is overruled, and the average is level."""
+    gaps = {"loss": (3.0, 3.2), "wikitext": (3.2, 3.0), "task-1": (0.8, 0.4), "task-2": (0.4, 0.8)}
+    rows = {row.name: row.verdict for row in compare_results(*([side] for side in by_metric(gaps)))}
+    assert rows == {"loss": "A", "wikitext": "B", "task-1": "A", "task-2": "B", "average of tasks": "undecided"}
+
+
+def test_a_contradiction_of_loss_and_of_accuracy_or_perplexity_is_reported() -> None:
+    pair = by_metric({"wikitext": (3.2, 3.0), "task-1": (0.4, 0.8)})
+    base = evaluations(np.random.default_rng(9).normal(5.0, 0.5, (1, 60)), [100] * 60)[0]
+    worse = evaluations(np.asarray([base.windows]) + 0.3, [100] * 60)[0]
+    sides = [replace(e, measured=tuple(p.measurements)) for e, p in zip((base, worse), pair, strict=True)]
+    judgement = judge(study_of(sides[:1], sides[1:]))
+    assert judgement.verdicts[0].winner == "pruned"
+    text = " ".join(judgement.contradictions)
+    assert "task-1" in text and "wikitext" in text

@@ -126,7 +126,7 @@ def _pair(first: Cell | Parent | PrunedModel | None, second: Cell | Parent | Pru
 
 def _parent_sweep(parent: Parent) -> bool | None:
     """None for a checkpoint, which the study does not train."""
-    return getattr(parent, "sweep", None) is not None if parent.curve else None
+    return parent.sweep is not None if parent.curve else None
 
 
 def _swept(cells: Iterable[Cell]) -> bool | None:

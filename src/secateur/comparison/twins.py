@@ -118,6 +118,7 @@ def pair_cells(better: Cell | None, worse: Cell | None, better_name: str, worse_
     """loss(worse) - loss(better), unit by unit; or why it was not measured."""
     first, second = better.evaluation if better else None, worse.evaluation if worse else None
     reason = _absence(better_name, better) or _absence(worse_name, worse)
+    reason = reason or _divergence(better_name, better) or _divergence(worse_name, worse)
     if reason or first is None or second is None:
         return reason
     pair = pair_evaluations(first, second)
@@ -202,17 +203,21 @@ def is_planned(index: Index, group: Group, setting: Setting) -> bool:
 
 
 def _judge(index: Index, setting: Setting, group: Group, margin: float | None) -> Verdict:
-    """Compare over seeds, or give the reason why that is not possible."""
+    """Compare over seeds, or give the reason why that is not possible.
+
+    A seed that was not measured is left out. A seed that diverged was measured: without it the others would mislead.
+    """
     name = SCRATCH[setting]
     seeds = index.pools[group] if group.seed is None else (group,)
     pairs = [(index.cell(seeded, PRUNED), index.cell(seeded, name)) for seeded in seeds]
     ratio = next((r for pruned, scratch in pairs if (r := _flop_ratio(index, pruned, scratch)) is not None), None)
     differences = [pair_cells(*pair, PRUNED, name) for pair in pairs]
     measured = [pair for pair in differences if isinstance(pair, Paired)]
-    decision = mean_difference(measured, margin)
+    divergences = [text for pair in pairs for text in map(_divergence, (PRUNED, name), pair) if text]
+    decision = None if divergences else mean_difference(measured, margin)
     if decision is None:
         several = "its seeds were evaluated under several protocols"
-        reason = next((text for text in differences if isinstance(text, str)), several)
+        reason = next((text for text in (*divergences, *differences) if isinstance(text, str)), several)
         return Verdict(setting, group, Decision("not measured", reason=reason), flop_ratio=ratio, planned=len(seeds))
     used = [cells for cells, pair in zip(pairs, differences, strict=True) if isinstance(pair, Paired)]
     pruned_loss, scratch_loss = (
@@ -234,9 +239,14 @@ def _absence(name: str, cell: Cell | None) -> str:
         return f"the study has no {_run_name(name)}"
     if cell.evaluation is None:
         return f"the {_run_name(name)} has no held-out loss"
-    if not all(map(math.isfinite, (cell.evaluation.loss, *cell.evaluation.windows))):
-        return f"the held-out loss of the {_run_name(name)} is not finite"
     return ""
+
+
+def _divergence(name: str, cell: Cell | None) -> str:
+    if cell is None or cell.evaluation is None:
+        return ""
+    finite = all(map(math.isfinite, (cell.evaluation.loss, *cell.evaluation.windows)))
+    return "" if finite else f"the held-out loss of the {_run_name(name)} is not finite"
 
 
 def _run_name(name: str) -> str:
