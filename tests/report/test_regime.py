@@ -204,6 +204,25 @@ def test_seeds_decide_together() -> None:
     assert judge(seeded(5.1, 5.11, 5.12)).caution
 
 
+def test_each_seed_has_its_own_parent_and_pruned_model() -> None:
+    """Seed 0's parent and pruned model are paired with seed 0's runs, and never with another seed's."""
+    losses = {0: (5.4, 5.5, 5.3, 5.1), 1: (6.4, 6.5, 6.3, 6.1), 2: (4.4, 4.5, 4.3, 4.1)}
+    parents, models, cells = [], [], []
+    for seed, (own, before, after, twin) in losses.items():
+        parents.append(parent(evaluation(own, seed), seed=seed))
+        (model,), each = runs(before=before, after=after, twin=twin, seeds=(seed,))
+        models.append(dataclasses.replace(model, seed=seed))
+        cells += each
+    results = dataclasses.replace(study(parents, ([], cells)), pruned=tuple(models), seeds_vary="all")
+    (twin,), (retrained,) = regime(results).twins, regime(results).retraining
+    assert (twin.decision.verdict, twin.decision.seeds) == ("second", 3)
+    assert twin.decision.value == pytest.approx(-0.3) and retrained.decision.value == pytest.approx(0.2)
+    incomplete = dataclasses.replace(results, parents=(parents[0], parents[2]))
+    (twin,) = regime(incomplete).twins
+    assert twin.decision.seeds == 2
+    assert twin.decision.value == pytest.approx(-0.3), "seed 1 has no parent, and no other's is taken"
+
+
 def test_each_parent_has_its_own_twins() -> None:
     parents = [parent(5.0, "strong"), parent(5.4, "weak")]
     results = study(parents, runs(twin=5.2, parent="strong"), runs("wanda", twin=5.2, parent="weak"))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from secateur.comparison.decision import Decision, adjust
-from secateur.comparison.index import PRUNED, Group, Index, Model
+from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.records import Cell, Evaluation, Parent, PrunedModel
 from secateur.comparison.twins import SCRATCH, Paired, mean_difference, pair_evaluations
 
@@ -79,30 +79,27 @@ class Regime:
 
 def regimes(index: Index) -> tuple[Regime, ...]:
     """The regime of each parent of a study, in its order."""
-    by_name: dict[str, dict[int | None, Parent]] = {}
-    for parent in index.results.parents:
-        by_name.setdefault(parent.name, {})[_seed(parent)] = parent
-    return tuple(_regime(index, name, parents) for name, parents in by_name.items())
+    return tuple(_regime(index, parent) for parent in index.parents.values())
 
 
-def _regime(index: Index, name: str, parents: Mapping[int | None, Parent]) -> Regime:
-    """The regime of a parent; ``parents`` has one for each seed, or under None one for all seeds."""
+def _regime(index: Index, parent: Parent) -> Regime:
+    """The regime of a parent; of several seeds, ``parent`` is the first, with the tokens and parameters of all."""
     twins: dict[Group, list[Pair]] = {}
     retraining: dict[Group, list[Pair]] = {}
-    for group in (group for group in index.comparisons if group.parent == name):
-        scratch, retrained = index.over_seeds(group, SCRATCH["total"]), index.over_seeds(group, PRUNED)
-        if any(scratch):
-            twins[group] = [_pair(_for_seed(parents, cell), cell) for cell in scratch]
-        if any(retrained):
-            models = {_seed(p): p for p in index.results.pruned if Model(p.parent, p.method, p.target) == group.model}
-            retraining[group] = [_pair(cell, _for_seed(models, cell)) for cell in retrained]
-    parent = next(iter(parents.values()))
-    cells = [cell for cell in index.results.cells if cell.parent == name]
+    for group in (group for group in index.comparisons if group.parent == parent.name):
+        for seeded in index.pools[group.pooled]:
+            scratch, retrained = index.cell(seeded, SCRATCH["total"]), index.cell(seeded, PRUNED)
+            if scratch:
+                twins.setdefault(group, []).append(_pair(index.parent(parent.name, seeded.seed), scratch))
+            if retrained:
+                pruned = index.pruned_model(group.model, seeded.seed)
+                retraining.setdefault(group, []).append(_pair(retrained, pruned))
+    cells = [cell for cell in index.results.cells if cell.parent == parent.name]
     return Regime(
-        parent=name,
+        parent=parent.name,
         share=TokenShare(parent.cost.tokens if parent.cost else None, parent.parameters, parent.non_embedding),
         sweeps=RateSweeps(
-            parent=_parent_sweep(parent),
+            parent=parent.sweep is not None if parent.curve else None,  # a checkpoint has no curve
             scratch=_swept(cell for cell in cells if cell.path == "scratch"),
             retraining=_swept(cell for cell in cells if cell.path == "pruned"),
         ),
@@ -111,22 +108,8 @@ def _regime(index: Index, name: str, parents: Mapping[int | None, Parent]) -> Re
     )
 
 
-def _seed(record: Parent | PrunedModel) -> int | None:
-    return getattr(record, "seed", None)
-
-
-def _for_seed(records: Mapping[int | None, Parent | PrunedModel], cell: Cell | None) -> Parent | PrunedModel | None:
-    """The record of the cell's seed, or the one for all seeds."""
-    return records.get(cell.seed, records.get(None)) if cell else None
-
-
 def _pair(first: Cell | Parent | PrunedModel | None, second: Cell | Parent | PrunedModel | None) -> Pair:
     return first.evaluation if first else None, second.evaluation if second else None
-
-
-def _parent_sweep(parent: Parent) -> bool | None:
-    """None for a checkpoint, which the study does not train."""
-    return parent.sweep is not None if parent.curve else None
 
 
 def _swept(cells: Iterable[Cell]) -> bool | None:
