@@ -9,7 +9,7 @@ from secateur.comparison.index import Group, Index, Model
 from secateur.comparison.naming import group_name
 from secateur.comparison.records import Sweep
 
-__all__ = ["SweepPanel", "sweep_panels", "sweep_rows", "sweep_subject", "unique_sweeps"]
+__all__ = ["PARENT", "SweepPanel", "sweep_panels", "sweep_rows", "sweep_subject", "unique_sweeps"]
 
 PARENT = "parent"  #: name of a parent's sweep
 

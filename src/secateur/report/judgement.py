@@ -17,6 +17,7 @@ from secateur.comparison.quality import QualityRow, contradicting, quality_rows
 from secateur.comparison.question import decisive, margin_of
 from secateur.comparison.records import StudyResults
 from secateur.comparison.regime import Regime, regimes
+from secateur.comparison.sweeps import sweep_rows
 from secateur.comparison.twins import Setting, Verdict, adjust_verdicts, compare_twins, settings_of
 from secateur.forecast.ladder import Forecasts, forecast
 from secateur.forecast.ratios import MethodLaw, across_ratios
@@ -166,6 +167,7 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
         ],
         **forecasts_json(judgement.forecasts),
         "across_ratios": laws_json(judgement.laws),
+        "sweeps": sweep_rows(judgement.index),
     }
 
 

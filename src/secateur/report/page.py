@@ -19,6 +19,7 @@ from secateur.comparison.provenance import runs_of
 from secateur.comparison.quality import measurement_rows
 from secateur.comparison.records import PrunedModel
 from secateur.comparison.serving_cost import running_rows
+from secateur.comparison.sweeps import sweep_rows, sweep_subject
 from secateur.comparison.twins import SCRATCH
 from secateur.files import write_text
 from secateur.forecast.ladder import Forecast
@@ -36,6 +37,7 @@ from secateur.report.latex import comparisons_tex, forecasts_tex
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, part_sentence, verdict_sentence
 from secateur.report.regime_prose import regime_rows, regime_sentences
 from secateur.report.studies import StudyComparison
+from secateur.report.sweep_prose import edge_sentences, sweep_sentences
 from secateur.report.tables import (
     across_rows,
     cell_rows,
@@ -77,7 +79,8 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
     """Write the page, its figures and its data into ``folder``.
 
     Files: ``report.html``, ``figures/*.svg`` and ``*.pdf``, ``cells.csv``, ``comparisons.csv`` and ``.tex``,
-    ``curves.csv``, ``measurements.csv``; for ladders also ``forecasts.csv`` and ``.tex`` and ``across_ratios.csv``.
+    ``curves.csv``, ``measurements.csv``; for ladders also ``forecasts.csv`` and ``.tex`` and ``across_ratios.csv``; for
+    swept learning rates ``sweeps.csv``.
     Each file is written atomically, the page last. The same results give the same bytes.
 
     Returns:
@@ -95,6 +98,7 @@ def build_report(judgement: Judgement, folder: Path) -> Path:
         "forecasts.csv": rows_csv(forecast_rows(judgement)),
         "forecasts.tex": forecasts_tex(judgement) if judgement.forecasts.fitted else "",
         "across_ratios.csv": rows_csv(across_rows(judgement)),
+        "sweeps.csv": rows_csv(sweep_rows(judgement.index)),
     }
     for name, text in optional.items():
         if text.strip():
@@ -170,6 +174,9 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "forecasts": judgement.forecasts,
         "forecast_texts": [_forecast_texts(forecast) for forecast in judgement.forecasts.fitted],
         "laws": judgement.laws,
+        "sweeps": [(sweep, sweep_subject(index, sweep)) for sweep in results.sweeps],
+        "sweep_texts": sweep_sentences(index),
+        "edge_texts": edge_sentences(index),
         "across": across_rows(judgement),
         "cells": cell_rows(judgement),
         "extra": _varying_columns(index.groups),

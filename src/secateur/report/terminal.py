@@ -19,6 +19,7 @@ from secateur.report.judgement import Judgement
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, objective_sentence, part_sentence
 from secateur.report.regime_prose import REGIME_TITLE, regime_sentences
 from secateur.report.studies import StudyComparison
+from secateur.report.sweep_prose import SWEEPS_TITLE, edge_sentences, sweep_sentences
 from secateur.report.tables import cell_rows
 
 __all__ = ["text_table", "text_versus"]
@@ -58,6 +59,7 @@ def text_table(judgement: Judgement) -> str:
     lines += (
         ["", *_wrapped(coverage_note(judgement.verdicts, judgement.results.seeds_vary))] if judgement.verdicts else []
     )
+    lines += _sweeps(index)
     lines += _findings(judgement) + _controls(index) + _objectives(index) + _forecasts(judgement)
     if len(index.pools) > len(index.models) or index.several_seeds or len(index.parents) > 1:
         lines += _ranking(judgement)
@@ -221,6 +223,16 @@ def _regime(judgement: Judgement) -> list[str]:
         for text in regime_sentences(regime, len(judgement.regimes) > 1):
             lines += _wrapped(text, indent="  ")
     return lines
+
+
+def _sweeps(index: Index) -> list[str]:
+    """How learning rates were chosen, with a warning where the best one is at the end of a sweep."""
+    lines = [line for text in sweep_sentences(index) for line in _wrapped(text)]
+    edges = edge_sentences(index)
+    for text in edges[:_MOST_SENTENCES]:
+        lines += _wrapped(text, indent="  ")
+    lines += [f"  and {len(edges) - _MOST_SENTENCES} more, on the page"] if len(edges) > _MOST_SENTENCES else []
+    return ["", f"{SWEEPS_TITLE}", *lines] if lines else []
 
 
 def _controls(index: Index) -> list[str]:

@@ -16,6 +16,7 @@ from secateur.comparison.ablation import controls
 from secateur.comparison.index import Group, Index, Model
 from secateur.comparison.naming import BUDGETS, group_name, model_name
 from secateur.comparison.serving_cost import AXES, serving_costs
+from secateur.comparison.sweeps import sweep_panels
 from secateur.comparison.twins import Setting, Verdict
 from secateur.files import write_bytes, write_text
 from secateur.methods.registry import method_name
@@ -28,11 +29,12 @@ from secateur.report.figures.model import draw_controls, draw_layers
 from secateur.report.figures.palette import LIGHT, RC, ROLES, Palette, themed
 from secateur.report.figures.pareto import draw_pareto
 from secateur.report.figures.svg import inline
+from secateur.report.figures.sweep import draw_sweeps
 from secateur.report.judgement import Judgement
 
 __all__ = ["KINDS", "FigureKind", "Panel", "inline_panels", "panels", "save_figures"]
 
-FigureKind = Literal["differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers"]
+FigureKind = Literal["differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers", "sweep"]
 KINDS: tuple[FigureKind, ...] = get_args(FigureKind)
 _INLINED = 12  #: figures of one kind that the page contains; it links to the files of the rest
 Draw = Callable[[Palette], tuple[Figure, str]]  # returns the figure and its description
@@ -62,6 +64,7 @@ def panels(judgement: Judgement) -> list[Panel]:
         "curves": _curves(index),
         "controls": _controls(index),
         "layers": _layers(index),
+        "sweep": _sweeps(index),
     }
     return [
         Panel(f"{kind}-{name or f'{number:02d}'}", kind, title, draw, subject, number <= _INLINED)
@@ -145,6 +148,11 @@ def _layers(index: Index) -> Iterator[tuple[str, str, Draw, Model]]:
             name = model_name(model, list(index.pruned))
             draw = partial(draw_layers, pruned, parent.shape if parent else {}, name)
             yield "", f"{name}: what is left of each layer", draw, model
+
+
+def _sweeps(index: Index) -> Iterator[tuple[str, str, Draw, Model | None]]:
+    for sweeps in sweep_panels(index):
+        yield "", f"{sweeps.title}: sweeps of learning rates", partial(draw_sweeps, sweeps), sweeps.model
 
 
 def inline_panels(judgement: Judgement) -> list[tuple[Panel, str]]:

@@ -1,0 +1,63 @@
+"""Sentences about sweeps of learning rates. ASCII, except for the minus sign."""
+
+from __future__ import annotations
+
+from secateur.comparison.index import Index
+from secateur.comparison.records import Sweep
+from secateur.comparison.sweeps import PARENT, sweep_subject, unique_sweeps
+from secateur.formatting import join_words
+
+__all__ = ["SWEEPS_TITLE", "edge_sentence", "edge_sentences", "sweep_name", "sweep_sentences"]
+
+SWEEPS_TITLE = "Learning rates"
+_SIDES = {"low": ("lowest", "lower"), "high": ("highest", "higher")}
+
+
+def sweep_name(index: Index, sweep: Sweep) -> str:
+    """The run whose rate a sweep chooses, in words."""
+    subject = sweep_subject(index, sweep)
+    if sweep.name == PARENT:
+        return f"the parent {subject}" if subject != PARENT else "the parent"
+    return f"{sweep.name} of {subject}"
+
+
+def sweep_sentences(index: Index) -> list[str]:
+    """How the rates were chosen, and how many lie at the end of what was tried; empty without a sweep."""
+    sweeps = unique_sweeps(index)
+    if not sweeps:
+        return []
+    seeds = sorted({sweep.seed for sweep in sweeps})
+    text = f"Trials with seed {join_words([str(seed) for seed in seeds])}, on held-out windows that no figure uses, "
+    text += "chose the learning rates"
+    text += "; the other seeds have the same rates" * index.several_seeds
+    whole = [sweep for sweep in sweeps if sweep.whole]
+    texts = [f"{text}."]
+    if whole:
+        texts.append(
+            "The best trial on all tokens of a run is that run. A search over rates favours no path, but the best of "
+            "several trials is a little better than another seed at the same rate."
+        )
+    pending = sum(sweep.rate is None for sweep in sweeps)
+    if pending:
+        texts.append(f"{pending} of {len(sweeps)} sweeps are not complete.")
+    edges = sum(sweep.at_edge is not None for sweep in sweeps)
+    if edges:
+        texts.append(
+            f"Warning: in {edges} of {len(sweeps)} sweeps the best rate is the lowest or the highest that was tried. "
+            "A better one may lie beyond, so that these runs may be worse than they could be; add rates there to "
+            "sweep.rates."
+        )
+    return texts
+
+
+def edge_sentences(index: Index) -> list[str]:
+    """One sentence for each sweep whose best rate is at the end of what was tried."""
+    return [edge_sentence(index, sweep) for sweep in unique_sweeps(index) if sweep.at_edge]
+
+
+def edge_sentence(index: Index, sweep: Sweep) -> str:
+    """What to try next to a best rate at the end of a sweep."""
+    assert sweep.rate is not None and sweep.at_edge
+    end, beyond = _SIDES[sweep.at_edge]
+    name = sweep_name(index, sweep)
+    return f"{name[0].upper()}{name[1:]}: {sweep.rate:g} is the {end} of {len(sweep.rates)} rates; try {beyond} ones."
