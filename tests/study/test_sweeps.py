@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cells import SMALL, common, record
 from test_plan import named, planned, study
 
+from secateur.config import dump_yaml
 from secateur.errors import UserError
 from secateur.study.plan import plan_study
-from secateur.study.stage import Stage
+from secateur.study.session import Study
+from secateur.study.stage import Stage, unique
 from secateur.study.stages.select import edge_of
 
 RATES = [1e-3, 3e-3, 1e-2]
@@ -102,3 +107,77 @@ def test_sweeps_that_cannot_be_are_refused(tmp_path: Path, sweep: dict[str, Any]
 
 def test_a_rate_is_at_the_edge_unless_both_sides_were_tried() -> None:
     assert [edge_of(rate, (3e-3, 1e-3, 1e-2)) for rate in RATES] == ["low", None, "high"]
+
+
+@pytest.fixture(scope="module")
+def swept(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study that was run: parent and runs swept, the highest rate so high that training diverges."""
+    folder = tmp_path_factory.mktemp("swept")
+    sweep = {"rates": [1e-5, 1e-2, 1e30], "windows": 4, "parent": [1e-3, 1e-2]}
+    raw = common(text, methods=["minitron-depth"], retrain={"tokens": 512}, seeds=[0, 1], sweep=sweep)
+    (folder / "swept.yaml").write_text(dump_yaml(raw), encoding="utf-8")
+    loaded = Study.load(folder / "swept.yaml", folder / "out")
+    assert not loaded.run(jobs=2, device="cpu").failed
+    return loaded
+
+
+def test_the_best_trial_is_the_run_and_was_trained_once(swept: Study) -> None:
+    choice = record(swept.out, f"select-{MODEL}-S_R-s0-*")["result"]
+    assert choice["peak_rate"] == 1e-2 and choice["losses"]["0.01"] < choice["losses"]["1e-05"]
+    assert choice["losses"]["1e+30"] is None and choice["at_edge"] is None
+    (trial,) = swept.out.glob(f"stages/train-{MODEL}-S_R-s0-rate-0.01-*")
+    (run,) = swept.out.glob(f"stages/select-{MODEL}-S_R-s0-*")
+    assert (run / "model/model.safetensors").samefile(trial / "model/model.safetensors")
+    assert choice["curve"] == json.loads((trial / "record.json").read_text())["result"]["curve"]
+    trained = [stage for stage in unique(swept.stages) if stage.kind == "train" and "/S_R~s0" in stage.name]
+    assert len(trained) == 3
+    assert record(swept.out, f"train-{MODEL}-S_R-s1-*")["result"]["peak_rate"] == 1e-2
+    cells = {(cell.name, cell.seed): cell for cell in swept.results().cells}
+    assert cells["S_R", 0].evaluation and cells["S_R", 0].peak_rate == 1e-2
+    assert [point.loss for point in cells["S_R", 0].curve] == [point["loss"] for point in choice["curve"]]
+
+
+def test_a_choice_resumes_and_is_found_intact(swept: Study) -> None:
+    assert swept.run(jobs=2, device="cpu").ran == 0
+    (run,) = swept.out.glob(f"stages/select-{MODEL}-P-R-s0-*")
+    before = (run / "record.json").read_bytes()
+    partial = run.with_name(f"{run.name}.partial-1")
+    run.rename(partial)  # as if the process had been killed after linking
+    (partial / "record.json").unlink()
+    assert swept.run(jobs=2, device="cpu").ran == 1
+    assert (run / "record.json").read_bytes() == before
+    assert all(swept.store.damage(stage) is None for stage in unique(swept.stages))
+
+
+def test_each_trial_is_counted_once(swept: Study) -> None:
+    results = swept.results()
+    assert {(sweep.name, len(sweep.rates), sweep.whole) for sweep in results.sweeps} == {
+        ("parent", 2, True),
+        ("P-R", 3, True),
+        ("S_R", 3, True),
+    }
+    counted = [parent.cost for parent in results.parents] + [cell.training for cell in results.cells]
+    counted += [sweep.cost for sweep in results.sweeps]
+    trained = sum(stage.tokens for stage in unique(swept.stages) if stage.kind == "train")
+    assert sum(cost.tokens for cost in counted if cost) == trained
+    assert all(cost and cost.seconds for cost in counted)
+    for cell in results.cells:  # what a run and its rate cost does not depend on the seed that was swept
+        assert cell.sweep and cell.sweep.tokens == 2 * 512
+    assert results.parents[0].sweep and results.parents[0].sweep.tokens == SMALL["tokens"]
+
+
+def test_the_report_shows_the_trials_and_warns_of_rates_at_the_edge(swept: Study) -> None:
+    page = swept.report().read_text(encoding="utf-8")
+    assert page.count('id="rates"') == 1 and "diverged" in page
+    rows = list(csv.DictReader((swept.out / "sweeps.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == 2 + 3 + 3 and sum(row["is_run"] == "True" for row in rows) == 3
+    (row,) = [row for row in swept.status().stages if row.kind == "select" and row.name == "parent~s0"]
+    assert row.note == "rate 0.01, the highest of the sweep"
+    assert "The parent: 0.01 is the highest of 2 rates; try higher ones." in page
+
+
+def test_a_sweep_that_diverges_everywhere_says_so(text: Path, tmp_path: Path) -> None:
+    raw = common(text, methods=["minitron-depth"], settings=[], sweep={"rates": [1e29, 1e30], "tokens": 256})
+    (tmp_path / "c.yaml").write_text(dump_yaml(raw), encoding="utf-8")
+    failed = Study.load(tmp_path / "c.yaml", tmp_path / "out").run(jobs=2, device="cpu").failed
+    assert list(failed) == [f"{MODEL}/P-R/rate"] and "add lower ones to sweep.rates" in failed[f"{MODEL}/P-R/rate"]

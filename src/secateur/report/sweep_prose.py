@@ -27,16 +27,13 @@ def sweep_sentences(index: Index) -> list[str]:
     if not sweeps:
         return []
     seeds = sorted({sweep.seed for sweep in sweeps})
-    text = f"Trials with seed {join_words([str(seed) for seed in seeds])}, on held-out windows that no figure uses, "
-    text += "chose the learning rates"
-    text += "; the other seeds have the same rates" * index.several_seeds
-    whole = [sweep for sweep in sweeps if sweep.whole]
-    texts = [f"{text}."]
-    if whole:
-        texts.append(
-            "The best trial on all tokens of a run is that run. A search over rates favours no path, but the best of "
-            "several trials is a little better than another seed at the same rate."
-        )
+    text = (
+        f"Trials with seed {join_words([str(seed) for seed in seeds])} chose the learning rates, on held-out windows "
+    )
+    text += "that no final loss is measured on"
+    text += "; the other seeds have the same rates." if index.several_seeds else "."
+    text += " A trial on all tokens of its run, if it is the best, is that run." * any(sweep.whole for sweep in sweeps)
+    texts = [text]
     pending = sum(sweep.rate is None for sweep in sweeps)
     if pending:
         texts.append(f"{pending} of {len(sweeps)} sweeps are not complete.")
