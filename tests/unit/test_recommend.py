@@ -193,7 +193,7 @@ def test_findings_come_by_relevance(capsys: pytest.CaptureFixture[str]) -> None:
 def test_curves_of_another_size_are_read_at_equal_tokens_a_parameter(capsys: pytest.CaptureFixture[str]) -> None:
     own = run(capsys, *ask("8.03B"), "--method", "minitron-width")
     half = run(capsys, *ask("4.015B", tokens="25B"), "--method", "minitron-width")
-    assert half["cases"][0]["scales"] == pytest.approx([0.5])
+    assert half["cases"][0]["scale"] == pytest.approx(0.5)
     (a,), (b,) = own["cases"][0]["accounts"], half["cases"][0]["accounts"]
     assert a["difference"]["value"] == pytest.approx(b["difference"]["value"])
 
@@ -223,7 +223,7 @@ def test_a_study_of_one_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (evidence["parent_parameters"], evidence["parent_tokens"], evidence["parent_loss"]) == (100, 4000, 3.0)
     depth, sparse = found["cases"]
     assert depth["budgets"] == {"scratch": [1000, 5000], "pruned": [1000]}
-    assert depth["distances"][2]["factor"] == 2 and sparse["scales"] == [1]
+    assert depth["distances"][2]["factor"] == 2 and sparse["scale"] == 1
 
 
 def test_a_study_is_read_between_its_ratios_and_not_outside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,11 +252,9 @@ def test_a_method_without_enough_runs_is_told_beside_the_others(
     own = [*ask("100", tokens="2000"), "--study", str(folder)]
     found = run(capsys, *own)
     assert [case["method"] for case in found["cases"]] == ["shortgpt"]
-    assert found["not_fitted"] == [
-        "wanda at ratio 0.5: two finished runs tell no curve; run one of the paths at another budget as well"
-    ]
+    assert found["not_fitted"] == ["wanda: no ratio has runs of both paths and three budgets in all; finish more runs"]
     assert main([*own, "--method", "wanda"]) == 2
-    assert "two finished runs tell no curve" in capsys.readouterr().err
+    assert "no ratio has runs of both paths" in capsys.readouterr().err
 
 
 def test_a_pilot_is_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,22 +1,22 @@
 """Answer a question from evidence: which path is ahead, or why these figures cannot tell.
 
-Curves of another size are read at the same number of tokens per parameter of the target, ``N_0 * (1 - ratio)`` of a
-parent of ``N_0`` parameters (``N_0`` itself for sparse methods, which remove none). They are not read for a parent of
-another order of size or of tokens a parameter, nor outside of the ratios that were run.
+Curves of another size are read at the same number of tokens for each parameter of the parent. They are not read for a
+parent of another order of size or of tokens a parameter, nor outside of the ratios that were run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
-from operator import mul
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from secateur.errors import UserError
 from secateur.forecast.crossover import Crossover, Lead, NextRun, crossover, lead, narrowing
 from secateur.forecast.curve import CurvePoint
-from secateur.forecast.evidence import SLACK, Evidence
-from secateur.forecast.fit import Fit, Interval, fit_pair, pairs
+from secateur.forecast.evidence import Evidence
+from secateur.forecast.fit import MISFIT, NOISE, Interval, has_enough_runs, pairs
 from secateur.forecast.published import Claim, claim
+from secateur.forecast.ratio_curves import RatioCurves, at_ratio
 from secateur.methods.registry import METHODS
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "obstacles_of",
 ]
 
+_EXCLUDE = ("size", "parent tokens", "teacher", "control")  # findings are no answer either
 _RETRAINING, _SCRATCH = "retraining, tokens a parameter", "from scratch, tokens a parameter"
 
 NEAR = 4  #: how many times a parent's size, or its tokens a parameter, may lie from the evidence's
@@ -127,9 +128,13 @@ class AdviceAccount:
     name: Name
     extra: float  #: tokens that the from-scratch model gets beyond R
     scratch_loss: Interval | None
-    lead: Lead | None  #: None: out of reach
-    crossover: Crossover | None  #: in the evidence's tokens; None between two ratios
-    winner: Winner
+    lead: Lead | None  #: None: out of the runs' reach
+    crossover: Crossover | None  #: in the evidence's tokens; times the case's ``scale`` they are the question's
+
+    @property
+    def winner(self) -> Winner:
+        """The path ahead."""
+        return self.lead.winner if self.lead else "beyond what these runs can tell"
 
 
 @dataclass(frozen=True)
@@ -138,17 +143,21 @@ class Case:
 
     method: str
     granularity: str
-    ratios: tuple[float, ...]  #: that were run: one, or the two around the question's
-    fits: tuple[Fit, ...]  #: one for each
-    scales: tuple[float, ...]  #: tokens of the question for each of the evidence, at equal tokens per parameter
-    pruned_loss: Interval
+    curves: RatioCurves
+    scale: float  #: tokens of the question for each of the evidence, at equal tokens a parameter
+    pruned_loss: Interval | None  #: None: out of the runs' reach
     accounts: tuple[AdviceAccount, ...]
     distances: tuple[Distance, ...]
-    next_runs: tuple[NextRun, ...]  #: that would narrow the crossover that decides, the best first
+    next_runs: tuple[NextRun, ...]  #: that would tell something of the crossover that decides, the best first
 
     def account(self, name: Name) -> AdviceAccount:
         """One of the accounts."""
         return next(account for account in self.accounts if account.name == name)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The ratios that were run: the question's, or its two neighbours."""
+        return tuple(sorted({point.ratio for point in self.curves.points}))
 
 
 def obstacles_of(evidence: Evidence, question: Question) -> list[Obstacle]:
@@ -168,124 +177,74 @@ def obstacles_of(evidence: Evidence, question: Question) -> list[Obstacle]:
     return obstacles
 
 
-def bearing(evidence: Evidence, question: Question) -> tuple[list[list[list[CurvePoint]]], list[Obstacle]]:
-    """The runs that bear on a question: for each method those at its ratio, or at the two ratios around it.
-
-    Returns:
-        For each method one or two groups of runs; and why other runs are not among them.
-    """
-    groups = pairs(evidence.points)
-    ladders, obstacles = [], []
-    methods = [m for m in dict.fromkeys(method for method, _ in groups) if _fits(evidence, question, m)]
-    for method in methods:
-        ratios = sorted(ratio for name, ratio in groups if name == method)
-        around = _around(ratios, question.ratio)
-        if around:
-            ladders.append([groups[method, ratio] for ratio in around])
+def bearing(evidence: Evidence, question: Question) -> dict[str, list[CurvePoint]]:
+    """The runs of each method that bears on a question: the method itself, or failing that its granularity."""
+    methods: dict[str, list[CurvePoint]] = {}
+    for point in evidence.points:
+        if question.method in evidence.granularity:
+            near = point.method == question.method
         else:
-            obstacles.append(Obstacle("ratio", Distance("ratio", question.ratio, ratios[0], ratios[-1])))
-    return ladders, obstacles if methods else [Obstacle("granularity")]
-
-
-def _around(ratios: Sequence[float], ratio: float) -> list[float]:
-    """The ratio that was run, or the nearest below and above; none where one of these is missing."""
-    nearest = min(ratios, key=lambda r: abs(r - ratio))
-    if abs(nearest - ratio) <= SLACK + 1e-9:
-        return [nearest]
-    below, above = [r for r in ratios if r < ratio], [r for r in ratios if r > ratio]
-    return [below[-1], above[0]] if below and above else []
-
-
-def _fits(evidence: Evidence, question: Question, method: str) -> bool:
-    """Whether the evidence of a method bears on the question: the method itself, or failing that its granularity."""
-    if question.method in evidence.granularity:
-        return method == question.method
-    return question.granularity in (None, evidence.granularity[method])
+            near = question.granularity in (None, evidence.granularity[point.method])
+        if near:
+            methods.setdefault(point.method, []).append(point)
+    return methods
 
 
 def case_of(
-    evidence: Evidence, question: Question, ladder: Sequence[Sequence[CurvePoint]], noise: float | None = None
-) -> Case:
-    """Fit the runs of one method at one or two ratios, and predict for the question.
+    evidence: Evidence, question: Question, points: Sequence[CurvePoint], noise: float | None = None
+) -> Case | Obstacle:
+    """Fit the runs of one method and predict for the question, or say what is in the way.
 
     Raises:
-        UserError: if the runs contradict one another, are too few, or scatter too much.
+        UserError: if the runs contradict one another, or are too few.
     """
-    method = ladder[0][0].method
+    method = points[0].method
     granularity = evidence.granularity[method]
-    ratios = tuple(points[0].ratio for points in ladder)
-    fits = tuple(fit_pair(points, noise=noise) for points in ladder)
-    target = question.target(granularity)
-    targets = [question.target(granularity, evidence.parent_parameters, ratio) for ratio in ratios]
-    scales = tuple(target / evidence_target for evidence_target in targets)
+    ratios = [ratio for (_, ratio), group in pairs(points).items() if has_enough_runs(group)]
+    if not ratios:
+        raise UserError(f"{method}: no ratio has runs of both paths and three budgets in all; finish more runs")
+    curves = at_ratio(points, question.ratio, noise=noise)
+    if curves is None:
+        return Obstacle("ratio", Distance("ratio", question.ratio, min(ratios), max(ratios)))
+    if curves.poor:
+        return Obstacle("fit", Distance(method, curves.noise, 0.0, MISFIT * NOISE))
+    target, scale = question.target(granularity), question.parameters / evidence.parent_parameters
     extras: dict[Name, float] = {"training": 0.0}
     if question.parent_tokens is not None:
         share = question.parent_tokens / question.children
         extras |= {"total": share, "flops": share * (question.dearer or question.parameters / target)}
-    weights = _weights(ratios, question.ratio)
-    accounts = tuple(_account(fits, scales, weights, question.tokens, *item) for item in extras.items())
+    accounts = tuple(_account(curves, question.tokens, name, extra, scale) for name, extra in extras.items())
     decisive = next(account for account in accounts if account.name == question.decides)
+    parameters = points[0].parameters
     return Case(
         method,
         granularity,
-        ratios,
-        fits,
-        scales,
-        _mix([fit.at("pruned", question.tokens / scale) for fit, scale in zip(fits, scales, strict=True)], weights),
+        curves,
+        scale,
+        curves.at("pruned", question.tokens / scale) if any(account.lead for account in accounts) else None,
         accounts,
-        tuple(_distances(evidence, question, fits, targets, decisive.extra)),
-        tuple(narrowing(fits[0], decisive.crossover)) if decisive.crossover else (),
+        tuple(_distances(evidence, question, curves, target / scale, decisive.extra)),
+        tuple(replace(run, flops=6.0 * parameters * run.tokens) for run in narrowing(curves, decisive.crossover)),
     )
 
 
-def _weights(ratios: tuple[float, ...], ratio: float) -> list[float]:
-    if len(ratios) == 1:
-        return [1.0]
-    share = (ratio - ratios[0]) / (ratios[1] - ratios[0])
-    return [1 - share, share]
-
-
-def _mix(intervals: Sequence[Interval], weights: Sequence[float]) -> Interval:
-    """The figure between two ratios, linear in the ratio; so are its limits, as if both erred to the same side."""
-    values, lows, highs = zip(*map(astuple, intervals), strict=True)
-    return Interval(*(sum(map(mul, weights, limits)) for limits in (values, lows, highs)))
-
-
-def _account(
-    fits: Sequence[Fit],
-    scales: Sequence[float],
-    weights: Sequence[float],
-    tokens: float,
-    name: Name,
-    extra: float,
-) -> AdviceAccount:
-    both = list(zip(fits, scales, strict=True))
-    leads = [lead(fit, tokens / scale, extra / scale) for fit, scale in both]
-    near = [standing for standing in leads if standing]
-    if len(near) < len(leads):
-        return AdviceAccount(name, extra, None, None, None, "beyond what these runs can tell")
-    share = sum(w * standing.likely_pruned for w, standing in zip(weights, near, strict=True))
-    standing = Lead(_mix([item.difference for item in near], weights), share)
-    losses = [fit.at("scratch", (tokens + extra) / scale) for fit, scale in both]
-    crossing = crossover(fits[0], extra / scales[0]) if len(fits) == 1 else None
-    return AdviceAccount(name, extra, _mix(losses, weights), standing, crossing, standing.winner)
+def _account(curves: RatioCurves, tokens: float, name: Name, extra: float, scale: float) -> AdviceAccount:
+    standing = lead(curves, tokens / scale, extra / scale)
+    loss = curves.at("scratch", (tokens + extra) / scale) if standing else None
+    return AdviceAccount(name, extra, loss, standing, crossover(curves, extra / scale))
 
 
 def _distances(
-    evidence: Evidence, question: Question, fits: Sequence[Fit], targets: Sequence[float], extra: float
+    evidence: Evidence, question: Question, curves: RatioCurves, evidence_target: float, extra: float
 ) -> Iterator[Distance]:
-    """Yield the distances from the question to the evidence, whose pruned models have ``targets`` parameters."""
-    point = fits[0].points[0]
-    target = question.target(evidence.granularity[point.method])
-    pruned, scratch = (
-        [tokens / size for fit, size in zip(fits, targets, strict=True) for tokens in fit.budgets(path)]
-        for path in ("pruned", "scratch")
-    )
-    ratios = [fit.points[0].ratio for fit in fits]
+    """Yield the distances from the question to the evidence, whose pruned model has ``evidence_target`` parameters."""
+    target = question.target(evidence.granularity[curves.points[0].method])
+    pruned, scratch = ([tokens / evidence_target for tokens in curves.budgets(path)] for path in ("pruned", "scratch"))
+    ratios = [point.ratio for point in curves.points]
     yield Distance("parameters of the parent", question.parameters, *[evidence.parent_parameters] * 2)
     yield Distance("ratio", question.ratio, min(ratios), max(ratios))
-    yield Distance(_RETRAINING, question.tokens / target, min(pruned), max(pruned))
-    yield Distance(_SCRATCH, (question.tokens + extra) / target, min(scratch), max(scratch))
+    yield Distance(_RETRAINING, question.tokens / target, pruned[0], pruned[-1])
+    yield Distance(_SCRATCH, (question.tokens + extra) / target, scratch[0], scratch[-1])
     trained = _parent_distance(evidence, question)
     if trained:
         yield trained
@@ -324,7 +283,7 @@ def advise(evidence: Evidence, question: Question, cases: Sequence[Case], obstac
     if winners:
         choice: Choice = _CHOICES[winners.pop()] if len(winners) == 1 else "depends on the method"
         return Advice(choice, "curves", absent=absent)
-    if evidence.published and not obstacles_of(evidence, question):
+    if evidence.published and not any(obstacle.kind in _EXCLUDE for obstacle in obstacles):
         budget = question.tokens / question.parameters
         finding = claim(question.ratio, question.granularity, budget, question.extra / question.tokens)
         if finding:

@@ -14,7 +14,7 @@ from secateur.forecast.curve import CurvePoint
 
 __all__ = ["SLACK", "Accuracy", "Evidence", "of_study"]
 
-SLACK = 0.02  #: how far a ratio may be from one that was run to count as it
+SLACK = 0.01  #: how far a ratio may be from one that was run to count as it
 
 
 @dataclass(frozen=True)

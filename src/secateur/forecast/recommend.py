@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from secateur.forecast.advice import (
 )
 from secateur.forecast.costs import Price, Sizes, cheapest_pilot, costs, pilot_record
 from secateur.forecast.crossover import NextRun
-from secateur.forecast.curve import PATHS, CurvePoint
+from secateur.forecast.curve import PATHS
 from secateur.forecast.evidence import Evidence, of_study
+from secateur.forecast.fit import Interval
 from secateur.forecast.published import published
 from secateur.forecast.published_findings import by_relevance
 from secateur.forecast.request import RecommendRequest
@@ -90,33 +90,33 @@ def recommend(request: RecommendRequest) -> Recommendation:
     cases: list[Case] = []
     refused: list[str] = []
     if not obstacles:
-        ladders, obstacles = bearing(evidence, question)
-        cases, refused = _cases(evidence, question, ladders, request.noise)
+        cases, obstacles, refused = _cases(evidence, question, request.noise)
     return Recommendation(
         question, sizes, evidence, cases, refused, advise(evidence, question, cases, obstacles), price
     )
 
 
-def _cases(
-    evidence: Evidence, question: Question, ladders: Sequence[Sequence[Sequence[CurvePoint]]], noise: float | None
-) -> tuple[list[Case], list[str]]:
-    """The fits that bear on the question, and why others are not among them.
+def _cases(evidence: Evidence, question: Question, noise: float | None) -> tuple[list[Case], list[Obstacle], list[str]]:
+    """The fits that bear on the question, what is in the way of others, and why some runs cannot be fitted.
 
     Raises:
         UserError: if there are runs to go by and none of them can be fitted.
     """
     cases: list[Case] = []
+    obstacles: list[Obstacle] = []
     refused: list[str] = []
-    with track("fit the curves", len(ladders)) as progress:
-        for ladder in ladders:
+    methods = bearing(evidence, question)
+    with track("fit the curves", len(methods)) as progress:
+        for points in methods.values():
             try:
-                cases.append(case_of(evidence, question, ladder, noise))
+                case = case_of(evidence, question, points, noise)
+                (obstacles if isinstance(case, Obstacle) else cases).append(case)  # type: ignore[arg-type]
             except UserError as error:
                 refused.append(str(error))
             progress.advance()
-    if refused and not cases:
+    if refused and not cases and not obstacles:
         raise UserError(f"{evidence.source}: {refused[0]}")
-    return cases, refused
+    return cases, obstacles if methods else [Obstacle("granularity")], refused
 
 
 def _question(request: RecommendRequest, evidence: Evidence) -> tuple[Question, Sizes]:
@@ -186,19 +186,19 @@ def _evidence(evidence: Evidence, question: Question) -> dict[str, Any]:
 
 
 def _case(case: Case, question: Question, price: Price | None) -> dict[str, Any]:
-    fit = case.fits[0]
+    curves = case.curves
     return {
         "method": case.method,
         "granularity": case.granularity,
         "ratios": list(case.ratios),
-        "forms": [form.name for form in fit.forms],
-        "noise": max(fit.noise for fit in case.fits),
-        "budgets": {path: sorted({b for fit in case.fits for b in fit.budgets(path)}) for path in PATHS},
-        "scales": list(case.scales),
-        "pruned_loss": asdict(case.pruned_loss),
+        "forms": sorted({form.name for fit in curves.fits for form in fit.forms}),
+        "noise": curves.noise,
+        "budgets": {path: curves.budgets(path) for path in PATHS},
+        "scale": case.scale,
+        "pruned_loss": _plain(case.pruned_loss),
         "accounts": [_account(case, account, question) for account in case.accounts],
         "distances": [_distance(distance) for distance in case.distances],
-        "next_runs": [_next_run(run, case, price) for run in case.next_runs[:3]],
+        "next_runs": [_next_run(run, price) for run in case.next_runs[:3]],
     }
 
 
@@ -217,16 +217,18 @@ def _account(case: Case, account: AdviceAccount, question: Question) -> dict[str
     return {
         "name": account.name,
         "scratch_tokens": question.tokens + account.extra,
-        "scratch_loss": asdict(account.scratch_loss) if account.scratch_loss else None,
-        "difference": asdict(account.lead.difference) if account.lead else None,
+        "scratch_loss": _plain(account.scratch_loss),
+        "difference": _plain(account.lead.difference if account.lead else None),
         "likely_pruned": account.lead.likely_pruned if account.lead else None,
         "winner": account.winner,
-        "crossover": account.crossover.record(case.scales[0]) if account.crossover else None,
+        "crossover": account.crossover.record(case.scale) if account.crossover else None,
     }
 
 
-def _next_run(run: NextRun, case: Case, price: Price | None) -> dict[str, Any]:
-    """A further run of the evidence's own models, with its cost by 6 N D of the evidence's target."""
-    parameters = case.fits[0].points[0].parameters
-    flops = 6.0 * parameters * run.tokens
-    return {**asdict(run), "flops": flops, "money": price.of(flops) if price else None}
+def _next_run(run: NextRun, price: Price | None) -> dict[str, Any]:
+    """A further run of the evidence's own models, with its cost."""
+    return {**asdict(run), "money": price.of(run.flops) if price and run.flops is not None else None}
+
+
+def _plain(interval: Interval | None) -> dict[str, float] | None:
+    return asdict(interval) if interval else None

@@ -155,6 +155,11 @@ def _reason(obstacle: Mapping[str, Any], question: Mapping[str, Any], evidence: 
         of = question["method"] or question["granularity"]
         where = "were published, and no finding is of this ratio and budget" if evidence["published"] else "are there"
         return f"no losses of {of} {where}"
+    if kind == "fit":
+        return (
+            f"the runs of {_title(obstacle['what'])} scatter by {number(obstacle['asked'], 2)} nats around the fitted "
+            "curves, so that no figure is read from these (the study's report has the comparisons that were measured)"
+        )
     if kind == "budget":
         return (
             f"{obstacle['what']}: {_round(obstacle['asked'])}, in the evidence {_round(obstacle['low'])} to "

@@ -62,7 +62,7 @@ def _next(question: Question, cases: list[Case], raw: dict[str, Any]) -> tuple[d
     """The user's study with the most informative further budget."""
     runs = [run for case in cases for run in case.next_runs]
     best = min(runs, key=lambda run: (run.width, run.tokens), default=None)
-    largest = max((p.tokens for case in cases for fit in case.fits for p in fit.points), default=question.tokens)
+    largest = max((p.tokens for case in cases for p in case.curves.points), default=question.tokens)
     tokens = best.tokens if best else largest
     raw["retrain"] = {**raw["retrain"], "tokens": tokens}
     return raw, f"R = {_plain(tokens)} tokens beside what has been run."

@@ -58,15 +58,14 @@ def _case(case: Mapping[str, Any], answer: Mapping[str, Any]) -> list[str]:
     lines = _wrapped(
         f"{case['method']} at ratio {ratios}{between} ({case['granularity']}), losses in nats/token with 95% intervals"
     )
-    pruned = _interval(case["pruned_loss"])
     for account in case["accounts"]:
         if account["winner"] == "beyond what these runs can tell":
             lines += _wrapped(f"{_ACCOUNTS[account['name']]}: these runs do not reach that far", "  ")
             continue
         crossing = f" {catches_up(account['crossover'])}" if account["crossover"] else ""
         lines += _wrapped(
-            f"{_ACCOUNTS[account['name']]}: P-R {pruned}; from scratch on {count(account['scratch_tokens'])} tokens "
-            f"{_interval(account['scratch_loss'])}; difference {_interval(account['difference'], sign=True)}: "
+            f"{_ACCOUNTS[account['name']]}: P-R {_interval(case['pruned_loss'])}; from scratch on "
+            f"{count(account['scratch_tokens'])} tokens {_interval(account['scratch_loss'])}; difference {_interval(account['difference'], sign=True)}: "
             f"{account['winner']}.{crossing}",
             "  ",
         )
