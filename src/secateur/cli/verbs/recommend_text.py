@@ -63,12 +63,10 @@ def _case(case: Mapping[str, Any], answer: Mapping[str, Any]) -> list[str]:
             lines += _wrapped(f"{_ACCOUNTS[account['name']]}: these runs do not reach that far", "  ")
             continue
         crossing = f" {catches_up(account['crossover'])}" if account["crossover"] else ""
-        lines += _wrapped(
-            f"{_ACCOUNTS[account['name']]}: P-R {_interval(case['pruned_loss'])}; from scratch on "
-            f"{count(account['scratch_tokens'])} tokens {_interval(account['scratch_loss'])}; difference {_interval(account['difference'], sign=True)}: "
-            f"{account['winner']}.{crossing}",
-            "  ",
-        )
+        scratch = f"from scratch on {count(account['scratch_tokens'])} tokens {_interval(account['scratch_loss'])}"
+        difference = f"difference {_interval(account['difference'], sign=True)}: {account['winner']}"
+        paths = f"P-R {_interval(case['pruned_loss'])}; {scratch}; {difference}"
+        lines += _wrapped(f"{_ACCOUNTS[account['name']]}: {paths}.{crossing}", "  ")
     lines += [f"  {line}" for line in _distances(case["distances"])]
     sentence = "" if answer["evidence"]["published"] else next_run_sentence(case, answer["costs"]["currency"])
     return [*lines, *(_wrapped(sentence, "  ") if sentence else [])]
