@@ -56,6 +56,13 @@ def test_shorter_trials_give_their_rate_to_larger_budgets(tmp_path: Path) -> Non
     assert trials(total.inputs["rate"])[0].identity["slice"] == [0, 2048]  # of its own slice, which begins earlier
 
 
+def test_a_further_rate_adds_trials_and_changes_none(tmp_path: Path) -> None:
+    before = planned(study(tmp_path, sweep=SWEEP))
+    after = planned(study(tmp_path, sweep={**SWEEP, "rates": [*RATES, 3e-2]}))
+    trials_of = [{s.fingerprint for s in stages if s.facts.get("path") == "trial"} for stages in (before, after)]
+    assert trials_of[0] < trials_of[1] and len(trials_of[1]) == 12
+
+
 def test_the_first_seed_alone_is_swept(tmp_path: Path) -> None:
     stages = planned(study(tmp_path, seeds=[3, 5, 7], sweep=SWEEP))
     first = named(stages, f"{MODEL}/S_R~s3", "select")

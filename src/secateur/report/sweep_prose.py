@@ -26,11 +26,8 @@ def sweep_sentences(index: Index) -> list[str]:
     sweeps = unique_sweeps(index)
     if not sweeps:
         return []
-    seeds = sorted({sweep.seed for sweep in sweeps})
-    text = (
-        f"Trials with seed {join_words([str(seed) for seed in seeds])} chose the learning rates, on held-out windows "
-    )
-    text += "that no final loss is measured on"
+    seeds = join_words([str(seed) for seed in sorted({sweep.seed for sweep in sweeps})])
+    text = f"Trials with seed {seeds} chose the learning rates, on held-out windows that no final loss is measured on"
     text += "; the other seeds have the same rates." if index.several_seeds else "."
     text += " A trial on all tokens of its run, if it is the best, is that run." * any(sweep.whole for sweep in sweeps)
     texts = [text]
