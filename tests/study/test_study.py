@@ -91,6 +91,20 @@ def test_everything_ran_and_is_reported(whole: tuple[Path, Path, dict[str, Any]]
     assert (out / "report.html").stat().st_size > 10_000
 
 
+def test_compare_agrees_with_the_report_on_the_same_models(whole: tuple[Path, Path, dict[str, Any]]) -> None:
+    """``secateur compare`` reads the files of two models, the report all records; both go by one rule."""
+    _, out, answer = whole
+    twins = {"training": "S_R", "total": "S_P+R"}
+    for verdict in answer["verdicts"]:
+        names = (f"{verdict['method']}-0.5-{path}" for path in ("P-R", twins[verdict["setting"]]))
+        files = [next(out.glob(f"stages/evaluate-{name}-*/results.json")) for name in names]
+        (row,) = run("compare", *files)["comparisons"]
+        for key in ("difference", "interval", "p", "documents", "effective_documents"):
+            assert row[key] == pytest.approx(verdict[key], abs=1e-9), key
+        winner = {"A": "pruned", "B": "scratch"}.get(row["verdict"], row["verdict"])
+        assert winner == verdict["winner"] or "Holm" in verdict["reason"]
+
+
 def test_token_slices_are_exact(whole: tuple[Path, Path, dict[str, Any]]) -> None:
     _, out, _ = whole
     for name, want in {
