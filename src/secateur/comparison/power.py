@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from secateur.comparison.decision import LEVEL, MARGIN
+from secateur.comparison.decision import LEVEL, MARGIN, Decision
 
-__all__ = ["MOST_SEEDS", "Spread", "power", "seeds_needed"]
+__all__ = ["MOST_SEEDS", "Spread", "power", "seeds_needed", "standard_deviations"]
 
 MOST_SEEDS = 100  #: a study that needs more seeds is not planned
 _GRID = (400, 40)  # quantiles of the estimates of A and of B; A has few degrees of freedom, so it needs more
@@ -69,3 +69,12 @@ def seeds_needed(
         numbers, share, key=lambda seeds: power(spread, seeds, documents, difference, comparisons=comparisons)
     )
     return numbers[first] if first < len(numbers) else None
+
+
+def standard_deviations(decision: Decision) -> dict[str, float | None]:
+    """``seed_sd`` and ``document_sd`` of a difference, as a :class:`Spread` has them; None where there is none."""
+    noise, text, documents = decision.noise, decision.text, decision.effective_documents
+    return {
+        "seed_sd": math.sqrt(noise.variance * decision.seeds) if noise else None,
+        "document_sd": math.sqrt(text.variance * documents) if text and documents else None,
+    }

@@ -12,6 +12,7 @@ from typing import Any
 from secateur.comparison.decision import Decision
 from secateur.comparison.index import Index, group_of
 from secateur.comparison.ledger import ACCOUNTS, account_flops, best_runs, own_cost, setting_total
+from secateur.comparison.power import standard_deviations
 from secateur.comparison.records import Cell
 from secateur.comparison.twins import SCRATCH
 from secateur.forecast.fit import Interval
@@ -85,6 +86,7 @@ def comparison_rows(judgement: Judgement) -> list[Row]:
             **_values(verdict.group, *group),
             **_values(verdict, *figures, "unit"),
             **_values(verdict.decision, *decided),
+            **standard_deviations(verdict.decision),
         }
         for verdict in (*judgement.verdicts, *judgement.by_seed)
     ]

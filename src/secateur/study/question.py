@@ -5,6 +5,7 @@ A question is no part of a stage's identity: nothing runs anew when it changes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from secateur.errors import UserError, did_you_mean
 from secateur.study.settings import TWIN_NAMES, SettingKind
 from secateur.study.stage import Stage
 
-__all__ = ["ComparisonSelector", "QuestionSpec", "resolve_question"]
+__all__ = ["ComparisonSelector", "QuestionSpec", "count_together", "resolve_question"]
 
 _LANGUAGE_MODEL = "language-model"  # the label of this objective is empty
 
@@ -95,6 +96,14 @@ def resolve_question(question: QuestionSpec, stages: Iterable[Stage]) -> StudyQu
     values = {key: getattr(question, key) for key in ("metric", "margin", "ask", "yes", "no")}
     content = {**values, "comparisons": [{**asdict(c), "seeds": seeds} for c, seeds in comparisons.items()]}
     return StudyQuestion(hash=fingerprint(content), content=content, comparisons=tuple(comparisons), **values)
+
+
+def count_together(question: StudyQuestion | None, stages: Iterable[Stage]) -> int:
+    """How many comparisons Holm's method corrects together: the decisive ones, or those of the largest setting."""
+    if question is not None:
+        return len(question.comparisons)
+    sizes = Counter(comparison.twin for comparison in {comparison for comparison, _ in _planned(stages)})
+    return max(sizes.values(), default=1)
 
 
 def _planned(stages: Iterable[Stage]) -> Iterator[tuple[DecisiveComparison, dict[str, Any]]]:

@@ -14,7 +14,7 @@ from secateur.study.declarations import read_declarations, record_question
 from secateur.study.explain import Explanation, explain_stage
 from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study
 from secateur.study.planner import stages_of
-from secateur.study.question import resolve_question
+from secateur.study.question import count_together, resolve_question
 from secateur.study.resolve import resolve
 from secateur.study.runner.scheduler import StudyOutcome, run_stages, survey
 from secateur.study.shipped import find_study
@@ -26,6 +26,7 @@ from secateur.study.store import Store
 if TYPE_CHECKING:
     from secateur.comparison.records import StudyQuestion, StudyResults
     from secateur.report.judgement import Judgement
+    from secateur.study.power import StudyPower
     from secateur.study.runner.slurm import Slurm
 
 __all__ = ["RunPreview", "Study"]
@@ -102,6 +103,21 @@ class Study:
     def plan(self, flops_per_second: float = FLOPS_PER_SECOND) -> StudyPlan:
         """Sum up what the study runs and costs."""
         return plan_study(self.spec.name, self.stages, flops_per_second)
+
+    def power(self, **fields: Any) -> StudyPower:
+        """Compute how many seeds and held-out documents tell a difference, and what the seeds cost.
+
+        Args:
+            fields: fields of :class:`~secateur.study.power.PowerRequest`: ``pilot``, or ``seed_sd`` and
+                ``document_sd``; ``margin``, ``power``, and others.
+
+        Raises:
+            UserError: if a field is out of range, the spread is not known, or 100 seeds are too few.
+        """
+        from secateur.study.power import PowerRequest, plan_power
+
+        together = count_together(self.question, self.stages)
+        return plan_power(self.spec, resolve(self.spec), self.question, together, PowerRequest(**fields))
 
     def run(
         self,

@@ -26,6 +26,7 @@ __all__ = [
     "ratios",
     "token_count",
     "windows",
+    "zero_or_more",
 ]
 
 
@@ -200,6 +201,14 @@ def above_zero(text: str) -> float:
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return value
+
+
+def zero_or_more(text: str) -> float:
+    """A finite number, zero or above."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of zero or more")
     return value
 
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any, get_args
 
 from secateur.cli import manual
-from secateur.cli.arguments.common import Parser, above_zero, add_verb, positive, ratio, token_count
+from secateur.cli.arguments.common import Parser, above_zero, add_verb, positive, ratio, token_count, zero_or_more
 from secateur.model.families import Granularity
 
 __all__ = ["add_demo", "add_recommend", "add_study"]
@@ -57,11 +57,24 @@ def add_study(verbs: Any) -> None:
         if name == "plan":
             help_ = "speed of a device, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
             action.add_argument("--flops-per-second", type=token_count, metavar="X", help=help_)
+            _study_power(action)
         else:
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
         _OF_ACTION.get(name, lambda _: None)(action)
     # Not for people: it is in no list. argparse has no word for that.
     actions._choices_actions = [action for action in actions._choices_actions if action.dest != "stage"]
+
+
+def _study_power(plan: argparse.ArgumentParser) -> None:
+    group = plan.add_argument_group("power: how many seeds and held-out documents tell a difference")
+    add = group.add_argument
+    help_ = "print that instead of the stages, for this share of power (default: 0.8)"
+    add("--power", type=ratio, nargs="?", const=0.8, metavar="SHARE", help=help_)
+    add("--pilot", metavar="DIR", help="folder of a study with a report, whose comparisons show how far they vary")
+    add("--seed-sd", type=zero_or_more, metavar="NATS", help="standard deviation of a difference between seeds")
+    add("--document-sd", type=zero_or_more, metavar="NATS", help="standard deviation of a difference between documents")
+    add("--documents", type=above_zero, metavar="K", help="effective held-out documents (default: the pilot's)")
+    add("--margin", type=above_zero, metavar="NATS", help="difference to tell (default: the question's margin)")
 
 
 def _running(run: argparse.ArgumentParser) -> None:

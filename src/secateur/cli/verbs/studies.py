@@ -22,7 +22,16 @@ def demo(arguments: Namespace) -> Answer:
 
 
 def study_plan(arguments: Namespace) -> Answer:
-    """``secateur study plan FILE``."""
+    """``secateur study plan FILE``, with ``--power`` its power."""
+    options = ("pilot", "seed_sd", "document_sd", "documents", "margin")
+    fields = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
+    if arguments.power is not None:
+        if arguments.flops_per_second:
+            fields["flops_per_second"] = float(arguments.flops_per_second)
+        power = Study.load(arguments.file).power(power=arguments.power, **fields)
+        return power.as_dict(), str(power), 0
+    for name in fields:
+        raise UserError(f"`{name}`: goes with `power`, which computes how many seeds tell a difference")
     plan = Study.load(arguments.file).plan(arguments.flops_per_second or FLOPS_PER_SECOND)
     return plan.as_dict(), str(plan), 0
 
