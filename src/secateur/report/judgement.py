@@ -30,6 +30,7 @@ from secateur.report.prose import (
     study_answer,
     verdict_sentence,
 )
+from secateur.report.question_prose import QuestionText, question_json, question_text
 from secateur.report.regime_prose import caution, regime_json
 
 __all__ = ["Judgement", "answer_json", "judge"]
@@ -66,6 +67,11 @@ class Judgement:
         return caution(self.regimes)
 
     @cached_property
+    def question(self) -> QuestionText:
+        """The study's question with the verdicts that decide it."""
+        return question_text(self.results, self.verdicts, self.sentences)
+
+    @cached_property
     def forecasts(self) -> Forecasts:
         """Forecasts of the study's ladders; fitted at the first access, which takes seconds."""
         return forecast(self.index, self.verdicts)
@@ -88,12 +94,13 @@ def judge(results: StudyResults) -> Judgement:
     """Compare every pruned run with its from-scratch twins. Depends on ``results`` alone.
 
     Verdicts are corrected for their number by Holm's method: those that decide the study's question together, the
-    others of each setting together.
+    others of each setting together. Where there is a question, its verdicts alone are the answer.
     """
     index = Index(results)
     settings = settings_of(index)
     margin, named = margin_of(results.question), decisive(results.question)
     verdicts = adjust_verdicts(compare_twins(index, index.comparisons, margin), named)
+    answers = [v for v in verdicts if (v.setting, v.group.pooled) in named] or verdicts
     headlines: dict[Setting, str] = {
         setting: headline([verdict for verdict in verdicts if verdict.setting == setting]) for setting in settings
     }
@@ -105,7 +112,7 @@ def judge(results: StudyResults) -> Judgement:
         sentences=tuple(verdict_sentence(verdict, index.comparisons, results.seeds_vary) for verdict in verdicts),
         by_seed=adjust_verdicts(compare_twins(index, index.groups, margin), named) if index.several_seeds else (),
         headlines=headlines,
-        answer=study_answer(verdicts) if settings or not results.cells else _NO_TWINS,
+        answer=study_answer(answers) if settings or not results.cells else _NO_TWINS,
         findings=find(index),
         quality=tuple(quality),
         contradictions=tuple(
@@ -123,6 +130,7 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
     ]
     return {
         "answer": judgement.answer,
+        "question": question_json(judgement.results, judgement.question),
         "caution": judgement.caution or None,
         "regime": [regime_json(regime) for regime in judgement.regimes],
         "verdicts": [_verdict_json(judgement.index, verdict, text) for verdict, text in pairs],

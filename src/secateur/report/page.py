@@ -35,6 +35,7 @@ from secateur.report.forecast_prose import (
 from secateur.report.judgement import Judgement
 from secateur.report.latex import comparisons_tex, forecasts_tex
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, part_sentence, verdict_sentence
+from secateur.report.question_prose import EXPLORATORY
 from secateur.report.regime_prose import regime_rows, regime_sentences
 from secateur.report.studies import StudyComparison
 from secateur.report.sweep_prose import edge_sentences, sweep_sentences
@@ -156,6 +157,8 @@ def _context(judgement: Judgement) -> dict[str, Any]:
     return {
         "results": results,
         "judgement": judgement,
+        "question": judgement.question,
+        "exploratory_note": EXPLORATORY,
         "many": len(index.comparisons) > _MOST_UNFOLDED,
         "verdicts": {
             setting: [(verdict, drop_setting(text, setting)) for verdict, text in judgement.verdicts_in(setting)]

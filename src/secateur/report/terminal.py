@@ -17,6 +17,7 @@ from secateur.formatting import MINUS, TIMES, count, join_words, loss
 from secateur.report.forecast_prose import further_sentence, next_sentence, outlook_sentence
 from secateur.report.judgement import Judgement
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, objective_sentence, part_sentence
+from secateur.report.question_prose import EXPLORATORY
 from secateur.report.regime_prose import REGIME_TITLE, regime_sentences
 from secateur.report.studies import StudyComparison
 from secateur.report.sweep_prose import SWEEPS_TITLE, edge_sentences, sweep_sentences
@@ -46,7 +47,7 @@ _RUNS: dict[str, str] = {
 def text_table(judgement: Judgement) -> str:
     """The whole report: parents, losses, verdicts, findings and, for larger studies, a ranking by loss and FLOPs."""
     index = judgement.index
-    lines = [*_parents(index), ""]
+    lines = [*_question(judgement), *_parents(index), ""]
     lines += _aligned(_rows(judgement), 1 + len(_columns(index)), _count_text_columns(judgement))
     lines += ["", *_wrapped(_legend(judgement))]
     for setting in judgement.settings:
@@ -83,6 +84,13 @@ def text_versus(comparison: StudyComparison) -> str:
         rows.append([_ascii(row.name), BUDGETS[row.setting], *saved, *difference, agree])
     lines = [f"A: {names[0]}; B: {names[1]}. Loss saved by pruning, nats/token; A - B with its 95% interval.", ""]
     return _ascii("\n".join([*lines, *_aligned(rows, 2, 1), "", *_wrapped(comparison.answer)])) + "\n"
+
+
+def _question(judgement: Judgement) -> list[str]:
+    """The question with the verdicts that decide it, above all that is exploratory."""
+    lines = [line for text in judgement.question.lines for line in _wrapped(text)]
+    exploratory = [*_wrapped(f"Exploratory. {EXPLORATORY}"), ""]
+    return [*lines, "", *(exploratory if judgement.question.ask else [])]
 
 
 def _parents(index: Index) -> list[str]:

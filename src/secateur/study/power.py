@@ -149,9 +149,8 @@ class StudyPower:
 
     def __str__(self) -> str:
         level = LEVEL / self.comparisons
-        together = (
-            f"{self.comparisons} comparisons decide together, so each needs" if self.comparisons > 1 else "It needs"
-        )
+        several = f"{self.comparisons} comparisons decide together, so each needs"
+        together = several if self.comparisons > 1 else "The comparison needs"
         return "\n".join(
             [
                 f"{self.study}: power to tell a difference of {self.difference:g} nats per token",
@@ -239,7 +238,7 @@ def plan_power(
 
 def _spread(study: StudySpec, question: StudyQuestion | None, request: PowerRequest) -> tuple[Spread, float, str]:
     """The spread, the present number of documents, and where the spread comes from."""
-    pilot = _Pilot(None, None, None, "given")
+    pilot = _Pilot(None, None, None, "as requested")
     if request.pilot is not None:
         pilot = _read_pilot(Path(request.pilot), question)
     seed_sd = pilot.seed_sd if request.seed_sd is None else request.seed_sd
@@ -260,11 +259,11 @@ def _read_pilot(folder: Path, question: StudyQuestion | None) -> _Pilot:
     path = folder / "comparisons.csv"
     keys = {(setting, g.method, g.target, g.retrain_tokens, g.objective) for setting, g in decisive(question)}
     rows = [row for row in _rows(path) if row["document_sd"]]
-    chosen = [row for row in rows if _key(row) in keys] or rows
-    most = max((_number(row, "seeds") for row in chosen), default=0.0)
-    pooled = [row for row in chosen if _number(row, "seeds") == most]  # a row of one seed repeats a part of another
+    relevant = [row for row in rows if _key(row) in keys] or rows
+    most = max((_number(row, "seeds") for row in relevant), default=0.0)
+    pooled = [row for row in relevant if _number(row, "seeds") == most]  # a row of one seed repeats a part of another
     text = [_number(row, "document_sd") ** 2 for row in pooled]
-    noise = [(_number(row, "seeds") - 1, _number(row, "seed_sd") ** 2) for row in chosen if row["seed_sd"]]
+    noise = [(_number(row, "seeds") - 1, _number(row, "seed_sd") ** 2) for row in relevant if row["seed_sd"]]
     degrees = sum(df for df, _ in noise)
     return _Pilot(
         seed_sd=math.sqrt(sum(df * variance for df, variance in noise) / degrees) if degrees else None,
@@ -304,12 +303,12 @@ def _costs(study: StudySpec, resolved: ResolvedStudy, speed: float) -> Callable[
 
     A further seed is taken as the study's second one, with all that the file leaves out of that.
     """
-    seeds = (study.seeds or (study.recipe.seed,))[:2]
+    seeds = (study.seeds.values or (study.recipe.seed,))[:2]
     pair = seeds if len(seeds) == 2 else (seeds[0], seeds[0] + 1)
 
     def flops(seeds: tuple[int, ...]) -> float:
         methods = tuple(replace(entry, seeds=None) for entry in study.methods)
-        stages = stages_of(replace(study, seeds=seeds, methods=methods), resolved)
+        stages = stages_of(replace(study, seeds=replace(study.seeds, values=seeds), methods=methods), resolved)
         return sum(stage.flops for stage in unique(stages))
 
     first, both = flops(pair[:1]), flops(pair)
