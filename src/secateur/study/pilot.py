@@ -65,6 +65,7 @@ def _next(question: Question, cases: list[Case], raw: dict[str, Any]) -> tuple[d
     largest = max((p.tokens for case in cases for p in case.curves.points), default=question.tokens)
     tokens = best.tokens if best else largest
     raw["retrain"] = {**raw["retrain"], "tokens": tokens}
+    raw.pop("question", None)  # of other methods and budgets
     return raw, f"R = {_plain(tokens)} tokens beside what has been run."
 
 
