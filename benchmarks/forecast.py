@@ -191,12 +191,14 @@ def study(folder: FilePath) -> None:
         if errors:
             root = math.sqrt(np.mean(np.square(errors)))
             print(f"| `{form}` | {len(errors)} | {root:.3f} | {max(errors, key=abs):+.3f} |")
-    print("\n| curve | budget | measured | predicted | 95% interval | error |\n|---|---|---|---|---|---|")
+    print("\n| curve | budget | measured | predicted | 95% interval | error | withheld |")
+    print("|---|---|---|---|---|---|---|")
     for run in leave_last_out(evidence.points):
         point, predicted = run.point, run.predicted
         print(
             f"| {point.method} {point.ratio:g}, {point.path} | {point.tokens:,} | {point.loss:.3f} "
-            f"| {predicted.value:.3f} | {predicted.low:.3f} to {predicted.high:.3f} | {run.error:+.3f} |"
+            f"| {predicted.value:.3f} | {predicted.low:.3f} to {predicted.high:.3f} | {run.error:+.3f} "
+            f"| {'yes' if run.poor else 'no'} |"
         )
     print()
     ratios(evidence)

@@ -148,8 +148,9 @@ def test_intervals_hold_the_truth() -> None:
 
 def test_a_crossover_that_is_known() -> None:
     """Where 0.4 x^-0.6 = 0.15 x^-0.3: x = (0.4 / 0.15)^(1 / 0.3)."""
-    fit = fit_pair(points(SHARED), noise=1e-6, draws=20)
+    fit = fit_pair(points(SHARED), ["shared-floor"], noise=1e-6, draws=20)
     found = crossover(fit)
+    assert found
     want = 50_000 * (0.4 / 0.15) ** (1 / 0.3)
     assert found.leader == "pruned" and found.budget.value == pytest.approx(want, rel=0.02)
     assert found.budget.low <= want * 1.02 and found.budget.high >= want / 1.02
@@ -160,12 +161,14 @@ def test_a_crossover_that_is_known() -> None:
 
 def test_equal_total_tokens_begin_with_scratch_ahead() -> None:
     """With 200,000 tokens more, scratch leads at first; by the same curves pruning catches up where they meet."""
-    fit = fit_pair(points(SHARED), noise=1e-6, draws=5)
+    fit = fit_pair(points(SHARED), ["shared-floor"], noise=1e-6, draws=5)
     found = crossover(fit, 200_000)
+    assert found
     at = found.budget.value
     assert found.leader == "scratch" and 10_000 < at < REACH * 500_000
     assert true(SHARED, "scratch", at + 200_000) == pytest.approx(true(SHARED, "pruned", at), abs=2e-3)
-    assert lead(fit, 500_000, 200_000).winner == "pruned"
+    after = lead(fit, 500_000, 200_000)
+    assert after and after.winner == "pruned"
 
 
 def test_no_crossover_within_reach() -> None:
@@ -187,25 +190,26 @@ def test_runs_that_tie_are_level() -> None:
 
 def test_there_is_no_verdict_out_of_reach() -> None:
     fit = fit_pair(points(SHARED), draws=20)
-    assert lead(fit, REACH * 500_000) and lead(fit, 10_000 / REACH)
-    assert lead(fit, 1.01 * REACH * 500_000) is None and lead(fit, 0.99 * 10_000 / REACH) is None
+    assert lead(fit, REACH * 500_000) and lead(fit, 10_000)
+    assert lead(fit, 1.01 * REACH * 500_000) is None and lead(fit, 9_900) is None
     assert lead(fit, 500_000, REACH * 500_000) is None  # the twin's tokens
     crossing = crossover(fit, 500_000)
     assert crossing and crossing.horizon == (REACH - 1) * 500_000  # there the twin has REACH * 500,000
     assert crossover(fit, REACH * 500_000) is None
 
 
-def test_forms_that_fit_share_the_draws_and_bad_ones_have_none() -> None:
+def test_forms_share_the_draws_and_bad_ones_have_few() -> None:
     """Runs on two floors: one curve with a head start, and power laws that fall to zero, are far off."""
     fit = fit_pair(points(OWN), draws=100)
-    forms = [form.name for form in fit.forms]
-    assert "own" in forms and not {"head-start", "no-floor", "parent-floor"} & set(forms)
-    assert fit.draws.shape == (100, 2, 4) and fit.best.shape == (len(forms), 2, 4)
-    few = fit_pair(points(SHARED, LADDER[:2]), draws=100)
-    assert len(few.forms) == 6  # two budgets tell no form from another
-    alone = [
-        float(fit_pair(points(SHARED, LADDER[:2]), [form.name], draws=1).loss("pruned", 1e6)) for form in few.forms
-    ]
+    weights = {form.name: weight for form, weight in zip(fit.forms, fit.weights, strict=True)}
+    assert list(weights) == list(AVERAGED_FORMS) and sum(weights.values()) == pytest.approx(1)
+    for form in ("head-start", "no-floor"):
+        assert weights[form] == pytest.approx(0.1 * weights["own"])
+    assert fit.draws.shape == (100, 2, 4) and fit.best.shape == (6, 2, 4)
+    runs = points(SHARED, LADDER[:2])
+    few = fit_pair(runs, draws=100)
+    assert few.weights == pytest.approx(np.full(6, 1 / 6))  # two budgets tell no form from another
+    alone = [float(fit_pair(runs, [form.name], draws=1).loss("pruned", 1e6)) for form in few.forms]
     assert float(few.loss("pruned", 1e6)) == pytest.approx(np.mean(alone))
 
 

@@ -150,7 +150,7 @@ def test_a_parent_that_cost_too_much_is_out_of_reach() -> None:
     assert outlook.last.basis == "out of reach" and outlook.last.difference is None
     assert outlook.last.winner == "not measured"
     for told in (outlook_sentence(outlook), standing_sentence(outlook.last, "total-flops")):
-        assert "out of reach, because" in told and "more than 4 times beyond" in told
+        assert "out of reach, because" in told and "beyond 4 times the largest" in told
 
 
 def test_paths_that_tie_are_undecided() -> None:

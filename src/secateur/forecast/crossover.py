@@ -33,7 +33,7 @@ __all__ = [
 
 #: There is a verdict, a crossover or a loss up to this many times the largest budget that a path was run on. Up to
 #: there the intervals of the difference held 90% of truths or more for each kind of truth that was tried, also where no
-#: form is right (docs/prediction.md, "Whether the intervals hold").
+#: form is right; below the smallest budget they held less (docs/prediction.md, "Whether the intervals hold").
 REACH = 4
 WORTH = 0.9  #: a further run is worth naming if it shrinks the interval to this share of its width or less
 
@@ -64,7 +64,7 @@ class Crossover:
         leader: the path ahead at ``lowest``, by the best curves; None where they are level.
         budget: R, in tokens, of the first budget at which the other is no worse: ``lowest`` where it is so from the
             start, infinite where it is not so up to ``horizon``.
-        lowest: the smallest budget that is looked at: the smallest that a pruned model was run on.
+        lowest: the smallest budget that is looked at: the smallest within the runs of both paths.
         horizon: the largest: there the budget of one path is :data:`REACH` times the largest that it was run on.
         draws: the budget of each draw.
     """
@@ -84,7 +84,7 @@ class Crossover:
 
 
 def within_reach(curves: Curves, tokens: float, scratch_tokens: float) -> bool:
-    """Whether both budgets are at most :data:`REACH` times the largest that their path was run on, or that far below.
+    """Whether both budgets lie between the smallest and :data:`REACH` times the largest that their path was run on.
 
     Args:
         tokens: R, of the pruned model.
@@ -92,7 +92,7 @@ def within_reach(curves: Curves, tokens: float, scratch_tokens: float) -> bool:
     """
     for path, budget in (("pruned", tokens), ("scratch", scratch_tokens)):
         budgets = curves.budgets(path)
-        if not budgets[0] / REACH <= budget <= REACH * budgets[-1]:
+        if not budgets[0] <= budget <= REACH * budgets[-1]:
             return False
     return True
 
@@ -118,8 +118,9 @@ def crossover(curves: Curves, extra: float = 0.0, rate: float = 1.0) -> Crossove
         The crossover; None where no R is in reach (:func:`within_reach`), and where the runs lie too far off the
         curves.
     """
-    lowest, largest = (float(curves.budgets("pruned")[end]) for end in (0, -1))
-    horizon = min(REACH * largest, (REACH * curves.budgets("scratch")[-1] - extra) / rate)
+    pruned, scratch = curves.budgets("pruned"), curves.budgets("scratch")
+    lowest = max(float(pruned[0]), (scratch[0] - extra) / rate)
+    horizon = min(float(REACH * pruned[-1]), (REACH * scratch[-1] - extra) / rate)
     if curves.poor or horizon <= lowest:
         return None
     budgets = np.geomspace(lowest, horizon, _GRID)

@@ -1,7 +1,7 @@
 """Fit both curves of a pair to finished runs, with the uncertainty that the runs leave.
 
 Few points cannot tell all parameters of the law, nor which form is right. So each parameter has a prior, wide and the
-same for all curves, and every form that fits the runs acceptably has an equal share of the draws of a :class:`Fit`.
+same for all curves, and every form has a share of the draws of a :class:`Fit`, a small one where it fits badly.
 docs/prediction.md lists the assumptions, and how often intervals hold where the forms are wrong.
 """
 
@@ -42,7 +42,9 @@ DRAWS = 400  #: of the bootstrap, shared by the forms
 NOISE = 0.01  #: standard deviation of a run's loss between seeds, in nats, as far as the runs do not tell
 MISFIT = 4  #: a fit whose runs scatter by this many times the noise has no figures
 
-_ACCEPTABLE = 1.5  # times the scatter of the best form, or the assumed noise: a form that scatters by more has no share
+_NEAR_BEST = 1.5  # a form fits badly if the runs scatter around it by more than so many times the best form's scatter
+_NEAR_NOISE = 2.5  # and so many times the noise
+_BAD_WEIGHT = 0.1  # of a form that fits badly, beside 1: with few runs it may still be the right one
 _NOISE_WEIGHT = 4  # the assumed noise counts as so many degrees of freedom, beside those of the runs
 _SEED = 42
 
@@ -99,7 +101,8 @@ class Fit(Curves):
     """The two curves of one pair, and other curves that the same runs could have come from.
 
     Attributes:
-        forms: that fit the runs acceptably; each has the same weight.
+        forms: that were averaged over.
+        weights: of each form; they sum to 1.
         points: the runs.
         scale: ``D_0``, tokens.
         noise: standard deviation of a run's loss, in nats: the assumed one and that of the runs, pooled.
@@ -110,6 +113,7 @@ class Fit(Curves):
     """
 
     forms: tuple[Form, ...]
+    weights: Floats
     points: tuple[CurvePoint, ...]
     scale: float
     noise: float
@@ -119,8 +123,8 @@ class Fit(Curves):
     draws: Floats
 
     def loss(self, path: Path, tokens: float | Floats) -> Floats:
-        """The mean over the forms of the fitted loss, in nats per token."""
-        return self._losses(self.best, path, tokens).mean(axis=0)
+        """The weighted mean over the forms of the fitted loss, in nats per token."""
+        return np.tensordot(self.weights, self._losses(self.best, path, tokens), 1)
 
     def loss_draws(self, path: Path, tokens: float | Floats) -> Floats:
         """The loss by each draw: ``[draws, *shape of tokens]``."""
@@ -153,21 +157,21 @@ def fit_pair(
     noise: float | None = None,
     draws: int = DRAWS,
 ) -> Fit:
-    """Fit both curves of one pair of paths together, by every form, and average over those that fit acceptably.
+    """Fit both curves of one pair of paths together, by every form, and average over the forms.
 
     The best curve of a form has the least sum of Huber losses of the deviations, in logarithms of the loss and over
-    the noise, of points and priors alike; it is the best of several starts. A form is acceptable if the runs scatter
-    around it by no more than 1.5 times what they do around the best form, or 1.5 times the noise. Each draw fits
-    anew what the runs might have shown: every point moved by normal noise of a size that is itself drawn, every prior's
-    centre by the prior's width. For a linear law this draws from the posterior, and for this one nearly. The
-    same points give the same draws.
+    the noise, of points and priors alike; it is the best of several starts. All forms
+    weigh the same, but for those around which the runs scatter by more than 1.5 times what they do around the best form
+    and more than 2.5 times the noise: those weigh a tenth. Each draw fits anew what the runs might have shown: every
+    point moved by normal noise of a size that is itself drawn, every prior's centre by the prior's width. For a linear
+    law this draws from the posterior, and for this one nearly. The same points give the same draws.
 
     Args:
         points: finished runs of one method and ratio, both paths among them.
         forms: names in :data:`CURVE_FORMS`.
         parent_loss: held-out loss of the parent, in nats; for the form ``parent-floor``.
         noise: standard deviation of a run's loss, in nats; :data:`NOISE` and what the runs tell, unless given.
-        draws: how many, over all forms; at least one a form.
+        draws: how many, shared by the forms according to their weights.
 
     Raises:
         UserError: on an unknown form, too few points, or points that contradict one another.
@@ -181,18 +185,22 @@ def fit_pair(
     points = tuple(sorted(points, key=lambda p: (p.path, p.tokens, p.seed, p.name)))  # their order tells nothing
     fits = [_FormFit.of(Problem(points, CURVE_FORMS[form], parent_loss), CURVE_FORMS[form], noise) for form in forms]
     scatter = min(fit.scatter for fit in fits)
-    fits = [fit for fit in fits if fit.scatter <= _ACCEPTABLE * max(scatter, noise or NOISE)]
+    most = max(_NEAR_BEST * scatter, _NEAR_NOISE * (noise or NOISE))
+    fair = np.array([fit.scatter <= most for fit in fits])
+    weights = np.where(fair, 1.0, _BAD_WEIGHT)
+    weights /= weights.sum()
     random = np.random.default_rng(_SEED)
-    numbers = [max(1, len(part)) for part in np.array_split(np.arange(draws), len(fits))]
+    numbers = np.diff(np.round(draws * np.cumsum([0, *weights])).astype(int))
     return Fit(
         forms=tuple(fit.form for fit in fits),
+        weights=weights,
         points=points,
         scale=fits[0].problem.scale,
-        noise=math.sqrt(float(np.mean([fit.noise**2 for fit in fits]))),
+        noise=math.sqrt(float(np.mean([fit.noise**2 for fit, good in zip(fits, fair, strict=True) if good]))),
         scatter=scatter,
         poor=scatter >= MISFIT * (noise or _noise_of_seeds(points)[0]),
         best=np.stack([fit.problem.curves(fit.best) for fit in fits]),
-        draws=np.concatenate([fit.draw(random, number) for fit, number in zip(fits, numbers, strict=True)]),
+        draws=np.concatenate([fit.draw(random, number) for fit, number in zip(fits, numbers, strict=True) if number]),
     )
 
 
@@ -293,6 +301,7 @@ class LeftOut:
 
     point: CurvePoint
     predicted: Interval
+    poor: bool  #: whether that fit's figures would be withheld
 
     @property
     def error(self) -> float:
@@ -324,5 +333,6 @@ def leave_last_out(
         shorter_runs = [p for p in group if p.tokens not in out[p.path]]
         if has_enough_runs(shorter_runs):
             shorter = fit_pair(shorter_runs, forms, parent_loss=parent_loss, draws=draws)
-            predictions += [LeftOut(p, shorter.at(p.path, p.tokens)) for p in group if p.tokens in out[p.path]]
+            longest = [p for p in group if p.tokens in out[p.path]]
+            predictions += [LeftOut(p, shorter.at(p.path, p.tokens), shorter.poor) for p in longest]
     return predictions

@@ -105,7 +105,7 @@ def standing_sentence(standing: Standing, account: AccountName) -> str:
 def _no_forecast(standing: Standing) -> str:
     return (
         f"out of reach, because R = {count(standing.tokens)} or the twin's {count(standing.scratch_tokens)} tokens lie "
-        f"more than {REACH} times beyond the budgets of that path"
+        f"below the budgets of that path or beyond {REACH} times the largest"
     )
 
 
@@ -151,7 +151,7 @@ def _forecast_json(forecast: Forecast) -> dict[str, Any]:
     return {
         **asdict(forecast.model),
         "objective": forecast.objective,
-        "forms": [form.name for form in forecast.fit.forms],
+        "forms": {f.name: float(w) for f, w in zip(forecast.fit.forms, forecast.fit.weights, strict=True)},
         "noise": forecast.fit.noise,
         "runs": len(forecast.fit.points),
         "budgets": {path: forecast.fit.budgets(path) for path in ("pruned", "scratch")},

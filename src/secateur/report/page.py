@@ -22,6 +22,7 @@ from secateur.comparison.serving_cost import running_rows
 from secateur.comparison.sweeps import sweep_rows, sweep_subject
 from secateur.comparison.twins import SCRATCH
 from secateur.files import write_text
+from secateur.forecast.crossover import REACH
 from secateur.forecast.ladder import Forecast
 from secateur.methods.registry import method_name
 from secateur.report.forecast_prose import (
@@ -175,6 +176,7 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "quality": [(row, group_name(row.group, index.comparisons, target=True)) for row in judgement.quality],
         "running": running_rows(index),
         "forecasts": judgement.forecasts,
+        "reach": REACH,
         "forecast_texts": [_forecast_texts(forecast) for forecast in judgement.forecasts.fitted],
         "laws": judgement.laws,
         "sweeps": [(sweep, sweep_subject(index, sweep)) for sweep in results.sweeps],

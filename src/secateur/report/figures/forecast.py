@@ -67,7 +67,7 @@ def _draw_path(
     span: tuple[float, float],
 ) -> None:
     budgets = forecast.fit.budgets(path)
-    tokens = np.geomspace(max(span[0], budgets[0] / REACH), min(span[1], REACH * budgets[-1]), _CURVE)
+    tokens = np.geomspace(max(span[0], budgets[0]), min(span[1], REACH * budgets[-1]), _CURVE)
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(forecast.fit.loss_draws(path, tokens), (tail, 100 - tail), axis=0)
     axes.fill_between(tokens, low, high, color=colour, alpha=0.15, lw=0, zorder=1)
