@@ -16,6 +16,8 @@ from secateur.forecast.fit import (
     MISFIT,
     NOISE,
     Interval,
+    _acceleration,
+    _misfit,
     fit_pair,
     leave_last_out,
     pairs,
@@ -221,6 +223,24 @@ def test_runs_far_off_every_curve_have_no_figures() -> None:
     assert not fit_pair(bad, noise=0.2, draws=5).poor  # with such noise they are not far off
     loud = fit_pair(points(OWN, seeds=6, noise=0.08), draws=5)
     assert loud.noise > MISFIT * NOISE and not loud.poor  # seeds scatter as much
+
+
+def test_a_loss_that_falls_faster_and_faster_is_on_no_curve() -> None:
+    """Models at the start of their training: a plateau, then a fall. By hand: slopes of -0.1 and -0.6 a factor of e."""
+    budgets = (10_000, round(10_000 * math.e), round(10_000 * math.e**2))
+    paths: tuple[Path, Path] = ("scratch", "pruned")
+    runs = [
+        CurvePoint(path, "wanda", 0.5, 100, d, loss)
+        for path in paths
+        for d, loss in zip(budgets, (7.0, 6.9, 6.3), strict=True)
+    ]
+    assert _acceleration(runs, 0.01) == pytest.approx(0.5 / (0.01 * math.sqrt(1 + 4 + 1)), rel=1e-3)
+    fit = fit_pair(runs, draws=5)
+    assert fit.poor and lead(fit, 20_000) is None
+    assert _misfit(runs, 0.01, 0.01).startswith("its loss from scratch falls faster and faster")
+    for curves in (OWN, SHARED):
+        assert _acceleration(points(curves), 0.01) == 0
+    assert _acceleration(runs[:2], 0.01) == 0
 
 
 def test_a_run_that_tells_little_is_not_named() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from secateur.errors import UserError, did_you_mean
 from secateur.forecast.curve import CURVE_FORMS, PATHS, CurvePoint, Floats, Form, Path, Problem, law
+from secateur.formatting import number
 
 __all__ = [
     "AVERAGED_FORMS",
@@ -40,7 +41,7 @@ AVERAGED_FORMS = tuple(name for name, form in CURVE_FORMS.items() if form.floor 
 LEVEL = 0.95  #: of every interval
 DRAWS = 400  #: of the bootstrap, shared by the forms
 NOISE = 0.01  #: standard deviation of a run's loss between seeds, in nats, as far as the runs do not tell
-MISFIT = 4  #: a fit whose runs scatter by this many times the noise has no figures
+MISFIT = 4  #: a fit whose runs are off any curve by this many times the noise has no figures
 
 _NEAR_BEST = 1.5  # a form fits badly if the runs scatter around it by more than so many times the best form's scatter
 _NEAR_NOISE = 2.5  # and so many times the noise
@@ -71,13 +72,17 @@ class Curves(ABC):
     Attributes:
         points: the finished runs behind the curves.
         noise: standard deviation of a run's loss, in nats.
-        poor: whether the runs scatter around the curves by :data:`MISFIT` times the noise or more. Such curves tell
-            nothing: whoever shows figures withholds them.
+        misfit: why the curves tell nothing, in words; empty where the runs are on them.
     """
 
     points: tuple[CurvePoint, ...]
     noise: float
-    poor: bool
+    misfit: str
+
+    @property
+    def poor(self) -> bool:
+        """Whether the runs are off any curve, so that every figure is to be withheld."""
+        return bool(self.misfit)
 
     @abstractmethod
     def loss(self, path: Path, tokens: float | Floats) -> Floats:
@@ -107,7 +112,8 @@ class Fit(Curves):
         scale: ``D_0``, tokens.
         noise: standard deviation of a run's loss, in nats: the assumed one and that of the runs, pooled.
         scatter: of the runs around the curves of the best form, in nats, pooled with the noise.
-        poor: whether that is :data:`MISFIT` times the noise that the assumption and several seeds tell, or more.
+        misfit: why the curves tell nothing: the scatter is :data:`MISFIT` times the noise that the assumption and
+            several seeds tell, or more, or the loss from scratch falls faster and faster by as much.
         best: each path's curve by each form ``[forms, 2, 4]`` (scratch first): E and G in nats, alpha, H over ``D_0``.
         draws: the same for each draw of the bootstrap, ``[draws, 2, 4]``.
     """
@@ -118,7 +124,7 @@ class Fit(Curves):
     scale: float
     noise: float
     scatter: float
-    poor: bool
+    misfit: str
     best: Floats
     draws: Floats
 
@@ -198,7 +204,7 @@ def fit_pair(
         scale=fits[0].problem.scale,
         noise=math.sqrt(float(np.mean([fit.noise**2 for fit, good in zip(fits, fair, strict=True) if good]))),
         scatter=scatter,
-        poor=scatter >= MISFIT * (noise or _noise_of_seeds(points)[0]),
+        misfit=_misfit(points, scatter, noise or _noise_of_seeds(points)[0]),
         best=np.stack([fit.problem.curves(fit.best) for fit in fits]),
         draws=np.concatenate([fit.draw(random, number) for fit, number in zip(fits, numbers, strict=True) if number]),
     )
@@ -260,6 +266,38 @@ def _noise_of_seeds(points: Sequence[CurvePoint]) -> tuple[float, int]:
     for p in points:
         groups.setdefault((p.path, p.tokens), []).append(p.loss)
     return noise_between_seeds(groups.values())
+
+
+def _misfit(points: Sequence[CurvePoint], scatter: float, noise: float) -> str:
+    """Why no curve fits, in words; empty where one does."""
+    if scatter >= MISFIT * noise:
+        return (
+            f"its runs scatter by {number(scatter, 2)} nats around any curve, {MISFIT} times the noise of a run or more"
+        )
+    if _acceleration(points, noise) >= MISFIT:
+        return "its loss from scratch falls faster and faster with the logarithm of the tokens, as no curve here does"
+    return ""
+
+
+def _acceleration(points: Sequence[CurvePoint], noise: float) -> float:
+    """How much faster the loss from scratch falls after a budget than before it, in standard deviations of the noise.
+
+    By the logarithm of the tokens; the largest over the budgets. Every law falls ever slower, whatever its floor and
+    exponent.
+    """
+    losses: dict[int, list[float]] = {}
+    for p in sorted(points, key=lambda p: p.tokens):
+        if p.path == "scratch":
+            losses.setdefault(p.tokens, []).append(p.loss)
+    ends = np.log(list(losses))
+    means = np.array([np.mean(group) for group in losses.values()])
+    spreads = noise / np.sqrt([len(group) for group in losses.values()])
+    first, second = 1 / np.diff(ends)[:-1], 1 / np.diff(ends)[1:]
+    weights = np.stack([first, -first - second, second])  # of the losses at three budgets, in the change of the slope
+    triples = np.stack([np.arange(len(first)) + i for i in range(3)])
+    changes = np.sum(weights * means[triples], axis=0)
+    deviations = np.sqrt(np.sum((weights * spreads[triples]) ** 2, axis=0))
+    return float(np.max(-changes / deviations, initial=0.0))
 
 
 def noise_between_seeds(groups: Collection[Sequence[float]]) -> tuple[float, int]:

@@ -23,8 +23,7 @@ from secateur.comparison.twins import Setting, Verdict, Winner
 from secateur.errors import UserError
 from secateur.forecast.crossover import Crossover, NextRun, crossover, lead, narrowing
 from secateur.forecast.curve import PATHS, CurvePoint, Path
-from secateur.forecast.fit import MISFIT, Fit, Interval, fit_pair
-from secateur.formatting import number
+from secateur.forecast.fit import Fit, Interval, fit_pair
 
 __all__ = ["AccountName", "Allowance", "Basis", "Forecast", "Forecasts", "Outlook", "Standing", "forecast"]
 
@@ -163,10 +162,7 @@ def _forecast(
         raise UserError("its runs were evaluated under different protocols")
     fit = _fitted(tuple(dict.fromkeys(map(_point, cells))))
     if fit.poor:
-        raise UserError(
-            f"its runs scatter by {number(fit.scatter, 2)} nats around any curve, {MISFIT} times the noise of a run or "
-            "more, so that the figures of this fit are withheld"
-        )
+        raise UserError(f"{fit.misfit}, so that the figures of this fit are withheld")
     ladder = fit.budgets("pruned")
     further = _FURTHER * ladder[-1]
     measured = {

@@ -38,7 +38,7 @@ class RatioCurves(Curves):
         neighbours: places in ``ratios`` of the two neighbours; twice the same where ``ratio`` was run.
         points: the runs of the neighbours.
         noise: the larger noise of the neighbours, in nats.
-        poor: whether either neighbour's runs scatter too far around its curves.
+        misfit: why a neighbour's curves tell nothing, in words; empty where both do.
     """
 
     ratio: float
@@ -47,7 +47,7 @@ class RatioCurves(Curves):
     neighbours: tuple[int, int]
     points: tuple[CurvePoint, ...]
     noise: float
-    poor: bool
+    misfit: str
 
     def budgets(self, path: Path) -> list[int]:
         """The budgets of the neighbour that was run less far, in tokens, rising."""
@@ -124,7 +124,7 @@ def _between(ratio: float, fits: Mapping[float, Fit], neighbours: tuple[int, int
         neighbours,
         points=tuple(point for fit in near for point in fit.points),
         noise=max(fit.noise for fit in near),
-        poor=any(fit.poor for fit in near),
+        misfit=next((fit.misfit for fit in near if fit.misfit), ""),
     )
 
 
