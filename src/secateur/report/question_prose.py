@@ -41,14 +41,6 @@ class QuestionText:
     verdicts: tuple[tuple[Verdict, str], ...] = ()
     criteria: tuple[tuple[str, str], ...] = ()
 
-    @property
-    def lines(self) -> list[str]:
-        """All of it in paragraphs, for the terminal."""
-        heads = [f"Question: {self.ask}"] if self.ask else []
-        heads += [" ".join([*self.history, self.rule]).strip()]
-        criteria = [f"{name} would be: {text}" for name, text in self.criteria]
-        return [*heads, *(f"- {text}" for _, text in self.verdicts), *criteria]
-
 
 def question_text(results: StudyResults, verdicts: Sequence[Verdict], sentences: Sequence[str]) -> QuestionText:
     """Describe the question of a study with the verdicts that decide it.
@@ -65,7 +57,7 @@ def question_text(results: StudyResults, verdicts: Sequence[Verdict], sentences:
     pairs = zip(verdicts, sentences, strict=True)
     rows = [(verdict, text) for verdict, text in pairs if (verdict.setting, verdict.group.pooled) in names]
     return QuestionText(
-        ask=question.ask or "which path ends with the lower held-out loss?",
+        ask=question.ask or "Which path ends with the lower held-out loss?",
         history=_history(results),
         is_late=late,
         rule=_rule(len(names), question.margin),

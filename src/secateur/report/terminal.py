@@ -88,9 +88,16 @@ def text_versus(comparison: StudyComparison) -> str:
 
 def _question(judgement: Judgement) -> list[str]:
     """The question with the verdicts that decide it, above all that is exploratory."""
-    lines = [line for text in judgement.question.lines for line in _wrapped(text)]
-    exploratory = [*_wrapped(f"Exploratory. {EXPLORATORY}"), ""]
-    return [*lines, "", *(exploratory if judgement.question.ask else [])]
+    question = judgement.question
+    lines = _wrapped(f"Question: {question.ask}") if question.ask else []
+    lines += _wrapped(" ".join([*question.history, question.rule]))
+    for _, text in question.verdicts[:_MOST_SENTENCES]:
+        lines += _wrapped(text, indent="  ")
+    if len(question.verdicts) > _MOST_SENTENCES:
+        lines.append(f"  and {len(question.verdicts) - _MOST_SENTENCES} more, on the page and in comparisons.csv")
+    for name, text in question.criteria:
+        lines += _wrapped(f"{name} would be: {text}.")
+    return [*lines, "", *([*_wrapped(f"Exploratory. {EXPLORATORY}"), ""] if question.ask else [])]
 
 
 def _parents(index: Index) -> list[str]:

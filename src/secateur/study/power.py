@@ -138,7 +138,7 @@ class StudyPower:
         documents, seeds = pairs[0]
         row = next(row for row in self.rows if row.seeds == seeds)
         text = (
-            f"{seeds} seeds and {documents:.0f} documents tell a difference of {self.difference:g} nats with "
+            f"{seeds} seeds and {documents:.0f} documents tell a difference of {self.difference:g} nats with at least "
             f"{100 * self.share:g}% power; the study then costs {scientific(row.flops)} FLOPs, about "
             f"{row.device_hours:,.3g} device-hours at {scientific(self.flops_per_second)} FLOPs a second."
         )
