@@ -137,8 +137,8 @@ class _Records:
         """The cost of one stage; that of a run which is the best of several trials is the trial's."""
         if stage.kind != "select":
             return Cost(stage.tokens, stage.flops, self.seconds[stage.fingerprint])
-        trial = trial_of(stage, self.records)
-        return Cost(*stage.facts["cost"], self.seconds[trial.fingerprint] if trial else None)
+        (tokens, flops), trial = stage.facts["cost"], trial_of(stage, self.records)
+        return Cost(tokens, flops, self.seconds[trial.fingerprint] if trial else None)
 
     def sweep(self, stage: Stage) -> Cost | None:
         """The cost of the trials that chose a run's rate; None without a sweep."""
