@@ -3,6 +3,7 @@
 ``@spec`` marks a class whose fields come from a user's file. At that boundary pydantic checks types and ranges and
 rejects unknown keys; afterwards a spec is a plain frozen dataclass. A field is *identity* (it changes the result)
 unless it is annotated with :data:`RUNTIME` (device, number of jobs, paths). A fingerprint covers identity alone.
+:class:`IdentityKey` keeps the identities of older records valid when a field is added or renamed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -30,9 +31,11 @@ __all__ = [
     "AnyPath",
     "Count",
     "Fraction",
+    "IdentityKey",
     "Positive",
     "canonical_json",
     "fingerprint",
+    "from_identity",
     "identity",
     "listed",
     "load_yaml",
@@ -127,6 +130,15 @@ def _tuples(value: Any) -> Any:
 RUNTIME = object()
 
 
+@dataclasses.dataclass(frozen=True)
+class IdentityKey:
+    """How a field enters the identity, as ``Annotated[int, IdentityKey("old_name")]``."""
+
+    name: str = ""  #: its key there; default: the field's name
+    omit: Any = RUNTIME  #: a value that leaves no key, for a field that older identities lack
+    value: Callable[[Any], Any] | None = None  #: what is put there of the field's value; default: the value
+
+
 def listed(key: str | None = None) -> BeforeValidator:
     """Let a file give one entry of a tuple without a list, as in ``Annotated[tuple[int, ...], listed()]``.
 
@@ -144,24 +156,44 @@ def listed(key: str | None = None) -> BeforeValidator:
 
 
 @functools.cache
-def _runtime_fields(cls: type) -> frozenset[str]:
+def _identity_keys(cls: type) -> Mapping[str, IdentityKey]:
+    """Field -> how it enters the identity; without runtime fields."""
     hints = get_type_hints(cls, include_extras=True)
-    return frozenset(name for name, hint in hints.items() if RUNTIME in getattr(hint, "__metadata__", ()))
+    marks = {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {
+        name: next((mark for mark in metadata if isinstance(mark, IdentityKey)), IdentityKey())
+        for name, metadata in marks.items()
+        if RUNTIME not in metadata
+    }
+
+
+def _same(value: T) -> T:
+    return value
 
 
 def identity(value: Any) -> Any:
     """Reduce specs to JSON values, leaving runtime fields out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            f.name: identity(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if f.name not in _runtime_fields(type(value))
+            key.name or name: identity((key.value or _same)(getattr(value, name)))
+            for name, key in _identity_keys(type(value)).items()
+            if getattr(value, name) != key.omit
         }
     if isinstance(value, Mapping):
         return {str(k): identity(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [identity(v) for v in value]
     return value
+
+
+def from_identity(cls: type[T], raw: Mapping[str, Any], *, origin: str) -> T:
+    """Build the spec ``cls`` from its identity, with runtime fields or without.
+
+    Raises:
+        UserError: as :func:`parse`.
+    """
+    names = {key.name or name: name for name, key in _identity_keys(cls).items()}
+    return parse(cls, {names.get(key, key): value for key, value in raw.items()}, origin=origin)
 
 
 def canonical_json(value: Any) -> str:

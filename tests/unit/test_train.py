@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from helpers import SIZES, model_tensors, naive_loss, randomise, windows
-from secateur.config import fingerprint, parse
+from helpers import SIZES, model_tensors, naive_loss, randomise, tiny_family, windows
+from secateur.config import fingerprint, from_identity, identity, parse
 from secateur.errors import RunError, UserError
 from secateur.model.checkpoint import Checkpoint, skeleton, write_checkpoint
 from secateur.model.shapes import Shape
@@ -29,7 +29,7 @@ from secateur.training.loop import RunOptions, train_loop
 from secateur.training.masks import Masks
 from secateur.training.metrics import Metrics
 from secateur.training.parallel import Execution, TrainModule, place_model
-from secateur.training.recipe import Recipe, learning_rate, make_optimizer
+from secateur.training.recipe import InitSpec, Recipe, learning_rate, make_optimizer
 
 DOCUMENT = 13  # tokens in one
 TOKENS = 5 * 32 + 2 * 8 + 5  # five whole steps, then two windows and five tokens
@@ -128,6 +128,13 @@ def test_learning_rate(steps: int) -> None:
         assert rates[warm + 237] == pytest.approx(2e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * 237 / 949)) / 2))
 
 
+def test_a_warm_up_from_zero() -> None:
+    recipe = Recipe(peak_rate=1.0, warmup=0.2, warmup_from="zero")
+    rates = [learning_rate(recipe, step, 20) for step in range(20)]
+    assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+    assert rates[4:] == [learning_rate(Recipe(peak_rate=1.0, warmup=0.2), step, 20) for step in range(4, 20)]
+
+
 def test_no_warm_up() -> None:
     recipe = Recipe(peak_rate=1.0, warmup=0.0, final_share=0.0)
     assert [learning_rate(recipe, s, 3) for s in range(3)] == pytest.approx([1.0, 0.5, 0.0])
@@ -145,10 +152,30 @@ def test_the_recipe() -> None:
     assert fingerprint(Recipe(seed=2)) != fingerprint(Recipe())
 
 
+def test_recipes_keep_the_identity_of_earlier_records() -> None:
+    keys = ["init_std", "decay"]
+    assert {key: identity(Recipe())[key] for key in keys} == {"init_std": 0.02, "decay": 0.2}
+    assert not {"init", "decay_share", "mask", "warmup_from", "decay_of"} & identity(Recipe()).keys()
+    changed = {"decay": "all", "mask": "after-clip", "warmup_from": "zero", "init": {"kind": "fan-in", "std": 0.1}}
+    recipe = parse(Recipe, {**changed, "decay_share": 0.3}, origin="x")
+    assert recipe.init == InitSpec(kind="fan-in", std=0.1)
+    assert from_identity(Recipe, identity(recipe), origin="x") == recipe
+    for key, value in changed.items():
+        assert fingerprint(parse(Recipe, {key: value}, origin="x")) != fingerprint(Recipe()), key
+    older = parse(Recipe, {"init_std": 0.06, "decay": 0.25}, origin="x")
+    assert older == parse(Recipe, {"init": {"std": 0.06}, "decay_share": 0.25}, origin="x")
+    assert parse(Recipe, {"init": "fan-in"}, origin="x").init == InitSpec(kind="fan-in")
+    with pytest.raises(UserError, match="x: decay: 'al' is not known; did you mean 'all'"):
+        parse(Recipe, {"decay": "al"}, origin="x")
+    with pytest.raises(UserError, match=r"x: init\.kind: 'fanin' is not known; did you mean 'fan-in'"):
+        parse(Recipe, {"init": {"kind": "fanin"}}, origin="x")
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_weight_decay_is_on_matrices_only(tied: bool) -> None:
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+def test_weight_decay(tied: bool, decay: str) -> None:
     model = tiny(attention_bias=True, tie_word_embeddings=tied)
-    before, optimizer = weights(model), make_optimizer(model.parameters(), Recipe(weight_decay=0.25))
+    before, optimizer = weights(model), make_optimizer(model.parameters(), Recipe(weight_decay=0.25, decay=decay))
     for group in optimizer.param_groups:
         group["lr"] = 0.5
     for parameter in model.parameters():
@@ -156,7 +183,7 @@ def test_weight_decay_is_on_matrices_only(tied: bool) -> None:
     optimizer.step()
     for name, parameter in model.named_parameters():
         matrix = name.endswith("_proj.weight") or "embed" in name or "lm_head" in name
-        factor = 1 - 0.5 * 0.25 if matrix else 1
+        factor = 1 - 0.5 * 0.25 if matrix or decay == "all" else 1
         torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
 
 
@@ -213,7 +240,10 @@ def by_hand(model: PreTrainedModel, masks: dict[str, Tensor], recipe: Recipe) ->
             parameters[name] *= mask
     decayed = [p for n, p in parameters.items() if not n.endswith(("norm.weight", "bias"))]
     plain = [p for n, p in parameters.items() if n.endswith(("norm.weight", "bias"))]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0}]
+    groups = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": plain, "weight_decay": 0.1 * (recipe.decay == "all")},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=recipe.epsilon)
     losses, norms = [], []
     for step in range(6):
@@ -225,16 +255,20 @@ def by_hand(model: PreTrainedModel, masks: dict[str, Tensor], recipe: Recipe) ->
         loss = torch.stack(every).mean()
         optimizer.zero_grad()
         loss.backward()
-        for name, mask in masks.items():
-            parameters[name].grad *= mask  # type: ignore[operator]
+        if recipe.mask == "before-clip":
+            for name, mask in masks.items():
+                parameters[name].grad *= mask  # type: ignore[operator]
         norm = sum(float((p.grad.double() ** 2).sum()) for p in parameters.values()) ** 0.5  # type: ignore[union-attr]
         for parameter in parameters.values():
             parameter.grad *= min(1.0, recipe.clip / norm)  # type: ignore[operator]
+        for name, mask in masks.items():
+            parameters[name].grad *= mask  # type: ignore[operator]
         warm = 3  # ceil(0.4 * 6)
         after = (step - warm) / 2
         cosine = 1e-3 * (0.1 + 0.9 * (1 + math.cos(math.pi * after)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * (step + 1) / 3 if step < warm else cosine
+            first = 1 if recipe.warmup_from == "step" else 0
+            group["lr"] = 1e-3 * (step + first) / 3 if step < warm else cosine
         optimizer.step()
         with torch.no_grad():
             for name, mask in masks.items():
@@ -253,17 +287,39 @@ def test_the_loop_against_one_by_hand(masked: bool, variant: dict[str, bool], cl
     recipe = Recipe(**sizes, peak_rate=1e-3, warmup=0.4, clip=clip, epsilon=1e-6)
     model, reference = tiny(**variant), tiny(**variant)
     masks, start = masks_of(model) if masked else {}, weights(model)
-    result = run(model, tmp_path, masks=masks, points=6, recipe=recipe)
-    losses, norms = by_hand(reference, masks, recipe)
+    norms = compare_with_hand(model, reference, masks, recipe, tmp_path)
     assert (min(norms) > 1) if clip == 1 else (max(norms) < 100)
+    moved = max(float((start[n] - p).abs().max()) for n, p in weights(model).items() if n not in masks)
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("mask", ["before-clip", "after-clip"])
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+def test_mask_and_decay_against_a_loop_by_hand(mask: str, decay: str, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"mask": mask, "decay": decay, "warmup_from": "zero", "micro_batch": 3}
+    recipe = Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-3, warmup=0.4, epsilon=1e-6, **how)
+    model, reference, other = tiny(), tiny(), tiny()
+    masks = masks_of(model)
+    norms = compare_with_hand(model, reference, masks, recipe, tmp_path)
+    assert min(norms) > 1  # so that clipping has an effect
+    by_hand(other, masks, dataclasses.replace(recipe, decay="all" if decay == "matrices" else "matrices"))
+    norm = "model.norm.weight"
+    assert (model.get_parameter(norm) - other.get_parameter(norm)).abs().max() > 1e-5
+
+
+def compare_with_hand(
+    model: PreTrainedModel, reference: PreTrainedModel, masks: dict[str, Tensor], recipe: Recipe, folder: Path
+) -> list[float]:
+    """Train both, and assert that they agree; returns the norms of the gradients."""
+    result = run(model, folder, masks=masks, points=6, recipe=recipe)
+    losses, norms = by_hand(reference, masks, recipe)
     assert [p["training_loss"] for p in result["curve"][1:]] == pytest.approx(losses, rel=1e-5)
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(
             model.get_parameter(name), parameter, rtol=0, atol=1e-5, msg=name
         )  # weights move by 1e-3
-    moved = max(float((start[n] - p).abs().max()) for n, p in weights(model).items() if n not in masks)
-    assert moved > 1e-3
     assert result["curve"][-1]["loss"] == pytest.approx(held_out(TrainModule(reference)), rel=1e-5)
+    return norms
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 64])
@@ -389,7 +445,7 @@ class InOrder(Slice):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_trunk_and_its_decay_are_one_run_with_both(masked: bool, tmp_path: Path) -> None:
-    recipe = Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-3, warmup=0.125, schedule="wsd", decay=0.25)
+    recipe = Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-3, warmup=0.125, schedule="wsd", decay_share=0.25)
     masks = masks_of(tiny()) if masked else {}
 
     def part(model: PreTrainedModel, span: tuple[int, int], folder: str, **how: Any) -> Path | None:
@@ -503,9 +559,9 @@ def test_a_bad_window_is_found_among_good_ones(tmp_path: Path) -> None:
 # --- fresh models
 
 
-def fresh(config: Any, *, std: float, seed: int) -> PreTrainedModel:
+def fresh(config: Any, *, seed: int, **init: Any) -> PreTrainedModel:
     model = skeleton(config, Path("x"))
-    return place_model(model, fresh_weights(model, std=std, seed=seed), Execution()).model
+    return place_model(model, fresh_weights(model, InitSpec(**init), seed=seed), Execution()).model
 
 
 def test_new_models() -> None:
@@ -528,6 +584,29 @@ def test_new_models() -> None:
         # A normal truncated at two deviations has 0.8796 of the deviation.
         assert float(parameter.detach().std()) == pytest.approx(0.02 * 0.8796, rel=0.08), name
         assert float(parameter.detach().abs().max()) <= 0.04 and abs(float(parameter.detach().mean())) < 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fan_in(tied: bool) -> None:
+    sizes = {**SIZES, "vocab_size": 997, "hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
+    model = fresh(LlamaConfig(**sizes, tie_word_embeddings=tied), seed=3, kind="fan-in", std=0.3)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            assert (parameter == 1).all(), name
+            continue
+        std = 0.3 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+        std /= 4 if "q_proj" in name else 1
+        assert float(parameter.detach().std()) == pytest.approx(std, rel=0.05), name
+        assert float(parameter.detach().abs().max()) > 2.5 * std, name  # not truncated
+
+
+def test_fan_in_of_a_fused_projection(tmp_path: Path) -> None:
+    model = skeleton(Checkpoint(tiny_family(tmp_path, "phi3")).config, tmp_path)
+    shape, name = Shape.of_config(model.config, where="x"), "model.layers.0.self_attn.qkv_proj.weight"
+    draw = fresh_weights(model, InitSpec(kind="fan-in"), seed=1)(name)
+    queries, keys = draw.split([shape.heads * shape.head_dim, len(draw) - shape.heads * shape.head_dim])
+    assert float(queries.std()) == pytest.approx((shape.hidden * shape.head_dim) ** -0.5, rel=0.1)
+    assert float(keys.std()) == pytest.approx(shape.hidden**-0.5, rel=0.1)
 
 
 def test_biases_of_new_models_are_zero_and_tied_heads_stay_tied() -> None:

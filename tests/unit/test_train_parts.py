@@ -27,7 +27,7 @@ from secateur.training.init import fresh_weights, stored_weights
 from secateur.training.loop import RunOptions, train_loop
 from secateur.training.metrics import Metrics, check_trackers
 from secateur.training.parallel import Execution, TrainModule, place_model
-from secateur.training.recipe import Recipe, learning_rate, make_optimizer
+from secateur.training.recipe import InitSpec, Recipe, learning_rate, make_optimizer
 from secateur.training.throughput import Meter, peak_of
 from secateur.training.watchdog import StopSignal, Watchdog, stop_on_signals
 
@@ -98,7 +98,7 @@ def test_the_empty_batch_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 400])
 def test_wsd(steps: int) -> None:
-    recipe = Recipe(schedule="wsd", peak_rate=1.0, warmup=0.1, decay=0.25, final_share=0.1)
+    recipe = Recipe(schedule="wsd", peak_rate=1.0, warmup=0.1, decay_share=0.25, final_share=0.1)
     rates = [learning_rate(recipe, step, steps) for step in range(steps)]
     assert max(rates) == 1.0
     if steps == 400:
@@ -127,12 +127,12 @@ def test_models_are_placed_as_they_are_stored(family: str, tmp_path: Path) -> No
 
 def test_fresh_weights_follow_from_seed_and_name(tmp_path: Path) -> None:
     model = hf(tiny_llama(tmp_path))
-    draw, again, other = (fresh_weights(model, std=0.5, seed=seed) for seed in (1, 1, 2))
+    draw, again, other = (fresh_weights(model, InitSpec(std=0.5), seed=seed) for seed in (1, 1, 2))
     up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
     wanted = draw(up)
     assert not torch.equal(draw(gate), wanted) and not torch.equal(other(up), wanted)
     assert torch.equal(again(up), wanted)  # whatever was drawn before
-    norm = fresh_weights(hf(tiny_family(tmp_path, "gemma3")), std=0.5, seed=1)("model.norm.weight")
+    norm = fresh_weights(hf(tiny_family(tmp_path, "gemma3")), InitSpec(std=0.5), seed=1)("model.norm.weight")
     assert not norm.any()  # Gemma's norms multiply by one plus their weight
 
 

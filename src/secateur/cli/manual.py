@@ -188,9 +188,12 @@ keys of the recipe (--recipe FILE, --set KEY=VALUE), with their defaults:
   sequence=8192            tokens in a window           tokens_per_step=4194304  a multiple of sequence
   peak_rate=3e-4           learning rate after warm-up  warmup=0.05              share of the steps
   schedule=cosine|wsd      to final_share at the end    final_share=0.1          of the peak
-  decay=0.2                share of the steps, wsd      weight_decay=0.1         on matrices only
+  decay_share=0.2          share of the steps, wsd      warmup_from=step|zero    rate of the first step
+  weight_decay=0.1         of AdamW                     decay=matrices|all       what has weight decay
   beta1=0.9 beta2=0.95 epsilon=1e-8                     clip=1.0                 largest norm of the gradient
-  seed=0 init_std=0.02     of fresh weights             data_seed=0              order of the windows
+  init=truncated-normal|fan-in, or {kind: ..., std: 0.02}    distribution of fresh weights
+  mask=before-clip|after-clip  when gradients of sparse models are masked
+  seed=0                   of fresh weights             data_seed=0              order of the windows
   attention=window|document    how far attention reaches back: over the whole window, or within the document
 
 examples:

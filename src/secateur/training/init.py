@@ -14,12 +14,24 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreT
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import LLAMA, family_of
 from secateur.model.shapes import Shape
+from secateur.training.recipe import InitSpec
 
 __all__ = ["fresh_weights", "llama_config", "stored_weights"]
 
 
-def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """A float32 Llama configuration of this shape, or its sibling's where Llama's refuses the shape."""
+def llama_config(
+    shape: Shape,
+    *,
+    context: int,
+    tokenizer: PreTrainedTokenizerBase,
+    rope_theta: float = 10_000.0,
+    rope_scaling: Mapping[str, Any] | None = None,
+    rms_norm_eps: float = 1e-6,
+) -> PreTrainedConfig:
+    """A float32 Llama configuration of this shape, or its sibling's where Llama's refuses the shape.
+
+    Since its release 5, transformers writes ``rope_theta`` and ``rope_scaling`` as one key, ``rope_parameters``.
+    """
     kind: tuple[str, str, Mapping[str, object]] = ("llama", "LlamaForCausalLM", {})
     if dataclasses.replace(shape, family=LLAMA).refused_by_config:
         assert LLAMA.relaxed is not None
@@ -34,6 +46,8 @@ def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBa
         **shape.config_changes(),
         **biases,
         **extra,
+        rope_parameters={"rope_theta": rope_theta, "rope_type": "default", **(rope_scaling or {})},
+        rms_norm_eps=rms_norm_eps,
         vocab_size=shape.vocabulary,
         max_position_embeddings=context,
         tie_word_embeddings=shape.tied,
@@ -45,28 +59,47 @@ def llama_config(shape: Shape, *, context: int, tokenizer: PreTrainedTokenizerBa
     )
 
 
-def fresh_weights(model: PreTrainedModel, *, std: float, seed: int) -> Callable[[str], Tensor]:
-    """Draw weights: matrices from a normal truncated at two deviations, norms that scale by one, biases zero.
+def fresh_weights(model: PreTrainedModel, init: InitSpec, *, seed: int) -> Callable[[str], Tensor]:
+    """Draw weights: matrices from the distribution of ``init``, norms that scale by one, biases zero.
 
     Args:
         model: gives the sizes of the parameters; it may be without weights.
-        std: standard deviation of the normal before truncation.
         seed: equal seeds give equal weights, whatever the library's initialisation does.
 
     Returns:
         Parameter name -> float32 value, which depends on the name, the size and the seed alone.
     """
-    norm = 1.0 - family_of(model.config.model_type, where="the model").norm_offset
+    family = family_of(model.config.model_type, where="the model")
+    shape = Shape.of_config(model.config, where="the model")
+    norm = 1.0 - family.norm_offset
 
     def draw(name: str) -> Tensor:
         value = torch.empty(model.get_parameter(name).shape)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         if value.dim() >= 2:
+            if init.kind == "fan-in":
+                return value.normal_(generator=generator) * _fan_in_scale(name, shape, init)
+            std = init.std
             return nn.init.trunc_normal_(value, std=std, a=-2 * std, b=2 * std, generator=generator)
         return value.fill_(0.0 if name.endswith("bias") else norm)
 
     return draw
+
+
+def _fan_in_scale(name: str, shape: Shape, init: InitSpec) -> float | Tensor:
+    """The standard deviation of a matrix, a column of them where a fused projection's rows differ."""
+    family = shape.family
+    if name == family.embedding:
+        return init.std
+    if name == family.head:
+        return shape.hidden**-0.5
+    rest = name.removeprefix(f"{family.layers}.").partition(".")[2]
+    rows, columns = family.block[rest]
+    parts = rows if isinstance(rows, tuple) else (rows,)
+    scales = [shape.head_dim**-0.5 if part == "query" else 1.0 for part in parts]
+    sizes = torch.tensor([shape.axis_size(part) for part in parts])
+    return torch.tensor(scales).repeat_interleave(sizes)[:, None] * shape.axis_size(columns) ** -0.5
 
 
 def stored_weights(checkpoint: Checkpoint) -> Callable[[str], Tensor]:

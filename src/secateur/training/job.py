@@ -177,7 +177,7 @@ class _Origin:
         model = skeleton(self.config, self.directory)
         if self.checkpoint:
             return Start(model, stored_weights(self.checkpoint), self.masks)
-        return Start(model, fresh_weights(model, std=recipe.init_std, seed=recipe.seed), self.masks)
+        return Start(model, fresh_weights(model, recipe.init, seed=recipe.seed), self.masks)
 
 
 def train(request: TrainRequest) -> Trained:

@@ -98,8 +98,11 @@ def train_loop(
             spans = data.spans(step)
             targets = sum(stop - start - 1 for start, stop in spans)
             losses, stopping = _accumulate_gradients(module, data, spans, targets, options.stop)
-            model_masks.apply_to_gradients()
+            if recipe.mask == "before-clip":
+                model_masks.apply_to_gradients()
             norm = float(full_tensor(clip_grad_norm_(weights, recipe.clip)))
+            if recipe.mask == "after-clip":
+                model_masks.apply_to_gradients()
             loss = math.fsum(losses) / max(targets, 1)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _not_finite_error(data, spans, step, losses, norm, saver, options)

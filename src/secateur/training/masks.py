@@ -39,7 +39,7 @@ class Masks:
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
-        """Zero the pruned weights' gradients, so that they affect neither the clipping norm nor the moments."""
+        """Zero the pruned weights' gradients, so that they do not affect the moments."""
         for _, parameter, mask in self._masks:
             if parameter.grad is not None:
                 local_part(parameter.grad).mul_(mask)  # NaN and infinity stay, so that the norm shows them

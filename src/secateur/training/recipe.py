@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from secateur.config import RUNTIME, Count, Fraction, Positive, spec
-from secateur.errors import UserError
+from secateur.config import RUNTIME, Count, Fraction, IdentityKey, Positive, spec
+from secateur.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn, optim
 
-__all__ = ["Distill", "Recipe", "learning_rate", "make_optimizer", "set_rate"]
+__all__ = ["Distill", "InitSpec", "Recipe", "learning_rate", "make_optimizer", "set_rate"]
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
+Scale = Annotated[float, Field(gt=0)]
+
+
+@spec
+class InitSpec:
+    """The distribution of fresh weights; norms that scale by one and biases of zero are the same for all kinds.
+
+    ``fan-in``: a normal of ``1 / sqrt(fan_in)`` for linears, queries divided by ``sqrt(head_dim)`` besides, as MaxText
+    does in the study of arXiv:2606.14150. Embeddings, and a head tied to them, are a normal of ``std``.
+    """
+
+    kind: Literal["truncated-normal", "fan-in"] = "truncated-normal"
+    std: Scale = 0.02  #: of the normal before its truncation at two deviations; for ``fan-in``, of embeddings
+
+
+def _as_init(value: Any) -> Any:
+    """Let a file give the kind alone; a number, as in identities, is the default kind's ``std``."""
+    if isinstance(value, str):
+        return {"kind": value}
+    return {"std": value} if isinstance(value, float | int) else value
+
+
+def _as_decay(value: Any) -> Any:
+    """Check the key ``decay``, which also takes the number that ``decay_share`` has had as its name."""
+    if value in ("matrices", "all") or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError(f"{value!r} is not known{did_you_mean(str(value), ('matrices', 'all'))}")
+
+
+def _init_identity(init: InitSpec) -> Any:
+    return init.std if init.kind == "truncated-normal" else init
 
 
 @spec
@@ -29,21 +61,36 @@ class Recipe:
     peak_rate: Annotated[float, Field(gt=0)] = 3e-4
     #: after warm-up: a cosine; the peak, then a linear decay (wsd); the peak alone; or a linear decay alone
     schedule: Literal["cosine", "wsd", "constant", "linear"] = "cosine"
-    decay: Fraction = 0.2  #: share of the steps with a falling rate, for wsd
+    decay_share: Annotated[Fraction, IdentityKey("decay")] = 0.2  #: share of the steps with a falling rate, for wsd
     final_share: Annotated[float, Field(ge=0, le=1)] = 0.1  #: the last step's rate, as a share of the peak
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  #: share of the steps with a rising rate
+    #: the rate of the first step of n with a rising rate: a share 1/n of the peak, or zero
+    warmup_from: Annotated[Literal["step", "zero"], IdentityKey(omit="step")] = "step"
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1  #: on matrices only
-    clip: Annotated[float, Field(gt=0)] = 1.0  #: largest norm of the gradient
-    init_std: Annotated[float, Field(gt=0)] = 0.02  #: of the truncated normal that fresh weights are drawn from
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    #: the parameters with weight decay: matrices, embeddings included, or norms and biases as well
+    decay: Annotated[str | float, BeforeValidator(_as_decay), IdentityKey("decay_of", omit="matrices")] = "matrices"
+    clip: Scale = 1.0  #: largest norm of the gradient
+    #: when a sparse model's gradients are masked: before the norm is taken, or after clipping
+    mask: Annotated[Literal["before-clip", "after-clip"], IdentityKey(omit="before-clip")] = "before-clip"
+    init: Annotated[InitSpec, BeforeValidator(_as_init), IdentityKey("init_std", value=_init_identity)] = InitSpec()
+    init_std: Annotated[Scale | None, RUNTIME] = (
+        None  #: an older spelling of ``init: {std: ...}``, to which it is moved
+    )
     seed: Seed = 0  #: for drawing fresh weights
     data_seed: Seed = 0  #: for the order of a slice's windows
     attention: Literal["window", "document"] = "window"  #: attend within the window, or within each document
     micro_batch: Annotated[Positive, RUNTIME] = 8  #: windows at once; memory, not the result beyond rounding
 
     def __post_init__(self) -> None:
+        if isinstance(self.decay, float):
+            object.__setattr__(self, "decay_share", self.decay)
+            object.__setattr__(self, "decay", "matrices")
+        if self.init_std is not None:
+            object.__setattr__(self, "init", dataclasses.replace(self.init, std=self.init_std))
+            object.__setattr__(self, "init_std", None)
         if self.tokens_per_step % self.sequence:
             raise UserError(
                 f"recipe.tokens_per_step: {self.tokens_per_step} is no multiple of recipe.sequence {self.sequence}"
@@ -74,19 +121,19 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     """The rate of ``step`` of ``steps``: linear warm-up, then down to ``final_share`` of the peak at the last step.
 
     A cosine falls from the end of the warm-up on. ``wsd`` (arXiv:2404.06395) stays at the peak and falls linearly over
-    the last ``decay`` of the steps; ``constant`` and ``linear`` are its two parts, as runs of their own, so that runs
-    of several lengths can share the first.
+    the last ``decay_share`` of the steps; ``constant`` and ``linear`` are its two parts, as runs of their own, so that
+    runs of several lengths can share the first.
     """
     warm = math.ceil(recipe.warmup * steps)
     if step < warm:
-        return recipe.peak_rate * (step + 1) / warm
+        return recipe.peak_rate * (step + (recipe.warmup_from == "step")) / warm
     if recipe.schedule == "constant":
         height = 1.0
     elif recipe.schedule == "cosine":
         progress = (step - warm) / max(1, steps - 1 - warm)
         height = (1 + math.cos(math.pi * progress)) / 2
     else:
-        share = recipe.decay if recipe.schedule == "wsd" else 1.0
+        share = recipe.decay_share if recipe.schedule == "wsd" else 1.0
         falling = max(1, min(math.ceil(share * steps), steps - warm))
         height = min(1.0, (steps - 1 - step) / falling)
     return recipe.peak_rate * (recipe.final_share + (1 - recipe.final_share) * height)
@@ -95,7 +142,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 def make_optimizer(
     weights: Iterable[nn.Parameter], recipe: Recipe, extra_groups: Sequence[Mapping[str, Any]] = ()
 ) -> optim.AdamW:
-    """AdamW with weight decay on matrices only: norms and biases have none.
+    """AdamW with weight decay on matrices, or on all parameters.
 
     Args:
         weights: parameters that follow the recipe's schedule.
@@ -104,9 +151,10 @@ def make_optimizer(
     from torch import optim
 
     parameters = list(weights)
+    vectors_decay = recipe.weight_decay if recipe.decay == "all" else 0.0
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": vectors_decay},
     ]
     betas = (recipe.beta1, recipe.beta2)
     groups = [group for group in groups if group["params"]]
