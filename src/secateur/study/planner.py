@@ -126,6 +126,7 @@ class _Builder(TrainingRuns):
     def _parent(self, name: str, seed: int | None) -> Stage:
         spec, parent = self.study.all_parents[name], self.resolved.parents[name]
         facts = {"path": "parent", "parent": name, "shape": parent.shape, "tokens": spec.tokens, "seed": seed}
+        facts["config"] = spec.config
         if spec.checkpoint is not None:
             content = {"checkpoint": parent.identity, "shape": sizes_of(parent.shape)}
             runtime = {"checkpoint": spec.checkpoint}
@@ -173,6 +174,7 @@ class _Builder(TrainingRuns):
             ratio = pruning.target.ratio or 1 - pruning.after.non_embedding / pruning.before.non_embedding
         return {
             "parent": pruning.parent,
+            "config": self.study.all_parents[pruning.parent].config,
             "method": pruning.entry.label,
             "granularity": pruning.granularity,
             "target": pruning.name,

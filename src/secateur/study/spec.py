@@ -72,8 +72,17 @@ class ParentSpec:
     head_dim: Positive | None = None  #: default: hidden / heads
     vocabulary: Positive | None = None  #: of a checkpoint; a pretrained parent has that of the corpus
     tied: bool = False
+    #: of a pretrained parent, as in config.json; its pruned models, twins and controls have them too
+    rope_theta: Rate | None = None
+    rope_scaling: Mapping[str, Any] | None = None
+    rms_norm_eps: Rate | None = None
 
     def __post_init__(self) -> None:
+        if self.checkpoint and self.config:
+            key = next(iter(self.config))
+            raise UserError(f"parent.{key}: parent.checkpoint has its own, in its config.json; leave the key out")
+        if self.rope_scaling is not None and "rope_type" not in self.rope_scaling:
+            raise UserError("parent.rope_scaling: needs a rope_type, as in {rope_type: linear, factor: 4}")
         sizes = {name: getattr(self, name) for name in ("hidden", "ffn", "layers", "heads", "kv_heads")}
         missing = [name for name, size in sizes.items() if size is None]
         if self.checkpoint is None:
@@ -89,6 +98,12 @@ class ParentSpec:
                 raise UserError(f"parent.hidden: {self.hidden} is not a multiple of parent.heads {self.heads}")
             if self.heads % self.kv_heads:
                 raise UserError(f"parent.heads: {self.heads} is not a multiple of parent.kv_heads {self.kv_heads}")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keys of config.json that the file sets, besides sizes."""
+        keys = ("rope_theta", "rope_scaling", "rms_norm_eps")
+        return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
     def shape(self, vocabulary: int) -> Shape | None:
         """The model's sizes; None if only the checkpoint's configuration has them."""

@@ -92,7 +92,7 @@ class TrainingRuns:
         more = [t - comparison.tokens for t in comparison.pruning.entry.tokens or self.study.retrain.tokens]
         ends = sorted(stop + difference for difference in more if difference <= 0)
         step = recipe.tokens_per_step
-        forks = [first + math.floor((1 - recipe.decay) * (end - first) / step) * step for end in ends]
+        forks = [first + math.floor((1 - recipe.decay_share) * (end - first) / step) * step for end in ends]
         warm = recipe.warmup * (ends[0] - first) / max(step, forks[0] - first)
         at, chain = first, dict(inputs)
         before: tuple[Stage, ...] = ()
@@ -104,9 +104,8 @@ class TrainingRuns:
             trunk = dataclasses.replace(recipe, schedule="constant", warmup=min(0.99, warm) if number == 0 else 0.0)
             trunk_name = f"{head}/trunk@{_short(fork - first)}{tail}"
             kind = init if at == first else "continued"
-            stage = self.train(
-                trunk_name, shape, (at, fork), kind, trunk, {"path": "trunk", "shape": shape}, chain, objective
-            )
+            trunk_facts = {"path": "trunk", "shape": shape, "config": facts["config"]}
+            stage = self.train(trunk_name, shape, (at, fork), kind, trunk, trunk_facts, chain, objective)
             before = (*before, stage)
             chain, at = {**inputs, "model": stage}, fork
         decay = dataclasses.replace(recipe, schedule="linear", warmup=0.0)
@@ -164,7 +163,7 @@ class TrainingRuns:
         assert sweep
         first, stop = span
         end = min(stop, first + (sweep.tokens or stop))
-        trial_facts = {"path": "trial", "shape": shape}
+        trial_facts = {"path": "trial", "shape": shape, "config": facts["config"]}
         trials = {
             str(rate): self.train(
                 f"{name}/rate-{rate:g}",
@@ -209,6 +208,7 @@ class TrainingRuns:
         Args:
             span: first token, and the token after the last.
             recipe: of the training; its rate applies unless ``inputs`` have a ``rate``.
+            facts: of the stage; ``config`` has the keys of config.json that the study sets.
             objective: the loss; None for the language-model loss.
         """
         study = self.study
@@ -232,6 +232,7 @@ class TrainingRuns:
             "dtype": study.compute.dtype,
             # ``skip`` has been zero since rates are chosen elsewhere; it keeps the identity of earlier runs
             "evaluation": {"skip": 0, "windows": study.evaluation.windows, "points": points},
+            **({"config": identity(facts["config"])} if fresh and facts["config"] else {}),
             **({"objective": identity(distill)} if distill else {}),
             **({"keep": "state"} if facts["path"] == "trunk" else {}),
             **({"trial": True} if facts["path"] == "trial" else {}),

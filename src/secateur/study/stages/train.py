@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from secateur import distributed
-from secateur.config import parse
+from secateur.config import from_identity, parse
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import DivergenceError
 from secateur.files import read_json
@@ -117,7 +117,7 @@ def _recipe(stage: Stage, store: Store) -> Recipe:
     raw = {**stage.identity["recipe"], "micro_batch": stage.runtime["micro_batch"]}
     if "rate" in stage.inputs:
         raw["peak_rate"] = read_json(store.folder(stage.inputs["rate"]) / "record.json")["result"]["peak_rate"]
-    return parse(Recipe, raw, origin="recipe")
+    return from_identity(Recipe, raw, origin="recipe")
 
 
 def _execution(stage: Stage) -> Execution:
@@ -156,7 +156,7 @@ def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
     init = stage.identity["init"]
     if init == "scratch":
         model = skeleton(_config(stage, store, recipe), store.folder(stage.inputs["corpus"]))
-        return Start(model, fresh_weights(model, std=recipe.init_std, seed=recipe.seed), {})
+        return Start(model, fresh_weights(model, recipe.init, seed=recipe.seed), {})
     weights = Checkpoint(model_of(stage, store, "model" if "model" in stage.inputs else "plan"))
     masks = _masks(stage, store)
     model = skeleton(weights.config, weights.directory)
@@ -169,7 +169,7 @@ def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
         masks = {name: permuted_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
     elif init == "random-mask":
         masks = {name: random_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
-    return Start(model, fresh_weights(model, std=recipe.init_std, seed=recipe.seed), masks)
+    return Start(model, fresh_weights(model, recipe.init, seed=recipe.seed), masks)
 
 
 def _masks(stage: Stage, store: Store) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ def _config(stage: Stage, store: Store, recipe: Recipe) -> Any:
     shape = Shape(**{**sizes, "switches": tuple(sizes["switches"]), "family": stage.facts["shape"].family})
     if "like" not in stage.inputs:
         tokenizer = load_tokenizer(store.folder(stage.inputs["corpus"]) / "tokenizer")
-        return llama_config(shape, context=recipe.sequence, tokenizer=tokenizer)
+        return llama_config(shape, context=recipe.sequence, tokenizer=tokenizer, **stage.identity.get("config", {}))
     parent = Checkpoint(model_of(stage, store, "like"))
     fields = {"after": shape, "keep_layers": torch.arange(shape.layers)}
     raw = cut_config(parent, Plan.keeping_all("", "width", {}, parent.shape, **fields))
