@@ -29,7 +29,7 @@ def sweep_sentences(index: Index) -> list[str]:
     seeds = join_words([str(seed) for seed in sorted({sweep.seed for sweep in sweeps})])
     text = f"Trials with seed {seeds} chose the learning rates, on held-out windows that no final loss is measured on"
     text += "; the other seeds have the same rates." if index.several_seeds else "."
-    text += " A trial on all tokens of its run, if it is the best, is that run." * any(sweep.whole for sweep in sweeps)
+    text += " The best trial is the run itself if it has all tokens of it." * any(sweep.whole for sweep in sweeps)
     texts = [text]
     pending = sum(sweep.rate is None for sweep in sweeps)
     if pending:
