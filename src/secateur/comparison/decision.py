@@ -135,7 +135,7 @@ def decide(
         return Decision("not measured", reason="nothing was measured", margin=margin)
     if not np.isfinite(y).all():
         return Decision("not measured", reason="a difference is not finite", margin=margin)
-    y, w = np.unique(y, axis=0), w / w.sum()
+    y, w = _distinct(y), w / w.sum()
     text, sizes = _text(y.mean(axis=0), labels, w, tasks)
     noise = _noise([y @ w])
     decision = _judge(float(y.mean(axis=0) @ w), text, noise, margin)
@@ -178,7 +178,7 @@ def decide_average(
     if any(not y.size or not np.isfinite(y).all() for y, *_ in parts) or not w.sum() > 0:
         return Decision("not measured", reason="a comparison was not measured", margin=margin)
     w = w / w.sum()
-    each = [np.unique(y, axis=0) for y, *_ in parts]
+    each = [_distinct(y) for y, *_ in parts]
     mean = np.mean([y.mean(axis=0) for y in each], axis=0)
     text, sizes = _text(mean, labels, w, tasks)
     decision = _judge(float(mean @ w), text, _noise([y @ w for y in each]), margin)
@@ -247,6 +247,11 @@ def _arguments(
     counted = w > 0
     labels, tasks = (np.unique(values[counted], return_inverse=True)[1] for values in (labels, tasks))
     return y[:, counted], labels, w[counted], tasks
+
+
+def _distinct(y: Floats) -> Floats:
+    """The rows of ``y`` without repetitions; ``np.unique`` takes a millisecond for 400 columns."""
+    return y[[n for n, row in enumerate(y) if not any(np.array_equal(row, earlier) for earlier in y[:n])]]
 
 
 def _margin(margin: float | None) -> float:

@@ -237,8 +237,9 @@ def _measurements(path: Path) -> tuple[Measurement, ...]:
 def _documents(record: Mapping[str, Any], measured: Iterable[Measurement]) -> tuple[DocumentLoss, ...]:
     """The loss by document; of older versions, from the items of the measurement."""
     if "documents" in record:
-        columns = (record["documents"][key] for key in ("number", "tokens", "loss_sum"))
-        return tuple(DocumentLoss(*row) for row in zip(*columns, strict=True))
+        columns = record["documents"]
+        rows = zip(columns["number"], columns["tokens"], columns["loss_sum"], strict=True)
+        return tuple(DocumentLoss(*row) for row in rows)
     loss = next((m for m in measured if m.name == LOSS and m.unit == "documents"), None)
     items = loss.items if loss else ()
     return tuple(DocumentLoss(n, i["tokens"], i["value"] * i["tokens"]) for n, i in enumerate(items))
