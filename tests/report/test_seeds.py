@@ -170,3 +170,8 @@ def test_forecasts_give_the_twin_the_tokens_that_pruning_trained_on() -> None:
 def test_the_report_of_such_studies_is_written(tmp_path) -> None:  # type: ignore[no-untyped-def]
     for number, results in enumerate((seeded, learned_study)):
         assert build_report(judged(results), tmp_path / str(number)).is_file()
+    note = "Twins of Minitron-depth train on L = 30 k tokens more, as many as its pruning trains on."
+    assert note in " ".join(judged_text(learned_study).split())
+    assert note.replace("30 k", "30\u00a0k") in judged_page(
+        learned_study
+    ) and "its pruning trains on" not in judged_page(seeded)

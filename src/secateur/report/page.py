@@ -35,6 +35,7 @@ from secateur.report.forecast_prose import (
 )
 from secateur.report.judgement import Judgement
 from secateur.report.latex import comparisons_tex, forecasts_tex
+from secateur.report.learning_prose import learning_notes
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, part_sentence, verdict_sentence
 from secateur.report.question_prose import EXPLORATORY
 from secateur.report.regime_prose import regime_rows, regime_sentences
@@ -201,6 +202,7 @@ def _context(judgement: Judgement) -> dict[str, Any]:
             (finding, [(row, finding_sentence(row, index.comparisons)) for row in finding.rows])
             for finding in judgement.findings
         ],
+        "learning": learning_notes(index),
         "several_parents": len(index.parents) > 1,
         "parents": [(parent, _mean_parent_loss(index, name)) for name, parent in index.parents.items()],
         "seeded_prunings": len(index.pruned) < len(results.pruned),

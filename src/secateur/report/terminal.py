@@ -16,6 +16,7 @@ from secateur.comparison.twins import SCRATCH, Setting, Winner
 from secateur.formatting import MINUS, TIMES, count, join_words, loss
 from secateur.report.forecast_prose import further_sentence, next_sentence, outlook_sentence
 from secateur.report.judgement import Judgement
+from secateur.report.learning_prose import learning_notes
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, objective_sentence, part_sentence
 from secateur.report.question_prose import EXPLORATORY
 from secateur.report.regime_prose import REGIME_TITLE, regime_sentences
@@ -182,6 +183,7 @@ def _legend(judgement: Judgement) -> str:
     if names:
         texts = ", and ".join([", ".join(runs[name] for name in names[:-1]), runs[names[-1]]][len(names) == 1 :])
         parts.append(f"{', '.join(names)}: the same architecture from scratch {texts}.")
+        parts += learning_notes(index)
         parts.append(_verdict_columns(settings))
     planned = len(judgement.verdicts) == len(settings) * len(index.comparisons)
     absent = "" if planned else ", or not in the study"
