@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from secateur.errors import UserError, did_you_mean
+from secateur.errors import UserError, refuse_unknown
 
 if TYPE_CHECKING:
     from secateur.comparison.items import Comparisons
@@ -245,8 +245,5 @@ def run_recommendation(request: RecommendRequest) -> dict[str, Any]:
 
 def _request(cls: type[T], **fields: Any) -> T:
     """Make a request, and refuse unknown fields with the nearest name."""
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for name in fields:
-        if name not in names:
-            raise UserError(f"`{name}`: no such field{did_you_mean(name, names)}")
+    refuse_unknown(fields, [field.name for field in dataclasses.fields(cls)])  # type: ignore[arg-type]
     return cls(**fields)

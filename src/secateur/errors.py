@@ -16,6 +16,7 @@ __all__ = [
     "disk_full",
     "first_line",
     "out_of_memory",
+    "refuse_unknown",
     "spell",
 ]
 
@@ -75,6 +76,18 @@ def did_you_mean(name: object, options: Iterable[str]) -> str:
     if near:
         return f"; did you mean {by_key[near[0]]!r}?"
     return f"; known: {', '.join(options)}" if options else ""
+
+
+def refuse_unknown(fields: Iterable[str], options: Iterable[str]) -> None:
+    """Check that every field is one of the options.
+
+    Raises:
+        UserError: for the first that is not, with the nearest option.
+    """
+    options = list(options)
+    for name in fields:
+        if name not in options:
+            raise UserError(f"`{name}`: no such field{did_you_mean(name, options)}")
 
 
 def _normalise(name: object) -> str:

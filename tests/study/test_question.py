@@ -180,6 +180,8 @@ def test_power_finds_seeds_and_prices_the_study_with_them(tmp_path: Path) -> Non
     several = study(tmp_path, None).power(seed_sd=0.014, document_sd=0.0)
     assert several.comparisons == 6 and several.needed[0] and several.needed[0] > 7
     assert asking.power(seed_sd=0.014, document_sd=0.05, documents=50, margin=0.1).needed[0] == 3
+    with pytest.raises(UserError, match="`seed_std`: no such field; did you mean 'seed_sd'"):
+        asking.power(seed_std=0.1)
 
 
 def test_a_study_with_one_seed_is_priced_with_more(tmp_path: Path) -> None:

@@ -154,6 +154,12 @@ examples:
 
 #: action of ``study`` -> examples
 STUDY_EPILOGS = {
+    "plan": """\
+examples:
+  secateur study plan FILE                                                  stages, tokens, FLOPs
+  secateur study plan FILE --power --pilot runs/mine                        seeds that tell the question's margin
+  secateur study plan FILE --power 0.9 --seed-sd 0.007 --document-sd 0.05   the same, from figures of your own
+""",
     "run": """\
 examples:
   secateur study run FILE --dry-run               what would run, and why

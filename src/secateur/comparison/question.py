@@ -15,7 +15,7 @@ __all__ = ["changed_keys", "decisive", "first_declaration", "is_recorded", "late
 
 def decisive(question: StudyQuestion | None) -> tuple[tuple[Setting, Group], ...]:
     """Setting and group, without a seed, of each comparison that decides a question; none without a question."""
-    settings = {twin: setting for setting, twin in SCRATCH.items()}
+    settings: dict[str, Setting] = {twin: setting for setting, twin in SCRATCH.items()}
     return tuple(
         (settings[c.twin], Group(c.parent, c.method, c.target, c.retrain_tokens, c.objective, None))
         for c in (question.comparisons if question else ())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.errors import REQUEUE, RunError, UserError, did_you_mean, spell
+from secateur.errors import REQUEUE, RunError, UserError, did_you_mean, refuse_unknown, spell
 from secateur.progress import notify
 from secateur.study.declarations import read_declarations, record_question
 from secateur.study.explain import Explanation, explain_stage
@@ -116,6 +117,7 @@ class Study:
         """
         from secateur.study.power import PowerRequest, plan_power
 
+        refuse_unknown(fields, [field.name for field in dataclasses.fields(PowerRequest)])
         together = count_together(self.question, self.stages)
         return plan_power(self.spec, resolve(self.spec), self.question, together, PowerRequest(**fields))
 
