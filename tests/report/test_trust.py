@@ -580,7 +580,8 @@ def by_metric(gaps: dict[str, tuple[float, float]], items: int = 60) -> list[Eva
 def test_metrics_that_contradict_each_other_keep_their_verdicts() -> None:
     """Loss for A, the perplexity of a text for B, one task for each: none is overruled, and the average is level."""
     gaps = {"loss": (3.0, 3.2), "wikitext": (3.2, 3.0), "task-1": (0.8, 0.4), "task-2": (0.4, 0.8)}
-    rows = {row.name: row.verdict for row in compare_results(*([side] for side in by_metric(gaps)))}
+    first, second = by_metric(gaps)
+    rows = {row.name: row.verdict for row in compare_results([first], [second])}
     assert rows == {"loss": "A", "wikitext": "B", "task-1": "A", "task-2": "B", "average of tasks": "undecided"}
 
 
