@@ -162,7 +162,7 @@ class TrainingRuns:
         sweep, evaluation = self.study.sweep, self.study.evaluation
         assert sweep
         first, stop = span
-        end = min(stop, first + (sweep.tokens or stop))
+        end = min(stop, first + sweep.tokens) if sweep.tokens else stop
         trial_facts = {"path": "trial", "shape": shape, "config": facts["config"]}
         trials = {
             str(rate): self.train(
