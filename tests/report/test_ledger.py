@@ -180,6 +180,18 @@ def test_controls_take_the_advantage_apart():
     assert [control.init for control in controls(index, group)][-1] == "pruned"
 
 
+def test_embeddings_and_norms_of_the_parent_are_a_part_of_their_own():
+    index, group = inherited(redrawn_linears=5.45, scratch=5.3)
+    values = {(part.against, part.of): round(part.mean.value, 6) for part in parts(index, group) if part.mean}
+    assert values == {
+        ("redrawn", "pruned"): 0.4,
+        ("redrawn", "redrawn-linears"): 0.15,
+        ("redrawn-linears", "pruned"): 0.25,
+        ("scratch", "redrawn"): -0.3,
+    }
+    assert part_sentence(parts(index, group)[1]).startswith("The parent's embeddings and norms save 0.15 nats")
+
+
 def test_controls_of_a_dense_model_start_from_scratch():
     cells = [cell("minitron-depth", "P-R", 5.2, salt=1), cell("minitron-depth", "S_R", 5.6, salt=2)]
     cells.append(cell("minitron-depth", "shuffled-weights", 5.601, salt=3, init="shuffled-weights"))

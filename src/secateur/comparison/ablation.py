@@ -19,6 +19,7 @@ CONTROLS: dict[Init, str] = {
     "random-mask": "a random mask, new weights",
     "permuted": "the mask permuted, new weights",
     "redrawn": "the mask, new weights",
+    "redrawn-linears": "the mask, embeddings and norms, new weights of linears",
     "shuffled-weights": "the weights, shuffled",
     "pruned": "the weights in their places",
 }
@@ -28,6 +29,8 @@ _PAIRS: tuple[tuple[Init, Init], ...] = (
     ("random-mask", "redrawn"),
     ("permuted", "redrawn"),
     ("redrawn", "pruned"),
+    ("redrawn", "redrawn-linears"),
+    ("redrawn-linears", "pruned"),
     ("scratch", "pruned"),
     ("redrawn", "shuffled-weights"),
     ("scratch", "shuffled-weights"),
@@ -79,7 +82,10 @@ def parts(index: Index, group: Group) -> tuple[Part, ...]:
         return ()
     runs = _runs(index, group)
     pairs = [pair for pair in _PAIRS if pair[0] in runs and pair[1] in runs]
-    if "redrawn" in runs:  # the weights then count beside the control that has the mask as well, not beside scratch
+    if runs.keys() & {
+        "redrawn",
+        "redrawn-linears",
+    }:  # the weights then count beside the control that has the mask as well, not beside scratch
         pairs = [pair for pair in pairs if pair[0] != "scratch" or pair[1] == "redrawn"]
     measured = [_part(runs, *pair) for pair in pairs]
     corrected = iter(adjust([part.mean for part in measured if part.mean]))

@@ -20,6 +20,7 @@ _INIT = {
     "pruned": "the parent's, under the plan",
     "scratch": "new",
     "redrawn": "new, under the parent's mask",
+    "redrawn-linears": "those of linears new, under the parent's mask; embeddings and norms the parent's",
     "permuted": "new, under the parent's mask with its rows and columns permuted",
     "random-mask": "new, under a random mask",
     "shuffled-weights": "the parent's, at other places of each tensor",

@@ -40,6 +40,7 @@ Init = Literal[
     "pruned",  # the parent's weights under the plan
     "scratch",  # new weights; of a sparse cell, the parent's whole architecture
     "redrawn",  # the parent's mask, new weights
+    "redrawn-linears",  # the parent's mask, embeddings and norms, new weights of linears
     "permuted",  # that mask with its rows and columns permuted, new weights
     "random-mask",  # as many weights kept in each linear, at random, new weights
     "shuffled-weights",  # the kept weights of the parent, permuted within each tensor

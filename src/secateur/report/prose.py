@@ -114,6 +114,8 @@ _PARTS: dict[tuple[Init, Init], tuple[str, bool]] = {
     ("random-mask", "redrawn"): ("The mask alone, beside a random one,", False),
     ("permuted", "redrawn"): ("The mask alone, beside a permuted one,", False),
     ("redrawn", "pruned"): ("The weights under that mask", True),
+    ("redrawn", "redrawn-linears"): ("The parent's embeddings and norms", True),
+    ("redrawn-linears", "pruned"): ("The linears' weights under that mask", True),
     ("scratch", "pruned"): ("The weights", True),
     ("redrawn", "shuffled-weights"): ("The distribution of the weights alone", False),
     ("scratch", "shuffled-weights"): ("The distribution of the weights alone", False),

@@ -21,6 +21,7 @@ from secateur.study.spec import (
     ObjectiveSpec,
     SettingSpec,
     StudySpec,
+    TwinInit,
 )
 
 __all__ = ["PlannedComparison", "Pruning", "comparisons", "prunings", "seed_shift"]
@@ -111,8 +112,8 @@ def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedCompariso
                     [s.kind for s in settings if _at(s, tokens)] if objective.settings is None else objective.settings
                 )
                 kinds = tuple(kind for kind in kinds if not _is_excluded(study, {**cell, "setting": kind}))
-                sequence = study.recipe.sequence
-                inits = [c.init for c in controls if _at(c, tokens) and _applies(c.init, pruning, sequence)]
+                sequence, twin = study.recipe.sequence, study.twin_init_of(entry)
+                inits = [c.init for c in controls if _at(c, tokens) and _applies(c.init, pruning, sequence, twin)]
                 inits = [] if objective.label else inits  # controls concern shape and weights, not the objective
                 inits = tuple(init for init in inits if not _is_excluded(study, {**cell, "control": init}))
                 yield PlannedComparison(_seeded(study, pruning, cell["seed"]), tokens, objective, seed, kinds, inits)
@@ -144,12 +145,12 @@ def _at(twin: SettingSpec | ControlSpec, tokens: int) -> bool:
     return twin.tokens is None or tokens in twin.tokens
 
 
-def _applies(control: ControlKind, pruning: Pruning, sequence: int) -> bool:
+def _applies(control: ControlKind, pruning: Pruning, sequence: int, twin: TwinInit) -> bool:
     """Whether a control differs from the twin: controls of the mask need one, and a dense model has none."""
     if control == "without-pruning-tokens":
         return pruning.training_tokens(sequence) > 0
     if pruning.method.granularity == "sparse":
-        return control != "redrawn"
+        return control != twin
     return control == "shuffled-weights"
 
 

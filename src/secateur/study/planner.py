@@ -3,7 +3,7 @@
 The training split is cut by token index. A parent trains on the P tokens before ``start``; pruning scores use some of
 them. A method that trains reads the L tokens from ``start`` on. Retraining begins behind them, at ``start`` where L is
 zero. A twin at equal training tokens trains on the L tokens and those of retraining, one at equal total tokens on all
-three parts.
+three parts; with ``data.twin: own-start`` each trains on as many tokens from the first on.
 """
 
 from __future__ import annotations
@@ -225,8 +225,10 @@ class _Builder(TrainingRuns):
             spent = run.facts["cost"][1] + pruned.flops
             spent += self._parent_of(pruning).facts["cost"][1] if setting == "equal_total_flops" else 0.0
             tokens = self._whole(spent / (3 * pruning.after.forward_flops(self.sequence)))
+        if (pruning.entry.data or self.study.data).twin == "own-start":
+            first = 0
         sparse = pruning.method.granularity == "sparse"
-        init = "redrawn" if sparse else "scratch"
+        init = self.study.twin_init_of(pruning.entry) if sparse else "scratch"
         facts = {**self._facts(pruning), **self._compared(comparison, TWIN_NAMES[setting], init, "scratch")}
         facts |= {"pruning": pruned if sparse else None}
         inputs = {"plan": pruned} if sparse else self._like(pruning)

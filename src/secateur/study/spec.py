@@ -24,6 +24,7 @@ __all__ = [
     "CalibrationSpec",
     "ComputeSpec",
     "ControlSpec",
+    "DataSpec",
     "EvaluationSpec",
     "MethodEntry",
     "ObjectiveSpec",
@@ -37,8 +38,17 @@ __all__ = [
 ]
 
 ControlKind = Literal[
-    "scratch", "redrawn", "permuted", "random-mask", "shuffled-weights", "dense-twin", "without-pruning-tokens"
+    "scratch",
+    "redrawn",
+    "redrawn-linears",
+    "permuted",
+    "random-mask",
+    "shuffled-weights",
+    "dense-twin",
+    "without-pruning-tokens",
 ]
+#: The first weights of a sparse model's twin, under the parent's mask: all of them new, or those of linears alone.
+TwinInit = Literal["redrawn", "redrawn-linears"]
 
 Rate = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
@@ -183,6 +193,14 @@ def _as_seeds(value: Any) -> Any:
     return value if isinstance(value, Mapping | SeedsSpec) else {"values": value}
 
 
+@spec
+class DataSpec:
+    """The part of the training split that twins read."""
+
+    #: same: from where the pruned run, or at equal total tokens the parent, begins; own-start: from the first token
+    twin: Literal["same", "own-start"] = "same"
+
+
 Settings = Annotated[tuple[SettingSpec, ...], listed("kind")]
 Controls = Annotated[tuple[ControlSpec, ...], listed("init")]
 
@@ -205,6 +223,8 @@ class MethodEntry:
     settings: Settings | None = None
     seeds: Annotated[tuple[Seed, ...] | None, listed()] = None
     controls: Controls | None = None
+    twin_init: TwinInit | None = None
+    data: DataSpec | None = None
     objective: Annotated[tuple[ObjectiveSpec, ...] | None, listed("kind")] = None  #: retrain.objective
 
     @property
@@ -339,6 +359,8 @@ class StudySpec:
     retrain: RetrainSpec
     settings: Settings = (SettingSpec(kind="equal_training_tokens"), SettingSpec(kind="equal_total_tokens"))
     controls: Controls = ()
+    twin_init: TwinInit = "redrawn"
+    data: DataSpec = DataSpec()
     seeds: Annotated[SeedsSpec, BeforeValidator(_as_seeds)] = SeedsSpec()
     exclude: tuple[Exclude, ...] = ()
     sweep: SweepSpec | None = None
@@ -413,6 +435,10 @@ class StudySpec:
         if self.corpus.tokenizer is not None or None in names:
             return self.corpus
         return replace(self.corpus, tokenizer=names[0])
+
+    def twin_init_of(self, entry: MethodEntry) -> TwinInit:
+        """The first weights of an entry's twins, if its method is sparse."""
+        return entry.twin_init or self.twin_init
 
     def parent_of(self, entry: MethodEntry) -> str:
         """The name of the parent that an entry prunes."""

@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.pruning.target import Pattern
 
-__all__ = ["permuted_mask", "random_mask", "shuffle_weights"]
+__all__ = ["permuted_mask", "random_mask", "redrawn_linears", "shuffle_weights"]
 
 
 def permuted_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = None) -> Tensor:
@@ -43,6 +43,24 @@ def random_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = No
     noise = torch.rand(mask.numel() // group, group, generator=_generator(seed, name))
     counts = mask.reshape(-1, group).sort(dim=1, descending=True).values  # as many True as before, all in front
     return torch.empty_like(counts).scatter_(1, noise.argsort(dim=1), counts).reshape(mask.shape)
+
+
+def redrawn_linears(
+    model: nn.Module, draw: Callable[[str], Tensor], stored: Callable[[str], Tensor]
+) -> Callable[[str], Tensor]:
+    """Draw the linears, the head among them, and take embeddings and norms as stored; a tied head is an embedding.
+
+    This is the from-scratch baseline of sparse models in the authors' code of arXiv:2606.14150 (``reinit.py``).
+
+    Args:
+        model: says which parameters are of linears; it may be without weights.
+    """
+
+    def weight(name: str) -> Tensor:
+        module = model.get_submodule(name.rpartition(".")[0])
+        return draw(name) if isinstance(module, nn.Linear) else stored(name)
+
+    return weight
 
 
 def shuffle_weights(

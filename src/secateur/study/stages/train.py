@@ -24,7 +24,7 @@ from secateur.progress import notify
 from secateur.pruning.target import Pattern
 from secateur.runtime import pick_device
 from secateur.study.stage import Stage
-from secateur.study.stages.controls import permuted_mask, random_mask, shuffle_weights
+from secateur.study.stages.controls import permuted_mask, random_mask, redrawn_linears, shuffle_weights
 from secateur.study.stages.inputs import corpus_tokens, holdout_protocol, model_of
 from secateur.study.store import Store
 from secateur.training.batches import Slice
@@ -169,7 +169,10 @@ def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
         masks = {name: permuted_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
     elif init == "random-mask":
         masks = {name: random_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
-    return Start(model, fresh_weights(model, recipe.init, seed=recipe.seed), masks)
+    draw = fresh_weights(model, recipe.init, seed=recipe.seed)
+    if init == "redrawn-linears":
+        draw = redrawn_linears(model, draw, stored_weights(weights))
+    return Start(model, draw, masks)
 
 
 def _masks(stage: Stage, store: Store) -> dict[str, Tensor]:
