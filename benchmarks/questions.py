@@ -1,4 +1,4 @@
-"""Twenty questions to ``secateur recommend`` with its answers, as docs/prediction.md has them.
+"""Questions to ``secateur recommend`` with its answers, as docs/prediction.md has them.
 
 python benchmarks/questions.py > answers.md
 """
@@ -63,6 +63,10 @@ QUESTIONS: tuple[tuple[str, dict[str, object]], ...] = (
         {"params": "2M", "ratio": 0.5, "tokens": "20M", "study": "runs/mine"},
     ),
     ("The same, asked for 0.8", {"params": "2M", "ratio": 0.8, "tokens": "20M", "study": "runs/mine"}),
+    (
+        "A study whose runs fit no curve",
+        {"params": "2.25M", "ratio": 0.5, "tokens": "300k", "study": "docs/results/findings"},
+    ),
 )
 
 
@@ -71,7 +75,8 @@ def markdown() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         write_study(Path(folder))
         for number, (words, fields) in enumerate(QUESTIONS, 1):
-            where = {"study": folder} if "study" in fields else {}
+            study = fields.get("study")
+            where = {"study": folder if study == "runs/mine" else ROOT / str(study)} if study else {}
             advice = recommend(**{**fields, **where})["recommendation"]  # type: ignore[arg-type]
             pilot = advice["cheapest_pilot"]
             sentences = [advice["statement"], *advice["assumptions"], *([pilot["sentence"]] if pilot else [])]

@@ -121,15 +121,15 @@ class Pilot:
         return self.parent_tokens + 2 * sum(self.budgets) + self.longer
 
 
-def cheapest_pilot(question: Question, sizes: Sizes) -> Pilot:
-    """The pilot for a question: of the parent itself where it is there, else of one as small as counts as near it.
+def cheapest_pilot(question: Question, sizes: Sizes, trains: bool) -> Pilot:
+    """The pilot for a question: of a parent that is there, or, if it ``trains`` one, as small as counts as near it.
 
     A smaller parent has the question's tokens a parameter, so that its tokens shrink as it does.
     """
-    shrink = NEAR if question.must_train else 1
+    shrink = NEAR if trains else 1
     largest = question.tokens / shrink / REACH
     budgets = tuple(largest * share for share in _LADDER)
-    parent_tokens = (question.parent_tokens or 0) / shrink if question.must_train else 0.0
+    parent_tokens = (question.parent_tokens or 0) / shrink if trains else 0.0
     longest = (question.tokens + question.extra) / shrink / REACH
     longer = longest if longest > largest else 0.0
     training = sizes.training(1, 2 * sum(budgets) + longer) + sizes.training(0, parent_tokens + _SCORING / 3)

@@ -57,7 +57,7 @@ FINDINGS = (
     PublishedFinding(
         _STUDY,
         "abstract",
-        "as above",
+        "Llama-3.1-8B's shape, six methods, ratios 0.5 to 0.8, one seed",
         "P = 200 B and R = 50 B, or 250 B from scratch",
         False,
         "At equal total tokens fine granularities keep an advantage; coarse ones are matched or overtaken.",

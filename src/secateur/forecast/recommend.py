@@ -19,7 +19,7 @@ from secateur.forecast.advice import (
     case_of,
     obstacles_of,
 )
-from secateur.forecast.costs import Price, Sizes, cheapest_pilot, costs, pilot_record
+from secateur.forecast.costs import Pilot, Price, Sizes, cheapest_pilot, costs, pilot_record
 from secateur.forecast.crossover import NextRun
 from secateur.forecast.curve import PATHS
 from secateur.forecast.evidence import Evidence, of_study
@@ -48,14 +48,18 @@ class Recommendation:
     price: Price | None
 
     @property
-    def needs_pilot(self) -> bool:
-        """Whether these figures leave the question open, so that a pilot is worth naming."""
-        return self.advice.basis == "none"
+    def pilot(self) -> Pilot | None:
+        """The cheapest pilot where figures are missing; none where they answer, or are there and fit no curve."""
+        kinds = {obstacle.kind for obstacle in self.advice.obstacles}
+        if self.advice.basis != "none" or "fit" in kinds:
+            return None
+        trains = self.question.must_train and (self.evidence.published or "size" in kinds)
+        return cheapest_pilot(self.question, self.sizes, trains)
 
     def record(self) -> dict[str, Any]:
         """Plain values, as ``secateur recommend --json`` prints them, but for the sentences and a pilot study."""
         question = self.question
-        pilot = pilot_record(cheapest_pilot(question, self.sizes), self.price) if self.needs_pilot else None
+        pilot = pilot_record(self.pilot, self.price) if self.pilot else None
         return {
             "question": _question_record(question, self.sizes),
             "recommendation": {

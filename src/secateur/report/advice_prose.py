@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.forecast.crossover import REACH
-from secateur.formatting import count, duration, join_words, number, scientific, signed
+from secateur.formatting import count, decimals, duration, join_words, number, scientific, signed
 from secateur.methods.registry import method_name
 
 __all__ = ["assumptions", "explain", "findings_lines", "next_run_sentence", "pilot_sentence", "statement"]
@@ -71,14 +71,15 @@ def _lead(method: str, account: Mapping[str, Any]) -> str:
     name, gap = _title(method), account["difference"]
     if account["winner"] == "beyond what these runs can tell":
         return f"{name} was not run far enough to tell"
+    digits = decimals(*gap.values())
     near, far = sorted((abs(gap["low"]), abs(gap["high"])))
-    margin = f"by {number(abs(gap['value']), 2)} nats (95%: {number(near, 2)} to {number(far, 2)})"
+    margin = f"by {number(abs(gap['value']), digits)} nats (95%: {number(near, digits)} to {number(far, digits)})"
     if account["winner"] == "pruned":
         return f"{name} is ahead of training from scratch {margin}"
     if account["winner"] == "scratch":
         return f"training from scratch is ahead of {name} {margin}"
-    ends = f"{signed(gap['low'], 2)} to {signed(gap['high'], 2)}"
-    return f"{name} and training from scratch cannot be told apart (advantage {signed(gap['value'], 2)} nats, {ends})"
+    value, low, high = (signed(gap[key], digits) for key in ("value", "low", "high"))
+    return f"{name} and training from scratch cannot be told apart (advantage {value} nats, 95%: {low} to {high})"
 
 
 def _by_finding(answer: Mapping[str, Any]) -> str:
@@ -128,11 +129,27 @@ def _reasons(answer: Mapping[str, Any]) -> list[str]:
     about_ratio = all(obstacle["kind"] == "ratio" for obstacle in obstacles)
     if evidence["published"] and about_ratio and question["ratio"] > 0.78 and question["granularity"] != "sparse":
         return ["the finding at ratio 0.8 is of 50 B tokens for 8 B parameters, and fewer favour pruning"]
-    clauses = dict.fromkeys(_reason(obstacle, question, evidence) for obstacle in obstacles)
+    clauses = dict.fromkeys(
+        _reason(obstacle, question, evidence) for obstacle in obstacles if obstacle["kind"] != "fit"
+    )
+    scattered = [obstacle for obstacle in obstacles if obstacle["kind"] == "fit"]
+    if scattered:
+        clauses[_misfit(scattered)] = None
     return list(clauses) or [
         f"nothing was published at ratio {question['ratio']:g} for this budget at equal "
         f"{'total' if question['parent'] == 'must-train' else 'training'} tokens"
     ]
+
+
+def _misfit(obstacles: Sequence[Mapping[str, Any]]) -> str:
+    """One clause for all methods whose runs lie too far from their curves."""
+    scatter = sorted(obstacle["asked"] for obstacle in obstacles)
+    span = dict.fromkeys(number(value, 2) for value in (scatter[0], scatter[-1]))
+    methods = join_words([_title(obstacle["what"]) for obstacle in obstacles])
+    return (
+        f"the runs of {methods} scatter by {' to '.join(span)} nats around the fitted curves, so that nothing is read "
+        "from these; the study's report has the comparisons that were measured"
+    )
 
 
 def _reason(obstacle: Mapping[str, Any], question: Mapping[str, Any], evidence: Mapping[str, Any]) -> str:
@@ -155,11 +172,6 @@ def _reason(obstacle: Mapping[str, Any], question: Mapping[str, Any], evidence: 
         of = question["method"] or question["granularity"]
         where = "were published, and no finding is of this ratio and budget" if evidence["published"] else "are there"
         return f"no losses of {of} {where}"
-    if kind == "fit":
-        return (
-            f"the runs of {_title(obstacle['what'])} scatter by {number(obstacle['asked'], 2)} nats around the fitted "
-            "curves, so that no figure is read from these (the study's report has the comparisons that were measured)"
-        )
     if kind == "budget":
         return (
             f"{obstacle['what']}: {_round(obstacle['asked'])}, in the evidence {_round(obstacle['low'])} to "
@@ -220,7 +232,9 @@ def pilot_sentence(pilot: Mapping[str, Any], question: Mapping[str, Any]) -> str
 
 
 def _hours(hours: float) -> str:
-    return f"{count(round(hours))} hours" if hours >= 2 else duration(max(hours * 3600, 0.1))
+    if hours >= 2:
+        return f"{count(round(hours))} hours"
+    return duration(hours * 3600) if hours * 60 >= 1 else "less than a minute"
 
 
 def next_run_sentence(case: Mapping[str, Any], currency: str | None) -> str:

@@ -48,7 +48,8 @@ def _headline(answer: Mapping[str, Any]) -> list[str]:
         lines += _wrapped(sentence)
     if advice["cheapest_pilot"]:
         lines += _wrapped(advice["cheapest_pilot"]["sentence"])
-        lines += _wrapped("A study of the same proportions at toy size, to rehearse it: --pilot FILE.")
+        if answer["evidence"]["published"]:
+            lines += _wrapped("A study of the same proportions at toy size, to rehearse it: --pilot FILE.")
     return lines
 
 
