@@ -5,13 +5,15 @@ python benchmarks/questions.py > answers.md
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.api import recommend
+from secateur.forecast.published_findings import FINDINGS
 
-__all__ = ["QUESTIONS", "markdown", "write_study"]
+__all__ = ["QUESTIONS", "command", "findings_table", "markdown", "write_study"]
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = {"parent": "must-train", "parent_tokens": "200B"}
@@ -80,11 +82,24 @@ def markdown() -> Iterator[str]:
             advice = recommend(**{**fields, **where})["recommendation"]  # type: ignore[arg-type]
             pilot = advice["cheapest_pilot"]
             sentences = [advice["statement"], *advice["assumptions"], *([pilot["sentence"]] if pilot else [])]
-            yield f"{number}. {words}: `{_command(fields)}`"
+            yield f"{number}. {words}: `{command(fields)}`"
             yield f"   > {' '.join(sentences)}".replace("\u00a0", " ")
 
 
-def _command(fields: dict[str, object]) -> str:
+def findings_table() -> Iterator[str]:
+    """The lines of the table of published findings."""
+    yield "| source | conditions | tokens | teacher | finding | figures |"
+    yield "|---|---|---|---|---|---|"
+    for finding in FINDINGS:
+        number = finding.source.removeprefix("arXiv:")
+        source = f"[{finding.source}](https://arxiv.org/abs/{number}), {finding.table}"
+        teacher = {True: "yes", False: "no", None: "not stated"}[finding.distilled]
+        figures = "; ".join(f"{name} {value:g}" for name, value in finding.figures) or "none"
+        cells = (source, finding.conditions, finding.tokens, teacher, finding.statement, figures)
+        yield f"| {' | '.join(cells)} |"
+
+
+def command(fields: dict[str, object]) -> str:
     """The request as options of the command line."""
     options = []
     for name, value in fields.items():
@@ -109,5 +124,18 @@ def write_study(folder: Path) -> None:
     (folder / "curves.csv").write_text("name,tokens,loss\nparent,0,7.0\nparent,50000000,3.2\n", encoding="utf-8")
 
 
+def main() -> None:
+    """Print both parts, and write them into docs/prediction.md with ``--write``."""
+    parts = {"findings": "\n".join(findings_table()), "questions": "\n".join(markdown())}
+    print("\n\n".join(parts.values()))
+    if "--write" in sys.argv:
+        page = ROOT / "docs" / "prediction.md"
+        text = page.read_text(encoding="utf-8")
+        for name, part in parts.items():
+            head, rest = text.split(f"<!-- {name} -->")
+            text = f"{head}<!-- {name} -->\n{part}\n<!-- /{name} -->" + rest.split(f"<!-- /{name} -->")[1]
+        page.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print("\n".join(markdown()))
+    main()

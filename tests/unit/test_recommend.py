@@ -357,6 +357,21 @@ def test_folders_that_hold_no_study(
     assert want in capsys.readouterr().err
 
 
+def test_the_page_has_the_findings_and_answers_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the answers those that need no fit; ``python benchmarks/questions.py --write`` renews the page."""
+    page = (Path(__file__).parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8")
+    assert "\n".join(questions.findings_table()) in page
+    section = page.split("<!-- questions -->")[1].split("<!-- /questions -->")[0]
+    answers = dict(zip(*[iter(section.strip().splitlines())] * 2, strict=True))
+    assert len(answers) == len(questions.QUESTIONS) >= 20
+    fitted = ("PRUNE: Minitron", "DEPENDS", "No published", "CANNOT BE TOLD FROM THESE FIGURES: the runs")
+    for line, (_, fields) in zip(answers, questions.QUESTIONS, strict=True):
+        assert f"`{questions.command(fields)}`" in line
+        answer = answers[line].strip().removeprefix("> ")
+        if "study" not in fields and not answer.startswith(fitted):
+            assert answer.startswith(statement(capsys, "recommend", *questions.command(fields).split()))
+
+
 def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["recommend", "--help"])
@@ -378,7 +393,8 @@ def test_the_examples_of_the_manual_work(
     assert len(examples) == 8
     for example in examples:
         assert main(example.split()) == 0, example
-        assert "cost" in capsys.readouterr().out
+        output = capsys.readouterr().out
+        assert "cost" in output and ("EUR" in output) == ("EUR" in example)
     assert load_study(Path("pilot.yaml")) and load_study(Path("next.yaml"))
 
 

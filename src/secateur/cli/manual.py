@@ -227,14 +227,15 @@ examples:
   secateur recommend --params 8B --ratio 0.5 --tokens 50B
   secateur recommend --params 8B --ratio 0.5 --tokens 50B --granularity width --parent must-train --parent-tokens 200B
   secateur recommend --params 8B --ratio 0.5 --tokens 50B --parent must-train --parent-tokens 200B --children 4
-  secateur recommend --params 8B --ratio 0.5 --tokens 100B --cost-per-hour 2.5 --flops-per-second 4e14
+  secateur recommend --params 8B --ratio 0.5 --tokens 100B --cost-per-hour 2.5 --flops-per-second 4e14 --currency EUR
   secateur recommend --model config.json --ratio 0.5 --tokens 20B --method minitron-depth
   secateur recommend --params 8B --ratio 0.5 --tokens 50B --pilot pilot.yaml
   secateur recommend --params 8B --ratio 0.5 --tokens 50B --study runs/mine
   secateur recommend --params 2M --ratio 0.5 --tokens 1M --study runs/mine --like mine.yaml --pilot next.yaml
 
-The published figures are those of arXiv:2606.14150, for one parent at one ratio. docs/prediction.md gives the
-assumptions, what the intervals cover, and the errors of such fits.
+The published curves are those of arXiv:2606.14150, for one parent of 8 B parameters and 26 tokens a parameter at ratio
+0.5. Where a question is far from them, published findings answer, or the reason why they cannot and the cheapest pilot
+that would. docs/prediction.md gives the rules, questions with their answers, and the errors of such fits.
 """
 
 

@@ -44,7 +44,7 @@ _ALL = ("depth", "width", "depth+width", "sparse")
 FINDINGS = (
     PublishedFinding(
         _STUDY,
-        "abstract",
+        "abstract; tokens in the authors' repository",
         "Llama-3.1-8B's shape, parent trained on 200 B tokens, six methods, ratios 0.5 to 0.8, one seed",
         "R = 50 B on both paths",
         False,
@@ -56,7 +56,7 @@ FINDINGS = (
     ),
     PublishedFinding(
         _STUDY,
-        "abstract",
+        "abstract; tokens in the authors' repository",
         "Llama-3.1-8B's shape, six methods, ratios 0.5 to 0.8, one seed",
         "P = 200 B and R = 50 B, or 250 B from scratch",
         False,
@@ -109,8 +109,8 @@ FINDINGS = (
     ),
     PublishedFinding(
         "arXiv:2407.14679",
-        "table 11, HellaSwag and MMLU (5-shot)",
-        "Nemotron-4 15B pruned to 4.2 B (Minitron-width), at equal compute with the teacher's included",
+        "table 11, HellaSwag and MMLU",
+        "Nemotron-4 15B pruned to 4 B (Minitron-width), at equal compute with the teacher's included",
         "150 B from scratch; 150 B after pruning; 100 B after pruning with a teacher",
         True,
         "Without a teacher pruning is ahead of random weights on HellaSwag and level with them on MMLU, where both "
@@ -128,7 +128,7 @@ FINDINGS = (
     ),
     PublishedFinding(
         "arXiv:2407.14679",
-        "table 10, training loss",
+        "table 10, loss after retraining",
         "Nemotron-4 15B pruned to 9.39 B (depth), 7.74 B (width) and 7.91 B (both)",
         "1.8 B after pruning; nothing from scratch",
         None,

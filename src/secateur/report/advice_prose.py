@@ -79,7 +79,7 @@ def _lead(method: str, account: Mapping[str, Any]) -> str:
     if account["winner"] == "scratch":
         return f"training from scratch is ahead of {name} {margin}"
     value, low, high = (signed(gap[key], digits) for key in ("value", "low", "high"))
-    return f"{name} and training from scratch cannot be told apart (advantage {value} nats, 95%: {low} to {high})"
+    return f"{name} against training from scratch is undecided (advantage {value} nats, 95%: {low} to {high})"
 
 
 def _by_finding(answer: Mapping[str, Any]) -> str:
@@ -129,13 +129,10 @@ def _reasons(answer: Mapping[str, Any]) -> list[str]:
     about_ratio = all(obstacle["kind"] == "ratio" for obstacle in obstacles)
     if evidence["published"] and about_ratio and question["ratio"] > 0.78 and question["granularity"] != "sparse":
         return ["the finding at ratio 0.8 is of 50 B tokens for 8 B parameters, and fewer favour pruning"]
-    clauses = dict.fromkeys(
-        _reason(obstacle, question, evidence) for obstacle in obstacles if obstacle["kind"] != "fit"
-    )
     scattered = [obstacle for obstacle in obstacles if obstacle["kind"] == "fit"]
-    if scattered:
-        clauses[_misfit(scattered)] = None
-    return list(clauses) or [
+    clauses = [_misfit(scattered)] if scattered else []
+    clauses += [_reason(obstacle, question, evidence) for obstacle in obstacles if obstacle not in scattered]
+    return list(dict.fromkeys(clauses)) or [
         f"nothing was published at ratio {question['ratio']:g} for this budget at equal "
         f"{'total' if question['parent'] == 'must-train' else 'training'} tokens"
     ]
