@@ -14,7 +14,7 @@ from secateur.errors import UserError
 from secateur.forecast.crossover import Crossover, Lead, NextRun, crossover, lead, narrowing
 from secateur.forecast.curve import CurvePoint
 from secateur.forecast.evidence import Evidence
-from secateur.forecast.fit import MISFIT, NOISE, Interval, has_enough_runs, pairs
+from secateur.forecast.fit import Interval, has_enough_runs, pairs
 from secateur.forecast.published import Claim, claim
 from secateur.forecast.ratio_curves import RatioCurves, at_ratio
 from secateur.methods.registry import METHODS
@@ -115,10 +115,17 @@ Kind = Literal["size", "parent tokens", "teacher", "ratio", "budget", "control",
 
 @dataclass(frozen=True)
 class Obstacle:
-    """A reason why the evidence does not answer: what it is about, and the distance where it is one."""
+    """A reason why the evidence does not answer: what it is about, and the distance where it is one.
+
+    Attributes:
+        method: whose runs fit no curve.
+        reason: why they do not.
+    """
 
     kind: Kind
     distance: Distance | None = None
+    method: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ def case_of(
     if curves is None:
         return Obstacle("ratio", Distance("ratio", question.ratio, min(ratios), max(ratios)))
     if curves.poor:
-        return Obstacle("fit", Distance(method, curves.noise, 0.0, MISFIT * NOISE))
+        return Obstacle("fit", method=method, reason=curves.misfit)
     target, scale = question.target(granularity), question.parameters / evidence.parent_parameters
     extras: dict[Name, float] = {"training": 0.0}
     if question.parent_tokens is not None:

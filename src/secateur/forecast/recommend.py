@@ -207,7 +207,8 @@ def _case(case: Case, question: Question, price: Price | None) -> dict[str, Any]
 
 
 def _obstacle(obstacle: Obstacle) -> dict[str, Any]:
-    return {"kind": obstacle.kind, **(_distance(obstacle.distance) if obstacle.distance else {})}
+    fit = {"method": obstacle.method, "reason": obstacle.reason} if obstacle.method else {}
+    return {"kind": obstacle.kind, **fit, **(_distance(obstacle.distance) if obstacle.distance else {})}
 
 
 def _distance(distance: Distance) -> dict[str, Any]:

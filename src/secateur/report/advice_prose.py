@@ -11,7 +11,7 @@ from secateur.methods.registry import method_name
 
 __all__ = ["assumptions", "explain", "findings_lines", "next_run_sentence", "pilot_sentence", "statement"]
 
-_FLOPS = "at equal FLOPs, where training from scratch gets {tokens} tokens, "
+_AHEAD = {"pruned": "pruning ahead", "scratch": "training from scratch ahead", "undecided": "undecided"}
 
 
 def explain(answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,8 @@ def _by_curves(answer: Mapping[str, Any]) -> str:
         phrase = _lead(case["method"], accounts[decides])
         flops = accounts.get("flops")
         if decides == "total" and flops and flops["winner"] != accounts[decides]["winner"]:
-            phrase += " (" + _FLOPS.format(tokens=count(flops["scratch_tokens"])) + f"{_lead(case['method'], flops)})"
+            ahead = _AHEAD.get(flops["winner"], "out of reach")
+            phrase += f" (at equal FLOPs, {count(flops['scratch_tokens'])} tokens from scratch: {ahead})"
         phrases.append(phrase)
     return "; ".join(phrases)
 
@@ -139,14 +140,12 @@ def _reasons(answer: Mapping[str, Any]) -> list[str]:
 
 
 def _misfit(obstacles: Sequence[Mapping[str, Any]]) -> str:
-    """One clause for all methods whose runs lie too far from their curves."""
-    scatter = sorted(obstacle["asked"] for obstacle in obstacles)
-    span = dict.fromkeys(number(value, 2) for value in (scatter[0], scatter[-1]))
-    methods = join_words([_title(obstacle["what"]) for obstacle in obstacles])
-    return (
-        f"the runs of {methods} scatter by {' to '.join(span)} nats around the fitted curves, so that nothing is read "
-        "from these; the study's report has the comparisons that were measured"
-    )
+    """One clause for all methods whose runs fit no curve."""
+    methods: dict[str, list[str]] = {}
+    for obstacle in obstacles:
+        methods.setdefault(obstacle["reason"], []).append(_title(obstacle["method"]))
+    clauses = [f"{join_words(names)}: {reason}" for reason, names in methods.items()]
+    return f"{'; '.join(clauses)}; the study's report has the comparisons that were measured"
 
 
 def _reason(obstacle: Mapping[str, Any], question: Mapping[str, Any], evidence: Mapping[str, Any]) -> str:
