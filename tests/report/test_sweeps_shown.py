@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 from example import P, R, example, judged_text, large
 
@@ -84,7 +85,7 @@ def test_figures_describe_every_trial_and_mark_the_best() -> None:
     assert "0.01 diverged" in description and "best not measured" in description
     axes = figure.axes[0]
     rings = [line for line in axes.lines if line.get_linestyle() == "None"]
-    assert [(list(ring.get_xdata()), list(ring.get_ydata())) for ring in rings] == [([1e-3], [5.35]), ([3e-3], [5.73])]
+    assert [np.asarray(ring.get_xydata()).tolist() for ring in rings] == [[[1e-3, 5.35]], [[3e-3, 5.73]]]
     assert axes.get_ylim()[1] < 10  # a trial that nearly diverged does not squash the others
     assert any("left out" in text.get_text() for text in figure.texts)
 

@@ -153,6 +153,11 @@ def test_a_choice_resumes_and_is_found_intact(swept: Study) -> None:
     (partial / "record.json").unlink()
     assert swept.run(jobs=2, device="cpu").ran == 1
     assert (run / "record.json").read_bytes() == before
+    with (run / "model/model.safetensors").open("r+b") as file:  # which is the trial's file, too
+        file.seek(5000)
+        file.write(b"spoilt")
+    assert swept.run(jobs=2, device="cpu").ran == 2
+    assert (run / "record.json").read_bytes() == before
     assert all(swept.store.damage(stage) is None for stage in unique(swept.stages))
 
 
