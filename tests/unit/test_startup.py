@@ -61,6 +61,9 @@ def test_importing_the_package_imports_no_library() -> None:
         ("eval a --suite zero-shott", 2),
         ("compare a b c", 2),
         ("study plan none.yaml", 2),
+        ("recommend --params 8B --ratio 0.8 --tokens 50B", 0),
+        ("recommend --params 8B --ratio 0.5 --tokens 50B --parent-tokens 15T", 0),
+        ("recommend --model {config} --ratio 0.5 --tokens 50B --granularity depth", 0),
     ],
 )
 def test_no_heavy_library_is_imported(line: str, code: int, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Literal
 
 from secateur.errors import UserError
 from secateur.forecast.crossover import Crossover, Lead, NextRun, crossover, lead, narrowing
-from secateur.forecast.curve import CurvePoint
-from secateur.forecast.evidence import Evidence
+from secateur.forecast.curve import CurvePoint, Path
+from secateur.forecast.evidence import SLACK, Evidence
 from secateur.forecast.fit import Interval, has_enough_runs, pairs
 from secateur.forecast.published import Claim, claim
 from secateur.forecast.ratio_curves import RatioCurves, at_ratio
@@ -49,7 +49,7 @@ Choice = Literal[
     "cannot be told from these figures",
 ]
 
-_CHOICES: dict[Winner | None, Choice] = {
+_CHOICES: dict[Path | Literal["undecided"] | None, Choice] = {
     "pruned": "prune",
     "scratch": "train from scratch",
     "undecided": "undecided",
@@ -210,9 +210,12 @@ def case_of(
     ratios = [ratio for (_, ratio), group in pairs(points).items() if has_enough_runs(group)]
     if not ratios:
         raise UserError(f"{method}: no ratio has runs of both paths and three budgets in all; finish more runs")
+    outside = Obstacle("ratio", Distance("ratio", question.ratio, min(ratios), max(ratios)))
+    if not min(ratios) - SLACK <= question.ratio <= max(ratios) + SLACK:  # without a fit, which takes a second
+        return outside
     curves = at_ratio(points, question.ratio, noise=noise)
     if curves is None:
-        return Obstacle("ratio", Distance("ratio", question.ratio, min(ratios), max(ratios)))
+        return outside
     if curves.poor:
         return Obstacle("fit", method=method, reason=curves.misfit)
     target, scale = question.target(granularity), question.parameters / evidence.parent_parameters
@@ -286,7 +289,8 @@ class Advice:
 def advise(evidence: Evidence, question: Question, cases: Sequence[Case], obstacles: Sequence[Obstacle]) -> Advice:
     """Sum up the cases; without any, what the published findings say; else why nothing answers."""
     absent = question.method is not None and question.method not in evidence.granularity
-    winners = {case.account(question.decides).winner for case in cases} - {"beyond what these runs can tell"}
+    leads = [case.account(question.decides).lead for case in cases]
+    winners: set[Path | Literal["undecided"]] = {standing.winner for standing in leads if standing}
     if winners:
         choice: Choice = _CHOICES[winners.pop()] if len(winners) == 1 else "depends on the method"
         return Advice(choice, "curves", absent=absent)

@@ -148,12 +148,12 @@ def _question(request: RecommendRequest, evidence: Evidence) -> tuple[Question, 
 
 def _shapes(model: Any, ratio: float, granularity: str | None) -> tuple[Shape, Shape]:
     """The parent's shape, from its configuration, and the target's: narrower unless layers or nothing at all go."""
-    from secateur.model.checkpoint import read_config
+    from secateur.model.config_file import read_shape
 
     path = Path(model)
     if not path.is_file():
         path = local_checkpoint(model, weights=False) / "config.json"
-    _, _, before = read_config(path)
+    before, _ = read_shape(path)
     if granularity == "sparse":
         return before, before
     return before, solve_depth(before, ratio) if granularity == "depth" else solve_width(before, ratio)

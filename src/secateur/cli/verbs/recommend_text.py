@@ -93,9 +93,8 @@ def _evidence(evidence: Mapping[str, Any]) -> list[str]:
         lines += _wrapped(f"{evidence['runs_without_a_loss']} runs have no held-out loss and are left out.", "  ")
     if evidence["accuracies"]:
         accuracies = "; ".join(f"{a['method']} {a['scratch']:g} and {a['pruned']:g}" for a in evidence["accuracies"])
-        lines += _wrapped(
-            f"Zero-shot accuracy, scratch and pruned, at equal total tokens, one seed: {accuracies}.", "  "
-        )
+        where = "at ratio 0.5 and equal total tokens, one seed"
+        lines += _wrapped(f"Zero-shot accuracy, scratch and pruned, {where}: {accuracies}.", "  ")
     return lines
 
 
