@@ -8,10 +8,10 @@
 and predicted from the others, by every form and by their average. `study` leaves the longest budget of each curve of a
 study's folder out (its cells.csv and curves.csv), and fits the law across ratios to its pruned runs: to all, and with
 each ratio left out in turn. `coverage` makes curves, runs with noise on them, fits those, and counts how often the
-intervals hold the true difference of the two paths, at 1, 2, 4 and 10 times the largest budget and where the model from
-scratch has 4 times the tokens of the pruned one; how often they hold the true crossover; and how many verdicts up to
-the reach of verdicts are right and how many false. The truths of `--tuning` are those by which the average over forms
-and its reach were chosen, the others served to check the choice. Both are drawn apart from the priors.
+intervals hold the true difference of the two paths, at 1, 2, 4 and 10 times the largest budget, and where the model
+from scratch alone has REACH times as much; how often they hold the true crossover; and how many verdicts up to the
+reach of verdicts are right and how many false. The truths of `--tuning` are those by which the average over forms and
+its reach were chosen, the others served to check the choice. Both are drawn apart from the priors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from secateur.forecast.ratio_law import Retrained, fit_ratios, leave_one_ratio_o
 
 BUDGETS = {3: (10, 30, 50), 5: (10, 30, 50, 250, 500)}
 NOISE = 0.01
-FACTORS = np.array((1.0, 2.0, 4.0, 10.0))  # over the largest budget
+FACTORS = np.array((1.0, 2.0, 4.0, 10.0))  # over the largest budget, of both paths
 
 Curve = Callable[[Floats], Floats]
 Truth = tuple[Curve, Curve]  # from scratch, pruned
@@ -130,14 +130,15 @@ def trial(random: np.random.Generator, curves: Truth, number: int, draws: int) -
         for d in budgets
     ]
     fit = fit_pair(points, draws=draws)
-    scratch, pruned = np.append(FACTORS, 4) * budgets[-1], np.append(FACTORS, 1) * budgets[-1]
+    factors = np.append(FACTORS, REACH)  # of the model from scratch; last beside a pruned one at the largest budget
+    scratch, pruned = factors * budgets[-1], np.append(FACTORS, 1) * budgets[-1]
     best = fit.loss("scratch", scratch) - fit.loss("pruned", pruned)
     each = fit.loss_draws("scratch", scratch) - fit.loss_draws("pruned", pruned)
     true = curves[0](scratch) - curves[1](pruned)
     intervals = [percentile_interval(float(value), column) for value, column in zip(best, each.T, strict=True)]
     covered = [float(i.low <= value <= i.high) for i, value in zip(intervals, true, strict=True)]
     told = [np.sign(i.low) * (i.low * i.high > 0) * np.sign(t) for i, t in zip(intervals, true, strict=True)]
-    verdicts = np.array(told)[np.append(FACTORS, 4) <= REACH]
+    verdicts = np.array(told)[factors <= REACH]
     crossing, step = crossover(fit), (REACH * budgets[-1] / budgets[0]) ** (1 / 1000)  # as fine as the grids
     held = math.nan
     if crossing:
@@ -240,7 +241,7 @@ def ratios(evidence: Evidence) -> None:
 def coverage(trials: int, draws: int, tuning: bool) -> None:
     """Print a row for each kind of truth and number of budgets."""
     factors = " | ".join(f"{factor:g}x" for factor in FACTORS)
-    print(f"| truth | budgets a path | {factors} | scratch 4x, pruned 1x | crossover | right verdicts | false |")
+    print(f"| truth | budgets a path | {factors} | {REACH}x to 1x | crossover | right verdicts | false |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     make = tuning_truth if tuning else truth
     for place, kind in enumerate(TUNING if tuning else CHECKS):
