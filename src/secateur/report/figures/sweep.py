@@ -35,9 +35,9 @@ def draw_sweeps(sweeps: SweepPanel, palette: Palette) -> tuple[Figure, str]:
         trials = [(r, v) for r, v in zip(sweep.rates, sweep.losses, strict=True) if v is not None]
         hidden |= len(trials) < len(sweep.rates) or any(value > highest for _, value in trials)
         axes.plot([rate for rate, _ in trials], [value for _, value in trials], zorder=3, **style)
-        best = dict(trials).get(sweep.rate) if sweep.rate else None
-        if best is not None:
-            axes.plot(sweep.rate, best, ls="none", marker="o", ms=11, mfc="none", mec=palette.ink, zorder=4)
+        best = [(rate, value) for rate, value in trials if rate == sweep.rate]
+        if best:
+            axes.plot(*best[0], ls="none", marker="o", ms=11, mfc="none", mec=palette.ink, zorder=4)
         value = NOT_MEASURED if sweep.rate is None else f"{sweep.rate:g}{_EDGES.get(sweep.at_edge or '', '')}"
         label = sweep.parent if sweep.name == PARENT else _label(sweep.name)
         rows.append(LegendRow(label, value, style if trials else None))
