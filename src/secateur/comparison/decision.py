@@ -36,7 +36,6 @@ __all__ = [
     "decide",
     "decide_average",
     "decide_independent",
-    "negate",
     "sign_test",
 ]
 
@@ -221,19 +220,12 @@ def adjust(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
     return tuple(result)
 
 
-def negate(decision: Decision) -> Decision:
-    """The decision with the two paths exchanged."""
-    names: dict[VerdictName, VerdictName] = {"first": "second", "second": "first"}
-    value, low, high = (None if x is None else -x for x in (decision.value, decision.high, decision.low))
-    verdict = names.get(decision.verdict, decision.verdict)
-    return replace(decision, verdict=verdict, value=value, low=low, high=high)
-
-
 def _arguments(
     differences: ArrayLike, documents: ArrayLike, weights: ArrayLike | None, strata: ArrayLike | None
 ) -> tuple[Floats, NDArray[np.intp], Floats, NDArray[np.intp]]:
     """Differences ``[seeds, units]``, weights, and documents and tasks by number; units without weight are left out."""
     y = np.asarray(differences, dtype=np.float64)
+    y = y if y.size else y.reshape(0, len(np.asarray(documents)))  # nothing, whatever its axes
     if y.ndim != 2:
         raise UserError(f"`differences`: needs two axes, [seeds, units], got {y.ndim}")
     units = y.shape[1]
