@@ -95,8 +95,12 @@ def test_objectives_and_controls(text: Path, tmp_path: Path, capsys: pytest.Capt
     assert pruned + 0.5 < shuffled
     taught = record(out, "train-sparsegpt-2of4-P-R+distill-*")["stage"]
     assert taught["identity"]["objective"]["temperature"] == 2.0 and "teacher" in taught["inputs"]
-    assert record(out, "prune-sheared-small-*")["result"]["after"]["layers"] == 3
-    assert record(out, "prune-sheared-small-*")["result"]["after"]["ffn"] == 32
+    sheared = record(out, "prune-sheared-small-*")
+    assert (sheared["result"]["after"]["layers"], sheared["result"]["after"]["ffn"]) == (3, 32)
+    read, (first, stop) = sheared["result"]["calibration"], sheared["stage"]["identity"]["slice"]
+    assert read["tokens"] == read["windows"] * read["seqlen"] == stop - first  # each window of its slice once
+    twin = record(out, "train-sheared-small-S_R-*")["stage"]["identity"]
+    assert twin["slice"] == [first, stop + 1024]
 
 
 def test_trunks_and_a_checkpoint_as_the_parent(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,8 @@ def pieces(index: Index) -> list[Row]:
         rows.append({"what": work + _of_seed(parent.seed), "cost": parent.cost})
     for pruned in index.results.pruned:
         name = model_name(Model(pruned.parent, pruned.method, pruned.target), index.models)
-        rows.append({"what": "scoring", "of": name + _of_seed(pruned.seed), "cost": pruned.cost})
+        work = "learning what to cut" if pruned.training_tokens else "scoring"
+        rows.append({"what": work, "of": name + _of_seed(pruned.seed), "cost": pruned.cost})
     whats = {"pruned": "retraining", "scratch": "training from scratch", "control": "training a control"}
     for cell in index.results.cells:
         name = group_name(group_of(cell), index.groups, target=True)
