@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, 
 from benchmarks import questions
 
 from secateur.cli import main, manual
-from secateur.forecast import fit
+from secateur.forecast import ratio_curves
 from secateur.forecast.advice import NEAR
 from secateur.forecast.crossover import REACH
 from secateur.study.spec import load_study
@@ -28,7 +28,7 @@ HEAD = "name,method,granularity,seed,ratio,ratio_total,parameters,train_tokens,l
 @pytest.fixture(autouse=True)
 def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested here is no interval."""
-    monkeypatch.setitem(fit.fit_pair.__kwdefaults__, "draws", 20)
+    monkeypatch.setitem(ratio_curves.at_ratio.__kwdefaults__, "draws", 20)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -168,7 +168,10 @@ def test_a_method_without_evidence_is_named(capsys: pytest.CaptureFixture[str]) 
     flap, wanda = (statement(capsys, *ASK, "--method", method) for method in ("flap", "wanda"))
     assert flap.startswith("No published figures for flap; the nearest, Minitron-width, says PRUNE: Minitron-width is")
     assert wanda.startswith("No published figures for wanda; the nearest, SparseGPT, says PRUNE: by the published")
-    assert "no losses were published for depth+width" in statement(capsys, *ASK, "--granularity", "depth+width")
+    for removes in (["--granularity", "depth+width"], ["--method", "sheared"]):
+        found = statement(capsys, *ASK, *removes)
+        assert found.startswith("PRUNE: by the published") and "no losses were published for depth+width" in found
+    assert "no curve is so short" in statement(capsys, *ask(tokens="1B"))
 
 
 def test_unknown_tokens_of_the_parent_are_an_assumption(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +239,37 @@ def test_a_study_is_read_between_its_ratios_and_not_outside(tmp_path: Path, caps
     beyond = run(capsys, *ask("2M", 0.8, "20M"), "--study", str(tmp_path))
     assert beyond["cases"] == [] and beyond["recommendation"]["basis"] == "none"
     assert "ratio 0.8 lies outside of those run, 0.4 to 0.6" in beyond["recommendation"]["statement"]
+
+
+def ladder(folder: Path, losses: dict[str, tuple[float, ...]]) -> Path:
+    """A study of Minitron-width at ratio 0.5 with a run of each path at 1, 2, 4, 8 M tokens."""
+    rows = [
+        f"{name},minitron-width,width,0,0.5,0.5,500000,{10**6 * 2**place},{loss}"
+        for name, path in losses.items()
+        for place, loss in enumerate(path)
+    ]
+    return study(folder, [row.replace("500000,", "1000000,") for row in rows])
+
+
+def test_the_next_run_has_a_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    curves = {"P-R": (0.5, -0.35), "S_R": (0.8, -0.5)}
+    folder = ladder(tmp_path / "s", {n: tuple(3.2 + a * m**b for m in (1, 2, 4, 8)) for n, (a, b) in curves.items()})
+    price = ["--cost-per-hour", "2", "--flops-per-second", "1e12"]
+    found = run(capsys, *ask("2M", tokens="4M"), "--study", str(folder), *price)
+    best = found["cases"][0]["next_runs"][0]
+    assert best["width"] <= 0.9 and best["flops"] == 6 * 10**6 * best["tokens"]
+    assert best["money"] == pytest.approx(best["flops"] / 1e12 / 3600 * 2)
+    assert main([*ask("2M", tokens="4M"), "--study", str(folder), *price]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "What would tell most: one more run" in text and "USD); it should leave" in text
+
+
+def test_runs_that_fit_no_curve_have_no_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = ladder(tmp_path / "s", {"P-R": (4.0, 4.9, 3.4, 4.6), "S_R": (4.4, 5.2, 3.6, 4.9)})
+    found = run(capsys, *ask("2M", tokens="4M"), "--study", str(folder))
+    advice = found["recommendation"]
+    assert found["cases"] == [] and advice["basis"] == "none" and advice["cheapest_pilot"] is None
+    assert "Minitron-width: its runs scatter by" in advice["statement"]
 
 
 def test_a_method_that_a_study_has_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,11 +398,10 @@ def test_the_page_has_the_findings_and_answers_as_they_are(capsys: pytest.Captur
     section = page.split("<!-- questions -->")[1].split("<!-- /questions -->")[0]
     answers = dict(zip(*[iter(section.strip().splitlines())] * 2, strict=True))
     assert len(answers) == len(questions.QUESTIONS) >= 20
-    fitted = ("PRUNE: Minitron", "DEPENDS", "No published", "CANNOT BE TOLD FROM THESE FIGURES: the runs")
     for line, (_, fields) in zip(answers, questions.QUESTIONS, strict=True):
         assert f"`{questions.command(fields)}`" in line
         answer = answers[line].strip().removeprefix("> ")
-        if "study" not in fields and not answer.startswith(fitted):
+        if "study" not in fields and "nats" not in answer:
             assert answer.startswith(statement(capsys, "recommend", *questions.command(fields).split()))
 
 

@@ -288,7 +288,8 @@ class Advice:
 
 def advise(evidence: Evidence, question: Question, cases: Sequence[Case], obstacles: Sequence[Obstacle]) -> Advice:
     """Sum up the cases; without any, what the published findings say; else why nothing answers."""
-    absent = question.method is not None and question.method not in evidence.granularity
+    measured = {*evidence.granularity, *(accuracy.method for accuracy in evidence.accuracies)}
+    absent = question.method is not None and question.method not in measured
     leads = [case.account(question.decides).lead for case in cases]
     winners: set[Path | Literal["undecided"]] = {standing.winner for standing in leads if standing}
     if winners:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.forecast.crossover import REACH
+from secateur.forecast.evidence import SLACK
 from secateur.formatting import count, decimals, duration, join_words, number, scientific, signed
 from secateur.methods.registry import method_name
 
@@ -96,10 +97,13 @@ def _by_finding(answer: Mapping[str, Any]) -> str:
             f"nothing was run at {ratio}"
         )
     if finding["trend"] == "ahead":
-        where = f"for {_without_losses(question)}" if abs(question["ratio"] - 0.5) < 0.03 else f"at {ratio}"
+        where = f"no losses were published at {ratio}"
+        if abs(question["ratio"] - 0.5) <= SLACK:
+            curveless = question["granularity"] in ("sparse", "depth+width")
+            where = f"no losses were published for {_without_losses(question)}" if curveless else "no curve is so short"
         return (
             "by the published finding, pruning is ahead at ratios 0.5 to 0.8 at equal training tokens, by less the "
-            f"more is removed; no losses were published {where}"
+            f"more is removed; {where}"
         )
     if finding["trend"] == "nearly gone":
         return f"by the published finding, {advantage}"
@@ -165,7 +169,7 @@ def _reason(obstacle: Mapping[str, Any], question: Mapping[str, Any], evidence: 
     if kind == "control":
         return f"{question['method']} is a control, of which nothing was published"
     if kind == "granularity":
-        of = question["method"] or question["granularity"]
+        of = question["method"] or _without_losses(question)
         where = "were published, and no finding is of this ratio and budget" if evidence["published"] else "are there"
         return f"no losses of {of} {where}"
     if kind == "budget":
