@@ -176,18 +176,19 @@ def test_equal_total_tokens_begin_with_scratch_ahead() -> None:
 def test_no_crossover_within_reach() -> None:
     curves = {"scratch": (2.2, 0.4, 0.4, 0.0), "pruned": (2.2, 0.1, 0.4, 0.0)}
     found = crossover(fit_pair(points(curves), noise=1e-6, draws=5))
-    assert found.leader == "pruned" and found.horizon == REACH * 500_000
+    assert found and found.leader == "pruned" and found.horizon == REACH * 500_000
     assert (found.budget.value, found.budget.low, found.budget.high) == (math.inf,) * 3
 
 
 def test_runs_that_tie_are_level() -> None:
     curves = {"scratch": SHARED["scratch"], "pruned": SHARED["scratch"]}
     fit = fit_pair(points(curves), draws=40)
-    assert lead(fit, 100_000).winner == "undecided"
+    level = lead(fit, 100_000)
+    assert level and level.winner == "undecided"
     same = dataclasses.replace(fit, best=np.repeat(fit.best[:, :1], 2, 1), draws=np.repeat(fit.draws[:, :1], 2, 1))
-    found = crossover(same)
-    assert found.leader is None and found.budget.value == found.lowest == 10_000
-    assert lead(same, 100_000).winner == "undecided"
+    found, level = crossover(same), lead(same, 100_000)
+    assert found and found.leader is None and found.budget.value == found.lowest == 10_000
+    assert level and level.winner == "undecided"
 
 
 def test_there_is_no_verdict_out_of_reach() -> None:

@@ -76,7 +76,9 @@ def test_known_curves_and_their_crossover(known: Forecast) -> None:
     assert found.budget.low < want < found.budget.high and 0.4 < found.budget.value / want < 2.5
     assert known.further == 2 * LADDER[-1]
     for at, truth in ((known.loss("pruned"), pruned_law), (known.loss("scratch"), scratch_law)):
-        assert at.low < truth(known.further) < at.high and at.value == pytest.approx(truth(known.further), abs=0.03)
+        assert (
+            at and at.low < truth(known.further) < at.high and at.value == pytest.approx(truth(known.further), abs=0.03)
+        )
 
 
 def test_the_twins_tokens_on_every_account(known: Forecast) -> None:

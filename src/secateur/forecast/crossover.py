@@ -90,8 +90,8 @@ def within_reach(curves: Curves, tokens: float, scratch_tokens: float) -> bool:
         tokens: R, of the pruned model.
         scratch_tokens: of the model from scratch.
     """
-    for path, budget in (("pruned", tokens), ("scratch", scratch_tokens)):
-        budgets = curves.budgets(path)
+    for path in PATHS:
+        budget, budgets = tokens if path == "pruned" else scratch_tokens, curves.budgets(path)
         if not budgets[0] <= budget <= REACH * budgets[-1]:
             return False
     return True

@@ -21,7 +21,7 @@ __all__ = ["RatioCurves", "at_ratio"]
 
 _SAME = 0.01  # a ratio this near to one that was run is that one
 _TYPICAL_G = 2.0
-_G_BOUNDS = (0.5, 8.0)  # of the draws, even in the logarithm
+_LEAST_G, _MOST_G = 0.5, 8.0  # of the draws, even in the logarithm
 _SEED = 42
 
 
@@ -62,7 +62,7 @@ class RatioCurves(Curves):
         """The loss by each draw, which has its own ``g``: ``[draws, *shape of tokens]``."""
         losses = np.stack([fit.loss_draws(path, tokens) for fit in self.fits])
         random = np.random.default_rng([_SEED, path == "pruned"])
-        powers = np.exp(random.uniform(*np.log(_G_BOUNDS), losses.shape[1]))
+        powers = np.exp(random.uniform(np.log(_LEAST_G), np.log(_MOST_G), losses.shape[1]))
         return self._interpolated(path, losses, powers.reshape(-1, *[1] * (losses.ndim - 2)))
 
     def _interpolated(self, path: Path, losses: Floats, power: Floats) -> Floats:

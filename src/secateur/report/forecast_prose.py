@@ -112,11 +112,13 @@ def _no_forecast(standing: Standing) -> str:
 def further_sentence(forecast: Forecast) -> str:
     """Who is ahead at twice the largest budget run at equal training tokens, with the expected losses."""
     standing = forecast.outlooks[0].further
-    losses = forecast.loss("pruned"), forecast.loss("scratch")
-    if losses[0] is None or losses[1] is None:
+    pruned, scratch = forecast.loss("pruned"), forecast.loss("scratch")
+    if pruned is None or scratch is None:
         return standing_sentence(standing, "training")
-    pruned, scratch = map(_loss_with_interval, losses)
-    return f"{standing_sentence(standing, 'training')} Expected losses there: P-R {pruned}; from scratch {scratch}."
+    return (
+        f"{standing_sentence(standing, 'training')} Expected losses there: P-R {_loss_with_interval(pruned)}; from "
+        f"scratch {_loss_with_interval(scratch)}."
+    )
 
 
 def _loss_with_interval(estimate: Interval) -> str:
