@@ -14,13 +14,13 @@ from typing import Literal
 from secateur.forecast.curve import CurvePoint, Path
 from secateur.forecast.evidence import SLACK, Accuracy, Evidence
 
-__all__ = ["LABELS", "Claim", "claim", "exact", "published"]
+__all__ = ["HIGHEST", "LABELS", "LOWEST", "Claim", "claim", "exact", "published"]
 
 LABELS = (10, 30, 50, 250, 500)  #: the ladder's budgets in billions of tokens, as the authors count them
 
 Trend = Literal["ahead", "nearly gone", "behind", "accuracies"]
 
-_LOWEST, _HIGHEST = 0.5, 0.8  #: ratios of the study
+LOWEST, HIGHEST = 0.5, 0.8  #: ratios of the study; curves are of the lowest
 _EXTRA = 4  #: tokens that scratch gets beyond R at equal total tokens, in those of R
 _LIKE = 4  #: how many times a budget may lie from the study's to be like it
 _PARENT = 8.03e9  #: parameters
@@ -51,7 +51,7 @@ def exact(label: float) -> int:
 def published() -> Evidence:
     """The published runs: Llama-3.1-8B's shape, pruned at 0.5."""
     points = tuple(
-        CurvePoint(path, method, _LOWEST, _PARAMETERS[method], exact(label), loss)
+        CurvePoint(path, method, LOWEST, _PARAMETERS[method], exact(label), loss)
         for (method, path), losses in _LOSSES.items()
         for label, loss in zip(LABELS, losses, strict=True)
     )
@@ -97,16 +97,16 @@ def claim(ratio: float, granularity: str | None, budget: float, extra: float) ->
         None where the findings leave it open.
     """
     retraining = budget / (exact(50) / _PARENT)
-    if ratio >= _HIGHEST - SLACK:
+    if ratio >= HIGHEST - SLACK:
         if retraining < 1 / _LIKE or (extra >= 1 and granularity == "sparse"):
             return None
-        beyond = ratio > _HIGHEST + SLACK
+        beyond = ratio > HIGHEST + SLACK
         return Claim("nearly gone", None, beyond) if extra < 1 else Claim("behind", "scratch", beyond)
     if extra == 0:
-        return Claim("ahead", "pruned", ratio < _LOWEST - SLACK) if retraining <= _LIKE else None
-    if ratio < _LOWEST - SLACK or not 1 / _LIKE <= retraining <= _LIKE or not 1 <= extra <= _LIKE * _EXTRA:
+        return Claim("ahead", "pruned", ratio < LOWEST - SLACK) if retraining <= _LIKE else None
+    if ratio < LOWEST - SLACK or not 1 / _LIKE <= retraining <= _LIKE or not 1 <= extra <= _LIKE * _EXTRA:
         return None
     if granularity == "depth":
         return Claim("behind", "scratch", False) if extra >= _EXTRA else None
-    measured = ratio <= _LOWEST + SLACK and granularity in ("sparse", "depth+width")
+    measured = ratio <= LOWEST + SLACK and granularity in ("sparse", "depth+width")
     return Claim("accuracies", "undecided", False) if measured else None

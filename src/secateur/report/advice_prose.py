@@ -7,6 +7,7 @@ from typing import Any
 
 from secateur.forecast.crossover import REACH
 from secateur.forecast.evidence import SLACK
+from secateur.forecast.published import HIGHEST, LOWEST
 from secateur.formatting import count, decimals, duration, join_words, number, scientific, signed
 from secateur.methods.registry import method_name
 
@@ -98,7 +99,7 @@ def _by_finding(answer: Mapping[str, Any]) -> str:
         )
     if finding["trend"] == "ahead":
         where = f"no losses were published at {ratio}"
-        if abs(question["ratio"] - 0.5) <= SLACK:
+        if abs(question["ratio"] - LOWEST) <= SLACK:
             curveless = question["granularity"] in ("sparse", "depth+width")
             where = f"no losses were published for {_without_losses(question)}" if curveless else "no curve is so short"
         return (
@@ -115,7 +116,7 @@ def _by_finding(answer: Mapping[str, Any]) -> str:
             f"no losses were published for {_without_losses(question)}; zero-shot accuracy after pruning less that "
             f"from scratch, one seed without an interval, in points: {', '.join(gaps)}"
         )
-    if question["ratio"] < 0.78:
+    if question["ratio"] < HIGHEST - SLACK:
         return (
             "by the published trend, training from scratch on all tokens is ahead of Minitron-depth at ratio 0.5 "
             f"(perplexity 9.01 against 9.41), and pruning gains nothing as more is removed; no losses at {ratio}"
@@ -132,7 +133,12 @@ def _reasons(answer: Mapping[str, Any]) -> list[str]:
     question, evidence = answer["question"], answer["evidence"]
     obstacles = answer["recommendation"]["obstacles"]
     about_ratio = all(obstacle["kind"] == "ratio" for obstacle in obstacles)
-    if evidence["published"] and about_ratio and question["ratio"] > 0.78 and question["granularity"] != "sparse":
+    if (
+        evidence["published"]
+        and about_ratio
+        and question["ratio"] >= HIGHEST - SLACK
+        and question["granularity"] != "sparse"
+    ):
         return ["the finding at ratio 0.8 is of 50 B tokens for 8 B parameters, and fewer favour pruning"]
     scattered = [obstacle for obstacle in obstacles if obstacle["kind"] == "fit"]
     clauses = [_misfit(scattered)] if scattered else []
