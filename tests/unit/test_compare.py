@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ def loss(values: list[float], tokens: list[int], mark: str = "a") -> Measurement
     mean = sum(v * n for v, n in zip(values, tokens, strict=True)) / sum(tokens)
     protocol = {"source": "text", "windows": len(values), "fingerprint": mark}
     return Measurement("loss", "loss", mean, protocol, "documents", items, {"perplexity": float(np.exp(mean))})
+
+
+def test_documents_and_windows_are_not_paired() -> None:
+    document, windows = loss([3.0], [90]), replace(loss([3.0] * 30, [3] * 30), unit="windows")
+    row = only(compare_results([EvaluationResults("a", [document])], [EvaluationResults("b", [windows])]))
+    assert row.verdict == "not measured" and "by window" in row.reason
+    row = only(compare_results([EvaluationResults("a", [document])], [EvaluationResults("b", [loss([2.0], [90])])]))
+    assert row.verdict == "undecided" and "only 1 document " in row.reason
 
 
 def only(comparisons: Comparisons) -> Comparison:

@@ -186,6 +186,8 @@ def _compare(
     for side, results in (("A", a), ("B", b)):
         if any(r.of(name) is None for r in results):
             return absent(f"{side} has no {name}")
+    if len({_of(r, name).unit for r in (*a, *b)}) > 1:  # a text of one document, which older versions took by window
+        return absent("one has it by document, another by window; measure both with the same version")
     parts = [_of(a[0], task) for task in measurement.tasks or (name,)]
     if reason := _unfit(measurement, parts):
         return absent(reason)
