@@ -12,7 +12,7 @@ from helpers import SCORED, VARIANTS, calibration, hf, logits, naive_loss, seen_
 from secateur.calibration import prefetch as weights
 from secateur.calibration.block_walk import Block, BlockWalk
 from secateur.calibration.layer_removal import removal_losses
-from secateur.calibration.statistics import MeanCosine, MeanSquare, NormByPosition
+from secateur.calibration.statistics import MeanCosine, MeanSquare, WindowMagnitude
 from secateur.errors import UserError
 from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
@@ -67,7 +67,7 @@ def test_statistics_are_those_of_naive_hooks(variant: str, batch: int, tmp_path:
     walk = BlockWalk(Checkpoint(directory), ids, batch=batch)
     states = walk.start()
     for block in walk.blocks():
-        stats, states = block.observe(states, dict.fromkeys(LLAMA.sites, (MeanSquare, NormByPosition)))
+        stats, states = block.observe(states, dict.fromkeys(LLAMA.sites, (MeanSquare, WindowMagnitude)))
         assert set(stats) == set(LLAMA.sites)
         for name, site in LLAMA.sites.items():
             (x,) = seen_at(model, f"model.layers.{block.index}.{site.module}", ids, output=site.output)
@@ -76,8 +76,9 @@ def test_statistics_are_those_of_naive_hooks(variant: str, batch: int, tmp_path:
                 torch.testing.assert_close(read, x, rtol=0, atol=0)
             torch.testing.assert_close(stats[name][MeanSquare], x.square().mean((0, 1)), rtol=1e-4, atol=1e-6)
             heads = x.unflatten(-1, (-1, walk.checkpoint.shape.head_dim if site.space == "query" else 1))
-            lengths = heads.square().sum(-1).sqrt().mean(0)
-            torch.testing.assert_close(stats[name][NormByPosition], lengths, rtol=1e-4, atol=1e-6)
+            lengths = heads.square().sum(-1).sqrt()
+            magnitudes = torch.stack([lengths.mean((0, 1)), lengths.square().sum(1).sqrt().mean(0)])
+            torch.testing.assert_close(stats[name][WindowMagnitude][0], magnitudes, rtol=1e-4, atol=1e-6)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in walk.model.modules())
 
 

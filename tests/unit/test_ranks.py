@@ -56,7 +56,7 @@ def check_statistics(windows):
     states = [(x[i : i + 1], x[i : i + 1] + torch.randn(1, 6, 8)) for i in range(windows)]
     mine = distributed.shard(torch.arange(windows)).tolist()
     cases = [(kind, (2,), [(x[i : i + 1],) for i in range(windows)])
-             for kind in (stats.Mean, stats.MeanSquare, stats.Variance, stats.Gram, stats.NormByPosition)]
+             for kind in (stats.Mean, stats.MeanSquare, stats.Variance, stats.Gram, stats.WindowMagnitude)]
     cases += [(kind, (), [(g,) for g in gradients]) for kind in (stats.MeanGradient, stats.MeanSquareGradient)]
     for kind, arguments, samples in [*cases, (stats.MeanCosine, (), states)]:
         whole, part = value(kind(*arguments), samples), value(kind(*arguments), [samples[i] for i in mine])

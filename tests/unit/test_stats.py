@@ -18,13 +18,13 @@ from secateur.calibration.statistics import (
     MeanGradient,
     MeanSquare,
     MeanSquareGradient,
-    NormByPosition,
     StateStatistic,
     Statistic,
     Variance,
+    WindowMagnitude,
 )
 
-ACTIVATIONS = (Mean, MeanSquare, Variance, Gram, NormByPosition)
+ACTIVATIONS = (Mean, MeanSquare, Variance, Gram, WindowMagnitude)
 
 
 def of(kind: type[Statistic], x: Tensor, batch: int, width: int = 1) -> Tensor:
@@ -47,14 +47,17 @@ def by_loops(kind: type[Statistic], x: Tensor, width: int) -> list[list[float]]:
     if kind is Gram:
         rows = range(channels)
         return [[sum(token[i] * token[j] for token in tokens) / len(tokens) for j in rows] for i in rows]
-    found = []
-    for t in range(positions):
-        units = []
-        for first in range(0, channels, width):
-            norms = [math.sqrt(sum(v**2 for v in x[b, t, first : first + width].tolist())) for b in range(windows)]
-            units.append(sum(norms) / windows)
-        found.append(units)
-    return found
+    return [[by_window(x, batch, sequence, width) for sequence in ("mean", "l2")] for batch in ("mean", "l2")]  # type: ignore[misc]
+
+
+def by_window(x: Tensor, batch: str, sequence: str, width: int) -> list[float]:
+    """For each unit, an aggregate over windows of one over positions of the unit's norm."""
+    aggregates = {"mean": lambda v: sum(v) / len(v), "l2": lambda v: math.sqrt(sum(a * a for a in v))}
+    units = []
+    for first in range(0, x.shape[2], width):
+        norms = [[math.hypot(*token[first : first + width].tolist()) for token in window] for window in x]
+        units.append(aggregates[batch]([aggregates[sequence](window) for window in norms]))
+    return units
 
 
 @settings(deadline=None, max_examples=25)
@@ -113,7 +116,12 @@ def test_wide_batches_are_taken_in_pieces_and_left_alone(kind: type[Statistic], 
         MeanSquare: tokens.square().mean(dim=0),
         Variance: tokens.var(dim=0),
         Gram: tokens.T @ tokens / len(tokens),
-        NormByPosition: x.double().abs().mean(dim=0),
+        WindowMagnitude: torch.stack(
+            [
+                torch.stack([x.double().abs().mean((0, 1)), x.double().square().sum(1).sqrt().mean(0)]),
+                torch.stack([x.double().abs().mean(1).square().sum(0).sqrt(), x.double().square().sum((0, 1)).sqrt()]),
+            ]
+        ),
     }[kind]
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
 

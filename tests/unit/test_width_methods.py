@@ -12,7 +12,7 @@ from torch import Tensor
 from formulas import NAMES, Piece, Subject, agrees, capture, fits, groups_lost, hidden_pieces, pieces
 from helpers import calibration
 from secateur.calibration.place import Place
-from secateur.calibration.statistics import Mean, NormByPosition, Variance
+from secateur.calibration.statistics import Mean, Variance, WindowMagnitude
 from secateur.errors import UserError
 from secateur.methods.base import WidthMethod
 from secateur.methods.flap import FLAP
@@ -53,30 +53,37 @@ def reader(subject: Subject, layer: int, space: str) -> str:
     return f"model.layers.{layer}." + {"ffn": "mlp.down_proj", "kv": "self_attn.o_proj"}[space]
 
 
-def by_position(x: Tensor) -> list[float]:
-    """For each channel, the sum over positions of the squared mean over windows of ``|x|``."""
-    windows, positions, channels = x.shape
+def aggregated(x: Tensor, batch: str, sequence: str) -> list[float]:
+    """For each channel, an aggregate over windows of one over positions; of two L2 norms the square, as is scored."""
+    aggregates = {"mean": lambda v: sum(v) / len(v), "l2": lambda v: math.sqrt(sum(a * a for a in v))}
     found = []
-    for c in range(channels):
-        means = [sum(abs(v) for v in x[:, t, c].tolist()) / windows for t in range(positions)]
-        found.append(sum(mean**2 for mean in means))
-    return found
+    for c in range(x.shape[-1]):
+        windows = [aggregates[sequence]([abs(v) for v in window.tolist()]) for window in x[:, :, c]]
+        found.append(aggregates[batch](windows))
+    return [score**2 for score in found] if batch == sequence == "l2" else found
 
 
-def test_minitron_width_against_the_formula(subject: Subject) -> None:
-    plan, hidden = plan_of(subject, "minitron-width", ALL), [0.0] * subject.hidden
-    norms = {
+def norms_of(subject: Subject) -> list[str]:
+    """The norms before attention and FFN, of all layers; behind them in OLMo 2."""
+    names = {
         "gemma3": ("input_layernorm", "pre_feedforward_layernorm"),
         "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
     }.get(subject.name.partition("-")[0], ("input_layernorm", "post_attention_layernorm"))
+    return [f"model.layers.{layer}.{name}" for layer in range(subject.layers) for name in names]
+
+
+@pytest.mark.parametrize("how", ["l2 mean", "l2 l2", "mean l2", "mean mean"])
+def test_minitron_width_against_the_formula(subject: Subject, how: str) -> None:
+    options = dict(zip(("batch", "sequence"), how.split(), strict=True))
+    plan, hidden = plan_of(subject, "minitron-width", ALL, **options), [0.0] * subject.hidden
+    for norm in norms_of(subject):
+        scores = aggregated(subject.seen[norm][1], **options)
+        hidden = [a + b for a, b in zip(hidden, scores, strict=True)]
     for layer in range(subject.layers):
-        for norm in norms:
-            scores = by_position(subject.seen[f"model.layers.{layer}.{norm}"][1])
-            hidden = [a + b for a, b in zip(hidden, scores, strict=True)]
-        ffn = by_position(subject.seen[reader(subject, layer, "ffn")][0])
+        ffn = aggregated(subject.seen[reader(subject, layer, "ffn")][0], **options)
         heads = subject.seen[reader(subject, layer, "kv")][0].unflatten(-1, (-1, subject.head_dim))
         lengths = torch.tensor([[[math.hypot(*h.tolist()) for h in token] for token in window] for window in heads])
-        queries = by_position(lengths.double())
+        queries = aggregated(lengths.double(), **options)
         kv = [sum(queries[g * subject.group : (g + 1) * subject.group]) for g in range(subject.kv_heads)]
         for name, scores in ((f"ffn.{layer}", ffn), (f"kv.{layer}", kv)):
             agrees(plan.scores[name], scores)
@@ -86,6 +93,24 @@ def test_minitron_width_against_the_formula(subject: Subject) -> None:
     share = sum(hidden[c] for c in plan.keep_hidden.tolist()) / sum(hidden)
     assert plan.summary["importance_kept"]["hidden"] == pytest.approx(share, rel=1e-5)
     assert set(plan.scores) == {"hidden"} | {f"{s}.{n}" for s in ("ffn", "kv") for n in range(subject.layers)}
+    if how == "l2 mean":
+        default = plan_of(subject, "minitron-width", ALL)
+        assert all(torch.equal(default.scores[name], scores) for name, scores in plan.scores.items())
+
+
+def test_minitron_width_of_the_studys_authors(subject: Subject) -> None:
+    """Their mean is over batches of one window; squares are summed over positions, windows and norms."""
+    plan = plan_of(subject, "minitron-width", ALL, batch="l2", sequence="l2")
+
+    def importance(windows: Tensor) -> Tensor:
+        return torch.stack([w[None].abs().mean(dim=0).square().sum(dim=0) for w in windows.double()]).sum(dim=0)
+
+    hidden = torch.stack([importance(subject.seen[norm][1]) for norm in norms_of(subject)]).sum(dim=0)
+    assert plan.keep_hidden is not None
+    assert set(plan.keep_hidden.tolist()) == set(hidden.topk(ALL["hidden"]).indices.tolist())
+    for layer in range(subject.layers):
+        ffn = importance(subject.seen[reader(subject, layer, "ffn")][0])
+        assert set(plan.keep_ffn[layer].tolist()) == set(ffn.topk(ALL["ffn"]).indices.tolist())
 
 
 def test_wanda_sp_prunes_block_after_block(subject: Subject) -> None:
@@ -219,9 +244,14 @@ def _saliences(subject: Subject, order: str) -> dict[str, Tensor]:
 
 def test_width_score_by_hand() -> None:
     shape = Shape(hidden=2, ffn=2, layers=1, heads=2, kv_heads=1, head_dim=1, vocabulary=3)
-    seen = {NormByPosition: torch.tensor([[1.0, 2.0], [3.0, 0.0]])}
-    assert MinitronWidth().score(Place("ffn", 2, shape, layer=0, stats=seen)).tolist() == [10, 4]
-    assert MinitronWidth().score(Place("kv", 1, shape, layer=0, stats=seen)).tolist() == [14]
+    # Two windows of three positions, |x| of (1, 2, 3) and (2, 2, 2) in one channel: means 2, 2; roots of 14 and 12.
+    seen = {WindowMagnitude: torch.tensor([[[2.0, 1.0], [3.6, 1.0]], [[8**0.5, 1.0], [26**0.5, 1.0]]])}
+    place = Place("ffn", 2, shape, layer=0, stats=seen)
+    assert MinitronWidth().score(place).tolist() == pytest.approx([8**0.5, 1])
+    assert MinitronWidth(batch="l2", sequence="l2").score(place).tolist() == pytest.approx([26, 1])
+    assert MinitronWidth(batch="mean", sequence="l2").score(place).tolist() == pytest.approx([3.6, 1])
+    assert MinitronWidth(batch="mean", sequence="mean").score(place).tolist() == [2, 1]
+    assert MinitronWidth(batch="mean", sequence="mean").score(Place("kv", 1, shape, 0, seen)).tolist() == [3]
 
 
 @pytest.mark.parametrize("units", [1, 4])

@@ -24,10 +24,10 @@ __all__ = [
     "MeanGradient",
     "MeanSquare",
     "MeanSquareGradient",
-    "NormByPosition",
     "StateStatistic",
     "Statistic",
     "Variance",
+    "WindowMagnitude",
     "join",
 ]
 
@@ -160,17 +160,26 @@ class Gram(Statistic):
         return [slice(first, first + self.tile) for first in range(0, len(self.total), self.tile)]
 
 
-class NormByPosition(Statistic):
-    """Mean over all windows of a unit's L2 norm, ``|x|`` for a channel, at each position: [positions, units]."""
+class WindowMagnitude(Statistic):
+    """Aggregates of a unit's L2 norm, ``|x|`` for a channel: [2, 2, units], indexed by batch and sequence.
+
+    Each window is aggregated over its positions (sequence), and the results over windows (batch); in both, index 0 is
+    the mean and 1 the L2 norm, the root of the sum of squares. All windows must have the same length.
+    """
 
     def update(self, x: Tensor) -> None:
         import torch
 
-        if self.total is None:
-            self.total = x.new_zeros(x.shape[1], x.shape[2] // self.width, dtype=torch.float32)
         for window in x:  # one by one, to bound the memory of the float32 copy
-            self.total += window.float().unflatten(-1, (-1, self.width)).norm(dim=-1)
-        self.count += len(x)
+            norms = torch.linalg.vector_norm(window.float().unflatten(-1, (-1, self.width)), dim=-1)
+            magnitudes = torch.stack([norms.mean(dim=0), torch.linalg.vector_norm(norms, dim=0)]).double()
+            self._add(torch.stack([magnitudes, magnitudes.square()]), 1)
+
+    def value(self) -> Tensor:
+        import torch
+
+        assert self.total is not None, "no batch was added"
+        return torch.stack([self.total[0] / self.count, self.total[1].sqrt()]).float()
 
 
 class StateStatistic(ABC):

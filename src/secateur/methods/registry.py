@@ -89,6 +89,10 @@ METHODS: dict[str, MethodInfo] = {
     "minitron-width": MethodInfo(
         "secateur.methods.minitron_width:MinitronWidth", "width", "Minitron-width", "2407.14679",
         "hidden and FFN channels (heads on request) by the magnitude of activations",
+        (
+            Option("batch", "l2", "aggregate over windows", ("l2", "mean")),
+            Option("sequence", "mean", "aggregate over a window's positions", ("l2", "mean")),
+        ),
     ),
     "wanda-sp": MethodInfo(
         "secateur.methods.wanda_sp:WandaSP", "width", "Wanda-sp", "2312.11983",
