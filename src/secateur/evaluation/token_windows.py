@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from secateur.data.domains import document_stream, heldout_stream
+from secateur.data.encode import encode_texts
 from secateur.data.readers import Document
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.token_files import is_token_file, read_token_file
-from secateur.data.tokenizer import Stream, check_vocabulary, encode_documents, load_tokenizer
+from secateur.data.tokenizer import Stream, batches, check_vocabulary, encode_documents, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.protocols import begins_with_bos
@@ -30,6 +31,7 @@ __all__ = [
     "CALIBRATION_WINDOWS",
     "calibration_windows",
     "check_shards",
+    "document_windows",
     "heldout_protocol",
     "open_shards",
     "window_length",
@@ -76,6 +78,35 @@ def calibration_windows(
     if len(cut) < limit:
         notify(f"the calibration text gives {len(cut)} windows of {length} tokens, fewer than {limit}")
     return torch.from_numpy(cut)
+
+
+def document_windows(
+    checkpoint: Checkpoint, source: str, *, field: str | None, windows: int, seqlen: int, seed: int
+) -> torch.Tensor:
+    """Cut one window from each of the first documents that are longer than a window: int64 ids [windows, positions].
+
+    Args:
+        seed: draws the place of each window within its document.
+
+    Raises:
+        UserError: if the source cannot be read, does not fit the model, or no document is longer than a window.
+    """
+    length, generator = window_length(checkpoint, seqlen), np.random.default_rng(seed)
+    tokenizer = load_tokenizer(checkpoint.directory)
+    check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
+    rows: list[NDArray[np.int64]] = []
+    for batch in batches(open_source(source, field=field or "text").documents(), 16):
+        for ids in encode_texts(tokenizer, [document.text for document in batch]):
+            if len(ids) > length and len(rows) < windows:
+                start = int(generator.integers(len(ids) - length))
+                rows.append(ids[start : start + length])
+        if len(rows) == windows:
+            break
+    if not rows:
+        raise UserError(f"`calibration`: no document of {source} is longer than {length} tokens; lower `seqlen`")
+    if len(rows) < windows:
+        notify(f"{source} has {len(rows)} documents longer than {length} tokens, fewer than {windows}")
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def heldout_protocol(

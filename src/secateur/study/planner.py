@@ -19,7 +19,7 @@ from secateur.pruning.cost import scoring_flops
 from secateur.study.grid import PlannedComparison, Pruning, comparisons, prunings, seed_shift
 from secateur.study.resolve import ResolvedStudy, split_paths
 from secateur.study.settings import TWIN_NAMES, SettingKind
-from secateur.study.spec import ControlKind, StudySpec
+from secateur.study.spec import CalibrationSpec, ControlKind, StudySpec
 from secateur.study.stage import Stage, unique
 from secateur.study.training_runs import Inputs, TrainingRuns, sizes_of
 
@@ -99,12 +99,29 @@ class _Builder(TrainingRuns):
         pretraining = [parent.tokens or 0 for parent in self.study.all_parents.values() if parent.checkpoint is None]
         if pretraining:
             return max(pretraining)
-        return max((self._scored(pruning) for pruning, _ in self.cells), default=0)
+        slices = [p for p, _ in self.cells if p.training_tokens(self.sequence) or not self._calibration(p).source]
+        return max((self._scored(pruning) for pruning in slices), default=0)
 
     def _scored(self, pruning: Pruning) -> int:
         """Tokens that a method scores or trains on."""
-        scored = self.study.calibration.windows * self.sequence if pruning.method.calibrated else 0
+        calibration = self._calibration(pruning)
+        scored = calibration.windows * (calibration.seqlen or self.sequence) if pruning.method.calibrated else 0
         return pruning.training_tokens(self.sequence) or scored
+
+    def _calibration(self, pruning: Pruning) -> CalibrationSpec:
+        return self.study.calibration_of(pruning.entry)
+
+    def _reading(self, pruning: Pruning) -> dict[str, Any]:
+        """The part of a stage's identity that says what its method scores on; a source is identified by its digest."""
+        calibration = self._calibration(pruning)
+        seed = calibration.seed + seed_shift(self.study, pruning.seed)
+        content = identity(dataclasses.replace(calibration, seed=seed, seqlen=None))
+        if calibration.source is None:
+            return {"calibration": content, "slice": [self._before(pruning.parent), self.start]}
+        content["source"] = self.resolved.calibration[calibration.source, calibration.field]
+        if calibration.protocol == "stream":
+            del content["seed"]  # the first tokens, whatever the seed
+        return {"calibration": content}
 
     def _learning(self, pruning: Pruning) -> tuple[int, int]:
         """The slice that pruning itself trains on; empty for a method that does not train.
@@ -144,26 +161,23 @@ class _Builder(TrainingRuns):
     def _pruned(self, pruning: Pruning, measure: bool) -> Stage:
         """Add a pruned model; ``measure``: also what it costs to run, which is the same for all seeds."""
         study, tokens = self.study, self._scored(pruning)
-        learned = pruning.training_tokens(self.sequence)
-        if learned:
-            reading = {"slice": list(self._learning(pruning)), "dtype": study.compute.dtype}
-        else:
-            seed = study.calibration.seed + seed_shift(study, pruning.seed)
-            calibration = identity(dataclasses.replace(study.calibration, seed=seed))
-            reading = {"calibration": calibration, "slice": [self._before(pruning.parent), self.start]}
+        learned, calibration = pruning.training_tokens(self.sequence), self._calibration(pruning)
+        seqlen = self.sequence if learned else calibration.seqlen or self.sequence
+        reading: dict[str, Any] = {"slice": list(self._learning(pruning)), "dtype": study.compute.dtype}
         content = {
             "method": pruning.entry.method,
             "options": identity(pruning.method),
             "target": pruning.target.as_dict(),
-            "seqlen": self.sequence,
-            **reading,
+            "seqlen": seqlen,
+            **(reading if learned else self._reading(pruning)),
         }
         facts = {**self._facts(pruning), "path": "pruned", "shape": pruning.after, "seed": pruning.seed}
         facts |= {"training_tokens": learned}
-        flops = scoring_flops(pruning.before, pruning.after, pruning.method, tokens, self.sequence)
+        flops = scoring_flops(pruning.before, pruning.after, pruning.method, tokens, seqlen)
         inputs = {"corpus": self.corpus, "model": self._parent_of(pruning)}
         name = _seed_name(pruning.label, pruning.seed)
-        stage = self.add(Stage("prune", name, content, inputs, tokens, flops, self.runtime(), facts))
+        runtime = {**self.runtime(), "calibration": calibration.source}
+        stage = self.add(Stage("prune", name, content, inputs, tokens, flops, runtime, facts))
         self.evaluate(stage, cost=measure)
         return stage
 

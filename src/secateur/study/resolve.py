@@ -39,6 +39,7 @@ class ResolvedStudy:
     corpus: str  #: digest of the text source
     parents: Mapping[str, ResolvedParent]
     suite: Mapping[str, Any] = field(default_factory=dict)  #: measurements besides the held-out loss, with digests
+    calibration: Mapping[tuple[str, str | None], str] = field(default_factory=dict)  #: source, field -> digest
 
 
 def resolve(study: StudySpec) -> ResolvedStudy:
@@ -49,7 +50,17 @@ def resolve(study: StudySpec) -> ResolvedStudy:
     """
     parents = {name: _parent(study, name, parent) for name, parent in study.all_parents.items()}
     corpus = _corpus(study, min(parent.shape.vocabulary for parent in parents.values()))
-    return ResolvedStudy(corpus, parents, _suite(study.evaluation))
+    return ResolvedStudy(corpus, parents, _suite(study.evaluation), _calibration(study))
+
+
+def _calibration(study: StudySpec) -> dict[tuple[str, str | None], str]:
+    """The digests of the texts, besides the corpus, that methods are scored on."""
+    specs = [study.calibration_of(entry) for entry in study.methods]
+    return {
+        (spec.source, spec.field): open_source(spec.source, field=spec.field or "text").digest()
+        for spec in specs
+        if spec.source is not None
+    }
 
 
 def _suite(evaluation: EvaluationSpec) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from secateur.config import RUNTIME, Count, Fraction, Positive, listed, load_yaml, parse, spec
+from secateur.config import RUNTIME, Count, Fraction, IdentityKey, Positive, listed, load_yaml, parse, spec
 from secateur.data.corpus import CorpusSpec
 from secateur.errors import UserError, did_you_mean, spell
 from secateur.evaluation.suite import Suite
@@ -206,6 +206,24 @@ Controls = Annotated[tuple[ControlSpec, ...], listed("init")]
 
 
 @spec
+class CalibrationSpec:
+    """The text that pruning scores are computed on: by default windows of the parent's own training slice."""
+
+    windows: Positive = 128
+    seed: int = 42  #: chooses the windows of the slice, or of ``documents`` the places
+    source: Annotated[str | None, IdentityKey(omit=None)] = None  #: other text: ``text:PATH``, ``hf:NAME[:config]``
+    field: Annotated[str | None, IdentityKey(omit=None)] = None  #: key or column of the text; default: ``text``
+    seqlen: Annotated[Positive | None, IdentityKey(omit=None)] = None  #: tokens in a window; default: recipe.sequence
+    #: of ``source``: its first tokens, document after document; or a window of each document longer than a window
+    protocol: Annotated[Literal["stream", "documents"], IdentityKey(omit="stream")] = "stream"
+
+    def __post_init__(self) -> None:
+        for key, default in (("field", None), ("protocol", "stream")):
+            if self.source is None and getattr(self, key) != default:
+                raise UserError(f"calibration.{key}: goes with calibration.source, which is not given")
+
+
+@spec
 class MethodEntry:
     """A method and how much it removes; missing keys default to those of the study."""
 
@@ -225,6 +243,7 @@ class MethodEntry:
     controls: Controls | None = None
     twin_init: TwinInit | None = None
     data: DataSpec | None = None
+    calibration: CalibrationSpec | None = None
     objective: Annotated[tuple[ObjectiveSpec, ...] | None, listed("kind")] = None  #: retrain.objective
 
     @property
@@ -247,14 +266,6 @@ class MethodEntry:
         if self.shapes:
             return {name: Target.parse(shape=text, **common) for name, text in self.shapes.items()}
         return {f"{ratio:g}": Target.parse(ratio=ratio, **common) for ratio in self.ratios or ratios}
-
-
-@spec
-class CalibrationSpec:
-    """The text that pruning scores are computed on: windows of the parent's own training slice."""
-
-    windows: Positive = 128
-    seed: int = 42  #: chooses the windows
 
 
 @spec
@@ -384,13 +395,24 @@ class StudySpec:
         if self.sweep and self.retrain.trunk == "shared":
             raise UserError("sweep: does not go with a shared trunk; leave out retrain.trunk")
         self._check_entries()
-        for name, parent in self.all_parents.items():
-            tokens = self.calibration.windows * self.recipe.sequence
-            if parent.checkpoint is None and parent.tokens and tokens > parent.tokens:
-                raise UserError(
-                    f"calibration.windows: {self.calibration.windows} windows of {self.recipe.sequence} tokens "
-                    f"are more than {'parent' if self.parent else f'parents.{name}'}.tokens {parent.tokens}"
-                )
+        for name in self.all_parents:
+            self._check_calibration(name, self.calibration, "calibration")
+        for number, entry in enumerate(self.methods):
+            if entry.calibration:
+                self._check_calibration(self.parent_of(entry), entry.calibration, f"methods[{number}].calibration")
+
+    def _check_calibration(self, name: str, calibration: CalibrationSpec, where: str) -> None:
+        """Refuse windows that a pretrained parent has no text or no positions for."""
+        parent, seqlen = self.all_parents.get(name), calibration.seqlen or self.recipe.sequence
+        if parent is None or parent.checkpoint is not None or parent.tokens is None:
+            return
+        if seqlen > self.recipe.sequence:
+            raise UserError(f"{where}.seqlen: {seqlen} is more than recipe.sequence, {self.recipe.sequence}; lower it")
+        if calibration.source is None and calibration.windows * seqlen > parent.tokens:
+            raise UserError(
+                f"{where}.windows: {calibration.windows} windows of {seqlen} tokens "
+                f"are more than {'parent' if self.parent else f'parents.{name}'}.tokens {parent.tokens}"
+            )
 
     def _check_entries(self) -> None:
         targets: list[tuple[str, str]] = []
@@ -439,6 +461,10 @@ class StudySpec:
     def twin_init_of(self, entry: MethodEntry) -> TwinInit:
         """The first weights of an entry's twins, if its method is sparse."""
         return entry.twin_init or self.twin_init
+
+    def calibration_of(self, entry: MethodEntry) -> CalibrationSpec:
+        """What an entry is scored on: its own calibration, or the study's."""
+        return entry.calibration or self.calibration
 
     def parent_of(self, entry: MethodEntry) -> str:
         """The name of the parent that an entry prunes."""

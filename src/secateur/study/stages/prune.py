@@ -11,6 +11,7 @@ from torch import Tensor
 
 from secateur import distributed
 from secateur.calibration.journal import Workspace
+from secateur.evaluation.token_windows import calibration_windows, document_windows
 from secateur.methods.base import LearnedMethod
 from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     if isinstance(method, LearnedMethod):
         plan, content = _learn(stage, store, work, checkpoint, method, target)
     else:
-        calibration = Calibration(_calibration_windows(stage, store), _SOURCE)
+        calibration = _calibration(stage, store, checkpoint)
         arguments = (checkpoint, identity["method"], target, calibration)
         device: dict[str, Any] = {"options": identity["options"], "device": pick_device(stage.runtime["device"])}
         scores = scores_identity(*arguments, **device) if distributed.world_size() == 1 else None
@@ -56,6 +57,18 @@ def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     if not distributed.is_main():
         return {}
     return {**{key: content[key] for key in _RECORDED}, "layers": plan.by_layer()}
+
+
+def _calibration(stage: Stage, store: Store, checkpoint: Checkpoint) -> Calibration:
+    """Windows of the stage's own source of text, or of the parent's slice."""
+    settings, source = stage.identity["calibration"], stage.runtime["calibration"]
+    if "source" not in settings:
+        return Calibration(_calibration_windows(stage, store), _SOURCE)
+    name = source if source.startswith("hf:") else source.partition(":")[0]  # paths are no part of a record
+    options = {"field": settings.get("field"), "windows": settings["windows"], "seqlen": stage.identity["seqlen"]}
+    if settings.get("protocol") == "documents":
+        return Calibration(document_windows(checkpoint, source, seed=settings["seed"], **options), name)
+    return Calibration(calibration_windows(checkpoint, source, **options), name)
 
 
 def _calibration_windows(stage: Stage, store: Store) -> Tensor:
