@@ -28,6 +28,7 @@ __all__ = [
     "Fit",
     "Interval",
     "LeftOut",
+    "far_off",
     "fit_pair",
     "has_enough_runs",
     "leave_last_out",
@@ -271,12 +272,18 @@ def _noise_of_seeds(points: Sequence[CurvePoint]) -> tuple[float, int]:
 def _misfit(points: Sequence[CurvePoint], scatter: float, noise: float) -> str:
     """Why no curve fits, in words; empty where one does."""
     if scatter >= MISFIT * noise:
-        return (
-            f"its runs scatter by {number(scatter, 2)} nats around any curve, {MISFIT} times the noise of a run or more"
-        )
+        return far_off(scatter, noise, "any curve")
     if _acceleration(points, noise) >= MISFIT:
         return "its loss from scratch falls faster and faster with the logarithm of the tokens, as no curve here does"
     return ""
+
+
+def far_off(scatter: float, noise: float, law: str) -> str:
+    """Why a fit is withheld: its runs scatter by ``scatter`` nats where ``noise`` is that of a run."""
+    return (
+        f"its runs scatter by {number(scatter, 3)} nats around {law}, {MISFIT} times the noise of a run "
+        f"({number(noise, 3)}) or more"
+    )
 
 
 def _acceleration(points: Sequence[CurvePoint], noise: float) -> float:

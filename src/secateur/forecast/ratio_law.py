@@ -103,12 +103,17 @@ class RatioLaw:
         return math.sqrt(float(np.mean([(self.loss(run) - run.loss) ** 2 for run in self.runs])))
 
     @property
-    def poor(self) -> bool:
-        """Whether the runs scatter around the law by :data:`MISFIT` times the noise or more: it then tells nothing."""
+    def noise(self) -> float:
+        """Of a run, in nats: the assumed one and that between seeds, pooled."""
         groups: dict[tuple[str, float, int], list[float]] = {}
         for run in self.runs:
             groups.setdefault((run.parent, run.ratio, run.tokens), []).append(run.loss - run.parent_loss)
-        return self.error >= MISFIT * noise_between_seeds(groups.values())[0]
+        return noise_between_seeds(groups.values())[0]
+
+    @property
+    def poor(self) -> bool:
+        """Whether the runs scatter around the law by :data:`MISFIT` times the noise or more: it then tells nothing."""
+        return self.error >= MISFIT * self.noise
 
     @property
     def ratios(self) -> tuple[float, ...]:

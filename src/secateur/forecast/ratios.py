@@ -10,9 +10,8 @@ from secateur.comparison.index import Index
 from secateur.comparison.naming import is_pattern
 from secateur.comparison.records import Cell
 from secateur.errors import UserError
-from secateur.forecast.fit import MISFIT
+from secateur.forecast.fit import far_off
 from secateur.forecast.ratio_law import LeftOutRatio, RatioLaw, Retrained, fit_ratios, leave_one_ratio_out
-from secateur.formatting import number
 from secateur.methods.registry import method_name
 
 __all__ = ["MethodLaw", "Prediction", "across_ratios"]
@@ -75,10 +74,7 @@ def _law(index: Index, method: str, objective: str, cells: list[Cell]) -> Method
     except UserError as error:
         return MethodLaw(method, objective, name, None, str(error))
     if law.poor:
-        reason = (
-            f"its runs scatter by {number(law.error, 3)} nats around the law, {MISFIT} times the noise of a run or "
-            "more, so that the figures of this fit are withheld"
-        )
+        reason = f"{far_off(law.error, law.noise, 'the law')}, so that the figures of this fit are withheld"
         return MethodLaw(method, objective, name, None, reason)
     left_out, refused = leave_one_ratio_out(runs)
     return MethodLaw(method, objective, name, law, "", tuple(left_out), tuple(refused), _predictions(law))
