@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.comparison.decision import LEVEL
 from secateur.comparison.question import changed_keys, decisive, first_declaration, is_recorded, later_changes
 from secateur.comparison.records import StudyResults
 from secateur.comparison.twins import Verdict
@@ -74,13 +75,14 @@ def _rule(comparisons: int, margin: float) -> str:
 
 
 def _p_sentence(verdict: Verdict) -> str:
-    """The p of a verdict, by itself and adjusted; empty where it has none."""
+    """The p of a verdict, by itself and corrected; empty where it has none, or where its reason has both."""
     decision = verdict.decision
-    if decision.p is None:
+    p, corrected = decision.p, decision.adjusted_p
+    if p is None or (corrected is not None and p < LEVEL <= corrected):
         return ""
-    if decision.adjusted_p is None or decision.comparisons == 1:
-        return f"p {_equals(decision.p)}."
-    return f"p {_equals(decision.p)}, adjusted {_equals(decision.adjusted_p)}."
+    if corrected is None or decision.comparisons == 1:
+        return f"p {_equals(p)}."
+    return f"p {_equals(p)} by itself, {probability(corrected)} corrected."
 
 
 def _equals(p: float) -> str:
