@@ -10,8 +10,8 @@ study's folder out (its cells.csv and curves.csv), and fits the law across ratio
 each ratio left out in turn. `coverage` makes curves, runs with noise on them, fits those, and counts how often the
 intervals hold the true difference of the two paths, at 1, 2, 4 and 10 times the largest budget, and where the model
 from scratch alone has REACH times as much; how often they hold the true crossover; and how many verdicts up to the
-reach of verdicts are right and how many false. The truths of `--tuning` are those by which the average over forms and
-its reach were chosen, the others served to check the choice. Both are drawn apart from the priors.
+reach of verdicts are right and how many false. The truths of `--tuning` were to choose the average over forms
+and its reach, but both kinds were looked at (docs/prediction.md). Both are drawn apart from the priors.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def log_uniform(random: np.random.Generator, low: float, high: float) -> float:
 
 
 def truth(kind: str, random: np.random.Generator) -> Truth:
-    """Both curves of a truth by which the choice was checked."""
+    """Both curves of a truth of the first kind."""
     uniform = random.uniform
     floor, (scratch, pruned) = uniform(1.8, 2.6), (uniform(0.2, 0.6), uniform(0.08, 0.3))
     a, b = uniform(0.25, 0.7, 2)
@@ -82,7 +82,7 @@ def truth(kind: str, random: np.random.Generator) -> Truth:
 
 
 def tuning_truth(kind: str, random: np.random.Generator) -> Truth:
-    """Both curves of a truth by which the average over forms and its reach were chosen."""
+    """Both curves of a truth of the second kind, by which to choose the average over forms and its reach."""
     floor, scratch = log_uniform(random, 1.5, 3.2), log_uniform(random, 0.15, 0.8)
     pruned = scratch * log_uniform(random, 0.2, 0.8)
     a, b = 0.4 * np.exp(0.35 * random.standard_normal(2))
@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=FilePath, help="of a study, with its cells.csv")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument("--tuning", action="store_true", help="truths by which the average was chosen")
+    parser.add_argument("--tuning", action="store_true", help="the second kind of truths")
     arguments = parser.parse_args()
     if arguments.what == "coverage":
         coverage(arguments.trials, arguments.draws, arguments.tuning)
