@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from secateur.comparison.records import (
     StageNote,
     StudyResults,
 )
-from secateur.config import fingerprint, identity
+from secateur.config import fingerprint
 from secateur.errors import UserError
 from secateur.evaluation.results import LOSS, Measurement
 from secateur.evaluation.results import EvaluationResults as MeasuredResults
@@ -56,7 +56,7 @@ def collect(study: StudySpec, stages: list[Stage], store: Store, study_yaml: str
         cells=tuple(records.cell(stage) for stage in stages if stage.facts.get("path") in _CELLS),
         corpus=corpus,
         protocol=records.protocol(),
-        recipe={**identity(study.recipe), "retrain_peak_rate": study.retrain.peak_rate or study.recipe.peak_rate},
+        recipe=_recipe(study),
         stages=tuple(_note(stage, store) for stage in unique(stages)),
         environment=_environment(stages, store),
         study_yaml=study_yaml,
@@ -67,6 +67,13 @@ def collect(study: StudySpec, stages: list[Stage], store: Store, study_yaml: str
     )
 
 
+def _recipe(study: StudySpec) -> dict[str, Any]:
+    """The keys of the recipe by their names in a study file, which are not all those of its identity."""
+    recipe = {key: value for key, value in asdict(study.recipe).items() if key not in _HIDDEN_KEYS}
+    return {**recipe, "retrain_peak_rate": study.retrain.peak_rate or study.recipe.peak_rate}
+
+
+_HIDDEN_KEYS = ("init_std", "micro_batch")  #: an older spelling; not part of the result
 _CELLS = ("P-R", "scratch", "control")
 _MODEL = ("parent", "method", "granularity", "target", "ratio")  #: facts that identify a pruned model
 

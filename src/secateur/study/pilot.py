@@ -95,7 +95,7 @@ def _scaled(question: Question) -> tuple[dict[str, Any], str]:
         "retrain": {"tokens": [retrain // 4, retrain // 2, retrain], "peak_rate": 5e-4},
         "settings": [],
         "calibration": {"windows": 64},
-        "recipe": {"sequence": 128, "tokens_per_step": 1024, "peak_rate": 4e-3, "init_std": 0.06},
+        "recipe": {"sequence": 128, "tokens_per_step": 1024, "peak_rate": 4e-3, "init": {"std": 0.06}},
         "evaluation": {"windows": 128, "points": 5},
     }
     says = (

@@ -76,9 +76,8 @@ class Recipe:
     #: when a sparse model's gradients are masked: before the norm is taken, or after clipping
     mask: Annotated[Literal["before-clip", "after-clip"], IdentityKey(omit="before-clip")] = "before-clip"
     init: Annotated[InitSpec, BeforeValidator(_as_init), IdentityKey("init_std", value=_init_identity)] = InitSpec()
-    init_std: Annotated[Scale | None, RUNTIME] = (
-        None  #: an older spelling of ``init: {std: ...}``, to which it is moved
-    )
+    #: an older spelling of ``init.std``, moved there
+    init_std: Annotated[Scale | None, RUNTIME] = None
     seed: Seed = 0  #: for drawing fresh weights
     data_seed: Seed = 0  #: for the order of a slice's windows
     attention: Literal["window", "document"] = "window"  #: attend within the window, or within each document
