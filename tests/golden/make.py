@@ -50,13 +50,28 @@ SHEARED = ("--option", "steps=120", "--option", "windows=4", "--option", "phi=10
 
 
 def environment() -> dict[str, str]:
-    """What bytes depend on: the processor's features, Python, torch and transformers."""
+    """What bytes depend on: the processor's arithmetic, Python, torch and transformers."""
     return {
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "arithmetic": arithmetic(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def arithmetic() -> str:
+    """A digest of the gradients of a small model: processors of the same features round differently."""
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.1, generator=generator)
+    ids = torch.randint(97, (4, 64), generator=generator)
+    model(input_ids=ids, labels=ids).loss.backward()
+    gradients = [p.grad.numpy().tobytes() for p in model.parameters() if p.grad is not None]
+    return hashlib.sha256(b"".join(gradients)).hexdigest()[:16]
 
 
 def run(*arguments: object) -> dict[str, Any]:

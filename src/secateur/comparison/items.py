@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -73,14 +73,10 @@ class Comparison:
 
     def record(self) -> dict[str, Any]:
         """As plain values."""
-        content = asdict(self)
-        decision = decision_record(self.decision)
+        figures = ("name", "kind", "verdict", "a", "b", "unit", "items", "above", "below", "low", "high")
         return {
-            "name": content.pop("name"),
-            "kind": content.pop("kind"),
-            "verdict": self.verdict,
-            **decision,
-            **{key: content[key] for key in ("a", "b", "unit", "items", "above", "below")},
+            **decision_record(self.decision),
+            **{key: getattr(self, key) for key in figures},
             "by_seed": list(self.seeds),
         }
 
