@@ -588,7 +588,7 @@ def test_new_models() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_fan_in(tied: bool) -> None:
-    sizes = {**SIZES, "vocab_size": 997, "hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
+    sizes: dict[str, Any] = {**SIZES, "vocab_size": 997, "hidden_size": 64, "intermediate_size": 160, "head_dim": 16}
     model = fresh(LlamaConfig(**sizes, tie_word_embeddings=tied), seed=3, kind="fan-in", std=0.3)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
