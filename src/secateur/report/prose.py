@@ -228,7 +228,9 @@ def coverage_note(verdicts: Sequence[Verdict], seeds_vary: SeedsVary) -> str:
         covers += ", of one seed held-out text only" if min(seeds) == 1 else ""
     decision = measured[0].decision
     documents = f"{decision.documents} held-out documents, worth {decision.effective_documents:.0f} of equal length"
-    if measured[0].unit == "windows":
+    if measured[0].unit == "windows of known documents":
+        documents = documents.replace("held-out documents", "groups of held-out windows that share no document")
+    elif measured[0].unit == "windows":
         documents = f"{decision.documents} held-out windows; their documents are unknown, so each counts as a document"
     margin = f" Differences within {decision.margin:g} nats count as equal." if decision.margin else ""
     tests = max(verdict.decision.comparisons for verdict in measured)
