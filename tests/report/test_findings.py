@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from example import NAMES, broken, cell, evaluation, example, judged_text, large, t_interval
 
-from secateur.comparison.findings import Finding, find
+from secateur.comparison.findings import Finding
 from secateur.comparison.index import Index
 from secateur.comparison.records import Cell, StudyResults
+from secateur.report.judgement import judge
 from secateur.report.prose import finding_sentence
 
 
@@ -26,7 +27,7 @@ def comparison(method: str, gap: float | None, total: float | None = None, *, sa
 
 
 def found(results: StudyResults, key: str) -> Finding:
-    return next(finding for finding in find(Index(results)) if finding.key == key)
+    return next(finding for finding in judge(results).findings if finding.key == key)
 
 
 def answers(results: StudyResults, key: str) -> dict[str, str]:
@@ -151,16 +152,16 @@ def test_the_sentence_counts_the_cases_and_names_the_exceptions():
         *comparison("minitron-width", None),
     ]
     index = Index(study(*cells))
-    sentence = finding_sentence(find(index)[0].rows[-1], index.comparisons)
+    sentence = finding_sentence(judge(study(*cells)).findings[0].rows[-1], index.comparisons)
     assert sentence.startswith("All methods: holds in 1 of 2 measured (of 3 planned); mean 0.10 nats, 95% interval")
     assert "Not in Minitron-depth at ratio 0.5 (the opposite: -0.10 nats" in sentence.replace("\u2212", "-")
 
 
 def test_findings_that_the_grid_cannot_speak_to_are_not_told():
-    assert [finding.key for finding in find(Index(study(*comparison("wanda", 0.3, 0.1))))] == ["equal-tokens"]
-    assert find(Index(study())) == ()
+    assert [finding.key for finding in judge(study(*comparison("wanda", 0.3, 0.1))).findings] == ["equal-tokens"]
+    assert judge(study()).findings == ()
     p_r, _, s_pr = comparison("wanda", 0.3, 0.1)
-    assert find(Index(study(p_r, s_pr))) == ()
+    assert judge(study(p_r, s_pr)).findings == ()
 
 
 def test_an_objective_is_no_rung_of_another_ones_ladder():
@@ -168,7 +169,7 @@ def test_an_objective_is_no_rung_of_another_ones_ladder():
     cells += [
         dataclasses.replace(c, objective="distillation") for c in comparison("wanda", 0.2, tokens=800_000, salt=5)
     ]
-    assert [finding.key for finding in find(Index(study(*cells)))] == ["equal-tokens"]
+    assert [finding.key for finding in judge(study(*cells)).findings] == ["equal-tokens"]
 
 
 def test_several_protocols_give_no_mean():
@@ -182,7 +183,7 @@ def test_several_protocols_give_no_mean():
 
 
 def test_the_large_example_holds_and_the_text_tells_it():
-    assert [(f.key, f.answer) for f in find(Index(large()))] == [
+    assert [(f.key, f.answer) for f in judge(large()).findings] == [
         ("equal-tokens", "holds"),
         ("tokens", "holds"),
         ("ratio", "holds"),
@@ -190,4 +191,4 @@ def test_the_large_example_holds_and_the_text_tells_it():
     ]
     text = " ".join(judged_text(large).split())
     assert "Do the findings of arXiv:2606.14150 hold here? Pruned beats scratch" in text
-    assert "not measured" in {row.answer for finding in find(Index(broken())) for row in finding.rows}
+    assert "not measured" in {row.answer for finding in judge(broken()).findings for row in finding.rows}

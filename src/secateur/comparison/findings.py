@@ -1,13 +1,14 @@
 """Test whether the findings of the paper (arXiv:2606.14150) hold in a study, case by case and on average.
 
 Each finding is a contrast of paired differences that is positive where the finding holds. A case is one comparison,
-over its seeds; the cases of a finding are corrected for their number by Holm's method.
+over its seeds. A case that is a comparison of the study has the study's verdict; the others of a finding are corrected
+for their number by Holm's method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from secateur.comparison.decision import Decision, VerdictName, adjust
@@ -16,6 +17,7 @@ from secateur.comparison.twins import (
     SCRATCH,
     Paired,
     Setting,
+    Verdict,
     average,
     is_planned,
     mean_difference,
@@ -88,14 +90,21 @@ class Finding:
         return self.rows[-1].answer
 
 
-def find(index: Index) -> tuple[Finding, ...]:
-    """List the findings that the study's grid can test; where a run failed, the answer is "not measured"."""
+def find(index: Index, verdicts: Sequence[Verdict]) -> tuple[Finding, ...]:
+    """List the findings that the study's grid can test; where a run failed, the answer is "not measured".
+
+    Args:
+        verdicts: on the study's comparisons; a case that is one of them has its decision.
+    """
+    decisions = {(verdict.setting, verdict.group.pooled): verdict.decision for verdict in verdicts}
+    training = {group: decision for (setting, group), decision in decisions.items() if setting == "training"}
+    total = {group: decision for (setting, group), decision in decisions.items() if setting == "total"}
     findings = [
         Finding(
             "equal-tokens",
             "Pruned beats scratch at equal training tokens.",
             "loss(S_R) - loss(P-R)",
-            _rows(_gaps(index, "training")),
+            _rows(_gaps(index, "training"), decisions=training),
         ),
         Finding(
             "tokens",
@@ -109,7 +118,7 @@ def find(index: Index) -> tuple[Finding, ...]:
             "the gap loss(S_R) - loss(P-R) at the smallest ratio, less the gap at the largest, at one R",
             _rows(_narrowing(index, _ratios(index))),
         ),
-        _granularity(index),
+        _granularity(index, total),
     ]
     names = {cell.name for cell in index.results.cells}
     return tuple(f for f in findings if f.rows and SCRATCH["total" if f.key == "granularity" else "training"] in names)
@@ -167,7 +176,7 @@ def _shares(index: Index, groups: Sequence[Group]) -> dict[float, Group]:
     return {share: group for group in groups if (share := index.ratio(group.model)) is not None}
 
 
-def _granularity(index: Index) -> Finding:
+def _granularity(index: Index, decisions: Mapping[Group, Decision]) -> Finding:
     """Test two claims in one: each has its rows, and the last row has the cases of both.
 
     "Matched or overtaken" holds where the from-scratch model is ahead, or equal within the margin.
@@ -176,10 +185,13 @@ def _granularity(index: Index) -> Finding:
     kinds = {group: index.granularity(group.model) for group in gaps}
     fine = {group: gap for group, gap in gaps.items() if kinds[group] == "sparse"}
     coarse = {group: {s: -p for s, p in gap.items()} for group, gap in gaps.items() if kinds[group] == "depth"}
+    opposite = {group: _opposite(decision) for group, decision in decisions.items()}
     rows: list[FindingRow] = []
     if fine and coarse:
-        rows = [*_rows(fine, "All sparse methods"), *_rows(coarse, "All depth methods", _LEVEL_OR_AHEAD)]
-        rows.append(FindingRow("Both parts", None, (*_cases(fine, _AHEAD), *_cases(coarse, _LEVEL_OR_AHEAD))))
+        rows = [*_rows(fine, "All sparse methods", decisions=decisions)]
+        rows += _rows(coarse, "All depth methods", _LEVEL_OR_AHEAD, decisions=opposite)
+        cases = (*_cases(fine, _AHEAD, decisions), *_cases(coarse, _LEVEL_OR_AHEAD, opposite))
+        rows.append(FindingRow("Both parts", None, cases))
     return Finding(
         "granularity",
         "At equal total tokens, sparse pruning keeps an edge and depth pruning is matched or overtaken.",
@@ -189,10 +201,13 @@ def _granularity(index: Index) -> Finding:
 
 
 def _rows(
-    contrasts: dict[Group, Contrast], scope: str = "All methods", holding: frozenset[VerdictName] = _AHEAD
+    contrasts: dict[Group, Contrast],
+    scope: str = "All methods",
+    holding: frozenset[VerdictName] = _AHEAD,
+    decisions: Mapping[Group, Decision] | None = None,
 ) -> tuple[FindingRow, ...]:
     """A row for each method, and one for all where there are several."""
-    cases = _cases(contrasts, holding)
+    cases = _cases(contrasts, holding, decisions)
     methods = list(dict.fromkeys(group.method for group in contrasts))
     rows = []
     for method in methods:
@@ -208,13 +223,22 @@ def _row(scope: str, contrasts: dict[Group, Contrast], cases: Sequence[FindingCa
     return FindingRow(scope, mean, tuple(cases))
 
 
-def _cases(contrasts: dict[Group, Contrast], holding: frozenset[VerdictName]) -> list[FindingCase]:
-    """Decide every comparison over its seeds, corrected for their number."""
-    decisions = [
-        mean_difference(list(gaps.values())) or Decision("not measured", reason="its runs were not measured")
-        for gaps in contrasts.values()
-    ]
-    return [
-        FindingCase(group, decision, decision.verdict in holding)
-        for group, decision in zip(contrasts, adjust(decisions), strict=True)
-    ]
+def _cases(
+    contrasts: dict[Group, Contrast],
+    holding: frozenset[VerdictName],
+    decisions: Mapping[Group, Decision] | None = None,
+) -> list[FindingCase]:
+    """Decide every comparison over its seeds: by its verdict, where it has one; else corrected for their number."""
+    if decisions is None:
+        absent = Decision("not measured", reason="its runs were not measured")
+        each = [mean_difference(list(gaps.values())) or absent for gaps in contrasts.values()]
+        decisions = dict(zip(contrasts, adjust(each), strict=True))
+    return [FindingCase(group, decisions[group], decisions[group].verdict in holding) for group in contrasts]
+
+
+def _opposite(decision: Decision) -> Decision:
+    """The decision with the two paths exchanged."""
+    names: dict[VerdictName, VerdictName] = {"first": "second", "second": "first"}
+    value, low, high = (None if x is None else -x for x in (decision.value, decision.high, decision.low))
+    verdict = names.get(decision.verdict, decision.verdict)
+    return replace(decision, verdict=verdict, value=value, low=low, high=high)

@@ -113,7 +113,7 @@ def judge(results: StudyResults) -> Judgement:
         by_seed=adjust_verdicts(compare_twins(index, index.groups, margin), named) if index.several_seeds else (),
         headlines=headlines,
         answer=study_answer(answers) if settings or not results.cells else _NO_TWINS,
-        findings=find(index),
+        findings=find(index, verdicts),
         quality=tuple(quality),
         contradictions=tuple(
             contradiction_sentence(*pair, index.comparisons) for pair in contradicting(verdicts, quality)

@@ -29,14 +29,13 @@ __all__ = ["text_table", "text_versus"]
 _WIDTH = 100
 _MOST_SENTENCES, _MOST_CONTROLS, _MOST_RANKS = 6, 2, 12  # shown of each list
 
-_SIGNS: dict[Winner, str] = {
+_SIGNS: dict[str, str] = {
     "pruned": "P",
     "scratch": "S",
     "equal within margin": "=",
     "undecided": "~",
     "not measured": "-",
 }
-_UNPLANNED: Winner = "not measured"
 _RUNS: dict[str, str] = {
     "S_R": "on R",
     "S_{P+R}": "on P+R",
@@ -151,8 +150,9 @@ def _rows(judgement: Judgement) -> list[list[str]]:
     for group in index.comparisons:
         losses = [_mean(index.pruned_over_seeds(group))] * len(early)
         losses += [_mean(index.over_seeds(group, name)) for name in names]
-        row: list[Winner] = [winners.get((group, setting), _UNPLANNED) for setting in settings]
-        verdicts = [str(winner) for winner in row] if in_words else ["".join(_SIGNS[winner] for winner in row)]
+        row: list[Winner | None] = [winners.get((group, setting)) for setting in settings]
+        verdicts = [winner or "-" for winner in row]
+        verdicts = verdicts if in_words else ["".join(_SIGNS.get(verdict, "-") for verdict in verdicts)]
         rows.append([group.method, *(read(group) for _, read in columns), *losses, *verdicts])
     return rows
 
