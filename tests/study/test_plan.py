@@ -17,7 +17,6 @@ from secateur.study.spec import StudySpec, load_study
 from secateur.study.stage import Stage, unique
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
-BILLION = 4_194_304 * 250  # tokens that the paper counts as one billion: 4.0 M a step of 4,194,304
 
 
 def study(folder: Path, **changes: Any) -> StudySpec:
@@ -50,54 +49,6 @@ def named(stages: list[Stage], name: str, kind: str = "train") -> Stage:
 def test_every_shipped_study_is_planned(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "plan", str(path)]) == 0
     assert "Nothing has been run." in capsys.readouterr().out
-
-
-def test_the_paper_study_is_the_arithmetic_of_the_paper() -> None:
-    (path,) = [path for path in STUDIES if path.stem == "paper-llama31-8b"]
-    of = load_study(path)
-    stages = unique(stages_of(of, resolve(of)))
-    parent = named(stages, "own")
-    assert parent.tokens == 50_000 * 4_194_304 == 200 * BILLION  # P200
-    ladder = [
-        stage.tokens
-        for stage in stages
-        if stage.kind == "train" and stage.name.startswith("minitron-width-4b-width/P-R@")
-    ]
-    assert ladder == [n * BILLION for n in (10, 30, 50, 250, 500)]
-    tag = "@52.4288B"
-    retrained, twin = (named(stages, f"minitron-depth-4b-depth/{path}{tag}") for path in ("P-R", "S_{P+R}"))
-    assert retrained.tokens == 50 * BILLION and twin.tokens == 250 * BILLION  # S250
-    assert named(stages, f"minitron-depth-4b-depth/S_R{tag}").identity["slice"] == retrained.identity["slice"]
-    # Equal tokens is not equal compute. By six FLOPs for each parameter and token the pruned path takes 1.6 times as
-    # much; less the embedding's table, which is looked up, and with attention, 1.7 times.
-    sizes = [stage.facts["shape"].total for stage in (parent, twin)]
-    assert (sizes[0] * 200 + sizes[1] * 50) / (sizes[1] * 250) == pytest.approx(1.6, abs=0.02)
-
-    def by_hand(layers: int, tokens: int) -> float:
-        linears = layers * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
-        return 3 * tokens * (2 * linears + 4 * layers * 32 * 128 * (8192 + 1) / 2)
-
-    assert parent.flops == pytest.approx(by_hand(32, 200 * BILLION), rel=1e-9)
-    assert twin.flops == pytest.approx(by_hand(16, 250 * BILLION), rel=1e-9)
-    assert (parent.flops + retrained.flops) / twin.flops == pytest.approx(1.71, abs=0.01)
-    learned = named(stages, "sheared-4b-shear", "prune")
-    assert learned.tokens == 3200 * 16 * 8192 and learned.tokens / 1e9 == pytest.approx(0.42, abs=0.005)
-    sizes = {stage.name: stage.facts["shape"].total / 1e9 for stage in stages if stage.kind == "prune"}
-    told = {"minitron-depth-4b-depth": 4.54, "minitron-depth-1.5b-depth": 1.49, "minitron-width-3b-width": 2.89}
-    told |= {"sheared-4b-shear": 4.61, "flap-4b-flap": 4.46, "sparsegpt-0.8": 8.03}
-    assert all(sizes[name] == pytest.approx(value, abs=0.005) for name, value in told.items())
-    runs = [stage for stage in stages if stage.facts.get("path") in ("P-R", "scratch")]
-    assert {stage.facts["method"] for stage in runs} >= {
-        "minitron-depth",
-        "minitron-width",
-        "sheared",
-        "flap",
-        "sparsegpt",
-    }
-    public = [stage for stage in runs if stage.facts["parent"] == "public"]
-    assert {stage.facts["name"] for stage in public} == {"P-R", "S_R"}  # no twin can match its parent's tokens
-    # Its dense twins are those of the own parent, so that they are trained once.
-    assert not [stage for stage in public if stage.facts["name"] == "S_R" and stage.inputs.get("like") is None]
 
 
 def test_a_corpus_is_known_by_what_it_holds_and_not_by_its_place(tmp_path: Path) -> None:
