@@ -27,7 +27,7 @@ def compare(arguments: Namespace) -> Answer:
     from secateur.cli.verbs.scores import comparison_table
 
     sides = [api.load_results(side.split(",")) for side in (arguments.a, arguments.b)]
-    comparisons = api.compare(*sides, arguments.margin)
+    comparisons = api.compare(*sides, margin=arguments.margin)
     names = [[result.model for result in side] for side in sides]
     answer = {"a": names[0], "b": names[1], "comparisons": [comparison.record() for comparison in comparisons]}
     return answer, comparison_table(comparisons, *names), 0
