@@ -18,7 +18,8 @@ from secateur.config import identity
 from secateur.study.planner import stages_of, tokens_needed
 from secateur.study.question import resolve_question
 from secateur.study.resolve import resolve
-from secateur.study.spec import MethodEntry, StudySpec, load_study
+from secateur.study.sections import MethodEntry
+from secateur.study.spec import StudySpec, load_study
 from secateur.study.stage import Stage, unique, with_inputs
 
 STUDIES = Path(__file__).parents[2] / "studies"

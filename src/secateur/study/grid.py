@@ -13,16 +13,16 @@ from secateur.methods.registry import get_method
 from secateur.model.shapes import Shape
 from secateur.pruning.cost import reads_text
 from secateur.pruning.target import Target
-from secateur.study.settings import SettingKind
-from secateur.study.spec import (
+from secateur.study.sections import (
     ControlKind,
     ControlSpec,
     MethodEntry,
     ObjectiveSpec,
     SettingSpec,
-    StudySpec,
     TwinInit,
 )
+from secateur.study.settings import SettingKind
+from secateur.study.spec import StudySpec
 
 __all__ = ["PlannedComparison", "Pruning", "comparisons", "prunings", "seed_shift"]
 

@@ -18,8 +18,9 @@ from secateur.model.shapes import solve_width
 from secateur.pruning.cost import scoring_flops
 from secateur.study.grid import PlannedComparison, Pruning, comparisons, prunings, seed_shift
 from secateur.study.resolve import ResolvedStudy, split_paths
+from secateur.study.sections import CalibrationSpec, ControlKind
 from secateur.study.settings import TWIN_NAMES, SettingKind
-from secateur.study.spec import CalibrationSpec, ControlKind, StudySpec
+from secateur.study.spec import StudySpec
 from secateur.study.stage import Stage, unique
 from secateur.study.training_runs import Inputs, TrainingRuns, sizes_of
 

@@ -17,7 +17,8 @@ from secateur.evaluation.protocols import text_source
 from secateur.files import sha256_file, sha256_tree
 from secateur.hub import is_hub_name
 from secateur.model.shapes import Shape
-from secateur.study.spec import EvaluationSpec, ParentSpec, StudySpec
+from secateur.study.sections import EvaluationSpec, ParentSpec
+from secateur.study.spec import StudySpec
 
 __all__ = ["SHARDS", "ResolvedParent", "ResolvedStudy", "resolve", "split_paths"]
 

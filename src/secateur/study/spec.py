@@ -1,358 +1,41 @@
-"""The keys of a study file."""
+"""A study file as a whole: its sections, and what must hold among them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import Field
 
-from secateur.config import RUNTIME, Count, Fraction, IdentityKey, Positive, listed, load_yaml, parse, spec
+from secateur.config import Fraction, Positive, listed, load_yaml, parse, spec
 from secateur.data.corpus import CorpusSpec
 from secateur.errors import UserError, did_you_mean, spell
-from secateur.evaluation.suite import Suite
-from secateur.methods.registry import get_method, known_methods
-from secateur.model.shapes import Shape
-from secateur.pruning.target import Target
+from secateur.methods.registry import get_method
 from secateur.study.question import QuestionSpec
-from secateur.study.settings import SettingKind
-from secateur.training.recipe import Distill, Recipe
-
-__all__ = [
-    "CalibrationSpec",
-    "ComputeSpec",
-    "ControlSpec",
-    "DataSpec",
-    "EvaluationSpec",
-    "MethodEntry",
-    "ObjectiveSpec",
-    "ParentSpec",
-    "RetrainSpec",
-    "SeedsSpec",
-    "SettingSpec",
-    "StudySpec",
-    "SweepSpec",
-    "load_study",
-]
-
-ControlKind = Literal[
-    "scratch",
-    "redrawn",
-    "redrawn-linears",
-    "permuted",
-    "random-mask",
-    "shuffled-weights",
-    "dense-twin",
-    "without-pruning-tokens",
-]
-#: The first weights of a sparse model's twin, under the parent's mask: all of them new, or those of linears alone.
-TwinInit = Literal["redrawn", "redrawn-linears"]
-
-Rate = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**62)]
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
-
-
-def _known_method(name: str) -> str:
-    if name not in known_methods():
-        raise ValueError(f"{name!r} is not a known method{did_you_mean(name, known_methods())}")
-    return name
-
-
-Budgets = Annotated[tuple[Count, ...], listed(), Field(min_length=1)]
-
-
-@spec
-class ParentSpec:
-    """A model to prune: a Llama of this shape that the study pretrains, or an existing checkpoint.
-
-    The sizes of a checkpoint in a directory may be left out: its configuration has them. Those of a model of the Hub
-    are required, so that a study can be planned without a network. A checkpoint's ``tokens`` only enter the ledger.
-    """
-
-    tokens: Count | None = None  #: P
-    checkpoint: str | None = None  #: a directory, or a Hub model: org/name[@REVISION]
-    hidden: Positive | None = None
-    ffn: Positive | None = None
-    layers: Positive | None = None
-    heads: Positive | None = None
-    kv_heads: Positive | None = None
-    head_dim: Positive | None = None  #: default: hidden / heads
-    vocabulary: Positive | None = None  #: of a checkpoint; a pretrained parent has that of the corpus
-    tied: bool = False
-    #: of a pretrained parent, as in config.json; its pruned models, twins and controls have them too
-    rope_theta: Rate | None = None
-    rope_scaling: Mapping[str, Any] | None = None
-    rms_norm_eps: Rate | None = None
-
-    def __post_init__(self) -> None:
-        if self.checkpoint and self.config:
-            key = next(iter(self.config))
-            raise UserError(f"parent.{key}: parent.checkpoint has its own, in its config.json; leave the key out")
-        if self.rope_scaling is not None and "rope_type" not in self.rope_scaling:
-            raise UserError("parent.rope_scaling: needs a rope_type, as in {rope_type: linear, factor: 4}")
-        sizes = {name: getattr(self, name) for name in ("hidden", "ffn", "layers", "heads", "kv_heads")}
-        missing = [name for name, size in sizes.items() if size is None]
-        if self.checkpoint is None:
-            for key in (*missing, *(["tokens"] if self.tokens is None else [])):
-                raise UserError(f"parent.{key}: this key is required, unless parent.checkpoint names a model")
-            if self.vocabulary is not None:
-                raise UserError("parent.vocabulary: a pretrained parent has that of the corpus; set corpus.vocabulary")
-        elif missing and len(missing) < len(sizes):
-            raise UserError(f"parent.{missing[0]}: give all sizes of the checkpoint, or none")
-        if not missing:
-            assert self.hidden and self.heads and self.kv_heads
-            if self.hidden % self.heads and self.head_dim is None:
-                raise UserError(f"parent.hidden: {self.hidden} is not a multiple of parent.heads {self.heads}")
-            if self.heads % self.kv_heads:
-                raise UserError(f"parent.heads: {self.heads} is not a multiple of parent.kv_heads {self.kv_heads}")
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The keys of config.json that the file sets, besides sizes."""
-        keys = ("rope_theta", "rope_scaling", "rms_norm_eps")
-        return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
-
-    def shape(self, vocabulary: int) -> Shape | None:
-        """The model's sizes; None if only the checkpoint's configuration has them."""
-        if self.hidden is None:
-            return None
-        assert self.ffn and self.layers and self.heads and self.kv_heads
-        head_dim = self.head_dim or self.hidden // self.heads
-        vocabulary = self.vocabulary or vocabulary
-        return Shape(self.hidden, self.ffn, self.layers, self.heads, self.kv_heads, head_dim, vocabulary, self.tied)
-
-
-@spec
-class ObjectiveSpec(Distill):
-    """The loss of a pruned model's retraining: the language-model loss, or the divergence from its parent."""
-
-    kind: Literal["language-model", "distill"]  # type: ignore[assignment]
-    name: Label | None = None  #: in records and reports; default: the kind
-    teacher: Literal["parent"] = "parent"
-    equal: Literal["tokens", "flops"] = (
-        "tokens"  #: the quantity it shares with the language-model run of the same budget
-    )
-    settings: Annotated[tuple[SettingKind, ...] | None, listed()] = None  #: default: the study's
-
-    @property
-    def label(self) -> str:
-        """Name in records and reports; empty for the language-model loss."""
-        return self.name or ("" if self.kind == "language-model" else self.kind)
-
-    @property
-    def distill(self) -> Distill | None:
-        """The distillation; None for the language-model loss."""
-        if self.kind == "language-model":
-            return None
-        return Distill(temperature=self.temperature, alpha=self.alpha, top_k=self.top_k)
-
-
-@spec
-class RetrainSpec:
-    """The training of pruned models. Their from-scratch twins train on the same tokens with the study's recipe."""
-
-    tokens: Budgets  #: R; several budgets form a ladder, each with its own schedule
-    peak_rate: Rate | None = None  #: of the pruned runs; default: the recipe's
-    objective: Annotated[tuple[ObjectiveSpec, ...], listed("kind"), Field(min_length=1)] = (
-        ObjectiveSpec(kind="language-model"),
-    )
-    #: shared: the budgets of a ladder share one trunk and differ in their decays
-    trunk: Literal["own", "shared"] = "own"
-
-
-@spec
-class SettingSpec:
-    """A quantity that a from-scratch twin shares with the pruned run."""
-
-    kind: SettingKind
-    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: the budgets R that it applies to; default: all
-
-
-@spec
-class ControlSpec:
-    """A run at equal training tokens that shares a part of what a pruned model inherits."""
-
-    init: ControlKind
-    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: as in a setting
-
-
-@spec
-class SeedsSpec:
-    """The seeds of a study, and what they vary."""
-
-    values: Annotated[tuple[Seed, ...], listed()] = ()  #: default: the recipe's
-    #: all: also the pretrained parent, its calibration windows and its pruning; training: one parent serves all seeds
-    vary: Literal["all", "training"] = "all"
-
-
-def _as_seeds(value: Any) -> Any:
-    """Let a file give the seeds alone."""
-    return value if isinstance(value, Mapping | SeedsSpec) else {"values": value}
-
-
-@spec
-class DataSpec:
-    """The part of the training split that twins read."""
-
-    #: same: from where the pruned run, or at equal total tokens the parent, begins; own-start: from the first token
-    twin: Literal["same", "own-start"] = "same"
-
-
-Settings = Annotated[tuple[SettingSpec, ...], listed("kind")]
-Controls = Annotated[tuple[ControlSpec, ...], listed("init")]
-
-
-@spec
-class CalibrationSpec:
-    """The text that pruning scores are computed on: by default windows of the parent's own training slice."""
-
-    windows: Positive = 128
-    seed: int = 42  #: chooses the windows of the slice, or of ``documents`` the places
-    source: Annotated[str | None, IdentityKey(omit=None)] = None  #: other text: ``text:PATH``, ``hf:NAME[:config]``
-    field: Annotated[str | None, IdentityKey(omit=None)] = None  #: key or column of the text; default: ``text``
-    seqlen: Annotated[Positive | None, IdentityKey(omit=None)] = None  #: tokens in a window; default: recipe.sequence
-    #: of ``source``: its first tokens, document after document; or a window of each document longer than a window
-    protocol: Annotated[Literal["stream", "documents"], IdentityKey(omit="stream")] = "stream"
-
-    def __post_init__(self) -> None:
-        for key, default in (("field", None), ("protocol", "stream")):
-            if self.source is None and getattr(self, key) != default:
-                raise UserError(f"calibration.{key}: goes with calibration.source, which is not given")
-
-
-@spec
-class MethodEntry:
-    """A method and how much it removes; missing keys default to those of the study."""
-
-    method: Annotated[str, AfterValidator(_known_method)]
-    name: Label | None = None  #: in records and reports; default: the method's
-    parent: str | None = None  #: one of several; default: the first
-    ratios: Annotated[tuple[Fraction, ...] | None, listed()] = None
-    shapes: Mapping[Label, str] | None = None  #: name -> sizes, as in hidden=3072,ffn=9216
-    pattern: str | None = None  #: N:M
-    of: Literal["total", "non-embedding"] | None = None
-    axes: str | None = None
-    allocation: Literal["uniform", "global"] = "uniform"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: retrain.tokens
-    settings: Settings | None = None
-    seeds: Annotated[tuple[Seed, ...] | None, listed()] = None
-    controls: Controls | None = None
-    twin_init: TwinInit | None = None
-    data: DataSpec | None = None
-    calibration: CalibrationSpec | None = None
-    objective: Annotated[tuple[ObjectiveSpec, ...] | None, listed("kind")] = None  #: retrain.objective
-
-    @property
-    def label(self) -> str:
-        """Name in records and reports."""
-        return self.name or self.method
-
-    def targets(self, ratios: tuple[float, ...]) -> dict[str, Target]:
-        """Name -> target of each model that the entry prunes.
-
-        Raises:
-            UserError: if two keys say how much to remove, or a target is invalid.
-        """
-        keys = [key for key in ("ratios", "shapes", "pattern") if getattr(self, key)]
-        if len(keys) > 1:
-            raise UserError(f"{keys[0]} and {keys[1]} both say how much to remove; make two entries of them")
-        common = {"of": self.of, "axes": self.axes, "allocation": self.allocation}
-        if self.pattern:
-            return {self.pattern: Target.parse(pattern=self.pattern, **common)}
-        if self.shapes:
-            return {name: Target.parse(shape=text, **common) for name, text in self.shapes.items()}
-        return {f"{ratio:g}": Target.parse(ratio=ratio, **common) for ratio in self.ratios or ratios}
-
-
-@spec
-class EvaluationSpec:
-    """What is measured of every model: its held-out loss and the measurements of ``suite``."""
-
-    windows: Positive = 256  #: spread over the held-out split
-    points: Positive = 8  #: measurements along each training run
-    suite: Annotated[tuple[str, ...], listed()] = ()  #: names, as for ``secateur eval``
-    protocol: str = "heldout"  #: of the perplexities in ``suite``
-    text_data: Annotated[str | None, RUNTIME] = None  #: folder of the perplexities' texts; default: the Hub
-    tasks_data: Annotated[str | None, RUNTIME] = None  #: folder of the tasks' documents; default: the Hub
-    task_limit: Positive | None = None  #: documents of each task; default: all
-    few_shot: Annotated[int, Field(ge=0)] | None = None  #: examples in each prompt; default: the task's own
-
-    def __post_init__(self) -> None:
-        suite = self.measurements
-        readers = [
-            ("text_data", suite.texts),
-            *((key, suite.tasks) for key in ("tasks_data", "task_limit", "few_shot")),
-        ]
-        for key, names in readers:
-            if getattr(self, key) is not None and not names:
-                raise UserError(f"evaluation.{key}: nothing in evaluation.suite uses it")
-
-    @property
-    def measurements(self) -> Suite:
-        """The parsed ``suite``."""
-        if not self.suite:
-            return Suite(loss=True)
-        return Suite.parse(",".join(self.suite), self.protocol, where="evaluation.")
-
-
-@spec
-class SweepSpec:
-    """Learning rates to try for each run of the first seed; the other seeds train at the rate that it chose."""
-
-    rates: Annotated[tuple[Rate, ...], Field(min_length=2)]
-    parent: bool | Annotated[tuple[Rate, ...], Field(min_length=2)] = False  #: also of parents; or rates of their own
-    tokens: Count | None = None  #: of each trial; default: the run's own, and the best trial is the run
-    windows: Positive = 64  #: held-out windows that choose the rate, none of them in ``evaluation``
-
-    def __post_init__(self) -> None:
-        _check_unique("sweep.rates", self.rates)
-        _check_unique("sweep.parent", self.parent_rates)
-
-    @property
-    def parent_rates(self) -> tuple[float, ...]:
-        """Rates to try for parents that the study pretrains; empty for none."""
-        if isinstance(self.parent, bool):
-            return self.rates if self.parent else ()
-        return self.parent
-
-
-@spec
-class ComputeSpec:
-    """How stages compute."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"  #: of the forward pass in training; weights and sums are float32
-    device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = "auto"
-    processes: Annotated[Positive, RUNTIME] = 1  #: of each stage that trains or prunes
-    replicas: Annotated[Positive, RUNTIME] = 1  #: groups of processes that each hold the whole model
-    recompute: Annotated[bool, RUNTIME] = False
-    compile: Annotated[bool, RUNTIME] = False
-
-
-@spec
-class Exclude:
-    """A rule that leaves out cells: those that have, for every key of the rule, one of its values."""
-
-    method: Annotated[tuple[str, ...] | None, listed()] = None  #: an entry's name
-    target: Annotated[tuple[str | float, ...] | None, listed()] = None
-    tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: R
-    seed: Annotated[tuple[Seed, ...] | None, listed()] = None
-    objective: Annotated[tuple[str, ...] | None, listed()] = None
-    setting: Annotated[tuple[SettingKind, ...] | None, listed()] = None
-    control: Annotated[tuple[ControlKind, ...] | None, listed()] = None
-
-    def __post_init__(self) -> None:
-        if not any(getattr(self, f.name) for f in fields(self)):
-            raise UserError("exclude: an entry needs at least one key, as in {seed: 1, setting: equal_total_tokens}")
-
-    def covers(self, cell: Mapping[str, Any]) -> bool:
-        """Whether a cell has, for every key of the rule, one of its values."""
-        rule = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        rule |= {"target": [v if isinstance(v, str) else f"{v:g}" for v in self.target]} if self.target else {}
-        return all(cell.get(key) in values for key, values in rule.items())
+from secateur.study.sections import (
+    CalibrationSpec,
+    ComputeSpec,
+    Controls,
+    DataSpec,
+    EvaluationSpec,
+    Exclude,
+    Label,
+    MethodEntry,
+    ParentSpec,
+    RetrainSpec,
+    Seeds,
+    SeedsSpec,
+    Settings,
+    SettingSpec,
+    SweepSpec,
+    TwinInit,
+    check_unique,
+)
+from secateur.training.recipe import Recipe
+
+__all__ = ["StudySpec", "load_study"]
 
 
 @spec
@@ -372,7 +55,7 @@ class StudySpec:
     controls: Controls = ()
     twin_init: TwinInit = "redrawn"
     data: DataSpec = DataSpec()
-    seeds: Annotated[SeedsSpec, BeforeValidator(_as_seeds)] = SeedsSpec()
+    seeds: Seeds = SeedsSpec()
     exclude: tuple[Exclude, ...] = ()
     sweep: SweepSpec | None = None
     calibration: CalibrationSpec = CalibrationSpec()
@@ -386,10 +69,10 @@ class StudySpec:
     def __post_init__(self) -> None:
         if (self.parent is None) == (not self.parents):
             raise UserError("parent: this key is required" if self.parent is None else "parents: leave out parent")
-        _check_unique("ratios", self.ratios)
-        _check_unique("seeds", self.seeds.values)
-        _check_unique("settings", [setting.kind for setting in self.settings])
-        _check_unique("retrain.tokens", self.retrain.tokens)
+        check_unique("ratios", self.ratios)
+        check_unique("seeds", self.seeds.values)
+        check_unique("settings", [setting.kind for setting in self.settings])
+        check_unique("retrain.tokens", self.retrain.tokens)
         if self.retrain.trunk == "shared" and self.recipe.schedule != "wsd":
             raise UserError("retrain.trunk: a shared trunk needs recipe.schedule wsd; set it, or leave trunk out")
         if self.sweep and self.retrain.trunk == "shared":
@@ -469,12 +152,6 @@ class StudySpec:
     def parent_of(self, entry: MethodEntry) -> str:
         """The name of the parent that an entry prunes."""
         return entry.parent or next(iter(self.all_parents))
-
-
-def _check_unique(key: str, values: Any) -> None:
-    for value in values:
-        if list(values).count(value) > 1:
-            raise UserError(f"{key}: an entry appears twice: {value}")
 
 
 def load_study(path: Path) -> StudySpec:

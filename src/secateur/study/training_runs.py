@@ -11,7 +11,8 @@ from secateur.config import identity
 from secateur.evaluation.workload import Workload
 from secateur.model.shapes import Shape, teacher_flops, train_flops
 from secateur.study.grid import PlannedComparison
-from secateur.study.spec import ObjectiveSpec, StudySpec
+from secateur.study.sections import ObjectiveSpec
+from secateur.study.spec import StudySpec
 from secateur.study.stage import Stage
 from secateur.training.recipe import Recipe
 
