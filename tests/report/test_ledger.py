@@ -267,3 +267,18 @@ def test_latex_is_escaped_and_says_what_is_missing():
 def test_a_pruned_model_without_cells_is_in_the_page_of_costs():
     results = dataclasses.replace(example(), cells=(), pruned=(pruned("wanda"),))
     assert [row["what"] for row in pieces(Index(results))] == ["pretraining the parent", "scoring"]
+
+
+def test_a_part_that_is_a_comparison_of_the_study_has_its_verdict():
+    """Among ten comparisons the gap is undecided; among the controls alone it would be a verdict."""
+    controls_at = {"permuted": 5.9, "random-mask": 5.9}
+    cells = [cell("wanda", "P-R", 5.4, salt=1), cell("wanda", "S_R", 5.4186, salt=2)]
+    cells += [cell("wanda", init, loss, salt=3, init=init) for init, loss in controls_at.items()]
+    for number in range(1, 10):
+        cells += [cell("wanda", n, 5.4, salt=i, target=f"0.{number}5") for i, n in enumerate(("P-R", "S_R"))]
+    judgement = judge(study(*cells))
+    group = next(group for group in judgement.index.comparisons if group.target == "0.5")
+    verdict = next(v for v in judgement.verdicts if v.group == group)
+    part = next(part for part in judgement.parts(group) if (part.against, part.of) == ("redrawn", "pruned"))
+    assert verdict.winner == "undecided" and part.mean == verdict.decision
+    assert part_sentence(part).startswith("The weights under that mask: undecided (")

@@ -73,10 +73,11 @@ def controls(index: Index, group: Group) -> tuple[ControlGap, ...]:
     return tuple(rows)
 
 
-def parts(index: Index, group: Group) -> tuple[Part, ...]:
-    """Split the advantage of a comparison into parts, over all its seeds, corrected for their number.
+def parts(index: Index, group: Group, verdict: Decision | None = None) -> tuple[Part, ...]:
+    """Split the advantage of a comparison into parts, over all its seeds; empty without a control.
 
-    Empty without a control.
+    Args:
+        verdict: on P-R against S_R, which that part has; the others are corrected for their number.
     """
     if not controls(index, group):
         return ()
@@ -87,9 +88,12 @@ def parts(index: Index, group: Group) -> tuple[Part, ...]:
         "redrawn-linears",
     }:  # the weights then count beside the control that has the mask as well, not beside scratch
         pairs = [pair for pair in pairs if pair[0] != "scratch" or pair[1] == "redrawn"]
+    twin = next((init for init, cells in runs.items() if any(cell.name == "S_R" for cell in cells.values())), None)
+    judged = verdict and (twin, "pruned")
     measured = [_part(runs, *pair) for pair in pairs]
-    corrected = iter(adjust([part.mean for part in measured if part.mean]))
-    return tuple(replace(part, mean=next(corrected)) if part.mean else part for part in measured)
+    corrected = iter(adjust([part.mean for part in measured if part.mean and (part.against, part.of) != judged]))
+    means = [verdict if (part.against, part.of) == judged else part.mean and next(corrected) for part in measured]
+    return tuple(replace(part, mean=mean) for part, mean in zip(measured, means, strict=True))
 
 
 def _runs(index: Index, group: Group) -> dict[Init, dict[int, Cell]]:

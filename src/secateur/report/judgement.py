@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from secateur.comparison.ablation import parts
+from secateur.comparison.ablation import Part, parts
 from secateur.comparison.decision import Decision
 from secateur.comparison.findings import Finding, find
-from secateur.comparison.index import Index
+from secateur.comparison.index import Group, Index
 from secateur.comparison.items import decision_record
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.quality import QualityRow, contradicting, quality_rows
@@ -80,6 +80,11 @@ class Judgement:
     def laws(self) -> tuple[MethodLaw, ...]:
         """Laws across ratios, of each method that has several ratios and a ladder."""
         return across_ratios(self.index)
+
+    def parts(self, group: Group) -> tuple[Part, ...]:
+        """The parts of a comparison's advantage at equal training tokens; empty without a control."""
+        verdicts = (v for v in self.verdicts if v.setting == "training" and v.group == group)
+        return parts(self.index, group, next((verdict.decision for verdict in verdicts), None))
 
     def verdicts_in(self, setting: Setting) -> list[tuple[Verdict, str]]:
         """The verdicts of one setting, each with its sentence."""
@@ -159,9 +164,15 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
         ],
         "contradictions": list(judgement.contradictions),
         "inherited": [
-            {**dataclasses.asdict(group), "without": part.against, "with": part.of, **_mean_json(part.mean)}
+            {
+                **dataclasses.asdict(group),
+                "without": part.against,
+                "with": part.of,
+                "verdict": part.mean.verdict if part.mean else "not measured",
+                **_mean_json(part.mean),
+            }
             for group in judgement.index.comparisons
-            for part in parts(judgement.index, group)
+            for part in judgement.parts(group)
         ],
         "objectives": [
             {

@@ -10,7 +10,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from secateur import formatting
-from secateur.comparison.ablation import parts
 from secateur.comparison.index import PRUNED, Group, Index, Model, mean_loss
 from secateur.comparison.ledger import ACCOUNTS, FORMULA, forwards, own_cost, pieces, pipelines
 from secateur.comparison.naming import BUDGETS, group_name, model_name
@@ -272,7 +271,7 @@ def _model_details(
         "layers": figures_of("layers", model),
         "curves": figures_of("curves", *names),
         "controls": [
-            {"name": name, "figures": figures_of("controls", group), "parts": parts(index, group)}
+            {"name": name, "figures": figures_of("controls", group), "parts": judgement.parts(group)}
             for group, name in names.items()
             if figures_of("controls", group)
         ],

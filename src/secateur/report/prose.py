@@ -134,9 +134,10 @@ def part_sentence(part: Part) -> str:
     if mean is None or mean.value is None:
         return f"{name.rstrip(',')}: not measured."
     runs = ", in one pair of runs" if mean.seeds == 1 else f", over {spelled(mean.seeds)} seeds"
+    if _is_equal(mean):
+        return f"{name} make{s} no difference beyond {mean.margin:g} nats ({_spread(mean)}{runs})."
     if not mean.sign:
-        level = f"no difference beyond {mean.margin:g} nats" if _is_equal(mean) else "no clear difference"
-        return f"{name} make{s} {level} ({_spread(mean)}{runs})."
+        return f"{name.rstrip(',')}: undecided ({_spread(mean)}{runs}): {mean.reason}."
     verb = "save" if mean.sign > 0 else "cost"
     return f"{name} {verb}{s} {_size(mean, runs)}."
 

@@ -59,7 +59,7 @@ class StudyComparison:
     def answer(self) -> str:
         """How many verdicts agree, and in how many comparisons the studies differ by more than noise."""
         agreements = [row.agree for row in self.gaps if row.agree is not None]
-        names = f"{self.a.results.name} and {self.b.results.name}"
+        names = f"A ({self.a.results.name}) and B ({self.b.results.name})"
         if not agreements:
             return f"{names} have no comparison that both have measured."
         total = len(agreements)
@@ -67,10 +67,15 @@ class StudyComparison:
         signs = [row.difference.verdict for row in self.gaps if row.agree is not None]
         apart = sum(verdict in ("first", "second") for verdict in signs)
         equal = signs.count("equal within margin")
-        return (
+        text = (
             f"{names} give the same verdict in {share} comparisons that both have measured. The loss saved differs by "
-            f"more than noise in {apart} and is equal within the margin in {equal}; of the other "
-            f"{total - apart - equal} the intervals beside them say how far apart the studies may be."
+            f"more than noise in {apart} and is equal within the margin in {equal}."
+        )
+        rest = total - apart - equal
+        return (
+            f"{text} For the other {rest} it is undecided: the intervals say how far apart they may be."
+            if rest
+            else text
         )
 
 

@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from secateur.comparison.ablation import parts
 from secateur.comparison.index import PRUNED, Group, Index, group_of, mean_loss
 from secateur.comparison.ledger import ACCOUNTS
 from secateur.comparison.naming import BUDGETS, group_name, target_words
@@ -61,7 +60,7 @@ def text_table(judgement: Judgement) -> str:
         ["", *_wrapped(coverage_note(judgement.verdicts, judgement.results.seeds_vary))] if judgement.verdicts else []
     )
     lines += _sweeps(index)
-    lines += _findings(judgement) + _controls(index) + _objectives(index) + _forecasts(judgement)
+    lines += _findings(judgement) + _controls(judgement) + _objectives(index) + _forecasts(judgement)
     if len(index.pools) > len(index.models) or index.several_seeds or len(index.parents) > 1:
         lines += _ranking(judgement)
     lines += _regime(judgement)
@@ -252,8 +251,9 @@ def _sweeps(index: Index) -> list[str]:
     return ["", f"{SWEEPS_TITLE}", *lines] if lines else []
 
 
-def _controls(index: Index) -> list[str]:
-    rows = [(group, group_parts) for group in index.comparisons if (group_parts := parts(index, group))]
+def _controls(judgement: Judgement) -> list[str]:
+    index = judgement.index
+    rows = [(group, group_parts) for group in index.comparisons if (group_parts := judgement.parts(group))]
     lines = ["", "What is inherited, by controls at equal training tokens"] if rows else []
     for group, group_parts in rows[:_MOST_CONTROLS]:
         lines += _wrapped(group_name(group, index.comparisons, target=True), indent="  ")

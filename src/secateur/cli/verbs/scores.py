@@ -153,8 +153,11 @@ def comparison_table(comparisons: Sequence[Comparison], a: Sequence[str], b: Seq
         )
     lines = [f"A: {', '.join(a)}", f"B: {', '.join(b)}", *_aligned(rows)]
     lines.append("items: on how many A and B are better; p: of no difference, two-sided; loss in nats per token")
-    if len(a) > 1:
-        lines.append(f"intervals cover the choice of items and {len(a)} seeds")
+    seeds = max((c.decision.seeds for c in comparisons), default=0)
+    if seeds > 1:
+        lines.append(f"intervals cover the choice of items and {seeds} seeds")
+    elif len(a) > 1:
+        lines.append("the seeds are identical and count as one; intervals cover the choice of items")
     else:
         lines.append("intervals cover the choice of items, for this pair of runs; several seeds cover training as well")
     if any(c.unit == "windows" for c in comparisons):
