@@ -150,8 +150,7 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
                 "planned": len(row.cases),
                 **_mean_json(row.mean),
                 "exceptions": [
-                    {**dataclasses.asdict(case.group), "verdict": case.decision.verdict, **_mean_json(case.decision)}
-                    for case in row.exceptions
+                    {**dataclasses.asdict(case.group), **_mean_json(case.decision)} for case in row.exceptions
                 ],
                 "sentence": finding_sentence(row, judgement.index.comparisons),
             }
@@ -164,13 +163,7 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
         ],
         "contradictions": list(judgement.contradictions),
         "inherited": [
-            {
-                **dataclasses.asdict(group),
-                "without": part.against,
-                "with": part.of,
-                "verdict": part.mean.verdict if part.mean else "not measured",
-                **_mean_json(part.mean),
-            }
+            {**dataclasses.asdict(group), "without": part.against, "with": part.of, **_mean_json(part.mean)}
             for group in judgement.index.comparisons
             for part in judgement.parts(group)
         ],
@@ -191,8 +184,9 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
 
 
 def _mean_json(mean: Decision | None) -> dict[str, Any]:
-    """A paired difference; None if it was not measured."""
-    return decision_record(mean or Decision("not measured"))
+    """A paired difference with its verdict; None if it was not measured."""
+    decision = mean or Decision("not measured")
+    return {"verdict": decision.verdict, **decision_record(decision)}
 
 
 def _verdict_json(index: Index, verdict: Verdict, text: str) -> dict[str, Any]:
