@@ -23,6 +23,7 @@ __all__ = [
     "check_disk",
     "partial_directories",
     "read_json",
+    "refuse_file",
     "require_new_directory",
     "resumable_directory",
     "sha256_file",
@@ -103,6 +104,17 @@ def sync_tree(directory: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def refuse_file(out: Path) -> None:
+    """Check that ``out`` is a directory or can become one; nothing is written.
+
+    Raises:
+        UserError: if it is a file, or below one.
+    """
+    existing = next((path for path in (out, *out.parents) if path.exists()), None)
+    if existing is not None and not existing.is_dir():
+        raise UserError(f"`out`: {existing} is a file; name a folder")
 
 
 def require_new_directory(out: Path) -> None:

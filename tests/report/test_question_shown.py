@@ -78,6 +78,16 @@ CONTENT = {"margin": 0.02, "yes": "a"}
             "declared before the first stage. It was changed after 1 stage (margin).",
             True,
         ),
+        (
+            [("old", 0, {"margin": 0.1, "yes": "a"})],
+            "Another question was declared before the first stage. This is not the question recorded: margin differs.",
+            True,
+        ),
+        (
+            [("now", 0, CONTENT), ("old", 2, {"margin": 0.1, "yes": "a"})],
+            "This question was declared before the first stage. It was changed after 2 stages (margin). This is not",
+            True,
+        ),
         ([("old", 0, {"margin": 0.1, "yes": "b"})], "This is not the question recorded: margin and yes differ.", True),
         ([], "not recorded in the study's folder", True),
         (
@@ -92,6 +102,15 @@ def test_it_says_when_the_question_was_declared_and_changed(entries: Any, text: 
     assert text in " ".join(judgement.question.history)
     assert judgement.question.is_late is late
     assert ('class="caution">' in render(judgement).partition('id="question"')[2].partition("</section>")[0]) is late
+
+
+def test_a_question_that_finished_stages_precede_is_not_recorded_before_the_runs() -> None:
+    results = dataclasses.replace(example(), question=asking(CONTENT, "wanda"), stages_done=41)
+    assert judge(results).question.history == (
+        "This question was not recorded before the runs: 41 stages are finished. Running the study records it as late.",
+    )
+    recorded = dataclasses.replace(results, declarations=(Declaration("now", 0, CONTENT),))
+    assert judge(recorded).question.history == ("The question was declared before the first stage.",)
 
 
 def test_the_question_comes_first_and_the_rest_is_exploratory() -> None:

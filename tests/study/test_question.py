@@ -18,6 +18,7 @@ from secateur.study import collect
 from secateur.study.declarations import read_declarations, record_question
 from secateur.study.runner.scheduler import StudyOutcome
 from secateur.study.session import Study
+from secateur.study.stage import unique
 from secateur.study.store import Store
 
 TOTAL = {"comparisons": "equal_total_tokens"}
@@ -44,11 +45,12 @@ def study(folder: Path, question: dict[str, Any] | None, **changes: Any) -> Stud
     return Study.load(path, folder / "out")
 
 
-def finish(store: Store, number: int) -> None:
-    """Make the record of finished stages, and of one that is not."""
-    for name in [*(f"train-x-{n:012x}" for n in range(number)), "train-x-00000000000f.partial-1"]:
-        (store.stages / name).mkdir(parents=True, exist_ok=True)
-        (store.stages / name / "record.json").write_text("{}")
+def finish(planned: Study, number: int) -> None:
+    """Make the record of the first stages, and of one of an earlier version of the study."""
+    folders = [planned.store.folder(stage) for stage in unique(planned.stages)[:number]]
+    for folder in [*folders, planned.store.stages / "train-x-000000000000"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "record.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -132,14 +134,14 @@ def test_a_run_records_the_question_before_its_first_stage(tmp_path: Path, monke
     first.run()
     first.run()
     assert lists[-1] == [(first.question.hash, 0)]
-    finish(first.store, 3)
+    finish(first, 3)
     changed = Study(second.file, second.spec, second.stages, first.store, second.question)
     changed.run(only=["parent*"])
     assert lists[-1] == [(first.question.hash, 0), (second.question.hash, 3)]
     content = (first.out / "question.json").read_text()
     assert [entry["question"]["margin"] for entry in json.loads(content)] == [0.02, 0.1]
     assert str(tmp_path) not in content
-    finish(first.store, 5)
+    finish(first, 5)
     Study(plain.file, plain.spec, plain.stages, first.store).run()
     assert lists[-1][2:] == [(None, 5)]
 
@@ -147,7 +149,7 @@ def test_a_run_records_the_question_before_its_first_stage(tmp_path: Path, monke
 def test_of_several_processes_one_records(tmp_path: Path) -> None:
     declared = study(tmp_path, TOTAL)
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda _: record_question(Store(declared.out), declared.question), range(6)))
+        list(pool.map(lambda _: record_question(Store(declared.out), declared.question, declared.stages), range(6)))
     assert len(read_declarations(declared.store)) == 1
     (declared.out / "question.json").write_text('[{"hash": 1, "extra": 2}]')
     with pytest.raises(UserError, match="is damaged"):
@@ -160,10 +162,25 @@ def test_results_have_the_question_of_the_file_and_those_recorded(
     empty = StudyResults("micro", "", "", (), (), (), {}, {}, {}, ())
     monkeypatch.setattr(collect, "collect", lambda *_: empty)
     declared, changed = study(tmp_path, TOTAL), study(tmp_path, {**TOTAL, "margin": 0.1})
-    record_question(declared.store, declared.question)
+    record_question(declared.store, declared.question, declared.stages)
+    finish(changed, 4)
     results = changed.results()
+    assert results.stages_done == 4
     assert results.question == changed.question
     assert [entry.hash for entry in results.declarations] == [declared.question and declared.question.hash]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+@pytest.mark.parametrize(
+    "verb", [["run"], ["run", "--launcher", "slurm"], ["status"], ["report"], ["explain", "corpus"]]
+)
+def test_a_file_is_no_folder_of_a_study(
+    verb: list[str], place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study(tmp_path, TOTAL).file
+    (tmp_path / "file").write_text("")
+    assert main(["study", verb[0], str(path), *verb[1:], "--out", str(tmp_path / place)]) == 2
+    assert capsys.readouterr().err == f"secateur: error: --out: {tmp_path / 'file'} is a file; name a folder\n"
 
 
 def test_power_finds_seeds_and_prices_the_study_with_them(tmp_path: Path) -> None:

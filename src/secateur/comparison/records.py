@@ -291,7 +291,7 @@ class Declaration:
     """A question as the study's folder recorded it."""
 
     hash: str | None  #: None: the question was withdrawn
-    stages_done: int  #: finished stages in the folder at that time
+    stages_done: int  #: finished stages of the study at that time
     question: dict[str, Any] | None  #: its content
 
 
@@ -314,5 +314,6 @@ class StudyResults:
     seeds_vary: SeedsVary = "training"
     question: StudyQuestion | None = None  #: that the study file declares
     declarations: tuple[Declaration, ...] = ()  #: the questions that the study's folder records, in their order
+    stages_done: int = 0  #: finished stages of the study, when its records were collected
     sweeps: tuple[Sweep, ...] = ()  #: of parents, then of runs
     study_yaml: str = ""  #: the study file's text

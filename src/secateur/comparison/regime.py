@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from secateur.comparison.decision import Decision, adjust
+from secateur.comparison.decision import Decision
 from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.records import Cell, Evaluation, Parent, PrunedModel
 from secateur.comparison.twins import SCRATCH, Paired, mean_difference, pair_evaluations
@@ -118,17 +118,18 @@ def _swept(cells: Iterable[Cell]) -> bool | None:
 
 
 def _checks(index: Index, pairs: Mapping[Group, Sequence[Pair]]) -> tuple[RegimeCheck, ...]:
-    """Decide each comparison over its seeds, by Holm's method among all; models that several share count once."""
+    """Decide each comparison over its seeds, by itself; models that several share count once.
+
+    The decisions are not corrected for their number: the regime warns, and a correction would hide what shows.
+    """
     distinct: dict[tuple[object, ...], Group] = {}
     for group, seeds in pairs.items():
         windows = (evaluation and (evaluation.loss, evaluation.windows) for pair in seeds for evaluation in pair)
         key = tuple(windows)
         distinct.setdefault(key if all(key) else (group,), group)
-    groups = tuple(distinct.values())
-    decisions = adjust([_decide(pairs[group]) for group in groups])
     return tuple(
-        RegimeCheck(group, decision, sparse=index.granularity(group.model) == "sparse")
-        for group, decision in zip(groups, decisions, strict=True)
+        RegimeCheck(group, _decide(pairs[group]), sparse=index.granularity(group.model) == "sparse")
+        for group in distinct.values()
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.comparison.decision import LEVEL
 from secateur.comparison.question import changed_keys, decisive, first_declaration, is_recorded, later_changes
-from secateur.comparison.records import StudyResults
+from secateur.comparison.records import Declaration, StudyResults
 from secateur.comparison.twins import Verdict
 from secateur.formatting import join_words, probability, spelled
 
@@ -95,11 +95,8 @@ def _history(results: StudyResults) -> tuple[str, ...]:
     question, declarations = results.question, results.declarations
     first, texts = first_declaration(declarations), []
     if first is not None:
-        texts.append(
-            f"The question was declared after {_stages(first.stages_done)} had finished."
-            if first.stages_done
-            else "The question was declared before the first stage."
-        )
+        when = f"after {_stages(first.stages_done)} had finished" if first.stages_done else "before the first stage"
+        texts.append(f"{_recorded_name(results, first)} was declared {when}.")
     for old, new in later_changes(declarations):
         keys = changed_keys(old, new)
         verb = "withdrawn" if new.hash is None else "changed" if old.hash else "declared again"
@@ -109,11 +106,24 @@ def _history(results: StudyResults) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _recorded_name(results: StudyResults, first: Declaration) -> str:
+    """What a sentence calls the first recorded question, beside that of the study file."""
+    question = results.question
+    if is_recorded(question, results.declarations):
+        return "The question"
+    if question is None:
+        return "A question"
+    return "This question" if first.hash == question.hash else "Another question"
+
+
 def _unrecorded(results: StudyResults) -> str:
     """How the question of the study file differs from the recorded one."""
     question, declarations = results.question, results.declarations
     last = declarations[-1] if declarations else None
     if last is None or last.question is None:
+        if results.stages_done:
+            finished = f"{_stages(results.stages_done)} {'is' if results.stages_done == 1 else 'are'} finished"
+            return f"This question was not recorded before the runs: {finished}. Running the study records it as late."
         return "The question is not recorded in the study's folder; running the study records it."
     if question is None:
         return f"The study file declares none, and is not the one recorded: {last.question.get('ask') or last.hash}"

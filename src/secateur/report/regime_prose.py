@@ -200,7 +200,6 @@ def _check_json(check: RegimeCheck) -> dict[str, Any]:
         "difference": decision.value,
         "interval": None if decision.low is None else [decision.low, decision.high],
         "p": decision.p,
-        "adjusted_p": decision.adjusted_p,
         "seeds": decision.seeds,
         "reason": decision.reason,
     }

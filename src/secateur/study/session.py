@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import REQUEUE, RunError, UserError, did_you_mean, refuse_unknown, spell
+from secateur.files import refuse_file
 from secateur.progress import notify
-from secateur.study.declarations import read_declarations, record_question
+from secateur.study.declarations import count_finished, read_declarations, record_question
 from secateur.study.explain import Explanation, explain_stage
 from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study
 from secateur.study.planner import stages_of
@@ -85,16 +86,18 @@ class Study:
             out: folder of the stages; ``runs/NAME`` unless given.
 
         Raises:
-            UserError: if the file is missing or invalid, or the study cannot be planned.
+            UserError: if the file is missing or invalid, the study cannot be planned, or ``out`` is a file.
         """
         file = find_study(name_or_path)
         spec = load_study(file)
+        folder = Path(out or f"runs/{spec.name}")
+        refuse_file(folder)
         try:
             stages = stages_of(spec, resolve(spec))
             question = resolve_question(spec.question, stages) if spec.question else None
         except UserError as error:
             raise UserError(f"{file}: {spell(str(error), str)}") from None
-        return cls(file, spec, stages, Store(Path(out or f"runs/{spec.name}")), question)
+        return cls(file, spec, stages, Store(folder), question)
 
     @property
     def out(self) -> Path:
@@ -149,7 +152,7 @@ class Study:
             import_harness("lm_eval")  # a missing package is reported now, not after hours of training
         runs = sum(stage.kind == "train" for stage in stages)
         notify(f"{self.spec.name}: {len(stages)} stages ({runs} training runs) in {self.out}")
-        record_question(self.store, self.question)
+        record_question(self.store, self.question, self.stages)
         outcome = self._launch(stages, jobs, device or self.spec.compute.device, keep_going, slurm)
         for line in outcome.summary(self.out / "logs"):
             notify(line)
@@ -213,7 +216,12 @@ class Study:
         from secateur.study.collect import collect
 
         results = collect(self.spec, self.stages, self.store, self.file.read_text(encoding="utf-8"))
-        return replace(results, question=self.question, declarations=read_declarations(self.store))
+        return replace(
+            results,
+            question=self.question,
+            declarations=read_declarations(self.store),
+            stages_done=count_finished(self.store, self.stages),
+        )
 
     def judgement(self) -> Judgement:
         """Compare the pruned models of the results with their from-scratch twins."""
@@ -226,10 +234,15 @@ class Study:
 
         Args:
             out: folder; the study's own unless given.
+
+        Raises:
+            UserError: if ``out`` is a file, or not even the corpus is finished.
         """
         from secateur.report.page import build_report
 
-        return build_report(self.judgement(), Path(out or self.out))
+        folder = Path(out or self.out)
+        refuse_file(folder)
+        return build_report(self.judgement(), folder)
 
     def _select(self, only: Iterable[str]) -> list[Stage]:
         """Stages whose names match one of the patterns, with their inputs; all without patterns."""

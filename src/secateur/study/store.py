@@ -77,11 +77,6 @@ class Store:
         """Whether the stage is finished."""
         return (self.folder(stage) / _RECORD).is_file()
 
-    def count_finished(self) -> int:
-        """Number of finished stages in the folder, of any study."""
-        finished = re.compile(r"-[0-9a-f]{12}$")
-        return sum(bool(finished.search(path.parent.name)) for path in self.stages.glob(f"*/{_RECORD}"))
-
     def record(self, stage: Stage) -> dict[str, Any] | None:
         """The result of a stage; None if it is not finished."""
         return read_json(self.folder(stage) / _RECORD)["result"] if self.done(stage) else None
