@@ -249,6 +249,7 @@ def test_the_columns_of_cells_csv_that_others_read_stay_where_they_are(tmp_path:
 def test_comparisons_are_written_pooled_and_by_seed():
     judgement = judged(large)
     rows = list(csv.DictReader(rows_csv(comparison_rows(judgement)).splitlines()))
+    assert list(rows[0])[-1] == "seeds_vary" and {row["seeds_vary"] for row in rows} == {judgement.results.seeds_vary}
     assert len(rows) == len(judgement.verdicts) + len(judgement.by_seed)
     assert {(row["seed"], row["seeds"]) for row in rows} == {("", "2"), ("0", "1"), ("1", "1")}
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from secateur.cli import main
+from secateur.comparison.power import seeds_needed
 from secateur.comparison.records import StudyResults
 from secateur.config import dump_yaml
 from secateur.errors import UserError
@@ -237,6 +238,46 @@ def test_a_pilot_gives_the_spread_of_the_decisive_comparisons(tmp_path: Path) ->
         asking.power(pilot=pilot)
 
 
+def test_documents_are_searched_as_far_as_it_takes(tmp_path: Path) -> None:
+    asking = study(tmp_path, {"comparisons": {"method": "sparse", "tokens": 4096, "setting": "equal_total_tokens"}})
+    far = asking.power(seed_sd=0.01, document_sd=1.0, documents=95)
+    assert far.documents[0] == 95 and far.documents[1] > 8 * 95
+    assert far.needed[0] is None and None not in far.needed[1:]
+    assert seeds_needed(far.spread, far.documents[1] / 2) is None
+    assert "95 documents are too few for any number of seeds up to 100. " in far.answer
+    near = asking.power(seed_sd=0.01, document_sd=0.05, documents=100)
+    assert near.documents == (100, 200, 400, 800)
+    for spread, obstacle in {(0.5, 0.01): "between seeds, 0.5", (0.001, 1e9): "between documents, 1e\\+09"}.items():
+        with pytest.raises(UserError, match=f"^a difference of 0.02 nats is out of reach: the spread {obstacle} nats"):
+            asking.power(seed_sd=spread[0], document_sd=spread[1], documents=95)
+
+
+@pytest.mark.parametrize(
+    ("pilot", "vary", "note"),
+    [
+        (
+            "training",
+            "all",
+            "share one parent, this study's each have their own: the spread between them",
+        ),
+        ("all", "training", "each have their own parent, this study's share one"),
+        (None, "all", "does not say; this study's each have their own."),
+        ("all", "all", ""),
+    ],
+)
+def test_a_pilot_whose_seeds_vary_something_else_is_named(
+    pilot: str | None, vary: str, note: str, tmp_path: Path
+) -> None:
+    row = {"setting": "total", "method": "sparse", "target": "0.5", "retrain_tokens": 4096, "objective": ""}
+    row |= {"seeds": 3, "seed_sd": 0.01, "document_sd": 0.1, "effective_documents": 60}
+    row |= {"seeds_vary": pilot} if pilot else {}
+    (tmp_path / "comparisons.csv").write_text(",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n")
+    asking = study(tmp_path, TOTAL, seeds={"values": [0, 1], "vary": vary})
+    power = asking.power(pilot=tmp_path, margin=0.1)
+    assert power.note in str(power) and note in power.note and bool(power.note) is bool(note)
+    assert not asking.power(pilot=tmp_path, margin=0.1, seed_sd=0.01).note
+
+
 def test_power_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = study(tmp_path, {**TOTAL, "margin": 0}).file
 
@@ -253,7 +294,7 @@ def test_power_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     refusals = {
         ("--power", *spread): "--margin: the question has none",
         ("--power", "--seed-sd", 0.02, "--margin", 0.1): "--document-sd: is missing",
-        ("--power", "--seed-sd", 9, "--document-sd", 0.1, "--margin", 0.1): "--margin: 100 seeds and",
+        ("--power", "--seed-sd", 9, "--document-sd", 0.1, "--margin", 0.1): "error: a difference of 0.1 nats is out of",
         ("--power", "--pilot", tmp_path / "none", "--margin", 0.1): "no such file; --pilot takes",
         ("--margin", 0.1): "--margin: goes with --power",
     }

@@ -87,6 +87,7 @@ def comparison_rows(judgement: Judgement) -> list[Row]:
             **_values(verdict, *figures, "unit"),
             **_values(verdict.decision, *decided),
             **standard_deviations(verdict.decision),
+            "seeds_vary": judgement.results.seeds_vary,
         }
         for verdict in (*judgement.verdicts, *judgement.by_seed)
     ]

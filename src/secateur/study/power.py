@@ -14,7 +14,7 @@ from pydantic import Field
 from secateur.comparison.decision import LEVEL, MARGIN
 from secateur.comparison.power import MOST_SEEDS, Spread, power, seeds_needed
 from secateur.comparison.question import decisive
-from secateur.comparison.records import StudyQuestion
+from secateur.comparison.records import SeedsVary, StudyQuestion
 from secateur.config import AnyPath, Fraction, spec
 from secateur.errors import UserError
 from secateur.formatting import join_words, percent, scientific
@@ -26,7 +26,8 @@ from secateur.study.stage import unique
 
 __all__ = ["PowerRequest", "PowerRow", "StudyPower", "plan_power"]
 
-_MULTIPLES = (1, 2, 4, 8)  # of the documents
+_COLUMNS = 4  # numbers of documents that the table shows
+_MOST_DOCUMENTS = 2.0**40  # no text has more
 _FIRST_ROWS = (2, 3, 5)  # seeds that the table shows in any case
 
 _Spread = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -87,6 +88,7 @@ class StudyPower:
         difference: to be told, nats per token.
         share: power to be reached.
         source: where the spread comes from, in words.
+        note: how the seeds that it comes from differ from the study's, in a sentence; empty if they do not.
         comparisons: how many decide together.
         documents: effective numbers of held-out documents, one for each column.
         needed: the fewest seeds that reach the power, for each number of documents; None if 100 are too few.
@@ -98,6 +100,7 @@ class StudyPower:
     share: float
     spread: Spread
     source: str
+    note: str
     comparisons: int
     documents: tuple[float, ...]
     needed: tuple[int | None, ...]
@@ -113,6 +116,7 @@ class StudyPower:
             "seed_sd": self.spread.seeds,
             "document_sd": self.spread.documents,
             "source": self.source,
+            "note": self.note,
             "comparisons": self.comparisons,
             "needed": [
                 {"documents": documents, "seeds": seeds}
@@ -157,6 +161,7 @@ class StudyPower:
                 "",
                 f"A difference varies by {self.spread.seeds:.3g} nats between seeds and {self.spread.documents:.3g} "
                 f"between documents ({self.source}).",
+                *([self.note] if self.note else []),
                 f"{together} p < {level:.2g} by the rule of every verdict.",
                 "",
                 *self._table(),
@@ -168,10 +173,11 @@ class StudyPower:
         )
 
     def _table(self) -> list[str]:
-        heads = "".join(f"{documents:>8.0f}" for documents in self.documents)
+        width = max(8, *(len(f"{documents:.0f}") + 1 for documents in self.documents))
+        heads = "".join(f"{documents:>{width}.0f}" for documents in self.documents)
         lines = [f"{'':5}  power with so many documents", f"{'seeds':5}{heads}  {'FLOPs':>10}  device-hours"]
         for row in self.rows:
-            shares = "".join(f"{value:>8.2f}" for value in row.power)
+            shares = "".join(f"{value:>{width}.2f}" for value in row.power)
             lines.append(f"{row.seeds:>5}{shares}  {row.flops:>10.2e}  {row.device_hours:>12,.3g}")
         return lines
 
@@ -184,6 +190,7 @@ class _Pilot:
     document_sd: float | None
     documents: float | None
     source: str
+    note: str
 
 
 def plan_power(
@@ -199,20 +206,14 @@ def plan_power(
         comparisons: how many decide together.
 
     Raises:
-        UserError: if the spread is not known, or 100 seeds and eight times the documents are too few.
+        UserError: if the spread is not known, or 100 seeds are too few with any number of documents.
     """
     difference = request.margin or (MARGIN if question is None else question.margin)
     if not difference:
         raise UserError("`margin`: the question has none; name the difference to tell, in nats per token")
-    spread, documents, source = _spread(study, question, request)
-    columns = tuple(documents * multiple for multiple in _MULTIPLES)
+    spread, documents, source, note = _spread(study, question, request)
+    columns = _columns(spread, documents, difference, request.power, comparisons)
     needed = tuple(seeds_needed(spread, k, difference, share=request.power, comparisons=comparisons) for k in columns)
-    if not any(needed):
-        best = power(spread, MOST_SEEDS, columns[-1], difference, comparisons=comparisons)
-        raise UserError(
-            f"`margin`: {MOST_SEEDS} seeds and {columns[-1]:.0f} documents tell a difference of {difference:g} nats "
-            f"with only {percent(best)} power; name a larger one, or lower the spread by longer runs"
-        )
     costs = _costs(study, resolved, request.flops_per_second)
     rows = tuple(
         PowerRow(
@@ -228,6 +229,7 @@ def plan_power(
         request.power,
         spread,
         source,
+        note,
         comparisons,
         columns,
         needed,
@@ -236,11 +238,36 @@ def plan_power(
     )
 
 
-def _spread(study: StudySpec, question: StudyQuestion | None, request: PowerRequest) -> tuple[Spread, float, str]:
-    """The spread, the present number of documents, and where the spread comes from."""
-    pilot = _Pilot(None, None, None, "as requested")
+def _columns(spread: Spread, documents: float, difference: float, share: float, comparisons: int) -> tuple[float, ...]:
+    """The present number of documents, and larger ones from the first doubling that suffices.
+
+    Raises:
+        UserError: if no number of documents suffices.
+    """
+
+    def reach(spread: Spread, documents: float) -> float:
+        return power(spread, MOST_SEEDS, documents, difference, comparisons=comparisons)
+
+    enough = documents
+    while reach(spread, enough) < share:
+        enough *= 2
+        if enough > _MOST_DOCUMENTS:
+            alone, best = reach(replace(spread, documents=0.0), enough), reach(spread, enough)
+            obstacle = "documents" if alone >= share else "seeds"
+            raise UserError(
+                f"a difference of {difference:g} nats is out of reach: the spread between {obstacle}, "
+                f"{getattr(spread, obstacle):.3g} nats, leaves {MOST_SEEDS} seeds {percent(best)} power on any "
+                "number of documents; plan to tell a larger one"
+            )
+    first = max(enough, 2 * documents)
+    return (documents, *(first * 2**doubling for doubling in range(_COLUMNS - 1)))
+
+
+def _spread(study: StudySpec, question: StudyQuestion | None, request: PowerRequest) -> tuple[Spread, float, str, str]:
+    """The spread, the present number of documents, where the spread comes from, and how its seeds differ."""
+    pilot = _Pilot(None, None, None, "as requested", "")
     if request.pilot is not None:
-        pilot = _read_pilot(Path(request.pilot), question)
+        pilot = _read_pilot(Path(request.pilot), question, study.seeds.vary)
     seed_sd = pilot.seed_sd if request.seed_sd is None else request.seed_sd
     document_sd = pilot.document_sd if request.document_sd is None else request.document_sd
     if seed_sd is None:
@@ -248,10 +275,11 @@ def _spread(study: StudySpec, question: StudyQuestion | None, request: PowerRequ
     if document_sd is None:
         raise UserError("`document_sd`: no comparison of the pilot was measured; give it in nats per token")
     documents = request.documents or pilot.documents or float(max(2, study.evaluation.windows))
-    return Spread(seed_sd, document_sd), documents, pilot.source
+    note = pilot.note if request.seed_sd is None else ""
+    return Spread(seed_sd, document_sd), documents, pilot.source, note
 
 
-def _read_pilot(folder: Path, question: StudyQuestion | None) -> _Pilot:
+def _read_pilot(folder: Path, question: StudyQuestion | None, seeds_vary: SeedsVary) -> _Pilot:
     """The spread of a study's comparisons: of those that decide the question where it has them, else of all.
 
     Variances between seeds are pooled by their degrees of freedom; those between documents are averaged.
@@ -270,7 +298,24 @@ def _read_pilot(folder: Path, question: StudyQuestion | None) -> _Pilot:
         document_sd=math.sqrt(sum(text) / len(text)) if text else None,
         documents=min((_number(row, "effective_documents") for row in pooled), default=None),
         source=f"{folder}: comparisons: {len(pooled)}, seeds of each: {most:.0f}",
+        note=_seeds_note({row.get("seeds_vary", "") for row in pooled}, seeds_vary),
     )
+
+
+def _seeds_note(pilot: set[str], study: SeedsVary) -> str:
+    """How the seeds of a pilot differ from the study's in what they vary; empty if they do not.
+
+    Args:
+        pilot: the values of ``seeds_vary`` of its comparisons; empty text where they have none.
+    """
+    if pilot <= {study}:
+        return ""
+    own = "each have their own" if study == "all" else "share one"
+    if "" in pilot:
+        return f"Whether the pilot's seeds share one parent, its comparisons.csv does not say; this study's {own}."
+    if study == "all":
+        return f"The pilot's seeds share one parent, this study's {own}: the spread between them may be larger."
+    return f"The pilot's seeds each have their own parent, this study's {own}: the spread may be smaller."
 
 
 def _key(row: dict[str, str]) -> tuple[str, str, str, int, str]:

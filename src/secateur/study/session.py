@@ -116,7 +116,7 @@ class Study:
                 ``document_sd``; ``margin``, ``power``, and others.
 
         Raises:
-            UserError: if a field is out of range, the spread is not known, or 100 seeds are too few.
+            UserError: if a field is out of range, the spread is not known, or 100 seeds are too few with any text.
         """
         from secateur.study.power import PowerRequest, plan_power
 
