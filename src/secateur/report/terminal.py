@@ -107,8 +107,9 @@ def _parents(index: Index) -> list[str]:
         name = f"Parent {key}" if len(index.parents) > 1 else "Parent"
         tokens = f"P = {count(parent.cost.tokens)} tokens" if parent.cost else "P unknown"
         text = f"{name}: {count(parent.parameters)} parameters, {tokens}, held-out loss {loss(mean)}"
-        text += " nats/token" if mean is not None else ""
-        lines += _wrapped(text + (f", the mean of {len(records)} seeds" if len(records) > 1 else ""))
+        if mean is not None:
+            text += " nats/token" + (f", the mean of {len(records)} seeds" if len(records) > 1 else "")
+        lines += _wrapped(text)
     return lines
 
 

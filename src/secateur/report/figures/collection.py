@@ -89,7 +89,8 @@ def _ladders(index: Index) -> Iterator[tuple[str, str, Draw, Model]]:
     for group in index.pools:
         ladders.setdefault((group.model, group.objective), []).append(group)
     for (model, objective), groups in ladders.items():
-        if len(groups) > 1:
+        measured = any(cell.evaluation for group in groups for cell in index.of(group))
+        if len(groups) > 1 and measured:
             rungs = sorted(groups, key=lambda group: group.retrain_tokens)
             name = model_name(model, index.models) + (f", {objective}" if objective else "")
             yield "", f"{name}: final held-out loss against R", partial(draw_ladder, index, rungs, name), model
@@ -101,7 +102,7 @@ def _ratios(judgement: Judgement) -> Iterator[tuple[str, str, Draw, None]]:
     ladders: dict[tuple[str, str, str], dict[int, list[tuple[float, Verdict]]]] = {}
     for verdict in judgement.verdicts:
         group, ratio = verdict.group, index.ratio(verdict.group.model)
-        if verdict.setting == "training" and ratio is not None:
+        if verdict.setting == "training" and ratio is not None and verdict.difference is not None:
             budgets = ladders.setdefault((group.parent, group.method, group.objective), {})
             budgets.setdefault(group.retrain_tokens, []).append((ratio, verdict))
     for (parent, method, objective), budgets in ladders.items():
