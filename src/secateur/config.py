@@ -16,7 +16,7 @@ import json
 import os
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -105,7 +105,8 @@ def _check_fields(value: Any) -> None:
         try:
             checked = adapter.validate_python(_tuples(getattr(value, name)))
         except ValidationError as error:
-            raise UserError(f"`{name}`{_explain(type(value), error)}") from None
+            text = _explain(type(value), error, {name: getattr(value, name)}, (name,))
+            raise UserError(f"`{name}`{text.removeprefix(name)}") from None
         object.__setattr__(value, name, checked)
 
 
@@ -267,32 +268,87 @@ def parse(cls: type[T], raw: Any, *, origin: str) -> T:
     try:
         return TypeAdapter(cls).validate_json(text)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(cls, error)}") from None
+        raise UserError(f"{origin}: {_explain(cls, error, raw)}") from None
 
 
-def _explain(cls: type, error: ValidationError) -> str:
-    """Describe the first of pydantic's errors in one line, with its place and the number of further errors."""
-    details = error.errors(include_url=False)
+#: pydantic's kind of error -> what the value should be
+_EXPECTED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping of keys to values",
+    "mapping_type": "a mapping of keys to values",
+    "dataclass_type": "a mapping of keys to values",
+}
+
+
+def _explain(cls: type, error: ValidationError, value: Any, at: tuple[str, ...] = ()) -> str:
+    """Describe the first of pydantic's errors in one line, with its place and the number of other places in error.
+
+    Args:
+        value: of ``cls``, as plain data.
+        at: the keys of the part of it that was validated.
+    """
+    places: dict[tuple[str | int, ...], list[Any]] = {}
+    for detail in error.errors(include_url=False):
+        places.setdefault(tuple(_keys_of(cls, detail, value, at)), []).append(detail)
+    # Of a value of several possible types, the type that fits best fails furthest inside.
+    inner = [loc for loc in places if not any(other[: len(loc)] == loc != other for other in places)]
     # A misspelt name causes an unknown key and a missing one: the unknown key explains both, so it comes first.
-    details.sort(key=lambda detail: detail["type"] not in ("unexpected_keyword_argument", "extra_forbidden"))
+    inner.sort(key=lambda loc: not any(_is_unknown(detail) for detail in places[loc]))
+    first = inner[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first).lstrip(".")
+    more = f" (and {len(inner) - 1} more)" if len(inner) > 1 else ""
+    return f"{place}: {_problem(cls, first, places[first])}{more}"
+
+
+def _is_unknown(detail: Any) -> bool:
+    return detail["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+
+
+def _keys_of(cls: type, detail: Any, value: Any, at: tuple[str, ...]) -> Iterator[str | int]:
+    """The keys and indices that lead to an error, without pydantic's names of types and validators."""
+    loc, hints = (*at, *detail["loc"]), []
+    for number, part in enumerate(loc):
+        inside = isinstance(value, Mapping) and part in value
+        last = number == len(loc) - 1 and (_is_unknown(detail) or detail["type"].startswith("missing"))
+        if isinstance(part, int) or inside or last or part in _keys_at(cls, hints):
+            yield part
+            hints.append(part)
+            indexed = isinstance(part, int) and isinstance(value, list | tuple) and part < len(value)
+            value = value[part] if inside or indexed else value if isinstance(part, int) else None
+
+
+def _problem(cls: type, loc: tuple[str | int, ...], details: list[Any]) -> str:
+    """What is wrong with the value at ``loc``: by each type that it might have."""
+    details = [detail for detail in details if detail["type"] not in _EXPECTED] or details  # of the type that fits
     first = details[0]
-    loc = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    kind, value = first["type"], first.get("input")
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        text = f"unknown key{did_you_mean(loc[-1], _keys_at(cls, loc[:-1]))}"
-    elif kind in ("missing", "missing_argument"):
-        text = "this key is required"
-    elif kind == "literal_error":
-        options = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
-        text = f"{value!r} is not known{did_you_mean(value, options)}"
-    elif kind == "value_error":
-        text = str(first.get("ctx", {}).get("error", first["msg"]))
-    else:
-        message = first["msg"].removeprefix("Input ").removeprefix("should be ").strip()
-        text = f"should be {message}" + (f" (got {value!r})" if isinstance(value, str | int | float | None) else "")
-    return f"{place}: {text}{more}"
+    kind, value, context = first["type"], first.get("input"), first.get("ctx", {})
+    if _is_unknown(first):
+        return f"unknown key{did_you_mean(loc[-1], _keys_at(cls, list(loc[:-1])))}"
+    if kind in ("missing", "missing_argument"):
+        return "this key is required"
+    if kind == "literal_error":
+        options = re.findall(r"'([^']*)'", context.get("expected", ""))
+        return f"{value!r} is not known{did_you_mean(value, options)}"
+    if kind == "value_error":
+        return str(context.get("error", first["msg"]))
+    if kind in ("too_short", "too_long"):
+        bound, limit = ("least", "min_length") if kind == "too_short" else ("most", "max_length")
+        entries = "entry" if context[limit] == 1 else "entries"
+        return f"needs at {bound} {context[limit]} {entries}, got {context['actual_length']}"
+    texts = dict.fromkeys(_EXPECTED.get(detail["type"]) or _expected(detail["msg"]) for detail in details)
+    given = f" (got {value!r})" if isinstance(value, str | int | float | None) else ""
+    return f"should {'' if kind == 'string_pattern_mismatch' else 'be '}{', or '.join(texts)}{given}"
+
+
+def _expected(message: str) -> str:
+    """The end of a message such as ``Input should be less than 1``."""
+    return message.partition(" should ")[2].removeprefix("be ") or message
 
 
 def _keys_at(cls: Any, loc: list[Any]) -> list[str]:
@@ -314,6 +370,8 @@ def _specs_in(hint: Any) -> list[Any]:
     """The specs that a type hint names, inside unions and containers too."""
     if dataclasses.is_dataclass(hint):
         return [hint]
-    if get_origin(hint) in (Union, types.UnionType, tuple, list, dict, Mapping, Annotated):
+    if get_origin(hint) is Annotated:
+        return _specs_in(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType, tuple, list, dict, Mapping):
         return [spec_class for arg in get_args(hint) for spec_class in _specs_in(arg)]
     return []

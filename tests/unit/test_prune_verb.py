@@ -337,7 +337,7 @@ REFUSED: list[tuple[str, str]] = [
         "--method sparsegpt --ratio 0.5 --option blok=3",
         "--option: sparsegpt has no option 'blok' (it has block, damping); did you mean 'block'?",
     ),
-    ("--method sparsegpt --ratio 0.5 --option block=x", "--option of sparsegpt: block: should be a valid integer"),
+    ("--method sparsegpt --ratio 0.5 --option block=x", "--option of sparsegpt: block: should be a whole number"),
     ("--method sparsegpt --ratio 0.5 --option block=[", "--option of sparsegpt: block: should be"),
     ("--method sparsegpt --ratio 0.5 --option block", "--option: block is not KEY=VALUE"),
     ("--method sparsegpt --ratio 0.5 --option block=1 --option block=2", "--option: block is set twice"),

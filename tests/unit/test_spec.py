@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 
 from secateur.config import (
     RUNTIME,
@@ -65,11 +68,11 @@ def test_a_whole_file_parses() -> None:
         ({"name": "a", "leaves": [{"ratio": -0.5}]}, ["leaves[0].ratio", "greater than 0"]),
         ({"name": "a", "leaves": [{}]}, ["leaves[0].ratio", "required"]),
         ({}, ["name", "required"]),
-        ({"name": 3}, ["name", "string", "3"]),
-        ({"name": "a", "width": "3"}, ["width", "integer", "'3'"]),
+        ({"name": 3}, ["name: should be text (got 3)"]),
+        ({"name": "a", "width": "3"}, ["width: should be a whole number (got '3')"]),
         ({"name": "a", "width": 0}, ["width", "greater than 0"]),
-        ({"name": "a", "width": 2.5}, ["width", "integer"]),
-        ({"name": "a", "width": True}, ["width", "integer"]),
+        ({"name": "a", "width": 2.5}, ["width: should be a whole number"]),
+        ({"name": "a", "width": True}, ["width: should be a whole number"]),
         ({"name": "a", "kind": "widht"}, ["kind", "'widht'", "'width'"]),
         ({"name": "a", "leaves": [{"ratio": 0.5, "tokens": "5x"}]}, ["leaves[0].tokens", "'5x'", "50e9"]),
         ({"name": "a", "leaves": [{"ratio": 0.5, "tokens": 0}]}, ["leaves[0].tokens", "greater than 0"]),
@@ -83,6 +86,40 @@ def test_bad_input_is_one_line_that_names_the_place(raw: Any, parts: list[str]) 
     text = message(raw)
     for part in parts:
         assert part in text, text
+
+
+@spec
+class Choice:
+    rates: Annotated[tuple[float, ...], Field(min_length=2)] = (1.0, 2.0)
+    parent: bool | Annotated[tuple[float, ...], Field(min_length=2)] = False
+    part: Literal["none"] | Leaf = "none"
+    names: Mapping[Annotated[str, Field(pattern="^[a-z]+$")], str | float] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ({"rates": [1]}, "rates: needs at least 2 entries, got 1"),
+        ({"rates": [1, "x", "y"]}, "rates[1]: should be a number (got 'x') (and 1 more)"),
+        ({"parent": "yes"}, "parent: should be true or false, or a list (got 'yes')"),
+        ({"parent": [1]}, "parent: needs at least 2 entries, got 1"),
+        ({"parent": [1, None]}, "parent[1]: should be a number (got None)"),
+        ({"part": {"ratio": 2}}, "part.ratio: should be less than 1 (got 2)"),
+        ({"part": {"ratoi": 0.5}}, "part.ratoi: unknown key; did you mean 'ratio'? (and 1 more)"),
+        ({"names": "a"}, "names: should be a mapping of keys to values (got 'a')"),
+        ({"names": {"a": [1]}}, "names.a: should be text, or a number"),
+        ({"names": {"A": 1}}, "names.A: should match pattern '^[a-z]+$' (got 'A')"),
+    ],
+)
+def test_errors_are_in_plain_words_at_the_users_own_key(raw: Any, text: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(Choice, raw, origin="f")
+    assert str(caught.value) == f"f: {text}"
+    if "unknown" not in text and "part" not in text:  # a Python caller makes the parts himself
+        with pytest.raises(UserError) as caught:
+            Choice(**raw)
+        name = next(iter(raw))
+        assert str(caught.value) == f"`{name}`{text.removeprefix(name)}"
 
 
 def test_more_errors_are_counted() -> None:
