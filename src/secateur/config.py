@@ -319,8 +319,10 @@ def _keys_of(cls: type, detail: Any, value: Any, at: tuple[str, ...]) -> Iterato
         if isinstance(part, int) or inside or last or part in _keys_at(cls, hints):
             yield part
             hints.append(part)
-            indexed = isinstance(part, int) and isinstance(value, list | tuple) and part < len(value)
-            value = value[part] if inside or indexed else value if isinstance(part, int) else None
+            if not isinstance(part, int):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            elif isinstance(value, list | tuple) and part < len(value):  # else the file gave one entry without a list
+                value = value[part]
 
 
 def _problem(cls: type, loc: tuple[str | int, ...], details: list[Any]) -> str:

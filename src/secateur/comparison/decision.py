@@ -18,7 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -224,13 +225,13 @@ def _arguments(
     differences: ArrayLike, documents: ArrayLike, weights: ArrayLike | None, strata: ArrayLike | None
 ) -> tuple[Floats, NDArray[np.intp], Floats, NDArray[np.intp]]:
     """Differences ``[seeds, units]``, weights, and documents and tasks by number; units without weight are left out."""
-    y = np.asarray(differences, dtype=np.float64)
-    y = y if y.size else y.reshape(0, len(np.asarray(documents)))  # nothing, whatever its axes
+    y, labels = _numbers("differences", differences), _labels("documents", documents)
+    y = y if y.size else y.reshape(0, len(labels))  # nothing, whatever its axes
     if y.ndim != 2:
         raise UserError(f"`differences`: needs two axes, [seeds, units], got {y.ndim}")
     units = y.shape[1]
-    w = np.ones(units) if weights is None else np.asarray(weights, dtype=np.float64)
-    labels, tasks = np.asarray(documents), np.zeros(units) if strata is None else np.asarray(strata)
+    w = np.ones(units) if weights is None else _numbers("weights", weights)
+    tasks = np.zeros(units) if strata is None else _labels("strata", strata)
     for name, values in (("documents", labels), ("weights", w), ("strata", tasks)):
         if values.shape != (units,):
             raise UserError(f"`{name}`: needs one value for each of the {units} units, got shape {values.shape}")
@@ -241,14 +242,41 @@ def _arguments(
     return y[:, counted], labels, w[counted], tasks
 
 
+def _numbers(name: str, values: ArrayLike) -> Floats:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"`{name}`: needs numbers, as many in each row") from None
+
+
+def _labels(name: str, values: ArrayLike) -> NDArray[Any]:
+    """The labels of units, ``[units]``; they must be alike enough to be sorted."""
+    message = f"`{name}`: needs a number or a name for each unit, all of one type and none of them None"
+    try:
+        labels = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        raise UserError(message) from None
+    if labels.ndim != 1 or (labels.dtype == object and not _can_be_sorted(labels)):
+        raise UserError(message)
+    return labels
+
+
+def _can_be_sorted(labels: NDArray[Any]) -> bool:
+    try:
+        np.sort(labels)
+    except TypeError:
+        return False
+    return all(label is not None for label in labels)
+
+
 def _distinct(y: Floats) -> Floats:
     """The rows of ``y`` without repetitions; ``np.unique`` takes a millisecond for 400 columns."""
     return y[[n for n, row in enumerate(y) if not any(np.array_equal(row, earlier) for earlier in y[:n])]]
 
 
 def _margin(margin: float | None) -> float:
-    if margin is not None and not (math.isfinite(margin) and margin >= 0):
-        raise UserError(f"`margin`: must be 0 or more, got {margin}")
+    if margin is not None and not (isinstance(margin, Real) and math.isfinite(margin) and margin >= 0):
+        raise UserError(f"`margin`: must be 0 or more, got {margin!r}")
     return margin or 0.0
 
 
