@@ -27,8 +27,11 @@ STUDIES = Path(__file__).parents[2] / "studies"
 
 
 def parent(loss: float | Evaluation | None, name: str = "parent", **changes: Any) -> Parent:
+    """A parent of 20 tokens for each parameter, unless ``changes`` say otherwise."""
     measured = evaluation(loss, 99) if isinstance(loss, float) else loss
-    return dataclasses.replace(example().parents[0], name=name, evaluation=measured, **changes)
+    made = example().parents[0]
+    changes = {"cost": Cost(20 * made.parameters, 1e14), **changes}
+    return dataclasses.replace(made, name=name, evaluation=measured, **changes)
 
 
 def runs(
@@ -90,7 +93,7 @@ def test_the_published_share_is_that_of_its_shape_and_steps() -> None:
 
 
 def test_tokens_for_each_parameter_are_exact_and_stand_beside_the_published_ones() -> None:
-    share = regime(study(parent(5.2), runs())).share
+    share = regime(study(parent(5.2, cost=Cost(700_000, 1e14)), runs())).share
     assert share == TokenShare(700_000, 1_712_640, 1_188_352)
     assert tokens_sentence("the parent", share) == (
         "The parent trains on 0.409 tokens for each of its parameters (0.589 for each outside the embeddings); in the "
@@ -322,6 +325,15 @@ def test_many_comparisons_are_counted_by_method() -> None:
     assert "higher for 7 of 10 (Minitron-depth: 2, Wanda: 5)" in lines(study(parent(4.9), *ladder))[2]
 
 
+def test_a_parent_of_few_tokens_is_said_to_be_undertrained_though_no_twin_was_run() -> None:
+    few = study(parent(5.0, cost=Cost(700_000, 1e14)), runs(before=5.6, after=5.4, twin=None))
+    assert judge(few).caution == (
+        f"This study {CAUTION}: the parent read 0.409 tokens for each of its parameters, where that of the published "
+        "study read 26."
+    )
+    assert judge(study(parent(5.0), runs(before=5.6, after=5.4, twin=None))).caution == ""
+
+
 def test_the_page_has_every_comparison_with_its_interval() -> None:
     results = study(parent(5.4), runs(before=5.2, after=5.4, twin=5.1), runs("wanda", None, twin=None))
     html = render(judge(results))
@@ -334,7 +346,7 @@ def test_the_page_has_every_comparison_with_its_interval() -> None:
 def test_data_name_what_was_compared() -> None:
     answer = answer_json(judge(study(parent(5.4), runs(before=5.2, after=5.4, twin=5.1), runs("wanda", None))))
     (row,) = json.loads(json.dumps(answer, allow_nan=False))["regime"]
-    assert row["tokens_per_parameter"] == 700_000 / 1_712_640
+    assert row["tokens_per_parameter"] == 20.0
     assert row["published"]["tokens"] == PUBLISHED.tokens
     first = row["twins"][0]
     assert (first["method"], first["verdict"], first["sparse"]) == ("minitron-depth", "second", False)

@@ -29,6 +29,7 @@ __all__ = [
 
 REGIME_TITLE = "Is this regime the question's?"
 _MOST_NAMES, _MOST_NAMES_IN_CAUTION = 6, 3
+_FEWER = 10  # times fewer tokens for each parameter than in the published study, from which on a parent is undertrained
 
 #: verdict on two losses -> how the second loss of a sentence stands to the first, those against the question first
 _PHRASES: dict[VerdictName, str] = {
@@ -93,7 +94,7 @@ def caution(regimes: Sequence[Regime]) -> str:
     """Why a study tells little about pruning a well-trained parent; empty where nothing shows that."""
     texts = []
     for regime in regimes:
-        reasons = [*filter(None, (_weak_parent(regime), _harmful_retraining(regime)))]
+        reasons = [*filter(None, (_weak_parent(regime) or _few_tokens(regime), _harmful_retraining(regime)))]
         about = f" with parent {regime.parent}" if len(regimes) > 1 else ""
         if reasons:
             text = "; and ".join(reasons)
@@ -115,6 +116,16 @@ def _weak_parent(regime: Regime) -> str:
         number = f"all {total} of its" if len(better) == total else f"{len(better)} of its {total}"
         twins = f"{number} twins S_{{P+R}} ({'; '.join(kinds)})"
     return f"the parent has a higher loss than {twins}, so it has learned less than its size allows"
+
+
+def _few_tokens(regime: Regime) -> str:
+    per_parameter = regime.share.per_parameter
+    if per_parameter is None or PUBLISHED.per_parameter is None or per_parameter > PUBLISHED.per_parameter / _FEWER:
+        return ""
+    return (
+        f"the parent read {_ratio(per_parameter)} tokens for each of its parameters, where that of the published study "
+        f"read {PUBLISHED.per_parameter:.0f}"
+    )
 
 
 def _harmful_retraining(regime: Regime) -> str:
