@@ -219,23 +219,28 @@ def retrained(evidence: Evidence) -> dict[str, list[Retrained]]:
 
 def ratios(evidence: Evidence) -> None:
     """Print what the law across ratios comes to, method by method."""
-    print("| method | runs | ratios | parameters | fitted, RMS | a ratio left out: error of each run | RMS |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| method | runs | ratios | parameters | fitted, RMS | a ratio left out: error of each run | RMS | withheld |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for method, runs in retrained(evidence).items():
         try:
             law = fit_ratios(runs)
         except UserError as error:
-            print(f"| {method} | {len(runs)} | {len({run.ratio for run in runs})} | {error} | | | |")
+            print(f"| {method} | {len(runs)} | {len({run.ratio for run in runs})} | {error} | | | | |")
             continue
         predictions, refused = leave_one_ratio_out(runs)
         terms = ", ".join(
-            f"{term.name} {term.value:.2f}" + " (hardly identified)" * (not term.identified) for term in law.terms
+            f"{term.name} {term.value:.2f}" + " (poorly determined)" * (not term.identified) for term in law.terms
         )
         errors = [f"{run.run.ratio:g}: {run.error:+.3f}" for run in predictions]
         errors += [f"{ratio:g}: cannot be left out" for ratio in refused]
         root = f"{math.sqrt(np.mean([run.error**2 for run in predictions])):.3f}" if predictions else "-"
         ran = ", ".join(f"{ratio:g}" for ratio in law.ratios)
-        print(f"| {method} | {len(runs)} | {ran} | {terms} | {law.error:.3f} | {'; '.join(errors)} | {root} |")
+        print(
+            f"| {method} | {len(runs)} | {ran} | {terms} | {law.error:.3f} | {'; '.join(errors)} | {root} "
+            f"| {'yes' if law.poor else 'no'} |"
+        )
 
 
 def coverage(trials: int, draws: int, tuning: bool) -> None:

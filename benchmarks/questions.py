@@ -66,8 +66,12 @@ QUESTIONS: tuple[tuple[str, dict[str, object]], ...] = (
     ),
     ("The same, asked for 0.8", {"params": "2M", "ratio": 0.8, "tokens": "20M", "study": "runs/mine"}),
     (
-        "A study whose runs fit no curve",
-        {"params": "2.25M", "ratio": 0.5, "tokens": "300k", "study": "docs/results/findings"},
+        "A shipped study of ours, at a budget that was run",
+        {"params": "2.25M", "ratio": 0.5, "tokens": "150k", "study": "docs/results/findings"},
+    ),
+    (
+        "The same at a budget that was not: its runs fit no curve",
+        {"params": "2.25M", "ratio": 0.5, "tokens": "200k", "study": "docs/results/findings"},
     ),
 )
 

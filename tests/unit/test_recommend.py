@@ -110,7 +110,6 @@ def test_the_currency_is_dollars_unless_named(capsys: pytest.CaptureFixture[str]
         (ask("1B", tokens="10B"), "the parent has 1 B parameters"),
         ([*ask(), "--parent-tokens", "15T"], "the parent has seen 1.9 k tokens a parameter, that of the evidence 26"),
         ([*ask(), "--distill"], "the evidence is of retraining without a teacher"),
-        ([*ask(), "--method", "random-width"], "random-width is a control"),
         (ask(tokens="100T"), "nothing is read beyond"),
         (ask(ratio=0.8, tokens="5B"), "the finding at ratio 0.8 is of 50 B tokens"),
         ([*ask(ratio=0.3), *TRAIN], "losses are there at ratio 0.5 only, not at 0.3"),
@@ -125,6 +124,13 @@ def test_far_questions_get_a_reason_and_a_pilot(
     pilot = found["cheapest_pilot"]
     assert pilot["flops"] > 0 and pilot["hours"] == pytest.approx(pilot["flops"] / 4e14 / 3600)
     assert not {"prune", "train from scratch"} & set(found["statement"].lower().split(": ")[0].split(", "))
+
+
+def test_a_control_has_no_pilot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(capsys, *ASK, "--method", "random-width")["recommendation"]
+    assert "random-width is a control" in found["statement"] and found["cheapest_pilot"] is None
+    assert main([*ASK, "--method", "random-width", "--pilot", str(tmp_path / "pilot.yaml")]) == 2
+    assert "is a control" in capsys.readouterr().err and not (tmp_path / "pilot.yaml").exists()
 
 
 def test_a_pilot_of_a_parent_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +176,7 @@ def test_a_method_without_evidence_is_named(capsys: pytest.CaptureFixture[str]) 
     assert wanda.startswith("No published figures for wanda; the nearest, SparseGPT, says PRUNE: by the published")
     for removes in (["--granularity", "depth+width"], ["--method", "sheared"]):
         found = statement(capsys, *ASK, *removes)
-        assert found.startswith("PRUNE: by the published") and "no losses were published for depth+width" in found
+        assert found.startswith("No losses were published for depth+width; PRUNE: by the published")
     assert "no curve is so short" in statement(capsys, *ask(tokens="1B"))
 
 
@@ -205,7 +211,7 @@ def test_sparse_methods_have_no_published_losses(capsys: pytest.CaptureFixture[s
     have = run(capsys, *ASK, "--granularity", "sparse")
     train = run(capsys, *ASK, *TRAIN, "--method", "sparsegpt")
     assert have["cases"] == [] and have["recommendation"]["choice"] == "prune"
-    assert train["recommendation"]["choice"] == "undecided" and "no losses" in train["recommendation"]["statement"]
+    assert train["recommendation"]["choice"] == "undecided" and "No losses" in train["recommendation"]["statement"]
     assert {a["method"] for a in train["evidence"]["accuracies"]} == {"sparsegpt", "sparsegpt 2:4"}
     assert train["question"]["target_parameters"] == 8e9  # zeros are multiplied like any weight
 
@@ -272,6 +278,88 @@ def test_runs_that_fit_no_curve_have_no_figures(tmp_path: Path, capsys: pytest.C
     assert "Minitron-width: its runs scatter by" in advice["statement"]
 
 
+VERDICTS = "setting,method,target,retrain_tokens,seed,seeds,difference,low,high,winner"
+
+
+def compare(folder: Path, *rows: str) -> Path:
+    (folder / "comparisons.csv").write_text("\n".join([VERDICTS, *rows]) + "\n")
+    return folder
+
+
+def lines(names: tuple[str, ...], method: str = "minitron-width") -> list[str]:
+    """Smooth curves with pruning ahead, of a parent of 2 M parameters; a row each for 1, 2, 4, 8 M tokens."""
+    curves = {"P-R": (0.5, -0.35), "S_R": (0.8, -0.35)}
+    return [
+        f"{name},{method},width,0,0.5,0.5,1000000,{m * 10**6},{3.2 + curves[name][0] * m ** curves[name][1]},0.5"
+        for name in names
+        for m in (1, 2, 4, 8)
+    ]
+
+
+def test_measured_comparisons_win_over_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the budgets that were run the answer is the study's verdict, with its interval; elsewhere the curves'."""
+    folder = study(tmp_path / "s", lines(("P-R", "S_R")), f"{HEAD},target")
+    asked = [*ask("2M", tokens="4M"), "--study", str(folder)]
+    assert run(capsys, *asked)["recommendation"]["choice"] == "prune"
+    assert ", one seed)" in statement(capsys, *asked)
+    compare(
+        folder,
+        "training,minitron-width,0.5,4000000,,2,0.2,-0.3,0.7,undecided",
+        "training,minitron-width,0.5,4000000,0,1,0.2,0.1,0.3,pruned",
+        "training,minitron-width,0.5,8000000,,1,-0.2,-0.3,-0.1,scratch",
+        "total,minitron-width,0.5,4000000,,1,-0.4,-0.5,-0.3,scratch",
+    )
+    found = run(capsys, *asked)
+    (account,) = found["cases"][0]["accounts"]
+    assert account["difference"] == {"value": 0.2, "low": -0.3, "high": 0.7} and account["crossover"] is None
+    assert (found["recommendation"]["choice"], found["recommendation"]["basis"]) == ("undecided", "measured")
+    assert "measured over 2 seeds, Minitron-width against training from scratch is undecided" in statement(
+        capsys, *asked
+    )
+    one = statement(capsys, *ask("2M", tokens="8M"), "--study", str(folder))
+    assert one.startswith("TRAIN FROM SCRATCH: measured in one pair of runs, training from scratch is ahead")
+    between = run(capsys, *ask("2M", tokens="3M"), "--study", str(folder))["recommendation"]
+    assert (between["choice"], between["basis"]) == ("prune", "curves")
+    total = ["--parent", "must-train", "--parent-tokens"]
+    assert run(capsys, *asked, *total, "4k")["recommendation"]["basis"] == "measured"
+    assert run(capsys, *asked, *total, "5k")["recommendation"]["basis"] == "curves"
+    gap = run(capsys, *ask("3M", tokens="6M"), "--study", str(folder))["cases"][0]["accounts"][0]["difference"]
+    assert gap["value"] - gap["low"] >= 0.5 and gap["high"] - gap["value"] >= 0.5  # as wide as what was measured
+
+
+def test_a_measured_budget_needs_no_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row for row in lines(("P-R", "S_R")) if ",4000000," in row]
+    folder = study(tmp_path / "s", rows, f"{HEAD},target")
+    compare(folder, "training,minitron-width,0.5,4000000,,3,0.01,0.001,0.019,equal within margin")
+    asked = [*ask("2M", tokens="4M"), "--study", str(folder)]
+    said = statement(capsys, *asked)
+    assert said.startswith("HARDLY ANY ADVANTAGE: measured over 3 seeds, Minitron-width and training from scratch are")
+    assert main(asked) == 0 and "measured against" in capsys.readouterr().out
+    assert main([*ask("2M", tokens="5M"), "--study", str(folder)]) == 2
+
+
+@pytest.mark.parametrize("column", ["total_tokens", "pruning_tokens"])
+def test_a_pruning_that_learns_gives_its_twin_as_many_tokens(
+    column: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    for row in lines(("P-R", "S_R"), "sheared"):
+        fields = row.split(",")
+        tokens = int(fields[7])
+        scratch = fields[0] == "S_R"
+        fields[7] = str(tokens + 500_000 * scratch)
+        rows.append(",".join([*fields, "" if scratch else str(500_000 + (tokens + 4000) * (column == "total_tokens"))]))
+    folder = study(tmp_path / "s", rows, f"{HEAD},target,{column}")
+    asked = ["--study", str(folder), "--parent-tokens", "4k"]
+    found = run(capsys, *ask("2M", tokens="1M"), *asked)
+    training, total, _ = found["cases"][0]["accounts"]
+    assert (training["scratch_tokens"], total["scratch_tokens"]) == (1_500_000, 1_504_000)
+    assert training["winner"] == "pruned"
+    assert found["costs"]["paths"][1]["tokens"] == 1_500_000
+    short = run(capsys, *ask("2M", tokens="500k"), *asked)["recommendation"]["statement"].replace("\u00a0", " ")
+    assert "not run far enough" not in short and "nothing is read below that" in short
+
+
 def test_a_method_that_a_study_has_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     questions.write_study(tmp_path)
     own = [*ask("2M", 0.4, "20M"), "--study", str(tmp_path)]
@@ -302,6 +390,8 @@ def test_a_pilot_is_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         and pilot.ratios == (0.5,)
     )
     assert pilot.parent and pilot.parent.tokens and len(pilot.retrain.tokens) == 3
+    assert pilot.question and pilot.question.comparisons[0].setting == ("equal_total_tokens",)
+    assert pilot.corpus.holdout == 0.3
     assert pilot.parent.tokens / pilot.retrain.tokens[-1] == pytest.approx(4, rel=0.01)
     shape = pilot.parent.shape(pilot.corpus.vocabulary)
     asked = 250e9 / 8e9
@@ -331,6 +421,16 @@ def test_a_pilot_like_one_s_own_study(tmp_path: Path, capsys: pytest.CaptureFixt
     assert pilot.retrain.tokens[0] == (runs[0]["tokens"] if runs else 5000)
     assert all(run["flops"] > 0 for run in runs)
     assert pilot.retrain.peak_rate == mine.retrain.peak_rate
+    assert [entry.method for entry in pilot.methods] == ["shortgpt"]
+
+
+def test_a_pilot_like_a_study_has_its_methods_and_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Path(__file__).parents[2] / "studies" / "smoke.yaml"
+    for ratio, want in ((0.5, (0.5,)), (0.4, (0.4,))):
+        file = tmp_path / f"{ratio}.yaml"
+        run(capsys, *ask(ratio=ratio), "--like", str(own), "--pilot", str(file))
+        pilot, mine = load_study(file), load_study(own)
+        assert (pilot.methods, pilot.settings, pilot.ratios) == (mine.methods, mine.settings, want)
 
 
 def test_a_config_gives_exact_flops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

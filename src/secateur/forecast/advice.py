@@ -6,14 +6,14 @@ parent of another order of size or of tokens a parameter, nor outside of the rat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from secateur.errors import UserError
 from secateur.forecast.crossover import Crossover, Lead, NextRun, crossover, lead, narrowing
-from secateur.forecast.curve import CurvePoint, Path
-from secateur.forecast.evidence import SLACK, Evidence
+from secateur.forecast.curve import PATHS, CurvePoint, Path
+from secateur.forecast.evidence import SLACK, Evidence, StudyVerdict
 from secateur.forecast.fit import Interval, has_enough_runs, pairs
 from secateur.forecast.published import Claim, claim
 from secateur.forecast.ratio_curves import RatioCurves, at_ratio
@@ -39,7 +39,7 @@ _RETRAINING, _SCRATCH = "retraining, tokens a parameter", "from scratch, tokens 
 NEAR = 4  #: how many times a parent's size, or its tokens a parameter, may lie from the evidence's
 
 Name = Literal["training", "total", "flops"]
-Winner = Literal["pruned", "scratch", "undecided", "beyond what these runs can tell"]
+Winner = Literal["pruned", "scratch", "equal within margin", "undecided", "beyond what these runs can tell"]
 Choice = Literal[
     "prune",
     "train from scratch",
@@ -49,10 +49,11 @@ Choice = Literal[
     "cannot be told from these figures",
 ]
 
-_CHOICES: dict[Path | Literal["undecided"] | None, Choice] = {
+_CHOICES: dict[Winner | None, Choice] = {
     "pruned": "prune",
     "scratch": "train from scratch",
     "undecided": "undecided",
+    "equal within margin": "hardly any advantage",
     None: "hardly any advantage",
 }
 
@@ -137,10 +138,20 @@ class AdviceAccount:
     scratch_loss: Interval | None
     lead: Lead | None  #: None: out of the runs' reach
     crossover: Crossover | None  #: in the evidence's tokens; times the case's ``scale`` they are the question's
+    measured: StudyVerdict | None = None  #: the study's verdict at just these budgets: it wins over the curves
+
+    @property
+    def difference(self) -> Interval | None:
+        """loss(scratch) - loss(pruned), nats per token: measured, or else by the curves."""
+        if self.measured:
+            return self.measured.difference
+        return self.lead.difference if self.lead else None
 
     @property
     def winner(self) -> Winner:
         """The path ahead."""
+        if self.measured:
+            return self.measured.winner
         return self.lead.winner if self.lead else "beyond what these runs can tell"
 
 
@@ -150,8 +161,11 @@ class Case:
 
     method: str
     granularity: str
-    curves: RatioCurves
+    points: tuple[CurvePoint, ...]  #: the runs at these ratios
+    curves: RatioCurves | None  #: None: the runs are too few, or fit none, and what was measured answers
+    budgets: Mapping[Path, Sequence[int]]  #: that each path was run on, in the evidence's tokens, rising
     scale: float  #: tokens of the question for each of the evidence, at equal tokens a parameter
+    learned: float  #: tokens that the pruning itself trains on, in the question's units; zero unless it learns
     pruned_loss: Interval | None  #: None: out of the runs' reach
     accounts: tuple[AdviceAccount, ...]
     distances: tuple[Distance, ...]
@@ -164,7 +178,12 @@ class Case:
     @property
     def ratios(self) -> tuple[float, ...]:
         """The ratios that were run: the question's, or its two neighbours."""
-        return tuple(sorted({point.ratio for point in self.curves.points}))
+        return tuple(sorted({point.ratio for point in self.points}))
+
+    @property
+    def seeds(self) -> int:
+        """Of the runs, in all."""
+        return len({point.seed for point in self.points})
 
 
 def obstacles_of(evidence: Evidence, question: Question) -> list[Obstacle]:
@@ -202,11 +221,57 @@ def case_of(
 ) -> Case | Obstacle:
     """Fit the runs of one method and predict for the question, or say what is in the way.
 
+    What the study measured at the question's budgets stands in the place of the curves, which may be missing then.
+
     Raises:
         UserError: if the runs contradict one another, or are too few.
     """
     method = points[0].method
     granularity = evidence.granularity[method]
+    scale = question.parameters / evidence.parent_parameters
+    measured = _measured(evidence, question, method)
+    answered = question.decides in measured and _is_same(scale, 1)
+    curves: RatioCurves | None = None
+    try:
+        fitted = _curves(points, question, noise)
+        if isinstance(fitted, RatioCurves):
+            curves = fitted
+        elif not answered:
+            return fitted
+    except UserError:
+        if not answered:
+            raise
+    ran = curves.points if curves else tuple(p for p in points if abs(p.ratio - question.ratio) <= SLACK)
+    budgets: dict[Path, list[int]] = {
+        path: curves.budgets(path) if curves else sorted({p.tokens for p in ran if p.path == path}) for path in PATHS
+    }
+    target = question.target(granularity)
+    learned = max(evidence.learned.get((method, point.ratio), 0.0) for point in ran) * scale
+    accounts = tuple(
+        _account(curves, question.tokens, name, extra, scale, measured.get(name))
+        for name, extra in _extras(question, target, learned).items()
+    )
+    decisive = next(account for account in accounts if account.name == question.decides)
+    runs = narrowing(curves, decisive.crossover) if curves else []
+    fits = any(account.lead for account in accounts)
+    return Case(
+        method,
+        granularity,
+        ran,
+        curves,
+        budgets,
+        scale,
+        learned,
+        curves.at("pruned", question.tokens / scale) if curves and fits else None,
+        accounts,
+        tuple(_distances(evidence, question, ran, budgets, target / scale, decisive.extra)),
+        tuple(replace(run, flops=6.0 * points[0].parameters * run.tokens) for run in runs),
+    )
+
+
+def _curves(points: Sequence[CurvePoint], question: Question, noise: float | None) -> RatioCurves | Obstacle:
+    """The curves of one method at the question's ratio, or why there are none."""
+    method = points[0].method
     ratios = [ratio for (_, ratio), group in pairs(points).items() if has_enough_runs(group)]
     if not ratios:
         raise UserError(f"{method}: no ratio has runs of both paths and three budgets in all; finish more runs")
@@ -216,41 +281,73 @@ def case_of(
     curves = at_ratio(points, question.ratio, noise=noise)
     if curves is None:
         return outside
-    if curves.poor:
-        return Obstacle("fit", method=method, reason=curves.misfit)
-    target, scale = question.target(granularity), question.parameters / evidence.parent_parameters
-    extras: dict[Name, float] = {"training": 0.0}
+    return Obstacle("fit", method=method, reason=curves.misfit) if curves.poor else curves
+
+
+def _is_same(a: float, b: float) -> bool:
+    return abs(a / b - 1) <= SLACK
+
+
+def _measured(evidence: Evidence, question: Question, method: str) -> dict[str, StudyVerdict]:
+    """The study's verdict by account, where the question's ratio and budgets were run, at equal tokens a parameter.
+
+    No account has two: a place that two parents share answers for neither.
+    """
+    scale = question.parameters / evidence.parent_parameters
+    near: dict[str, list[StudyVerdict]] = {}
+    for verdict in evidence.verdicts:
+        same = verdict.method == method and abs(verdict.ratio - question.ratio) <= SLACK
+        if same and _is_same(verdict.tokens * scale, question.tokens):
+            near.setdefault(verdict.account, []).append(verdict)
+    trained = question.parent_tokens, evidence.parent_tokens
+    if question.children > 1 or not (trained[0] and trained[1] and _is_same(trained[1] * scale, trained[0])):
+        near.pop("total", None)
+    return {account: group[0] for account, group in near.items() if len(group) == 1}
+
+
+def _extras(question: Question, target: float, learned: float) -> dict[Name, float]:
+    """Tokens beyond R of the from-scratch model: those of a learned method's pruning, and the parent's share."""
+    extras: dict[Name, float] = {"training": learned}
     if question.parent_tokens is not None:
-        share = question.parent_tokens / question.children
+        share = question.parent_tokens / question.children + learned
         extras |= {"total": share, "flops": share * (question.dearer or question.parameters / target)}
-    accounts = tuple(_account(curves, question.tokens, name, extra, scale) for name, extra in extras.items())
-    decisive = next(account for account in accounts if account.name == question.decides)
-    parameters = points[0].parameters
-    return Case(
-        method,
-        granularity,
-        curves,
-        scale,
-        curves.at("pruned", question.tokens / scale) if any(account.lead for account in accounts) else None,
-        accounts,
-        tuple(_distances(evidence, question, curves, target / scale, decisive.extra)),
-        tuple(replace(run, flops=6.0 * parameters * run.tokens) for run in narrowing(curves, decisive.crossover)),
-    )
+    return extras
 
 
-def _account(curves: RatioCurves, tokens: float, name: Name, extra: float, scale: float) -> AdviceAccount:
-    standing = lead(curves, tokens / scale, extra / scale)
-    loss = curves.at("scratch", (tokens + extra) / scale) if standing else None
-    return AdviceAccount(name, extra, loss, standing, crossover(curves, extra / scale))
+def _account(
+    curves: RatioCurves | None, tokens: float, name: Name, extra: float, scale: float, measured: StudyVerdict | None
+) -> AdviceAccount:
+    """One account; ``measured`` stands in for the curves of its own parent, and bounds those read for another."""
+    standing = lead(curves, tokens / scale, extra / scale) if curves else None
+    loss = curves.at("scratch", (tokens + extra) / scale) if curves and standing else None
+    crossing = crossover(curves, extra / scale) if curves else None
+    if measured and _is_same(scale, 1):
+        agree = standing is not None and standing.winner == measured.winner
+        return AdviceAccount(name, extra, loss, standing, crossing if agree else None, measured)
+    if measured and standing:
+        standing = replace(standing, difference=_at_least_as_wide(standing.difference, measured.difference))
+    return AdviceAccount(name, extra, loss, standing, crossing)
+
+
+def _at_least_as_wide(interval: Interval, measured: Interval) -> Interval:
+    """The interval of the curves, with arms no shorter than the measured one's."""
+    value = interval.value
+    low, high = value - (measured.value - measured.low), value + (measured.high - measured.value)
+    return Interval(value, min(interval.low, low), max(interval.high, high))
 
 
 def _distances(
-    evidence: Evidence, question: Question, curves: RatioCurves, evidence_target: float, extra: float
+    evidence: Evidence,
+    question: Question,
+    points: Sequence[CurvePoint],
+    budgets: Mapping[Path, Sequence[int]],
+    evidence_target: float,
+    extra: float,
 ) -> Iterator[Distance]:
     """Yield the distances from the question to the evidence, whose pruned model has ``evidence_target`` parameters."""
-    target = question.target(evidence.granularity[curves.points[0].method])
-    pruned, scratch = ([tokens / evidence_target for tokens in curves.budgets(path)] for path in ("pruned", "scratch"))
-    ratios = [point.ratio for point in curves.points]
+    target = question.target(evidence.granularity[points[0].method])
+    pruned, scratch = ([tokens / evidence_target for tokens in budgets[path]] for path in ("pruned", "scratch"))
+    ratios = [point.ratio for point in points]
     yield Distance("parameters of the parent", question.parameters, *[evidence.parent_parameters] * 2)
     yield Distance("ratio", question.ratio, min(ratios), max(ratios))
     yield Distance(_RETRAINING, question.tokens / target, pruned[0], pruned[-1])
@@ -273,14 +370,15 @@ class Advice:
     """What to do, by the account that decides.
 
     Attributes:
-        basis: what it rests on: fitted ``curves``, a published ``finding``, or nothing.
+        basis: what it rests on: verdicts that were ``measured``, fitted ``curves`` (with such verdicts or without), a
+            published ``finding``, or nothing.
         obstacles: why nothing, or no curve, answers.
         claim: the finding, where it is one.
         absent: whether no figure of the question's method, or of its granularity, is there, so that others stand in.
     """
 
     choice: Choice
-    basis: Literal["curves", "finding", "none"]
+    basis: Literal["measured", "curves", "finding", "none"]
     obstacles: tuple[Obstacle, ...] = ()
     claim: Claim | None = None
     absent: bool = False
@@ -290,11 +388,12 @@ def advise(evidence: Evidence, question: Question, cases: Sequence[Case], obstac
     """Sum up the cases; without any, what the published findings say; else why nothing answers."""
     measured = {*evidence.granularity, *(accuracy.method for accuracy in evidence.accuracies)}
     absent = question.method is not None and question.method not in measured
-    leads = [case.account(question.decides).lead for case in cases]
-    winners: set[Path | Literal["undecided"]] = {standing.winner for standing in leads if standing}
+    accounts = [account for case in cases if (account := case.account(question.decides)).difference]
+    winners: set[Winner] = {account.winner for account in accounts}
     if winners:
         choice: Choice = _CHOICES[winners.pop()] if len(winners) == 1 else "depends on the method"
-        return Advice(choice, "curves", absent=absent)
+        every = all(account.measured for account in accounts)
+        return Advice(choice, "measured" if every else "curves", absent=absent)
     if evidence.published and not any(obstacle.kind in _EXCLUDE for obstacle in obstacles):
         budget = question.tokens / question.parameters
         finding = claim(question.ratio, question.granularity, budget, question.extra / question.tokens)

@@ -52,11 +52,14 @@ class Price:
         return flops / self.flops / 3600 * self.hour
 
 
-def costs(question: Question, sizes: Sizes, price: Price | None) -> dict[str, Any]:
+def costs(question: Question, sizes: Sizes, price: Price | None, learned: float = 0.0) -> dict[str, Any]:
     """Every term of both paths, and what they come to.
 
     The parent is *sunk* where it is there already; where it must be trained, its cost is *charged*, or *shared* by its
     children.
+
+    Args:
+        learned: tokens that the pruning itself trains the parent on; the model from scratch gets as many more.
 
     Returns:
         ``formula``; ``currency``; ``extra_scratch_tokens``, the parent's share; ``terms`` (``name``, ``tokens``,
@@ -71,16 +74,18 @@ def costs(question: Question, sizes: Sizes, price: Price | None) -> dict[str, An
     scoring = sizes.training(0, _SCORING) / 3
     retraining = sizes.training(1, tokens)
     charged = 0.0 if not question.must_train else None if whole is None else whole / question.children
-    pruned = scoring + retraining + (charged or 0.0)
+    learning = sizes.training(0, learned)
+    pruned = scoring + learning + retraining + (charged or 0.0)
     terms = [
         ("parent's training", parent, whole),
         (f"of it, {account}", share if question.must_train else None, charged),
         ("scoring", _SCORING, scoring),
+        *([("learning what to prune", learned, learning)] if learned else []),
         ("retraining", tokens, retraining),
     ]
-    longer = None if share is None else tokens + share
-    equal = None if whole is None else tokens + whole / question.children / sizes.training(1, 1)
-    scratch = {"training": float(tokens), "total": longer, "flops": equal}
+    longer = None if share is None else tokens + learned + share
+    equal = None if whole is None else tokens + (whole / question.children + learning) / sizes.training(1, 1)
+    scratch = {"training": tokens + learned, "total": longer, "flops": equal}
     paths = [("pruned", None, pruned)]
     paths += [(f"scratch, equal {n}", t, None if t is None else sizes.training(1, t)) for n, t in scratch.items()]
     return {

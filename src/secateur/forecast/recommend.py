@@ -49,12 +49,17 @@ class Recommendation:
 
     @property
     def pilot(self) -> Pilot | None:
-        """The cheapest pilot where figures are missing; none where they answer, or are there and fit no curve."""
+        """The cheapest pilot where figures are missing; none where they answer or fit no curve, nor of a control."""
         kinds = {obstacle.kind for obstacle in self.advice.obstacles}
-        if self.advice.basis != "none" or "fit" in kinds:
+        if self.advice.basis != "none" or kinds & {"fit", "control"}:
             return None
         trains = self.question.must_train and (self.evidence.published or "size" in kinds)
         return cheapest_pilot(self.question, self.sizes, trains)
+
+    @property
+    def learned(self) -> float:
+        """Tokens that the pruning itself trains on, where one method answers; zero where several do."""
+        return self.cases[0].learned if len(self.cases) == 1 else 0.0
 
     def record(self) -> dict[str, Any]:
         """Plain values, as ``secateur recommend --json`` prints them, but for the sentences and a pilot study."""
@@ -75,7 +80,7 @@ class Recommendation:
             "not_fitted": self.refused,
             "evidence": _evidence(self.evidence, question),
             "findings": [asdict(f) for f in by_relevance(question.granularity, question.ratio, question.distill)],
-            "costs": costs(question, self.sizes, self.price),
+            "costs": costs(question, self.sizes, self.price, self.learned),
         }
 
 
@@ -195,9 +200,10 @@ def _case(case: Case, question: Question, price: Price | None) -> dict[str, Any]
         "method": case.method,
         "granularity": case.granularity,
         "ratios": list(case.ratios),
-        "forms": sorted({form.name for fit in curves.fits for form in fit.forms}),
-        "noise": curves.noise,
-        "budgets": {path: curves.budgets(path) for path in PATHS},
+        "seeds": case.seeds,
+        "forms": sorted({form.name for fit in curves.fits for form in fit.forms}) if curves else [],
+        "noise": curves.noise if curves else None,
+        "budgets": {path: case.budgets[path] for path in PATHS},
         "scale": case.scale,
         "pruned_loss": _plain(case.pruned_loss),
         "accounts": [_account(case, account, question) for account in case.accounts],
@@ -223,8 +229,11 @@ def _account(case: Case, account: AdviceAccount, question: Question) -> dict[str
         "name": account.name,
         "scratch_tokens": question.tokens + account.extra,
         "scratch_loss": _plain(account.scratch_loss),
-        "difference": _plain(account.lead.difference if account.lead else None),
-        "likely_pruned": account.lead.likely_pruned if account.lead else None,
+        "difference": _plain(account.difference),
+        "basis": "measured" if account.measured else "curves" if account.lead else None,
+        "reason": account.measured.reason if account.measured else "",
+        "seeds": account.measured.seeds if account.measured else case.seeds,
+        "likely_pruned": account.lead.likely_pruned if account.lead and not account.measured else None,
         "winner": account.winner,
         "crossover": account.crossover.record(case.scale) if account.crossover else None,
     }

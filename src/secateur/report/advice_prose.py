@@ -11,7 +11,7 @@ from secateur.forecast.published import HIGHEST, LOWEST
 from secateur.formatting import count, decimals, duration, join_words, number, scientific, signed
 from secateur.methods.registry import method_name
 
-__all__ = ["assumptions", "explain", "findings_lines", "next_run_sentence", "pilot_sentence", "statement"]
+__all__ = ["assumptions", "explain", "findings_lines", "next_run_sentence", "pilot_sentence", "statement", "unreached"]
 
 _AHEAD = {"pruned": "pruning ahead", "scratch": "training from scratch ahead", "undecided": "undecided"}
 
@@ -30,10 +30,12 @@ def statement(answer: Mapping[str, Any]) -> str:
     """The one sentence that answers, with what it rests on; the choice in capitals."""
     advice, question = answer["recommendation"], answer["question"]
     choice = advice["choice"].upper()
-    if advice["basis"] == "curves":
+    if advice["basis"] in ("curves", "measured"):
         text = f"{choice}: {_by_curves(answer)}"
     elif advice["basis"] == "finding":
         text = f"{choice}: {_by_finding(answer)}"
+        if question["granularity"] in ("sparse", "depth+width") and not advice["method_without_figures"]:
+            return f"No losses were published for {_without_losses(question)}; {text}."
     else:
         return f"{choice}: {'; '.join(_reasons(answer))}."
     if not advice["method_without_figures"]:
@@ -60,7 +62,7 @@ def _by_curves(answer: Mapping[str, Any]) -> str:
     phrases = []
     for case in answer["cases"]:
         accounts = {account["name"]: account for account in case["accounts"]}
-        phrase = _lead(case["method"], accounts[decides])
+        phrase = _lead(case, accounts[decides], answer["question"])
         flops = accounts.get("flops")
         if decides == "total" and flops and flops["winner"] != accounts[decides]["winner"]:
             ahead = _AHEAD.get(flops["winner"], "out of reach")
@@ -69,20 +71,48 @@ def _by_curves(answer: Mapping[str, Any]) -> str:
     return "; ".join(phrases)
 
 
-def _lead(method: str, account: Mapping[str, Any]) -> str:
-    """Who is ahead of whom on an account, and by how much."""
-    name, gap = _title(method), account["difference"]
-    if account["winner"] == "beyond what these runs can tell":
-        return f"{name} was not run far enough to tell"
+def _lead(case: Mapping[str, Any], account: Mapping[str, Any], question: Mapping[str, Any]) -> str:
+    """Who is ahead of whom on an account, by how much, and whether that was measured."""
+    name, gap = _title(case["method"]), account["difference"]
+    if gap is None:
+        return f"{name}: {unreached(case, account, question)}"
+    measured, seeds = account["basis"] == "measured", account["seeds"]
+    runs = "in one pair of runs" if seeds == 1 else f"over {seeds} seeds"
+    start = f"measured {runs}, " if measured else ""
+    return start + _comparison(name, account, "" if measured or seeds > 1 else ", one seed")
+
+
+def unreached(case: Mapping[str, Any], account: Mapping[str, Any], question: Mapping[str, Any]) -> str:
+    """Which path's budgets leave the question out of reach, and on which side."""
+    budgets = {"P-R": question["tokens"], "from scratch": account["scratch_tokens"]}
+    for name, path in (("P-R", "pruned"), ("from scratch", "scratch")):
+        low, high = (case["budgets"][path][end] * case["scale"] for end in (0, -1))
+        if budgets[name] < low:
+            return f"{count(budgets[name])} tokens {name} are fewer than any run had, {count(low)} or more"
+        if budgets[name] > REACH * high:
+            return (
+                f"{count(budgets[name])} tokens {name} are beyond {REACH:g} times the most that was run, {count(high)}"
+            )
+    return "the runs are too few for a curve, and these budgets were not measured"
+
+
+def _comparison(name: str, account: Mapping[str, Any], note: str) -> str:
+    """The difference with its interval; ``note`` follows it."""
+    gap = account["difference"]
     digits = decimals(*gap.values())
     near, far = sorted((abs(gap["low"]), abs(gap["high"])))
-    margin = f"by {number(abs(gap['value']), digits)} nats (95%: {number(near, digits)} to {number(far, digits)})"
+    margin = f"by {number(abs(gap['value']), digits)} nats (95%: {number(near, digits)} to {number(far, digits)}{note})"
     if account["winner"] == "pruned":
         return f"{name} is ahead of training from scratch {margin}"
     if account["winner"] == "scratch":
         return f"training from scratch is ahead of {name} {margin}"
     value, low, high = (signed(gap[key], digits) for key in ("value", "low", "high"))
-    return f"{name} against training from scratch is undecided (advantage {value} nats, 95%: {low} to {high})"
+    if account["reason"] and gap["low"] * gap["high"] > 0:  # else the interval says why
+        note += "; " + account["reason"].replace(" (Holm)", " by Holm's method")
+    span = f"(advantage {value} nats, 95%: {low} to {high}{note})"
+    if account["winner"] == "equal within margin":
+        return f"{name} and training from scratch are equal within the margin {span}"
+    return f"{name} against training from scratch is undecided {span}"
 
 
 def _by_finding(answer: Mapping[str, Any]) -> str:
@@ -98,13 +128,12 @@ def _by_finding(answer: Mapping[str, Any]) -> str:
             f"nothing was run at {ratio}"
         )
     if finding["trend"] == "ahead":
-        where = f"no losses were published at {ratio}"
+        where = f"; no losses were published at {ratio}"
         if abs(question["ratio"] - LOWEST) <= SLACK:
-            curveless = question["granularity"] in ("sparse", "depth+width")
-            where = f"no losses were published for {_without_losses(question)}" if curveless else "no curve is so short"
+            where = "" if question["granularity"] in ("sparse", "depth+width") else "; no curve is so short"
         return (
             "by the published finding, pruning is ahead at ratios 0.5 to 0.8 at equal training tokens, by less the "
-            f"more is removed; {where}"
+            f"more is removed{where}"
         )
     if finding["trend"] == "nearly gone":
         return f"by the published finding, {advantage}"
@@ -113,7 +142,7 @@ def _by_finding(answer: Mapping[str, Any]) -> str:
             f"{_title(a['method'])} {signed(a['pruned'] - a['scratch'], 1)}" for a in answer["evidence"]["accuracies"]
         ]
         return (
-            f"no losses were published for {_without_losses(question)}; zero-shot accuracy after pruning less that "
+            f"zero-shot accuracy after pruning less that "
             f"from scratch, one seed without an interval, in points: {', '.join(gaps)}"
         )
     if question["ratio"] < HIGHEST - SLACK:
@@ -181,7 +210,8 @@ def _reason(obstacle: Mapping[str, Any], question: Mapping[str, Any], evidence: 
     if kind == "budget":
         return (
             f"{obstacle['what']}: {_round(obstacle['asked'])}, in the evidence {_round(obstacle['low'])} to "
-            f"{_round(obstacle['high'])}, and nothing is read beyond {REACH:g} times that"
+            f"{_round(obstacle['high'])}, and nothing is read "
+            f"{'below that' if obstacle['factor'] < 1 else f'beyond {REACH:g} times that'}"
         )
     if obstacle["low"] == obstacle["high"]:
         return f"losses are there at ratio {obstacle['low']:g} only, not at {question['ratio']:g}"
@@ -189,7 +219,7 @@ def _reason(obstacle: Mapping[str, Any], question: Mapping[str, Any], evidence: 
 
 
 def _round(value: float) -> str:
-    return count(float(f"{value:.2g}"))
+    return count(float(f"{value:.2g}")) if value >= 1 else f"{value:.2g}"
 
 
 def _times(factor: float) -> str:

@@ -54,6 +54,7 @@ def cell_rows(judgement: Judgement) -> list[Row]:
                 **_values(cell, "parent", "target", "retrain_tokens", "objective", "init", "path", "peak_rate"),
                 **_costs(index, cell),
                 "best_for": " ".join(best.get((group, cell.name), ())),
+                "pruning_tokens": record.training_tokens if record and cell.init == "pruned" else None,
             }
         )
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from secateur.errors import UserError
 from secateur.files import write_text
 from secateur.forecast.advice import Case, Question
 from secateur.formatting import count
+from secateur.methods.registry import METHODS
 from secateur.study.spec import StudySpec, load_study
 
 __all__ = ["write_pilot"]
@@ -17,6 +19,7 @@ __all__ = ["write_pilot"]
 _STDLIB = 3_000_000  #: training tokens that Python's standard library has to give, with a margin
 _LAYERS, _HEAD = 6, 16
 _VOCABULARY = 512
+_HOLDOUT = 0.3  # of the documents: those of the windows have to be many for their differences to decide
 _TOKENS_A_PARAMETER = 20  # of a parent whose tokens are not known: about what compute-optimal training gives
 _METHODS = {"depth": ["minitron-depth"], "width": ["minitron-width"], "sparse": ["wanda"], "depth+width": ["sheared"]}
 
@@ -37,13 +40,14 @@ def write_pilot(out: Path, question: Question, cases: list[Case], like: Path | N
     """
     if out.exists():
         raise UserError(f"{out}: already exists; name a new file for `pilot`")
+    if question.method in METHODS and not METHODS[question.method].source:
+        raise UserError(f"`method`: {question.method} is a control, which tells nothing of pruning; name another")
     if like is None:
         raw, says = _scaled(question)
     else:
-        load_study(like)  # reports errors as that file's
-        raw, says = _next(question, cases, dict(load_yaml(like)))
-    raw |= {"name": "pilot", "title": f"Pilot: {says}", "methods": _methods(question), "ratios": [question.ratio]}
-    raw["settings"] = ["equal_training_tokens", *(["equal_total_tokens"] if question.must_train else [])]
+        study = load_study(like)  # reports errors as that file's
+        raw, says = _next(question, cases, dict(load_yaml(like)), study.ratios)
+    raw |= {"name": "pilot", "title": f"Pilot: {says}"}
     parse(StudySpec, raw, origin=f"the pilot study {out}")
     head = f"# Written by `secateur recommend`. {says}\n#   secateur study plan {out}     what it costs\n"
     write_text(out, head + dump_yaml(raw))
@@ -58,14 +62,20 @@ def _methods(question: Question) -> list[str]:
     return _METHODS[question.granularity]
 
 
-def _next(question: Question, cases: list[Case], raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The user's study with the most informative further budget."""
+def _next(
+    question: Question, cases: list[Case], raw: dict[str, Any], ratios: Sequence[float]
+) -> tuple[dict[str, Any], str]:
+    """The user's study with the most informative further budget, of all its methods unless the question names some."""
     runs = [run for case in cases for run in case.next_runs]
     best = min(runs, key=lambda run: (run.width, run.tokens), default=None)
-    largest = max((p.tokens for case in cases for p in case.curves.points), default=question.tokens)
+    largest = max((p.tokens for case in cases for p in case.points), default=question.tokens)
     tokens = best.tokens if best else largest
     raw["retrain"] = {**raw["retrain"], "tokens": tokens}
     raw.pop("question", None)  # of other methods and budgets
+    if question.method or question.granularity:
+        raw["methods"] = _methods(question)
+    if question.ratio not in ratios:
+        raw["ratios"] = [question.ratio]
     return raw, f"R = {_plain(tokens)} tokens beside what has been run."
 
 
@@ -78,10 +88,15 @@ def _scaled(question: Question) -> tuple[dict[str, Any], str]:
     total = round(min(budget * _non_embedding(hidden), _STDLIB))
     retrain = max(2048, round(total * question.tokens / (parent + question.tokens)))
     reached = total / _non_embedding(hidden)
+    setting = "equal_total_tokens" if question.must_train else "equal_training_tokens"
     raw: dict[str, Any] = {
         "name": "pilot",
         "title": "",
-        "corpus": {"source": "stdlib", "vocabulary": _VOCABULARY},
+        "question": {
+            "ask": f"Is pruning and retraining on {retrain} tokens below training from scratch?",
+            "comparisons": [{"setting": setting, "tokens": retrain}],
+        },
+        "corpus": {"source": "stdlib", "vocabulary": _VOCABULARY, "holdout": _HOLDOUT},
         "parent": {
             "tokens": max(16384, total - retrain),
             "hidden": hidden,
@@ -90,10 +105,10 @@ def _scaled(question: Question) -> tuple[dict[str, Any], str]:
             "heads": hidden // _HEAD,
             "kv_heads": hidden // _HEAD // 2,
         },
-        "methods": [],
-        "ratios": [],
+        "methods": _methods(question),
+        "ratios": [question.ratio],
         "retrain": {"tokens": [retrain // 4, retrain // 2, retrain], "peak_rate": 5e-4},
-        "settings": [],
+        "settings": list(dict.fromkeys(["equal_training_tokens", setting])),
         "calibration": {"windows": 64},
         "recipe": {"sequence": 128, "tokens_per_step": 1024, "peak_rate": 4e-3, "init": {"std": 0.06}},
         "evaluation": {"windows": 128, "points": 5},

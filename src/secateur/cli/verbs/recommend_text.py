@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.formatting import MINUS, count, number, scientific, signed
-from secateur.report.advice_prose import findings_lines, next_run_sentence
+from secateur.report.advice_prose import findings_lines, next_run_sentence, unreached
 from secateur.report.forecast_prose import catches_up
 
 __all__ = ["text"]
@@ -49,7 +49,7 @@ def _headline(answer: Mapping[str, Any]) -> list[str]:
     if advice["cheapest_pilot"]:
         lines += _wrapped(advice["cheapest_pilot"]["sentence"])
         if answer["evidence"]["published"]:
-            lines += _wrapped("A study of the same proportions at toy size, to rehearse it: --pilot FILE.")
+            lines += _wrapped("A study at toy size, to rehearse it: --pilot FILE.")
     return lines
 
 
@@ -60,13 +60,17 @@ def _case(case: Mapping[str, Any], answer: Mapping[str, Any]) -> list[str]:
         f"{case['method']} at ratio {ratios}{between} ({case['granularity']}), losses in nats/token with 95% intervals"
     )
     for account in case["accounts"]:
-        if account["winner"] == "beyond what these runs can tell":
-            lines += _wrapped(f"{_ACCOUNTS[account['name']]}: these runs do not reach that far", "  ")
+        if account["difference"] is None:
+            reason = unreached(case, account, answer["question"])
+            lines += _wrapped(f"{_ACCOUNTS[account['name']]}: out of reach, {reason}", "  ")
             continue
         crossing = f" {catches_up(account['crossover'])}" if account["crossover"] else ""
-        scratch = f"from scratch on {count(account['scratch_tokens'])} tokens {_interval(account['scratch_loss'])}"
         difference = f"difference {_interval(account['difference'], sign=True)}: {account['winner']}"
-        paths = f"P-R {_interval(case['pruned_loss'])}; {scratch}; {difference}"
+        if account["basis"] == "measured":
+            paths = f"measured against {count(account['scratch_tokens'])} tokens from scratch, {difference}"
+        else:
+            scratch = f"from scratch on {count(account['scratch_tokens'])} tokens {_interval(account['scratch_loss'])}"
+            paths = f"P-R {_interval(case['pruned_loss'])}; {scratch}; {difference}"
         lines += _wrapped(f"{_ACCOUNTS[account['name']]}: {paths}.{crossing}", "  ")
     lines += [f"  {line}" for line in _distances(case["distances"])]
     sentence = "" if answer["evidence"]["published"] else next_run_sentence(case, answer["costs"]["currency"])
