@@ -297,7 +297,7 @@ def _explain(cls: type, error: ValidationError, value: Any, at: tuple[str, ...] 
     for detail in error.errors(include_url=False):
         places.setdefault(tuple(_keys_of(cls, detail, value, at)), []).append(detail)
     # Of a value of several possible types, the type that fits best fails furthest inside.
-    inner = [loc for loc in places if not any(other[: len(loc)] == loc != other for other in places)]
+    inner = [loc for loc in places if not any(place[: len(loc)] == loc != place for place in places)]
     # A misspelt name causes an unknown key and a missing one: the unknown key explains both, so it comes first.
     inner.sort(key=lambda loc: not any(_is_unknown(detail) for detail in places[loc]))
     first = inner[0]
@@ -344,8 +344,8 @@ def _problem(cls: type, loc: tuple[str | int, ...], details: list[Any]) -> str:
         entries = "entry" if context[limit] == 1 else "entries"
         return f"needs at {bound} {context[limit]} {entries}, got {context['actual_length']}"
     texts = dict.fromkeys(_EXPECTED.get(detail["type"]) or _expected(detail["msg"]) for detail in details)
-    given = f" (got {value!r})" if isinstance(value, str | int | float | None) else ""
-    return f"should {'' if kind == 'string_pattern_mismatch' else 'be '}{', or '.join(texts)}{given}"
+    actual = f" (got {value!r})" if isinstance(value, str | int | float | None) else ""
+    return f"should {'' if kind == 'string_pattern_mismatch' else 'be '}{', or '.join(texts)}{actual}"
 
 
 def _expected(message: str) -> str:

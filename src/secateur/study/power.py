@@ -310,12 +310,12 @@ def _seeds_note(pilot: set[str], study: SeedsVary) -> str:
     """
     if pilot <= {study}:
         return ""
-    own = "each have their own" if study == "all" else "share one"
+    parents = "each have their own" if study == "all" else "share one"
     if "" in pilot:
-        return f"Whether the pilot's seeds share one parent, its comparisons.csv does not say; this study's {own}."
+        return f"Whether the pilot's seeds share one parent, its comparisons.csv does not say; this study's {parents}."
     if study == "all":
-        return f"The pilot's seeds share one parent, this study's {own}: the spread between them may be larger."
-    return f"The pilot's seeds each have their own parent, this study's {own}: the spread may be smaller."
+        return f"The pilot's seeds share one parent, this study's {parents}: the spread between them may be larger."
+    return f"The pilot's seeds each have their own parent, this study's {parents}: the spread may be smaller."
 
 
 def _key(row: dict[str, str]) -> tuple[str, str, str, int, str]:
