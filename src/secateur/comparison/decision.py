@@ -32,6 +32,7 @@ __all__ = [
     "MARGIN",
     "Component",
     "Decision",
+    "HasDecision",
     "VerdictName",
     "adjust",
     "decide",
@@ -106,6 +107,37 @@ class Decision:
     def sign(self) -> int:
         """1 for the verdict ``first``, -1 for ``second``, else 0."""
         return (self.verdict == "first") - (self.verdict == "second")
+
+
+class HasDecision:
+    """A record with a decision, whose figures it has by name."""
+
+    decision: Decision
+
+    @property
+    def difference(self) -> float | None:
+        """The mean difference, positive where the first path is better."""
+        return self.decision.value
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the 95% interval."""
+        return self.decision.low
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the 95% interval."""
+        return self.decision.high
+
+    @property
+    def p(self) -> float | None:
+        """Of no difference, two-sided."""
+        return self.decision.p
+
+    @property
+    def reason(self) -> str:
+        """Why it is not measured, or undecided."""
+        return self.decision.reason
 
 
 def decide(

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.comparison.decision import MARGIN, Decision, decide, sign_test
+from secateur.comparison.decision import MARGIN, Decision, HasDecision, decide, sign_test
 from secateur.errors import UserError
 from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, MeasurementKind, check_same_protocols
 
@@ -21,7 +21,7 @@ Outcome = Literal["A", "B", "equal within margin", "undecided", "not measured"]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(HasDecision):
     """One figure of A beside that of B.
 
     ``decision`` is about how much better A is: loss(B) - loss(A), or accuracy(A) - accuracy(B); other metrics of tasks
@@ -45,31 +45,6 @@ class Comparison:
         """The better model, or why none is named."""
         names: dict[str, Outcome] = {"first": "A", "second": "B"}
         return names.get(self.decision.verdict, self.decision.verdict)  # type: ignore[arg-type]
-
-    @property
-    def difference(self) -> float | None:
-        """How much better A is."""
-        return self.decision.value
-
-    @property
-    def low(self) -> float | None:
-        """Lower end of the 95% interval."""
-        return self.decision.low
-
-    @property
-    def high(self) -> float | None:
-        """Upper end of the 95% interval."""
-        return self.decision.high
-
-    @property
-    def p(self) -> float | None:
-        """Of no difference, two-sided."""
-        return self.decision.p
-
-    @property
-    def reason(self) -> str:
-        """Why it is not measured, or undecided."""
-        return self.decision.reason
 
     def record(self) -> dict[str, Any]:
         """As plain values."""

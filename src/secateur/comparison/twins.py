@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from secateur.comparison.decision import MARGIN, Decision, adjust, decide, decide_average
+from secateur.comparison.decision import MARGIN, Decision, HasDecision, adjust, decide, decide_average
 from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.records import Cell, Evaluation, TextUnit, pair_units
 
@@ -69,7 +69,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(HasDecision):
     """One comparison of a pruned and retrained model with its from-scratch twin.
 
     ``decision`` is about loss(scratch) - loss(pruned) in nats per token, so positive means that pruning is better. All
@@ -92,26 +92,6 @@ class Verdict:
         """The better path, or why none is named."""
         names: dict[str, Winner] = {"first": "pruned", "second": "scratch"}
         return names.get(self.decision.verdict, self.decision.verdict)  # type: ignore[arg-type]
-
-    @property
-    def difference(self) -> float | None:
-        """loss(scratch) - loss(pruned), nats per token."""
-        return self.decision.value
-
-    @property
-    def low(self) -> float | None:
-        """Lower end of the 95% interval."""
-        return self.decision.low
-
-    @property
-    def high(self) -> float | None:
-        """Upper end of the 95% interval."""
-        return self.decision.high
-
-    @property
-    def reason(self) -> str:
-        """Why it is not measured, or undecided."""
-        return self.decision.reason
 
 
 def pair_cells(better: Cell | None, worse: Cell | None, better_name: str, worse_name: str) -> Paired | str:
