@@ -401,6 +401,14 @@ def test_a_pilot_is_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "already exists" in capsys.readouterr().err
 
 
+def test_a_pilot_says_where_its_proportions_are_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    near = run(capsys, *ASK, *TRAIN, "--pilot", str(tmp_path / "near.yaml"))["pilot"]["says"]
+    far = run(capsys, *ASK, "--parent-tokens", "15T", "--pilot", str(tmp_path / "far.yaml"))["pilot"]["says"]
+    assert "not the proportions" in far and "not the proportions" not in near
+    assert main([*ask(), "--parent-tokens", "15T"]) == 0
+    assert "same proportions" not in capsys.readouterr().out
+
+
 def test_a_pilot_of_depth_and_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "pilot.yaml"
     run(capsys, *ASK, "--granularity", "depth+width", "--pilot", str(file))

@@ -19,6 +19,7 @@ __all__ = ["write_pilot"]
 _STDLIB = 3_000_000  #: training tokens that Python's standard library has to give, with a margin
 _LAYERS, _HEAD = 6, 16
 _VOCABULARY = 512
+_SLACK = 0.05  # how far the proportions may be from the question's to count as the same
 _HOLDOUT = 0.3  # of the documents: those of the windows have to be many for their differences to decide
 _TOKENS_A_PARAMETER = 20  # of a parent whose tokens are not known: about what compute-optimal training gives
 _METHODS = {"depth": ["minitron-depth"], "width": ["minitron-width"], "sparse": ["wanda"], "depth+width": ["sheared"]}
@@ -88,6 +89,8 @@ def _scaled(question: Question) -> tuple[dict[str, Any], str]:
     total = round(min(budget * _non_embedding(hidden), _STDLIB))
     retrain = max(2048, round(total * question.tokens / (parent + question.tokens)))
     reached = total / _non_embedding(hidden)
+    share = question.tokens / (parent + question.tokens)
+    proportions_differ = abs(reached / budget - 1) > _SLACK or abs(retrain / total / share - 1) > _SLACK
     setting = "equal_total_tokens" if question.must_train else "equal_training_tokens"
     raw: dict[str, Any] = {
         "name": "pilot",
@@ -116,6 +119,7 @@ def _scaled(question: Question) -> tuple[dict[str, Any], str]:
     says = (
         f"A parent of {_plain(_non_embedding(hidden))} parameters outside its embeddings, P+R = {reached:.3g} tokens "
         f"for each of them where the question has {budget:.3g}; with a corpus of your own it can be larger."
+        + (" It rehearses the steps, not the proportions." if proportions_differ else "")
     )
     return raw, says
 
