@@ -91,4 +91,4 @@ def test_a_studys_tables_are_printed(tmp_path: Path, capsys: pytest.CaptureFixtu
     told = capsys.readouterr().out
     assert told.count("| `shared-floor` |") == 1 and "| minitron-depth 0.5, pruned | 800,000 | 5.200 |" in told
     law = next(line for line in told.splitlines() if line.startswith("| minitron-depth | 6 | 0.5, 0.75 |"))
-    assert "0.5: cannot be left out" in law and "hardly identified" in law
+    assert "0.5: cannot be left out" in law and "poorly determined" in law

@@ -327,6 +327,17 @@ def test_measured_comparisons_win_over_curves(tmp_path: Path, capsys: pytest.Cap
     assert gap["value"] - gap["low"] >= 0.5 and gap["high"] - gap["value"] >= 0.5  # as wide as what was measured
 
 
+def test_a_shipped_study_is_answered_as_its_report_has_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """What Holm's method leaves undecided stays so; the parent's loss is that beside its pruned models', of 4.73."""
+    folder = Path(__file__).parents[2] / "docs" / "results" / "findings"
+    asked = ["recommend", "--params", "2247424", "--ratio", "0.5", "--tokens", "150k", "--study", str(folder)]
+    found = run(capsys, *asked, "--method", "minitron-depth")
+    assert found["recommendation"]["choice"] == "undecided" and "Holm" in found["recommendation"]["statement"]
+    assert found["evidence"]["parent_loss"] == pytest.approx(4.7336, abs=1e-4)
+    total = run(capsys, *asked, "--method", "minitron-depth", "--parent", "must-train", "--parent-tokens", "600k")
+    assert total["recommendation"]["choice"] == "train from scratch"
+
+
 def test_a_measured_budget_needs_no_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row for row in lines(("P-R", "S_R")) if ",4000000," in row]
     folder = study(tmp_path / "s", rows, f"{HEAD},target")

@@ -93,7 +93,7 @@ def unreached(case: Mapping[str, Any], account: Mapping[str, Any], question: Map
             return (
                 f"{count(budgets[name])} tokens {name} are beyond {REACH:g} times the most that was run, {count(high)}"
             )
-    return "the runs are too few for a curve, and these budgets were not measured"
+    return "these budgets were not measured, and no curve fits the runs"
 
 
 def _comparison(name: str, account: Mapping[str, Any], note: str) -> str:
