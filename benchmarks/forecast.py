@@ -137,14 +137,14 @@ def trial(random: np.random.Generator, curves: Truth, number: int, draws: int) -
     true = curves[0](scratch) - curves[1](pruned)
     intervals = [percentile_interval(float(value), column) for value, column in zip(best, each.T, strict=True)]
     covered = [float(i.low <= value <= i.high) for i, value in zip(intervals, true, strict=True)]
-    told = [np.sign(i.low) * (i.low * i.high > 0) * np.sign(t) for i, t in zip(intervals, true, strict=True)]
-    verdicts = np.array(told)[factors <= REACH]
+    signs = [np.sign(i.low) * (i.low * i.high > 0) * np.sign(t) for i, t in zip(intervals, true, strict=True)]
+    verdicts = np.array(signs)[factors <= REACH]
     crossing, step = crossover(fit), (REACH * budgets[-1] / budgets[0]) ** (1 / 1000)  # as fine as the grids
-    held = math.nan
+    crossing_covered = math.nan
     if crossing:
         at = true_crossover(curves, budgets[0], crossing.horizon)
-        held = float(crossing.budget.low / step <= at <= crossing.budget.high * step)
-    return [*covered, held, float(np.mean(verdicts > 0)), float(np.mean(verdicts < 0))]
+        crossing_covered = float(crossing.budget.low / step <= at <= crossing.budget.high * step)
+    return [*covered, crossing_covered, float(np.mean(verdicts > 0)), float(np.mean(verdicts < 0))]
 
 
 def true_crossover(curves: Truth, low: float, high: float) -> float:

@@ -555,8 +555,8 @@ def test_compare_and_the_report_give_one_verdict(
         assert (reported.difference, compared.difference) == (None, None)
         return
     for attribute in ("value", "low", "high", "p", "effective_documents", "text_share"):
-        mine, theirs = getattr(reported.decision, attribute), getattr(compared.decision, attribute)
-        assert mine == pytest.approx(theirs, abs=1e-12), attribute
+        by_report, by_compare = getattr(reported.decision, attribute), getattr(compared.decision, attribute)
+        assert by_report == pytest.approx(by_compare, abs=1e-12), attribute
     rows = -base + other
     same(decide(rows, range(documents), weights=tokens), reference(rows.tolist(), range(documents), tokens))
 

@@ -46,17 +46,17 @@ def test_keys_of_the_configuration_are_of_the_parent_and_of_what_is_drawn_anew(t
 
 
 @pytest.mark.parametrize(
-    ("parent", "told"),
+    ("parent", "message"),
     [
         ({"checkpoint": "x", "rope_theta": 1e6}, "parent.rope_theta: parent.checkpoint has its own"),
         (with_config(rms_norm_eps=0), "parent.rms_norm_eps: "),
         (with_config(rope_scaling={"factor": 2.0}), "parent.rope_scaling: needs a rope_type"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(tmp_path: Path, parent: dict[str, Any], told: str) -> None:
+def test_a_configuration_that_cannot_be_is_refused(tmp_path: Path, parent: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         study(tmp_path, parent=parent)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_all_models_of_a_study_have_the_parents_configuration(

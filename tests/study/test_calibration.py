@@ -68,7 +68,7 @@ def test_a_study_without_sources_of_its_own_is_planned_as_before(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("own", "told"),
+    ("own", "message"),
     [
         ({"seqlen": 64}, "methods[0].calibration.seqlen: 64 is more than recipe.sequence"),
         ({"windows": 501}, "methods[0].calibration.windows: 501 windows of 32 tokens are more than parent.tokens"),
@@ -78,10 +78,10 @@ def test_a_study_without_sources_of_its_own_is_planned_as_before(tmp_path: Path)
         ({"source": "tokens:x.npy"}, "tokens:x.npy"),
     ],
 )
-def test_what_cannot_be_is_refused(tmp_path: Path, own: dict[str, Any], told: str) -> None:
+def test_what_cannot_be_is_refused(tmp_path: Path, own: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         resolved(study(tmp_path, methods=[{"method": "wanda", "calibration": own}]))
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_scores_are_of_the_methods_own_text(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,7 +170,7 @@ def test_dense_twins_of_the_authors_start_at_the_first_token_and_sparse_ones_beh
     for label in ("sparsegpt-2of4", "sparsegpt-0.8"):
         assert slices[f"{label}/S_R"] == slices[f"{label}/P-R"] == [parent, parent + 50 * BILLION]
         assert named(stages("paper-llama31-8b"), f"{label}/S_R").identity["init"] == "redrawn-linears"
-    # S250 is one run of theirs: the twin of R250 at equal training tokens and that of R50 at equal total tokens.
+    # S250 is one run of the authors: the twin of R250 at equal training tokens and that of R50 at equal total tokens.
     runs = [s for s in stages("paper-llama31-8b") if s.kind == "train" and s.facts["shape"].layers == 16]
     assert sum(run.identity["slice"] == [0, 250 * BILLION] for run in runs) == 1
     assert tokens_needed(stages("paper-llama31-8b")) == 700 * BILLION  # more than the 260 B of their corpus
@@ -240,10 +240,10 @@ def test_every_run_has_a_swept_rate(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["paper-controlled", "single-gpu"])
 def test_what_decides_has_three_seeds_with_a_parent_each(name: str) -> None:
-    asked = question(name)
-    assert asked.margin == 0.02 and asked.content["comparisons"]
-    assert all(comparison["seeds"] == [0, 1, 2] for comparison in asked.content["comparisons"])
-    assert {comparison["twin"] for comparison in asked.content["comparisons"]} == {"S_{P+R}"}
+    declared = question(name)
+    assert declared.margin == 0.02 and declared.content["comparisons"]
+    assert all(comparison["seeds"] == [0, 1, 2] for comparison in declared.content["comparisons"])
+    assert {comparison["twin"] for comparison in declared.content["comparisons"]} == {"S_{P+R}"}
     assert [stage.name for stage in stages(name) if stage.facts.get("path") == "parent"] == [
         "parent~s0",
         "parent~s1",

@@ -23,13 +23,13 @@ def test_without_noise_of_the_text_it_is_the_power_of_a_t_test(sd: float, seeds:
 @pytest.mark.parametrize(("seeds", "documents", "spread"), [(3, 60, Spread(0.0047, 0.05)), (5, 25, Spread(0.01, 0.03))])
 def test_it_is_the_share_of_verdicts_of_the_rule(seeds: int, documents: int, spread: Spread) -> None:
     draw, runs = np.random.default_rng(0), 400
-    labels, told = np.arange(documents), 0
+    labels, verdicts = np.arange(documents), 0
     for _ in range(runs):
         text = draw.normal(0, spread.documents, (1, documents))
         decision = decide(0.02 + draw.normal(0, spread.seeds, (seeds, 1)) + text, labels, margin=0)
-        told += decision.verdict == "first"
+        verdicts += decision.verdict == "first"
     expected = power(spread, seeds, documents)
-    assert told / runs == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / runs))
+    assert verdicts / runs == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / runs))
 
 
 def test_more_comparisons_and_more_spread_need_more_seeds() -> None:

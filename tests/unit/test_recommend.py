@@ -61,22 +61,22 @@ def ask(size: str = "8B", ratio: float = 0.5, tokens: str = "50B") -> list[str]:
 
 def test_the_published_answer(capsys: pytest.CaptureFixture[str]) -> None:
     """At equal training tokens pruning is ahead, at equal total tokens scratch is for depth: as was published."""
-    found = run(capsys, *ASK, *TRAIN)
-    depth, width = found["cases"]
+    answer = run(capsys, *ASK, *TRAIN)
+    depth, width = answer["cases"]
     assert (depth["method"], width["method"]) == ("minitron-depth", "minitron-width")
     training, total, flops = depth["accounts"]
     assert training["winner"] == "pruned" and training["difference"]["value"] == pytest.approx(0.14, abs=0.03)
     assert total["scratch_tokens"] == 250e9 and total["difference"]["value"] < 0
     assert flops["scratch_tokens"] == pytest.approx(50e9 + 200e9 * 2)
-    assert found["recommendation"]["decided_by"] == "total" and found["recommendation"]["basis"] == "curves"
+    assert answer["recommendation"]["decided_by"] == "total" and answer["recommendation"]["basis"] == "curves"
     assert [d["outside"] for d in depth["distances"]] == [False] * 5
 
 
 def test_a_parent_that_is_there_is_sunk(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(capsys, *ASK)
-    assert found["recommendation"]["choice"] == "prune" and found["recommendation"]["decided_by"] == "training"
-    assert [a["name"] for a in found["cases"][0]["accounts"]] == ["training"]
-    terms = {row["name"]: row["flops"] for row in found["costs"]["terms"]}
+    answer = run(capsys, *ASK)
+    assert answer["recommendation"]["choice"] == "prune" and answer["recommendation"]["decided_by"] == "training"
+    assert [a["name"] for a in answer["cases"][0]["accounts"]] == ["training"]
+    terms = {row["name"]: row["flops"] for row in answer["costs"]["terms"]}
     assert terms["of it, sunk"] == 0 and terms["parent's training"] is None  # its tokens are not known
     assert terms["retraining"] == 6 * 4e9 * 50e9
 
@@ -99,8 +99,8 @@ def test_what_children_share_and_money(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_currency_is_dollars_unless_named(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(capsys, *ASK, "--parent-tokens", "15T", "--cost-per-hour", "2", "--flops-per-second", "1e15")
-    assert found["costs"]["currency"] == "USD" and "USD" in found["recommendation"]["cheapest_pilot"]["sentence"]
+    answer = run(capsys, *ASK, "--parent-tokens", "15T", "--cost-per-hour", "2", "--flops-per-second", "1e15")
+    assert answer["costs"]["currency"] == "USD" and "USD" in answer["recommendation"]["cheapest_pilot"]["sentence"]
 
 
 @pytest.mark.parametrize(
@@ -118,32 +118,32 @@ def test_the_currency_is_dollars_unless_named(capsys: pytest.CaptureFixture[str]
 def test_far_questions_get_a_reason_and_a_pilot(
     question: list[str], want: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = run(capsys, *question)["recommendation"]
-    assert found["choice"] == "cannot be told from these figures" and found["basis"] == "none"
-    assert want in found["statement"].replace("\u00a0", " ")
-    pilot = found["cheapest_pilot"]
+    answer = run(capsys, *question)["recommendation"]
+    assert answer["choice"] == "cannot be told from these figures" and answer["basis"] == "none"
+    assert want in answer["statement"].replace("\u00a0", " ")
+    pilot = answer["cheapest_pilot"]
     assert pilot["flops"] > 0 and pilot["hours"] == pytest.approx(pilot["flops"] / 4e14 / 3600)
-    assert not {"prune", "train from scratch"} & set(found["statement"].lower().split(": ")[0].split(", "))
+    assert not {"prune", "train from scratch"} & set(answer["statement"].lower().split(": ")[0].split(", "))
 
 
 def test_a_control_has_no_pilot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(capsys, *ASK, "--method", "random-width")["recommendation"]
-    assert "random-width is a control" in found["statement"] and found["cheapest_pilot"] is None
+    answer = run(capsys, *ASK, "--method", "random-width")["recommendation"]
+    assert "random-width is a control" in answer["statement"] and answer["cheapest_pilot"] is None
     assert main([*ASK, "--method", "random-width", "--pilot", str(tmp_path / "pilot.yaml")]) == 2
     assert "is a control" in capsys.readouterr().err and not (tmp_path / "pilot.yaml").exists()
 
 
 def test_a_pilot_of_a_parent_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     """Both paths at three budgets, the largest of which reaches the question's."""
-    found = run(capsys, *ask("70B", tokens="100B"))["recommendation"]["cheapest_pilot"]
-    assert found["parent_tokens"] == 0 and found["budgets"][-1] == pytest.approx(100e9 / REACH)
-    assert found["tokens"] == pytest.approx(2 * sum(found["budgets"]))
-    assert found["flops"] == pytest.approx(6 * 35e9 * found["tokens"], rel=0.01)
+    answer = run(capsys, *ask("70B", tokens="100B"))["recommendation"]["cheapest_pilot"]
+    assert answer["parent_tokens"] == 0 and answer["budgets"][-1] == pytest.approx(100e9 / REACH)
+    assert answer["tokens"] == pytest.approx(2 * sum(answer["budgets"]))
+    assert answer["flops"] == pytest.approx(6 * 35e9 * answer["tokens"], rel=0.01)
 
 
 def test_a_pilot_of_a_parent_to_train_is_near_in_size(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(capsys, *ask("70B", tokens="100B"), "--parent", "must-train", "--parent-tokens", "2T")
-    pilot = found["recommendation"]["cheapest_pilot"]
+    answer = run(capsys, *ask("70B", tokens="100B"), "--parent", "must-train", "--parent-tokens", "2T")
+    pilot = answer["recommendation"]["cheapest_pilot"]
     assert pilot["parent_parameters"] * NEAR == 70e9
     assert pilot["parent_tokens"] / pilot["parent_parameters"] == pytest.approx(2e12 / 70e9)
     assert pilot["longer_scratch"] == pytest.approx((2e12 + 100e9) / NEAR / REACH)
@@ -163,9 +163,9 @@ def test_nothing_improves_as_more_is_removed(capsys: pytest.CaptureFixture[str])
 
 
 def test_at_a_high_ratio_the_finding_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(capsys, *ask(ratio=0.8))
-    assert found["recommendation"]["choice"] == "hardly any advantage" and found["cases"] == []
-    assert "nearly gone at ratio 0.8" in found["recommendation"]["statement"]
+    answer = run(capsys, *ask(ratio=0.8))
+    assert answer["recommendation"]["choice"] == "hardly any advantage" and answer["cases"] == []
+    assert "nearly gone at ratio 0.8" in answer["recommendation"]["statement"]
     assert "nothing was run at 0.95" in statement(capsys, *ask(ratio=0.95))
     assert "by inference" in statement(capsys, *ask(ratio=0.8), *TRAIN)
 
@@ -175,8 +175,8 @@ def test_a_method_without_evidence_is_named(capsys: pytest.CaptureFixture[str]) 
     assert flap.startswith("No published figures for flap; the nearest, Minitron-width, says PRUNE: Minitron-width is")
     assert wanda.startswith("No published figures for wanda; the nearest, SparseGPT, says PRUNE: by the published")
     for removes in (["--granularity", "depth+width"], ["--method", "sheared"]):
-        found = statement(capsys, *ASK, *removes)
-        assert found.startswith("No losses were published for depth+width; PRUNE: by the published")
+        answer = statement(capsys, *ASK, *removes)
+        assert answer.startswith("No losses were published for depth+width; PRUNE: by the published")
     assert "no curve is so short" in statement(capsys, *ask(tokens="1B"))
 
 
@@ -226,11 +226,11 @@ def test_lines_are_short_and_the_statement_is_one(capsys: pytest.CaptureFixture[
 def test_a_study_of_one_s_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*ROWS, ROWS[0], "S_R,shortgpt,depth,1,0.5,0.4,60,1000,"]  # one twice, as for two comparisons; one failed
     folder = study(tmp_path / "s", rows)
-    found = run(capsys, *ask("100", tokens="2000"), "--study", str(folder))
-    evidence = found["evidence"]
+    answer = run(capsys, *ask("100", tokens="2000"), "--study", str(folder))
+    evidence = answer["evidence"]
     assert (evidence["runs"], evidence["runs_without_a_loss"]) == (6, 1)
     assert (evidence["parent_parameters"], evidence["parent_tokens"], evidence["parent_loss"]) == (100, 4000, 3.0)
-    depth, sparse = found["cases"]
+    depth, sparse = answer["cases"]
     assert depth["budgets"] == {"scratch": [1000, 5000], "pruned": [1000]}
     assert depth["distances"][2]["factor"] == 2 and sparse["scale"] == 1
 
@@ -261,8 +261,8 @@ def test_the_next_run_has_a_cost(tmp_path: Path, capsys: pytest.CaptureFixture[s
     curves = {"P-R": (0.5, -0.35), "S_R": (0.8, -0.5)}
     folder = ladder(tmp_path / "s", {n: tuple(3.2 + a * m**b for m in (1, 2, 4, 8)) for n, (a, b) in curves.items()})
     price = ["--cost-per-hour", "2", "--flops-per-second", "1e12"]
-    found = run(capsys, *ask("2M", tokens="4M"), "--study", str(folder), *price)
-    best = found["cases"][0]["next_runs"][0]
+    answer = run(capsys, *ask("2M", tokens="4M"), "--study", str(folder), *price)
+    best = answer["cases"][0]["next_runs"][0]
     assert best["width"] <= 0.9 and best["flops"] == 6 * 10**6 * best["tokens"]
     assert best["money"] == pytest.approx(best["flops"] / 1e12 / 3600 * 2)
     assert main([*ask("2M", tokens="4M"), "--study", str(folder), *price]) == 0
@@ -272,9 +272,9 @@ def test_the_next_run_has_a_cost(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_runs_that_fit_no_curve_have_no_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = ladder(tmp_path / "s", {"P-R": (4.0, 4.9, 3.4, 4.6), "S_R": (4.4, 5.2, 3.6, 4.9)})
-    found = run(capsys, *ask("2M", tokens="4M"), "--study", str(folder))
-    advice = found["recommendation"]
-    assert found["cases"] == [] and advice["basis"] == "none" and advice["cheapest_pilot"] is None
+    answer = run(capsys, *ask("2M", tokens="4M"), "--study", str(folder))
+    advice = answer["recommendation"]
+    assert answer["cases"] == [] and advice["basis"] == "none" and advice["cheapest_pilot"] is None
     assert "Minitron-width: its runs scatter by" in advice["statement"]
 
 
@@ -299,9 +299,9 @@ def lines(names: tuple[str, ...], method: str = "minitron-width") -> list[str]:
 def test_measured_comparisons_win_over_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At the budgets that were run the answer is the study's verdict, with its interval; elsewhere the curves'."""
     folder = study(tmp_path / "s", lines(("P-R", "S_R")), f"{HEAD},target")
-    asked = [*ask("2M", tokens="4M"), "--study", str(folder)]
-    assert run(capsys, *asked)["recommendation"]["choice"] == "prune"
-    assert ", one seed)" in statement(capsys, *asked)
+    arguments = [*ask("2M", tokens="4M"), "--study", str(folder)]
+    assert run(capsys, *arguments)["recommendation"]["choice"] == "prune"
+    assert ", one seed)" in statement(capsys, *arguments)
     compare(
         folder,
         "training,minitron-width,0.5,4000000,,2,0.2,-0.3,0.7,undecided",
@@ -309,20 +309,20 @@ def test_measured_comparisons_win_over_curves(tmp_path: Path, capsys: pytest.Cap
         "training,minitron-width,0.5,8000000,,1,-0.2,-0.3,-0.1,scratch",
         "total,minitron-width,0.5,4000000,,1,-0.4,-0.5,-0.3,scratch",
     )
-    found = run(capsys, *asked)
-    (account,) = found["cases"][0]["accounts"]
+    answer = run(capsys, *arguments)
+    (account,) = answer["cases"][0]["accounts"]
     assert account["difference"] == {"value": 0.2, "low": -0.3, "high": 0.7} and account["crossover"] is None
-    assert (found["recommendation"]["choice"], found["recommendation"]["basis"]) == ("undecided", "measured")
+    assert (answer["recommendation"]["choice"], answer["recommendation"]["basis"]) == ("undecided", "measured")
     assert "measured over 2 seeds, Minitron-width against training from scratch is undecided" in statement(
-        capsys, *asked
+        capsys, *arguments
     )
     one = statement(capsys, *ask("2M", tokens="8M"), "--study", str(folder))
     assert one.startswith("TRAIN FROM SCRATCH: measured in one pair of runs, training from scratch is ahead")
     between = run(capsys, *ask("2M", tokens="3M"), "--study", str(folder))["recommendation"]
     assert (between["choice"], between["basis"]) == ("prune", "curves")
     total = ["--parent", "must-train", "--parent-tokens"]
-    assert run(capsys, *asked, *total, "4k")["recommendation"]["basis"] == "measured"
-    assert run(capsys, *asked, *total, "5k")["recommendation"]["basis"] == "curves"
+    assert run(capsys, *arguments, *total, "4k")["recommendation"]["basis"] == "measured"
+    assert run(capsys, *arguments, *total, "5k")["recommendation"]["basis"] == "curves"
     gap = run(capsys, *ask("3M", tokens="6M"), "--study", str(folder))["cases"][0]["accounts"][0]["difference"]
     assert gap["value"] - gap["low"] >= 0.5 and gap["high"] - gap["value"] >= 0.5  # as wide as what was measured
 
@@ -330,11 +330,11 @@ def test_measured_comparisons_win_over_curves(tmp_path: Path, capsys: pytest.Cap
 def test_a_shipped_study_is_answered_as_its_report_has_it(capsys: pytest.CaptureFixture[str]) -> None:
     """What Holm's method leaves undecided stays so; the parent's loss is that beside its pruned models', of 4.73."""
     folder = Path(__file__).parents[2] / "docs" / "results" / "findings"
-    asked = ["recommend", "--params", "2247424", "--ratio", "0.5", "--tokens", "150k", "--study", str(folder)]
-    found = run(capsys, *asked, "--method", "minitron-depth")
-    assert found["recommendation"]["choice"] == "undecided" and "Holm" in found["recommendation"]["statement"]
-    assert found["evidence"]["parent_loss"] == pytest.approx(4.7336, abs=1e-4)
-    total = run(capsys, *asked, "--method", "minitron-depth", "--parent", "must-train", "--parent-tokens", "600k")
+    arguments = ["recommend", "--params", "2247424", "--ratio", "0.5", "--tokens", "150k", "--study", str(folder)]
+    answer = run(capsys, *arguments, "--method", "minitron-depth")
+    assert answer["recommendation"]["choice"] == "undecided" and "Holm" in answer["recommendation"]["statement"]
+    assert answer["evidence"]["parent_loss"] == pytest.approx(4.7336, abs=1e-4)
+    total = run(capsys, *arguments, "--method", "minitron-depth", "--parent", "must-train", "--parent-tokens", "600k")
     assert total["recommendation"]["choice"] == "train from scratch"
 
 
@@ -342,10 +342,12 @@ def test_a_measured_budget_needs_no_curve(tmp_path: Path, capsys: pytest.Capture
     rows = [row for row in lines(("P-R", "S_R")) if ",4000000," in row]
     folder = study(tmp_path / "s", rows, f"{HEAD},target")
     compare(folder, "training,minitron-width,0.5,4000000,,3,0.01,0.001,0.019,equal within margin")
-    asked = [*ask("2M", tokens="4M"), "--study", str(folder)]
-    said = statement(capsys, *asked)
-    assert said.startswith("HARDLY ANY ADVANTAGE: measured over 3 seeds, Minitron-width and training from scratch are")
-    assert main(asked) == 0 and "measured against" in capsys.readouterr().out
+    arguments = [*ask("2M", tokens="4M"), "--study", str(folder)]
+    text = statement(capsys, *arguments)
+    assert text.startswith(
+        "HARDLY ANY ADVANTAGE: measured over 3 seeds, Minitron-width and training from scratch are"
+    )
+    assert main(arguments) == 0 and "measured against" in capsys.readouterr().out
     assert main([*ask("2M", tokens="5M"), "--study", str(folder)]) == 2
 
 
@@ -361,13 +363,13 @@ def test_a_pruning_that_learns_gives_its_twin_as_many_tokens(
         fields[7] = str(tokens + 500_000 * scratch)
         rows.append(",".join([*fields, "" if scratch else str(500_000 + (tokens + 4000) * (column == "total_tokens"))]))
     folder = study(tmp_path / "s", rows, f"{HEAD},target,{column}")
-    asked = ["--study", str(folder), "--parent-tokens", "4k"]
-    found = run(capsys, *ask("2M", tokens="1M"), *asked)
-    training, total, _ = found["cases"][0]["accounts"]
+    arguments = ["--study", str(folder), "--parent-tokens", "4k"]
+    answer = run(capsys, *ask("2M", tokens="1M"), *arguments)
+    training, total, _ = answer["cases"][0]["accounts"]
     assert (training["scratch_tokens"], total["scratch_tokens"]) == (1_500_000, 1_504_000)
     assert training["winner"] == "pruned"
-    assert found["costs"]["paths"][1]["tokens"] == 1_500_000
-    short = run(capsys, *ask("2M", tokens="500k"), *asked)["recommendation"]["statement"].replace("\u00a0", " ")
+    assert answer["costs"]["paths"][1]["tokens"] == 1_500_000
+    short = run(capsys, *ask("2M", tokens="500k"), *arguments)["recommendation"]["statement"].replace("\u00a0", " ")
     assert "not run far enough" not in short and "nothing is read below that" in short
 
 
@@ -383,9 +385,9 @@ def test_a_method_without_enough_runs_is_told_beside_the_others(
 ) -> None:
     folder = study(tmp_path / "s", ROWS[:6])  # of wanda, P-R and S_R alone
     own = [*ask("100", tokens="2000"), "--study", str(folder)]
-    found = run(capsys, *own)
-    assert [case["method"] for case in found["cases"]] == ["shortgpt"]
-    assert found["not_fitted"] == ["wanda: no ratio has runs of both paths and three budgets in all; finish more runs"]
+    answer = run(capsys, *own)
+    assert [case["method"] for case in answer["cases"]] == ["shortgpt"]
+    assert answer["not_fitted"] == ["wanda: no ratio has runs of both paths and three budgets in all; finish more runs"]
     assert main([*own, "--method", "wanda"]) == 2
     assert "no ratio has runs of both paths" in capsys.readouterr().err
 
@@ -393,10 +395,10 @@ def test_a_method_without_enough_runs_is_told_beside_the_others(
 def test_a_pilot_is_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It keeps the question's proportions: ratio, tokens for each parameter, R beside P."""
     file = tmp_path / "pilot.yaml"
-    found = run(capsys, *ASK, *TRAIN, "--granularity", "depth", "--pilot", str(file))
+    answer = run(capsys, *ASK, *TRAIN, "--granularity", "depth", "--pilot", str(file))
     pilot = load_study(file)
     assert (
-        found["pilot"]["file"] == str(file)
+        answer["pilot"]["file"] == str(file)
         and [entry.method for entry in pilot.methods] == ["minitron-depth"]
         and pilot.ratios == (0.5,)
     )
@@ -405,8 +407,10 @@ def test_a_pilot_is_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert pilot.corpus.holdout == 0.3
     assert pilot.parent.tokens / pilot.retrain.tokens[-1] == pytest.approx(4, rel=0.01)
     shape = pilot.parent.shape(pilot.corpus.vocabulary)
-    asked = 250e9 / 8e9
-    assert (pilot.parent.tokens + pilot.retrain.tokens[-1]) / shape.non_embedding == pytest.approx(asked, rel=0.02)
+    share = 250e9 / 8e9
+    assert (pilot.parent.tokens + pilot.retrain.tokens[-1]) / shape.non_embedding == pytest.approx(
+        share, rel=0.02
+    )
     assert main(["study", "plan", str(file)]) == 0
     assert main([*ASK, "--pilot", str(file)]) == 2
     assert "already exists" in capsys.readouterr().err
@@ -430,13 +434,13 @@ def test_a_pilot_like_one_s_own_study(tmp_path: Path, capsys: pytest.CaptureFixt
     """It keeps corpus, parent and recipe, and takes the budget that would tell most."""
     own = Path(__file__).parents[2] / "studies" / "smoke.yaml"
     file, folder = tmp_path / "next.yaml", study(tmp_path / "s", ROWS)
-    found = run(
+    answer = run(
         capsys, *ask("100", tokens="2000"), "--study", str(folder), "--method", "shortgpt", "--like", str(own),
         "--pilot", str(file),
     )  # fmt: skip
     mine, pilot = load_study(own), load_study(file)
     assert (pilot.corpus, pilot.parent, pilot.recipe) == (mine.corpus, mine.parent, mine.recipe)
-    runs = found["cases"][0]["next_runs"]
+    runs = answer["cases"][0]["next_runs"]
     assert pilot.retrain.tokens[0] == (runs[0]["tokens"] if runs else 5000)
     assert all(run["flops"] > 0 for run in runs)
     assert pilot.retrain.peak_rate == mine.retrain.peak_rate
@@ -457,14 +461,16 @@ def test_a_config_gives_exact_flops(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     ask = ["recommend", "--model", str(tmp_path), "--ratio", "0.5", "--tokens", "50B", *TRAIN, "--granularity", "depth"]
-    found = run(capsys, *ask)
-    assert found["question"]["parameters"] == 8_030_261_248
+    answer = run(capsys, *ask)
+    assert answer["question"]["parameters"] == 8_030_261_248
     block = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
-    assert found["question"]["target_parameters"] == 8_030_261_248 - 16 * (block + 2 * 4096)
+    assert answer["question"]["target_parameters"] == 8_030_261_248 - 16 * (block + 2 * 4096)
     linears = 16 * block + 128_256 * 4096
     a_token = 6 * linears + 12 * 16 * 4096 * (2048 + 1) / 2
-    assert {row["name"]: row["flops"] for row in found["costs"]["terms"]}["retraining"] == pytest.approx(a_token * 50e9)
-    terms, flops = found["costs"]["terms"], found["cases"][0]["accounts"][2]
+    assert {row["name"]: row["flops"] for row in answer["costs"]["terms"]}["retraining"] == pytest.approx(
+        a_token * 50e9
+    )
+    terms, flops = answer["costs"]["terms"], answer["cases"][0]["accounts"][2]
     assert flops["scratch_tokens"] == pytest.approx(50e9 + terms[0]["flops"] / a_token)
 
 
@@ -558,6 +564,6 @@ def test_a_pattern_is_a_case_of_its_own(tmp_path: Path, capsys: pytest.CaptureFi
         for name, tokens, loss in (("P-R", 1000, 4.0), ("S_R", 1000, 4.4), ("S_{P+R}", 5000, 3.8))
     ]
     folder = study(tmp_path / "run", rows, f"{HEAD},target")
-    found = run(capsys, *ask("100", tokens="2000"), "--study", str(folder))
-    assert [case["method"] for case in found["cases"]] == ["sparsegpt", "sparsegpt 2:4"]
-    assert found["cases"][1]["pruned_loss"]["value"] > found["cases"][0]["pruned_loss"]["value"] + 0.1
+    answer = run(capsys, *ask("100", tokens="2000"), "--study", str(folder))
+    assert [case["method"] for case in answer["cases"]] == ["sparsegpt", "sparsegpt 2:4"]
+    assert answer["cases"][1]["pruned_loss"]["value"] > answer["cases"][0]["pruned_loss"]["value"] + 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from secateur.comparison.decision import Decision, adjust
-from secateur.comparison.index import Group, Index
+from secateur.comparison.index import Group, Index, mean_loss
 from secateur.comparison.records import Cell, Init
 from secateur.comparison.twins import Paired, mean_difference, pair_cells
 
@@ -65,12 +65,9 @@ def controls(index: Index, group: Group) -> tuple[ControlGap, ...]:
     runs = _runs(index, group)
     if not any(cell.path == "control" for cells in runs.values() for cell in cells.values()):
         return ()
-    rows = []
-    for init, label in CONTROLS.items():
-        losses = [cell.evaluation.loss for cell in runs.get(init, {}).values() if cell.evaluation]
-        if init in runs:
-            rows.append(ControlGap(init, label, sum(losses) / len(losses) if losses else None))
-    return tuple(rows)
+    return tuple(
+        ControlGap(init, label, mean_loss(runs[init].values())) for init, label in CONTROLS.items() if init in runs
+    )
 
 
 def parts(index: Index, group: Group, verdict: Decision | None = None) -> tuple[Part, ...]:
@@ -83,10 +80,8 @@ def parts(index: Index, group: Group, verdict: Decision | None = None) -> tuple[
         return ()
     runs = _runs(index, group)
     pairs = [pair for pair in _PAIRS if pair[0] in runs and pair[1] in runs]
-    if runs.keys() & {
-        "redrawn",
-        "redrawn-linears",
-    }:  # the weights then count beside the control that has the mask as well, not beside scratch
+    # The weights count beside a control that has the mask as well, where there is one, and not beside scratch.
+    if runs.keys() & {"redrawn", "redrawn-linears"}:
         pairs = [pair for pair in pairs if pair[0] != "scratch" or pair[1] == "redrawn"]
     twin = next((init for init, cells in runs.items() if any(cell.name == "S_R" for cell in cells.values())), None)
     judged = verdict and (twin, "pruned")

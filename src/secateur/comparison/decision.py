@@ -167,13 +167,9 @@ def decide(
         return Decision("not measured", reason="nothing was measured", margin=margin)
     if not np.isfinite(y).all():
         return Decision("not measured", reason="a difference is not finite", margin=margin)
-    y, w = _distinct(y), w / w.sum()
-    text, sizes = _text(y.mean(axis=0), labels, w, tasks)
-    noise = _noise([y @ w])
-    decision = _judge(float(y.mean(axis=0) @ w), text, noise, margin)
-    counts = {"seeds": len(y), "documents": len(sizes), "effective_documents": float(1 / (sizes**2).sum())}
-    decision = _enough(replace(decision, **counts), "items" if strata is not None else "documents")
-    if strata is not None and decision.sign and len(sizes) < FEW_ITEMS and not _signs_agree(y.mean(axis=0), decision):
+    decision = _decide_mean([y], labels, w, tasks, margin, "items" if strata is not None else "documents")
+    few = strata is not None and decision.documents < FEW_ITEMS
+    if few and decision.sign and not _signs_agree(_distinct(y).mean(axis=0), decision):
         reason = f"of fewer than {FEW_ITEMS} items the sign test must agree, and it does not"
         return replace(decision, verdict="undecided", reason=reason)
     return decision
@@ -209,13 +205,7 @@ def decide_average(
     margin = _margin(margin)
     if any(not y.size or not np.isfinite(y).all() for y, *_ in parts) or not w.sum() > 0:
         return Decision("not measured", reason="a comparison was not measured", margin=margin)
-    w = w / w.sum()
-    each = [_distinct(y) for y, *_ in parts]
-    mean = np.mean([y.mean(axis=0) for y in each], axis=0)
-    text, sizes = _text(mean, labels, w, tasks)
-    decision = _judge(float(mean @ w), text, _noise([y @ w for y in each]), margin)
-    counts = {"documents": len(sizes), "effective_documents": float(1 / (sizes**2).sum())}
-    return _enough(replace(decision, seeds=max(map(len, each)), **counts), "documents")
+    return _decide_mean([y for y, *_ in parts], labels, w, tasks, margin, "documents")
 
 
 def decide_independent(first: Decision, second: Decision, *, margin: float | None = MARGIN) -> Decision:
@@ -304,6 +294,24 @@ def _can_be_sorted(labels: NDArray[Any]) -> bool:
 def _distinct(y: Floats) -> Floats:
     """The rows of ``y`` without repetitions; ``np.unique`` takes a millisecond for 400 columns."""
     return y[[n for n, row in enumerate(y) if not any(np.array_equal(row, earlier) for earlier in y[:n])]]
+
+
+def _decide_mean(
+    differences: Sequence[Floats],
+    labels: NDArray[np.intp],
+    w: Floats,
+    tasks: NDArray[np.intp],
+    margin: float,
+    units: str,
+) -> Decision:
+    """Decide by the mean over comparisons, each ``[seeds, units]``, of units with documents, weights and tasks."""
+    w = w / w.sum()
+    each = [_distinct(y) for y in differences]
+    mean = np.mean([y.mean(axis=0) for y in each], axis=0)
+    text, sizes = _text(mean, labels, w, tasks)
+    decision = _judge(float(mean @ w), text, _noise([y @ w for y in each]), margin)
+    counts = {"documents": len(sizes), "effective_documents": float(1 / (sizes**2).sum())}
+    return _enough(replace(decision, seeds=max(map(len, each)), **counts), units)
 
 
 def _margin(margin: float | None) -> float:

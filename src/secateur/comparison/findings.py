@@ -188,10 +188,9 @@ def _granularity(index: Index, decisions: Mapping[Group, Decision]) -> Finding:
     opposite = {group: _opposite(decision) for group, decision in decisions.items()}
     rows: list[FindingRow] = []
     if fine and coarse:
-        rows = [*_rows(fine, "All sparse methods", decisions=decisions)]
-        rows += _rows(coarse, "All depth methods", _LEVEL_OR_AHEAD, decisions=opposite)
-        cases = (*_cases(fine, _AHEAD, decisions), *_cases(coarse, _LEVEL_OR_AHEAD, opposite))
-        rows.append(FindingRow("Both parts", None, cases))
+        sparse = _rows(fine, "All sparse methods", decisions=decisions)
+        depth = _rows(coarse, "All depth methods", _LEVEL_OR_AHEAD, decisions=opposite)
+        rows = [*sparse, *depth, FindingRow("Both parts", None, (*sparse[-1].cases, *depth[-1].cases))]
     return Finding(
         "granularity",
         "At equal total tokens, sparse pruning keeps an edge and depth pruning is matched or overtaken.",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from secateur.comparison.decision import Decision, adjust
-from secateur.comparison.index import PRUNED, Group, Index
+from secateur.comparison.index import PRUNED, Group, Index, mean_loss
 from secateur.comparison.naming import model_name
 from secateur.comparison.records import Cell
 from secateur.comparison.twins import Paired, mean_difference, pair_cells
@@ -49,7 +49,7 @@ def objective_rows(index: Index) -> tuple[ObjectiveRow, ...]:
         same_flops = ratio is not None and abs(ratio - 1) <= _SAME_FLOPS
         pairs = [pair_cells(second_runs[seed], first_runs[seed], PRUNED, PRUNED) for seed in seeds]
         mean = mean_difference([pair for pair in pairs if isinstance(pair, Paired)])
-        losses = _mean([first_runs[seed] for seed in seeds]), _mean([second_runs[seed] for seed in seeds])
+        losses = mean_loss(first_runs[seed] for seed in seeds), mean_loss(second_runs[seed] for seed in seeds)
         kinds: dict[Literal["tokens", "FLOPs"], bool] = {
             "tokens": first.retrain_tokens == second.retrain_tokens,
             "FLOPs": same_flops,
@@ -73,8 +73,3 @@ def _pairs(index: Index) -> Iterator[tuple[Group, Group]]:
 def _runs(index: Index, group: Group) -> dict[int | None, Cell]:
     cells = {seeded.seed: index.cell(seeded, PRUNED) for seeded in index.pools[group]}
     return {seed: cell for seed, cell in cells.items() if cell}
-
-
-def _mean(cells: list[Cell]) -> float | None:
-    losses = [cell.evaluation.loss for cell in cells if cell.evaluation]
-    return sum(losses) / len(losses) if losses else None

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from secateur.forecast.crossover import REACH, Crossover
 from secateur.forecast.curve import Path
 from secateur.forecast.fit import LEVEL
 from secateur.forecast.ladder import Forecast
 from secateur.formatting import count, loss
-from secateur.report.figures.frame import LegendRow, draw_legend, panel, style_axes
+from secateur.report.figures.frame import LegendRow, draw_legend, log_axis, panel, style_axes
 from secateur.report.figures.palette import Palette
 from secateur.report.forecast_prose import crossover_brief
 
 __all__ = ["draw_forecast"]
 
 _CURVE = 120  # points of a curve
-_APART = 0.13  # of the axis: labels closer than this would touch
 _PATHS: tuple[tuple[Path, str, str, str | tuple[float, tuple[float, ...]]], ...] = (
     ("pruned", "P-R", "o", "-"),
     ("scratch", "from scratch", "s", (0, (4.5, 1.6))),
@@ -89,14 +87,8 @@ def _draw_crossing(axes: Axes, crossing: Crossover | None, last: float, palette:
 def _frame(axes: Axes, forecast: Forecast, span: tuple[float, float], palette: Palette) -> None:
     room = (span[1] / span[0]) ** 0.04
     limits = (span[0] / room, span[1] * room)
-    axes.set_xscale("log")
-    axes.set_xlim(*limits)
-    ticks = _spread(
-        [*forecast.fit.budgets("pruned"), forecast.further, *forecast.fit.budgets("scratch"), span[1]], limits
-    )
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    ticks = [*forecast.fit.budgets("pruned"), forecast.further, *forecast.fit.budgets("scratch"), span[1]]
+    log_axis(axes, ticks, limits, count)
     losses = [p.loss for p in forecast.fit.points]
     ends = [float(forecast.fit.loss(path, tokens)) for path, *_ in _PATHS for tokens in span]
     low, high = min(losses + ends), max(losses + ends)
@@ -104,13 +96,3 @@ def _frame(axes: Axes, forecast: Forecast, span: tuple[float, float], palette: P
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("training tokens of the run (logarithmic)", size=8.5, color=palette.muted, labelpad=2)
     style_axes(axes, palette, "held-out loss, nats per token")
-
-
-def _spread(ticks: Sequence[float], limits: tuple[float, float]) -> list[float]:
-    """Drop ticks whose labels would touch an earlier one's, and sort the rest."""
-    whole = math.log(limits[1] / limits[0])
-    spread: list[float] = []
-    for tick in ticks:
-        if all(abs(math.log(tick / neighbour)) > _APART * whole for neighbour in spread):
-            spread.append(tick)
-    return sorted(spread)

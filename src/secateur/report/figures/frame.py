@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from secateur.report.figures.palette import Palette
 
-__all__ = ["LegendRow", "draw_legend", "legend_height", "panel", "style_axes"]
+__all__ = ["LegendRow", "draw_legend", "legend_height", "log_axis", "panel", "style_axes"]
 
 _ROW = 0.235  # inches
+_APART = 0.13  # of an axis: labels closer than this would touch
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,20 @@ class LegendRow:
     label: str
     value: str
     style: dict[str, Any] | None  #: of the line; None: no line was drawn
+
+
+def log_axis(axes: Axes, ticks: Sequence[float], limits: tuple[float, float], label: Callable[[float], str]) -> None:
+    """Make the horizontal axis logarithmic, with labels at those of ``ticks`` that would not touch an earlier one's."""
+    axes.set_xscale("log")
+    axes.set_xlim(*limits)
+    axis = math.log(limits[1] / limits[0])
+    apart: list[float] = []
+    for tick in ticks:
+        if all(abs(math.log(tick / neighbour)) > _APART * axis for neighbour in apart):
+            apart.append(tick)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(apart)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
 
 
 def legend_height(rows: int) -> float:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from secateur.comparison.records import Sweep
 from secateur.comparison.sweeps import PARENT, SweepPanel
 from secateur.formatting import NOT_MEASURED, loss, number
 from secateur.report.figures.curves import RUNS
-from secateur.report.figures.frame import LegendRow, draw_legend, panel, style_axes
+from secateur.report.figures.frame import LegendRow, draw_legend, log_axis, panel, style_axes
 from secateur.report.figures.palette import Palette
 
 __all__ = ["draw_sweeps"]
 
 _ROOM = 1.0  #: nats above the worst of the best losses that the loss axis shows
-_APART = 0.13  #: of the rate axis: labels closer than this would touch
 _DASHES = ((0, (4.5, 1.6)), (0, (1.2, 1.3)), "-", (0, (7, 1.5, 1.2, 1.5)))
 _EDGES = {"low": ", lowest", "high": ", highest"}
 
@@ -78,24 +76,9 @@ def _frame(axes: Axes, sweeps: Sequence[Sweep], highest: float, palette: Palette
     rates = rates or sorted({rate for sweep in sweeps for rate in sweep.rates})
     lowest = min((v for s in sweeps for v in s.losses if v is not None), default=0.0)
     room = (rates[-1] / rates[0]) ** 0.08 if len(rates) > 1 else 2.0
-    limits = (rates[0] / room, rates[-1] * room)
-    axes.set_xscale("log")
-    axes.set_xlim(*limits)
+    log_axis(axes, rates, (rates[0] / room, rates[-1] * room), "{:g}".format)
     axes.set_ylim(lowest - 0.1 * (highest - lowest or 1.0), highest + 0.1 * (highest - lowest or 1.0))
-    axes.xaxis.set_major_locator(FixedLocator(_apart(rates, limits)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 2)))
     axes.set_xlabel("peak learning rate (logarithmic)", size=8.5, color=palette.muted, labelpad=2)
     style_axes(axes, palette, "held-out loss of the trial, nats per token")
-
-
-def _apart(rates: Sequence[float], limits: tuple[float, float]) -> list[float]:
-    """The rates whose labels do not touch that of a lower one."""
-    width = math.log(limits[1] / limits[0])
-    ticks: list[float] = []
-    for rate in rates:
-        if not ticks or math.log(rate / ticks[-1]) > _APART * width:
-            ticks.append(rate)
-    return ticks
