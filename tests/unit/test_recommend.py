@@ -344,9 +344,7 @@ def test_a_measured_budget_needs_no_curve(tmp_path: Path, capsys: pytest.Capture
     compare(folder, "training,minitron-width,0.5,4000000,,3,0.01,0.001,0.019,equal within margin")
     arguments = [*ask("2M", tokens="4M"), "--study", str(folder)]
     text = statement(capsys, *arguments)
-    assert text.startswith(
-        "HARDLY ANY ADVANTAGE: measured over 3 seeds, Minitron-width and training from scratch are"
-    )
+    assert text.startswith("HARDLY ANY ADVANTAGE: measured over 3 seeds, Minitron-width and training from scratch are")
     assert main(arguments) == 0 and "measured against" in capsys.readouterr().out
     assert main([*ask("2M", tokens="5M"), "--study", str(folder)]) == 2
 
@@ -408,9 +406,7 @@ def test_a_pilot_is_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert pilot.parent.tokens / pilot.retrain.tokens[-1] == pytest.approx(4, rel=0.01)
     shape = pilot.parent.shape(pilot.corpus.vocabulary)
     share = 250e9 / 8e9
-    assert (pilot.parent.tokens + pilot.retrain.tokens[-1]) / shape.non_embedding == pytest.approx(
-        share, rel=0.02
-    )
+    assert (pilot.parent.tokens + pilot.retrain.tokens[-1]) / shape.non_embedding == pytest.approx(share, rel=0.02)
     assert main(["study", "plan", str(file)]) == 0
     assert main([*ASK, "--pilot", str(file)]) == 2
     assert "already exists" in capsys.readouterr().err
