@@ -9,7 +9,9 @@ from secateur.comparison.index import Group, Index, mean_loss
 from secateur.comparison.records import Cell, Init
 from secateur.comparison.twins import Paired, mean_difference, pair_cells
 
-__all__ = ["CONTROLS", "ControlGap", "Part", "controls", "parts"]
+__all__ = ["CONTINUED", "CONTROLS", "ControlGap", "Part", "continued_parents", "controls", "parts"]
+
+CONTINUED: Init = "parent-continued"  #: the parent itself, trained on the tokens of P-R
 
 #: Where the weights of each model are from, in the order in which each inherits more.
 CONTROLS: dict[Init, str] = {
@@ -22,6 +24,7 @@ CONTROLS: dict[Init, str] = {
     "redrawn-linears": "the mask, embeddings and norms, new weights of linears",
     "shuffled-weights": "the weights, shuffled",
     "pruned": "the weights in their places",
+    CONTINUED: "the parent, unpruned, trained on the same tokens",
 }
 
 #: Pairs of models, without and with a part of the advantage.
@@ -39,6 +42,7 @@ _PAIRS: tuple[tuple[Init, Init], ...] = (
     ("scratch", "redrawn"),
     ("without-pruning-tokens", "scratch"),
     ("without-pruning-tokens", "pruned"),
+    ("pruned", CONTINUED),
 )
 
 
@@ -89,6 +93,21 @@ def parts(index: Index, group: Group, verdict: Decision | None = None) -> tuple[
     corrected = iter(adjust([part.mean for part in measured if part.mean and (part.against, part.of) != judged]))
     means = [verdict if (part.against, part.of) == judged else part.mean and next(corrected) for part in measured]
     return tuple(replace(part, mean=mean) for part, mean in zip(measured, means, strict=True))
+
+
+def continued_parents(index: Index) -> dict[Group, list[Cell]]:
+    """The parents that were trained on R tokens, all seeds of each, by the first comparison of those that share it."""
+    runs: dict[tuple[object, ...], Group] = {}
+    for group in index.comparisons:
+        cells = _continued(index, group)
+        if cells:
+            key = (group.parent, group.retrain_tokens, *(cell.stages for cell in cells))
+            runs.setdefault(key, group)
+    return {group: _continued(index, group) for group in runs.values()}
+
+
+def _continued(index: Index, group: Group) -> list[Cell]:
+    return [cell for cell in index.over_seeds(group, CONTINUED) if cell]
 
 
 def _runs(index: Index, group: Group) -> dict[Init, dict[int, Cell]]:

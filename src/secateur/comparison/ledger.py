@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from secateur.comparison.ablation import CONTINUED
 from secateur.comparison.index import PRUNED, Group, Index, Model, group_of
 from secateur.comparison.naming import group_name, model_name
 from secateur.comparison.records import Cell, Cost
 from secateur.comparison.sweeps import sweep_subject, unique_sweeps
 from secateur.comparison.twins import SCRATCH, Paired, mean_difference, pair_cells
-from secateur.formatting import TIMES
+from secateur.formatting import TIMES, count
 
 __all__ = [
     "ACCOUNTS",
@@ -25,6 +26,7 @@ __all__ = [
     "pieces",
     "pipelines",
     "rests_on_parent",
+    "run_subject",
     "setting_total",
 ]
 
@@ -50,7 +52,7 @@ Row = dict[str, Any]
 
 def rests_on_parent(cell: Cell) -> bool:
     """Whether a run could not be without the parent: it took over its weights, or a mask that was found on them."""
-    return cell.path == "pruned" or cell.pruning is not None
+    return cell.path == "pruned" or cell.pruning is not None or cell.init == CONTINUED
 
 
 def own_cost(cell: Cell) -> Cost | None:
@@ -83,9 +85,11 @@ def setting_total(index: Index, cell: Cell) -> tuple[int | None, float | None]:
     The tokens are those of training: of the parent, of a pruning that trains, and of the run. A twin that keeps the
     parent's mask counts by its own run alone, as "from scratch" has it; the accounts above charge it for the mask.
     """
-    if cell.init not in ("pruned", "shuffled-weights"):
+    if cell.init not in ("pruned", "shuffled-weights", CONTINUED):
         return cell.training.tokens, cell.training.flops
     parent = index.parent_cost(cell.parent)
+    if parent and cell.init == CONTINUED:
+        return parent.tokens + cell.training.tokens, (parent + cell.training).flops
     if parent is None or cell.pruning is None:
         return None, None
     pruned = index.pruned_model(group_of(cell).model, cell.seed)
@@ -126,7 +130,7 @@ class _Run:
 def _runs(index: Index) -> list[_Run]:
     by_run: dict[tuple[Group, str], list[Cell]] = {}
     for (group, name), cell in index.cells.items():
-        if cell.evaluation:
+        if cell.evaluation and cell.init != CONTINUED:  # which has not the target's size
             by_run.setdefault((group.pooled, name), []).append(cell)
     return [_Run(cells[0].target, tuple(cells)) for cells in by_run.values()]
 
@@ -142,6 +146,16 @@ def _beats(rival: _Run, run: _Run, decisions: dict[tuple[_Run, _Run], bool]) -> 
     return decisions[rival, run]
 
 
+def run_subject(index: Index, cell: Cell) -> str:
+    """The name of the comparison that a run belongs to; of a parent that was trained on, which serves many, its own."""
+    if cell.init != CONTINUED:
+        return group_name(group_of(cell), index.groups, target=True)
+    notes = [f"R = {count(cell.retrain_tokens)}"] if len({group.retrain_tokens for group in index.groups}) > 1 else []
+    notes += [f"seed {cell.seed}"] if index.several_seeds else []
+    name = cell.parent if len(index.parents) > 1 else "the parent"
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
 def pieces(index: Index) -> list[Row]:
     """What each piece of work cost by itself."""
     several = len(index.parents) > 1
@@ -154,8 +168,13 @@ def pieces(index: Index) -> list[Row]:
         work = "learning what to cut" if pruned.training_tokens else "scoring"
         rows.append({"what": work, "of": name + _of_seed(pruned.seed), "cost": pruned.cost})
     whats = {"pruned": "retraining", "scratch": "training from scratch", "control": "training a control"}
+    shared: set[object] = set()
     for cell in index.results.cells:
-        name = group_name(group_of(cell), index.groups, target=True)
+        name = run_subject(index, cell)
+        key = (name, cell.stages)
+        if cell.init == CONTINUED and key in shared:
+            continue
+        shared.add(key)
         rows.append({"what": whats[cell.path], "name": cell.name, "of": name, "cost": cell.training})
     rows += [
         {"what": "sweep of learning rates", "name": sweep.name, "of": sweep_subject(index, sweep), "cost": sweep.cost}

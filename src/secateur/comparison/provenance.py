@@ -26,6 +26,7 @@ _INIT = {
     "shuffled-weights": "the parent's, at other places of each tensor",
     "dense-twin": "new, dense, as many as the sparse model keeps",
     "without-pruning-tokens": "new; the run lacks the tokens that pruning trained on",
+    "parent-continued": "the parent's, unpruned",
 }
 
 

@@ -46,6 +46,7 @@ Init = Literal[
     "shuffled-weights",  # the kept weights of the parent, permuted within each tensor
     "dense-twin",  # new weights, and as many of them as the sparse model keeps, dense
     "without-pruning-tokens",  # new weights, without the tokens that pruning itself trained on
+    "parent-continued",  # the parent's weights, none of them pruned
 ]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from secateur.comparison.ablation import CONTINUED
 from secateur.comparison.decision import Decision
 from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.records import Cell, Evaluation, Parent, PrunedModel
@@ -65,11 +66,18 @@ class Regime:
     sweeps: RateSweeps
     twins: tuple[RegimeCheck, ...]  #: the parent (first) against each of its twins S_{P+R}
     retraining: tuple[RegimeCheck, ...]  #: each P-R (first) against its pruned model before retraining
+    continued: tuple[RegimeCheck, ...] = ()  #: the parent trained on the same tokens (first) against each P-R
+    unmatched: tuple[RegimeCheck, ...] = ()  #: a checkpoint (first) against each P-R that has no such control
 
     @property
     def better_twins(self) -> tuple[RegimeCheck, ...]:
         """The twins whose loss is lower than the parent's."""
         return tuple(check for check in self.twins if check.decision.verdict == "second")
+
+    @property
+    def unmatched_gains(self) -> tuple[RegimeCheck, ...]:
+        """The pruned models whose loss is below that of a checkpoint which the study did not train on its corpus."""
+        return tuple(check for check in self.unmatched if check.decision.verdict == "second")
 
     @property
     def harmful_retraining(self) -> tuple[RegimeCheck, ...]:
@@ -86,6 +94,8 @@ def _regime(index: Index, parent: Parent) -> Regime:
     """The regime of a parent; of several seeds, ``parent`` is the first, with the tokens and parameters of all."""
     twins: dict[Group, list[Pair]] = {}
     retraining: dict[Group, list[Pair]] = {}
+    continued: dict[Group, list[Pair]] = {}
+    unmatched: dict[Group, list[Pair]] = {}
     for group in (group for group in index.comparisons if group.parent == parent.name):
         for seeded in index.pools[group.pooled]:
             scratch, retrained = index.cell(seeded, SCRATCH["total"]), index.cell(seeded, PRUNED)
@@ -94,6 +104,11 @@ def _regime(index: Index, parent: Parent) -> Regime:
             if retrained:
                 pruned = index.pruned_model(group.model, seeded.seed)
                 retraining.setdefault(group, []).append(_pair(retrained, pruned))
+                control = index.cell(replace(seeded, objective=""), CONTINUED)  # no other objective has one
+                if control:
+                    continued.setdefault(group, []).append(_pair(control, retrained))
+                elif not parent.curve:  # a checkpoint
+                    unmatched.setdefault(group, []).append(_pair(parent, retrained))
     cells = [cell for cell in index.results.cells if cell.parent == parent.name]
     return Regime(
         parent=parent.name,
@@ -105,6 +120,8 @@ def _regime(index: Index, parent: Parent) -> Regime:
         ),
         twins=_checks(index, twins),
         retraining=_checks(index, retraining),
+        continued=_checks(index, continued),
+        unmatched=_checks(index, unmatched),
     )
 
 

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from secateur import formatting
+from secateur.comparison.ablation import continued_parents
 from secateur.comparison.index import PRUNED, Group, Index, Model, mean_loss
 from secateur.comparison.ledger import ACCOUNTS, FORMULA, forwards, own_cost, pieces, pipelines
 from secateur.comparison.naming import BUDGETS, group_name, model_name
@@ -202,6 +203,7 @@ def _context(judgement: Judgement) -> dict[str, Any]:
             for finding in judgement.findings
         ],
         "learning": learning_notes(index),
+        "continued": [(group, mean_loss(cells)) for group, cells in continued_parents(index).items()],
         "several_parents": len(index.parents) > 1,
         "parents": [(parent, _mean_parent_loss(index, name)) for name, parent in index.parents.items()],
         "seeded_prunings": len(index.pruned) < len(results.pruned),

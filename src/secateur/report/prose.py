@@ -124,6 +124,7 @@ _PARTS: dict[tuple[Init, Init], tuple[str, bool]] = {
     ("scratch", "redrawn"): ("The zeros, beside the whole architecture from scratch,", True),
     ("without-pruning-tokens", "scratch"): ("The tokens that pruning trained on, for the twin,", True),
     ("without-pruning-tokens", "pruned"): ("Pruning and the tokens that it trained on together", True),
+    ("pruned", "parent-continued"): ("The part of the parent that pruning removed", False),
 }
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "REGIME_TITLE",
     "caution",
     "check_name",
+    "continued_sentence",
     "regime_json",
     "regime_rows",
     "regime_sentences",
@@ -79,6 +80,22 @@ def retraining_sentence(regime: Regime) -> str:
     return f"The loss after retraining, beside that which pruning left: {_clauses(regime.retraining)}."
 
 
+def continued_sentence(regime: Regime) -> str:
+    """Whether the parent beats its pruned models on the same tokens; empty where nothing raises the question."""
+    if regime.continued:
+        return (
+            "The held-out loss of the parent, trained on the same tokens as P-R (parent-continued), beside that of P-R: "
+            f"{_clauses(regime.continued)}."
+        )
+    if not regime.unmatched_gains:
+        return ""
+    return (
+        f"P-R ends below its parent for {_names(regime.unmatched_gains, regime.unmatched)}, but the parent is a "
+        "checkpoint that this study did not train on its corpus, so the tokens may explain it; the control "
+        "parent-continued, which the study does not have, trains the parent on the same tokens."
+    )
+
+
 def regime_sentences(regime: Regime, several_parents: bool) -> tuple[str, ...]:
     """All that is known of a parent's regime."""
     name = f"parent {regime.parent}" if several_parents else "the parent"
@@ -86,6 +103,7 @@ def regime_sentences(regime: Regime, several_parents: bool) -> tuple[str, ...]:
         tokens_sentence(name, regime.share),
         twins_sentence(regime),
         retraining_sentence(regime),
+        *filter(None, [continued_sentence(regime)]),
         sweeps_sentence(regime.sweeps),
     )
 
@@ -166,7 +184,12 @@ def check_name(check: RegimeCheck, among: Sequence[RegimeCheck], note_sparse: bo
 
 def regime_rows(regime: Regime) -> list[dict[str, Any]]:
     """A row for each comparison of the regime, for the page's table."""
-    kinds = (("parent", "S_{P+R}", regime.twins), ("P-R", "before retraining", regime.retraining))
+    kinds = (
+        ("parent", "S_{P+R}", regime.twins),
+        ("P-R", "before retraining", regime.retraining),
+        ("parent-continued", "P-R", regime.continued),
+        ("parent", "P-R", regime.unmatched),
+    )
     return [
         {
             "first": first,
@@ -189,6 +212,8 @@ def regime_json(regime: Regime) -> dict[str, Any]:
         "swept": asdict(regime.sweeps),
         "twins": [_check_json(check) for check in regime.twins],
         "retraining": [_check_json(check) for check in regime.retraining],
+        "continued": [_check_json(check) for check in regime.continued],
+        "unmatched": [_check_json(check) for check in regime.unmatched],
     }
 
 

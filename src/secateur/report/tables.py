@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from secateur.comparison.ablation import CONTINUED
 from secateur.comparison.decision import Decision
 from secateur.comparison.index import Index, group_of
 from secateur.comparison.ledger import ACCOUNTS, account_flops, best_runs, own_cost, setting_total
@@ -22,6 +23,8 @@ from secateur.report.studies import StudyComparison
 __all__ = ["across_rows", "cell_rows", "comparison_rows", "curves_csv", "forecast_rows", "rows_csv", "versus_rows"]
 
 Row = dict[str, Any]
+
+_WHOLE: Row = {"ratio_total": 0.0, "ratio_non_embedding": 0.0}  #: shares removed of a parent that was trained on
 
 
 def cell_rows(judgement: Judgement) -> list[Row]:
@@ -43,7 +46,7 @@ def cell_rows(judgement: Judgement) -> list[Row]:
         rows.append(
             {
                 **_values(cell, "name", "method", "granularity", "seed", "ratio"),
-                **_values(record, "ratio_total", "ratio_non_embedding"),
+                **(_WHOLE if cell.init == CONTINUED else _values(record, *_WHOLE)),
                 **_values(cell, "parameters", "non_embedding"),
                 "train_tokens": cell.training.tokens,
                 "total_tokens": total_tokens,

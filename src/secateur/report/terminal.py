@@ -6,11 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from secateur.comparison.ablation import CONTINUED, continued_parents
 from secateur.comparison.index import PRUNED, Group, Index, group_of, mean_loss
-from secateur.comparison.ledger import ACCOUNTS
+from secateur.comparison.ledger import ACCOUNTS, run_subject
 from secateur.comparison.naming import BUDGETS, group_name, target_words
 from secateur.comparison.objectives import objective_rows
-from secateur.comparison.records import Cell, PrunedModel
+from secateur.comparison.records import Cell, Parent, PrunedModel
 from secateur.comparison.twins import SCRATCH, Setting, Winner
 from secateur.formatting import MINUS, TIMES, count, join_words, loss
 from secateur.report.forecast_prose import further_sentence, next_sentence, outlook_sentence
@@ -154,10 +155,14 @@ def _rows(judgement: Judgement) -> list[list[str]]:
         verdicts = [winner or "-" for winner in row]
         verdicts = verdicts if in_words else ["".join(_SIGNS.get(verdict, "-") for verdict in verdicts)]
         rows.append([group.method, *(read(group) for _, read in columns), *losses, *verdicts])
+    for group, cells in continued_parents(index).items():
+        losses = [_mean(index.parents_over_seeds(group))] * len(early) + [_mean(cells)]
+        values = ["-", *(read(group) for _, read in columns[1:]), *losses]  # the parent has no target
+        rows.append([CONTINUED, *values, *["-"] * (len(rows[0]) - 1 - len(values))])
     return rows
 
 
-def _mean(records: Sequence[Cell | PrunedModel | None]) -> str:
+def _mean(records: Sequence[Cell | Parent | PrunedModel | None]) -> str:
     """The mean over seeds; a star if some are missing."""
     measured = [record for record in records if record and record.evaluation]
     mean = mean_loss(measured)
@@ -179,6 +184,7 @@ def _legend(judgement: Judgement) -> str:
         "Held-out loss in nats/token" + (", means over seeds." if index.several_seeds else "."),
         "before: pruned, not yet retrained." if _has_before(judgement) else "",
         f"P-R: pruned, then retrained on R{budget}.",
+        f"{CONTINUED}: the parent itself, trained on the same tokens." if continued_parents(index) else "",
     ]
     if names:
         texts = ", and ".join([", ".join(runs[name] for name in names[:-1]), runs[names[-1]]][len(names) == 1 :])
@@ -310,7 +316,9 @@ def _ranking(judgement: Judgement) -> list[str]:
         key = (cell.name, group.model, cell.seed, row["loss"], *flops)
         stars = ["*" if account in row["best_for"].split() else " " for account in ACCOUNTS]
         costs = ["- " if value is None else f"{value:.2e}{star}" for value, star in zip(flops, stars, strict=True)]
-        name = f"{cell.name}, {group_name(group, index.groups, target=True)}"
+        if cell.init == CONTINUED:
+            key = (cell.name, run_subject(index, cell), row["loss"])
+        name = f"{cell.name}, {run_subject(index, cell)}"
         by_run.setdefault(key, [_ascii(name), loss(row["loss"]), *costs])
     rows = list(by_run.values())[:_MOST_RANKS]
     if not rows:

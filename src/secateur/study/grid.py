@@ -147,6 +147,8 @@ def _at(twin: SettingSpec | ControlSpec, tokens: int) -> bool:
 
 def _applies(control: ControlKind, pruning: Pruning, sequence: int, twin: TwinInit) -> bool:
     """Whether a control differs from the twin: controls of the mask need one, and a dense model has none."""
+    if control == "parent-continued":
+        return True
     if control == "without-pruning-tokens":
         return pruning.training_tokens(sequence) > 0
     if pruning.method.granularity == "sparse":

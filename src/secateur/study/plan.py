@@ -165,7 +165,7 @@ def plan_study(name: str, stages: Sequence[Stage], flops_per_second: float = FLO
         parents={s.facts["parent"]: _share(s) for s in stages if s.facts.get("path") == "parent"},
         sweeps=RateSweeps(*(_swept(stages, path) for path in ("parent", "scratch", "P-R"))),
         trials=_trials(stages),
-        notes=(*_seed_notes(stages), *_learning_notes(stages)),
+        notes=(*_seed_notes(stages), *_learning_notes(stages), *_control_notes(stages)),
     )
 
 
@@ -217,6 +217,20 @@ def _seed_notes(stages: Sequence[Stage]) -> list[str]:
     shared = [name for name, varied in (("parent", parents), ("pruning", prunings)) if varied == {None}]
     rest = f"; all seeds share one {' and one '.join(shared)}" if shared else ""
     return [f"Seeds {join_words([str(seed) for seed in seeds])} vary {join_words(parts)}{rest}."]
+
+
+def _control_notes(stages: Sequence[Stage]) -> list[str]:
+    """The control that a study of checkpoints lacks, in one sentence; empty if it has it or pretrains its parents."""
+    checkpoints = [stage.facts["parent"] for stage in stages if stage.kind == "fetch"]
+    matched = {stage.facts["parent"] for stage in stages if stage.facts.get("init") == "parent-continued"}
+    missing = [name for name in checkpoints if name not in matched]
+    if not missing:
+        return []
+    subject = "The parent is a checkpoint" if missing == ["parent"] else f"{join_words(missing)}: checkpoints"
+    return [
+        f"{subject}, which the study does not pretrain: the control parent-continued, not in this study, trains the "
+        "parent on the R tokens too, and tells what pruning costs from what the corpus gives."
+    ]
 
 
 def _learning_notes(stages: Sequence[Stage]) -> list[str]:

@@ -23,10 +23,13 @@ from secateur.study.settings import TWIN_NAMES, SettingKind
 from secateur.study.spec import StudySpec
 from secateur.study.stage import Stage, unique
 from secateur.study.training_runs import Inputs, TrainingRuns, sizes_of
+from secateur.training.recipe import Recipe
 
 __all__ = ["stages_of", "tokens_needed", "trunk_savings"]
 
 _EQUAL_TOTAL = ("equal_total_tokens", "equal_total_flops")
+#: controls that rest on no pruned model
+_WITHOUT_PRUNING = ("scratch", "dense-twin", "without-pruning-tokens", "parent-continued")
 
 
 def stages_of(study: StudySpec, resolved: ResolvedStudy) -> list[Stage]:
@@ -202,9 +205,7 @@ class _Builder(TrainingRuns):
         """The retraining of a pruned model, P-R."""
         pruning, objective = comparison.pruning, comparison.objective
         tokens = self._retrained(comparison)
-        recipe = dataclasses.replace(
-            self.recipe_of(comparison), peak_rate=self.study.retrain.peak_rate or self.study.recipe.peak_rate
-        )
+        recipe = self._retraining_recipe(comparison)
         inputs: dict[str, Stage] = {"model": pruned}
         if objective.distill:
             inputs["teacher"] = self._parent_of(pruning)
@@ -213,6 +214,11 @@ class _Builder(TrainingRuns):
         run = self.run(comparison, facts, pruning.after, first, tokens, "pruned", recipe, inputs, objective)
         self.evaluate(run)
         return run
+
+    def _retraining_recipe(self, comparison: PlannedComparison) -> Recipe:
+        """The recipe of pruned runs, which have a peak rate of their own."""
+        peak_rate = self.study.retrain.peak_rate or self.study.recipe.peak_rate
+        return dataclasses.replace(self.recipe_of(comparison), peak_rate=peak_rate)
 
     def _retrained(self, comparison: PlannedComparison) -> int:
         """The tokens of a pruned run: R, or fewer if the teacher's FLOPs count against those of R tokens."""
@@ -264,9 +270,13 @@ class _Builder(TrainingRuns):
             shape, inputs = solve_width(pruning.before, zeroed), self._like(pruning)
         elif init == "without-pruning-tokens":
             inputs = self._like(pruning)
+        elif init == "parent-continued":
+            shape, inputs = pruning.before, {"model": self._parent_of(pruning)}
         facts = {**self._facts(pruning), **self._compared(comparison, init, init, "control")}
-        facts |= {"pruning": pruned if init not in ("scratch", "dense-twin", "without-pruning-tokens") else None}
+        facts |= {"pruning": None if init in _WITHOUT_PRUNING else pruned}
         first, tokens, recipe = self._learning(pruning)[1], comparison.tokens, self.recipe_of(comparison)
+        if init == "parent-continued":
+            recipe = self._retraining_recipe(comparison)
         stage = self.run(comparison, facts, shape, first, tokens, init, recipe, inputs, ladder=False)
         self.evaluate(stage)
 

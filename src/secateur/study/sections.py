@@ -42,6 +42,7 @@ ControlKind = Literal[
     "shuffled-weights",
     "dense-twin",
     "without-pruning-tokens",
+    "parent-continued",
 ]
 #: The first weights of a sparse model's twin, under the parent's mask: all of them new, or those of linears alone.
 TwinInit = Literal["redrawn", "redrawn-linears"]
@@ -169,7 +170,7 @@ class SettingSpec:
 
 @spec
 class ControlSpec:
-    """A run at equal training tokens that shares a part of what a pruned model inherits."""
+    """A run at equal training tokens that shares a part of what a pruned model inherits, or the parent whole."""
 
     init: ControlKind
     tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: as in a setting

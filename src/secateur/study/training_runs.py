@@ -66,8 +66,9 @@ class TrainingRuns:
         return self.run_at_best(key, rates, name, shape, span, init, recipe, facts, inputs, objective)
 
     def _name(self, comparison: PlannedComparison, path: str) -> str:
-        entry = comparison.pruning.entry
-        parts = [f"{comparison.pruning.label}/{path}"]
+        entry, pruning = comparison.pruning.entry, comparison.pruning
+        shared = path == "parent-continued" and not pruning.training_tokens(self.sequence)  # by methods of one parent
+        parts = [f"{pruning.parent if shared else pruning.label}/{path}"]
         if len(entry.tokens or self.study.retrain.tokens) > 1:
             parts.append(f"@{_short(comparison.tokens)}")
         if comparison.objective.label:
@@ -214,7 +215,12 @@ class TrainingRuns:
         """
         study = self.study
         settings, fresh = identity(recipe), init in _FRESH
-        if init in ("pruned", "continued", "shuffled-weights"):  # no random weights, so their settings have no effect
+        if init in (
+            "pruned",
+            "continued",
+            "shuffled-weights",
+            "parent-continued",
+        ):  # no random weights, so their settings have no effect
             unused = ("init_std",) if init == "shuffled-weights" else ("init_std", "seed")
             settings = {key: value for key, value in settings.items() if key not in unused}
         if "rate" in inputs:

@@ -160,7 +160,7 @@ def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
     weights = Checkpoint(model_of(stage, store, "model" if "model" in stage.inputs else "plan"))
     masks = _masks(stage, store)
     model = skeleton(weights.config, weights.directory)
-    if init in ("pruned", "continued"):
+    if init in ("pruned", "continued", "parent-continued"):
         return Start(model, stored_weights(weights), masks)
     if init == "shuffled-weights":
         return Start(model, shuffle_weights(stored_weights(weights), masks, recipe.seed), masks)
@@ -176,13 +176,16 @@ def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
 
 
 def _masks(stage: Stage, store: Store) -> dict[str, Tensor]:
-    """Those of the plan that the stage rests on, through the runs that it continues."""
+    """Those of the plan that the stage rests on, through the runs that it continues; a parent may have its own."""
     at = stage
     while at.kind == "train" and "plan" not in at.inputs:
         if "model" not in at.inputs:
             return {}
         at = at.inputs["model"]
-    return load_masks(store.folder(at if at.kind == "prune" else at.inputs["plan"]) / "model")
+    folder = store.folder(at.inputs.get("plan", at)) / "model"
+    if at.kind in ("fetch", "select") and not (folder / JSON_FILE).is_file():
+        return {}  # a dense parent
+    return load_masks(folder)
 
 
 def _pattern(directory: Path) -> Pattern | None:
