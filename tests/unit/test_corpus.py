@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from secateur.config import parse
+from secateur.config import identity, parse
 from secateur.data import external_sort as runs
 from secateur.data.corpus import CorpusSpec, build_corpus
 from secateur.data.encode import encode_texts
@@ -157,3 +157,28 @@ def test_a_build_that_was_killed_goes_on(folder: Path, tmp_path: Path, monkeypat
 def test_bad_specs(folder: Path, tmp_path: Path, options: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         build(tmp_path / "out", folder, **options)
+
+
+def test_an_excerpt_is_a_stretch_of_each_document_at_a_place_that_its_hash_decides(folder: Path, tmp_path: Path):
+    text = "".join(chr(97 + n % 26) * (1 + n % 7) for n in range(400))
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} {text}"}) + "\n" for n in range(60)))
+    record = build(tmp_path / "out", folder, excerpt=50)
+    excerpts = documents(tmp_path / "out", "train") + documents(tmp_path / "out", "heldout")
+    places = {f"{n} {text}".find(part) for n in range(60) for part in excerpts}
+    assert {len(part) for part in excerpts} == {50} and len(places - {-1}) > 20
+    assert sum(record["bytes"].values()) == 50 * len(excerpts)
+    again = build(tmp_path / "again", folder, excerpt=50)
+    assert again["sha256"] == record["sha256"]
+    whole = build(tmp_path / "whole", folder, excerpt=10_000)
+    assert whole["bytes"]["train"] == build(tmp_path / "all", folder)["bytes"]["train"] > record["bytes"]["train"]
+
+
+def test_a_corpus_without_an_excerpt_has_the_identity_of_before():
+    assert "excerpt" not in identity(parse(CorpusSpec, {}, origin="test"))
+    assert identity(parse(CorpusSpec, {"excerpt": 50}, origin="test"))["excerpt"] == 50
+
+
+@pytest.mark.parametrize("key", ["documents", "excerpt"])
+def test_shards_are_read_as_they_are(key: str):
+    with pytest.raises(UserError, match=rf"corpus\.{key}: shards are read as they are"):
+        parse(CorpusSpec, {"source": "shards:corpus", key: 50}, origin="test")

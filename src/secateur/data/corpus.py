@@ -9,18 +9,20 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from secateur import progress
-from secateur.config import Count, Fraction, Positive, spec
+from secateur.config import Count, Fraction, IdentityKey, Positive, spec
 from secateur.data.build import TRAIN, Holdout, hash_splits, is_heldout, track_documents, write_splits
 from secateur.data.encode import Encoder
+from secateur.data.excerpts import Excerpts
 from secateur.data.manifest import smallest_dtype, write_manifest
 from secateur.data.shards import TokenStore
 from secateur.data.sources import Source, open_source
 from secateur.data.tokenizer import id_bound, load_tokenizer, train_tokenizer
+from secateur.errors import UserError
 from secateur.files import sha256_tree
 from secateur.hub import local_checkpoint
 
@@ -41,10 +43,17 @@ class CorpusSpec:
     field: str = "text"
     split: str = "train"
     documents: Count | None = None  # maximal number to read, in the source's order; a stream can be endless
+    #: characters of each document to read, at most: a stretch of it, whose place the hash of its text decides
+    excerpt: Annotated[Count | None, IdentityKey(omit=None)] = None
     holdout: Fraction = 0.05  # share of documents held out, by hash of the text
     vocabulary: Positive = 2048  # size of the trained tokenizer and of the parent's embedding
     tokenizer: str | None = None  # a directory or a Hub model (org/name); None to train one
     seed: int = 0  # of the order of documents
+
+    def __post_init__(self) -> None:
+        for key in ("documents", "excerpt"):
+            if self.source.startswith("shards:") and getattr(self, key) is not None:
+                raise UserError(f"corpus.{key}: shards are read as they are; leave the key out, or name their text")
 
 
 def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
@@ -64,6 +73,7 @@ def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
         UserError: for a source that cannot be read, an empty split, or a vocabulary too large for the text.
     """
     source = open_source(spec.source, field=spec.field, split=spec.split)
+    source = Excerpts(source, spec.excerpt) if spec.excerpt else source
     digest = source.digest()
     if spec.tokenizer is None:
         tokenizer = _train_tokenizer(source, spec)
