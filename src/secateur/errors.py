@@ -23,6 +23,8 @@ __all__ = [
 
 REQUEUE = 75  #: exit code (EX_TEMPFAIL) of a run that a signal stopped after it saved; the same command resumes it
 
+_MOST_LISTED, _MOST_NAMED = 16, 3  # options that an error lists in full, and that it names of more than those
+
 _FIELD = re.compile(r"`([a-z_]+)`")
 
 
@@ -65,17 +67,28 @@ def spell(message: str, spelling: Callable[[str], str | None]) -> str:
     return _FIELD.sub(lambda match: spelling(match[1]) or match[0], message)
 
 
-def did_you_mean(name: object, options: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or the list of options.
+def did_you_mean(name: object, options: Iterable[str], listing: str = "") -> str:
+    """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or the options if they are few.
 
-    Upper and lower case count as equal, and so do ``_`` and ``-``.
+    Of many options, up to three are named: those that contain ``name`` first, then the nearest ones. Upper and lower
+    case count as equal, and so do ``_`` and ``-``.
+
+    Args:
+        listing: the command that lists all options, where they may be many.
     """
-    options = sorted(options)
+    options, key = sorted(options), _normalise(name)
     by_key = {_normalise(option): option for option in options}
-    near = difflib.get_close_matches(_normalise(name), by_key, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {by_key[near[0]]!r}?"
-    return f"; known: {', '.join(options)}" if options else ""
+    many = len(options) > _MOST_LISTED
+    near = difflib.get_close_matches(key, by_key, n=_MOST_NAMED if many else 1, cutoff=0.5)
+    if many and key:
+        near = [*sorted((option for option in by_key if key in option), key=len), *near]
+    names = [repr(by_key[option]) for option in dict.fromkeys(near)][:_MOST_NAMED]
+    if names:
+        return f"; did you mean {' or '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)}?"
+    if not many:
+        return f"; known: {', '.join(options)}" if options else ""
+    nearest = [by_key[option] for option in difflib.get_close_matches(key, by_key, n=_MOST_NAMED, cutoff=0.0)]
+    return f"; the nearest of {len(options)}: {', '.join(nearest)}" + (f" ({listing} lists all)" if listing else "")
 
 
 def refuse_unknown(fields: Iterable[str], options: Iterable[str]) -> None:

@@ -209,3 +209,14 @@ def test_did_you_mean() -> None:
     assert did_you_mean("wnada", ["wanda", "depth"]) == "; did you mean 'wanda'?"
     assert did_you_mean("zzz", ["b", "a"]) == "; known: a, b"
     assert did_you_mean("zzz", []) == ""
+
+
+def test_of_many_options_the_nearest_come_first_and_the_list_only_on_request() -> None:
+    options = [f"wanda-0.{ratio}/{run}" for ratio in range(1, 9) for run in ("P-R", "S_R", "S_{P+R}")]
+    assert did_you_mean("0.3/p-r", options) == "; did you mean 'wanda-0.3/P-R'?"
+    assert did_you_mean("wanda-0.7", options).startswith(
+        "; did you mean 'wanda-0.7/P-R', 'wanda-0.7/S_R' or 'wanda-0.7/S_{P+R}'"
+    )
+    text = did_you_mean("typo", options, "`study status`")
+    assert text.startswith("; the nearest of 24: ") and text.endswith(" (`study status` lists all)")
+    assert text.count("wanda-") == 3

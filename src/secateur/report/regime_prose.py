@@ -84,8 +84,8 @@ def continued_sentence(regime: Regime) -> str:
     """Whether the parent beats its pruned models on the same tokens; empty where nothing raises the question."""
     if regime.continued:
         return (
-            "The held-out loss of the parent, trained on the same tokens as P-R (parent-continued), beside that of P-R: "
-            f"{_clauses(regime.continued)}."
+            "The held-out loss of the parent, trained on the same tokens as P-R (parent-continued), beside "
+            f"that of P-R: {_clauses(regime.continued)}."
         )
     if not regime.unmatched_gains:
         return ""

@@ -21,7 +21,7 @@ from secateur.study.resolve import resolve
 from secateur.study.runner.scheduler import StudyOutcome, run_stages, survey
 from secateur.study.shipped import find_study
 from secateur.study.spec import StudySpec, load_study
-from secateur.study.stage import Stage, unique, with_inputs
+from secateur.study.stage import VERSIONS, Stage, unique, with_inputs
 from secateur.study.status import StudyStatus, study_status
 from secateur.study.store import Store
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from secateur.study.runner.slurm import Slurm
 
 __all__ = ["RunPreview", "Study"]
+
+_LISTING = "`study status`"  # the command that lists all stages
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,9 @@ class Study:
         stages = unique(self.stages)
         matches = [s for s in stages if stage in (s.name, f"{s.kind} {s.name}", s.fingerprint)]
         if not matches:
-            names = {s.name for s in stages} | {f"{s.kind} {s.name}" for s in stages}
-            raise UserError(f"{stage}: no stage of {self.file}{did_you_mean(stage, names)}")
+            with_kind = stage.partition(" ")[0] in VERSIONS
+            names = {f"{s.kind} {s.name}" if with_kind else s.name for s in stages}
+            raise UserError(f"{stage}: no stage of {self.file}{did_you_mean(stage, names, _LISTING)}")
         damage = [self.store.damage(s) if self.store.done(s) else None for s in matches]
         return [explain_stage(s, self.stages, self.store, d) for s, d in zip(matches, damage, strict=True)]
 
@@ -252,5 +255,7 @@ class Study:
         names = {stage.name for stage in stages}
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise UserError(f"`only`: no stage matches {pattern!r}{did_you_mean(pattern, names)}")
+                raise UserError(
+                    f"`only`: no stage matches {pattern!r}{did_you_mean(pattern.strip('*'), names, _LISTING)}"
+                )
         return with_inputs(s for s in stages if any(fnmatchcase(s.name, pattern) for pattern in patterns))

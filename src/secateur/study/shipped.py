@@ -29,5 +29,7 @@ def find_study(name_or_path: str | Path) -> Path:
     if path.exists():
         return path
     if path.suffix or len(path.parts) > 1:
-        raise UserError(f"{path}: no such file")
+        files = [str(file) for file in path.parent.glob("*.y*ml")] + ([path.stem] if path.stem in shipped else [])
+        near = did_you_mean(path, files) if files else ""
+        raise UserError(f"{path}: no such file{near.partition('; known')[0]}")
     raise UserError(f"{name}: no such file, and no shipped study has this name{did_you_mean(name, shipped)}")
