@@ -15,11 +15,13 @@ __all__ = [
     "count",
     "decimals",
     "duration",
+    "every",
     "join_words",
     "loss",
     "number",
     "percent",
     "plain",
+    "plural",
     "points",
     "probability",
     "scientific",
@@ -89,20 +91,32 @@ def percent(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Wall time: 3723 -> ``"1 h 02 min"``."""
+    """Time in a unit that reads: 0.0137 -> ``"0.014 s"``, 3723 -> ``"1 h 02 min"``, 9e8 -> ``"250,000 h"``."""
     if seconds is None:
         return "unknown"
     if seconds < 60:
-        return f"{seconds:.1f}{_NBSP}s"
+        return f"{seconds:.2g}{_NBSP}s" if seconds < 1 else f"{seconds:.1f}{_NBSP}s"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes}{_NBSP}min"
+    if minutes >= 100 * 60:
+        return f"{round(minutes / 60):,}{_NBSP}h"
     return f"{minutes // 60}{_NBSP}h{_NBSP}{minutes % 60:02d}{_NBSP}min"
 
 
 def join_words(items: Sequence[str]) -> str:
     """``["a", "b", "c"]`` -> ``"a, b and c"``."""
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def plural(number: float, noun: str, several: str | None = None) -> str:
+    """A count with its noun: ``"1 step"``, ``"1,200 steps"``; ``several`` is a plural that takes more than an s."""
+    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
+
+
+def every(number: int, noun: str) -> str:
+    """All of a number of things: ``"the one run"``, ``"both runs"``, ``"all 3 runs"``."""
+    return f"the one {noun}" if number == 1 else f"both {noun}s" if number == 2 else f"all {plural(number, noun)}"
 
 
 def spelled(value: int) -> str:

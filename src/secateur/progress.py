@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from secateur.errors import spell
 
@@ -39,13 +40,24 @@ def clock_time(seconds: float) -> str:
 
 
 class Listener(Protocol):
-    """Displays progress. ``key`` identifies a running task; a ``total`` of 0 means unknown."""
+    """Displays progress. ``key`` identifies a running task; a ``total`` of 0 means unknown.
 
-    def update(self, key: str, done: float, total: float, note: str) -> None: ...
+    ``seconds_left`` is an estimate of the task's own; None for one by the rate of its progress.
+    """
+
+    def update(self, key: str, done: float, total: float, note: str, seconds_left: float | None = None) -> None: ...
 
     def finish(self, key: str) -> None: ...
 
     def message(self, text: str) -> None: ...
+
+
+class _TimeLeftColumn(TimeRemainingColumn):
+    """The task's own estimate of the time left; without one, an estimate by the rate of its progress."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.fields.get("seconds_left")
+        return super().render(task) if seconds is None else Text(clock_time(seconds), style="progress.remaining")
 
 
 class BarListener:
@@ -58,19 +70,20 @@ class BarListener:
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
-            TimeRemainingColumn(compact=True),
+            _TimeLeftColumn(compact=True),
             TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
         )
         self.tasks: dict[str, TaskID] = {}
 
-    def update(self, key: str, done: float, total: float, note: str) -> None:
+    def update(self, key: str, done: float, total: float, note: str, seconds_left: float | None = None) -> None:
+        fields = {"note": note, "seconds_left": seconds_left}
         if key not in self.tasks:
             if not self.tasks:
                 self.progress.start()
-            self.tasks[key] = self.progress.add_task(key, total=total or None, note=note)
-        self.progress.update(self.tasks[key], completed=done, total=total or None, note=note)
+            self.tasks[key] = self.progress.add_task(key, total=total or None, **fields)
+        self.progress.update(self.tasks[key], completed=done, total=total or None, **fields)
 
     def finish(self, key: str) -> None:
         task = self.tasks.pop(key, None)
@@ -91,14 +104,15 @@ class LineListener:
         self.write = write or (lambda text: print(text, file=sys.stderr, flush=True))
         self.timings: dict[str, tuple[float, float, float]] = {}  # key -> (start, done at start, last print)
 
-    def update(self, key: str, done: float, total: float, note: str) -> None:
+    def update(self, key: str, done: float, total: float, note: str, seconds_left: float | None = None) -> None:
         time_now = time.monotonic()
         start, first, last = self.timings.setdefault(key, (time_now, done, time_now))
         if time_now - last >= self.interval and not total:
             self.timings[key] = (start, first, time_now)
             self.message(f"{key}: {note}")
-        elif time_now - last >= self.interval and done > first:
-            eta = (time_now - start) * (total - done) / (done - first)
+        elif time_now - last >= self.interval and (done > first or seconds_left is not None):
+            by_rate = (time_now - start) * (total - done) / (done - first) if done > first else 0.0
+            eta = by_rate if seconds_left is None else seconds_left
             self.timings[key] = (start, first, time_now)
             self.message(f"{key}: {100 * done / max(total, 1e-9):.0f}%  {note}  ETA {clock_time(eta)}")
 
@@ -162,6 +176,11 @@ class ProgressTask:
         """Add ``amount`` to the progress; ``note`` appears beside the bar."""
         self.done += amount
         listener().update(self.key, self.done, self.total, note)
+
+    def set(self, done: float, note: str, seconds_left: float | None) -> None:
+        """Set the progress, with an estimate of the time left; None for none."""
+        self.done = done
+        listener().update(self.key, done, self.total, note, seconds_left=seconds_left)
 
 
 @contextlib.contextmanager

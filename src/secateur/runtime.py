@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "configure_threads",
     "core_count",
     "environment",
+    "has_accelerator",
     "pick_batch",
     "pick_device",
     "pick_dtype",
@@ -100,6 +102,11 @@ def environment() -> dict[str, str]:
     packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
     versions = {name: metadata.version(name) for name in packages}
     return {"python": platform.python_version(), **versions, "machine": platform.machine(), "system": sys.platform}
+
+
+def has_accelerator() -> bool:
+    """Whether a GPU's driver is there: CUDA's, that of WSL or ROCm's. Torch is not imported, which takes a second."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
 def core_count() -> int:

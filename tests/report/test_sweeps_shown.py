@@ -68,7 +68,7 @@ def test_sentences_count_edges_and_what_is_not_complete() -> None:
     index = Index(results(PARENT_SWEEP, PRUNED, SCRATCH, PENDING))
     first, pending, warning = sweep_sentences(index)
     assert first.startswith("Trials with seed 0 chose") and "other seeds" not in first
-    assert pending == "1 of 4 sweeps are not complete."
+    assert pending == "Not complete: 1 of 4 sweeps."
     assert warning.startswith("Warning: in 1 of 4 sweeps")
     assert edge_sentences(index) == ["P-R of Wanda at ratio 0.5: 0.001 is the lowest of 3 rates; try lower ones."]
     assert "the other seeds have the same rates" in sweep_sentences(Index(results(PRUNED, of=large())))[0]

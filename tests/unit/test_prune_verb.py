@@ -441,7 +441,7 @@ def test_an_output_that_is_a_file(call: Callable[..., Call], tmp_path: Path) -> 
 def test_a_loss_of_few_tokens_says_so(call: Callable[..., Call], tmp_path: Path) -> None:
     line = "eval {w}/model --data text:{w}/text.txt --json --seqlen 16 "
     (few,) = call(line + "--windows 6").answer["notes"]
-    assert few == "loss: 90 predicted tokens are few: the figure may be far off; measure on more text"
+    assert few == "loss: measured on only 90 predicted tokens: the figure may be far off; measure on more text"
     enough = call(line + "--windows 67").answer
     assert (enough["results"][0]["measurements"][0]["tokens"], enough["notes"]) == (1005, [])
     assert f"\nnote: {few}" in call((line + "--windows 6").replace("--json", "")).out

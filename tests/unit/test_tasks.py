@@ -321,7 +321,7 @@ def test_requests_beyond_the_context_are_told(
     removal_accuracies(Checkpoint(directory), 4, Task("winogrande", str(data)), device="cpu")
     long = sum(size > room + 1 for size in sizes)  # the last token is only predicted
     assert 0 < long < len(sizes)
-    message = f"winogrande: {long} of {len(sizes)} requests are longer than the {room} tokens that the model takes"
+    message = f"winogrande: left out the beginning of {long} of {len(sizes)} requests, longer than the {room} tokens"
     assert message in capsys.readouterr().err
 
 

@@ -368,7 +368,7 @@ def test_revived_weights_are_found() -> None:
     model = tiny()
     masks = masks_of(model)
     held = Masks(model, masks)
-    with pytest.raises(RuntimeError, match="pruned weights are no longer zero"):
+    with pytest.raises(RuntimeError, match=r"no longer zero: [0-9,]+ pruned weights?"):
         held.check()
     held.apply()
     held.check()

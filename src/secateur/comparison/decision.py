@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from secateur.errors import UserError
+from secateur.formatting import plural
 
 __all__ = [
     "FEWEST",
@@ -237,7 +238,7 @@ def adjust(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
         worst = max(worst, min(1.0, (len(order) - rank) * (decision.p or 0.0)))
         decision = replace(decision, adjusted_p=worst, comparisons=len(order))
         if decision.sign and worst >= LEVEL:
-            reason = f"p is {decision.p:.2g} by itself and {worst:.2g} among {len(order)} comparisons (Holm)"
+            reason = f"p is {decision.p:.2g} by itself and {worst:.2g} among {plural(len(order), 'comparison')} (Holm)"
             decision = replace(decision, verdict="undecided", reason=reason)
         result[number] = decision
     return tuple(result)
@@ -256,7 +257,7 @@ def _arguments(
     tasks = np.zeros(units) if strata is None else _labels("strata", strata)
     for name, values in (("documents", labels), ("weights", w), ("strata", tasks)):
         if values.shape != (units,):
-            raise UserError(f"`{name}`: needs one value for each of the {units} units, got shape {values.shape}")
+            raise UserError(f"`{name}`: needs one value for each of {plural(units, 'unit')}, got shape {values.shape}")
     if not (np.isfinite(w).all() and (w >= 0).all()):
         raise UserError("`weights`: must be finite and not negative")
     counted = w > 0

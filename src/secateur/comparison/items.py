@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from secateur.comparison.decision import MARGIN, Decision, HasDecision, decide, sign_test
 from secateur.errors import UserError
 from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, MeasurementKind, check_same_protocols
+from secateur.formatting import plural
 
 __all__ = ["AVERAGE", "Comparison", "Comparisons", "Outcome", "compare_results"]
 
@@ -124,7 +125,9 @@ def compare_results(
         UserError: if the sides have different numbers of seeds, or figures of one name were measured differently.
     """
     if len(a) != len(b):
-        raise UserError(f"A has {len(a)} seeds and B has {len(b)}; name as many results on both sides, in pairs")
+        raise UserError(
+            f"A has {plural(len(a), 'seed')} and B has {len(b)}; name as many results on both sides, in pairs"
+        )
     names = check_same_protocols((r.model, m.name, m.protocol) for r in (*a, *b) for m in r.measurements)
     rows = [_compare(name, a, b, margin) for name in names]
     accuracies = [c.name for c in rows if c.kind == "accuracy" and c.verdict != "not measured"]

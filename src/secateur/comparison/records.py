@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.evaluation.results import Measurement
+from secateur.formatting import plural
 from secateur.model.families import Granularity
 
 __all__ = [
@@ -113,7 +114,7 @@ def pair_units(first: Evaluation, second: Evaluation) -> tuple[Units, Units]:
     if tokens_by_document[0] and tokens_by_document[0] == tokens_by_document[1]:
         return _document_units(first), _document_units(second)
     if len(first.windows) != len(second.windows):
-        raise ValueError(f"{len(first.windows)} and {len(second.windows)} windows cannot be paired")
+        raise ValueError(f"{len(first.windows)} and {plural(len(second.windows), 'window')} cannot be paired")
     clusters = first.window_documents or second.window_documents
     tokens = first.window_tokens or second.window_tokens or (1,) * len(first.windows)
     unit: TextUnit = "windows of known documents" if clusters else "windows"

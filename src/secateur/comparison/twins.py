@@ -12,6 +12,7 @@ import numpy as np
 from secateur.comparison.decision import MARGIN, Decision, HasDecision, adjust, decide, decide_average
 from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.records import Cell, Evaluation, TextUnit, pair_units
+from secateur.formatting import plural
 
 __all__ = [
     "SCRATCH",
@@ -112,7 +113,7 @@ def pair_evaluations(better: Evaluation, worse: Evaluation) -> Paired | str:
     if better.protocol != worse.protocol:
         return "were evaluated under different protocols"
     if len(better.windows) != len(worse.windows):
-        return f"have {len(better.windows)} and {len(worse.windows)} held-out windows"
+        return f"have {len(better.windows)} and {plural(len(worse.windows), 'held-out window')}"
     first, second = pair_units(better, worse)
     return Paired(second.values - first.values, first.weights, first.documents, first.unit, better.protocol)
 

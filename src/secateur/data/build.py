@@ -26,6 +26,7 @@ from secateur.data.sources import Source
 from secateur.data.tokenizer import token_hash_of
 from secateur.data.worker_pool import encode_in_workers
 from secateur.errors import UserError
+from secateur.formatting import plural
 
 __all__ = ["HELDOUT", "TRAIN", "BuildResult", "Holdout", "hash_splits", "is_heldout", "track_documents", "write_splits"]
 
@@ -51,7 +52,7 @@ class Holdout:
         """Make the error for a split without any of ``documents`` distinct documents."""
         change = "lower" if side == TRAIN else "raise"
         return UserError(
-            f"{self.option}: {self.share} of {documents} documents leaves no {side} document; "
+            f"{self.option}: {self.share} of {plural(documents, 'document')} leaves no {side} document; "
             f"{change} it or name a source with more documents"
         )
 
@@ -116,9 +117,9 @@ def write_splits(
 def _encode(source: Source, encoder: Encoder, runs: SortedRuns, limit: int | None, workers: int) -> None:
     """First pass: read and encode the documents that the runs lack."""
     with progress.track(f"read {source.name}", limit or source.size() or 0) as task:
-        stream = track_documents(source.documents(), task, limit, lambda: f", {runs.tokens:,} tokens")
+        stream = track_documents(source.documents(), task, limit, lambda: f", {plural(runs.tokens, 'token')}")
         if runs.documents:
-            progress.notify(f"{source.name}: {runs.documents:,} documents are already encoded")
+            progress.notify(f"{source.name}: already encoded: {plural(runs.documents, 'document')}")
             next(islice(stream, runs.documents - 1, runs.documents), None)  # skips them
         for block in encode_in_workers(batch_documents(stream), encoder, workers):
             runs.add(block)
@@ -134,7 +135,7 @@ def track_documents(
         amount += 1 if limit else text_bytes(document)
         if number % 64 == 0 or (amount >= _BATCH_BYTES and not limit):
             # The size is an estimate, so the bar must not pass its end.
-            task.advance(min(amount, task.total - task.done), f"{number:,} documents{note()}")
+            task.advance(min(amount, task.total - task.done), f"{plural(number, 'document')}{note()}")
             amount = 0
         yield document
 
@@ -178,7 +179,7 @@ def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> 
                 if side in writers:
                     _write_documents(writers[side], bucket, mask, counts[side])
             read += len(bucket.rows)
-            task.advance(len(bucket.ids), f"{read:,} documents")
+            task.advance(len(bucket.ids), plural(read, "document"))
         for side, writer in writers.items():
             if not writer.documents:
                 raise holdout.empty(side, read)

@@ -22,6 +22,7 @@ from secateur.data.manifest import FORMAT, Column, Manifest, Shard, Split
 from secateur.data.npy_writer import ColumnWriter
 from secateur.errors import UserError, did_you_mean
 from secateur.files import read_json, sha256_file, sha256_tree
+from secateur.formatting import plural
 
 __all__ = ["SHARD_TOKENS", "ShardWriter", "TokenStore"]
 
@@ -269,7 +270,7 @@ class TokenStore:
         """
         entry = self._split(split)
         if not 0 <= index < entry.documents:
-            raise IndexError(f"{split!r} has {entry.documents} documents; there is no document {index}")
+            raise IndexError(f"{split!r} has {plural(entry.documents, 'document')}; there is no document {index}")
         label = f"sha256 {int(self._map(entry.hashes.file, 'uint64', entry.documents)[index]):016x}"
         if entry.domains is not None:
             domain = int(self._map(entry.domains.file, "uint16", entry.documents)[index])
@@ -322,7 +323,7 @@ class TokenStore:
         total = self.tokens(split)
         if stop > total:
             raise UserError(
-                f"{self.folder}: {split!r} has {total} tokens, but tokens {start} to {stop} are needed; "
+                f"{self.folder}: {split!r} has {plural(total, 'token')}, but tokens {start} to {stop} are needed; "
                 f"lower the token budget by {stop - total}, or build a larger corpus"
             )
 

@@ -20,6 +20,7 @@ from secateur import progress
 from secateur.data.encode import encode_texts
 from secateur.data.readers import Document
 from secateur.errors import UserError
+from secateur.formatting import plural
 
 if TYPE_CHECKING:  # `transformers` takes seconds to import
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -73,7 +74,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     size = tokenizer.get_vocab_size()
     if size < vocabulary:
         raise UserError(
-            f"the text gives only {size} tokens, not a vocabulary of {vocabulary}; "
+            f"the text gives only {plural(size, 'token')}, not a vocabulary of {vocabulary}; "
             f"lower the vocabulary to {size} or name more text"
         )
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -155,7 +156,7 @@ def encode_documents(
             domains += [document.domain for document in batch]
             size = sum(map(len, rows))
             total += size
-            task.advance(size if limit else 0, f"{total:,} tokens")
+            task.advance(size if limit else 0, plural(total, "token"))
             if limit is not None and total >= limit:
                 break
     ids = np.concatenate([np.zeros(0, dtype=np.int64), *parts])[:limit]

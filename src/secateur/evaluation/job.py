@@ -20,6 +20,7 @@ from secateur.evaluation.request import EvaluateRequest
 from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, check_same_protocols, items_file
 from secateur.evaluation.token_windows import heldout_protocol, window_length
 from secateur.evaluation.workload import Workload
+from secateur.formatting import plural
 from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.progress import notify
@@ -182,8 +183,8 @@ def _notes(request: EvaluateRequest, checkpoint: Checkpoint, protocols: Mapping[
     for name, protocol in protocols.items():
         length = window_length(checkpoint, request.seqlen)
         if protocol.tokens < FEW_TOKENS:
-            few = f"{protocol.tokens:,} predicted tokens are few"
+            few = f"measured on only {plural(protocol.tokens, 'predicted token')}"
             notes.append(f"{name}: {few}: the figure may be far off; measure on more text")
         elif name == LOSS and not is_token_file(protocol.source) and protocol.windows[0].shape[1] < length:
-            notes.append(f"the text is shorter than one window of {length:,} tokens; measure on more text")
+            notes.append(f"the text is shorter than one window of {plural(length, 'token')}; measure on more text")
     return notes

@@ -18,6 +18,7 @@ from secateur.config import fingerprint
 from secateur.data.tokenizer import Stream, token_hash
 from secateur.errors import UserError
 from secateur.evaluation.results import Measurement
+from secateur.formatting import plural
 from secateur.losses.next_token import model_loss
 from secateur.runtime import pick_batch
 
@@ -72,7 +73,7 @@ class Protocol:
         if ids.size < 2:
             raise UserError(f"{source}: has fewer than two tokens; there is nothing to predict")
         if whole and ids.size < seqlen:
-            raise UserError(f"{source}: {ids.size:,} tokens are less than a window of {seqlen:,}; use more text")
+            raise UserError(f"{source}: {plural(ids.size, 'token')}, less than a window of {seqlen:,}; use more text")
         step = stride or seqlen
         if not 1 <= step <= seqlen:
             raise UserError(

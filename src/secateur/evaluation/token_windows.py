@@ -20,6 +20,7 @@ from secateur.data.tokenizer import Stream, batches, check_vocabulary, encode_do
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.protocols import begins_with_bos
+from secateur.formatting import every, plural
 from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.progress import notify
@@ -72,11 +73,11 @@ def calibration_windows(
     cut = ids[: ids.size // length * length].reshape(-1, length)
     if not len(cut):
         raise UserError(
-            f"`calibration`: {ids.size} tokens are less than one calibration window of {length}; give more "
+            f"`calibration`: {plural(ids.size, 'token')}, less than one calibration window of {length}; give more "
             "text or a smaller `seqlen`"
         )
     if len(cut) < limit:
-        notify(f"the calibration text gives {len(cut)} windows of {length} tokens, fewer than {limit}")
+        notify(f"the calibration text gives {plural(len(cut), 'window')} of {length} tokens, fewer than {limit}")
     return torch.from_numpy(cut)
 
 
@@ -105,7 +106,7 @@ def document_windows(
     if not rows:
         raise UserError(f"`calibration`: no document of {source} is longer than {length} tokens; lower `seqlen`")
     if len(rows) < windows:
-        notify(f"{source} has {len(rows)} documents longer than {length} tokens, fewer than {windows}")
+        notify(f"{source} has {plural(len(rows), 'document')} longer than {length} tokens, fewer than {windows}")
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
@@ -213,5 +214,5 @@ def _read_file(
     differs = {"windows": windows not in (None, count), "seqlen": seqlen not in (None, length), "field": bool(field)}
     if unused := [name for name, differ in differs.items() if differ]:
         names = ", ".join(f"`{name}`" for name in unused)
-        notify(f"{source}: all its {count} windows of {length} tokens are used; {names} does not apply to it")
+        notify(f"{source}: {every(count, 'window')} of {length} tokens, so {names} does not apply to it")
     return ids

@@ -16,7 +16,7 @@ import numpy as np
 
 from secateur.errors import UserError, did_you_mean
 from secateur.forecast.curve import CURVE_FORMS, PATHS, CurvePoint, Floats, Form, Path, Problem, law
-from secateur.formatting import number
+from secateur.formatting import number, plural
 
 __all__ = [
     "AVERAGED_FORMS",
@@ -329,7 +329,9 @@ def _check(points: Sequence[CurvePoint]) -> None:
     keys: set[tuple[str, str, int, int]] = set()
     for p in points:
         if not (math.isfinite(p.loss) and p.loss > 0) or p.tokens < 1:
-            raise UserError(f"{who}: a run of {p.tokens} tokens with a loss of {p.loss} cannot be fitted; leave it out")
+            raise UserError(
+                f"{who}: a run of {plural(p.tokens, 'token')} with a loss of {p.loss} cannot be fitted; leave it out"
+            )
         if (p.path, p.name, p.tokens, p.seed) in keys:
             raise UserError(f"{who}: two {p.path} runs of {p.tokens} tokens have seed {p.seed}; keep one of them")
         keys.add((p.path, p.name, p.tokens, p.seed))

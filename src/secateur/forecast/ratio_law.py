@@ -23,6 +23,7 @@ import numpy as np
 from secateur.errors import UserError
 from secateur.forecast.curve import Floats
 from secateur.forecast.fit import MISFIT, NOISE, noise_between_seeds
+from secateur.formatting import plural
 
 __all__ = ["LeftOutRatio", "RatioLaw", "Retrained", "Term", "fit_ratios", "leave_one_ratio_out"]
 
@@ -142,7 +143,9 @@ def fit_ratios(runs: Sequence[Retrained]) -> RatioLaw:
         )
     names, folded = _names(runs)
     if len(runs) <= len(names):
-        raise UserError(f"the law across ratios has {len(names)} parameters here, too many for {len(runs)} runs")
+        raise UserError(
+            f"the law across ratios has {len(names)} parameters here, too many for {plural(len(runs), 'run')}"
+        )
     size = math.exp(np.mean([math.log(run.parent_parameters) for run in runs]))
     budget = math.exp(np.mean([math.log(run.tokens) for run in runs]))
     inputs = _model_inputs(runs, size, budget)

@@ -16,7 +16,7 @@ from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.token_windows import open_shards, window_length
 from secateur.files import check_disk, shared_directory
-from secateur.formatting import byte_size, scientific
+from secateur.formatting import byte_size, plural, scientific
 from secateur.memory import ResourceUse, track_resources
 from secateur.methods.base import LearnedMethod
 from secateur.model.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ class LearningData:
         """
         view = DomainTokens(store, "train", start, stop, sequence)
         for name, rest in view.short_domains.items():
-            notify(f"domain {name!r}: its {rest} tokens are less than a window of {sequence}, and are not read")
+            notify(f"domain {name!r}: not read: {plural(rest, 'token')}, less than a window of {sequence}")
         windows = sum((end - begin) // sequence for begin, end in view.ranges.values())
         record = {"source": source, "windows": windows, "seqlen": sequence, "hash": store.fingerprint}
         return cls(view, view.ranges, record, sequence, domain_protocols(store, sequence, _HELDOUT_WINDOWS))
@@ -256,7 +256,7 @@ def _estimate(
     flops = scoring_flops(shape, outputs[0], method, tokens, data.sequence)
     repeats = f", the text read {passes:.1f} times" if passes > 1.05 else ""
     notify(
-        f"estimate: {tokens:,} tokens in {method.steps} steps{repeats}, {scientific(flops)} FLOPs"
+        f"estimate: {plural(tokens, 'token')} in {plural(method.steps, 'step')}{repeats}, {scientific(flops)} FLOPs"
         + (" for each ratio" if len(outputs) > 1 else "")
         + f"; {byte_size(memory / processes)} of memory above the program's own"
         + (f" in each of {processes} processes" if processes > 1 else "")

@@ -15,6 +15,7 @@ from secateur.config import identity
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
+from secateur.formatting import plural
 from secateur.methods.base import LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
 from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint, copy_tokenizer, model_card, write_checkpoint
@@ -197,7 +198,7 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
         f"- removed: {100 * share['total']:.1f}% of all parameters, "
         f"{100 * share['non_embedding']:.1f}% of those outside the embeddings",
         f"- shape: {plan.after}",
-        f"- calibration: {plan.calibration['tokens']:,} tokens of {plan.calibration['source']}"
+        f"- calibration: {plural(plan.calibration['tokens'], 'token')} of {plan.calibration['source']}"
         if plan.calibration["source"]
         else "- calibration: none, no text was read",
         "- not retrained; `plan.json` and `plan.safetensors` hold the scores and the selection",

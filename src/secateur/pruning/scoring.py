@@ -17,6 +17,7 @@ from secateur.calibration.statistics import Mean
 from secateur.errors import UserError
 from secateur.evaluation.layer_removal import removal_accuracies
 from secateur.evaluation.lm_eval.tasks import Task
+from secateur.formatting import plural
 from secateur.methods.base import LayerMethod, RemovalMethod, WeightMethod, WidthMethod
 from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest_indices
 from secateur.model.checkpoint import is_finite
@@ -87,7 +88,7 @@ def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decisi
     removable, count = torch.isfinite(scores), layers - after.layers
     if count > int(removable.sum()):
         raise UserError(
-            f"{count} layers are to be removed, but the method spares all but {int(removable.sum())}; "
+            f"{plural(count, 'layer')} to remove, but the method spares all but {int(removable.sum())}; "
             "spare fewer or remove less"
         )
     keep = _complement(layers, set(lowest_indices(scores, count)))
@@ -303,7 +304,7 @@ def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> De
     sizes = {linear: math.prod(shape.tensor_size(shape.block_tensors()[linear])) for linear in family.linears}
     names = [(family.block_tensor(layer, linear), linear) for layer in range(shape.layers) for linear in family.linears]
     summary = {
-        "detail": f"{pruned:,} of {total:,} block weights zeroed ({100 * pruned / total:.1f}%)"
+        "detail": f"{pruned:,} of {plural(total, 'block weight')} zeroed ({100 * pruned / total:.1f}%)"
         + (f", pattern {target.pattern}" if target.pattern else ""),
         "sparsity": {name: zeros[name] / sizes[linear] for name, linear in names},
     }

@@ -66,6 +66,7 @@ _RUNS: dict[str, str] = {
 _FILTERS = (
     formatting.count,
     formatting.duration,
+    formatting.every,
     formatting.loss,
     method_name,
     formatting.number,

@@ -13,7 +13,7 @@ from secateur.comparison.objectives import ObjectiveRow
 from secateur.comparison.quality import QualityRow
 from secateur.comparison.records import Init, SeedsVary
 from secateur.comparison.twins import Setting, Verdict, Winner
-from secateur.formatting import count, decimals, join_words, number, points, spelled
+from secateur.formatting import count, decimals, join_words, number, plural, points, spelled
 
 __all__ = [
     "contradiction_sentence",
@@ -229,11 +229,19 @@ def coverage_note(verdicts: Sequence[Verdict], seeds_vary: SeedsVary) -> str:
         covers = f"held-out text and seeds ({_SEEDS[seeds_vary]})"
         covers += ", of one seed held-out text only" if min(seeds) == 1 else ""
     decision = measured[0].decision
-    documents = f"{decision.documents} held-out documents, worth {decision.effective_documents:.0f} of equal length"
+    documents = (
+        f"{plural(decision.documents, 'held-out document')}, worth {decision.effective_documents:.0f} of equal length"
+    )
     if measured[0].unit == "windows of known documents":
-        documents = documents.replace("held-out documents", "groups of held-out windows that share no document")
+        groups = plural(
+            decision.documents,
+            "group of held-out windows that shares no document",
+            "groups of held-out windows that share no document",
+        )
+        documents = f"{groups}, worth {decision.effective_documents:.0f} of equal length"
     elif measured[0].unit == "windows":
-        documents = f"{decision.documents} held-out windows; their documents are unknown, so each counts as a document"
+        windows = plural(decision.documents, "held-out window")
+        documents = f"{windows}; their documents are unknown, so each counts as a document"
     margin = f" Differences within {decision.margin:g} nats count as equal." if decision.margin else ""
     tests = max(verdict.decision.comparisons for verdict in measured)
     holm = ""

@@ -10,7 +10,7 @@ from secateur.comparison.decision import LEVEL
 from secateur.comparison.question import changed_keys, decisive, first_declaration, is_recorded, later_changes
 from secateur.comparison.records import Declaration, StudyResults
 from secateur.comparison.twins import Verdict
-from secateur.formatting import join_words, probability, spelled
+from secateur.formatting import join_words, plural, probability, spelled
 
 __all__ = ["EXPLORATORY", "QuestionText", "question_json", "question_text"]
 
@@ -95,12 +95,18 @@ def _history(results: StudyResults) -> tuple[str, ...]:
     question, declarations = results.question, results.declarations
     first, texts = first_declaration(declarations), []
     if first is not None:
-        when = f"after {_stages(first.stages_done)} had finished" if first.stages_done else "before the first stage"
+        when = (
+            f"after {plural(first.stages_done, 'stage')} had finished"
+            if first.stages_done
+            else "before the first stage"
+        )
         texts.append(f"{_recorded_name(results, first)} was declared {when}.")
     for old, new in later_changes(declarations):
         keys = changed_keys(old, new)
         verb = "withdrawn" if new.hash is None else "changed" if old.hash else "declared again"
-        texts.append(f"It was {verb} after {_stages(new.stages_done)}{f' ({join_words(keys)})' if keys else ''}.")
+        texts.append(
+            f"It was {verb} after {plural(new.stages_done, 'stage')}{f' ({join_words(keys)})' if keys else ''}."
+        )
     if not is_recorded(question, declarations):
         texts.append(_unrecorded(results))
     return tuple(texts)
@@ -122,7 +128,7 @@ def _unrecorded(results: StudyResults) -> str:
     last = declarations[-1] if declarations else None
     if last is None or last.question is None:
         if results.stages_done:
-            finished = f"{_stages(results.stages_done)} {'is' if results.stages_done == 1 else 'are'} finished"
+            finished = f"{plural(results.stages_done, 'stage')} {'is' if results.stages_done == 1 else 'are'} finished"
             return f"This question was not recorded before the runs: {finished}. Running the study records it as late."
         return "The question is not recorded in the study's folder; running the study records it."
     if question is None:
@@ -130,10 +136,6 @@ def _unrecorded(results: StudyResults) -> str:
     now, before = question.content, last.question
     keys = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
     return f"This is not the question recorded: {join_words(keys)} differ{'s' if len(keys) == 1 else ''}."
-
-
-def _stages(number: int) -> str:
-    return f"{number} stage{'' if number == 1 else 's'}"
 
 
 def question_json(results: StudyResults, text: QuestionText) -> dict[str, Any] | None:

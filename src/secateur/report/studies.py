@@ -11,6 +11,7 @@ from secateur.comparison.index import PRUNED, Group, Index
 from secateur.comparison.naming import group_name
 from secateur.comparison.twins import SCRATCH, Paired, Setting, Verdict, mean_difference, pair_cells
 from secateur.errors import UserError
+from secateur.formatting import every, plural
 from secateur.report.judgement import Judgement
 
 __all__ = ["GapRow", "RunRow", "StudyComparison", "compare_studies"]
@@ -63,20 +64,17 @@ class StudyComparison:
         if not agreements:
             return f"{names} have no comparison that both have measured."
         total = len(agreements)
-        share = f"all {total}" if all(agreements) else f"{sum(agreements)} of {total}"
+        share = every(total, "comparison") if all(agreements) else f"{sum(agreements)} of {plural(total, 'comparison')}"
         signs = [row.difference.verdict for row in self.gaps if row.agree is not None]
         apart = sum(verdict in ("first", "second") for verdict in signs)
         equal = signs.count("equal within margin")
         text = (
-            f"{names} give the same verdict in {share} comparisons that both have measured. The loss saved differs by "
+            f"{names} give the same verdict in {share} that both have measured. The loss saved differs by "
             f"more than noise in {apart} and is equal within the margin in {equal}."
         )
         rest = total - apart - equal
-        return (
-            f"{text} For the other {rest} it is undecided: the intervals say how far apart they may be."
-            if rest
-            else text
-        )
+        others = "the other" if rest == 1 else f"the other {rest}"
+        return f"{text} For {others} it is undecided: the intervals say how far apart they may be." if rest else text
 
 
 def compare_studies(a: Judgement, b: Judgement) -> StudyComparison:

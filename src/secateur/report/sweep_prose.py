@@ -5,7 +5,7 @@ from __future__ import annotations
 from secateur.comparison.index import Index
 from secateur.comparison.records import Sweep
 from secateur.comparison.sweeps import PARENT, sweep_subject, unique_sweeps
-from secateur.formatting import join_words
+from secateur.formatting import join_words, plural
 
 __all__ = ["SWEEPS_TITLE", "edge_sentence", "edge_sentences", "sweep_name", "sweep_sentences"]
 
@@ -33,13 +33,13 @@ def sweep_sentences(index: Index) -> list[str]:
     texts = [text]
     pending = sum(sweep.rate is None for sweep in sweeps)
     if pending:
-        texts.append(f"{pending} of {len(sweeps)} sweeps are not complete.")
+        texts.append(f"Not complete: {pending} of {plural(len(sweeps), 'sweep')}.")
     edges = sum(sweep.at_edge is not None for sweep in sweeps)
     if edges:
         texts.append(
-            f"Warning: in {edges} of {len(sweeps)} sweeps the best rate is the lowest or the highest that was tried. "
-            "A better one may lie beyond, so that these runs may be worse than they could be; add rates there to "
-            "sweep.rates."
+            f"Warning: in {edges} of {plural(len(sweeps), 'sweep')} the best rate is the lowest or the highest that "
+            "was tried. A better one may lie beyond, so that these runs may be worse than they could be; add rates "
+            "there to sweep.rates."
         )
     return texts
 
@@ -54,4 +54,5 @@ def edge_sentence(index: Index, sweep: Sweep) -> str:
     assert sweep.rate is not None and sweep.at_edge
     end, beyond = _SIDES[sweep.at_edge]
     name = sweep_name(index, sweep)
-    return f"{name[0].upper()}{name[1:]}: {sweep.rate:g} is the {end} of {len(sweep.rates)} rates; try {beyond} ones."
+    rates = plural(len(sweep.rates), "rate")
+    return f"{name[0].upper()}{name[1:]}: {sweep.rate:g} is the {end} of {rates}; try {beyond} ones."

@@ -13,7 +13,7 @@ from secateur.comparison.naming import BUDGETS, group_name, target_words
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.records import Cell, Parent, PrunedModel
 from secateur.comparison.twins import SCRATCH, Setting, Winner
-from secateur.formatting import MINUS, TIMES, count, join_words, loss
+from secateur.formatting import MINUS, TIMES, count, join_words, loss, plural
 from secateur.report.forecast_prose import further_sentence, next_sentence, outlook_sentence
 from secateur.report.judgement import Judgement
 from secateur.report.learning_prose import learning_notes
@@ -330,7 +330,7 @@ def _ranking(judgement: Judgement) -> list[str]:
         *lines,
         *_wrapped(
             f"{notes}. A star: no run of the same target is decidedly better for as few FLOPs. "
-            f"{len(by_run)} runs in all; cells.csv has the rest."
+            f"{plural(len(by_run), 'run')} in all; cells.csv has the rest."
         ),
     ]
 

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.comparison.regime import PUBLISHED, RateSweeps, TokenShare
-from secateur.formatting import count, join_words, scientific
+from secateur.formatting import count, duration, join_words, plural, scientific
 from secateur.report.regime_prose import REGIME_TITLE, share_json, sweeps_sentence, tokens_sentence
+from secateur.runtime import has_accelerator
+from secateur.study.pace import Pace
 from secateur.study.planner import tokens_needed, trunk_savings
 from secateur.study.stage import Stage, unique
 from secateur.study.sweeps import choice_of, is_run
@@ -16,12 +18,14 @@ from secateur.study.sweeps import choice_of, is_run
 __all__ = ["FLOPS_PER_SECOND", "PlannedStage", "PlannedTrials", "StudyPlan", "plan_study"]
 
 FLOPS_PER_SECOND = 4e14  #: of the reference device: an H100 at about 40% of its bfloat16 peak
+_CPU_FLOPS_PER_SECOND = 1e10  # of one core in training, roughly
+_MOST_CPU_HOURS = 1000  # from which on a time on one core says nothing
 
 #: kinds of stages that the text counts and does not list
 _COUNTED = {
-    "evaluate": "evaluations",
-    "cost": "measurements of what a model costs to run",
-    "select": "choices of a rate",
+    "evaluate": ("evaluation", "evaluations"),
+    "cost": ("measurement of what a model costs to run", "measurements of what a model costs to run"),
+    "select": ("choice of a rate", "choices of a rate"),
 }
 #: path of a stage -> the purpose of its FLOPs
 _PURPOSES = {
@@ -62,8 +66,8 @@ class PlannedTrials:
 
     def __str__(self) -> str:
         seeds = f"seed{'s' * (len(self.seeds) > 1)} {join_words([str(seed) for seed in self.seeds])}"
-        text = f"Learning rates are swept with {seeds} alone, which serves all seeds: {self.number} trials"
-        text += f" for {self.choices} choices of a rate."
+        text = f"Learning rates are swept with {seeds} alone, which serves all seeds: {plural(self.number, 'trial')}"
+        text += f" for {plural(self.choices, 'choice of a rate', 'choices of a rate')}."
         if self.runs:
             text += (
                 f" The best trial of {self.runs} of them is the run itself, which counts as such and not as a sweep."
@@ -83,6 +87,7 @@ class StudyPlan:
         parents: name -> tokens for each parameter of a parent.
         sweeps: which learning rates are chosen by a sweep.
         trials: of learning rates; None without any.
+        pace: the speed of the study's finished training stages; None if there are none.
         notes: what seeds vary, and which pruning trains on tokens of its own.
     """
 
@@ -98,6 +103,7 @@ class StudyPlan:
     sweeps: RateSweeps
     trials: PlannedTrials | None = None
     notes: tuple[str, ...] = ()
+    pace: Pace | None = None
 
     @property
     def device_hours(self) -> float:
@@ -108,27 +114,48 @@ class StudyPlan:
         """The plan as plain values, as ``--json`` prints it."""
         content = asdict(self) | {"stages": [asdict(stage) for stage in self.stages]}
         speed = content.pop("flops_per_second")
+        del content["pace"]
         content |= {
             "parents": {name: share_json(share) for name, share in self.parents.items()},
             "published": share_json(PUBLISHED),
         }
-        return content | {"device_hours": {"flops_per_second": speed, "hours": self.device_hours}, "formula": _FORMULA}
+        pace = self.pace
+        measured = {"flops_per_second": pace.speed, "stages": pace.stages, "device": pace.device} if pace else None
+        hours = {"flops_per_second": speed, "hours": self.device_hours, "measured": measured}
+        return content | {"device_hours": hours, "formula": _FORMULA}
+
+    def _times(self) -> list[str]:
+        """What the FLOPs take: on the reference device, and as measured or, without a GPU, on a core of a CPU."""
+        reference = " (an H100 at about 40% of its peak)" if self.flops_per_second == FLOPS_PER_SECOND else ""
+        speed = f"{scientific(self.flops_per_second)} FLOPs a second{reference}"
+        lines = [f"About {duration(3600 * self.device_hours)} of one device at {speed}."]
+        if self.pace and self.pace.speed:
+            time = duration(self.flops / self.pace.speed)
+            lines.append(f"On the {self.pace.device_name}: about {time} for one process, at {self.pace}.")
+        elif not has_accelerator() and self.flops < 3600 * _MOST_CPU_HOURS * _CPU_FLOPS_PER_SECOND:
+            time = duration(self.flops / _CPU_FLOPS_PER_SECOND)
+            lines.append(
+                f"This machine has no GPU. On one core of a CPU: roughly {time}, at an assumed "
+                f"{scientific(_CPU_FLOPS_PER_SECOND)} FLOPs a second; the first training stage measures it."
+            )
+        return lines
 
     def __str__(self) -> str:
         purposes = ", ".join(f"{name} {scientific(flops)}" for name, flops in self.flops_by.items())
         lines = [
-            f"{self.study}: {len(self.stages)} stages",
+            f"{self.study}: {plural(len(self.stages), 'stage')}",
             "",
             *self._table(),
             "",
-            f"{self.training_tokens:,} training tokens, {scientific(self.flops)} FLOPs in all: {purposes}.",
-            f"About {self.device_hours:,.3g} device-hours at {scientific(self.flops_per_second)} FLOPs a second.",
-            f"The corpus must have {self.corpus_tokens:,} training tokens.",
+            f"{plural(self.training_tokens, 'training token')}, {scientific(self.flops)} FLOPs in all: {purposes}.",
+            *self._times(),
+            f"The corpus must have {plural(self.corpus_tokens, 'training token')}.",
         ]
         trained, alone = self.training_tokens, self.training_tokens_without_trunks
         if trained < alone:
             lines.append(
-                f"Ladders share their trunks: {trained:,} tokens instead of {alone:,}, {1 - trained / alone:.0%} less."
+                f"Ladders share their trunks: {plural(trained, 'token')} instead of {alone:,}, "
+                f"{1 - trained / alone:.0%} less."
             )
         lines += [str(self.trials)] if self.trials else []
         return "\n".join([*lines, *self.notes, _FORMULA, "", *self._regime(), "", "Nothing has been run."])
@@ -146,10 +173,12 @@ class StudyPlan:
             tokens, flops = (count(stage.tokens), f"{stage.flops:.2e}") if stage.tokens else ("-", "-")
             lines.append(f"{stage.kind:6}  {stage.name:{width}}  {tokens:>10}  {flops:>10}")
         counts = {words: sum(stage.kind == kind for stage in self.stages) for kind, words in _COUNTED.items()}
-        return [*lines, "and " + ", ".join(f"{number} {words}" for words, number in counts.items() if number)]
+        return [*lines, "and " + ", ".join(plural(number, *words) for words, number in counts.items() if number)]
 
 
-def plan_study(name: str, stages: Sequence[Stage], flops_per_second: float = FLOPS_PER_SECOND) -> StudyPlan:
+def plan_study(
+    name: str, stages: Sequence[Stage], flops_per_second: float = FLOPS_PER_SECOND, pace: Pace | None = None
+) -> StudyPlan:
     """Sum up the tokens and FLOPs of a study's stages."""
     stages = unique(stages)
     trained, alone = trunk_savings(stages)
@@ -162,6 +191,7 @@ def plan_study(name: str, stages: Sequence[Stage], flops_per_second: float = FLO
         flops=sum(stage.flops for stage in stages),
         flops_by=_flops_by_purpose(stages),
         flops_per_second=flops_per_second,
+        pace=pace,
         parents={s.facts["parent"]: _share(s) for s in stages if s.facts.get("path") == "parent"},
         sweeps=RateSweeps(*(_swept(stages, path) for path in ("parent", "scratch", "P-R"))),
         trials=_trials(stages),
@@ -237,7 +267,7 @@ def _learning_notes(stages: Sequence[Stage]) -> list[str]:
     """The tokens that pruning itself trains on, one sentence for each method that does."""
     tokens = {s.facts["method"]: s.facts["training_tokens"] for s in stages if s.kind == "prune"}
     return [
-        f"{name} trains on L = {learned:,} tokens while it prunes; its twins train on as many more."
+        f"{name} trains on L = {plural(learned, 'token')} while it prunes; its twins train on as many more."
         for name, learned in tokens.items()
         if learned
     ]

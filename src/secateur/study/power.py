@@ -17,7 +17,7 @@ from secateur.comparison.question import decisive
 from secateur.comparison.records import SeedsVary, StudyQuestion
 from secateur.config import AnyPath, Fraction, spec
 from secateur.errors import UserError
-from secateur.formatting import join_words, percent, scientific
+from secateur.formatting import duration, join_words, percent, plural, scientific
 from secateur.study.plan import FLOPS_PER_SECOND
 from secateur.study.planner import stages_of
 from secateur.study.resolve import ResolvedStudy
@@ -142,13 +142,14 @@ class StudyPower:
         documents, seeds = pairs[0]
         row = next(row for row in self.rows if row.seeds == seeds)
         text = (
-            f"{seeds} seeds and {documents:.0f} documents tell a difference of {self.difference:g} nats with at least "
-            f"{100 * self.share:g}% power; the study then costs {scientific(row.flops)} FLOPs, about "
-            f"{row.device_hours:,.3g} device-hours at {scientific(self.flops_per_second)} FLOPs a second."
+            f"{plural(seeds, 'seed')} and {plural(round(documents), 'document')} tell a difference of "
+            f"{self.difference:g} nats with at least {100 * self.share:g}% power; the study then costs "
+            f"{scientific(row.flops)} FLOPs, about {duration(3600 * row.device_hours)} of one device at "
+            f"{scientific(self.flops_per_second)} FLOPs a second."
         )
         if documents > self.documents[0]:
             text = f"{self.documents[0]:.0f} documents are too few for any number of seeds up to {MOST_SEEDS}. {text}"
-        fewer = [f"{n} with {k:.0f} documents" for k, n in pairs[1:] if n < seeds]
+        fewer = [f"{n} with {plural(round(k), 'document')}" for k, n in pairs[1:] if n < seeds]
         return f"{text} Fewer seeds suffice on more text: {join_words(fewer)}." if fewer else text
 
     def __str__(self) -> str:
@@ -175,10 +176,10 @@ class StudyPower:
     def _table(self) -> list[str]:
         width = max(8, *(len(f"{documents:.0f}") + 1 for documents in self.documents))
         heads = "".join(f"{documents:>{width}.0f}" for documents in self.documents)
-        lines = [f"{'':5}  power with so many documents", f"{'seeds':5}{heads}  {'FLOPs':>10}  device-hours"]
+        lines = [f"{'':5}  power with so many documents", f"{'seeds':5}{heads}  {'FLOPs':>10}  {'device time':>12}"]
         for row in self.rows:
             shares = "".join(f"{value:>{width}.2f}" for value in row.power)
-            lines.append(f"{row.seeds:>5}{shares}  {row.flops:>10.2e}  {row.device_hours:>12,.3g}")
+            lines.append(f"{row.seeds:>5}{shares}  {row.flops:>10.2e}  {duration(3600 * row.device_hours):>12}")
         return lines
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.errors import REQUEUE, RunError, UserError, did_you_mean, refuse_unknown, spell
 from secateur.files import refuse_file
+from secateur.formatting import plural
 from secateur.progress import notify
 from secateur.study.declarations import count_finished, read_declarations, record_question
 from secateur.study.explain import Explanation, explain_stage
+from secateur.study.pace import measure_pace
 from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study
 from secateur.study.planner import stages_of
 from secateur.study.question import count_together, resolve_question
@@ -51,7 +53,7 @@ class RunPreview:
         return {"study": self.study, "out": str(self.out), "already_done": self.already_done, "would_run": rows}
 
     def __str__(self) -> str:
-        head = f"{self.study} in {self.out}: {self.already_done} stages are done, {len(self.stages)} would run"
+        head = f"{self.study} in {self.out}: {plural(self.already_done, 'stage')} done, {len(self.stages)} to run"
         return "\n".join([head, *(f"{s.kind:8}  {s.name}  {s.reason}" for s in self.stages)])
 
 
@@ -107,8 +109,10 @@ class Study:
         return self.store.out
 
     def plan(self, flops_per_second: float = FLOPS_PER_SECOND) -> StudyPlan:
-        """Sum up what the study runs and costs."""
-        return plan_study(self.spec.name, self.stages, flops_per_second)
+        """Sum up what the study runs and costs, with the speed of its training stages that are finished."""
+        stages = unique(self.stages)
+        pace = measure_pace(stages, self.store, {stage.fingerprint for stage in stages if self.store.done(stage)})
+        return plan_study(self.spec.name, self.stages, flops_per_second, pace if pace.speed else None)
 
     def power(self, **fields: Any) -> StudyPower:
         """Compute how many seeds and held-out documents tell a difference, and what the seeds cost.
@@ -153,7 +157,7 @@ class Study:
 
             import_harness("lm_eval")  # a missing package is reported now, not after hours of training
         runs = sum(stage.kind == "train" for stage in stages)
-        notify(f"{self.spec.name}: {len(stages)} stages ({runs} training runs) in {self.out}")
+        notify(f"{self.spec.name}: {plural(len(stages), 'stage')} ({plural(runs, 'training run')}) in {self.out}")
         record_question(self.store, self.question, self.stages)
         outcome = self._launch(stages, jobs, device or self.spec.compute.device, keep_going, slurm)
         for line in outcome.summary(self.out / "logs"):
@@ -162,7 +166,7 @@ class Study:
             raise UserError(f"{self.file}: corpus: {outcome.failed['corpus']}")
         if outcome.stopped:
             done = outcome.already_done + outcome.ran
-            raise RunError(f"{outcome.stopped} ({done} of {len(stages)} stages done)", REQUEUE)
+            raise RunError(f"{outcome.stopped} ({done} of {plural(len(stages), 'stage')} done)", REQUEUE)
         return outcome
 
     def _launch(

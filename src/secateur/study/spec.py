@@ -12,6 +12,7 @@ from pydantic import Field
 from secateur.config import Fraction, Positive, listed, load_yaml, parse, spec
 from secateur.data.corpus import CorpusSpec
 from secateur.errors import UserError, did_you_mean, spell
+from secateur.formatting import plural
 from secateur.methods.registry import get_method
 from secateur.study.question import QuestionSpec
 from secateur.study.sections import (
@@ -93,7 +94,7 @@ class StudySpec:
             raise UserError(f"{where}.seqlen: {seqlen} is more than recipe.sequence, {self.recipe.sequence}; lower it")
         if calibration.source is None and calibration.windows * seqlen > parent.tokens:
             raise UserError(
-                f"{where}.windows: {calibration.windows} windows of {seqlen} tokens "
+                f"{where}.windows: {plural(calibration.windows, 'window')} of {plural(seqlen, 'token')} "
                 f"are more than {'parent' if self.parent else f'parents.{name}'}.tokens {parent.tokens}"
             )
 

@@ -13,7 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from secateur.formatting import duration, plural
 from secateur.progress import clock_time, console
+from secateur.study.pace import StudyProgress, study_progress
 from secateur.study.stage import Stage, unique
 from secateur.study.store import Store
 
@@ -44,6 +46,7 @@ class StudyStatus:
     study: str
     out: Path
     stages: tuple[StatusRow, ...]
+    progress: StudyProgress
 
     @property
     def done(self) -> int:
@@ -52,15 +55,28 @@ class StudyStatus:
 
     @property
     def title(self) -> str:
-        """Study, folder, and the number of stages in each state."""
+        """Study, folder, the number of stages in each state, the share of the FLOPs, and the time left."""
         counts = Counter(row.state for row in self.stages)
         parts = [f"{counts[state]} {state}" for state in ("running", "failed", "interrupted") if counts[state]]
-        return f"{self.study} in {self.out}: " + ", ".join([f"{self.done} of {len(self.stages)} stages done", *parts])
+        done = ", ".join([f"{self.done} of {plural(len(self.stages), 'stage')} done", *parts])
+        return f"{self.study} in {self.out}: {done}{self._time_left(counts['running'])}"
+
+    def _time_left(self, running: int) -> str:
+        """The share of the FLOPs that is done and the time that the rest takes; empty where that is not known."""
+        state = self.progress
+        if not state.seconds_left:
+            return ""
+        rough = "roughly " if state.rough else ""
+        left = (
+            f"ETA {rough}{clock_time(state.seconds_left)}" if running else f"{rough}{duration(state.seconds_left)} left"
+        )
+        return f"; {state.share:.0%} of the FLOPs, {left}" + ("" if running else " for one process")
 
     def as_dict(self) -> dict[str, Any]:
         """The status as plain values, as ``--json`` prints it."""
         rows = [asdict(row) for row in self.stages]
-        return {"study": self.study, "out": str(self.out), "done": self.done, "stages": rows}
+        progress = {key: getattr(self.progress, key) for key in ("share", "seconds_left", "rough")}
+        return {"study": self.study, "out": str(self.out), "done": self.done, **progress, "stages": rows}
 
     def __str__(self) -> str:
         rows = (f"{row.state:11}  {row.kind:8}  {row.name}  {row.note}".rstrip() for row in self.stages)
@@ -69,8 +85,11 @@ class StudyStatus:
 
 def study_status(name: str, stages: list[Stage], store: Store) -> StudyStatus:
     """Look up the state of each stage of the study called ``name``."""
-    rows = (StatusRow(stage.kind, stage.name, *state_of(stage, store)) for stage in unique(stages))
-    return StudyStatus(name, store.out, tuple(rows))
+    stages = unique(stages)
+    rows = tuple(StatusRow(stage.kind, stage.name, *state_of(stage, store)) for stage in stages)
+    done = {stage.fingerprint for stage, row in zip(stages, rows, strict=True) if row.state == "done"}
+    jobs = sum(row.state == "running" for row in rows)
+    return StudyStatus(name, store.out, rows, study_progress(stages, store, done, max(jobs, 1)))
 
 
 def state_of(stage: Stage, store: Store) -> tuple[str, str]:

@@ -93,6 +93,13 @@ class Store:
         """How the stage ran: seconds, attempts, environment, or its error; empty if it has not run."""
         return self._read(stage, _RUNTIME)
 
+    def finish_time(self, stage: Stage) -> float:
+        """When a finished stage was published, in seconds since the epoch; 0 if it is not finished."""
+        try:
+            return (self.folder(stage) / _RUNTIME).stat().st_mtime
+        except OSError:
+            return 0.0
+
     def progress(self, stage: Stage) -> dict[str, Any]:
         """The last progress that an unfinished stage reported; empty if there is none."""
         return {} if self.done(stage) else self._read(stage, PROGRESS)

@@ -18,7 +18,7 @@ from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.token_windows import check_shards, open_shards
 from secateur.files import require_new_directory, shared_directory, write_json
-from secateur.formatting import count, scientific
+from secateur.formatting import count, plural, scientific
 from secateur.hub import local_checkpoint
 from secateur.memory import ResourceUse, track_resources
 from secateur.model.checkpoint import Checkpoint, copy_tokenizer, max_positions, read_config, skeleton
@@ -308,7 +308,7 @@ def _slice(request: TrainRequest, store: TokenStore, origin: _Origin) -> Slice:
     first, last, available = request.skip, request.skip + request.tokens, store.tokens("train")
     if last > available:
         raise UserError(
-            f"`tokens`: {request.data} has {available:,} tokens, not {first:,} to {last:,}; "
+            f"`tokens`: {request.data} has {plural(available, 'token')}, not {first:,} to {last:,}; "
             f"lower `tokens` by {last - available:,}, or build a larger corpus"
         )
     check_shards(store, request.data, "data", origin.shape.vocabulary)
@@ -345,12 +345,13 @@ def _heldout_protocol(store: TokenStore, windows: int, seqlen: int) -> Protocol 
 def _announce(
     data: Slice, origin: _Origin, teacher: Checkpoint | None, flops: float, execution: Execution, peak: Peak
 ) -> None:
-    sparse = f", {len(origin.masks)} masked matrices" if origin.masks else ""
+    sparse = f", {plural(len(origin.masks), 'masked matrix', 'masked matrices')}" if origin.masks else ""
     distilled = f", distilled from {count(teacher.shape.total)}" if teacher else ""
     processes = distributed.world_size()
     notify(
-        f"{count(origin.shape.total)} parameters{sparse}{distilled}, {data.tokens:,} tokens in {data.steps:,} steps, "
-        f"{scientific(flops)} FLOPs; {processes} process(es) on {execution.device}, {execution.dtype}; "
+        f"{count(origin.shape.total)} parameters{sparse}{distilled}, {plural(data.tokens, 'token')} in "
+        f"{plural(data.steps, 'step')}, {scientific(flops)} FLOPs; {plural(processes, 'process', 'processes')} on "
+        f"{execution.device}, {execution.dtype}; "
         f"MFU is of {scientific(peak.flops * processes)} FLOPs a second ({peak.source})"
     )
 
@@ -372,7 +373,7 @@ def _write(out: Path, origin: _Origin, module: TrainModule, facts: dict[str, Any
             **{k: v for k, v in result.items() if k != "curve"},
             **({"objective": objective} if objective else {}),
         },
-        line=f"Trained by secateur on {result['tokens']:,} tokens from {source}{distilled}.",
+        line=f"Trained by secateur on {plural(result['tokens'], 'token')} from {source}{distilled}.",
     )
     if not distributed.is_main():
         return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import distributed
+from secateur.formatting import plural
 from secateur.training.parallel import local_part, part_like
 
 __all__ = ["Masks"]
@@ -56,4 +57,4 @@ class Masks:
         counts = torch.stack([(local_part(p) != 0).logical_and_(~mask).sum() for _, p, mask in self._masks]).cpu()
         for (name, _, _), nonzero in zip(self._masks, distributed.all_reduce(counts).tolist(), strict=True):
             if nonzero:
-                raise RuntimeError(f"{name}: {nonzero} pruned weights are no longer zero")
+                raise RuntimeError(f"{name}: no longer zero: {plural(nonzero, 'pruned weight')}")

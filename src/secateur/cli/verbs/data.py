@@ -7,7 +7,7 @@ from typing import Any
 
 from secateur.cli.verbs.answer import Answer, request_of
 from secateur.data.request import CorpusRequest
-from secateur.formatting import byte_size, count, percent
+from secateur.formatting import byte_size, count, percent, plural
 from secateur.progress import clock_time
 
 __all__ = ["data"]
@@ -25,13 +25,15 @@ def data(arguments: Namespace) -> Answer:
 def _lines(answer: dict[str, Any]) -> list[str]:
     documents, total = sum(answer["documents"].values()), sum(answer["tokens"].values())
     lines = [
-        f"{answer['out']}: {documents:,} documents, {answer['duplicates']:,} repeated ones left out, {total:,} tokens"
+        f"{answer['out']}: {plural(documents, 'document')}, {plural(answer['duplicates'], 'repeated one')} left out, "
+        f"{plural(total, 'token')}"
     ]
     for split, tokens in answer["tokens"].items():
         rate = answer["bytes_per_token"][split]
         text = f", {rate:.3f} bytes of text a token" if rate else ""
         digest = answer["sha256"][split][:16]
-        lines.append(f"{split:12} {answer['documents'][split]:,} documents, {tokens:,} tokens{text}, hash {digest}")
+        documents = plural(answer["documents"][split], "document")
+        lines.append(f"{split:12} {documents}, {plural(tokens, 'token')}{text}, hash {digest}")
     if answer["domains"]:
         sums = {name: sum(part["tokens"] for part in splits.values()) for name, splits in answer["domains"].items()}
         largest = sorted(sums, key=lambda name: -sums[name])

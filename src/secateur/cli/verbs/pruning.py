@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from secateur import distributed
 from secateur.cli.verbs.answer import Answer, request_of
 from secateur.errors import UserError
-from secateur.formatting import byte_size, percent, points
+from secateur.formatting import byte_size, percent, plural, points
 from secateur.progress import clock_time
 from secateur.pruning.request import PruneRequest
 
@@ -81,7 +81,8 @@ def _describe_calibration(output: Pruned) -> str:
     record = output.calibration
     if record["source"]:
         digest = record["hash"][:16]
-        return f"{record['windows']} windows of {record['seqlen']} tokens of {record['source']}, hash {digest}"
+        windows = f"{plural(record['windows'], 'window')} of {plural(record['seqlen'], 'token')}"
+        return f"{windows} of {record['source']}, hash {digest}"
     if "task" in output.plan.summary:
         return f"none, scored by the task {output.plan.summary['task']['name']}"
     return "none, no text was read"

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from secateur.formatting import MINUS, count, number, scientific, signed
+from secateur.formatting import MINUS, count, number, plural, scientific, signed
 from secateur.report.advice_prose import findings_lines, next_run_sentence, unreached
 from secateur.report.forecast_prose import catches_up
 
@@ -90,11 +90,11 @@ def _distances(distances: Sequence[Mapping[str, Any]]) -> list[str]:
 def _evidence(evidence: Mapping[str, Any]) -> list[str]:
     trained = f", trained on {count(evidence['parent_tokens'])} tokens" if evidence["parent_tokens"] else ""
     lines = _wrapped(
-        f"Evidence: {evidence['source']}; {evidence['runs']} runs, parent of {count(evidence['parent_parameters'])} "
-        f"parameters{trained}."
+        f"Evidence: {evidence['source']}; {plural(evidence['runs'], 'run')}, parent of "
+        f"{count(evidence['parent_parameters'])} parameters{trained}."
     )
     if evidence["runs_without_a_loss"]:
-        lines += _wrapped(f"{evidence['runs_without_a_loss']} runs have no held-out loss and are left out.", "  ")
+        lines += _wrapped(f"Left out: {plural(evidence['runs_without_a_loss'], 'run')} without a held-out loss.", "  ")
     if evidence["accuracies"]:
         accuracies = "; ".join(f"{a['method']} {a['scratch']:g} and {a['pruned']:g}" for a in evidence["accuracies"])
         where = "at ratio 0.5 and equal total tokens, one seed"

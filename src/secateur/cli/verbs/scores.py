@@ -11,6 +11,7 @@ import numpy as np
 from secateur.comparison.items import Comparison
 from secateur.evaluation.results import EvaluationResults, Measurement, check_same_protocols
 from secateur.evaluation.suite import ZERO_SHOT
+from secateur.formatting import plural
 
 __all__ = ["comparison_table", "results_table"]
 
@@ -75,21 +76,22 @@ def _protocol(measured: Measurement) -> str:
     if measured.tasks:
         how = "documents" if protocol["by_size"] else "tasks"
         return (
-            f"mean of {len(measured.tasks)} tasks over {how}, {protocol['documents']:,} documents, "
+            f"mean of {plural(len(measured.tasks), 'task')} over {how}, {plural(protocol['documents'], 'document')}, "
             f"lm-eval {protocol['lm_eval']}, {mark}"
         )
     if "lm_eval" in protocol:
         shots = f"{protocol['few_shot']}-shot" if protocol["few_shot"] else "zero-shot"
         error = ", ± one standard error" if "±" in _figure(measured) else ""
         return (
-            f"{len(measured.items):,} documents, lm-eval {protocol['lm_eval']}, task version {protocol['version']}, "
-            f"{shots}{error}, {mark}"
+            f"{plural(len(measured.items), 'document')}, lm-eval {protocol['lm_eval']}, "
+            f"task version {protocol['version']}, {shots}{error}, {mark}"
         )
     stride = f", stride {protocol['stride']}" if "stride" in protocol else ""
     split = f" ({protocol['split']})" if "split" in protocol else ""
     return (
-        f"{protocol['source']}{split}: {protocol['tokens']:,} tokens predicted in {protocol['windows']:,} windows of "
-        f"{protocol['seqlen']:,}{stride}, hash {protocol['hash'][:16]}, {mark}"
+        f"{protocol['source']}{split}: {plural(protocol['tokens'], 'token')} predicted in "
+        f"{plural(protocol['windows'], 'window')} of {protocol['seqlen']:,}{stride}, "
+        f"hash {protocol['hash'][:16]}, {mark}"
     )
 
 
@@ -123,10 +125,11 @@ def _number(value: float) -> str:
 
 def _workload(cost: Any) -> str:
     work = cost["workload"]
-    threads = f", {cost['threads']} threads" if cost["threads"] else ""
+    threads = f", {plural(cost['threads'], 'thread')}" if cost["threads"] else ""
     return (
-        f"cost: on {cost['device']}{threads}, {cost['dtype']}, prompts of {work['prompt']} tokens, {work['new']} new "
-        f"ones; medians of {work['repeats']} after {work['warm_up']} to warm up (with quartiles)"
+        f"cost: on {cost['device']}{threads}, {cost['dtype']}, prompts of {plural(work['prompt'], 'token')}, "
+        f"{plural(work['new'], 'new one')}; medians of {work['repeats']} after {work['warm_up']} to warm up "
+        "(with quartiles)"
     )
 
 

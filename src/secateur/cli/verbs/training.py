@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from secateur import distributed
 from secateur.cli.verbs.answer import Answer, request_of
-from secateur.formatting import byte_size, scientific
+from secateur.formatting import byte_size, plural, scientific
 from secateur.progress import clock_time
 from secateur.training.request import TrainRequest, read_recipe
 
@@ -23,7 +23,8 @@ def train(arguments: Namespace) -> Answer:
     if not distributed.is_main():
         return {}, "", 0
     result = trained.result
-    lines = [f"{trained.path}: {result['tokens']:,} tokens in {result['steps']:,} steps, {result['targets']:,} targets"]
+    size = f"{plural(result['tokens'], 'token')} in {plural(result['steps'], 'step')}"
+    lines = [f"{trained.path}: {size}, {plural(result['targets'], 'target')}"]
     if trained.heldout_loss is not None:
         lines.append(f"held-out loss  {trained.curve[0]['loss']:.4f} -> {trained.heldout_loss:.4f} nats a token")
     teaching = trained.teacher_flops

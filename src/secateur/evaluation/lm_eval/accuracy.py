@@ -13,6 +13,7 @@ from secateur.evaluation.lm_eval.harness import import_harness, silence
 from secateur.evaluation.lm_eval.tasks import Requests, Task, is_accuracy
 from secateur.evaluation.loss import perplexity
 from secateur.evaluation.results import Measurement, MeasurementKind
+from secateur.formatting import plural
 from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.progress import notify
 
@@ -123,7 +124,7 @@ def check_tasks(checkpoint: Checkpoint, tasks: Sequence[Task]) -> None:
         length = max((normalize(request.args[1])["max_gen_toks"] for request in generated), default=0)
         if positions is not None and length >= positions:
             raise UserError(
-                f"{checkpoint.directory}: {task.name} lets a model write {length} tokens, and this one takes "
+                f"{checkpoint.directory}: {task.name} lets a model write {plural(length, 'token')}, and this one takes "
                 f"{positions} with the question; leave the task out"
             )
 
@@ -160,8 +161,9 @@ def report_truncation(model: Likelihoods, task: Task) -> None:
     """Notify about requests of the last measurement that were longer than the model's positions."""
     if model.truncated_requests:
         notify(
-            f"{task.name}: {model.truncated_requests:,} of {len(task.requests.instances):,} requests are longer than "
-            f"the {model.max_length} tokens that the model takes; their beginning is left out"
+            f"{task.name}: left out the beginning of {model.truncated_requests:,} of "
+            f"{plural(len(task.requests.instances), 'request')}, longer than the {model.max_length} tokens that the "
+            "model takes"
         )
     if model.truncated_choices:
         notify(

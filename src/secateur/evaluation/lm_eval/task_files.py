@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur.errors import UserError
 from secateur.files import sha256_file
+from secateur.formatting import plural
 
 __all__ = ["examples_file", "local_changes", "read_documents", "task_file"]
 
@@ -94,7 +95,8 @@ def local_changes(config: Mapping[str, Any], folder: str, few_shot: int) -> tupl
         if count < minimum:
             file = path if example_split == test_split else examples
             raise UserError(
-                f"{file}: holds {count} documents, too few to draw {few_shot} examples from; needs {minimum}"
+                f"{file}: holds {plural(count, 'document')}, "
+                f"too few to draw {plural(few_shot, 'example')} from; needs {minimum}"
             )
     names = {key: config.get(key) for key in ("training_split", "validation_split", "test_split")}
     splits = {key: split if split in datasets else None for key, split in names.items()}

@@ -21,6 +21,7 @@ from secateur.config import fingerprint
 from secateur.errors import UserError, first_line
 from secateur.evaluation.lm_eval.harness import folder_manager, import_harness, silence
 from secateur.evaluation.lm_eval.task_files import local_changes, task_file
+from secateur.formatting import plural
 
 __all__ = ["METRICS", "Requests", "Task", "is_accuracy"]
 
@@ -240,7 +241,7 @@ def _check_answers(loaded: Any, documents: list[dict[str, Any]]) -> None:
         choices = loaded.doc_to_choice(document)
         for right in answer if isinstance(answer, list) else [answer]:
             if isinstance(right, int) and not 0 <= right < len(choices):
-                raise ValueError(f"document {number} has the answer {right}, but {len(choices)} choices")
+                raise ValueError(f"document {number} has the answer {right}, but {plural(len(choices), 'choice')}")
             if isinstance(right, str) and right not in choices:
                 raise ValueError(f"document {number} has the answer {right!r}, which is none of its choices")
 

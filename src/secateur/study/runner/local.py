@@ -17,6 +17,7 @@ from typing import Any
 
 from secateur import progress
 from secateur.errors import UserError
+from secateur.formatting import plural
 from secateur.runtime import configure_threads, core_count, quiet_libraries, without_main
 from secateur.study.runner.torchrun import outcome_of_exit, processes_of, torchrun_command
 from secateur.study.stage import Stage
@@ -68,8 +69,8 @@ class LocalLauncher:
         for stage in stages:
             if self.device == "cuda" and processes_of(stage) > self.slots:
                 raise UserError(
-                    f"{stage.name}: needs {processes_of(stage)} GPUs, one for each process, and may use {self.slots}; "
-                    "lower compute.processes, allow more jobs, or run it on a machine with more GPUs"
+                    f"{stage.name}: needs {plural(processes_of(stage), 'GPU')}, one for each process, and may use "
+                    f"{self.slots}; lower compute.processes, allow more jobs, or run it on a machine with more GPUs"
                 )
             if processes_of(stage) > 1 and self.file is None:
                 raise UserError(f"{stage.name}: {processes_of(stage)} processes need a study file")
@@ -304,11 +305,11 @@ class _Sender:
         with self.lock, contextlib.suppress(BrokenPipeError, ConnectionError):
             self.connection.send(message)
 
-    def update(self, key: str, done: float, total: float, note: str) -> None:
+    def update(self, key: str, done: float, total: float, note: str, seconds_left: float | None = None) -> None:
         time_now = time.monotonic()
         if time_now - self.last.get(key, 0.0) > 0.3:
             self.last[key] = time_now
-            self.send("update", key, done, total, note)
+            self.send("update", key, done, total, note, seconds_left)
 
     def finish(self, key: str) -> None:
         self.last.pop(key, None)

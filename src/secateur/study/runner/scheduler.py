@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from secateur import progress
+from secateur.formatting import plural
 from secateur.runtime import core_count
+from secateur.study.pace import study_progress
 from secateur.study.runner.local import LocalLauncher
 from secateur.study.stage import Stage, with_inputs
 from secateur.study.store import StageOutcome, Store, key_of
@@ -17,6 +20,7 @@ from secateur.study.store import StageOutcome, Store, key_of
 __all__ = ["Launcher", "StudyOutcome", "Survey", "run_stages", "survey"]
 
 _POLL_SECONDS = 1.0  # between looks at the stages of other processes
+_REPORT_SECONDS = 5.0  # between estimates of the study's progress
 
 
 @dataclass
@@ -37,19 +41,21 @@ class StudyOutcome:
 
     def summary(self, logs: Path) -> list[str]:
         """The outcome in lines for people."""
-        parts = [f"{self.already_done} stages were done before", f"{self.ran - len(self.failed)} run"]
+        parts = [f"{plural(self.already_done, 'stage')} done before", f"{self.ran - len(self.failed)} run"]
         parts += [f"{self.elsewhere} done by other processes"] if self.elsewhere else []
         lines = [", ".join([*parts, f"{len(self.failed)} failed"])]
         if self.not_started:
             lines.append(
-                f"{len(self.not_started)} stages were not started after the failure; keep-going runs those that do "
-                "not depend on it"
+                f"{plural(len(self.not_started), 'stage')} not started after the failure; keep-going runs those that "
+                "do not depend on it"
             )
         return [*lines, f"the log of each stage is in {logs}"] if self.failed else lines
 
 
 class Launcher(Protocol):
     """Runs stages, several at once."""
+
+    slots: int  #: processes at once
 
     def room(self, stage: Stage) -> bool:
         """Whether the stage could start now."""
@@ -130,15 +136,15 @@ class Run:
         self.outcome = StudyOutcome(already_done=len(self.done))
         self.unavailable: set[str] = set()  # fingerprints of stages that failed, or whose inputs did
         self.elsewhere: set[str] = set()  # fingerprints of stages that other processes are running
+        self.started, self.reported = time.time(), 0.0  # times, in seconds since the epoch
 
     def execute(self, launcher: Launcher) -> StudyOutcome:
         """Run the waiting stages."""
         urgency = _critical_paths(self.stages)
         order = sorted(self.waiting.values(), key=lambda stage: -urgency[stage.fingerprint])
         running, interrupted = 0, True
-        work = sum(stage.flops for stage in order)
         try:
-            with progress.track("whole study", work) as whole:
+            with progress.track("whole study", 1.0) as whole:
                 while True:
                     for stage in order:
                         if stage.fingerprint in self.waiting and self._start_if_ready(stage, launcher):
@@ -149,12 +155,24 @@ class Run:
                     for stage, outcome in launcher.wait(_POLL_SECONDS):
                         running -= 1
                         self.record_outcome(stage, outcome)
-                        whole.advance(stage.flops, f"{len(self.done)} of {len(self.stages)} stages done")
+                    self.report_progress(whole, launcher.slots)
             interrupted = False
         finally:
             launcher.close(kill=interrupted)
             progress.close()
         return self.outcome
+
+    def report_progress(self, task: progress.ProgressTask, jobs: int) -> None:
+        """Show the share of the study's FLOPs that is done and the time that the rest takes; a few times a minute.
+
+        Args:
+            jobs: processes at once.
+        """
+        if time.time() - self.reported < _REPORT_SECONDS:
+            return
+        self.reported = time.time()
+        state = study_progress(self.stages, self.store, self.done, jobs, self.started)
+        task.set(state.share, str(state), state.seconds_left)
 
     @property
     def stopping(self) -> bool:

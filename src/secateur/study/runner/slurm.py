@@ -20,6 +20,7 @@ from secateur import progress
 from secateur.config import Positive, parse, parse_value, spec
 from secateur.errors import UserError, did_you_mean, first_line
 from secateur.files import read_json, write_json, write_text
+from secateur.formatting import plural
 from secateur.study.runner.scheduler import Run, StudyOutcome
 from secateur.study.runner.slurm_job import Job
 from secateur.study.runner.torchrun import processes_of
@@ -95,13 +96,13 @@ def run_on_slurm(
 def _follow(run: Run, queue: _Queue, jobs: dict[str, str]) -> StudyOutcome:
     """Wait until every job has ended."""
     missing: dict[str, float] = {}
-    work = sum(stage.flops for stage in run.waiting.values())
-    with progress.track("whole study", work) as whole:
+    with progress.track("whole study", 1.0) as whole:
         while run.waiting:
             queued = queue.filter_queued(jobs.values())
             for stage in list(run.waiting.values()):
-                if _settle(stage, run, jobs[stage.fingerprint] in queued, missing):
-                    whole.advance(stage.flops, f"{len(run.done)} of {len(run.stages)} stages done")
+                _settle(stage, run, jobs[stage.fingerprint] in queued, missing)
+            running = sum(processes_of(stage) for stage in run.waiting.values() if run.store.is_running(stage))
+            run.report_progress(whole, max(running, 1))
             if run.stopping:
                 queue.cancel(
                     {jobs[key] for key, stage in run.waiting.items() if not run.store.is_running(stage)} & queued
@@ -174,7 +175,9 @@ class _Queue:
                 (needs, processes), stages = entry
                 jobs |= self._submit(stages, sorted(jobs[key] for key in needs), processes)
                 waiting.remove(entry)
-        progress.notify(f"{len(jobs)} jobs, {len(groups)} submissions; their output is in {self.folder}")
+        progress.notify(
+            f"{plural(len(jobs), 'job')}, {plural(len(groups), 'submission')}; their output is in {self.folder}"
+        )
         return jobs
 
     def _submit(self, stages: list[Stage], after: list[str], processes: int) -> dict[str, str]:
@@ -182,7 +185,9 @@ class _Queue:
         options = self.options
         nodes = options.nodes if processes > 1 else 1
         if processes % nodes:
-            raise UserError(f"`slurm` nodes={nodes}: must divide the {processes} processes of {stages[0].name}")
+            raise UserError(
+                f"`slurm` nodes={nodes}: must divide {stages[0].name}'s {plural(processes, 'process', 'processes')}"
+            )
         on_node = processes // nodes
         gpus = options.gpus if options.gpus is not None else on_node if self.device == "cuda" else 0
         parameters: dict[str, Any] = {key: getattr(options, key) for key in _SBATCH_OPTIONS}

@@ -145,15 +145,16 @@ class ProgressRecorder:
         self.first: dict[str, tuple[float, float]] = {}  # key -> time and progress of its first update
         self.last = -_NOTE_EVERY  # time of the last write
 
-    def update(self, key: str, done: float, total: float, note: str) -> None:
-        self.log.update(key, done, total, note)
-        self.listener.update(key, done, total, note)
+    def update(self, key: str, done: float, total: float, note: str, seconds_left: float | None = None) -> None:
+        self.log.update(key, done, total, note, seconds_left)
+        self.listener.update(key, done, total, note, seconds_left)
         time_now = time.monotonic()
         since, start = self.first.setdefault(key, (time_now, done))
         if time_now - self.last < _NOTE_EVERY:
             return
         self.last = time_now
-        seconds_left = (time_now - since) * (total - done) / (done - start) if total and done > start else None
+        if seconds_left is None and total and done > start:
+            seconds_left = (time_now - since) * (total - done) / (done - start)
         share = done / total if total else None
         with contextlib.suppress(OSError):  # another process has taken the folder over, or the disk is full
             if self.file.parent.is_dir():

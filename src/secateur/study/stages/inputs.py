@@ -8,6 +8,7 @@ from secateur.data.domains import heldout_stream
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
+from secateur.formatting import plural
 from secateur.study.stage import Stage
 from secateur.study.store import Store
 
@@ -24,7 +25,7 @@ def corpus_tokens(stage: Stage, store: Store) -> TokenStore:
     _, stop = stage.identity.get("slice", (0, 0))
     if tokens.tokens("train") < stop:
         raise UserError(
-            f"the corpus has {tokens.tokens('train'):,} training tokens, but the budgets need {stop:,}; "
+            f"the corpus has {plural(tokens.tokens('train'), 'training token')}, but the budgets need {stop:,}; "
             "give more text, or lower parent.tokens or retrain.tokens"
         )
     return tokens

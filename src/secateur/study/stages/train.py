@@ -16,6 +16,7 @@ from secateur.config import from_identity, parse
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import DivergenceError
 from secateur.files import read_json
+from secateur.formatting import plural
 from secateur.model.checkpoint import Checkpoint, skeleton
 from secateur.model.plan import JSON_FILE, Plan, load_masks
 from secateur.model.shapes import Shape
@@ -101,7 +102,8 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
             "tokens": result["tokens"],
             "stage": stage.fingerprint,
         },
-        line=f"Trained by secateur on {result['tokens']:,} tokens from {identity['init']} weights ({stage.name}).",
+        line=f"Trained by secateur on {plural(result['tokens'], 'token')} from {identity['init']} weights "
+        f"({stage.name}).",
         title=stage.name,
     )
     if not distributed.is_main():
