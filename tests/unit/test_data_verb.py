@@ -263,7 +263,7 @@ def test_what_is_encoded_is_not_encoded_again(
     monkeypatch.setattr(Encoder, "__call__", lambda self, batch: taken.append(len(batch)) or real(self, batch))
     assert main(command(world, out)) == 0
     assert sum(taken) == 330 - kept
-    assert f"{kept} documents are already encoded" in capsys.readouterr().err
+    assert f"already encoded: {kept} documents" in capsys.readouterr().err
     assert files(out) == files(whole)
 
 

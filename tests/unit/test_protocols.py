@@ -130,7 +130,7 @@ def test_the_protocol_of_the_paper_joins_rows(tokenizer: PreTrainedTokenizerBase
     assert protocol.documents == () and "train split" in protocol.record()["note"]
     short = text_protocol(text, tokenizer, data=str(tmp_path), positions=len(ids) - 5)
     assert [tuple(part.shape) for part in short.windows] == [(1, len(ids) - 5)]  # the rest is no whole window
-    with pytest.raises(UserError, match="are less than a window of 8,192"):
+    with pytest.raises(UserError, match="tokens, less than a window of 8,192"):
         text_protocol(text, tokenizer, data=str(tmp_path))
 
 

@@ -257,7 +257,7 @@ def test_ids_from_a_file_are_those_of_the_text(call: Callable[..., Call], world:
     found = call(line.replace("{w}/model", "{m}") + f"tokens:{tmp_path}/ids.npy --windows 5 --seqlen 16", bare)
     assert found.answer["calibration"]["hash"] == first["calibration"]["hash"] == token_hash(ids)
     assert found.answer["calibration"]["source"] == f"tokens:{tmp_path}/ids.npy"
-    assert "all its 6 windows of 16 tokens are used; --windows does not apply to it" in found.err
+    assert "uses all 6 windows of 16 tokens; --windows does not apply to it" in found.err
     same = "model.safetensors"
     assert (tmp_path / "out" / same).read_bytes() == (tmp_path / "first" / same).read_bytes()
 

@@ -213,7 +213,7 @@ def test_did_you_mean() -> None:
 
 def test_of_many_options_the_nearest_come_first_and_the_list_only_on_request() -> None:
     options = [f"wanda-0.{ratio}/{run}" for ratio in range(1, 9) for run in ("P-R", "S_R", "S_{P+R}")]
-    assert did_you_mean("0.3/p-r", options) == "; did you mean 'wanda-0.3/P-R'?"
+    assert did_you_mean("0.3/p-r", options).startswith("; did you mean 'wanda-0.3/P-R', ")
     assert did_you_mean("wanda-0.7", options).startswith(
         "; did you mean 'wanda-0.7/P-R', 'wanda-0.7/S_R' or 'wanda-0.7/S_{P+R}'"
     )

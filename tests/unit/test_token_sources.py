@@ -107,7 +107,7 @@ def test_from_arrow_to_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not (tmp_path / "out.partial").exists()
     assert main([*command, str(tmp_path / "tokenizer"), "--field", "x"]) == 0
     said = capsys.readouterr()
-    assert "3 documents, 1 repeated ones left out, 8 tokens" in said.out and "bytes of text" not in said.out
+    assert "3 documents, 1 repeated one left out, 8 tokens" in said.out and "bytes of text" not in said.out
     assert "--field x: does not apply" in said.err
     store = TokenStore(out)
     kept = [tuple(ROWS[0]), tuple(ROWS[1]), tuple(ROWS[3])]

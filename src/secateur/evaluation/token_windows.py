@@ -214,5 +214,5 @@ def _read_file(
     differs = {"windows": windows not in (None, count), "seqlen": seqlen not in (None, length), "field": bool(field)}
     if unused := [name for name, differ in differs.items() if differ]:
         names = ", ".join(f"`{name}`" for name in unused)
-        notify(f"{source}: {every(count, 'window')} of {length} tokens, so {names} does not apply to it")
+        notify(f"{source}: uses {every(count, 'window')} of {length} tokens; {names} does not apply to it")
     return ids

@@ -73,8 +73,8 @@ class StudyComparison:
             f"more than noise in {apart} and is equal within the margin in {equal}."
         )
         rest = total - apart - equal
-        others = "the other" if rest == 1 else f"the other {rest}"
-        return f"{text} For {others} it is undecided: the intervals say how far apart they may be." if rest else text
+        cases = "the other" if rest == 1 else f"the other {rest}"
+        return f"{text} For {cases} it is undecided: the intervals say how far apart they may be." if rest else text
 
 
 def compare_studies(a: Judgement, b: Judgement) -> StudyComparison:

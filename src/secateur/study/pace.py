@@ -111,9 +111,9 @@ def study_progress(
     """
     stages = unique(stages)
     flops = {stage.fingerprint: _flops_left(stage, store, done) for stage in stages}
-    total, left = sum(stage.flops for stage in stages), sum(flops.values())
+    total, remainder = sum(stage.flops for stage in stages), sum(flops.values())
     finished = sum(stage.fingerprint in done for stage in stages)
-    share = 1 - left / total if total else finished / max(len(stages), 1)
+    share = 1 - remainder / total if total else finished / max(len(stages), 1)
     pace = measure_pace(stages, store, done, since)
     pending = [stage for stage in stages if stage.fingerprint not in done]
     rough = bool(pending) and pace.speed is None

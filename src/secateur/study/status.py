@@ -67,10 +67,10 @@ class StudyStatus:
         if not state.seconds_left:
             return ""
         rough = "roughly " if state.rough else ""
-        left = (
-            f"ETA {rough}{clock_time(state.seconds_left)}" if running else f"{rough}{duration(state.seconds_left)} left"
-        )
-        return f"; {state.share:.0%} of the FLOPs, {left}" + ("" if running else " for one process")
+        share = f"; {state.share:.0%} of the FLOPs"
+        if running:
+            return f"{share}, ETA {rough}{clock_time(state.seconds_left)}"
+        return f"{share}, {rough}{duration(state.seconds_left)} left for one process"
 
     def as_dict(self) -> dict[str, Any]:
         """The status as plain values, as ``--json`` prints it."""
