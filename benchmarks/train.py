@@ -45,6 +45,7 @@ class Size:
     vocabulary: int
     sequence: int
     windows: int  #: of a step, all at once
+    tied: bool = False
 
 
 SIZES = {
@@ -97,6 +98,8 @@ def config(size: Size) -> Any:
         num_key_value_heads=size.kv_heads,
         vocab_size=size.vocabulary,
         max_position_embeddings=size.sequence,
+        head_dim=size.hidden // size.heads,
+        tie_word_embeddings=size.tied,
         architectures=["LlamaForCausalLM"],
         dtype="float32",
     )
@@ -153,7 +156,9 @@ def by_trainer(size: Size, dtype: str, device: str, steps: int, laps: Laps) -> l
     return losses
 
 
-def by_secateur(size: Size, dtype: str, device: str, steps: int, laps: Laps, *, masked: bool) -> list[float]:
+def by_secateur(
+    size: Size, dtype: str, device: str, steps: int, laps: Laps, *, masked: bool = False, compiled: bool = False
+) -> list[float]:
     """Train with secateur, half of the blocks' weights masked if asked; return the losses."""
     import torch
 
@@ -163,7 +168,7 @@ def by_secateur(size: Size, dtype: str, device: str, steps: int, laps: Laps, *, 
     from secateur.training.loop import RunOptions, train_loop
     from secateur.training.metrics import Metrics
     from secateur.training.parallel import Execution, place_model
-    from secateur.training.recipe import Recipe
+    from secateur.training.recipe import InitSpec, Recipe
     from secateur.training.throughput import Meter
 
     class Lapping(Meter):
@@ -180,8 +185,8 @@ def by_secateur(size: Size, dtype: str, device: str, steps: int, laps: Laps, *, 
     step = size.windows * size.sequence
     recipe = Recipe(sequence=size.sequence, tokens_per_step=step, micro_batch=size.windows, peak_rate=1e-4)
     model = skeleton(config(size), Path("config.json"))
-    execution = Execution(device, "bfloat16" if dtype == "bfloat16" else "float32")
-    module = place_model(model, fresh_weights(model, std=0.02, seed=0), execution)
+    execution = Execution(device, "bfloat16" if dtype == "bfloat16" else "float32", compile=compiled)
+    module = place_model(model, fresh_weights(model, InitSpec(std=0.02), seed=0), execution)
     masks = {}
     if masked:
         for name, parameter in module.model.named_parameters():

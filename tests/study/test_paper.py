@@ -227,7 +227,7 @@ def test_the_controlled_study_redraws_its_twins_and_has_the_authors_as_a_control
         assert next(iter(control.facts["trials"].values())).identity["init"] == "redrawn-linears"
 
 
-@pytest.mark.parametrize("name", ["paper-controlled", "single-gpu"])
+@pytest.mark.parametrize("name", ["paper-controlled", "single-gpu", "regime", "regime-gpu"])
 def test_every_run_has_a_swept_rate(name: str) -> None:
     sweep = study(name).sweep
     assert sweep is not None and sweep.parent_rates and len(sweep.rates) >= 3
@@ -236,32 +236,61 @@ def test_every_run_has_a_swept_rate(name: str) -> None:
     for stage in stages(name):
         if stage.kind == "train" and stage.facts["path"] != "trial":
             assert stage.identity["recipe"]["peak_rate"] is None and stage.inputs["rate"].kind == "select", stage.name
+    if name == "regime":  # every trial has the whole budget, so that the best one is the run
+        assert sweep.tokens is None
 
 
-@pytest.mark.parametrize("name", ["paper-controlled", "single-gpu"])
+@pytest.mark.parametrize("name", ["paper-controlled", "single-gpu", "regime", "regime-gpu"])
 def test_what_decides_has_three_seeds_with_a_parent_each(name: str) -> None:
     declared = question(name)
     assert declared.margin == 0.02 and declared.content["comparisons"]
     assert all(comparison["seeds"] == [0, 1, 2] for comparison in declared.content["comparisons"])
     assert {comparison["twin"] for comparison in declared.content["comparisons"]} == {"S_{P+R}"}
-    assert [stage.name for stage in stages(name) if stage.facts.get("path") == "parent"] == [
-        "parent~s0",
-        "parent~s1",
-        "parent~s2",
-    ]
+    parents = [stage.name for stage in stages(name) if stage.facts.get("path") == "parent" or _is_choice(stage)]
+    assert sorted(parents) == ["parent~s0", "parent~s1", "parent~s2"]
+
+
+def _is_choice(stage: Stage) -> bool:
+    """Whether a stage is a parent's best trial."""
+    return stage.kind == "select" and stage.name == "parent~s0" and "path" in stage.facts
 
 
 def test_every_file_asks_about_sparsegpt_and_minitron_depth_at_equal_total_tokens() -> None:
     decisive = {
         name: {(comparison.method, comparison.target) for comparison in question(name).comparisons}
-        for name in ("paper-llama31-8b", "paper-controlled", "single-gpu")
+        for name in ("paper-llama31-8b", "paper-controlled", "single-gpu", "regime", "regime-gpu")
     }
     assert decisive["paper-llama31-8b"] == {(SPARSE, "0.5"), (DEPTH, "4b-depth")}
     assert decisive["paper-controlled"] == {(SPARSE, "0.5"), (SPARSE, "2:4"), (DEPTH, "4b-depth")}
     assert decisive["single-gpu"] == {(SPARSE, "0.5"), (DEPTH, "0.5")}
+    assert decisive["regime"] == decisive["regime-gpu"] == {(SPARSE, "0.5"), (SPARSE, "2:4"), (DEPTH, "0.5")}
 
 
-# --- the one for a single GPU
+# --- those in the paper's regime
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_per_parameter"), [("demo", 26), ("regime", 26), ("regime-gpu", 26), ("single-gpu", 26.1)]
+)
+def test_small_studies_are_in_the_papers_regime(name: str, tokens_per_parameter: float) -> None:
+    of = study(name)
+    assert of.parent is not None and of.parent.tokens is not None
+    shape = of.parent.shape(of.corpus.vocabulary)
+    assert shape is not None
+    assert of.parent.tokens / shape.total == pytest.approx(tokens_per_parameter, abs=0.1)
+    assert of.parent.tokens == pytest.approx(4 * of.retrain.tokens[-1], rel=1e-4)
+    assert 1 - shape.non_embedding / shape.total < 0.17  # in the paper 0.13
+    assert of.retrain.tokens[-1] % of.recipe.tokens_per_step == 0
+
+
+def test_what_decides_in_the_regime_study_takes_less_than_half_of_its_compute() -> None:
+    patterns = ("parent*", "minitron-depth-0.5/*1482752*", "sparsegpt-0.5/[PS]*1482752*", "sparsegpt-2of4/[PS]*1482752*")
+    first = unique(with_inputs(s for s in stages("regime") if any(fnmatchcase(s.name, p) for p in patterns)))
+    names = {stage.name for stage in first}
+    for seed in (0, 1, 2):
+        for label in ("minitron-depth-0.5", "sparsegpt-0.5", "sparsegpt-2of4"):
+            assert {f"{label}/{run}@1482752~s{seed}" for run in ("P-R", "S_R", "S_{P+R}")} <= names
+    assert sum(stage.flops for stage in first) < 4 * 3600 * 2.0e10  # four core-hours at the speed of small models
 
 
 def test_the_study_for_one_gpu_is_in_the_papers_regime_and_takes_a_day() -> None:
