@@ -112,8 +112,8 @@ def _follow(run: Run, queue: _Queue, jobs: dict[str, str]) -> StudyOutcome:
     return run.outcome
 
 
-def _settle(stage: Stage, run: Run, queued: bool, missing: dict[str, float]) -> bool:
-    """Record the outcome of a stage; False while its job may still run.
+def _settle(stage: Stage, run: Run, queued: bool, missing: dict[str, float]) -> None:
+    """Record the outcome of a stage, unless its job may still run.
 
     Args:
         stage: one of the run's waiting stages.
@@ -124,23 +124,22 @@ def _settle(stage: Stage, run: Run, queued: bool, missing: dict[str, float]) -> 
     if store.done(stage) and not (key in run.damaged and (queued or store.damage(stage))):
         del run.waiting[key]
         run.record_outcome(stage, StageOutcome("done"))
-        return True
+        return
     if queued or store.is_running(stage):
         missing.pop(key, None)
-        return False
+        return
     if {used.fingerprint for used in stage.inputs.values()} & run.unavailable:
         run.drop(stage, run.outcome.skipped)
-        return True
+        return
     error = store.runtime(stage).get("error")
     if run.stopping and not error:
         run.drop(stage, run.outcome.not_started)
-        return True
+        return
     if not error and time.monotonic() - missing.setdefault(key, time.monotonic()) < _DISK_SECONDS:
-        return False
+        return
     text = f"its job ended without a result (see {store.log(stage)} and {store.out / 'jobs'})"
     del run.waiting[key]
     run.record_outcome(stage, StageOutcome("failed", str(error or text)))
-    return True
 
 
 class _Queue:
