@@ -60,6 +60,7 @@ def pick_device(name: str) -> str:
 
     from secateur import distributed
     from secateur.errors import UserError
+    from secateur.formatting import plural
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +75,8 @@ def pick_device(name: str) -> str:
     number, devices = distributed.local_rank()[0], torch.cuda.device_count()
     if number >= devices:
         raise UserError(
-            f"`device`: there are {devices} CUDA devices; start torchrun with --nproc-per-node {devices}, or use cpu"
+            f"`device`: this machine has {plural(devices, 'CUDA device')}; start torchrun with --nproc-per-node "
+            f"{devices}, or use cpu"
         )
     torch.cuda.set_device(number)  # where nccl computes
     return f"cuda:{number}"

@@ -193,5 +193,5 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match="`device`: cuda:0 cannot be used by several processes"):
         pick_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="there are 1 CUDA devices"):
+    with pytest.raises(UserError, match="this machine has 1 CUDA device;"):
         pick_device("auto")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.errors import UserError, did_you_mean
+from secateur.formatting import plural
 from secateur.model.families import FAMILIES, LLAMA, Axis, Family, family_of
 
 __all__ = [
@@ -239,7 +240,9 @@ def solve_depth(shape: Shape, ratio: float, of: Share = "non_embedding") -> Shap
         legal = [f"{shares[n]:.3g}" for n in range(shape.layers - 1, 0, -1)]
         legal = [*legal[:3], f"... (one for each layer) ... {legal[-1]}"] if len(legal) > 12 else legal
         options = ", ".join(legal) or "none"
-        raise UserError(f"`ratio` {ratio:g}: of {shape.layers} layers it would keep {layers}; possible: {options}")
+        raise UserError(
+            f"`ratio` {ratio:g}: of {plural(shape.layers, 'layer')} it would keep {layers}; possible: {options}"
+        )
     return dataclasses.replace(shape, layers=layers)
 
 
