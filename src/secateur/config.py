@@ -17,6 +17,7 @@ import os
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,8 @@ __all__ = [
     "Fraction",
     "IdentityKey",
     "Positive",
+    "Share",
+    "as_share",
     "canonical_json",
     "fingerprint",
     "from_identity",
@@ -68,6 +71,19 @@ def parse_count(value: object) -> int:
     return round(number)
 
 
+def as_share(value: Any) -> Any:
+    """Turn ``"50%"`` into 0.5; return anything else as it is, for the field to check.
+
+    Raises:
+        ValueError: for a number above 2, which may be meant as a percentage.
+    """
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*%\s*", value)):
+        return float(Decimal(match[1]) / 100)
+    if isinstance(value, int | float) and value > 2:
+        raise ValueError(f"should be a share between 0 and 1, such as 0.5 or 50% (got {value})")
+    return value
+
+
 def _as_path(value: object) -> object:
     if value is not None and not isinstance(value, str | os.PathLike):
         raise ValueError(f"should be a path, got {type(value).__name__}")
@@ -77,7 +93,8 @@ def _as_path(value: object) -> object:
 #: a path, or a result with one (:func:`os.fspath`); None where the field is optional
 AnyPath = Annotated[Any, BeforeValidator(_as_path)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+Fraction = Annotated[float, BeforeValidator(as_share), Field(gt=0, lt=1)]
+Share = Annotated[float, BeforeValidator(as_share), Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 __all__ = [
     "REQUEUE",
@@ -15,6 +15,7 @@ __all__ = [
     "did_you_mean",
     "disk_full",
     "first_line",
+    "nearest",
     "out_of_memory",
     "refuse_unknown",
     "spell",
@@ -25,6 +26,38 @@ REQUEUE = 75  #: exit code (EX_TEMPFAIL) of a run that a signal stopped after it
 
 _MOST_LISTED, _MOST_NAMED = 16, 3  # options that an error lists in full, and that it names of more than those
 
+#: words of other tools -> the names here that they may stand for, of which the first that is an option counts
+_SYNONYMS = {
+    **dict.fromkeys(("lr", "learning-rate", "max-lr", "peak-lr", "rate"), "peak-rate"),
+    **dict.fromkeys(("min-lr", "min-lr-ratio", "final-lr"), "final-share"),
+    **dict.fromkeys(("lr-scheduler", "lr-scheduler-type", "lr-schedule", "scheduler"), "schedule"),
+    **dict.fromkeys(("warmup-ratio", "warmup-steps", "warmup-share"), "warmup"),
+    **dict.fromkeys(("bs", "batch-size", "global-batch-size", "batch"), "tokens-per-step batch micro-batch"),
+    **dict.fromkeys(("per-device-train-batch-size", "micro-batch-size"), "micro-batch batch"),
+    **dict.fromkeys(
+        ("seq-len", "seqlen", "seq-length", "sequence-length", "max-seq-length", "block-size", "context-length"),
+        "sequence seqlen context",
+    ),
+    **dict.fromkeys(("wd", "l2"), "weight-decay"),
+    **dict.fromkeys(("grad-clip", "clip-grad", "max-grad-norm", "gradient-clipping"), "clip"),
+    **dict.fromkeys(("eps", "adam-epsilon"), "epsilon"),
+    **dict.fromkeys(("gradient-checkpointing", "activation-checkpointing"), "recompute"),
+    **dict.fromkeys(("save-steps", "save-interval"), "save-every"),
+    **dict.fromkeys(("sparsity", "sparsity-ratio", "pruning-ratio", "prune-ratio", "amount"), "ratio ratios"),
+    **dict.fromkeys(("sparsity-type", "nm"), "pattern"),
+    **dict.fromkeys(("prune-method", "pruning-method", "algorithm"), "method methods"),
+    **dict.fromkeys(("nsamples", "n-samples", "num-samples", "num-calibration-samples"), "windows"),
+    **dict.fromkeys(("dataset", "calibration-data", "calib-data"), "calibration data source"),
+    **dict.fromkeys(("output", "output-dir", "save", "save-dir", "save-path", "o"), "out"),
+    **dict.fromkeys(("model-path", "model-name-or-path", "pretrained", "checkpoint"), "model models init"),
+    **dict.fromkeys(("num-fewshot", "shots"), "few-shot"),
+    **dict.fromkeys(("task", "tasks"), "suite"),
+    **dict.fromkeys(("num-workers", "processes", "num-proc"), "workers jobs"),
+    **dict.fromkeys(("precision", "torch-dtype"), "dtype"),
+    **dict.fromkeys(("gpu", "cuda"), "device"),
+    "limit": "task-limit documents",
+    "train-tokens": "tokens",
+}
 _FIELD = re.compile(r"`([a-z_]+)`")
 
 
@@ -67,6 +100,20 @@ def spell(message: str, spelling: Callable[[str], str | None]) -> str:
     return _FIELD.sub(lambda match: spelling(match[1]) or match[0], message)
 
 
+def nearest(name: object, options: Iterable[str]) -> str | None:
+    """The option that ``name`` most likely stands for: by the words of other tools, or by its spelling."""
+    by_key, key = {_normalise(option): option for option in options}, _normalise(name)
+    near = _synonym(key, by_key) or next(iter(difflib.get_close_matches(key, by_key, n=1, cutoff=0.5)), None)
+    return None if near is None else by_key[near]
+
+
+def _synonym(key: str, options: Container[str]) -> str | None:
+    """The option that ``key`` is, or the first that it stands for as a word of other tools, with the same dashes."""
+    word = key.lstrip("-")
+    names = [key, *(key[: len(key) - len(word)] + name for name in _SYNONYMS.get(word, "").split())]
+    return next((name for name in names if name in options), None)
+
+
 def did_you_mean(name: object, options: Iterable[str], listing: str = "") -> str:
     """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or the options if they are few.
 
@@ -79,6 +126,8 @@ def did_you_mean(name: object, options: Iterable[str], listing: str = "") -> str
     options, key = sorted(options), _normalise(name)
     by_key = {_normalise(option): option for option in options}
     many = len(options) > _MOST_LISTED
+    if synonym := _synonym(key, by_key):
+        return f"; did you mean {by_key[synonym]!r}?"
     near = difflib.get_close_matches(key, by_key, n=_MOST_NAMED if many else 1, cutoff=0.5)
     if many and key:
         near = [*sorted((option for option in by_key if key in option), key=len), *near]
@@ -87,8 +136,8 @@ def did_you_mean(name: object, options: Iterable[str], listing: str = "") -> str
         return f"; did you mean {' or '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)}?"
     if not many:
         return f"; known: {', '.join(options)}" if options else ""
-    nearest = [by_key[option] for option in difflib.get_close_matches(key, by_key, n=_MOST_NAMED, cutoff=0.0)]
-    return f"; the nearest of {len(options)}: {', '.join(nearest)}" + (f" ({listing} lists all)" if listing else "")
+    names = [by_key[option] for option in difflib.get_close_matches(key, by_key, n=_MOST_NAMED, cutoff=0.0)]
+    return f"; the nearest of {len(options)}: {', '.join(names)}" + (f" ({listing} lists all)" if listing else "")
 
 
 def refuse_unknown(fields: Iterable[str], options: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "decimals",
     "duration",
     "every",
+    "fixed",
     "join_words",
     "loss",
     "number",
@@ -63,6 +64,11 @@ def loss(value: float | None, digits: int = 3) -> str:
 def number(value: float, digits: int) -> str:
     """A fixed-point number with a Unicode minus sign; zero has no sign."""
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", MINUS)
+
+
+def fixed(value: float, digits: int = 4) -> str:
+    """Fixed-point in ASCII; from a million on, three digits and a power of ten: 2.7e+43 has 44 digits otherwise."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
 def signed(value: float, digits: int = 3) -> str:

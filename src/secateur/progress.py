@@ -10,6 +10,7 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from secateur.errors import spell
@@ -60,18 +61,30 @@ class _TimeLeftColumn(TimeRemainingColumn):
         return super().render(task) if seconds is None else Text(clock_time(seconds), style="progress.remaining")
 
 
+class _ShortenedColumn(TextColumn):
+    """Text that a narrow terminal cuts short, so that the columns of times keep their place."""
+
+    def __init__(self, text_format: str) -> None:
+        super().__init__(text_format, markup=False, table_column=Column(no_wrap=False))
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 class BarListener:
     """Live bars for a terminal."""
 
     def __init__(self) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            _ShortenedColumn("{task.description}"),
+            BarColumn(24 if console.width >= 110 else 8, table_column=Column(no_wrap=True)),
             TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("ETA"),
-            _TimeLeftColumn(compact=True),
-            TextColumn("{task.fields[note]}"),
+            _TimeLeftColumn(compact=True, table_column=Column(no_wrap=True)),
+            _ShortenedColumn("{task.fields[note]}"),
             console=console,
             transient=True,
         )

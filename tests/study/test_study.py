@@ -348,6 +348,8 @@ def test_identity_and_runtime(text: Path, tmp_path: Path, capsys: pytest.Capture
         ({"parent": {"tokns": 1}}, "parent.tokns: unknown key; did you mean 'tokens'?"),
         ({"methods": ["wnda"]}, "methods[0].method: 'wnda' is not a known method; did you mean 'wanda'?"),
         ({"ratios": [1.0]}, "ratios[0]: should be less than 1"),
+        ({"ratios": [50]}, "ratios[0]: should be a share between 0 and 1, such as 0.5 or 50% (got 50)"),
+        ({"recipe": {"lr": 1e-3}}, "recipe.lr: unknown key; did you mean 'peak_rate'?"),
         ({"ratios": [0.01]}, "ratio 0.01"),
         ({"ratios": "half"}, "ratios[0]: should be"),
         ({"retrain": {"tokens": "much"}}, "retrain.tokens[0]: 'much' is not a whole count"),

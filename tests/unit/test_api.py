@@ -158,6 +158,9 @@ def test_texts_are_calibrated_on_with_the_models_tokenizer(lettered: Path, tmp_p
     [
         ({"ratio": 1.5}, "ratio", "between 0 and 1, got 1.5"),
         ({"ratio": [0.5, 0.5]}, "ratio", "twice"),
+        ({"ratio": [0.5, "50%"]}, "ratio", "twice"),
+        ({"ratio": 50}, "ratio", "such as 0.5 or 50% (got 50)"),
+        ({"sparsity": 0.5}, "sparsity", "did you mean 'ratio'?"),
         ({"ratio": 0.5, "calibration": None}, "calibration", "name a source"),
         ({"ratio": 0.5, "windows": 0}, "windows", "greater than 0"),
         ({"ratio": 0.5, "options": {"a": 1}}, "options", "has no option 'a'"),

@@ -376,6 +376,9 @@ REFUSED: list[tuple[str, str]] = [
     ("--method flap --shape layers=3", "--shape: flap does not change layers"),
     ("--method wanda --shape ffn=8", "--shape: wanda zeroes single weights"),
     ("--method wanda --ratio 0", "--ratio: '0' is not a ratio between 0 and 1"),
+    ("--method wanda --ratio 50", "--ratio: '50' is not a ratio between 0 and 1, such as 0.5 or 50%"),
+    ("--method wanda --sparsity 0.5", "--sparsity is not an option; did you mean '--ratio'?"),
+    ("--method wanda --model x", "--model is not an option: name MODEL without it"),
     ("--method wanda --ratio nan", "--ratio: 'nan' is not a ratio between 0 and 1"),
     ("--method wanda --ratio 0.5 --device tpu", "--device: 'tpu' is unknown"),
 ]

@@ -205,6 +205,46 @@ def test_yaml_that_cannot_be_read(tmp_path: Path) -> None:
         load_yaml(tmp_path / "latin")
 
 
+@pytest.mark.parametrize(
+    ("text", "ratio"), [("50%", 0.5), (" 12.5 % ", 0.125), ("33.3%", 0.333), (".5%", 0.005), ("70%", 0.7)]
+)
+def test_a_share_may_be_a_percentage(text: str, ratio: float) -> None:
+    assert parse(Leaf, {"ratio": text}, origin="x") == Leaf(ratio=ratio) == Leaf(ratio=text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (50, "should be a share between 0 and 1, such as 0.5 or 50% (got 50)"),
+        ("150%", "should be less than 1"),
+        ("0%", "should be greater than 0"),
+        ("half%", "should be a number (got 'half%')"),
+        ("50", "should be a number (got '50')"),
+    ],
+)
+def test_what_is_no_share(value: Any, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(Leaf, {"ratio": value}, origin="x")
+    assert str(caught.value).startswith(f"x: ratio: {problem}")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "near"),
+    [
+        ("lr", ["clip", "peak_rate", "seed"], "peak_rate"),
+        ("learning_rate", ["peak_rate", "warmup"], "peak_rate"),
+        ("batch_size", ["micro_batch", "tokens_per_step"], "tokens_per_step"),
+        ("--batch-size", ["--batch", "--seqlen"], "--batch"),
+        ("--sparsity", ["--states", "--ratio"], "--ratio"),
+        ("--nsamples", ["--states", "--windows"], "--windows"),
+        ("max_seq_length", ["sequence", "final_share"], "sequence"),
+        ("lr", ["slr", "blr"], "slr"),  # no synonym is an option: by its spelling
+    ],
+)
+def test_words_of_other_tools_lead_to_the_name_here(name: str, options: list[str], near: str) -> None:
+    assert did_you_mean(name, options) == f"; did you mean {near!r}?"
+
+
 def test_did_you_mean() -> None:
     assert did_you_mean("wnada", ["wanda", "depth"]) == "; did you mean 'wanda'?"
     assert did_you_mean("zzz", ["b", "a"]) == "; known: a, b"

@@ -529,9 +529,17 @@ def test_nan_stops_the_run_and_names_the_documents(tmp_path: Path) -> None:
     model = tiny()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
-    with pytest.raises(RunError, match=r"test: loss nan, .* at step 1 in document \d+; .*no checkpoint yet; lower"):
+    with pytest.raises(
+        RunError, match=r"test: loss nan, .* at step 1 in document \d+; .*no checkpoint yet; the weights"
+    ):
         run(model, tmp_path, measure=lambda _: 1.0)
     assert not list(tmp_path.glob("step-*"))
+
+
+def test_a_rate_that_is_too_high_is_named_first(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, peak_rate=1e30)
+    with pytest.raises(RunError, match=r"^test: lower peak_rate, in a new directory: loss \S+, gradient norm \S+ at step [2-9]"):
+        run(tiny(), tmp_path, recipe=recipe, measure=lambda _: 1.0)
 
 
 def test_a_bad_window_is_found_among_good_ones(tmp_path: Path) -> None:
@@ -548,7 +556,10 @@ def test_a_bad_window_is_found_among_good_ones(tmp_path: Path) -> None:
         return out.masked_fill((arguments[0] == 61)[..., None], float("inf"))
 
     model.get_input_embeddings().register_forward_hook(poison)
-    with pytest.raises(RunError, match=r"at step 4 in document \d+.*the last good checkpoint is .*step-00000002"):
+    with pytest.raises(
+        RunError,
+        match=r"test: lower peak_rate, .* at step 4; the last good checkpoint is .*step-00000002; .*document \d+",
+    ):
         run(model, tmp_path, store=Poisoned(), settings={"save_every": 2, "metrics": metrics})
     told = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first, last = (100 + 8 * bad) // DOCUMENT, (107 + 8 * bad) // DOCUMENT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def learn(
     model.requires_grad_(method.rate > 0)
     gates = Gates(model, method, checkpoint.shape, after)
     module = place_model(model, stored_weights(checkpoint), execution, gates)
+    options = replace(options, remedy="lower the method's options rate and mask_rate")
     result = train_loop(module, data, masks={}, measure=measure, points=_POINTS, options=options)
     scores = gates.scores()
     _check_reached(method, scores, checkpoint.shape, after, result["curve"], options)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from secateur.config import as_share
 from secateur.errors import UserError, did_you_mean
 from secateur.methods.selection import count_pruned
 from secateur.model.shapes import SIZES, SPACES, Shape, Share, explicit, solve_depth, solve_width
@@ -146,6 +147,10 @@ class Target:
     def parse_several(cls, ratio: Any, **fields: Any) -> tuple[Target, ...]:
         """Read a target for a ratio, or one for each of several; ``fields`` are the other fields of :meth:`parse`."""
         ratios = ratio if isinstance(ratio, tuple | list) else (ratio,)
+        try:
+            ratios = [as_share(value) for value in ratios]
+        except ValueError as error:
+            raise UserError(f"`ratio` {error}") from None
         if not ratios:
             raise UserError("`ratio`: is empty; name one ratio or several")
         if len(set(ratios)) < len(ratios):

@@ -43,7 +43,7 @@ def heldout_loss(module: TrainModule, protocol: Protocol, batch: int) -> float:
     module.train()
     loss = math.fsum(sums) / protocol.tokens
     if not math.isfinite(loss):
-        raise DivergenceError(f"{protocol.source}: the held-out loss is {loss}; lower peak_rate")
+        raise DivergenceError(f"lower peak_rate: the held-out loss is {loss} on {protocol.source}")
     return loss
 
 

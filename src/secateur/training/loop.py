@@ -45,6 +45,7 @@ class RunOptions:
     metrics: Metrics = field(default_factory=lambda: Metrics(None))
     meter: Meter = field(default_factory=Meter)
     stop: StopSignal = field(default_factory=StopSignal)
+    remedy: str = "lower peak_rate"  #: what helps a run whose loss is no longer finite
 
 
 def train_loop(
@@ -205,7 +206,10 @@ def _report_heldout_loss(options: RunOptions, step: int, tokens: int, loss: floa
 def _not_finite_error(
     data: Data, spans: list[Span], step: int, losses: list[float], norm: float, saver: Saver, options: RunOptions
 ) -> DivergenceError:
-    """An error that names the step, the documents of the windows at fault, and the last good checkpoint."""
+    """An error that names what to do first, the step, the documents of the windows at fault, and the last checkpoint.
+
+    No rate is at fault before the first update.
+    """
     saver.finish()
     bad = [span for span, loss in zip(spans, losses, strict=True) if not math.isfinite(loss)] or spans
     names = data.documents(bad)
@@ -214,7 +218,9 @@ def _not_finite_error(
     documents = "; ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
     last = f"the last good checkpoint is {saver.last}" if saver.last else "there is no checkpoint yet"
     total = math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan
-    return DivergenceError(
-        f"{options.label}: loss {total:g}, gradient norm {norm:g} at step {step + 1} in {documents}; {last}; "
-        "lower peak_rate, or leave those documents out, in a new directory"
-    )
+    figures = f"loss {total:g}, gradient norm {norm:g} at step {step + 1}"
+    if step == 0:
+        advice = "the weights or the text are at fault, since no update was made: see `secateur inspect`"
+        return DivergenceError(f"{options.label}: {figures} in {documents}; {last}; {advice}")
+    advice = f"{options.remedy}, in a new directory"
+    return DivergenceError(f"{options.label}: {advice}: {figures}; {last}; the step's documents: {documents}")

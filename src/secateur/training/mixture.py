@@ -125,7 +125,7 @@ class Mixture:
         measured = {name: loss for name, loss in candidates.items() if loss is not None}
         for name, loss in measured.items():
             if not math.isfinite(loss):
-                raise RunError(f"the loss of domain {name!r} is {loss}, which gives no share; lower peak_rate")
+                raise RunError(f"lower peak_rate: the loss of domain {name!r} is {loss}, which gives no share")
         excess = {name: max(loss - self.references[name], 0.0) for name, loss in measured.items()}
         if not any(excess.values()):
             return

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from secateur.errors import UserError, did_you_mean
+from secateur.errors import UserError, did_you_mean, nearest
 
 __all__ = [
     "Formatter",
@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     write_epilog: Callable[[], str] | None = None  #: for an epilog that it takes a moment to write
     spellings: Mapping[str, str] = MappingProxyType({})  #: fields that several options stand for
+    setting_keys: Callable[[], Sequence[str]] | None = None  #: the keys of ``--set``, where the verb has that option
 
     def format_help(self) -> str:
         if self.write_epilog is not None:
@@ -64,12 +65,21 @@ class Parser(argparse.ArgumentParser):
             message = f"{message.split(': invalid')[0]}: {value!r} is not known{did_you_mean(value, options)}"
         elif message.startswith("unrecognized arguments: "):
             value = message.removeprefix("unrecognized arguments: ").split()[0]
-            options = [o for action in self._actions for o in action.option_strings]
-            near = did_you_mean(value.partition("=")[0], options)
-            message = (
-                f"{value} is not an option{near}" if value.startswith("-") else f"{value!r} is one argument too many"
-            )
+            message = self._unknown_option(value) if value.startswith("-") else f"{value!r} is one argument too many"
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _unknown_option(self, text: str) -> str:
+        """What is wrong with an option that the verb does not have, with what it may stand for."""
+        name = text.partition("=")[0]
+        options = [option for action in self._actions for option in action.option_strings]
+        arguments = {f"--{a.dest}": a.metavar or a.dest.upper() for a in self._actions if not a.option_strings}
+        settings = {f"--{key}": key for key in (self.setting_keys() if self.setting_keys else ())}
+        near = nearest(name, [*settings, *arguments, *options])
+        if near in arguments and near not in options:
+            return f"{name} is not an option: name {arguments[near]} without it, as in the usage"
+        if near in settings and near not in options:
+            return f"{name} is not an option; did you mean --set {settings[near]}=VALUE?"
+        return f"{name} is not an option{did_you_mean(name, options)}"
 
 
 class Formatter(argparse.HelpFormatter):
@@ -127,7 +137,7 @@ def windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") ->
 def amount(parser: argparse.ArgumentParser, several: str) -> None:
     """Add how much to remove, and from which parameters."""
     add = parser.add_argument
-    add("--ratio", type=ratios, metavar="R[,R...]", help=f"share to remove, between 0 and 1; several {several}")
+    add("--ratio", type=ratios, metavar="R[,R...]", help=f"share to remove: 0.5 or 50%%; several {several}")
     add(
         "--of",
         choices=("total", "non-embedding"),
@@ -180,11 +190,21 @@ def _number(text: str) -> float:
         return math.nan
 
 
+def _share(text: str) -> float:
+    """A number or a percentage; NaN for what is neither."""
+    from secateur.config import as_share  # imported late, since it loads pydantic
+
+    share = as_share(text)
+    return _number(text) if share is text else share
+
+
 def holdout(text: str) -> float:
     """A share that may be zero."""
-    value = _number(text)
+    value = _share(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0, for no held-out split, to below 1")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a share from 0, for no held-out split, to below 1, such as 0.05 or 5%"
+        )
     return value
 
 
@@ -214,7 +234,7 @@ def zero_or_more(text: str) -> float:
 
 def ratio(text: str) -> float:
     """A share between 0 and 1."""
-    value = _number(text)
+    value = _share(text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio between 0 and 1, both excluded")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio between 0 and 1, such as 0.5 or 50%")
     return value

@@ -138,6 +138,14 @@ def add_prune(verbs: Any) -> None:
     add("--resume", action="store_true", help="continue a killed run at its last finished block")
 
 
+def _recipe_keys() -> list[str]:
+    import dataclasses
+
+    from secateur.training.recipe import Recipe  # imported late, since it loads pydantic
+
+    return [field.name for field in dataclasses.fields(Recipe)]
+
+
 def add_train(verbs: Any) -> None:
     """``secateur train``."""
     train = add_verb(
@@ -162,6 +170,7 @@ def add_train(verbs: Any) -> None:
         help="tokens of the data to leave out before the first",
     )
     train.spellings = {"recipe": "--recipe or --set"}
+    train.setting_keys = _recipe_keys
     add("--recipe", metavar="FILE", help="YAML with the keys below")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable")
     add("--teacher", metavar="DIR", help="checkpoint to distil from, of the model's vocabulary")

@@ -151,7 +151,7 @@ def add_recommend(verbs: Any) -> None:
     size.add_argument("--params", type=token_count, metavar="N", help="parameters of the parent: 8e9, 8B ...")
     size.add_argument("--model", metavar="CONFIG_OR_DIR", help="the parent's config.json instead, for exact FLOPs")
     add = recommend.add_argument
-    add("--ratio", type=ratio, required=True, metavar="R", help="share to remove, between 0 and 1")
+    add("--ratio", type=ratio, required=True, metavar="R", help="share to remove: 0.5 or 50%%")
     add("--tokens", type=token_count, required=True, metavar="N", help="budget after pruning: 50B ...")
     add("--granularity", choices=get_args(Granularity), help="what is removed (default: any)")
     add("--method", help="pruning method, as for prune (default: any)")

@@ -11,7 +11,7 @@ import numpy as np
 from secateur.comparison.items import Comparison
 from secateur.evaluation.results import EvaluationResults, Measurement, check_same_protocols
 from secateur.evaluation.suite import ZERO_SHOT
-from secateur.formatting import plural
+from secateur.formatting import fixed, plural
 
 __all__ = ["comparison_table", "results_table"]
 
@@ -52,21 +52,21 @@ def _figure(measured: Measurement | None) -> str:
     if measured is None:
         return _ABSENT
     if measured.kind == "loss" or any(item["value"] is None for item in measured.items):
-        return f"{measured.value:.4f}"
+        return fixed(measured.value)
     values = np.asarray([item["value"] for item in measured.items], dtype=np.float64)
     spread = f" ±{values.std(ddof=1) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
     return f"{measured.value:.4f}{spread}"
 
 
 def _detail(measured: Measurement | None, key: str) -> str:
-    return f"{measured.details[key]:.4f}" if measured else _ABSENT
+    return fixed(measured.details[key]) if measured else _ABSENT
 
 
 def _breakdown(name: str, results: Sequence[EvaluationResults], key: str, title: Any) -> list[list[str]]:
     """Rows of the parts of a loss; all models have the same ones, since the protocol is one."""
     parts = [loss.details.get(key, []) if (loss := r.of(name)) else [] for r in results]
     first = next((p for p in parts if p), [])
-    return [[title(part), *(f"{p[i]['loss']:.4f}" if p else _ABSENT for p in parts)] for i, part in enumerate(first)]
+    return [[title(part), *(fixed(p[i]["loss"]) if p else _ABSENT for p in parts)] for i, part in enumerate(first)]
 
 
 def _protocol(measured: Measurement) -> str:
@@ -120,7 +120,7 @@ def _cost(figure: dict[str, Any] | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e15 else f"{value:.3g}"
 
 
 def _workload(cost: Any) -> str:
@@ -145,8 +145,8 @@ def comparison_table(comparisons: Sequence[Comparison], a: Sequence[str], b: Seq
         rows.append(
             [
                 c.name,
-                f"{c.a:.4f}",
-                f"{c.b:.4f}",
+                fixed(c.a),
+                fixed(c.b),
                 f"{c.difference:+.4f}",
                 f"{c.low:+.4f} to {c.high:+.4f}",
                 f"{c.above}:{c.below} of {c.items} {c.unit}",
