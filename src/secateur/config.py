@@ -34,7 +34,7 @@ __all__ = [
     "Fraction",
     "IdentityKey",
     "Positive",
-    "Share",
+    "Proportion",
     "as_share",
     "canonical_json",
     "fingerprint",
@@ -94,7 +94,7 @@ def _as_path(value: object) -> object:
 AnyPath = Annotated[Any, BeforeValidator(_as_path)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Fraction = Annotated[float, BeforeValidator(as_share), Field(gt=0, lt=1)]
-Share = Annotated[float, BeforeValidator(as_share), Field(ge=0, le=1)]
+Proportion = Annotated[float, BeforeValidator(as_share), Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+import secateur
 from helpers import tiny_llama
 from processes import together
 from secateur.cli import main
@@ -22,6 +25,7 @@ from secateur.cli.verbs.evaluation import evaluate
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import train_tokenizer
 from secateur.evaluation.lm_eval.tasks import METRICS
+from secateur.evaluation.names import check_names, distinct_names
 from secateur.evaluation.results import EvaluationResults, items_file
 from secateur.study.stages.inputs import holdout_protocol
 
@@ -168,6 +172,83 @@ def test_figures_of_different_protocols_share_no_table(call: Callable[..., Any],
     assert "different protocols" in message and "share no table" in message
 
 
+def folders_called_model(world: Path, root: Path) -> tuple[str, str]:
+    """The two models under names as a study has them."""
+    for number, stage in enumerate(("wanda-0.5", "S_R")):
+        (root / stage).mkdir()
+        (root / stage / "model").symlink_to(world / f"llama-{number}")
+    return f"{root}/wanda-0.5/model", f"{root}/S_R/model"
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(
+    call: Callable[..., Any], world: Path, tmp_path: Path
+) -> None:
+    a, b = folders_called_model(world, tmp_path)
+    table = call(f"eval {a} {b} --data shards:{{w}}/shards --out {{t}}/out", text=True)
+    assert table.splitlines()[0].split() == ["wanda-0.5", "S_R"]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"{name}.{end}" for name in ("wanda-0.5", "S_R") for end in ("json", "jsonl.gz")}
+    line = "compare {t}/out/wanda-0.5.json {t}/out/S_R.json"
+    assert call(line, text=True).splitlines()[:2] == ["A: wanda-0.5", "B: S_R"]
+    assert (call(line)["a"], call(line)["b"]) == (["wanda-0.5"], ["S_R"])
+    written = EvaluationResults.load(tmp_path / "out" / "wanda-0.5.json")
+    assert (written.name, written.model) == ("wanda-0.5", a) and written.record()["name"] == "wanda-0.5"
+
+
+@pytest.mark.parametrize("option", ["--name pruned --name fresh", "--name pruned,fresh"])
+def test_names_may_be_chosen(option: str, call: Callable[..., Any], world: Path, tmp_path: Path) -> None:
+    a, b = folders_called_model(world, tmp_path)
+    table = call(f"eval {a} {b} {option} --data shards:{{w}}/shards --out {{t}}/out", text=True)
+    assert table.splitlines()[0].split() == ["pruned", "fresh"]
+    text = call("compare {t}/out/pruned.json {t}/out/fresh.json", text=True)
+    assert text.splitlines()[:2] == ["A: pruned", "B: fresh"]
+    assert "fresh.json: exists; remove it, or name another --out, or another name with --name" in call(
+        f"eval {b} --name fresh --data shards:{{w}}/shards --out {{t}}/out", code=2
+    )
+
+
+@pytest.mark.parametrize(
+    ("models", "names"),
+    [
+        (["A/model", "B/model"], ["A", "B"]),
+        (["runs/x/A/model", "runs/y/A/model", "B/model"], ["x-A", "y-A", "B"]),
+        (["A/model"], ["model"]),
+        (["A/model", "A"], ["model", "A"]),
+        (["org/small", "other/small"], ["org-small", "other-small"]),
+        (["hf:org/small@v1.0", "small"], ["small@v1.0", "small"]),
+        (["Small", "x/small"], None),
+        (["a b/model", "a,b/model"], None),
+        ([".hidden"], ["hidden"]),
+    ],
+)
+def test_names_of_models(models: list[str], names: list[str] | None) -> None:
+    result = distinct_names(models)
+    assert names is None or result == names
+    assert len({name.casefold() for name in result}) == len(models)
+    check_names(result, len(models))
+
+
+def test_results_in_python_have_names(world: Path, tmp_path: Path) -> None:
+    models = folders_called_model(world, tmp_path)
+    text = f"shards:{world / 'shards'}"
+    results = secateur.evaluate(models, data=text, windows=2, names=("A", "B"), out=tmp_path / "out")
+    assert [result.name for result in results] == ["A", "B"] and (tmp_path / "out" / "A.json").is_file()
+    (result,) = secateur.evaluate(models[0], data=text, windows=2, names="mine")
+    assert result.name == "mine"
+    with pytest.raises(secateur.UserError) as caught:
+        secateur.evaluate(models, data=text, names="mine")
+    assert caught.value.field == "names"
+
+
+def test_a_perplexity_of_many_digits_is_a_power_of_ten(call: Callable[..., Any], world: Path, tmp_path: Path) -> None:
+    loud = tiny_llama(tmp_path, vocab_size=300, max_position_embeddings=64)
+    weights = loud / "model.safetensors"
+    save_file({name: tensor * 1e3 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    lines = call(f"eval {loud} --data shards:{{w}}/shards", text=True).splitlines()
+    (row,) = [line.split() for line in lines if line.startswith("  perplexity")]
+    assert re.fullmatch(r"\d\.\d\de\+\d+", row[1]), row
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -181,6 +262,9 @@ def test_figures_of_different_protocols_share_no_table(call: Callable[..., Any],
         ("eval {w}/llama-0 --data stdlib --few-shot 0", "--few-shot: nothing that is measured reads it"),
         ("eval {w}/llama-0 --suite sciq --few-shot x", "'x' is not a whole count"),
         ("eval {w}/llama-0 {w}/llama-0 --data stdlib --out {t}", "--out: two of the models have the same name"),
+        ("eval {w}/llama-0 --data stdlib --name a,b", "--name: 2 for 1 model; give each model one, in order"),
+        ("eval {w}/llama-0 --data stdlib --name ../a", "--name: '../a' is no name of a file"),
+        ("eval {w}/llama-0 {w}/llama-1 --data stdlib --name a,A", "--name: two models are called 'a'"),
         ("eval {w}/llama-0 --data shards:{t}", "holds no token shards; write them with `secateur data"),
         ("compare {t}/a.json {t}/b.json", "a.json: no such file"),
     ],

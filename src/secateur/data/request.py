@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from secateur.config import AnyPath, Count, Positive, Share, spec
+from secateur.config import AnyPath, Count, Positive, Proportion, spec
 
 __all__ = ["CorpusRequest"]
 
@@ -38,7 +38,7 @@ class CorpusRequest:
     field: str | None = None
     split: str | None = None
     domain: str | None = None
-    holdout: Annotated[Share, Field(lt=1)] = 0.05
+    holdout: Annotated[Proportion, Field(lt=1)] = 0.05
     documents: Count | None = None
     seed: int = 0
     workers: Positive | None = None

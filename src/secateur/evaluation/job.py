@@ -16,6 +16,7 @@ from secateur.evaluation.lm_eval.groups import TaskGroup, check_groups, measure_
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.measure import measure, text_protocols
+from secateur.evaluation.names import distinct_names
 from secateur.evaluation.request import EvaluateRequest
 from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, check_same_protocols, items_file
 from secateur.evaluation.token_windows import heldout_protocol, window_length
@@ -116,7 +117,8 @@ def evaluate(request: EvaluateRequest) -> tuple[list[EvaluationResults], list[st
         raise UserError("`suite`: cost is measured in one process; run it without torchrun")
     device = pick_device(request.device)
     checkpoints = [Checkpoint(local_checkpoint(model)) for model in request.models]
-    outputs = _output_files(request, checkpoints)
+    names = request.names or distinct_names(request.models)
+    outputs = _output_files(request, names)
     task_list = suite.task_list()
     data = request.tasks_data, request.task_limit, request.few_shot
     tasks = [Task(member.name, *data, member.changes, member.metric) for member in task_list.members]
@@ -134,13 +136,13 @@ def evaluate(request: EvaluateRequest) -> tuple[list[EvaluationResults], list[st
     limits = [limit for checkpoint in checkpoints if (limit := max_positions(checkpoint.config)) is not None]
     workload = Workload().within(min(limits, default=None))  # one for all models, so that times may stand side by side
     results, notes, partials = [], [], []
-    for checkpoint, by_name, path in zip(checkpoints, protocols, outputs, strict=True):
+    for checkpoint, by_name, name, path in zip(checkpoints, protocols, names, outputs, strict=True):
         model: Any = checkpoint.load(pick_dtype(request.dtype, device)).to(device)  # type: ignore[arg-type]
         about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
         if path is not None:
             about |= {"digest": checkpoint.digest, "environment": environment()}
-        empty = EvaluationResults(str(checkpoint.directory), about=about)
-        partial = ResumableResults(path and path.with_name(f"{path.stem}.partial.json"), empty)
+        empty = EvaluationResults(str(checkpoint.directory), about=about, name=name)
+        partial = ResumableResults(path and path.with_name(f"{name}.partial.json"), empty)
         measurements = partial.measure(checkpoint, model, by_name, tasks, task_list.groups, batch=request.batch)
         cost = measure_cost(checkpoint, model, workload) if suite.cost else None
         del model  # before the next one is loaded
@@ -164,16 +166,16 @@ def _protocols(request: EvaluateRequest, checkpoint: Checkpoint) -> dict[str, Pr
     return protocols | text_protocols(checkpoint, request.measured.texts, data=request.text_data, **cut)
 
 
-def _output_files(request: EvaluateRequest, checkpoints: Sequence[Checkpoint]) -> list[Path | None]:
+def _output_files(request: EvaluateRequest, names: Sequence[str]) -> list[Path | None]:
     """The results file of each model."""
     if request.out is None:
-        return [None] * len(checkpoints)
-    paths = [Path(request.out) / f"{checkpoint.directory.resolve().name}.json" for checkpoint in checkpoints]
+        return [None] * len(names)
+    paths = [Path(request.out) / f"{name}.json" for name in names]
     if len(set(paths)) < len(paths):
-        raise UserError("`out`: two of the models have the same name, and with it the same file; evaluate them apart")
+        raise UserError("`out`: two of the models have the same name, since they are one; leave one out")
     for path in paths:
         if path.exists():
-            raise UserError(f"{path}: exists; remove it, or name another `out`")
+            raise UserError(f"{path}: exists; remove it, or name another `out`, or another name with `names`")
     return list(paths)
 
 

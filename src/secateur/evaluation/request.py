@@ -9,6 +9,7 @@ from pydantic import Field
 
 from secateur.config import AnyPath, Positive, spec
 from secateur.errors import UserError
+from secateur.evaluation.names import check_names
 
 if TYPE_CHECKING:
     from secateur.evaluation.suite import Suite
@@ -34,6 +35,7 @@ class EvaluateRequest:
         seqlen: tokens in a window.
         stride: tokens from window to window; None for windows side by side.
         out: folder for results and items; None to keep them in memory.
+        names: of the models in tables and files, in order; None for the shortest ends of their paths that differ.
         device: ``auto``, ``cpu`` or ``cuda``.
         batch: windows at once.
         dtype: of weights and products.
@@ -55,11 +57,15 @@ class EvaluateRequest:
     seqlen: Positive | None = None
     stride: Positive | None = None
     out: AnyPath = None
+    names: str | tuple[str, ...] | None = None
     device: str = "auto"
     batch: Positive | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.names is not None:
+            object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else self.names)
+            check_names(self.names, len(self.models))
         suite = self.measured
         if suite.loss and not self.data:
             reason = "the suite paper measures the held-out loss too" if self.suite else "there is nothing to measure"

@@ -83,12 +83,17 @@ class EvaluationResults:
     measurements: Sequence[Measurement] = ()
     cost: Mapping[str, Any] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)  #: digest of the checkpoint, device, versions
+    name: str = ""  #: of the model in tables and file names; by default its path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.model)
 
     def record(self) -> dict[str, Any]:
         """Everything but the items, as plain values."""
         return {
             "secateur": __version__,
             "model": self.model,
+            **({"name": self.name} if self.name != self.model else {}),
             **self.about,
             "measurements": [measurement.record() for measurement in self.measurements],
             **({"cost": dict(self.cost)} if self.cost else {}),
@@ -144,8 +149,9 @@ class EvaluationResults:
             )
             for m in content["measurements"]
         ]
-        about = {k: v for k, v in content.items() if k not in ("secateur", "model", "measurements", "cost", "items")}
-        return cls(content["model"], measurements, content.get("cost"), about)
+        own_fields = ("secateur", "model", "name", "measurements", "cost", "items")
+        about = {key: value for key, value in content.items() if key not in own_fields}
+        return cls(content["model"], measurements, content.get("cost"), about, content.get("name", ""))
 
 
 def items_file(path: Path) -> Path:

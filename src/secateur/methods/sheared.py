@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from secateur.config import Positive, Share, spec
+from secateur.config import Positive, Proportion, spec
 from secateur.methods.base import LearnedMethod
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Sheared(LearnedMethod):
         60.0  #: a step adds this times ``d`` to lambda and times ``d^2`` to phi
     )
     phi: Annotated[float, Field(ge=0)] = 200.0  #: starting from zero, as the paper does, needs more steps
-    warmup: Annotated[Share, Field(lt=1)] = 0.2
+    warmup: Annotated[Proportion, Field(lt=1)] = 0.2
     seed: Annotated[int, Field(ge=0)] = 42
 
     def sample_gates(self, a: Tensor, u: Tensor) -> Tensor:

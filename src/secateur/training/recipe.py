@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from secateur.config import RUNTIME, Count, Fraction, IdentityKey, Positive, Share, spec
+from secateur.config import RUNTIME, Count, Fraction, IdentityKey, Positive, Proportion, spec
 from secateur.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Recipe:
     #: after warm-up: a cosine; the peak, then a linear decay (wsd); the peak alone; or a linear decay alone
     schedule: Literal["cosine", "wsd", "constant", "linear"] = "cosine"
     decay_share: Annotated[Fraction, IdentityKey("decay")] = 0.2  #: share of the steps with a falling rate, for wsd
-    final_share: Share = 0.1  #: the last step's rate, as a share of the peak
-    warmup: Annotated[Share, Field(lt=1)] = 0.05  #: share of the steps with a rising rate
+    final_share: Proportion = 0.1  #: the last step's rate, as a share of the peak
+    warmup: Annotated[Proportion, Field(lt=1)] = 0.05  #: share of the steps with a rising rate
     #: the rate of the first step of n with a rising rate: a share 1/n of the peak, or zero
     warmup_from: Annotated[Literal["step", "zero"], IdentityKey(omit="step")] = "step"
     beta1: Fraction = 0.9
@@ -106,7 +106,7 @@ class Distill:
 
     kind: Literal["distill"] = "distill"
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  #: both distributions are softened by it
-    alpha: Annotated[Share, Field(gt=0)] = 1.0  #: share of the divergence; the rest is the language-model loss
+    alpha: Annotated[Proportion, Field(gt=0)] = 1.0  #: share of the divergence; the rest is the language-model loss
     top_k: Positive | None = None  #: the teacher's likeliest ids that count apart; None for all
 
 

@@ -220,6 +220,15 @@ def add_evaluate(verbs: Any) -> None:
     windows(evaluate, "the whole text; 256 for perplexities", "2048; 8192 for perplexities")
     add("--stride", type=positive, metavar="N", help="tokens from window to window (default: windows side by side)")
     add("--out", metavar="DIR", help="write results, and those of every item, for `secateur compare`")
+    add(
+        "--name",
+        dest="names",
+        metavar="NAME[,NAME...]",
+        action="append",
+        default=[],
+        help="names in tables and files, one for each model, in order; repeatable (default: the shortest ends of their "
+        "paths that differ)",
+    )
     computing(evaluate)
     dtype(evaluate, "of weights and products; losses are summed in float64")
 

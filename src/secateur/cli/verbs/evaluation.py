@@ -12,7 +12,8 @@ __all__ = ["compare", "evaluate"]
 
 def evaluate(arguments: Namespace) -> Answer:
     """``secateur eval MODEL [MODEL ...]``."""
-    request = request_of(EvaluateRequest, arguments, models=tuple(arguments.models))
+    names = tuple(name.strip() for text in arguments.names for name in text.split(",")) or None
+    request = request_of(EvaluateRequest, arguments, models=tuple(arguments.models), names=names)
     from secateur.cli.verbs.scores import results_table
     from secateur.evaluation import job
 
@@ -28,6 +29,6 @@ def compare(arguments: Namespace) -> Answer:
 
     sides = [api.load_results(side.split(",")) for side in (arguments.a, arguments.b)]
     comparisons = api.compare(*sides, margin=arguments.margin)
-    names = [[result.model for result in side] for side in sides]
+    names = [[result.name for result in side] for side in sides]
     answer = {"a": names[0], "b": names[1], "comparisons": [comparison.record() for comparison in comparisons]}
     return answer, comparison_table(comparisons, *names), 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,10 +35,10 @@ def results_table(results: Sequence[EvaluationResults]) -> str:
         values = [[m.value for t in ZERO_SHOT if (m := r.of(t))] for r in results]
         rows.append(["average of the eight zero-shot tasks", *(f"{np.mean(v):.4f}" for v in values)])
     rows += _costs(results)
-    lines = _aligned([["", *(Path(r.model).name or r.model for r in results)], *rows])
+    lines = _aligned([["", *(r.name for r in results)], *rows])
     lines += [f"{name}: {_protocol(measured)}" for name, measured in firsts.items()]
     lines += [_workload(results[0].cost)] if results[0].cost else []
-    lines += [f"{r.model}: sparsity: {r.cost['sparsity']['note']}" for r in results if r.cost]
+    lines += [f"{r.name}: sparsity: {r.cost['sparsity']['note']}" for r in results if r.cost]
     return "\n".join(lines)
 
 
