@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 # The stamp holds the TORCH that was asked for; another choice installs anew.
 ANEW := $(if $(TORCH),$(if $(filter $(TORCH),$(shell cat $(STAMP) 2>/dev/null)),,anew))
 
-.PHONY: help install demo test quick lint clean constraints anew
+.PHONY: help install demo test quick lint wheel clean constraints anew
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test         run the tests in at most JOBS=$(JOBS) processes (ARGS=... are passed to pytest)"
 	@echo "make quick        run the tests of formulas, requests and arguments, in about 90 s"
 	@echo "make lint         ruff and pyright"
+	@echo "make wheel        build the wheel into dist/"
 	@echo "make clean        remove .venv, caches and builds; results in runs/ stay"
 	@echo "make constraints  resolve constraints.txt anew (needs the network)"
 	@echo "PYTHON=$(PYTHON) is the interpreter that .venv is made from."
@@ -38,7 +39,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --maxprocesses $(JOBS) $(ARGS)
 
 # What most changes touch, without what is marked slow.
-QUICK := api checkpoint compare controls cost depth_methods divergence engine held_out layout methods prune_verb \
+QUICK := api checkpoint compare controls cost depth_methods divergence engine held_out layout methods progress prune_verb \
 	shapes shapes_verb shards spec startup statistics stats surgery target token_loss train train_parts \
 	weight_methods width_methods
 quick: $(STAMP)
@@ -49,6 +50,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
+
+wheel: $(STAMP)
+	$(BIN)/python -m pip --disable-pip-version-check wheel -q --no-deps -w dist .
+	@ls dist/secateur-*.whl
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist

@@ -1,5 +1,7 @@
 #!/bin/sh
-# Make .venv and install secateur with its development tools into it. `make install` calls this.
+# Make .venv and install secateur with its development tools and extras into it. `make install` calls this.
+#
+# It prints a line for each phase and, while one runs, what pip is doing: every second on a terminal, else every 15 s.
 #
 #   PYTHON  the interpreter to start from (default: python3)
 #   TORCH   the build of PyTorch:
@@ -14,10 +16,48 @@ python=${PYTHON:-python3}
 torch=${TORCH:-}
 stamp=.venv/.installed
 
-say() { echo "install: $*"; }
+log=.venv/install.log # what pip prints
+start=$(date +%s)
+
+say() { printf 'install: %4d s  %s\n' "$(($(date +%s) - start))" "$*"; }
 die() {
+    end_ticks
     echo "install: $*" >&2
     exit 1
+}
+
+ticks=
+tick() {
+    seconds=0
+    while sleep 1 >/dev/null 2>&1; do
+        seconds=$((seconds + 1))
+        doing=$(tail -n 1 "$log" 2>/dev/null | cut -c 1-60)
+        if [ -t 1 ]; then
+            printf '\r\033[K%s' "$(say "${doing:-...}")"
+        elif [ $((seconds % 15)) = 0 ]; then
+            say "${doing:-...}"
+        fi
+    done
+}
+end_ticks() {
+    [ -n "$ticks" ] || return 0
+    kill "$ticks" 2>/dev/null || true
+    wait "$ticks" 2>/dev/null || true
+    ticks=
+    [ ! -t 1 ] || printf '\r\033[K'
+}
+trap end_ticks EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+phase() { # TEXT COMMAND...
+    say "$1"
+    shift
+    tick &
+    ticks=$!
+    status=0
+    "$@" || status=$?
+    end_ticks
+    return "$status"
 }
 
 command -v "$python" >/dev/null 2>&1 ||
@@ -35,17 +75,20 @@ if [ -f "$stamp" ] && [ -e ".venv/lib/python$version/site-packages" ]; then
     [ -n "$torch" ] && [ "$torch" != "$(cat "$stamp")" ] || clear=
 fi
 [ -n "$clear" ] || [ -n "$torch" ] || torch=$(cat "$stamp")
-rm -f "$stamp"
-say "environment in .venv (Python $version)"
-"$python" -m venv $clear .venv
+rm -f "$stamp" "$log"
+phase "environment in .venv (Python $version)" "$python" -m venv $clear .venv
 
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-with_index() { pip install -qq "$pin"; }
-with_local_wheel() { pip install -qq --no-index --no-deps "$pin" >/dev/null 2>&1; }
+pip() { # COMMAND ARGUMENT...
+    command=$1
+    shift
+    .venv/bin/python -m pip --disable-pip-version-check "$command" --progress-bar off "$@" >>"$log"
+}
+with_index() { pip install "$pin"; }
+with_local_wheel() { pip install --no-index --no-deps "$pin" 2>/dev/null; }
 with_uv() { # BACKEND [OPTION...]
     backend=$1
     shift
-    pip install -qq uv && .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend "$backend" "$@" "$pin"
+    pip install uv && .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend "$backend" "$@" "$pin"
 }
 # Only torch itself: what it depends on comes with the rest, from the index that pip is set up for.
 with_cpu() { with_local_wheel || with_uv cpu --no-deps; }
@@ -53,34 +96,27 @@ with_cpu() { with_local_wheel || with_uv cpu --no-deps; }
 case $torch in
 '')
     if [ "$(uname -s)" = Darwin ]; then
-        say "$pin"
-        with_index
+        phase "$pin" with_index
     elif nvidia-smi >/dev/null 2>&1; then
-        say "$pin for the NVIDIA GPU found here (a large download)"
-        with_index
+        phase "$pin for the NVIDIA GPU found here (a large download)" with_index
     else
-        say "$pin, CPU build: nvidia-smi finds no GPU (TORCH=default takes the CUDA build)"
-        if ! with_cpu; then
-            say "no CPU build could be had; taking the index's own, which may bring gigabytes of CUDA"
-            with_index
+        if ! phase "$pin, CPU build: nvidia-smi finds no GPU (TORCH=default takes the CUDA build)" with_cpu; then
+            phase "no CPU build could be had; taking the index's own, which may bring gigabytes of CUDA" with_index
         fi
     fi
     ;;
 default)
-    say "$pin, the index's own build"
-    with_index
+    phase "$pin, the index's own build" with_index
     ;;
 cpu)
-    say "$pin, CPU build"
-    with_cpu || die "no CPU build of $pin could be had"
+    phase "$pin, CPU build" with_cpu || die "no CPU build of $pin could be had"
     ;;
 *)
-    say "$pin, build $torch"
-    with_uv "$torch" || die "no build $torch of $pin could be had"
+    phase "$pin, build $torch" with_uv "$torch" || die "no build $torch of $pin could be had"
     ;;
 esac
 
-say "secateur and its tools"
-pip install -qq -c constraints.txt -e '.[dev]'
+phase "secateur, its tools, and the extras tasks (lm-eval) and slurm" \
+    pip install -c constraints.txt -e '.[dev,tasks,slurm]'
 say "done: torch $(.venv/bin/python -c 'from importlib.metadata import version; print(version("torch"))')"
 echo "$torch" >"$stamp"

@@ -6,10 +6,12 @@ import contextlib
 import os
 import platform
 import re
+import shlex
 import sys
 import threading
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,7 @@ __all__ = [
     "core_count",
     "environment",
     "has_accelerator",
+    "install_command",
     "pick_batch",
     "pick_device",
     "pick_dtype",
@@ -109,6 +112,17 @@ def environment() -> dict[str, str]:
 def has_accelerator() -> bool:
     """Whether a GPU's driver is there: CUDA's, that of WSL or ROCm's. Torch is not imported, which takes a second."""
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+
+
+def install_command(*arguments: str) -> str:
+    """The command that installs a package, or an extra such as ``secateur[tasks]``, where this process runs.
+
+    An extra is resolved from the installed metadata, so that it is the same for a clone and for a wheel.
+    """
+    pip = [sys.executable, "-m", "pip", "install"]
+    if find_spec("pip") is None:  # as in the environments that uv makes
+        pip = ["uv", "pip", "install", "--python", sys.executable]
+    return shlex.join([*pip, *arguments])
 
 
 def core_count() -> int:

@@ -9,6 +9,7 @@ from secateur.methods.registry import METHODS, plugin_methods
 
 __all__ = [
     "COMPARE_EPILOG",
+    "COMPLETION_EPILOG",
     "DATA_EPILOG",
     "DOCUMENTS",
     "EPILOG",
@@ -54,6 +55,7 @@ examples:
   secateur compare DIR/A.json DIR/B.json         which of them is better
   secateur study plan demo                       what a study will run, with tokens and FLOPs
   secateur recommend --params 8B --ratio 0.5 --tokens 50B         which path pays, and how sure that is
+  eval "$(secateur completion bash)"             completes verbs and options in this shell
 
 `secateur VERB --help` explains a verb. Exit codes: 0 done, 1 a stage or run failed, 2 bad input, 75 stopped
 and saved (the same command resumes), 130 interrupted.
@@ -247,7 +249,7 @@ suites, joined by commas:
   cost         parameters, bytes, KV cache, tokens a second, time to first token, memory, on this device
   any other name is a task, group or tag of lm-eval (gsm8k, mmlu, ai2_arc), or a pattern (arithmetic_*)
 
-Tasks go through lm-evaluation-harness (pip install 'secateur[tasks]'), with the task's own number of examples in
+Tasks go through lm-evaluation-harness (the extra tasks), with the task's own number of examples in
 the prompt (mostly none) or --few-shot N. A request longer than the model's positions loses its beginning, as in the
 harness, and a notice says so. --protocol heldout reads held-out splits; paper-train-split reads the train splits of the
 published study, which overlap with its calibration text.
@@ -269,6 +271,17 @@ examples:
 
 With --out, DIR/<model>.json has all figures and DIR/<model>.jsonl.gz every item; after a kill, the same command
 measures only what is missing. See docs/evaluation.md.
+"""
+
+
+COMPLETION_EPILOG = """\
+examples, each for the shells that start afterwards:
+  secateur completion bash > ~/.local/share/bash-completion/completions/secateur
+  secateur completion zsh > ~/.zfunc/_secateur        with fpath+=~/.zfunc before compinit in ~/.zshrc
+  secateur completion fish > ~/.config/fish/completions/secateur.fish
+  secateur completion tcsh > ~/.secateur.tcsh         with source ~/.secateur.tcsh in ~/.tcshrc
+
+In bash this shell alone: eval "$(secateur completion bash)"
 """
 
 

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from secateur.errors import UserError
+from secateur.runtime import install_command
 
 __all__ = ["FOREIGN", "PACKAGES", "package_source"]
 
@@ -57,7 +58,9 @@ def package_source(name: str) -> dict[str, Path]:
     Raises:
         UserError: if the package, its file list or one of its files is missing.
     """
-    fix = f"install it with: pip install -c constraints.txt --force-reinstall --no-deps {name}"
+    constraints = Path(__file__).parents[3] / "constraints.txt"  # in a clone
+    pins = ["-c", str(constraints)] if constraints.is_file() else []
+    fix = f"install it with: {install_command(*pins, '--force-reinstall', '--no-deps', name)}"
     try:
         listed = metadata.files(name)
     except metadata.PackageNotFoundError:

@@ -20,6 +20,7 @@ from secateur.data.sources import FileSource, Source, by_relative_path, folder_d
 from secateur.data.tf_example import int64_features
 from secateur.errors import UserError
 from secateur.files import read_json
+from secateur.runtime import install_command
 
 __all__ = ["TOKEN_SOURCE_FORMS", "is_tokenized", "open_tokenized"]
 
@@ -160,7 +161,8 @@ def _array_record() -> Any:
     try:
         return importlib.import_module("array_record.python.array_record_module")
     except ImportError:
-        raise UserError("array_record: the package array_record is not installed; pip install array_record") from None
+        command = install_command("array_record")
+        raise UserError(f"array_record: the package array_record is not installed; {command}") from None
 
 
 def _read_records(module: Any, path: Path, where: str, feature: str, domain: str) -> Iterator[Document]:

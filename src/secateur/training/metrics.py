@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from secateur.errors import UserError
+from secateur.runtime import install_command
 
 __all__ = ["TRACKERS", "Metrics", "Tracker", "check_trackers", "open_trackers"]
 
@@ -71,7 +72,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"`track` {name}: the package is missing; pip install {name}")
+            raise UserError(f"`track` {name}: the package is missing; {install_command(name)}")
 
 
 def open_trackers(names: Sequence[str], folder: Path, title: str, identity: str) -> list[Tracker]:

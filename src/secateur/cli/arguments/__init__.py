@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from secateur.cli import manual
 from secateur.cli.arguments.common import Formatter, Parser
+from secateur.cli.arguments.completion import add_completion
 from secateur.cli.arguments.models import (
     add_compare,
     add_data,
@@ -29,6 +30,7 @@ _VERBS = (
     add_compare,
     add_study,
     add_recommend,
+    add_completion,
 )
 
 

@@ -13,6 +13,7 @@ __all__ = ["function_of"]
 
 _MODULES = {
     "compare": "evaluation",
+    "completion": "completion",
     "data": "data",
     "demo": "studies",
     "eval": "evaluation",

@@ -7,7 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from secateur.cli.verbs.answer import Answer
-from secateur.errors import REQUEUE, RunError, UserError
+from secateur.errors import REQUEUE, RunError, UserError, spell
 from secateur.study.plan import FLOPS_PER_SECOND
 from secateur.study.session import Study
 from secateur.study.status import watch
@@ -71,7 +71,11 @@ def study_report(arguments: Namespace) -> Answer:
     """``secateur study report FILE [OTHER]``."""
     study = Study.load(arguments.file, arguments.out)
     if arguments.other is not None:
-        return _versus(study, Study.load(arguments.other, arguments.other_out))
+        try:
+            second = Study.load(arguments.other, arguments.other_out)
+        except UserError as error:
+            raise UserError(spell(str(error), {"out": "`other_out`"}.get)) from None
+        return _versus(study, second)
     if arguments.other_out:
         raise UserError("--other-out: is the folder of a second study; name its file too")
     return _report(study)

@@ -19,6 +19,7 @@ from typing import Any
 
 from secateur import progress
 from secateur.errors import UserError, did_you_mean
+from secateur.runtime import install_command
 
 __all__ = ["folder_manager", "import_harness", "index", "is_mentioned", "silence", "suggest_task", "task_folders"]
 
@@ -35,7 +36,7 @@ def import_harness(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"tasks need lm-eval, which cannot be imported ({error}); pip install 'secateur[tasks]'"
+            f"tasks need lm-eval, which cannot be imported ({error}); {install_command('secateur[tasks]')}"
         ) from None
 
 

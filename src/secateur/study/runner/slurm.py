@@ -21,6 +21,7 @@ from secateur.config import Positive, parse, parse_value, spec
 from secateur.errors import UserError, did_you_mean, first_line
 from secateur.files import read_json, write_json, write_text
 from secateur.formatting import plural
+from secateur.runtime import install_command
 from secateur.study.runner.scheduler import Run, StudyOutcome
 from secateur.study.runner.slurm_job import Job
 from secateur.study.runner.torchrun import processes_of
@@ -149,7 +150,7 @@ class _Queue:
         try:
             import submitit
         except ImportError:
-            raise UserError("`launcher` slurm: needs submitit; pip install 'secateur[slurm]'") from None
+            raise UserError(f"`launcher` slurm: needs submitit; {install_command('secateur[slurm]')}") from None
         self.folder, self.out, self.options, self.device = out / "jobs", out, options, device
         self.file = self.folder / "study.yaml"  # the file may change while jobs wait
         write_text(self.file, file.read_text(encoding="utf-8"))
