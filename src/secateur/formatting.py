@@ -62,7 +62,9 @@ def loss(value: float | None, digits: int = 3) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    """A fixed-point number with a Unicode minus sign; zero has no sign."""
+    """A fixed-point number with a Unicode minus sign; zero has no sign. From 10⁹ on, with a power of ten."""
+    if 1e9 <= abs(value) < math.inf:
+        return scientific(value).replace("-", MINUS)
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", MINUS)
 
 
@@ -73,6 +75,8 @@ def fixed(value: float, digits: int = 4) -> str:
 
 def signed(value: float, digits: int = 3) -> str:
     """A difference with its sign."""
+    if 1e9 <= abs(value) < math.inf:
+        return f"{'+' if value > 0 else ''}{number(value, digits)}"
     return f"{value:+.{digits}f}".replace("-", MINUS)
 
 

@@ -137,6 +137,8 @@ def test_same_inputs_same_bytes(world: Path, tmp_path: Path, capsys: pytest.Capt
         ("study run {w}/none.yaml --job 3", "--job is not an option; did you mean '--jobs'? (see secateur study run"),
         ("inspct {w}/model", "did you mean 'inspect'?"),
         ("study run {w}/none.yaml", "no such file"),
+        ("study report demo --out {w}/text.txt", "--out: {w}/text.txt is a file; name a folder"),
+        ("study report demo smoke --other-out {w}/text.txt", "--other-out: {w}/text.txt is a file; name a folder"),
         ("study rnu x", "did you mean 'run'?"),
     ],
 )
@@ -146,7 +148,7 @@ def test_bad_input(arguments: str, want: str, world: Path, tmp_path: Path, capsy
     captured = capsys.readouterr()
     last = captured.err.strip().splitlines()[-1]
     assert code == 2 and captured.out == "" and "Traceback" not in captured.err
-    assert last.startswith("secateur: error: ") and want in last
+    assert last.startswith("secateur: error: ") and want.format(w=world) in last
     assert sorted(world.rglob("*")) == before and list(tmp_path.iterdir()) == []
 
 

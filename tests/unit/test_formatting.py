@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from secateur.formatting import duration, every, plural
+from secateur.formatting import MINUS, TIMES, duration, every, fixed, number, plural, signed
 
 SOURCES = Path(__file__).parents[2] / "src" / "secateur"
 
@@ -57,3 +58,19 @@ def test_no_message_gives_one_thing_a_plural() -> None:
         if COUNT.search(line) and "> 1" not in line
     ]
     assert not lines, "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2.5, "2.5000"), (123456.0, "123456.0000"), (math.exp(100), "2.69e+43"), (math.nan, "nan"), (math.inf, "inf")],
+)
+def test_fixed_has_few_digits(value: float, text: str) -> None:
+    assert fixed(value) == text
+
+
+def test_numbers_of_the_page_have_few_digits() -> None:
+    assert number(1234.5678, 3) == "1234.568"
+    assert number(-math.exp(100), 3) == f"{MINUS}2.69\u00a0{TIMES}\u00a010⁴³"
+    assert signed(1e30) == f"+1.00\u00a0{TIMES}\u00a010³⁰"
+    assert signed(-1e30) == f"{MINUS}1.00\u00a0{TIMES}\u00a010³⁰"
+    assert (number(math.inf, 1), signed(-0.5)) == ("inf", f"{MINUS}0.500")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from secateur.model import config_file
 from secateur.model.checkpoint import read_config
 from secateur.model.config_file import read_shape
 
+SHTAB = 0 if find_spec("shtab") else 2  # exit code of what needs it
 DEMO = Path(__file__).parents[2] / "studies" / "demo.yaml"
 HEAVY = ("torch", "transformers", "matplotlib", "scipy", "datasets", "lm_eval")
 RUN = """
@@ -61,6 +63,8 @@ def test_importing_the_package_imports_no_library() -> None:
         ("eval a --suite zero-shott", 2),
         ("compare a b c", 2),
         ("study plan none.yaml", 2),
+        ("completion bash", SHTAB),
+        ("train x --init y --tokens 10 --data shards:x --lr 1", 2),
         ("recommend --params 8B --ratio 0.8 --tokens 50B", 0),
         ("recommend --params 8B --ratio 0.5 --tokens 50B --parent-tokens 15T", 0),
         ("recommend --model {config} --ratio 0.5 --tokens 50B --granularity depth", 0),

@@ -177,7 +177,7 @@ def test_trackers_get_the_numbers() -> None:
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=f"`track` {name}: the package is missing; pip install {name}"):
+    with pytest.raises(UserError, match=f"`track` {name}: the package is missing; .*python.* -m pip install {name}$"):
         check_trackers([name])
 
 

@@ -279,7 +279,6 @@ examples, each for the shells that start afterwards:
   secateur completion bash > ~/.local/share/bash-completion/completions/secateur
   secateur completion zsh > ~/.zfunc/_secateur        with fpath+=~/.zfunc before compinit in ~/.zshrc
   secateur completion fish > ~/.config/fish/completions/secateur.fish
-  secateur completion tcsh > ~/.secateur.tcsh         with source ~/.secateur.tcsh in ~/.tcshrc
 
 In bash this shell alone: eval "$(secateur completion bash)"
 """

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from secateur import distributed
 from secateur.errors import REQUEUE, DivergenceError, RunError
+from secateur.formatting import fixed
 from secateur.progress import ProgressTask, track
 from secateur.training.batches import Data, Span, micro_batches
 from secateur.training.checkpoints import Saver
@@ -190,7 +191,7 @@ def _report_step(
 ) -> None:
     """Show a finished step and write its metrics."""
     meter = options.meter
-    text = f"loss {values['loss']:.3f}  rate {values['learning_rate']:.2g}  norm {values['grad_norm']:.2g}"
+    text = f"loss {fixed(values['loss'], 3)}  rate {values['learning_rate']:.2g}  norm {values['grad_norm']:.2g}"
     text += f"  {note}" if note else ""
     mfu = "" if meter.utilization is None else f"  MFU {meter.utilization:.0%}"
     progress.advance(consumed, f"{text}  {meter.rate:,.0f} tokens/s{mfu}")

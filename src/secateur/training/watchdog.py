@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from secateur.formatting import fixed
 from secateur.progress import clock_time, notify
 
 __all__ = ["StopSignal", "Watchdog", "stop_on_signals"]
@@ -88,7 +89,9 @@ class Watchdog:
         if len(self._losses) >= 8 and step >= self._quiet_until:
             mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
             if loss > mean + max(6 * deviation, 0.05 * abs(mean)):
-                self._warn(step, "spike", f"the loss leapt to {loss:.3f}, from {mean:.3f} on average", loss=loss)
+                self._warn(
+                    step, "spike", f"the loss leapt to {fixed(loss, 3)}, from {fixed(mean, 3)} on average", loss=loss
+                )
                 self._quiet_until = step + self._losses.maxlen  # type: ignore[operator]
         self._losses.append(loss)
         self._seconds.append(seconds)

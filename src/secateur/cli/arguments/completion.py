@@ -9,7 +9,7 @@ from secateur.cli.arguments.common import add_verb
 
 __all__ = ["SHELLS", "add_completion"]
 
-SHELLS = ("bash", "zsh", "fish", "tcsh")
+SHELLS = ("bash", "zsh", "fish")
 
 
 def add_completion(verbs: Any) -> None:

@@ -39,7 +39,10 @@ def completion(arguments: Namespace) -> Answer:
         raise UserError(f"completion needs shtab; install it: {install_command('shtab')}") from None
     outermost = parser()
     for action in _actions(outermost):
-        if action.dest == "method":
+        if isinstance(action.choices, dict):  # verbs: what shells show beside their names
+            for verb in action.choices.values():
+                verb.description = str(verb.description).partition(". ")[0]
+        elif action.dest == "method":
             action.choices = list(METHODS)
         elif action.dest in _FOLDERS:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.cli.verbs.answer import Answer, request_of
-from secateur.formatting import count, percent, points, scientific
+from secateur.formatting import count, percent, plain, points, scientific
 from secateur.pruning.preview import ShapesRequest, preview_shapes
 from secateur.pruning.target import Target, describe_target
 
@@ -22,7 +22,7 @@ def inspect(arguments: Namespace) -> Answer:
     shape, context, provenance = inspection.shape, inspection.context, inspection.provenance
     origin = "not written by secateur"
     if provenance:
-        origin = ", ".join(f"{k} {v}" for k, v in provenance.items() if isinstance(v, str | int | float))
+        origin = ", ".join(f"{k} {plain(v)}" for k, v in provenance.items() if isinstance(v, str | int | float))
     lines = [
         f"{inspection.model}  ({shape.family.name}, {inspection.dtype})",
         f"shape        {shape}, head size {shape.head_dim}, vocabulary {shape.vocabulary}"

@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from secateur import distributed
 from secateur.cli.verbs.answer import Answer, request_of
-from secateur.formatting import byte_size, plural, scientific
+from secateur.formatting import byte_size, fixed, plural, scientific
 from secateur.progress import clock_time
 from secateur.training.request import TrainRequest, read_recipe
 
@@ -26,7 +26,7 @@ def train(arguments: Namespace) -> Answer:
     size = f"{plural(result['tokens'], 'token')} in {plural(result['steps'], 'step')}"
     lines = [f"{trained.path}: {size}, {plural(result['targets'], 'target')}"]
     if trained.heldout_loss is not None:
-        lines.append(f"held-out loss  {trained.curve[0]['loss']:.4f} -> {trained.heldout_loss:.4f} nats a token")
+        lines.append(f"held-out loss  {fixed(trained.curve[0]['loss'])} -> {fixed(trained.heldout_loss)} nats a token")
     teaching = trained.teacher_flops
     teacher = "" if teaching is None else f", {scientific(teaching)} of them the teacher's"
     lines.append(f"FLOPs          {scientific(trained.flops)}{teacher}")
