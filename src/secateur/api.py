@@ -91,7 +91,7 @@ def evaluate(models: Any, *, data: Any = None, **fields: Any) -> list[Evaluation
         models: a model, or a sequence of them.
         data: held-out text: a source, ``tokens:FILE.npy``, ``shards:DIR``, or the result of :func:`build_corpus`.
         fields: further fields of :class:`~secateur.evaluation.request.EvaluateRequest`: ``suite`` (names of suites,
-            tasks and groups), ``tasks_data``, ``windows``, ``out``, and others.
+            tasks and groups), ``tasks_data``, ``windows``, ``out``, ``names``, and others.
 
     Returns:
         The results of each model, in order.

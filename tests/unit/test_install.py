@@ -7,9 +7,13 @@ import pty
 import re
 import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from secateur.runtime import install_command
 
 ROOT = Path(__file__).parents[2]
 #: Stands for python3 and for .venv/bin/python.
@@ -77,3 +81,17 @@ def test_a_failure_ends_it(clone: Path) -> None:
     (clone / "broken").touch()
     code, text = install(clone)
     assert code == 1 and "no CPU build of torch==" in text and not (clone / ".venv" / ".installed").exists()
+
+
+def test_the_command_installs_where_the_process_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/a folder/bin/python")
+    assert install_command("secateur[tasks]") == "'/a folder/bin/python' -m pip install 'secateur[tasks]'"
+    monkeypatch.setattr("secateur.runtime.find_spec", lambda _: None)  # an environment that uv has made
+    assert install_command("shtab") == "uv pip install --python '/a folder/bin/python' shtab"
+
+
+def test_every_extra_that_a_message_or_page_names_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    files = [*(ROOT / "src").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "Makefile"]
+    names = {name for file in files for name in re.findall(r"secateur\[([\w,-]+)\]", file.read_text(encoding="utf-8"))}
+    assert {extra for name in names for extra in name.split(",")} == extras.keys() - {"dev"}

@@ -24,6 +24,7 @@ __all__ = [
     "positive",
     "ratio",
     "ratios",
+    "share",
     "token_count",
     "windows",
     "zero_or_more",
@@ -196,6 +197,14 @@ def _share(text: str) -> float:
 
     share = as_share(text)
     return _number(text) if share is text else share
+
+
+def share(text: str) -> float:
+    """A number or a percentage, whose range the request checks."""
+    value = _share(text)
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.5 or 50%")
+    return value
 
 
 def holdout(text: str) -> float:

@@ -14,8 +14,10 @@ from secateur.cli.arguments.common import (
     dtype,
     holdout,
     positive,
+    share,
     token_count,
     windows,
+    zero_or_more,
 )
 
 __all__ = ["add_compare", "add_data", "add_evaluate", "add_inspect", "add_prune", "add_shapes", "add_train"]
@@ -176,7 +178,7 @@ def add_train(verbs: Any) -> None:
     add("--teacher", metavar="DIR", help="checkpoint to distil from, of the model's vocabulary")
     for name, convert, meaning in (
         ("--temperature", float, "softens both distributions (default: 1)"),
-        ("--alpha", float, "share of the divergence from the teacher; the rest is the usual loss (default: 1)"),
+        ("--alpha", share, "share of the divergence from the teacher; the rest is the usual loss (default: 1)"),
         ("--top-k", positive, "compare the teacher's likeliest N ids, all others as one (default: all apart)"),
     ):
         add(name, type=convert, metavar="N" if convert is positive else "X", help=f"with --teacher: {meaning}")
@@ -246,4 +248,4 @@ def add_compare(verbs: Any) -> None:
     compare.add_argument("a", metavar="A.json[,A.json...]", help="results of one model, one file for each seed")
     compare.add_argument("b", metavar="B.json[,B.json...]", help="results of the other, seeds in the same order")
     margin = "losses that differ by less are equal, in nats per token (default: 0.02; 0: never equal)"
-    compare.add_argument("--margin", type=float, default=0.02, metavar="X", help=margin)
+    compare.add_argument("--margin", type=zero_or_more, default=0.02, metavar="X", help=margin)
