@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from secateur.errors import UserError
+from secateur.formatting import plural
 from secateur.hub import is_hub_name
 
 __all__ = ["check_names", "distinct_names"]
@@ -63,7 +64,7 @@ def check_names(names: Sequence[str], models: int) -> None:
         UserError: if there are not as many as models, or one is no name of a file or occurs twice.
     """
     if len(names) != models:
-        raise UserError(f"`names`: {len(names)} for {models} model{'s' * (models != 1)}; give each model one, in order")
+        raise UserError(f"`names`: {len(names)} for {plural(models, 'model')}; give each model one, in order")
     for name in names:
         if not re.fullmatch(r"[^\s/\\,.-]([^/\\,]*[^\s/\\,])?", name):
             raise UserError(f"`names`: {name!r} is no name of a file; leave out slashes, commas and dots in front")
