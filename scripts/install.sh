@@ -26,16 +26,19 @@ die() {
     exit 1
 }
 
+doing() { # the last step of pip's, without the folder of a file
+    grep -E '^ *(Collecting|Processing|Downloading|Preparing|Building|Installing)' "$log" 2>/dev/null | tail -n 1 |
+        sed 's/^ *//; s#[^ ]*/##g; s/ (from .*//' | cut -c 1-60
+}
 ticks=
 tick() {
     seconds=0
     while sleep 1 >/dev/null 2>&1; do
         seconds=$((seconds + 1))
-        doing=$(tail -n 1 "$log" 2>/dev/null | cut -c 1-60)
         if [ -t 1 ]; then
-            printf '\r\033[K%s' "$(say "${doing:-...}")"
+            printf '\r\033[K%s' "$(say "  $(doing)")"
         elif [ $((seconds % 15)) = 0 ]; then
-            say "${doing:-...}"
+            say "  $(doing)"
         fi
     done
 }
@@ -57,6 +60,7 @@ phase() { # TEXT COMMAND...
     status=0
     "$@" || status=$?
     end_ticks
+    [ "$status" = 0 ] || tail -n 20 "$log" >&2 2>/dev/null || true
     return "$status"
 }
 
@@ -81,14 +85,14 @@ phase "environment in .venv (Python $version)" "$python" -m venv $clear .venv
 pip() { # COMMAND ARGUMENT...
     command=$1
     shift
-    .venv/bin/python -m pip --disable-pip-version-check "$command" --progress-bar off "$@" >>"$log"
+    .venv/bin/python -m pip --disable-pip-version-check "$command" --progress-bar off "$@" >>"$log" 2>&1
 }
 with_index() { pip install "$pin"; }
-with_local_wheel() { pip install --no-index --no-deps "$pin" 2>/dev/null; }
+with_local_wheel() { pip install --no-index --no-deps "$pin"; }
 with_uv() { # BACKEND [OPTION...]
     backend=$1
     shift
-    pip install uv && .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend "$backend" "$@" "$pin"
+    pip install uv && .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend "$backend" "$@" "$pin" >>"$log" 2>&1
 }
 # Only torch itself: what it depends on comes with the rest, from the index that pip is set up for.
 with_cpu() { with_local_wheel || with_uv cpu --no-deps; }
