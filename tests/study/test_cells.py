@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from secateur.cli import main
 from secateur.config import dump_yaml
-from secateur.model.plan import load_masks
+from secateur.model.plan import JSON_FILE, TENSOR_FILE, load_masks
 from secateur.pruning.target import Pattern
+from secateur.study.resolve import resolve
+from secateur.study.spec import load_study
 from secateur.study.stages.controls import permuted_mask
 
 SMALL = {"tokens": 8192, "hidden": 16, "ffn": 48, "layers": 4, "heads": 4, "kv_heads": 2}
@@ -134,3 +136,25 @@ def test_trunks_and_a_checkpoint_as_the_parent(text: Path, tmp_path: Path, capsy
     rows = (out / "curves.csv").read_text().splitlines()
     ends = [int(row.split(",")[4]) for row in rows if row.startswith("P-R,minitron-depth") and ",0," in row]
     assert max(ends) == 2048
+
+
+def test_a_sparse_checkpoint_as_the_parent(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its masks go through every cut and through retraining; a parent with other masks is another parent."""
+    first = tmp_path / "first"
+    ran(tmp_path / "a.yaml", first, capsys, **common(text, methods=["magnitude"], settings=[]))
+    (pruned,) = first.glob("stages/prune-magnitude-*/model")
+    out, study = tmp_path / "out", {"parent": {"checkpoint": str(pruned)}, "methods": ["minitron-depth", "wanda"]}
+    answer = ran(tmp_path / "b.yaml", out, capsys, **common(text, ratios=[0.6], **study))
+    assert not answer["failed"]
+    before = load_masks(pruned)
+    for method in ("minitron-depth", "wanda"):
+        (plan,) = out.glob(f"stages/prune-{method}-0.6-*/model")
+        masks, found = load_masks(plan), weights(out, f"train-{method}-0.6-P-R-*")
+        assert masks and all(not found[name][~mask].any() for name, mask in masks.items())
+        if method == "wanda":
+            assert all(not (masks[name] & ~mask).any() for name, mask in before.items())
+    spec = load_study(tmp_path / "b.yaml")
+    sparse = resolve(spec).parents["parent"].identity
+    for name in (JSON_FILE, TENSOR_FILE):
+        (pruned / name).unlink()
+    assert resolve(spec).parents["parent"].identity != sparse

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from secateur.evaluation.workload import Workload
 from secateur.memory import track_resources
 from secateur.model.checkpoint import Checkpoint, max_positions
-from secateur.model.plan import JSON_FILE, load_masks
 from secateur.progress import track
 from secateur.runtime import environment
 
@@ -188,7 +187,7 @@ def _sparsity_gain(
     Returns:
         Pattern, share of zeros and a note; and the figures, if 2:4 kernels could be timed.
     """
-    masks = load_masks(checkpoint.directory) if (checkpoint.directory / JSON_FILE).exists() else {}
+    masks = checkpoint.masks
     pattern = pattern_of(masks)
     if pattern is None:
         return {"pattern": None, "note": "no masks: the model is dense"}, []

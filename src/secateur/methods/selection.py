@@ -22,14 +22,27 @@ class Selector:
         sparsity: share to prune; each group loses exactly ``floor(sparsity * size)`` weights, computed in decimals.
         within: group of competing weights: ``row``, each output row; ``linear``, all the scores passed.
         span: M of an N:M pattern: M consecutive weights of a row are a group. None without a pattern.
+        mask: of an earlier pruning of the linear, bool [out, in]: weights where it is False are pruned first, and stay
+            pruned where they are more than the share. None for a dense linear.
     """
 
     sparsity: float
     within: str = "row"
     span: int | None = None
+    mask: Tensor | None = None
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Mark the weights that stay: scores [out, in] -> bool [out, in]; on ties the lower index is pruned."""
+    def __call__(self, scores: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Mark the weights that stay: scores [out, columns] -> bool; on ties the lower index is pruned.
+
+        Args:
+            columns: those of the linear that ``scores`` are of.
+        """
+        if self.mask is None:
+            return self._select(scores)
+        mask = self.mask[:, columns]
+        return self._select(scores.masked_fill(~mask, -math.inf)).logical_and_(mask)
+
+    def _select(self, scores: Tensor) -> Tensor:
         import torch
 
         groups = scores.reshape(-1, self.span) if self.span else scores

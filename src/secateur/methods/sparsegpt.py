@@ -55,7 +55,7 @@ class SparseGPT(WeightMethod):
             root = _columns(factor, block)
             columns = weight[:, block].masked_fill(dead[block], 0)  # an input that is always zero needs no weight
             error = change[:, :start] @ root[:start]
-            change[:, block], mask[:, block] = _prune_columns(columns, error, root[start:], span, select)
+            change[:, block], mask[:, block] = _prune_columns(columns, error, root[start:], span, select, start)
         return change.add_(weight).masked_fill_(dead, 0).masked_fill_(~mask, 0), mask
 
     def _factor(self, gram: Tensor) -> Tensor:
@@ -84,7 +84,9 @@ def _columns(factor: Tensor, block: slice) -> Tensor:
     return factor[size - block.stop :, size - block.stop : size - block.start].flip(0, 1)
 
 
-def _prune_columns(columns: Tensor, error: Tensor, root: Tensor, span: int, select: Selector) -> tuple[Tensor, Tensor]:
+def _prune_columns(
+    columns: Tensor, error: Tensor, root: Tensor, span: int, select: Selector, start: int
+) -> tuple[Tensor, Tensor]:
     """Prune a block of columns.
 
     Args:
@@ -92,6 +94,7 @@ def _prune_columns(columns: Tensor, error: Tensor, root: Tensor, span: int, sele
         error: the contribution of the columns before the block to ``D R``, [out, columns].
         root: ``R`` within the block.
         span: number of columns whose mask is chosen at once.
+        start: number of the block's first column.
 
     Returns:
         The change of the weights, and the mask, both [out, columns].
@@ -104,7 +107,8 @@ def _prune_columns(columns: Tensor, error: Tensor, root: Tensor, span: int, sele
         group = slice(first, first + span)
         error[group].addmm_(root[:first, group].T, change[:first])
         weight = columns[group] - torch.linalg.solve_triangular(root[group, group].T, error[group], upper=False)
-        mask[group] = select((weight.T * root.diagonal()[group]).square()).T
+        scores = (weight.T * root.diagonal()[group]).square()
+        mask[group] = select(scores, slice(start + first, start + first + span)).T
         for j in range(first, min(first + span, len(columns))):
             error[j].addmv_(change[first:j].T, root[first:j, j])
             change[j] = torch.where(mask[j], error[j] / -root[j, j], change[j])

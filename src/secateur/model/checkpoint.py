@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, write_json, write_text
 from secateur.model.config_file import load_config, read_json_config
 from secateur.model.families import Axis, Family
+from secateur.model.plan import JSON_FILE, TENSOR_FILE, stored_masks
 from secateur.model.safetensors_io import CONVERT, Stored, TensorFile, write_order, write_tensors
 from secateur.model.shapes import Shape
 from secateur.progress import track
@@ -208,6 +209,36 @@ class Checkpoint:
                 progress.advance()
         parts.append(json.dumps(self.raw_config, sort_keys=True))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def masks_digest(self) -> str:
+        """SHA-256 of the masks, which the ``digest`` of the weights leaves out; empty without masks."""
+        return str(read_json(self.directory / JSON_FILE)["tensors"]) if self.masks else ""
+
+    @property
+    def masks_identity(self) -> dict[str, str]:
+        """What the masks add to the identity of a run on the checkpoint: nothing without masks."""
+        return {"masks": digest} if (digest := self.masks_digest) else {}
+
+    @cached_property
+    def masks(self) -> Mapping[str, Tensor]:
+        """The masks of a sparse model: name of a block linear's weight -> bool, True where kept; empty without masks.
+
+        Raises:
+            UserError: if they are damaged, or belong to another model.
+        """
+        return self._check_masks(stored_masks(self.directory), self.directory / TENSOR_FILE)
+
+    def _check_masks(self, masks: Mapping[str, Tensor], where: Path | str) -> Mapping[str, Tensor]:
+        tensors = self.tensors() if masks else {}
+        for name, mask in masks.items():
+            size = self.shape.tensor_size(tensors[name]) if name in tensors else None
+            if tuple(mask.shape) != size:
+                raise UserError(
+                    f"{where}: has a mask of {name} of size {tuple(mask.shape)}, but the model's tensor is "
+                    f"{size or 'missing'}; remove the masks if they belong to another model"
+                )
+        return masks
 
     @property
     def provenance(self) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,8 @@ from secateur.model.families import family_of
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import cut_config, cut_tensors
+from secateur.model.zeros import UNMASKED, ZeroCount
+from secateur.progress import notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,6 +93,30 @@ class LiveCheckpoint(Checkpoint):
         return total.hexdigest()
 
     @property
+    def masks_digest(self) -> str:
+        total = hashlib.sha256()
+        for name, mask in sorted(self.masks.items()):
+            total.update(name.encode())
+            total.update(mask.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest() if self.masks else ""
+
+    @cached_property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Those of the attribute ``masks``, as :func:`secateur.prune` sets it, or of the directory of the weights.
+
+        The latter only where the model still has the zeros that they stand for.
+        """
+        masks = getattr(self.model, "masks", None)
+        if isinstance(masks, Mapping) and masks:
+            masks = {str(name): torch.as_tensor(mask, dtype=torch.bool).cpu() for name, mask in masks.items()}
+            return self._check_masks(masks, "the model's attribute masks")
+        masks = super().masks
+        if any(bool(self.tensor(name)[~mask].any()) for name, mask in masks.items()):
+            notify(f"the masks of {self.directory} do not apply: the model in memory has changed the weights they drop")
+            return {}
+        return masks
+
+    @property
     def provenance(self) -> dict[str, Any] | None:
         return None
 
@@ -104,7 +131,9 @@ def cut_model(checkpoint: Checkpoint, plan: Plan) -> PreTrainedModel:
     raw = cut_config(checkpoint, plan)
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
     model = skeleton(config, checkpoint.directory)
-    tensors = {stored.name: torch.cat(list(stored.parts())) for stored in cut_tensors(checkpoint, plan)}
+    zeros = ZeroCount()
+    tensors = {stored.name: torch.cat(list(stored.parts())) for stored in cut_tensors(checkpoint, plan, zeros)}
+    zeros.warn(str(checkpoint.directory), UNMASKED)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = checkpoint.dtype

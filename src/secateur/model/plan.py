@@ -19,7 +19,7 @@ from secateur.model.safetensors_io import Stored, TensorFile, write_tensors
 from secateur.model.shapes import Shape
 from secateur.runtime import environment
 
-__all__ = ["JSON_FILE", "TENSOR_FILE", "Plan", "load_masks"]
+__all__ = ["JSON_FILE", "TENSOR_FILE", "Plan", "load_masks", "stored_masks"]
 
 JSON_FILE = "plan.json"
 TENSOR_FILE = "plan.safetensors"
@@ -34,7 +34,7 @@ class Plan:
         keep_hidden: sorted indices of the kept hidden channels.
         keep_ffn: for each kept layer of the *old* numbering, sorted indices of its kept FFN channels.
         keep_kv: likewise its kept KV heads; the query heads that share a KV head go with it.
-        masks: tensor name -> bool of the weight's size, True where kept; empty unless sparse.
+        masks: name of a tensor of the output -> bool of its size, True where kept; empty for a dense output.
         weights: tensor name -> new values of a weight, where a method updates those that stay; not saved with the plan.
         biases: tensor name -> what is added to a bias to make up for removed channels.
         scores: name -> float32 scores, as evidence: ``layers``, ``hidden``, ``ffn.<layer>``, ``kv.<layer>``.
@@ -110,18 +110,14 @@ class Plan:
 
     def removed(self) -> dict[str, float]:
         """The share of parameters removed (zeroed, for masks): ``total`` and ``non_embedding``."""
-        zeros = self.zeroed
-        for layer in self.keep_layers.tolist() if not self.masks else ():
+        if self.granularity == "sparse":
+            return {"total": self.zeroed / self.before.total, "non_embedding": self.zeroed / self.before.non_embedding}
+        zeros = self.before.total - self.after.total
+        for layer in self.keep_layers.tolist():
             zeros += (self.after.ffn - len(self.keep_ffn[layer])) * self.after.unit_parameters("ffn")
             zeros += (self.after.kv_heads - len(self.keep_kv[layer])) * self.after.unit_parameters("kv")
-        if not self.masks:
-            zeros += self.before.total - self.after.total
-            embedding = self.before.embedding - self.after.embedding
-            return {
-                "total": zeros / self.before.total,
-                "non_embedding": (zeros - embedding) / self.before.non_embedding,
-            }
-        return {"total": zeros / self.before.total, "non_embedding": zeros / self.before.non_embedding}
+        embedding = self.before.embedding - self.after.embedding
+        return {"total": zeros / self.before.total, "non_embedding": (zeros - embedding) / self.before.non_embedding}
 
     def by_layer(self) -> list[dict[str, Any]]:
         """Describe each layer of the old numbering.
@@ -130,12 +126,13 @@ class Plan:
             ``kept`` for each layer; for a kept layer also ``ffn`` and ``kv``, the units that stay, and ``sparsity``,
             the share of the weights of its linears that a mask drops.
         """
-        layers, rows = set(self.keep_layers.tolist()), []
+        layers, rows = {old: new for new, old in enumerate(self.keep_layers.tolist())}, []
         for layer in range(self.before.layers):
             if layer not in layers:
                 rows.append({"kept": False})
                 continue
-            masks = [self.masks[n] for n in map(self._linear(layer), self.before.family.linears) if n in self.masks]
+            names = map(self._linear(layers[layer]), self.before.family.linears)
+            masks = [self.masks[name] for name in names if name in self.masks]
             dropped = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks) if masks else 0.0
             units = {"ffn": len(self.keep_ffn[layer]), "kv": len(self.keep_kv[layer])}
             rows.append({"kept": True, **units, "sparsity": dropped})
@@ -152,10 +149,10 @@ class Plan:
         tensors |= {f"bias.{name}": bias.float() for name, bias in self.biases.items()}
         tensors |= {f"score.{name}": score.float() for name, score in self.scores.items()}
         stored = [Stored.of(name, tensor) for name, tensor in tensors.items()]
-        for layer in range(self.before.layers) if self.masks else ():
-            for rest, axes in self.before.block_tensors().items():  # as large as the model: read one at a time
+        for layer in range(self.after.layers) if self.masks else ():
+            for rest, axes in self.after.block_tensors().items():  # as large as the model: read one at a time
                 if (name := self.before.family.block_tensor(layer, rest)) in self.masks:
-                    size = self.before.tensor_size(axes)
+                    size = self.after.tensor_size(axes)
                     stored.append(Stored(f"mask.{name}", torch.bool, size, lambda name=name: (self.masks[name],)))
         write_tensors(directory / TENSOR_FILE, stored)
         content = {
@@ -188,9 +185,17 @@ def load_masks(directory: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or "tensors" not in content:
         raise UserError(f"{directory / JSON_FILE}: is not a plan")
     if not file.is_file() or sha256_file(file) != content["tensors"]:
-        raise UserError(f"{file}: is not the file that {JSON_FILE} was written with")
+        raise UserError(
+            f"{file}: is not the file that {JSON_FILE} was written with; copy both from the pruned checkpoint, or "
+            "remove both to go on without masks"
+        )
     tensors = TensorFile(file)
     return {name.removeprefix("mask."): tensors.tensor(name) for name in tensors.names if name.startswith("mask.")}
+
+
+def stored_masks(directory: Path) -> dict[str, Tensor]:
+    """Read the masks beside a checkpoint (:func:`load_masks`); empty where no plan lies there."""
+    return load_masks(directory) if (directory / JSON_FILE).is_file() else {}
 
 
 def _unless_all(indices: Tensor, size: int) -> Tensor | None:

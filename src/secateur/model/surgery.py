@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,14 +18,19 @@ from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import Axis
 from secateur.model.plan import Plan
 from secateur.model.safetensors_io import Stored
+from secateur.model.zeros import ZeroCount
 
-__all__ = ["cut_config", "cut_tensors"]
+__all__ = ["carry_masks", "cut_config", "cut_tensors"]
 
 _ROWS = 4096  # of the embedding or the head at once
 
 
-def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[Stored]:
-    """Yield each tensor as the plan cuts it, under the new layer numbers; it is read when it is written."""
+def cut_tensors(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None = None) -> Iterator[Stored]:
+    """Yield each tensor as the plan cuts it, under the new layer numbers; it is read when it is written.
+
+    Args:
+        zeros: counts the zeros of the checkpoint that stay in the output without a mask.
+    """
     family = checkpoint.family
     for name, axes in checkpoint.outer_tensors().items():
         size, dtype = plan.after.tensor_size(axes), checkpoint.dtype_of(name)
@@ -35,7 +41,7 @@ def cut_tensors(checkpoint: Checkpoint, plan: Plan) -> Iterator[Stored]:
             name = family.block_tensor(old, rest)
             dtype = checkpoint.dtype_of(name) if rest in stored else checkpoint.dtype
             size = plan.after.tensor_size(axes)
-            make = partial(_block_tensor, checkpoint, plan, old, rest, axes)
+            make = partial(_block_tensor, checkpoint, plan, old, new, rest, axes, zeros)
             yield Stored(family.block_tensor(new, rest), dtype, size, lambda make=make: (make(),))
 
 
@@ -48,17 +54,64 @@ def _outer_parts(checkpoint: Checkpoint, plan: Plan, name: str, axes: tuple[Axis
         yield _keep_scale(name, _slice(part, axes, plan, layer=-1), plan)
 
 
-def _block_tensor(checkpoint: Checkpoint, plan: Plan, layer: int, rest: str, axes: tuple[Axis, ...]) -> Tensor:
+def _block_tensor(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    layer: int,
+    new_layer: int,
+    rest: str,
+    axes: tuple[Axis, ...],
+    zeros: ZeroCount | None,
+) -> Tensor:
     name = checkpoint.family.block_tensor(layer, rest)
+    new_name = checkpoint.family.block_tensor(new_layer, rest)
+    mask = plan.masks.get(new_name)
+    if zeros is not None and rest in checkpoint.family.linears:
+        zeros.add(_slice(checkpoint.tensor(name) == 0, axes, plan, layer), mask)
     if rest in checkpoint.shape.block_tensors():
         tensor = plan.weights[name] if name in plan.weights else checkpoint.tensor(name)
     else:  # a bias that the plan switches on
         tensor = torch.zeros(plan.before.tensor_size(axes), dtype=checkpoint.dtype)
     if name in plan.biases:
         tensor = (tensor.float() + plan.biases[name]).to(tensor.dtype)
-    if name in plan.masks:
-        tensor = tensor.masked_fill(~plan.masks[name], 0)
-    return _slice(_keep_mean(rest, tensor, axes, plan, layer=layer), axes, plan, layer=layer)
+    tensor = _slice(_keep_mean(rest, tensor, axes, plan, layer=layer), axes, plan, layer=layer)
+    return tensor if mask is None else tensor.masked_fill(~mask, 0)
+
+
+def carry_masks(plan: Plan, masks: Mapping[str, Tensor]) -> Plan:
+    """The plan with the masks of the checkpoint that it cuts, sliced as the weights are; each is read when it is used.
+
+    Padding is not masked: its weights have no gradient, so they stay zero.
+    """
+    if not masks:
+        return plan
+    carried = _CutMasks(plan, masks)
+    detail = f"{plan.summary.get('detail', '')}; the masks of {len(carried)} linears were carried over".lstrip("; ")
+    return dataclasses.replace(plan, masks=carried, summary={**plan.summary, "detail": detail})
+
+
+class _CutMasks(Mapping[str, Tensor]):
+    """The masks of a checkpoint as a plan cuts them: name of a tensor of the output -> mask."""
+
+    def __init__(self, plan: Plan, masks: Mapping[str, Tensor]) -> None:
+        family = plan.before.family
+        self._plan, self._masks = plan, masks
+        self._places = {
+            family.block_tensor(new, rest): (old, family.block_tensor(old, rest), axes)
+            for new, old in enumerate(plan.keep_layers.tolist())
+            for rest, axes in plan.before.block_tensors().items()
+            if family.block_tensor(old, rest) in masks
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer, old_name, axes = self._places[name]
+        return ~_slice(~self._masks[old_name], axes, self._plan, layer)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _slice(tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int) -> Tensor:

@@ -156,6 +156,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
         "dtype": str(dtype),
         "processes": distributed.world_size(),
         "versions": environment(),
+        **checkpoint.masks_identity,
     }
     work = partial_directories(out)[1]
     if request.resume and not any(work.glob(FINISHED_BLOCKS)):

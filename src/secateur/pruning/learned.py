@@ -19,6 +19,7 @@ from secateur.methods.selection import keep_channels
 from secateur.model.checkpoint import Checkpoint, copy_tokenizer, skeleton
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
+from secateur.model.surgery import carry_masks
 from secateur.pruning.pipeline import check_config
 from secateur.pruning.target import Target
 from secateur.training.batches import Data
@@ -83,7 +84,7 @@ def learn(
     gates = Gates(model, method, checkpoint.shape, after)
     module = place_model(model, stored_weights(checkpoint), execution, gates)
     options = replace(options, remedy="lower the method's options rate and mask_rate")
-    result = train_loop(module, data, masks={}, measure=measure, points=_POINTS, options=options)
+    result = train_loop(module, data, masks=checkpoint.masks, measure=measure, points=_POINTS, options=options)
     scores = gates.scores()
     _check_reached(method, scores, checkpoint.shape, after, result["curve"], options)
     plan = cut_plan(
@@ -96,6 +97,7 @@ def learn(
         calibration={**record, "tokens": result["tokens"], "method_source": method.source},
         training={key: result[key] for key in ("steps", "targets", "curve")},
     )
+    plan = carry_masks(plan, checkpoint.masks)
     return plan, write_gated(checkpoint, module, gate_values(method, scores, after), out)
 
 

@@ -165,6 +165,7 @@ def prune_learned(
         "targets": [target.record(method) for target in request.targets],
         "calibration": data.record,
         "dtype": dtype,
+        **checkpoint.masks_identity,
     }
     directories = shared_directory(
         out,

@@ -21,7 +21,8 @@ from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint, copy_tokenizer, model_card, write_checkpoint
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
-from secateur.model.surgery import cut_config, cut_tensors
+from secateur.model.surgery import carry_masks, cut_config, cut_tensors
+from secateur.model.zeros import UNMASKED, ZeroCount
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.scoring import score_and_select
@@ -98,9 +99,10 @@ def make_plan(
         record["dtype"] = str(dtype).removeprefix("torch.")
     request = target.record(prototype) | ({"options": identity(prototype)} if identity(prototype) else {})
     fields = {"after": after, "calibration": {**record, "method_source": prototype.source}, **decision}
-    return Plan.keeping_all(
+    plan = Plan.keeping_all(
         method, prototype.granularity, request, checkpoint.shape, source=checkpoint.digest, **fields
     )
+    return plan if prototype.granularity == "sparse" else carry_masks(plan, checkpoint.masks)
 
 
 def scores_identity(
@@ -178,7 +180,7 @@ def removed_shares(plan: Plan) -> dict[str, Any]:
     """
     ratio, of = plan.request.get("ratio"), plan.request.get("of")
     shares = plan.removed()
-    if plan.masks:
+    if plan.granularity == "sparse":
         shares["block_weights"] = plan.zeroed / plan.before.block_weights
     return {"asked": ratio, "of": of, **shares, "drift": None if ratio is None else shares[of or ""] - ratio}
 
@@ -189,7 +191,7 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
     Returns:
         The content of ``plan.json``.
     """
-    content = plan.save(out)
+    content, zeros = plan.save(out), ZeroCount()
     share = removed_shares(plan)
     lines = [
         f"Pruned with **{plan.method}** ({plan.granularity}) by secateur, asked for {describe_target(plan.request)}: "
@@ -206,7 +208,7 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
     write_checkpoint(
         out,
         cut_config(checkpoint, plan),
-        cut_tensors(checkpoint, plan),
+        cut_tensors(checkpoint, plan, zeros),
         provenance={
             "kind": "pruned",
             "method": plan.method,
@@ -218,4 +220,5 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
         card=model_card(f"Pruned with {plan.method}", base, lines),
     )
     copy_tokenizer(checkpoint.directory, out)
+    zeros.warn(str(checkpoint.directory), UNMASKED)
     return content

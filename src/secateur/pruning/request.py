@@ -20,6 +20,7 @@ _TEXT_FIELDS = ("windows", "seqlen", "field")
 #: fields of a request by the keys that identify an unfinished run
 RESUME_LABELS = {
     "model": "another `model`",
+    "masks": "the masks of `model`",
     "method": "`method`",
     "options": "`options`",
     "targets": "`ratio`, `shape`, `pattern` or what goes with them",

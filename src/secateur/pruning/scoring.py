@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -297,14 +298,16 @@ def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> De
             )
 
     for block, stats in walk.observe(needs, replay=restore):
-        walk.journal.put(block.index, _prune_block(method, block, stats, select))
+        walk.journal.put(block.index, _prune_block(method, block, stats, select, walk.checkpoint.masks))
     zeros = {name: int(count) for name, count in walk.journal.with_prefix("zeros.").items()}
     shape = walk.checkpoint.shape
     pruned, total = sum(zeros.values()), shape.block_weights
     sizes = {linear: math.prod(shape.tensor_size(shape.block_tensors()[linear])) for linear in family.linears}
     names = [(family.block_tensor(layer, linear), linear) for layer in range(shape.layers) for linear in family.linears]
+    earlier = sum(mask.numel() - int(mask.count_nonzero()) for mask in walk.checkpoint.masks.values())
     summary = {
         "detail": f"{pruned:,} of {plural(total, 'block weight')} zeroed ({100 * pruned / total:.1f}%)"
+        + (f", {earlier:,} of them by the masks of the checkpoint" if earlier else "")
         + (f", pattern {target.pattern}" if target.pattern else ""),
         "sparsity": {name: zeros[name] / sizes[linear] for name, linear in names},
     }
@@ -312,11 +315,18 @@ def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> De
 
 
 def _prune_block(
-    method: WeightMethod, block: Block, stats: dict[str, dict[type, Tensor]], select: Selector
+    method: WeightMethod,
+    block: Block,
+    stats: dict[str, dict[type, Tensor]],
+    select: Selector,
+    masks: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Prune a block's linears in place; return journal entries with masks, numbers of zeros, and changed weights.
 
     Statistics are freed on the way, since some are matrices over all pairs of channels.
+
+    Args:
+        masks: of an earlier pruning of the checkpoint; what they drop stays pruned.
     """
     walk, entries = block.walk, dict[str, Tensor]()
     for site, linears in itertools.groupby(walk.family.linears, walk.family.site_of):
@@ -330,7 +340,12 @@ def _prune_block(
         shared = method.prepare(statistics)
         del statistics
         for linear, name in names.items():
-            weight, keep = method.prune(block.weight(linear), shared, select)
+            weight = block.weight(linear)
+            mask = masks[name].to(weight.device) if name in masks else None
+            weight, keep = method.prune(weight, shared, dataclasses.replace(select, mask=mask))
+            if mask is not None:  # a method may call the selector without saying which columns it scores
+                keep = keep & mask
+                weight = weight.masked_fill(~keep, 0)
             if not is_finite(weight):
                 raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
             if method.updates:  # in the stored dtype, so that the next block reads the weights that are written

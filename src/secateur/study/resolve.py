@@ -30,7 +30,7 @@ class ResolvedParent:
     """A parent's sizes and, for a checkpoint, the identity of its weights."""
 
     shape: Shape
-    identity: str = ""  #: digest of a local checkpoint, name and revision on the Hub; empty if pretrained
+    identity: str = ""  #: digest of a local checkpoint and its masks, name and revision on the Hub; empty if pretrained
 
 
 @dataclass(frozen=True)
@@ -164,4 +164,5 @@ def _parent(study: StudySpec, name: str, parent: ParentSpec) -> ResolvedParent:
         raise UserError(
             f"{where}: {parent.checkpoint} has {checkpoint.shape}, not the sizes in the file; leave them out"
         )
-    return ResolvedParent(checkpoint.shape, checkpoint.digest)
+    masks = checkpoint.masks_digest
+    return ResolvedParent(checkpoint.shape, fingerprint([checkpoint.digest, masks]) if masks else checkpoint.digest)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from secateur import distributed
 from secateur.config import fingerprint, identity
@@ -21,27 +19,28 @@ from secateur.files import require_new_directory, shared_directory, write_json
 from secateur.formatting import count, plural, scientific
 from secateur.hub import local_checkpoint
 from secateur.memory import ResourceUse, track_resources
-from secateur.model.checkpoint import Checkpoint, copy_tokenizer, max_positions, read_config, skeleton
-from secateur.model.plan import JSON_FILE, TENSOR_FILE, load_masks
-from secateur.model.shapes import Shape, teacher_flops, train_flops
+from secateur.model.checkpoint import Checkpoint, copy_tokenizer, max_positions, skeleton
+from secateur.model.plan import JSON_FILE, TENSOR_FILE
+from secateur.model.shapes import teacher_flops, train_flops
 from secateur.progress import notify
 from secateur.runtime import environment, pick_device, pick_dtype
 from secateur.training.batches import Data, Slice
 from secateur.training.checkpoints import FINISHED
 from secateur.training.distill import Distillation, check_teacher
 from secateur.training.heldout import heldout_loss
-from secateur.training.init import fresh_weights, stored_weights
+from secateur.training.init import stored_weights
 from secateur.training.loop import RunOptions, train_loop
 from secateur.training.masks import Masks
 from secateur.training.metrics import Metrics, check_trackers, open_trackers
+from secateur.training.origin import Origin, Start, open_origin
 from secateur.training.output import write_trained
 from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
-from secateur.training.recipe import Distill, Recipe
+from secateur.training.recipe import Distill
 from secateur.training.request import TrainRequest
 from secateur.training.throughput import Meter, Peak, peak_of
 from secateur.training.watchdog import stop_on_signals
 
-__all__ = ["Start", "Trained", "distillation", "train", "train_model"]
+__all__ = ["Trained", "distillation", "train", "train_model"]
 
 
 @dataclass(frozen=True)
@@ -100,15 +99,6 @@ class Trained:
         }
 
 
-@dataclass(frozen=True)
-class Start:
-    """A model before its first step."""
-
-    model: Any  #: without weights
-    weights: Callable[[str], Tensor]  #: parameter name -> its value
-    masks: Mapping[str, Tensor] = field(default_factory=dict)  #: parameter name -> bool, True where kept
-
-
 def train_model(
     start: Start,
     data: Data,
@@ -130,6 +120,7 @@ def train_model(
         The trained module, and the result of :func:`secateur.training.loop.train_loop`.
     """
     module = place_model(start.model, start.weights, execution, objective)
+    start.report()
     batch = data.recipe.micro_batch
     result = train_loop(
         module,
@@ -149,37 +140,6 @@ def distillation(spec: Distill, teacher: Checkpoint, execution: Execution) -> Di
     return Distillation(spec, place_teacher(model, stored_weights(teacher), execution))
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """The model that a request starts from."""
-
-    directory: Path  #: of the configuration and the tokenizer
-    raw_config: dict[str, Any]
-    config: Any
-    shape: Shape
-    checkpoint: Checkpoint | None  #: of the weights; None for fresh ones
-    masks: Mapping[str, Tensor]
-
-    @property
-    def kind(self) -> str:
-        """Where the weights come from, in a word."""
-        return "checkpoint" if self.checkpoint else "redrawn" if self.masks else "random"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The parts that change the result."""
-        plan = self.directory / JSON_FILE
-        weights = self.checkpoint.digest if self.checkpoint else "scratch"
-        return {"weights": weights, "config": self.raw_config, "masks": plan.read_text() if self.masks else None}
-
-    def start(self, recipe: Recipe) -> Start:
-        """The model without weights, its first weights and its masks."""
-        model = skeleton(self.config, self.directory)
-        if self.checkpoint:
-            return Start(model, stored_weights(self.checkpoint), self.masks)
-        return Start(model, fresh_weights(model, recipe.init, seed=recipe.seed), self.masks)
-
-
 def train(request: TrainRequest) -> Trained:
     """Train and write the checkpoint ``out``; all processes together.
 
@@ -194,7 +154,7 @@ def train(request: TrainRequest) -> Trained:
     dtype = "bfloat16" if pick_dtype(request.dtype, device) is torch.bfloat16 else "float32"
     execution = Execution(device, dtype, request.replicas, request.recompute, request.compile)
     store = open_shards(request.data, "data")
-    origin = _open_origin(request)
+    origin = open_origin(request, dtype)
     data = _slice(request, store, origin)
     teacher = _open_teacher(request, origin)
     protocol = _heldout_protocol(store, request.heldout_windows, recipe.sequence)
@@ -210,6 +170,7 @@ def train(request: TrainRequest) -> Trained:
         "dtype": dtype,
         "evaluation": {"points": request.points, "protocol": protocol.record() if protocol else None},
         **({"objective": objective} if objective else {}),
+        **({"keep_zeros": True} if request.keep_zeros else {}),
     }
     peak = peak_of(device, dtype)
     teaching = teacher_flops(teacher.shape, data.tokens, recipe.sequence) if teacher else None
@@ -220,12 +181,15 @@ def train(request: TrainRequest) -> Trained:
     )
     meter = Meter(flops / data.tokens, peak.flops * distributed.world_size())
     with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):
+        if request.keep_zeros:
+            origin = origin.mask_zeros(work / "masks")
         names = (out.name, fingerprint(run_identity)[:16])
         trackers = open_trackers(request.track, work, *names) if distributed.is_main() else ()
         options = RunOptions(
             folder=work / "checkpoints",
             label=f"train {out.name}",
             save_every=request.save_every,
+            save_minutes=request.save_minutes,
             keep=request.keep,
             background=device.startswith("cuda"),
             metrics=Metrics(work / "metrics.jsonl" if distributed.is_main() else None, trackers),
@@ -248,7 +212,7 @@ def train(request: TrainRequest) -> Trained:
         facts = {"asked": run_identity, "result": result, "flops": flops}
         facts |= {"protocol": run_identity["evaluation"]["protocol"]}
         facts |= {} if teaching is None else {"teacher_flops": teaching}
-        _write(fresh, origin, module, facts, dtype)
+        _write(fresh, origin, module, facts)
         for name in ("metrics.jsonl", *request.track) if distributed.is_main() else ():
             if (work / name).exists():
                 shutil.move(work / name, fresh / name)
@@ -265,6 +229,7 @@ _RESUME_LABELS = {
     "recipe": "`recipe`",
     "dtype": "`dtype`",
     "evaluation": "`points` or `heldout_windows`",
+    "keep_zeros": "`keep_zeros`",
     "objective": "`teacher`, `temperature`, `alpha` or `top_k`",
 }
 
@@ -275,30 +240,7 @@ def _check_outside(out: Path, *folders: Path) -> None:
             raise UserError(f"{out}: lies in {folder}, which is read; name a directory outside it")
 
 
-def _open_origin(request: TrainRequest) -> _Origin:
-    """Open the model that the request names.
-
-    Raises:
-        UserError: if there is no such checkpoint or configuration.
-    """
-    if not request.from_scratch:
-        checkpoint = Checkpoint(local_checkpoint(request.init))
-        fields = (checkpoint.directory, checkpoint.raw_config, checkpoint.config, checkpoint.shape, checkpoint)
-        return _Origin(*fields, _masks(checkpoint.directory))
-    directory = Path(request.like)
-    directory = directory.parent if directory.name == "config.json" else local_checkpoint(request.like, weights=False)
-    if not (directory / "config.json").is_file():
-        raise UserError(f"`like`: {request.like} has no config.json; name a checkpoint or its config.json")
-    raw, config, shape = read_config(directory / "config.json")
-    return _Origin(directory, raw, config, shape, None, _masks(directory))
-
-
-def _masks(directory: Path) -> Mapping[str, Tensor]:
-    """The masks of a sparse model, which hold in training."""
-    return load_masks(directory) if (directory / JSON_FILE).is_file() else {}
-
-
-def _slice(request: TrainRequest, store: TokenStore, origin: _Origin) -> Slice:
+def _slice(request: TrainRequest, store: TokenStore, origin: Origin) -> Slice:
     """The tokens of the run.
 
     Raises:
@@ -320,7 +262,7 @@ def _slice(request: TrainRequest, store: TokenStore, origin: _Origin) -> Slice:
     return Slice(store, first, last, recipe)
 
 
-def _open_teacher(request: TrainRequest, origin: _Origin) -> Checkpoint | None:
+def _open_teacher(request: TrainRequest, origin: Origin) -> Checkpoint | None:
     """Open the teacher; None where the request names none.
 
     Raises:
@@ -343,7 +285,7 @@ def _heldout_protocol(store: TokenStore, windows: int, seqlen: int) -> Protocol 
 
 
 def _announce(
-    data: Slice, origin: _Origin, teacher: Checkpoint | None, flops: float, execution: Execution, peak: Peak
+    data: Slice, origin: Origin, teacher: Checkpoint | None, flops: float, execution: Execution, peak: Peak
 ) -> None:
     sparse = f", {plural(len(origin.masks), 'masked matrix', 'masked matrices')}" if origin.masks else ""
     distilled = f", distilled from {count(teacher.shape.total)}" if teacher else ""
@@ -351,22 +293,22 @@ def _announce(
     notify(
         f"{count(origin.shape.total)} parameters{sparse}{distilled}, {plural(data.tokens, 'token')} in "
         f"{plural(data.steps, 'step')}, {scientific(flops)} FLOPs; {plural(processes, 'process', 'processes')} on "
-        f"{execution.device}, {execution.dtype}; "
+        f"{execution.device}, {execution.dtype}"
+        f"{'' if origin.dtype_name == execution.dtype else f', stored in {origin.dtype_name}'}; "
         f"MFU is of {scientific(peak.flops * processes)} FLOPs a second ({peak.source})"
     )
 
 
-def _write(out: Path, origin: _Origin, module: TrainModule, facts: dict[str, Any], dtype: str) -> None:
+def _write(out: Path, origin: Origin, module: TrainModule, facts: dict[str, Any]) -> None:
     """Write the trained model as a checkpoint; all processes give their parts, the first one writes."""
     result, objective = facts["result"], facts["asked"].get("objective")
     source = "fresh weights" if origin.checkpoint is None else f"the weights of {origin.directory.name}"
     distilled = f", distilled at temperature {objective['temperature']:g}" if objective else ""
-    stored = getattr(torch, dtype)
     write_trained(
         out,
         module,
-        {**{k: v for k, v in origin.raw_config.items() if k != "torch_dtype"}, "dtype": dtype},
-        lambda _: stored,
+        {**{k: v for k, v in origin.raw_config.items() if k != "torch_dtype"}, "dtype": origin.dtype_name},
+        origin.dtype_of,
         provenance={
             "kind": "trained",
             "init": origin.kind,
@@ -374,10 +316,11 @@ def _write(out: Path, origin: _Origin, module: TrainModule, facts: dict[str, Any
             **({"objective": objective} if objective else {}),
         },
         line=f"Trained by secateur on {plural(result['tokens'], 'token')} from {source}{distilled}.",
+        remedy="the steps are saved: repeat the command with `save_dtype` bfloat16 or float32, and it only writes",
     )
     if not distributed.is_main():
         return
     copy_tokenizer(origin.directory, out)
     for name in (JSON_FILE, TENSOR_FILE) if origin.masks else ():  # so that the masks hold in later runs as well
-        shutil.copyfile(origin.directory / name, out / name)
+        shutil.copyfile(origin.plan / name, out / name)
     write_json(out / "train.json", {**facts, "versions": environment()})

@@ -8,7 +8,8 @@ at the same bits as an uninterrupted run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class RunOptions:
     label: str  #: the run's name in progress, warnings and errors
     origin: Path | None = None  #: a checkpoint of another run, whose weights and moments a new run starts from
     save_every: int = 100  #: steps between checkpoints
+    save_minutes: float = 20.0  #: minutes after which one is saved besides
     keep: int = 2  #: checkpoints that stay, the newest
     background: bool = False  #: write checkpoints while training continues
     metrics: Metrics = field(default_factory=lambda: Metrics(None))
@@ -91,6 +93,14 @@ def train_loop(
     options.metrics.resume(state["step"])
     module.train()
     watchdog = Watchdog(options.label, report=options.metrics.write)
+    last_save = time.monotonic()
+
+    def is_stopped() -> bool:
+        return options.stop.is_set
+
+    def is_due() -> bool:
+        return time.monotonic() - last_save >= 60 * options.save_minutes
+
     with track(options.label, data.tokens) as progress, watchdog:
         progress.advance(state["tokens"], "resumed" if state["step"] else "")
         for step in range(state["step"], steps):
@@ -99,7 +109,7 @@ def train_loop(
             objective.begin(step, steps)
             spans = data.spans(step)
             targets = sum(stop - start - 1 for start, stop in spans)
-            losses, stopping = _accumulate_gradients(module, data, spans, targets, options.stop)
+            losses, (stopping, due) = _accumulate_gradients(module, data, spans, targets, (is_stopped, is_due))
             if recipe.mask == "before-clip":
                 model_masks.apply_to_gradients()
             norm = float(full_tensor(clip_grad_norm_(weights, recipe.clip)))
@@ -125,9 +135,10 @@ def train_loop(
                 point = {"loss": heldout_loss, "training_loss": loss, "learning_rate": rate, **objective.figures()}
                 state["curve"].append({"tokens": state["tokens"], **point})
                 _report_heldout_loss(options, step + 1, state["tokens"], heldout_loss)
-            if stopping or (step + 1) % options.save_every == 0 or step + 1 == steps:
+            if stopping or due or (step + 1) % options.save_every == 0 or step + 1 == steps:
                 model_masks.check()
                 saver.save({**state, "data": data.state()})
+                last_save = time.monotonic()
             if stopping and step + 1 < steps:
                 saver.finish()
                 raise RunError(
@@ -152,20 +163,21 @@ def _initial_state(
 
 
 def _accumulate_gradients(
-    module: TrainModule, data: Data, spans: list[Span], targets: int, stop: StopSignal
-) -> tuple[list[float], bool]:
+    module: TrainModule, data: Data, spans: list[Span], targets: int, flags: Sequence[Callable[[], bool]]
+) -> tuple[list[float], list[bool]]:
     """Add up the gradient of a step's mean loss over processes and micro-batches.
 
     Args:
         module: the model; its gradients are added to.
         targets: number of tokens that all windows predict together.
+        flags: conditions such as a stop signal, which this process asks at the end.
 
     Returns:
-        The loss of each of the step's windows, summed over its tokens, in the order of ``spans``; and whether any
-        process received a stop signal.
+        The loss of each of the step's windows, summed over its tokens, in the order of ``spans``; and for each flag
+        whether it is true in any process: all processes must act alike, and their clocks differ.
     """
     index = {span: number for number, span in enumerate(spans)}  # a window read twice has its sum at the last place
-    window_losses = torch.zeros(len(spans) + 1, dtype=torch.float64)  # the last one: the number of stop signals
+    sums = torch.zeros(len(spans) + len(flags), dtype=torch.float64)  # of losses, and of true flags
     pending: list[tuple[Tensor, Tensor]] = []
     groups = micro_batches(spans, data.recipe.micro_batch, rank=distributed.rank(), world=distributed.world_size())
     for group in groups:
@@ -174,11 +186,11 @@ def _accumulate_gradients(
         loss = total * (distributed.world_size() / max(targets, 1))  # sharding takes the mean over the processes
         (loss if once is None else loss + once / len(groups)).backward()
         pending.append((torch.tensor([index[span] for span in group], dtype=torch.int64), each.sum(dim=1)))
-    for places, sums in pending:  # the only point in a step where the host waits for the device
-        window_losses.index_add_(0, places, sums[: len(places)].double().cpu())
-    window_losses[-1] = float(stop.is_set)
-    distributed.all_reduce(window_losses)
-    return window_losses[:-1].tolist(), bool(window_losses[-1])
+    for places, losses in pending:  # the only point in a step where the host waits for the device
+        sums.index_add_(0, places, losses[: len(places)].double().cpu())
+    sums[len(spans) :] = torch.tensor([float(flag()) for flag in flags])
+    distributed.all_reduce(sums)
+    return sums[: len(spans)].tolist(), [count > 0 for count in sums[len(spans) :].tolist()]
 
 
 def _report_step(

@@ -29,6 +29,7 @@ class TrainRequest:
         tokens: exact budget: 700_000, "700k", "50B" ...
         data: ``shards:DIR``, as ``secateur data`` writes it.
         like: checkpoint or config.json of the shape, for ``scratch``.
+        keep_zeros: mask the weights of the block linears that are zero in ``init``, so that they stay zero.
         skip: tokens of the data to leave out before the first.
         recipe: a :class:`Recipe`, a mapping of its fields, or a YAML file.
         teacher: checkpoint to distil from, of the model's vocabulary.
@@ -43,7 +44,10 @@ class TrainRequest:
         recompute: recompute the activations within blocks in the backward pass.
         compile: compile the blocks with torch.compile.
         replicas: groups of processes that each hold the model.
+        save_dtype: type to store the trained model in; None for that of ``init``, or of what is computed for
+            ``scratch``.
         save_every: steps between checkpoints.
+        save_minutes: minutes after which a checkpoint is written besides.
         keep: checkpoints of the run that stay.
         track: trackers that receive the metrics.
 
@@ -56,6 +60,7 @@ class TrainRequest:
     tokens: Count
     data: str
     like: Any = None
+    keep_zeros: bool = False
     skip: Annotated[int, Field(ge=0)] = 0
     recipe: Any = dataclasses.field(default_factory=Recipe)
     teacher: Any = None
@@ -70,7 +75,9 @@ class TrainRequest:
     recompute: bool = False
     compile: bool = False
     replicas: Positive = 1
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     save_every: Positive = 100
+    save_minutes: Annotated[float, Field(gt=0)] = 20.0
     keep: Positive = 2
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
@@ -87,6 +94,8 @@ class TrainRequest:
             raise UserError("`init`: scratch needs a shape; name a checkpoint or config.json of that shape with `like`")
         if not self.from_scratch and self.like is not None:
             raise UserError(f"`like`: the shape is that of `init` {self.init}; leave it out, or train from scratch")
+        if self.from_scratch and self.keep_zeros:
+            raise UserError("`keep_zeros`: fresh weights have no zeros to keep; name a checkpoint with `init`")
         if self.teacher is None and self._distilling:
             name = next(iter(self._distilling))
             raise UserError(f"`{name}`: says how to distil; name a teacher to distil from with `teacher`")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import signal
 import statistics
 import threading
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from secateur import distributed
 from secateur.formatting import fixed
 from secateur.progress import clock_time, notify
 
@@ -26,18 +29,39 @@ class StopSignal:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopSignal]:
-    """Set the stop signal on SIGTERM and SIGUSR1, which schedulers send before they end a job.
+def stop_on_signals(task: str = "finishing the step and saving") -> Iterator[StopSignal]:
+    """Set the stop signal on Ctrl-C, and on SIGTERM and SIGUSR1, which schedulers send before they end a job.
 
-    Works in the main thread only; in other threads signal handlers stay as they are.
+    A second Ctrl-C raises ``KeyboardInterrupt``, a third one ends the process. Works in the main thread only; in other
+    threads signal handlers stay as they are. Where Ctrl-C is ignored, it stays so: another process handles it then.
+
+    Args:
+        task: what happens after the first Ctrl-C, for the line that says so.
     """
     stop, before = StopSignal(), {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.is_set = True
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, interrupt_again)
+        stop.is_set = True
+        if distributed.is_main():
+            # Written at once and past every lock: the signal may have come while a progress bar was drawn.
+            text = f"\ninterrupted: {task}; Ctrl-C again stops at once\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
+
+    def interrupt_again(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        handlers: dict[int, Callable[[int, FrameType | None], None]]
+        handlers = {signal.SIGTERM: handle, signal.SIGUSR1: handle}
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            handlers[signal.SIGINT] = interrupt
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield stop
     finally:

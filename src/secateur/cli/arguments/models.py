@@ -7,6 +7,7 @@ from typing import Any
 
 from secateur.cli import manual
 from secateur.cli.arguments.common import (
+    above_zero,
     add_verb,
     amount,
     computing,
@@ -162,6 +163,7 @@ def add_train(verbs: Any) -> None:
     add("out", help="new directory to write")
     add("--init", required=True, metavar="scratch|DIR", help="fresh weights, or those of a checkpoint")
     add("--like", metavar="DIR", help="checkpoint or config.json of the shape, for --init scratch")
+    add("--keep-zeros", action="store_true", help="mask the block linears' weights that are zero in --init DIR")
     add("--tokens", required=True, type=token_count, help="budget: 700k, 7e5, 50B ...")
     add("--data", required=True, metavar="shards:DIR", help="what `secateur data` has written")
     add(
@@ -190,7 +192,13 @@ def add_train(verbs: Any) -> None:
     add("--recompute", action="store_true", help="recompute activations within blocks: less memory, a third more time")
     add("--compile", action="store_true", help="compile the blocks (torch.compile)")
     add("--replicas", type=positive, default=1, help="groups of processes that each hold the model")
+    add(
+        "--save-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the trained model on disk (default: as --init DIR is stored; for scratch, as computed)",
+    )
     add("--save-every", type=positive, default=100, metavar="STEPS", help="steps between checkpoints")
+    add("--save-minutes", type=above_zero, default=20, metavar="N", help="and minutes, whichever come first")
     add("--keep", type=positive, default=2, metavar="N", help="checkpoints of the run to keep")
     add("--track", action="append", choices=("tensorboard", "wandb"), help="also send the metrics to this tracker")
 

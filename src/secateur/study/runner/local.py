@@ -127,6 +127,13 @@ class LocalLauncher:
                     outcomes.append((group.stage, outcome))
         return outcomes
 
+    def stop(self) -> None:
+        """Have stages that train save and end, and others end at once: these resume or start over."""
+        for worker in self.workers:
+            worker.stop()
+        for group in self.groups:
+            group.stop()
+
     def close(self, *, kill: bool) -> None:
         """End the workers, at once if ``kill``: a killed stage resumes from its checkpoint."""
         for worker in self.workers:
@@ -142,6 +149,7 @@ class Worker:
         self.slot = slot
         self.stage: Stage | None = None
         self.alive = True
+        self.stopping = False
         context: Any = multiprocessing.get_context(START[device])
         context.set_forkserver_preload(["secateur.study.runner.worker"])
         self.connection, worker_end = context.Pipe()
@@ -172,12 +180,20 @@ class Worker:
             self.stage, self.alive = None, False
             if self.process.exitcode == _LEASE_LOST:
                 return StageOutcome("elsewhere")
+            if self.stopping:
+                return StageOutcome("stopped")
             return StageOutcome("failed", "its process was killed (out of memory?); run the study again to resume")
         if name == "ended":
             self.stage = None
             return arguments[0]
         getattr(progress.listener(), name)(*arguments)
         return None
+
+    def stop(self) -> None:
+        """Send the signal to stop; a stage that saves its state catches it."""
+        if self.stage is not None and self.process.is_alive():
+            self.stopping = True
+            self.process.terminate()
 
     def close(self, kill: bool) -> None:
         """End the process."""
@@ -193,7 +209,7 @@ class Group:
     """A stage of several processes, under torchrun."""
 
     def __init__(self, stage: Stage, out: Path, file: Path, device: str, slots: list[str]) -> None:
-        self.stage, self.slots, self.store = stage, slots, Store(out)
+        self.stage, self.slots, self.store, self.stopping = stage, slots, Store(out), False
         log = self.store.log(stage)
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(slots) if device == "cuda" else ""}
@@ -216,7 +232,13 @@ class Group:
                 progress.listener().update(self.stage.name, note["share"], 1.0, note["note"])
             return None
         progress.listener().finish(self.stage.name)
-        return outcome_of_exit(self.stage, self.store, code)
+        outcome = outcome_of_exit(self.stage, self.store, code)
+        return StageOutcome("stopped") if self.stopping and outcome.state == "failed" else outcome
+
+    def stop(self) -> None:
+        """Send torchrun the signal to stop, which it passes on to its processes."""
+        self.stopping = True
+        self.process.terminate()
 
     def close(self, kill: bool) -> None:
         """End the processes."""

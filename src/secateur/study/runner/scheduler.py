@@ -16,11 +16,13 @@ from secateur.study.pace import study_progress
 from secateur.study.runner.local import LocalLauncher
 from secateur.study.stage import Stage, with_inputs
 from secateur.study.store import StageOutcome, Store, key_of
+from secateur.training.watchdog import stop_on_signals
 
 __all__ = ["Launcher", "StudyOutcome", "Survey", "run_stages", "survey"]
 
 _POLL_SECONDS = 1.0  # between looks at the stages of other processes
 _REPORT_SECONDS = 5.0  # between estimates of the study's progress
+_STOPPING = "training runs finish their steps and save"
 
 
 @dataclass
@@ -67,6 +69,10 @@ class Launcher(Protocol):
 
     def wait(self, seconds: float) -> list[tuple[Stage, StageOutcome]]:
         """Wait up to ``seconds`` for stages to end; return those that did."""
+        ...
+
+    def stop(self) -> None:
+        """Have stages that train save and end, and others end at once."""
         ...
 
     def close(self, *, kill: bool) -> None:
@@ -144,8 +150,11 @@ class Run:
         order = sorted(self.waiting.values(), key=lambda stage: -urgency[stage.fingerprint])
         running, interrupted = 0, True
         try:
-            with progress.track("whole study", 1.0) as whole:
+            with stop_on_signals(_STOPPING) as stop, progress.track("whole study", 1.0) as whole:
                 while True:
+                    if stop.is_set and not self.outcome.stopped:
+                        self.outcome.stopped = "stopped by a signal; run the same command to resume"
+                        launcher.stop()
                     for stage in order:
                         if stage.fingerprint in self.waiting and self._start_if_ready(stage, launcher):
                             running += 1

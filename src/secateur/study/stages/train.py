@@ -31,8 +31,9 @@ from secateur.study.store import Store
 from secateur.training.batches import Slice
 from secateur.training.distill import Distillation, check_teacher
 from secateur.training.init import fresh_weights, llama_config, stored_weights
-from secateur.training.job import Start, distillation, train_model
+from secateur.training.job import distillation, train_model
 from secateur.training.loop import RunOptions
+from secateur.training.origin import Start
 from secateur.training.output import write_trained
 from secateur.training.parallel import Execution
 from secateur.training.recipe import Distill, Recipe

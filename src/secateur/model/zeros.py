@@ -1,0 +1,49 @@
+"""Zeros in the linears of a model's blocks that no mask protects: another tool's sparsity, or that of a saved copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from secateur.model.shapes import Shape
+from secateur.progress import notify
+
+__all__ = ["MANY", "UNMASKED", "ZeroCount", "linear_names"]
+
+MANY = 0.01  #: share of the weights of the block linears; dense checkpoints have far fewer exact zeros
+
+#: advice on the zeros of a checkpoint that is pruned
+UNMASKED = "pruning does not protect them, and training fills them unless it is asked to keep zeros (keep-zeros)"
+
+
+def linear_names(shape: Shape) -> list[str]:
+    """Names of the weights of all block linears, which sparse methods prune."""
+    family = shape.family
+    return [family.block_tensor(layer, linear) for layer in range(shape.layers) for linear in family.linears]
+
+
+@dataclass
+class ZeroCount:
+    """Counts zeros among weights as they are read for another purpose."""
+
+    zeros: int = 0  #: without a mask
+    weights: int = 0
+    revived: int = 0  #: not zero, although a mask drops them
+
+    def add(self, zero: Tensor, mask: Tensor | None) -> None:
+        """Count the weights of a linear.
+
+        Args:
+            zero: bool, True for a weight that is exactly zero.
+            mask: bool of the same size, True where kept; None for no mask.
+        """
+        self.weights += zero.numel()
+        self.zeros += int((zero if mask is None else zero & mask).count_nonzero())
+        self.revived += 0 if mask is None else int((zero | mask).logical_not_().count_nonzero())
+
+    def warn(self, where: str, advice: str) -> None:
+        """Print one line if at least the share ``MANY`` of the weights are zeros without a mask."""
+        if self.zeros and self.zeros >= MANY * self.weights:
+            share = f"{100 * self.zeros / self.weights:.1f}%"
+            notify(f"{where}: {share} of the block linears' weights are zero and no mask protects them; {advice}")
