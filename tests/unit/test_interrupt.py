@@ -1,0 +1,177 @@
+"""Ctrl-C, and checkpoints by the clock: nothing of a run is lost, and the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import hf, tiny_llama, token_corpus
+from secateur import distributed
+from secateur.training.batches import Slice
+from secateur.training.loop import RunOptions, train_loop
+from secateur.training.parallel import TrainModule
+from secateur.training.recipe import Recipe
+from secateur.training.watchdog import stop_on_signals
+
+WAIT = 200.0
+
+
+def start(folder: Path, *command: object, processes: int = 1) -> subprocess.Popen[str]:
+    run = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, "-m", *run, "secateur", *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def interrupt(process: subprocess.Popen[str], ready: Callable[[], bool]) -> str:
+    """Send Ctrl-C's signal once ``ready``; return standard error."""
+    end = time.monotonic() + WAIT
+    while not ready() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert process.poll() is None, process.communicate()[1][-4000:]
+    process.send_signal(signal.SIGINT)
+    return process.communicate(timeout=WAIT)[1]
+
+
+def test_the_first_interrupt_stops_and_the_second_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set
+        assert "finishing the step and saving; Ctrl-C again stops at once" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_that_is_ignored_stays_so() -> None:
+    """As in the workers of a study, whose own process handles it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return token_corpus(tmp_path_factory.mktemp("corpus"), tokens=200_000, vocabulary=61)
+
+
+def job(out: Path, model: Path, corpus: Path, tokens: int, *options: object) -> list[object]:
+    recipe = ["--set", "sequence=32", "--set", "tokens_per_step=64", "--set", "peak_rate=1e-3", "--points", "1"]
+    data = ["--data", f"shards:{corpus}", "--tokens", tokens, "--heldout-windows", "2"]
+    return ["train", out, "--init", model, *data, *recipe, *options]
+
+
+def steps(work: Path) -> int:
+    """Number of steps that the metrics of a run list."""
+    metrics = work / "metrics.jsonl"
+    return metrics.read_text().count('"learning_rate"') if metrics.exists() else 0
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_saves_and_the_same_command_goes_on(processes: int, corpus: Path, tmp_path: Path) -> None:
+    out, model, work = tmp_path / "out", tiny_llama(tmp_path), tmp_path / "out.partial" / "work"
+    command = job(out, model, corpus, 120_000, "--save-every", 100_000)
+    done = 0
+    for _ in range(2):
+        process = start(tmp_path, *command, processes=processes)
+        said = interrupt(process, lambda: steps(work) > done)  # noqa: B023
+        assert process.returncode == (75 if processes == 1 else 1), said
+        saved = max((work / "checkpoints").glob("step-*"))
+        assert int(saved.name.removeprefix("step-")) > done
+        done = steps(work)
+        assert saved.name == f"step-{done:08}"
+        assert said.count(f"stopped by a signal, saved {saved}; run the same command to resume") == 1
+        assert "interrupted: finishing the step and saving" in said
+        assert processes > 1 or "Traceback" not in said
+
+
+STUDY = """
+name: interrupted
+corpus: {source: "text:TEXT", holdout: 0.2, vocabulary: 280}
+parent: {tokens: 60k, hidden: 16, ffn: 48, layers: 4, heads: 4, kv_heads: 2}
+methods: [magnitude]
+ratios: [0.5]
+settings: []
+retrain: {tokens: 1024, peak_rate: 2e-3}
+recipe: {sequence: 32, tokens_per_step: 64, peak_rate: 3e-3}
+evaluation: {windows: 8, points: 1}
+"""
+
+
+def test_ctrl_c_in_a_study_saves_what_is_trained(tmp_path: Path) -> None:
+    folder, out = tmp_path / "text", tmp_path / "out"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(" ".join(f"word{(number * 7 + i * i) % 97}" for i in range(600)))
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY.replace("TEXT", str(folder)))
+    command = ["study", "run", file, "--out", out, "--jobs", 1]
+    parent = "stages/train-parent-*.partial-*"
+
+    def is_training() -> bool:
+        log = next(iter(out.glob("logs/train-parent*")), None)
+        return bool(list(out.glob(f"{parent}/progress.json"))) and log is not None
+
+    process = start(tmp_path, *command)
+    said = interrupt(process, is_training)
+    assert process.returncode == 75, said
+    assert "interrupted: training runs finish their steps and save" in said
+    assert "stopped by a signal" in said and "run the same command to resume" in said and "Traceback" not in said
+    (saved,) = out.glob(f"{parent}/checkpoints/step-*/state.json")
+    assert not list(out.glob("stages/train-magnitude*"))
+    process = start(tmp_path, *command)
+    said = process.communicate(timeout=WAIT)[1]
+    assert process.returncode == 0, said
+    assert "resumed" in "".join(path.read_text() for path in out.glob("logs/train-parent*")) or saved
+
+
+def run(folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch | None = None, **settings: Any) -> list[str]:
+    """Train ten steps; return the checkpoints that stay."""
+    ids = torch.randint(2, 61, (320,), generator=torch.Generator().manual_seed(1)).numpy()
+
+    class Store:
+        def read(self, split: str, start: int, stop: int) -> Any:
+            return ids[start:stop]
+
+    data = Slice(Store(), 0, 320, Recipe(sequence=8, tokens_per_step=32, peak_rate=1e-2))  # type: ignore[arg-type]
+    options = RunOptions(folder, "run", save_every=4, keep=20, **settings)
+    train_loop(TrainModule(model), data, masks={}, measure=lambda _: None, points=1, options=options)
+    return [path.name for path in sorted(folder.glob("step-*"))]
+
+
+def names(*numbers: int) -> list[str]:
+    return [f"step-{number:08}" for number in numbers]
+
+
+def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama(tmp_path)
+    assert run(tmp_path / "steps", hf(model)) == names(4, 8, 10)
+    assert run(tmp_path / "minutes", hf(model), save_minutes=1e-9) == names(*range(1, 11))
+
+    def all_reduce(values: Tensor) -> Tensor:  # as if the clock of another process had run out
+        values[-1] += 1
+        return values
+
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    assert run(tmp_path / "together", hf(model)) == names(*range(1, 11))
