@@ -58,7 +58,7 @@ examples:
   eval "$(secateur completion bash)"             completes verbs and options in this shell
 
 `secateur VERB --help` explains a verb. Exit codes: 0 done, 1 a stage or run failed, 2 bad input, 75 stopped
-and saved (the same command resumes), 130 interrupted.
+and saved, by Ctrl-C or a signal (the same command resumes), 130 interrupted.
 """
 
 SOURCES = (
@@ -214,9 +214,12 @@ examples:
 With --teacher, a token's loss is alpha T^2 KL(teacher || student) + (1 - alpha) times the usual loss, both at
 temperature T within the KL; held-out losses are the usual loss. The teacher's forward passes count as FLOPs.
 
-After a kill, the same command resumes from the last checkpoint, on any number of processes. SIGTERM and SIGUSR1 make it
-save and stop with exit code 75. OUT holds the checkpoint, train.json (request, tokens, curve, FLOPs) and metrics.jsonl
-(a line for each step).
+Zeros are kept by masks alone (plan.safetensors beside DIR). A sparse checkpoint of another tool has none: --keep-zeros
+makes them of its zeros. OUT is stored in the types of --init DIR, unless --save-dtype chooses another.
+
+After a kill, the same command resumes from the last checkpoint, on any number of processes. Ctrl-C, SIGTERM and SIGUSR1
+make it save and stop with exit code 75; a second Ctrl-C stops at once. OUT holds the checkpoint, train.json
+(request, tokens, curve, FLOPs) and metrics.jsonl (a line for each step).
 """
 
 
