@@ -36,6 +36,7 @@ def start(folder: Path, *command: object, processes: int = 1) -> subprocess.Pope
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's `&` ignores it
     )
 
 
@@ -50,7 +51,8 @@ def interrupt(process: subprocess.Popen[str], ready: Callable[[], bool]) -> str:
 
 
 def test_the_first_interrupt_stops_and_the_second_ends(capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
     with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_set
@@ -146,7 +148,7 @@ def test_ctrl_c_in_a_study_saves_what_is_trained(tmp_path: Path) -> None:
     assert "resumed" in "".join(path.read_text() for path in out.glob("logs/train-parent*")) or saved
 
 
-def run(folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch | None = None, **settings: Any) -> list[str]:
+def run(folder: Path, model: Any, **settings: Any) -> list[str]:
     """Train ten steps; return the checkpoints that stay."""
     ids = torch.randint(2, 61, (320,), generator=torch.Generator().manual_seed(1)).numpy()
 
@@ -170,7 +172,7 @@ def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run(tmp_path / "minutes", hf(model), save_minutes=1e-9) == names(*range(1, 11))
 
     def all_reduce(values: Tensor) -> Tensor:  # as if the clock of another process had run out
-        values[-1] += 1
+        values[-1] += values.dtype == torch.float64  # the hashes of a checkpoint are summed as well
         return values
 
     monkeypatch.setattr(distributed, "all_reduce", all_reduce)
