@@ -183,6 +183,15 @@ def test_masks_of_another_model_are_refused(sparse: Path, tmp_path: Path) -> Non
 # --- zeros without masks
 
 
+def test_padding_is_no_sparsity(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again(tiny_llama(tmp_path), tmp_path / "a", "flap", allocation="global", axes="ffn", ratio=0.3)
+    assert share_of_zeros(tmp_path / "a") > 0.01
+    share = share_of_zeros(train(tmp_path / "b", tmp_path / "a", corpus))
+    again(tmp_path / "a", tmp_path / "c", "shortgpt")
+    assert share == pytest.approx(share_of_zeros(tmp_path / "a")), "it stays zero by itself"
+    assert "no mask" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["shortgpt", "minitron-width", "sparsegpt"])
 def test_pruning_says_that_it_does_not_protect_zeros(
     method: str, sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        return distributed.exit_all(130, "\nsecateur: interrupted; run the same command again to go on")
+        resume = " with --resume" if arguments and arguments.verb == "prune" else ""
+        return distributed.exit_all(130, f"\nsecateur: interrupted; run the same command again{resume} to go on")
     except Exception as error:
         if out_of_memory(error):
             offer = manual.memory_hint(argv or sys.argv[1:])

@@ -133,7 +133,7 @@ def cut_model(checkpoint: Checkpoint, plan: Plan) -> PreTrainedModel:
     model = skeleton(config, checkpoint.directory)
     zeros = ZeroCount()
     tensors = {stored.name: torch.cat(list(stored.parts())) for stored in cut_tensors(checkpoint, plan, zeros)}
-    zeros.warn(str(checkpoint.directory), UNMASKED)
+    zeros.warn(checkpoint.directory, UNMASKED)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = checkpoint.dtype

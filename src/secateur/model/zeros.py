@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
+from secateur.files import read_json
+from secateur.model.plan import JSON_FILE
 from secateur.model.shapes import Shape
 from secateur.progress import notify
 
@@ -42,8 +45,18 @@ class ZeroCount:
         self.zeros += int((zero if mask is None else zero & mask).count_nonzero())
         self.revived += 0 if mask is None else int((zero | mask).logical_not_().count_nonzero())
 
-    def warn(self, where: str, advice: str) -> None:
-        """Print one line if at least the share ``MANY`` of the weights are zeros without a mask."""
-        if self.zeros and self.zeros >= MANY * self.weights:
+    def warn(self, directory: Path, advice: str) -> None:
+        """Print one line if at least the share ``MANY`` of the weights are zeros without a mask.
+
+        Args:
+            directory: of the checkpoint. Zeros with which a cut padded it do not count: they stay zero by themselves.
+        """
+        if self.zeros and self.zeros >= MANY * self.weights and not _is_padded(directory):
             share = f"{100 * self.zeros / self.weights:.1f}%"
-            notify(f"{where}: {share} of the block linears' weights are zero and no mask protects them; {advice}")
+            notify(f"{directory}: {share} of the block linears' weights are zero and no mask protects them; {advice}")
+
+
+def _is_padded(directory: Path) -> bool:
+    """Whether a cut left layers of different widths, padded with zeros to the widest."""
+    content = read_json(directory / JSON_FILE) if (directory / JSON_FILE).is_file() else {}
+    return isinstance(content, dict) and "units_kept" in content.get("summary", {})

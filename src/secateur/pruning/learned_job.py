@@ -190,6 +190,7 @@ def prune_learned(
                 stop,
                 metrics=Metrics(metrics if distributed.is_main() else None),
                 meter=Meter(flops / tokens),
+                resuming="run the same command with `resume` to go on",
             )
             if distributed.is_main():
                 (fresh / name).mkdir(exist_ok=True)

@@ -220,5 +220,5 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
         card=model_card(f"Pruned with {plan.method}", base, lines),
     )
     copy_tokenizer(checkpoint.directory, out)
-    zeros.warn(str(checkpoint.directory), UNMASKED)
+    zeros.warn(checkpoint.directory, UNMASKED)
     return content

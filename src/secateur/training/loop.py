@@ -48,6 +48,7 @@ class RunOptions:
     metrics: Metrics = field(default_factory=lambda: Metrics(None))
     meter: Meter = field(default_factory=Meter)
     stop: StopSignal = field(default_factory=StopSignal)
+    resuming: str = "run the same command to resume"  #: advice after a stop signal
     remedy: str = "lower peak_rate"  #: what helps a run whose loss is no longer finite
 
 
@@ -141,9 +142,7 @@ def train_loop(
                 last_save = time.monotonic()
             if stopping and step + 1 < steps:
                 saver.finish()
-                raise RunError(
-                    f"{options.label}: stopped by a signal, saved {saver.last}; run the same command to resume", REQUEUE
-                )
+                raise RunError(f"{options.label}: stopped by a signal, saved {saver.last}; {options.resuming}", REQUEUE)
             watchdog.pause()
     saver.finish()
     assert state["tokens"] == data.tokens, "the slice was not consumed to the token"

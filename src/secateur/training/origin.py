@@ -91,11 +91,10 @@ class Origin:
 
     def _report(self, zeros: ZeroCount) -> None:
         """Say where masks and zeros of the first weights differ."""
-        where = str(self.directory)
-        zeros.warn(where, "training fills them; `keep_zeros` keeps them at zero")
+        zeros.warn(self.directory, "training fills them; `keep_zeros` keeps them at zero")
         if zeros.revived:
             notify(
-                f"{where}: {zeros.revived:,} weights that its masks drop are not zero, and are set to zero; "
+                f"{self.directory}: {zeros.revived:,} weights that its masks drop are not zero, and are set to zero; "
                 f"remove {JSON_FILE} to train without masks"
             )
 

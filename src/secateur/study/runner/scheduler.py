@@ -46,7 +46,7 @@ class StudyOutcome:
         parts = [f"{plural(self.already_done, 'stage')} done before", f"{self.ran - len(self.failed)} run"]
         parts += [f"{self.elsewhere} done by other processes"] if self.elsewhere else []
         lines = [", ".join([*parts, f"{len(self.failed)} failed"])]
-        if self.not_started:
+        if self.not_started and not self.stopped:
             lines.append(
                 f"{plural(len(self.not_started), 'stage')} not started after the failure; keep-going runs those that "
                 "do not depend on it"
