@@ -284,7 +284,12 @@ def test_small_studies_are_in_the_papers_regime(name: str, tokens_per_parameter:
 
 
 def test_what_decides_in_the_regime_study_takes_less_than_half_of_its_compute() -> None:
-    patterns = ("parent*", "minitron-depth-0.5/*1482752*", "sparsegpt-0.5/[PS]*1482752*", "sparsegpt-2of4/[PS]*1482752*")
+    patterns = (
+        "parent*",
+        "minitron-depth-0.5/*1482752*",
+        "sparsegpt-0.5/[PS]*1482752*",
+        "sparsegpt-2of4/[PS]*1482752*",
+    )
     first = unique(with_inputs(s for s in stages("regime") if any(fnmatchcase(s.name, p) for p in patterns)))
     names = {stage.name for stage in first}
     for seed in (0, 1, 2):

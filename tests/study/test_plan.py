@@ -188,7 +188,7 @@ def test_equal_shapes_share_their_twins(tmp_path: Path) -> None:
         ({"controls": ["redraw"]}, "controls[0].init: 'redraw' is not known; did you mean 'redrawn'?"),
         ({"exclude": [{}]}, "exclude: an entry needs at least one key"),
         ({"sweep": {"rates": [1e-3]}}, "sweep.rates"),
-        ({"calibration": {"windows": 10_000}}, "calibration.windows: 10000 windows"),
+        ({"calibration": {"windows": 10_000}}, "calibration.windows: 10,000 windows"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], told: str) -> None:

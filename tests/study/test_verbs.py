@@ -201,3 +201,22 @@ def test_a_study_file_s_ratio_is_no_option(tmp_path: Path, capsys: pytest.Captur
     assert error.startswith(
         f"secateur: error: {file}: methods[0] (shortgpt at 0.99): ratio 0.99: of 4 layers it would keep 0; possible: 0."
     )
+
+
+@pytest.mark.parametrize(
+    "arguments", [("explain", "findings", "typo"), ("run", "findings", "--only", "typo", "--dry-run")]
+)
+def test_an_unknown_stage_gets_near_names_and_not_the_list(
+    arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    action, study, *rest = arguments
+    assert main(["study", action, study, *rest, "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "the nearest of" in message and "`study status` lists all" in message
+    assert message.count("\n") == 1 and len(message) < 300
+
+
+def test_a_file_that_is_missing_gets_a_near_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\n", encoding="utf-8")
+    assert main(["study", "plan", str(tmp_path / "mine.yml")]) == 2
+    assert f"did you mean '{tmp_path / 'mine.yaml'}'?" in capsys.readouterr().err
