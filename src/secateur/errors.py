@@ -117,7 +117,8 @@ def _synonym(key: str, options: Container[str]) -> str | None:
 def did_you_mean(name: object, options: Iterable[str], listing: str = "") -> str:
     """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or the options if they are few.
 
-    Of many options, up to three are named: those that contain ``name`` first, then the nearest ones. Upper and lower
+    Of many options, up to three are named: those that contain ``name`` first, then the nearest ones; but one alone that
+    is very near. Upper and lower
     case count as equal, and so do ``_`` and ``-``.
 
     Args:
@@ -128,9 +129,9 @@ def did_you_mean(name: object, options: Iterable[str], listing: str = "") -> str
     many = len(options) > _MOST_LISTED
     if synonym := _synonym(key, by_key):
         return f"; did you mean {by_key[synonym]!r}?"
-    near = difflib.get_close_matches(key, by_key, n=_MOST_NAMED if many else 1, cutoff=0.5)
-    if many and key:
-        near = [*sorted((option for option in by_key if key in option), key=len), *near]
+    inside = sorted((option for option in by_key if key in option), key=len) if many and key else []
+    clear = [] if inside else difflib.get_close_matches(key, by_key, n=1, cutoff=0.8)  # a typing error
+    near = clear or [*inside, *difflib.get_close_matches(key, by_key, n=_MOST_NAMED if many else 1, cutoff=0.5)]
     names = [repr(by_key[option]) for option in dict.fromkeys(near)][:_MOST_NAMED]
     if names:
         return f"; did you mean {' or '.join([', '.join(names[:-1]), names[-1]] if names[1:] else names)}?"
