@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.comparison.ablation import CONTINUED
 from secateur.comparison.index import Group, Index, Model
 from secateur.comparison.naming import group_name
 from secateur.comparison.records import Sweep
@@ -32,8 +33,8 @@ def unique_sweeps(index: Index) -> list[Sweep]:
 
 
 def sweep_subject(index: Index, sweep: Sweep) -> str:
-    """The name of the comparison that a sweep's run belongs to; for a parent, its own."""
-    if sweep.name == PARENT:
+    """The name of the comparison that a sweep's run belongs to; for a parent, trained on or not, its own."""
+    if sweep.name in (PARENT, CONTINUED):
         return sweep.parent
     return group_name(_group(sweep), [group.pooled for group in index.groups], target=True)
 
