@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 from secateur.errors import UserError, disk_full, first_line
+from secateur.files import read_json
 from secateur.progress import notify
 
-__all__ = ["is_hub_name", "local_checkpoint"]
+__all__ = ["cached_positions", "is_hub_name", "local_checkpoint"]
 
 _PREFIX = "hf:"
 _PART = r"(?![-.])[\w.-]{1,96}(?<![-.])"
@@ -63,6 +64,18 @@ def local_checkpoint(name: str | os.PathLike[str], *, weights: bool = True) -> P
             raise
         place = "" if name.startswith(_PREFIX) else "no such directory, and it "
         raise UserError(f"{name}: {place}cannot be downloaded: {_reason(error, model, revision)}") from None
+
+
+def cached_positions(name: str) -> int | None:
+    """Return the positions of a model of the Hub from its configuration in the cache; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    model, _, revision = name.removeprefix(_PREFIX).partition("@")
+    path = try_to_load_from_cache(model, "config.json", revision=revision or None)
+    if not isinstance(path, str):
+        return None
+    config = read_json(Path(path))
+    return config.get("max_position_embeddings") if isinstance(config, dict) else None
 
 
 def _reason(error: Exception, model: str, revision: str) -> str:

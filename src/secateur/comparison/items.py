@@ -122,12 +122,14 @@ def compare_results(
         One comparison for each measurement that either side has, and one of the average where there are several tasks.
 
     Raises:
-        UserError: if the sides have different numbers of seeds, or figures of one name were measured differently.
+        UserError: if the sides have different numbers of seeds, figures of one name were measured differently, or
+            models of different tokenizers were measured on ids.
     """
     if len(a) != len(b):
         raise UserError(
             f"A has {plural(len(a), 'seed')} and B has {len(b)}; name as many results on both sides, in pairs"
         )
+    _check_tokenizers([*a, *b])
     names = check_same_protocols((r.model, m.name, m.protocol) for r in (*a, *b) for m in r.measurements)
     rows = [_compare(name, a, b, margin) for name in names]
     accuracies = [c.name for c in rows if c.kind == "accuracy" and c.verdict != "not measured"]
@@ -135,6 +137,17 @@ def compare_results(
     if len(counted) > 1:
         rows.append(_average(counted, a, b))
     return Comparisons(tuple(rows))
+
+
+def _check_tokenizers(results: Sequence[EvaluationResults]) -> None:
+    """Refuse models that were measured on ids, which their tokenizers do not share."""
+    tokenizers = {r.about["tokenizer"]: r.model for r in results if "tokenizer" in r.about}
+    if len(tokenizers) > 1:
+        first, second, *_ = tokenizers.values()
+        raise UserError(
+            f"{first} and {second} have different tokenizers, so that the ids that they were measured on mean "
+            "something else to one of them; measure both on text that each encodes itself"
+        )
 
 
 def _apart(measured: Sequence[Measurement]) -> list[str]:

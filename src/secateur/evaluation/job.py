@@ -9,6 +9,7 @@ from typing import Any
 
 from secateur import distributed
 from secateur.data.token_files import is_token_file
+from secateur.data.tokenizer_match import tokenizer_hash
 from secateur.errors import UserError
 from secateur.evaluation.cost import measure_cost
 from secateur.evaluation.lm_eval.accuracy import check_tasks
@@ -135,10 +136,13 @@ def evaluate(request: EvaluateRequest) -> tuple[list[EvaluationResults], list[st
     )
     limits = [limit for checkpoint in checkpoints if (limit := max_positions(checkpoint.config)) is not None]
     workload = Workload().within(min(limits, default=None))  # one for all models, so that times may stand side by side
+    on_ids = request.data is not None and request.data.startswith(("shards:", "tokens:"))
     results, notes, partials = [], [], []
     for checkpoint, by_name, name, path in zip(checkpoints, protocols, names, outputs, strict=True):
         model: Any = checkpoint.load(pick_dtype(request.dtype, device)).to(device)  # type: ignore[arg-type]
         about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
+        if on_ids and (digest := tokenizer_hash(checkpoint.directory)):
+            about["tokenizer"] = digest
         if path is not None:
             about |= {"digest": checkpoint.digest, "environment": environment()}
         empty = EvaluationResults(str(checkpoint.directory), about=about, name=name)

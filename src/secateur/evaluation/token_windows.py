@@ -17,6 +17,7 @@ from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.token_files import is_token_file, read_token_file
 from secateur.data.tokenizer import Stream, batches, check_vocabulary, encode_documents, load_tokenizer
+from secateur.data.tokenizer_match import check_encoded_for
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.protocols import begins_with_bos
@@ -32,6 +33,7 @@ __all__ = [
     "CALIBRATION_WINDOWS",
     "calibration_windows",
     "check_shards",
+    "clipped_length",
     "document_windows",
     "heldout_protocol",
     "open_shards",
@@ -92,7 +94,7 @@ def document_windows(
     Raises:
         UserError: if the source cannot be read, does not fit the model, or no document is longer than a window.
     """
-    length, generator = window_length(checkpoint, seqlen), np.random.default_rng(seed)
+    length, generator = clipped_length(checkpoint, seqlen), np.random.default_rng(seed)
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     rows: list[NDArray[np.int64]] = []
@@ -131,6 +133,8 @@ def heldout_protocol(
     limit = length + (windows - 1) * step if windows else None
     if source.startswith("shards:"):
         store = open_shards(source, "data", checkpoint.shape.vocabulary)
+        check_encoded_for(checkpoint.directory, store.tokenizer, source, "`data`")
+        clipped_length(checkpoint, seqlen)
         if "heldout" not in store.manifest.splits:
             raise UserError(f"{source}: holds no held-out documents; build it again with a `holdout` above 0")
         if windows and step == length:
@@ -147,6 +151,14 @@ def window_length(checkpoint: Checkpoint, seqlen: int | None) -> int:
     """Tokens in a window: ``seqlen`` or the default, at most the model's positions."""
     length = seqlen or SEQLEN
     return min(length, max_positions(checkpoint.config) or length)
+
+
+def clipped_length(checkpoint: Checkpoint, seqlen: int | None) -> int:
+    """Return the window length, and say so where the model's positions shorten it."""
+    wanted, length = seqlen or SEQLEN, window_length(checkpoint, seqlen)
+    if length < wanted:
+        notify(f"windows of {length} tokens instead of {wanted}: the model has no more positions (`seqlen`)")
+    return length
 
 
 def open_shards(source: str, field: str, vocabulary: int | None = None) -> TokenStore:
@@ -198,10 +210,7 @@ def _encode(
     tokenizer = tokenizer or load_tokenizer(local_checkpoint(checkpoint.directory, weights=False))
     check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     stream = encode_documents(documents, tokenizer, limit)
-    shorter = window_length(checkpoint, seqlen)
-    if shorter < length:
-        notify(f"windows of {shorter} tokens instead of {length}: the model has no more positions (`seqlen`)")
-    return stream, shorter, tokenizer
+    return stream, clipped_length(checkpoint, seqlen), tokenizer
 
 
 def _read_file(

@@ -20,7 +20,7 @@ from secateur.model.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from secateur.pruning.request import PruneRequest
 
-__all__ = ["Calibration", "read_calibration", "save_tokenizer"]
+__all__ = ["Calibration", "load_request_tokenizer", "read_calibration", "save_tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _checked_ids(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
 
 def read_calibration(request: PruneRequest, checkpoint: Checkpoint, windows: int | None) -> Calibration:
     """Read at most ``windows`` calibration windows of a request."""
-    tokenizer = _load_tokenizer(request)
+    tokenizer = load_request_tokenizer(request)
     fields: dict[str, Any] = {"field": request.field, "windows": windows, "seqlen": request.seqlen}
     return Calibration.of(checkpoint, request.calibration, tokenizer=tokenizer, **fields)
 
@@ -106,10 +106,10 @@ def read_calibration(request: PruneRequest, checkpoint: Checkpoint, windows: int
 def save_tokenizer(request: PruneRequest, out: Path) -> None:
     """Write the tokenizer that a request names into a pruned checkpoint; nothing where it names none."""
     if request.tokenizer is not None:
-        _load_tokenizer(request).save_pretrained(out)
+        load_request_tokenizer(request).save_pretrained(out)
 
 
-def _load_tokenizer(request: PruneRequest) -> Any:
+def load_request_tokenizer(request: PruneRequest) -> Any:
     """The tokenizer of the request: an object, or loaded from a directory or the Hub; None where it names none."""
     tokenizer = request.tokenizer
     if isinstance(tokenizer, str | Path):

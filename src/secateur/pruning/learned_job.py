@@ -12,9 +12,10 @@ from secateur import distributed
 from secateur.config import identity
 from secateur.data.domains import DomainTokens
 from secateur.data.shards import TokenStore
+from secateur.data.tokenizer_match import check_encoded_for
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
-from secateur.evaluation.token_windows import open_shards, window_length
+from secateur.evaluation.token_windows import clipped_length, open_shards, window_length
 from secateur.files import check_disk, shared_directory
 from secateur.formatting import byte_size, plural, scientific
 from secateur.memory import ResourceUse, track_resources
@@ -23,7 +24,7 @@ from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.progress import notify
-from secateur.pruning.calibration import read_calibration, save_tokenizer
+from secateur.pruning.calibration import load_request_tokenizer, read_calibration, save_tokenizer
 from secateur.pruning.cost import scoring_flops
 from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
 from secateur.pruning.memory_estimate import estimate_training_memory
@@ -229,6 +230,9 @@ def _learning_data(request: PruneRequest, checkpoint: Checkpoint) -> LearningDat
         tokens = WindowTokens(calibration.windows)
         return LearningData(tokens, {"": (0, tokens.tokens)}, calibration.record(), calibration.windows.shape[1])
     store = open_shards(source, "calibration", checkpoint.shape.vocabulary)
+    tokenizer = load_request_tokenizer(request) or checkpoint.directory
+    check_encoded_for(tokenizer, store.tokenizer, source, "`calibration`", name=str(checkpoint.directory))
+    clipped_length(checkpoint, request.seqlen)
     stop = min(windows * sequence, store.tokens("train"))
     data = LearningData.of_store(store, 0, stop, sequence, source)
     data.record["tokens"] = stop

@@ -14,8 +14,9 @@ from secateur.study.pace import Pace
 from secateur.study.planner import tokens_needed, trunk_savings
 from secateur.study.stage import Stage, unique
 from secateur.study.sweeps import choice_of, is_run
+from secateur.training.recipe import FEW_STEPS, few_steps
 
-__all__ = ["FLOPS_PER_SECOND", "PlannedStage", "PlannedTrials", "StudyPlan", "plan_study"]
+__all__ = ["FLOPS_PER_SECOND", "PlannedStage", "PlannedTrials", "StudyPlan", "plan_study", "step_warnings"]
 
 FLOPS_PER_SECOND = 4e14  #: of the reference device: an H100 at about 40% of its bfloat16 peak
 _CPU_FLOPS_PER_SECOND = 1e10  # of one core in training, roughly
@@ -88,7 +89,7 @@ class StudyPlan:
         sweeps: which learning rates are chosen by a sweep.
         trials: of learning rates; None without any.
         pace: the speed of the study's finished training stages; None if there are none.
-        notes: what seeds vary, and which pruning trains on tokens of its own.
+        notes: what seeds vary, which pruning trains on tokens of its own, and which runs have few steps.
     """
 
     study: str
@@ -177,9 +178,13 @@ class StudyPlan:
 
 
 def plan_study(
-    name: str, stages: Sequence[Stage], flops_per_second: float = FLOPS_PER_SECOND, pace: Pace | None = None
+    name: str,
+    stages: Sequence[Stage],
+    flops_per_second: float = FLOPS_PER_SECOND,
+    pace: Pace | None = None,
+    notes: Sequence[str] = (),
 ) -> StudyPlan:
-    """Sum up the tokens and FLOPs of a study's stages."""
+    """Sum up the tokens and FLOPs of a study's stages; ``notes`` come before those on the stages."""
     stages = unique(stages)
     trained, alone = trunk_savings(stages)
     return StudyPlan(
@@ -195,7 +200,42 @@ def plan_study(
         parents={s.facts["parent"]: _share(s) for s in stages if s.facts.get("path") == "parent"},
         sweeps=RateSweeps(*(_swept(stages, path) for path in ("parent", "scratch", "P-R"))),
         trials=_trials(stages),
-        notes=(*_seed_notes(stages), *_learning_notes(stages), *_control_notes(stages)),
+        notes=(
+            *notes,
+            *_seed_notes(stages),
+            *_learning_notes(stages),
+            *_control_notes(stages),
+            *step_warnings(stages),
+        ),
+    )
+
+
+def step_warnings(stages: Sequence[Stage]) -> list[str]:
+    """Warn of runs with few optimizer steps: one sentence for each purpose of runs.
+
+    A run on a shared trunk has the trunk's steps as well.
+    """
+    runs: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for stage in unique(stages):
+        if stage.kind != "train" or stage.facts["path"] == "trunk":
+            continue
+        recipe = stage.identity["recipe"]
+        few = few_steps(stage.facts["cost"][0], recipe["tokens_per_step"], recipe["sequence"])
+        if few:
+            runs.setdefault(_PURPOSES[stage.facts["path"]], {})[stage.name] = few
+    return [_step_warning(purpose, few) for purpose, few in runs.items()]
+
+
+def _step_warning(purpose: str, runs: Mapping[str, tuple[int, int, int]]) -> str:
+    name, (least, size, more) = min(runs.items(), key=lambda run: run[1][0])
+    most = max(steps for steps, _, _ in runs.values())
+    number = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    steps = f"{least} to {most}" if most > least else f"{least}"
+    advice = f"recipe.tokens_per_step: {size} would give {name} {more}"
+    return (
+        f"Few steps ({purpose}): {number} of {steps} optimizer steps, fewer than {FEW_STEPS}; "
+        + (advice if more > least else "a shorter recipe.sequence would give more")
+        + "."
     )
 
 

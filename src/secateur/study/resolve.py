@@ -15,7 +15,7 @@ from secateur.errors import UserError
 from secateur.evaluation.lm_eval.task_files import examples_file, task_file
 from secateur.evaluation.protocols import text_source
 from secateur.files import sha256_file, sha256_tree
-from secateur.hub import is_hub_name
+from secateur.hub import cached_positions, is_hub_name
 from secateur.model.shapes import Shape
 from secateur.study.sections import EvaluationSpec, ParentSpec
 from secateur.study.spec import StudySpec
@@ -31,6 +31,7 @@ class ResolvedParent:
 
     shape: Shape
     identity: str = ""  #: digest of a local checkpoint and its masks, name and revision on the Hub; empty if pretrained
+    positions: int | None = None  #: of a checkpoint; None where its configuration is not here or sets no limit
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,14 @@ def _parent(study: StudySpec, name: str, parent: ParentSpec) -> ResolvedParent:
             raise UserError(
                 f"{where}: {parent.checkpoint} is on the Hub; give the sizes, so that the study can be planned offline"
             )
-        return ResolvedParent(shape, parent.checkpoint)
-    from secateur.model.checkpoint import Checkpoint
+        return ResolvedParent(shape, parent.checkpoint, cached_positions(parent.checkpoint))
+    from secateur.model.checkpoint import Checkpoint, max_positions
 
     checkpoint = Checkpoint(parent.checkpoint)
     if shape is not None and shape.as_dict() != checkpoint.shape.as_dict():
         raise UserError(
             f"{where}: {parent.checkpoint} has {checkpoint.shape}, not the sizes in the file; leave them out"
         )
-    masks = checkpoint.masks_digest
-    return ResolvedParent(checkpoint.shape, fingerprint([checkpoint.digest, masks]) if masks else checkpoint.digest)
+    masks, positions = checkpoint.masks_digest, max_positions(checkpoint.config)
+    digest = fingerprint([checkpoint.digest, masks]) if masks else checkpoint.digest
+    return ResolvedParent(checkpoint.shape, digest, positions)

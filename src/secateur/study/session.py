@@ -16,13 +16,14 @@ from secateur.progress import notify
 from secateur.study.declarations import count_finished, read_declarations, record_question
 from secateur.study.explain import Explanation, explain_stage
 from secateur.study.pace import measure_pace
-from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study
+from secateur.study.parents import check_positions, check_tokenizers, clip_sequence
+from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study, step_warnings
 from secateur.study.planner import stages_of
 from secateur.study.question import count_together, resolve_question
 from secateur.study.resolve import resolve
 from secateur.study.runner.scheduler import StudyOutcome, run_stages, survey
 from secateur.study.shipped import find_study
-from secateur.study.spec import StudySpec, load_study
+from secateur.study.spec import StudySpec, load_study, sets_sequence
 from secateur.study.stage import VERSIONS, Stage, unique, with_inputs
 from secateur.study.status import StudyStatus, study_status
 from secateur.study.store import Store
@@ -73,6 +74,7 @@ class Study:
         stages: all stages, each after its inputs; cells that share a stage list it once each.
         store: the results on disk.
         question: the question that the file declares, with the comparisons that decide it; None if it declares none.
+        notes: values that differ from the file's defaults.
     """
 
     file: Path
@@ -80,6 +82,7 @@ class Study:
     stages: list[Stage]
     store: Store
     question: StudyQuestion | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, name_or_path: str | Path, out: str | Path | None = None) -> Study:
@@ -96,12 +99,17 @@ class Study:
         spec = load_study(file)
         folder = Path(out or f"runs/{spec.name}")
         refuse_file(folder)
+        note = None
         try:
-            stages = stages_of(spec, resolve(spec))
+            resolved = resolve(spec)
+            if not sets_sequence(file):
+                spec, note = clip_sequence(spec, resolved.parents)
+            check_positions(spec, resolved.parents)
+            stages = stages_of(spec, resolved)
             question = resolve_question(spec.question, stages) if spec.question else None
         except UserError as error:
             raise UserError(f"{file}: {spell(str(error), str)}") from None
-        return cls(file, spec, stages, Store(folder), question)
+        return cls(file, spec, stages, Store(folder), question, (note,) if note else ())
 
     @property
     def out(self) -> Path:
@@ -109,10 +117,15 @@ class Study:
         return self.store.out
 
     def plan(self, flops_per_second: float = FLOPS_PER_SECOND) -> StudyPlan:
-        """Sum up what the study runs and costs, with the speed of its training stages that are finished."""
+        """Sum up what the study runs and costs, with the speed of its training stages that are finished.
+
+        Raises:
+            UserError: if the corpus has the ids of another tokenizer than a local checkpoint.
+        """
+        self._check_tokenizers()
         stages = unique(self.stages)
         pace = measure_pace(stages, self.store, {stage.fingerprint for stage in stages if self.store.done(stage)})
-        return plan_study(self.spec.name, self.stages, flops_per_second, pace if pace.speed else None)
+        return plan_study(self.spec.name, self.stages, flops_per_second, pace if pace.speed else None, self.notes)
 
     def power(self, **fields: Any) -> StudyPower:
         """Compute how many seeds and held-out documents tell a difference, and what the seeds cost.
@@ -156,6 +169,9 @@ class Study:
             from secateur.evaluation.lm_eval.harness import import_harness
 
             import_harness("lm_eval")  # a missing package is reported now, not after hours of training
+        self._check_tokenizers()
+        for note in (*self.notes, *step_warnings(stages)):
+            notify(note)
         runs = sum(stage.kind == "train" for stage in stages)
         notify(f"{self.spec.name}: {plural(len(stages), 'stage')} ({plural(runs, 'training run')}) in {self.out}")
         record_question(self.store, self.question, self.stages)
@@ -250,6 +266,12 @@ class Study:
         folder = Path(out or self.out)
         refuse_file(folder)
         return build_report(self.judgement(), folder)
+
+    def _check_tokenizers(self) -> None:
+        try:
+            check_tokenizers(self.spec)
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from None
 
     def _select(self, only: Iterable[str]) -> list[Stage]:
         """Stages whose names match one of the patterns, with their inputs; all without patterns."""

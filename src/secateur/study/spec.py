@@ -36,7 +36,7 @@ from secateur.study.sections import (
 )
 from secateur.training.recipe import Recipe
 
-__all__ = ["StudySpec", "load_study"]
+__all__ = ["StudySpec", "load_study", "sets_sequence"]
 
 
 @spec
@@ -166,3 +166,8 @@ def load_study(path: Path) -> StudySpec:
     except UserError as error:
         text = spell(str(error), str)
         raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+
+
+def sets_sequence(path: Path) -> bool:
+    """Whether a valid study file sets ``recipe.sequence``, so that it is not the default."""
+    return "sequence" in (load_yaml(path).get("recipe") or {})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.tokenizer import load_tokenizer
+from secateur.data.tokenizer_match import has_tokenizer
 from secateur.errors import UserError
 from secateur.losses.kl import summed_divergence
 from secateur.losses.next_token import readout
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["Distillation", "check_teacher"]
-
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  #: files with a vocabulary
 
 
 class Distillation(LanguageModel):
@@ -111,7 +110,7 @@ def _same_tokens(first: Path, second: Path) -> bool:
 
     A directory without a tokenizer matches any.
     """
-    if not all(any((folder / name).is_file() for name in _VOCABULARIES) for folder in (first, second)):
+    if not (has_tokenizer(first) and has_tokenizer(second)):
         return True
     files = [folder / "tokenizer.json" for folder in (first, second)]
     if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():

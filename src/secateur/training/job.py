@@ -12,6 +12,7 @@ import torch
 from secateur import distributed
 from secateur.config import fingerprint, identity
 from secateur.data.shards import TokenStore
+from secateur.data.tokenizer_match import check_encoded_for
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
 from secateur.evaluation.token_windows import check_shards, open_shards
@@ -35,7 +36,7 @@ from secateur.training.metrics import Metrics, check_trackers, open_trackers
 from secateur.training.origin import Origin, Start, open_origin
 from secateur.training.output import write_trained
 from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
-from secateur.training.recipe import Distill
+from secateur.training.recipe import FEW_STEPS, Distill, few_steps
 from secateur.training.request import TrainRequest
 from secateur.training.throughput import Meter, Peak, peak_of
 from secateur.training.watchdog import stop_on_signals
@@ -176,6 +177,7 @@ def train(request: TrainRequest) -> Trained:
     teaching = teacher_flops(teacher.shape, data.tokens, recipe.sequence) if teacher else None
     flops = train_flops(origin.shape, data.tokens, recipe.sequence) + (teaching or 0.0)
     _announce(data, origin, teacher, flops, execution, peak)
+    _warn_of_few_steps(data)
     directories = shared_directory(
         out, run_identity, "what to train, and how", resume=True, progress_files=FINISHED, labels=_RESUME_LABELS
     )
@@ -254,6 +256,7 @@ def _slice(request: TrainRequest, store: TokenStore, origin: Origin) -> Slice:
             f"lower `tokens` by {last - available:,}, or build a larger corpus"
         )
     check_shards(store, request.data, "data", origin.shape.vocabulary)
+    check_encoded_for(origin.directory, store.tokenizer, request.data, "`data`")
     limit = max_positions(origin.config)
     if limit and recipe.sequence > limit:
         raise UserError(
@@ -296,6 +299,19 @@ def _announce(
         f"{execution.device}, {execution.dtype}"
         f"{'' if origin.dtype_name == execution.dtype else f', stored in {origin.dtype_name}'}; "
         f"MFU is of {scientific(peak.flops * processes)} FLOPs a second ({peak.source})"
+    )
+
+
+def _warn_of_few_steps(data: Slice) -> None:
+    recipe = data.recipe
+    few = few_steps(data.tokens, recipe.tokens_per_step, recipe.sequence)
+    if few is None:
+        return
+    steps, size, more = few
+    advice = f"tokens_per_step={size} would give {more}" if more > steps else "a shorter sequence would give more"
+    notify(
+        f"`recipe`: {data.tokens:,} tokens are {steps} optimizer steps of {recipe.tokens_per_step:,}, fewer than "
+        f"{FEW_STEPS}, which is few for a warm-up and a decay; {advice}"
     )
 
 

@@ -15,8 +15,20 @@ from secateur.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from torch import nn, optim
 
-__all__ = ["Distill", "InitSpec", "Recipe", "learning_rate", "make_optimizer", "set_rate"]
+__all__ = [
+    "ENOUGH_STEPS",
+    "FEW_STEPS",
+    "Distill",
+    "InitSpec",
+    "Recipe",
+    "few_steps",
+    "learning_rate",
+    "make_optimizer",
+    "set_rate",
+]
 
+FEW_STEPS = 50  #: optimiser steps below which a run is warned of
+ENOUGH_STEPS = 200  #: optimiser steps that the warning aims at
 
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Scale = Annotated[float, Field(gt=0)]
@@ -98,6 +110,20 @@ class Recipe:
     def steps(self, tokens: int) -> int:
         """Number of optimiser steps for ``tokens``; the last step may be smaller."""
         return math.ceil(tokens / self.tokens_per_step)
+
+
+def few_steps(tokens: int, tokens_per_step: int, sequence: int) -> tuple[int, int, int] | None:
+    """Say how many optimiser steps a budget gives, where they are fewer than :data:`FEW_STEPS`.
+
+    Returns:
+        The steps; the ``tokens_per_step`` that gives at least :data:`ENOUGH_STEPS`, or one window if even that gives
+        fewer; and the steps with it. None where the budget gives enough steps.
+    """
+    steps = math.ceil(tokens / tokens_per_step)
+    size = max(1, tokens // ENOUGH_STEPS // sequence) * sequence
+    if steps >= FEW_STEPS:
+        return None
+    return steps, size, math.ceil(tokens / size)
 
 
 @spec

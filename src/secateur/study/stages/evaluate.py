@@ -19,7 +19,7 @@ from secateur.model.checkpoint import Checkpoint
 from secateur.progress import track
 from secateur.runtime import pick_device, pick_dtype
 from secateur.study.stage import Stage
-from secateur.study.stages.inputs import corpus_tokens, holdout_protocol, model_of
+from secateur.study.stages.inputs import check_parents, corpus_tokens, holdout_protocol, model_of
 from secateur.study.store import Store
 
 __all__ = ["COST", "RESULTS", "cost_stage", "evaluate_stage"]
@@ -39,6 +39,7 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
         are several, and its ``protocol``; ``sparsity``; and ``suite``, the figures of the suite.
     """
     identity = stage.identity
+    check_parents(stage, store, identity["seqlen"])
     protocol = holdout_protocol(corpus_tokens(stage, store), identity["windows"], identity["seqlen"])
     checkpoint = Checkpoint(model_of(stage, store))
     device = pick_device(stage.runtime.get("device", "auto"))

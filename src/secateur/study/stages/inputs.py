@@ -6,13 +6,16 @@ from pathlib import Path
 
 from secateur.data.domains import heldout_stream
 from secateur.data.shards import TokenStore
+from secateur.data.tokenizer_match import check_encoded_for
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
 from secateur.formatting import plural
+from secateur.hub import is_hub_name
+from secateur.model.config_file import read_shape
 from secateur.study.stage import Stage
 from secateur.study.store import Store
 
-__all__ = ["corpus_tokens", "holdout_protocol", "model_of"]
+__all__ = ["check_parents", "corpus_tokens", "holdout_protocol", "model_of"]
 
 
 def corpus_tokens(stage: Stage, store: Store) -> TokenStore:
@@ -34,6 +37,30 @@ def corpus_tokens(stage: Stage, store: Store) -> TokenStore:
 def model_of(stage: Stage, store: Store, role: str = "model") -> Path:
     """The checkpoint directory of an input."""
     return store.folder(stage.inputs[role]) / "model"
+
+
+def check_parents(stage: Stage, store: Store, sequence: int) -> None:
+    """Refuse a checkpoint of the Hub among the inputs that is too short for the windows, or has another tokenizer.
+
+    Local checkpoints are checked when the study is planned.
+
+    Raises:
+        UserError: naming the key and the positions, or what differs.
+    """
+    for source in stage.inputs.values():
+        name = source.runtime["checkpoint"] if source.kind == "fetch" else ""
+        if not name or not is_hub_name(name):
+            continue
+        directory = store.folder(source) / "model"
+        limit = read_shape(directory / "config.json")[1]
+        if limit and sequence > limit:
+            raise UserError(
+                f"recipe.sequence: is {sequence}, but {name} has {limit} positions; set recipe.sequence: {limit}"
+            )
+        if "corpus" in stage.inputs:
+            encoder = TokenStore(store.folder(stage.inputs["corpus"])).tokenizer
+            remedy = f"set corpus.tokenizer: {name}"
+            check_encoded_for(directory, encoder, "the corpus", "corpus.tokenizer", name=name, remedy=remedy)
 
 
 def holdout_protocol(tokens: TokenStore, windows: int, seqlen: int, skip: int = 0) -> Protocol:

@@ -21,7 +21,7 @@ from secateur.pruning.pipeline import make_plan, scores_identity, write_pruned
 from secateur.pruning.target import Target
 from secateur.runtime import pick_batch, pick_device
 from secateur.study.stage import Stage
-from secateur.study.stages.inputs import corpus_tokens, model_of
+from secateur.study.stages.inputs import check_parents, corpus_tokens, model_of
 from secateur.study.store import Store
 from secateur.training.parallel import Execution
 from secateur.training.watchdog import stop_on_signals
@@ -40,6 +40,7 @@ def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
         The fields of plan.json that identify the plan, and ``layers``: the units that each layer of the parent keeps.
     """
     identity, target = stage.identity, Target.from_dict(stage.identity["target"])
+    check_parents(stage, store, identity["seqlen"])
     method = get_method(identity["method"], identity["options"])
     checkpoint = Checkpoint(model_of(stage, store))
     if distributed.is_main():

@@ -26,7 +26,7 @@ from secateur.pruning.target import Pattern
 from secateur.runtime import pick_device
 from secateur.study.stage import Stage
 from secateur.study.stages.controls import permuted_mask, random_mask, redrawn_linears, shuffle_weights
-from secateur.study.stages.inputs import corpus_tokens, holdout_protocol, model_of
+from secateur.study.stages.inputs import check_parents, corpus_tokens, holdout_protocol, model_of
 from secateur.study.store import Store
 from secateur.training.batches import Slice
 from secateur.training.distill import Distillation, check_teacher
@@ -66,6 +66,7 @@ def train_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
 def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     identity = stage.identity
     recipe = _recipe(stage, store)
+    check_parents(stage, store, recipe.sequence)
     tokens = corpus_tokens(stage, store)
     start, stop = identity["slice"]
     evaluation = identity["evaluation"]
