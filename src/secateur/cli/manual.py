@@ -49,7 +49,7 @@ examples:
   secateur shapes DIR --ratio 0.5                its size at half, from config.json alone
   secateur data text:FOLDER OUT --tokenizer DIR  documents as token shards, to train on
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
-  secateur train OUT --init DIR --tokens 1M --data shards:DIR     retrain it, or train from scratch
+  secateur train OUT --init DIR --tokens 1B --data shards:DIR     retrain it, or train from scratch
   secateur eval OUT --data text:FILE             held-out loss and perplexity
   secateur eval A B --suite zero-shot --out DIR  accuracy on the eight tasks of the study, side by side
   secateur compare DIR/A.json DIR/B.json         which of them is better
@@ -206,10 +206,13 @@ keys of the recipe (--recipe FILE, --set KEY=VALUE), with their defaults:
 
 examples:
   secateur data text:FOLDER CORPUS --tokenizer DIR
-  secateur train OUT --init PRUNED --tokens 50M --data shards:CORPUS --skip 200M --set peak_rate=1e-4
-  secateur train OUT --init scratch --like PRUNED --tokens 50M --data shards:CORPUS    its twin, masks kept
-  secateur train OUT --init PRUNED --teacher DIR --alpha 0.5 --tokens 50M --data shards:CORPUS    distil from DIR
+  secateur train OUT --init PRUNED --tokens 50M --data shards:CORPUS --skip 200M --set tokens_per_step=262144
+  secateur train OUT --init PRUNED --tokens 1B --data shards:CORPUS --set peak_rate=1e-4
+  secateur train OUT --init scratch --like PRUNED --tokens 1B --data shards:CORPUS    its twin, masks kept
+  secateur train OUT --init PRUNED --teacher DIR --alpha 0.5 --tokens 1B --data shards:CORPUS    distil from DIR
   torchrun --nproc-per-node 8 -m secateur train OUT --init DIR --tokens 50e9 --data shards:CORPUS --dtype bfloat16
+
+Fewer than 50 optimizer steps are warned of: 50M tokens are 12 steps of the default tokens_per_step, 191 of 262144.
 
 With --teacher, a token's loss is alpha T^2 KL(teacher || student) + (1 - alpha) times the usual loss, both at
 temperature T within the KL; held-out losses are the usual loss. The teacher's forward passes count as FLOPs.

@@ -155,9 +155,9 @@ def window_length(checkpoint: Checkpoint, seqlen: int | None) -> int:
 
 def clipped_length(checkpoint: Checkpoint, seqlen: int | None) -> int:
     """Return the window length, and say so where the model's positions shorten it."""
-    wanted, length = seqlen or SEQLEN, window_length(checkpoint, seqlen)
-    if length < wanted:
-        notify(f"windows of {length} tokens instead of {wanted}: the model has no more positions (`seqlen`)")
+    request, length = seqlen or SEQLEN, window_length(checkpoint, seqlen)
+    if length < request:
+        notify(f"windows of {length} tokens instead of {request}: the model has no more positions (`seqlen`)")
     return length
 
 
