@@ -15,7 +15,7 @@ from secateur.data.tokenizer import load_tokenizer, token_hash
 from secateur.errors import UserError
 from secateur.evaluation.token_windows import calibration_windows
 from secateur.hub import is_hub_name, local_checkpoint
-from secateur.model.checkpoint import Checkpoint
+from secateur.model.checkpoint import Checkpoint, max_positions
 
 if TYPE_CHECKING:
     from secateur.pruning.request import PruneRequest
@@ -87,6 +87,9 @@ def _checked_ids(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
             f"`calibration`: ids must be whole numbers of size [windows, positions] with two positions or more, got "
             f"{str(ids.dtype).removeprefix('torch.')} of size {list(ids.shape)}"
         )
+    positions = max_positions(checkpoint.config)
+    if positions and ids.shape[1] > positions:
+        raise UserError(f"`calibration`: windows of {ids.shape[1]} tokens, but the model has {positions} positions")
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= checkpoint.shape.vocabulary:
         raise UserError(

@@ -40,16 +40,18 @@ def model_of(stage: Stage, store: Store, role: str = "model") -> Path:
 
 
 def check_parents(stage: Stage, store: Store, sequence: int) -> None:
-    """Refuse a checkpoint of the Hub among the inputs that is too short for the windows, or has another tokenizer.
+    """Refuse an existing checkpoint among the inputs that is too short for the windows, or has another tokenizer.
 
-    Local checkpoints are checked when the study is planned.
+    What is on this machine is checked when the study is planned; here those follow that a run fetches from the Hub.
 
     Raises:
         UserError: naming the key and the positions, or what differs.
     """
+    corpus = stage.inputs.get("corpus")
+    fetches_tokenizer = corpus is not None and is_hub_name(corpus.identity["tokenizer"] or "")
     for source in stage.inputs.values():
         name = source.runtime["checkpoint"] if source.kind == "fetch" else ""
-        if not name or not is_hub_name(name):
+        if not name or not (is_hub_name(name) or fetches_tokenizer):
             continue
         directory = store.folder(source) / "model"
         limit = read_shape(directory / "config.json")[1]
@@ -57,8 +59,8 @@ def check_parents(stage: Stage, store: Store, sequence: int) -> None:
             raise UserError(
                 f"recipe.sequence: is {sequence}, but {name} has {limit} positions; set recipe.sequence: {limit}"
             )
-        if "corpus" in stage.inputs:
-            encoder = TokenStore(store.folder(stage.inputs["corpus"])).tokenizer
+        if corpus is not None:
+            encoder = TokenStore(store.folder(corpus)).tokenizer
             remedy = f"set corpus.tokenizer: {name}"
             check_encoded_for(directory, encoder, "the corpus", "corpus.tokenizer", name=name, remedy=remedy)
 
