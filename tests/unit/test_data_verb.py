@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast
 from secateur.cli import main
 from secateur.data import external_sort as runs
 from secateur.data.build import Holdout, write_splits
+from secateur.data.documents import Document
 from secateur.data.encode import Encoder, encode_texts
-from secateur.data.readers import Document
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.tokenizer import load_tokenizer, token_hash, train_tokenizer

@@ -176,7 +176,7 @@ def test_what_is_printed(call: Callable[..., Call], world: Path) -> None:
 
 
 def _document() -> Any:
-    from secateur.data.readers import Document
+    from secateur.data.documents import Document
 
     return Document("text.txt", TEXT)
 

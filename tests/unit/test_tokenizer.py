@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from secateur.data.documents import Document
 from secateur.data.encode import encode_texts
-from secateur.data.readers import Document
 from secateur.data.tokenizer import (
     END,
     check_vocabulary,

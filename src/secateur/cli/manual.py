@@ -62,12 +62,12 @@ and saved, by Ctrl-C or a signal (the same command resumes), 130 interrupted.
 """
 
 SOURCES = (
-    "stdlib, python, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], "
+    "stdlib, python, text:PATH (file or folder of .txt, .jsonl, .json, .csv, .parquet), hf:NAME[:config], "
     "or tokens:FILE.npy (ids [windows, tokens], used as they are)"
 )
 
 DOCUMENTS = (
-    "stdlib, python, text:PATH (file or folder of .txt, .jsonl, .parquet), hf:NAME[:config], or of ids: "
+    "stdlib, python, text:PATH (file or folder of .txt, .jsonl, .json, .csv, .parquet), hf:NAME[:config], or of ids: "
     "arrow:PATH[:column] (written by `datasets`), array_record:PATH[:feature]"
 )
 
@@ -263,8 +263,8 @@ published study, which overlap with its calibration text.
 local data, in place of the Hugging Face Hub:
   --tasks-data DIR   DIR/<task>.jsonl, one document a line in the fields of the task's dataset on the Hub; examples in
                      the prompt are drawn from DIR/<task>.examples.jsonl
-  --text-data DIR    DIR/c4.*, DIR/wikitext.* and DIR/cnn_dailymail.* (.txt, .jsonl, .parquet or a folder of them;
-                     text in the field text, of cnn_dailymail in article); c4-train.* ... for paper-train-split
+  --text-data DIR    DIR/c4.*, DIR/wikitext.* and DIR/cnn_dailymail.* (.txt, .jsonl, .json, .csv, .parquet or a folder
+                     of them; text in the field text, of cnn_dailymail in article); c4-train.* ... for paper-train-split
 
 examples:
   secateur eval DIR --data shards:CORPUS                         loss, by domain and by position

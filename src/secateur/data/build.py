@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur import progress
+from secateur.data.documents import Document
 from secateur.data.encode import Encoder
 from secateur.data.external_sort import Bucket, SortedRuns
 from secateur.data.manifest import Split
-from secateur.data.readers import Document
 from secateur.data.shards import SHARD_TOKENS, ShardWriter, TokenStore
 from secateur.data.sources import Source
 from secateur.data.tokenizer import token_hash_of

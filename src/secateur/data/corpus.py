@@ -16,6 +16,7 @@ import numpy as np
 from secateur import progress
 from secateur.config import Count, Fraction, IdentityKey, Positive, spec
 from secateur.data.build import TRAIN, Holdout, hash_splits, is_heldout, track_documents, write_splits
+from secateur.data.documents import OnBadRow
 from secateur.data.encode import Encoder
 from secateur.data.excerpts import Excerpts
 from secateur.data.manifest import smallest_dtype, write_manifest
@@ -36,11 +37,12 @@ __all__ = ["CorpusSpec", "build_corpus"]
 class CorpusSpec:
     """The source and tokenizer of a corpus.
 
-    For ``field`` and ``split`` see :func:`secateur.data.sources.open_source`.
+    For ``field``, ``on_bad_row`` and ``split`` see :func:`secateur.data.sources.open_source`.
     """
 
     source: str = "stdlib"
     field: str = "text"
+    on_bad_row: Annotated[OnBadRow, IdentityKey(omit="error")] = "error"
     split: str = "train"
     documents: Count | None = None  # maximal number to read, in the source's order; a stream can be endless
     #: characters of each document to read, at most: a stretch of it, whose place the hash of its text decides
@@ -72,7 +74,7 @@ def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:
     Raises:
         UserError: for a source that cannot be read, an empty split, or a vocabulary too large for the text.
     """
-    source = open_source(spec.source, field=spec.field, split=spec.split)
+    source = open_source(spec.source, field=spec.field, split=spec.split, on_bad_row=spec.on_bad_row)
     source = Excerpts(source, spec.excerpt) if spec.excerpt else source
     digest = source.digest()
     if spec.tokenizer is None:

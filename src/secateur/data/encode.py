@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.data.readers import Document
+from secateur.data.documents import Document
 from secateur.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from secateur.data.readers import Document
+from secateur.data.documents import Document
 from secateur.data.sources import Source
 
 __all__ = ["Excerpts", "excerpt"]

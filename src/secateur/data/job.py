@@ -55,7 +55,7 @@ _LABELS = {
     "tokenizer_sha256": "`tokenizer`",
     **{
         key: f"`{key}`"
-        for key in ("source", "field", "split", "domain", "documents", "holdout", "seed", "shard_tokens")
+        for key in ("source", "field", "on_bad_row", "split", "domain", "documents", "holdout", "seed", "shard_tokens")
     },
 }
 
@@ -101,7 +101,7 @@ def _open_source(request: CorpusRequest, out: Path) -> Source:
     """Open the source, and report fields that have no effect on it."""
     name, field, split, domain = request.source, request.field, request.split, request.domain
     scheme, _, rest = name.partition(":")
-    idle = [("field", field)] if is_tokenized(name) or scheme in ("stdlib", "python") else []
+    idle = [("field", field), ("on_bad_row", request.on_bad_row)] if is_tokenized(name) else []
     idle += [("split", split)] if scheme not in ("hf", "arrow") else []
     for option, value in idle:
         if value is not None:
@@ -110,7 +110,12 @@ def _open_source(request: CorpusRequest, out: Path) -> Source:
         source = open_tokenized(name, split=split or "train", domain=domain)
     else:
         source = open_source(
-            name, field=field or "text", split=split or "train", domain=domain, besides=TOKEN_SOURCE_FORMS
+            name,
+            field=field,
+            split=split or "train",
+            domain=domain,
+            on_bad_row=request.on_bad_row,
+            besides=TOKEN_SOURCE_FORMS,
         )
     folder = Path(rest).expanduser()
     if rest and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
@@ -128,6 +133,8 @@ def _identity(request: CorpusRequest, source: Source, tokenizer: Any) -> dict[st
         "source": source.name,
         "source_sha256": source.digest(),
         "field": request.field or "text",
+        # The default has no key, so that it leaves older unfinished runs their identity.
+        **({"on_bad_row": "skip"} if request.on_bad_row == "skip" else {}),
         "split": request.split or "train",
         "domain": request.domain,
         "documents": request.documents,

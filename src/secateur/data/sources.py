@@ -6,36 +6,20 @@ and not normalized: newlines stay as they are. Documents of white space only are
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import hashlib
-import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from secateur import progress
+from secateur.data.documents import BadRow, Document, Fields, OnBadRow
+from secateur.data.hub_datasets import HubSource, SavedDataset, is_saved
 from secateur.data.installed_code import FOREIGN, PACKAGES, package_source
-from secateur.data.readers import (
-    TEXT_EXTENSIONS,
-    Document,
-    Fields,
-    parquet_bytes,
-    read_jsonl,
-    read_lossy,
-    read_parquet,
-    read_plain,
-)
-from secateur.errors import RunError, UserError, did_you_mean
-from secateur.files import sha256_file
+from secateur.data.local_files import FileSource, by_relative_path, folder_domain, report_files, walk
+from secateur.data.readers import FORMATS, TEXT_EXTENSIONS, has_fields, is_metadata, read_lossy, reader_of, text_bytes
+from secateur.errors import UserError, did_you_mean
 
-__all__ = ["FileSource", "Source", "by_relative_path", "folder_domain", "open_source", "walk"]
-
-_HASH_THREADS = 4  # the disk is the bottleneck
+__all__ = ["Source", "open_source"]
 
 
 class Source(Protocol):
@@ -66,10 +50,12 @@ class Source(Protocol):
 def open_source(
     source: str,
     *,
-    field: str = "text",
+    field: str | None = None,
+    default_field: str = "text",
     split: str = "train",
     domain: str | None = None,
     blank: bool = False,
+    on_bad_row: OnBadRow | None = None,
     besides: Sequence[str] = (),
 ) -> Source:
     """Open the text source named ``source``.
@@ -78,16 +64,19 @@ def open_source(
 
     Args:
         source: ``stdlib`` (Python's standard library), ``python`` (the same plus the packages that secateur needs),
-            ``text:PATH`` (a file, or a folder of .txt, .jsonl and .parquet files) or ``hf:NAME[:config]`` (a dataset of
+            ``text:PATH`` (a file, or a folder of files of ``TEXT_EXTENSIONS``) or ``hf:NAME[:config]`` (a dataset of
             the Hugging Face Hub, or a local folder of one).
-        field: the key or column with the text, where records have keys.
+        field: the key or column with the text, where records have keys; None for ``default_field``.
+        default_field: as ``field``, and ignored where records have no keys.
         domain: the key or column that names a document's domain; None for the first subfolder, see
             ``folder_domain``.
         blank: whether to include documents of white space only, e.g. the empty lines of a text.
+        on_bad_row: what becomes of a record that is malformed or not text: ``error`` (also for None) or ``skip``. Null
+            is skipped in both cases.
         besides: further forms that the caller accepts, e.g. ``tokens:FILE.npy``, for error messages.
 
     Raises:
-        UserError: for an unknown scheme or a missing path.
+        UserError: for an unknown scheme, a missing path, or a ``field`` of a source without fields.
     """
     scheme, _, rest = source.partition(":")
     if scheme not in _SCHEMES or bool(rest) == (scheme in _BUILT_IN):
@@ -98,110 +87,14 @@ def open_source(
         forms = [*_BUILT_IN, "text:PATH", "hf:NAME", *besides]
         hint = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
         raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{hint}")
-    return _SCHEMES[scheme](rest, Fields(field, domain, blank), split)
-
-
-@dataclass(frozen=True)
-class FileSource:
-    """Local files, read in order; see ``by_relative_path`` for their names."""
-
-    name: str
-    files: Mapping[str, Path]
-    read: Callable[[Path, str], Iterator[Document]]  #: takes a file and its name
-    measure: Callable[[Path], int] = lambda path: path.stat().st_size  #: bytes of text in a file, roughly
-    blank: bool = False  #: whether to include documents of white space only
-
-    def digest(self) -> str:
-        return _hash_files(self.files)
-
-    def size(self) -> int | None:
-        return sum(self.measure(path) for path in self.files.values())
-
-    def documents(self) -> Iterator[Document]:
-        empty = True
-        for name, path in self.files.items():
-            for document in self.read(path, name):
-                full = bool(len(document.ids) if document.ids is not None else document.text.strip())
-                empty &= not full
-                if full or self.blank:
-                    yield document
-        if empty:
-            raise UserError(f"{self.name}: holds no text; name a source with at least one document that is not empty")
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A streaming dataset of the ``datasets`` library; ``local`` is its folder if it is not on the Hub."""
-
-    name: str
-    path: str
-    config: str | None
-    fields: Fields
-    split: str
-    local: Path | None
-
-    def digest(self) -> str:
-        # A local folder is identified by its content, a dataset of the Hub by its name.
-        content = _hash_files(by_relative_path(self.local, walk(self.local))) if self.local else self.path
-        return hashlib.sha256(json.dumps(["hf", content, self.config, self.split]).encode()).hexdigest()
-
-    def size(self) -> int | None:
-        return None
-
-    def load(self) -> Any:
-        """Open the streaming dataset.
-
-        Raises:
-            UserError: if a local dataset, its configuration or its split does not exist.
-            RunError: the same for the Hub, or if the Hub cannot be reached.
-        """
-        import datasets  # takes a second
-
-        if self.local is None:
-            progress.notify(f"{self.name}: fetching from the Hugging Face Hub")
-        with self._translate_errors():
-            return datasets.load_dataset(self.path, self.config, split=self.split, streaming=True)
-
-    def documents(self) -> Iterator[Document]:
-        empty = True
-        for number, row in enumerate(self._rows()):
-            at = f"{self.name}: {self.split} row {number}"
-            document = self.fields.document(row, f"{self.split}:{number}", at, "")
-            full = bool(document.text.strip())
-            empty &= not full
-            if full or self.fields.blank:
-                yield document
-        if empty:
-            raise UserError(f"{self.name}: split {self.split!r} holds no text; name another split or field")
-
-    def _rows(self) -> Iterator[Any]:
-        try:
-            with self._translate_errors():
-                yield from self.load()
-        finally:
-            # An unfinished parquet scan aborts the process at exit unless it is collected before
-            # (https://github.com/apache/arrow/issues/45214).
-            gc.collect()
-
-    @contextlib.contextmanager
-    def _translate_errors(self) -> Iterator[None]:
-        """Turn errors of ``datasets`` into one line."""
-
-        def failure(text: str) -> Exception:
-            return UserError(text) if self.local else RunError(text, 2)  # a network failure may pass
-
-        try:
-            yield
-        except (UserError, RunError):
-            raise
-        except ConnectionError:
-            hint = "connect to the network, or name a local folder of .jsonl or .parquet files"
-            raise failure(f"{self.name}: the Hugging Face Hub cannot be reached; {hint}") from None
-        except Exception as error:  # `datasets` raises what its readers raise, of any class
-            lines = (str(error).strip() or type(error).__name__).splitlines()
-            reason = " ... ".join(dict.fromkeys([lines[0], lines[-1]])).rstrip(".")
-            hint = f"check the dataset's name, its configuration ({self.config or 'none'}) and split {self.split!r}"
-            raise failure(f"{self.name}: {reason}; {hint}") from None
+    opened = _SCHEMES[scheme](rest, Fields(field or default_field, domain, blank, on_bad_row or "error"), split)
+    if (
+        field not in (None, "text")
+        and isinstance(opened, FileSource)
+        and not any(map(has_fields, opened.files.values()))
+    ):
+        raise UserError(f"`field`: {source} is plain text, which has no field {field!r}; leave it out")
+    return opened
 
 
 def _open_stdlib(rest: str, fields: Fields, split: str) -> Source:
@@ -233,35 +126,28 @@ def _library(fields: Fields) -> dict[str, Path]:
 
 def _open_text(rest: str, fields: Fields, split: str) -> Source:
     path = Path(rest).expanduser()
-    readers = {".jsonl": read_jsonl, ".parquet": read_parquet}
     if not path.exists():
         raise UserError(f"text:{rest}: no such file or folder; relative paths start at {Path.cwd()}")
+    if is_saved(path):
+        raise UserError(f"text:{rest}: was written by `save_to_disk` of datasets; write 'hf:{rest}' to read its text")
     root = path if path.is_dir() else path.parent
     files = walk(path, TEXT_EXTENSIONS) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"text:{rest}: the folder has no {', '.join(TEXT_EXTENSIONS)} file; name a folder with one")
     unreadable = next((file for file in files if not os.access(file, os.R_OK)), None)
     if unreadable:
         raise UserError(f"{unreadable}: cannot be read; fix its permissions or its link, or remove it")
+    name = f"text:{path.resolve().name}"
+    if path.is_dir():
+        metadata = {file for file in files if is_metadata(file, fields.text)}
+        files = [file for file in files if file not in metadata]
+        report_files(name, path, files, metadata)
+    if not files:
+        raise UserError(f"text:{rest}: the folder has no {FORMATS} file with text; name a folder with one")
     domain_of = folder_domain(root, files)
 
-    def read(file: Path, where: str) -> Iterator[Document]:
-        return readers.get(file.suffix.lower(), read_plain)(file, where, fields, domain_of(file))
+    def read(file: Path, where: str) -> Iterator[Document | BadRow]:
+        return reader_of(file)(file, where, fields, domain_of(file))
 
-    def measure(file: Path) -> int:
-        return parquet_bytes(file, fields.text) if file.suffix.lower() == ".parquet" else file.stat().st_size
-
-    return FileSource(f"text:{path.resolve().name}", by_relative_path(root, files), read, measure, fields.blank)
-
-
-def folder_domain(root: Path, files: Sequence[Path]) -> Callable[[Path], str]:
-    """Return a function from a file to its domain: the first folder below ``root`` that contains it.
-
-    Files directly in ``root`` belong to the domain ``.``; without any folders, all belong to one unnamed domain.
-    """
-    if not any(file.parent != root for file in files):
-        return lambda file: ""
-    return lambda file: file.relative_to(root).parts[0] if file.parent != root else "."
+    return FileSource(name, by_relative_path(root, files), read, lambda file: text_bytes(file, fields.text), fields)
 
 
 def _open_hub(rest: str, fields: Fields, split: str) -> Source:
@@ -272,8 +158,12 @@ def _open_hub(rest: str, fields: Fields, split: str) -> Source:
             raise UserError(f"hf:{rest}: no such folder; relative paths start at {Path.cwd()}")
         return HubSource(f"hf:{rest}", path, config or None, fields, split, None)
     name = f"hf:{folder.resolve().name}" + (f":{config}" if config else "")
+    if is_saved(folder):
+        if config:
+            raise UserError(f"{name}: a dataset written by `save_to_disk` has no configurations; leave out {config!r}")
+        return SavedDataset.open(name, folder, fields, split)
     source = HubSource(name, str(folder), config or None, fields, split, folder)
-    source.load()
+    source.check(folder)
     return source
 
 
@@ -284,36 +174,3 @@ _SCHEMES: dict[str, Callable[[str, Fields, str], Source]] = {
     "hf": _open_hub,
 }
 _BUILT_IN = ("stdlib", "python")  # schemes without a path
-
-
-def by_relative_path(root: Path, files: Sequence[Path]) -> dict[str, Path]:
-    """Map relative paths to files below ``root``, in the order of ``files``."""
-    return {path.relative_to(root).as_posix(): path for path in files}
-
-
-def walk(root: Path, extensions: tuple[str, ...] = (), skip: Set[str] = frozenset()) -> list[Path]:
-    """List files below ``root``, sorted by relative path; hidden files and folders are skipped.
-
-    Args:
-        extensions: of the files; empty for any.
-        skip: names of folders to ignore at any depth.
-    """
-    files: list[Path] = []
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in skip and not name.startswith(".")]
-        files += [
-            Path(folder, name)
-            for name in names
-            if not name.startswith(".") and (not extensions or name.lower().endswith(extensions))
-        ]
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _hash_files(files: Mapping[str, Path]) -> str:
-    pairs = []
-    sizes = [path.stat().st_size for path in files.values()]
-    with progress.track("hash the source", sum(sizes)) as task, ThreadPoolExecutor(_HASH_THREADS) as pool:
-        for name, size, digest in zip(files, sizes, pool.map(sha256_file, files.values()), strict=True):
-            pairs.append([name, digest])
-            task.advance(size)
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

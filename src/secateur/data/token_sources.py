@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from secateur.data.readers import Document, text_of
-from secateur.data.sources import FileSource, Source, by_relative_path, folder_domain, walk
+from secateur.data.documents import Document, text_of
+from secateur.data.local_files import FileSource, by_relative_path, folder_domain, walk
+from secateur.data.sources import Source
 from secateur.data.tf_example import int64_features
 from secateur.errors import UserError
 from secateur.files import read_json
@@ -110,7 +111,10 @@ def _read_arrow(path: Path, where: str, column: str, domain: str | None, folder:
         for batch in _batches(path):
             for name in (column, *([domain] if domain else [])):
                 if name not in batch.schema.names:
-                    raise UserError(f"{path}: no column {name!r}; the columns are {', '.join(batch.schema.names)}")
+                    hint = "; text is read from hf:DIR" if name == _COLUMN else ""
+                    raise UserError(
+                        f"{path}: no column {name!r}; the columns are {', '.join(batch.schema.names)}{hint}"
+                    )
             names = batch.column(domain).to_pylist() if domain else None
             for i, ids in enumerate(_lists(batch.column(column), f"{path}: column {column!r}")):
                 label = text_of({domain: names[i]}, domain, f"{path}: row {number}") if names and domain else folder

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur import progress
+from secateur.data.documents import Document
 from secateur.data.encode import encode_texts
-from secateur.data.readers import Document
 from secateur.errors import UserError
 from secateur.formatting import plural
 

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
+from secateur.data.documents import Document
 from secateur.data.encode import EncodedBlock, Encoder
-from secateur.data.readers import Document
 from secateur.errors import RunError, UserError
 from secateur.runtime import without_main
 

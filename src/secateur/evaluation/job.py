@@ -164,6 +164,7 @@ def evaluate(request: EvaluateRequest) -> tuple[list[EvaluationResults], list[st
 def _protocols(request: EvaluateRequest, checkpoint: Checkpoint) -> dict[str, Protocol]:
     """The windows of every loss, in the checkpoint's own tokens."""
     cut: dict[str, Any] = {"windows": request.windows, "seqlen": request.seqlen, "stride": request.stride}
+    cut["on_bad_row"] = request.on_bad_row
     protocols = {}
     if request.data:
         protocols[LOSS] = heldout_protocol(checkpoint, request.data, field=request.field, **cut)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
+from secateur.data.documents import OnBadRow
 from secateur.data.tokenizer import check_vocabulary, load_tokenizer
 from secateur.evaluation.lm_eval.accuracy import check_tasks, language_model, measure_task, report_truncation
 from secateur.evaluation.lm_eval.tasks import Task
@@ -25,6 +26,7 @@ def text_protocols(
     texts: Sequence[Text],
     *,
     data: str | None = None,
+    on_bad_row: OnBadRow | None = None,
     windows: int | None = None,
     seqlen: int | None = None,
     stride: int | None = None,
@@ -43,6 +45,7 @@ def text_protocols(
             text,
             tokenizer,
             data=data,
+            on_bad_row=on_bad_row,
             positions=max_positions(checkpoint.config),
             windows=windows or WINDOWS,
             seqlen=seqlen or SEQLEN,

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.data.documents import Document, OnBadRow
 from secateur.data.encode import encode_texts
-from secateur.data.readers import TEXT_EXTENSIONS, Document
+from secateur.data.readers import FORMATS, TEXT_EXTENSIONS
 from secateur.data.sources import Source, open_source
 from secateur.data.tokenizer import encode_documents
 from secateur.errors import RunError, UserError
@@ -75,6 +76,7 @@ def text_protocol(
     tokenizer: PreTrainedTokenizerBase,
     *,
     data: str | None = None,
+    on_bad_row: OnBadRow | None = None,
     positions: int | None = None,
     windows: int = WINDOWS,
     seqlen: int = SEQLEN,
@@ -83,8 +85,8 @@ def text_protocol(
     """Cut a text into windows, in the tokens of a tokenizer.
 
     Args:
-        data: a folder with ``<file>.txt``, ``.jsonl`` or ``.parquet``, or a folder ``<file>`` of them; None for the
-            Hub.
+        data: a folder with ``<file>.txt``, ``.jsonl``, ..., or a folder ``<file>`` of such files; None for the Hub.
+        on_bad_row: see :func:`secateur.data.sources.open_source`.
         positions: of the model, which limit the length of windows; None for no limit.
         stride: tokens from window to window; None for windows without overlap.
 
@@ -93,7 +95,7 @@ def text_protocol(
     """
     from secateur.evaluation.loss import Protocol
 
-    source = text_source(text, data)
+    source = text_source(text, data, on_bad_row)
     used = min(seqlen, positions or seqlen)
     if used < seqlen:
         notify(f"{text.name}: windows have {used} tokens, as many as the model has positions")
@@ -151,17 +153,17 @@ def _joined(rows: Iterator[Document], join: str, tokenizer: PreTrainedTokenizerB
         target *= 2
 
 
-def text_source(text: Text, data: str | None) -> Source:
+def text_source(text: Text, data: str | None, on_bad_row: OnBadRow | None = None) -> Source:
     """Open the source of a text; arguments and errors as in :func:`text_protocol`."""
-    blank = text.join is not None
+    options: dict[str, Any] = {"default_field": text.field, "blank": text.join is not None, "on_bad_row": on_bad_row}
     if data is None:
-        return open_source(f"hf:{text.hub}", field=text.field, split=text.split, blank=blank)
+        return open_source(f"hf:{text.hub}", split=text.split, **options)
     folder = Path(data).expanduser()
     if not folder.is_dir():
         raise UserError(f"{data}: no such folder; name one that holds {_names(text)}")
     for name in (text.file, *(text.file + ending for ending in TEXT_EXTENSIONS)):
         if (folder / name).exists():
-            return open_source(f"text:{folder / name}", field=text.field, blank=blank)
+            return open_source(f"text:{folder / name}", **options)
     raise UserError(
         f"{folder}: holds no {_names(text)}, the {text.split} split of {text.hub} with its text in {text.field!r}; "
         "put it there, or leave out `text_data` to read it from the Hugging Face Hub"
@@ -169,5 +171,4 @@ def text_source(text: Text, data: str | None) -> Source:
 
 
 def _names(text: Text) -> str:
-    *most, last = (text.file + ending for ending in TEXT_EXTENSIONS)
-    return f"{', '.join(most)} or {last}"
+    return f"{text.file}{FORMATS.replace(' .', f' {text.file}.')}"

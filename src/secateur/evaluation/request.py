@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from secateur.config import AnyPath, Positive, spec
+from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
 from secateur.evaluation.names import check_names
 
@@ -30,7 +31,8 @@ class EvaluateRequest:
         few_shot: examples in each prompt of a task; None for as many as the task says.
         text_data: folder with c4.jsonl ...; None for the Hugging Face Hub.
         protocol: of the perplexities: ``heldout`` or ``paper-train-split``.
-        field: the field of the text in .jsonl, .parquet and hf: sources.
+        field: the field of the text where records have fields; None for ``text``.
+        on_bad_row: what becomes of a record that is malformed or not text: ``error`` (also for None) or ``skip``.
         windows: windows at most.
         seqlen: tokens in a window.
         stride: tokens from window to window; None for windows side by side.
@@ -53,6 +55,7 @@ class EvaluateRequest:
     text_data: str | None = None
     protocol: str = "heldout"
     field: str | None = None
+    on_bad_row: OnBadRow | None = None
     windows: Positive | None = None
     seqlen: Positive | None = None
     stride: Positive | None = None

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from secateur.data.documents import Document, OnBadRow
 from secateur.data.domains import document_stream, heldout_stream
 from secateur.data.encode import encode_texts
-from secateur.data.readers import Document
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.token_files import is_token_file, read_token_file
@@ -37,6 +37,7 @@ __all__ = [
     "document_windows",
     "heldout_protocol",
     "open_shards",
+    "report_idle_fields",
     "window_length",
 ]
 
@@ -49,6 +50,7 @@ def calibration_windows(
     source: str | Iterable[str],
     *,
     field: str | None = None,
+    on_bad_row: OnBadRow | None = None,
     windows: int | None = None,
     seqlen: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -58,7 +60,8 @@ def calibration_windows(
     Args:
         checkpoint: the model whose vocabulary and positions apply.
         source: a source of text, ``tokens:FILE.npy``, or texts.
-        field: the text's field in .jsonl, .parquet and hf: sources; None for ``text``.
+        field: the text's field where records have fields; None for ``text``.
+        on_bad_row: what becomes of a record that is malformed or not text; None for ``error``.
         windows: the most windows; None for :data:`CALIBRATION_WINDOWS`.
         seqlen: tokens in a window; None for :data:`SEQLEN`.
         tokenizer: None for the checkpoint's own.
@@ -67,10 +70,10 @@ def calibration_windows(
         UserError: if the source cannot be read, does not fit the model, or is shorter than one window.
     """
     if isinstance(source, str) and is_token_file(source):
-        return torch.from_numpy(_read_file(checkpoint, source, field, windows, seqlen))
+        return torch.from_numpy(_read_file(checkpoint, source, windows, seqlen, field=field, on_bad_row=on_bad_row))
     limit = windows or CALIBRATION_WINDOWS
     tokens = limit * window_length(checkpoint, seqlen)
-    stream, length, _ = _encode(checkpoint, source, field, tokens, seqlen, tokenizer)
+    stream, length, _ = _encode(checkpoint, source, tokens, seqlen, tokenizer, field=field, on_bad_row=on_bad_row)
     ids = stream.ids
     cut = ids[: ids.size // length * length].reshape(-1, length)
     if not len(cut):
@@ -84,7 +87,14 @@ def calibration_windows(
 
 
 def document_windows(
-    checkpoint: Checkpoint, source: str, *, field: str | None, windows: int, seqlen: int, seed: int
+    checkpoint: Checkpoint,
+    source: str,
+    *,
+    field: str | None,
+    on_bad_row: OnBadRow | None = None,
+    windows: int,
+    seqlen: int,
+    seed: int,
 ) -> torch.Tensor:
     """Cut one window from each of the first documents that are longer than a window: int64 ids [windows, positions].
 
@@ -98,7 +108,7 @@ def document_windows(
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     rows: list[NDArray[np.int64]] = []
-    for batch in batches(open_source(source, field=field or "text").documents(), 16):
+    for batch in batches(open_source(source, field=field, on_bad_row=on_bad_row).documents(), 16):
         for ids in encode_texts(tokenizer, [document.text for document in batch]):
             if len(ids) > length and len(rows) < windows:
                 start = int(generator.integers(len(ids) - length))
@@ -117,6 +127,7 @@ def heldout_protocol(
     source: str,
     *,
     field: str | None = None,
+    on_bad_row: OnBadRow | None = None,
     windows: int | None = None,
     seqlen: int | None = None,
     stride: int | None = None,
@@ -127,11 +138,15 @@ def heldout_protocol(
         UserError: if the source cannot be read, does not fit the model, or has nothing to predict.
     """
     if is_token_file(source):
-        return Protocol((torch.from_numpy(_read_file(checkpoint, source, field, windows, seqlen)),), source)
+        return Protocol(
+            (torch.from_numpy(_read_file(checkpoint, source, windows, seqlen, field=field, on_bad_row=on_bad_row)),),
+            source,
+        )
     length = window_length(checkpoint, seqlen)
     step = min(stride or length, length)
     limit = length + (windows - 1) * step if windows else None
     if source.startswith("shards:"):
+        report_idle_fields(source, field=field, on_bad_row=on_bad_row)
         store = open_shards(source, "data", checkpoint.shape.vocabulary)
         check_encoded_for(checkpoint.directory, store.tokenizer, source, "`data`")
         clipped_length(checkpoint, seqlen)
@@ -143,7 +158,7 @@ def heldout_protocol(
             tokens = store.tokens("heldout")
             stream = document_stream(store, "heldout", 0, min(limit or tokens, tokens))
         return Protocol.of_stream(stream, length, source, stride=step, split="heldout")
-    stream, _, tokenizer = _encode(checkpoint, source, field, limit, seqlen, None)
+    stream, _, tokenizer = _encode(checkpoint, source, limit, seqlen, None, field=field, on_bad_row=on_bad_row)
     return Protocol.of_stream(stream, length, source, stride=step, bos=begins_with_bos(tokenizer))
 
 
@@ -181,6 +196,12 @@ def open_shards(source: str, field: str, vocabulary: int | None = None) -> Token
     return store
 
 
+def report_idle_fields(source: str, **fields: Any) -> None:
+    """Print which of the fields are set, although shards hold no records."""
+    if idle := [f"`{name}`" for name, value in fields.items() if value is not None]:
+        notify(f"{source}: {', '.join(idle)} does not apply to token shards")
+
+
 def check_shards(store: TokenStore, source: str, field: str, vocabulary: int) -> None:
     """Refuse shards with ids that a model of this vocabulary has not."""
     if store.vocabulary > vocabulary:
@@ -193,17 +214,17 @@ def check_shards(store: TokenStore, source: str, field: str, vocabulary: int) ->
 def _encode(
     checkpoint: Checkpoint,
     source: str | Iterable[str],
-    field: str | None,
     limit: int | None,
     seqlen: int | None,
     tokenizer: Any,
+    **fields: Any,
 ) -> tuple[Stream, int, PreTrainedTokenizerBase]:
     """Encode at most ``limit`` tokens of text; return the stream, the window length and the tokenizer."""
     length = seqlen or SEQLEN
     if length < 2:
         raise UserError("`seqlen`: a window needs two tokens or more, one to see and one to predict")
     documents = (
-        open_source(source, field=field or "text", besides=("tokens:FILE.npy",)).documents()
+        open_source(source, besides=("tokens:FILE.npy",), **fields).documents()
         if isinstance(source, str)
         else (Document(f"text {number}", text) for number, text in enumerate(source))
     )
@@ -214,13 +235,14 @@ def _encode(
 
 
 def _read_file(
-    checkpoint: Checkpoint, source: str, field: str | None, windows: int | None, seqlen: int | None
+    checkpoint: Checkpoint, source: str, windows: int | None, seqlen: int | None, **fields: Any
 ) -> NDArray[np.int64]:
     """Read all windows of a file of ids, and report the options that do not apply to it."""
     positions = max_positions(checkpoint.config)
     ids = read_token_file(source, vocabulary=checkpoint.shape.vocabulary, positions=positions)
     count, length = ids.shape
-    differs = {"windows": windows not in (None, count), "seqlen": seqlen not in (None, length), "field": bool(field)}
+    differs = {"windows": windows not in (None, count), "seqlen": seqlen not in (None, length)}
+    differs |= {name: value is not None for name, value in fields.items()}
     if unused := [name for name, differ in differs.items() if differ]:
         names = ", ".join(f"`{name}`" for name in unused)
         notify(f"{source}: uses {every(count, 'window')} of {length} tokens; {names} does not apply to it")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from secateur.data.documents import OnBadRow
 from secateur.data.token_files import is_token_file
 from secateur.data.tokenizer import load_tokenizer, token_hash
 from secateur.errors import UserError
@@ -48,6 +49,7 @@ class Calibration:
         source: Calibration | Tensor | str | Iterable[str],
         *,
         field: str | None = None,
+        on_bad_row: OnBadRow | None = None,
         windows: int | None = None,
         seqlen: int | None = None,
         tokenizer: Any = None,
@@ -65,7 +67,8 @@ class Calibration:
             kind = type(source).__name__
             raise UserError(f"`calibration`: {kind} is no source; give 'text:PATH', ids [windows, positions] or texts")
         texts = source if isinstance(source, str) else _checked_texts(source)
-        options: dict[str, Any] = {"field": field, "windows": windows, "seqlen": seqlen, "tokenizer": tokenizer}
+        options: dict[str, Any] = {"windows": windows, "seqlen": seqlen, "tokenizer": tokenizer}
+        options |= {"field": field, "on_bad_row": on_bad_row}
         try:
             cut = calibration_windows(checkpoint, texts, **options)
         except UserError as error:  # a fault of the source is one of this field
@@ -102,7 +105,8 @@ def _checked_ids(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
 def read_calibration(request: PruneRequest, checkpoint: Checkpoint, windows: int | None) -> Calibration:
     """Read at most ``windows`` calibration windows of a request."""
     tokenizer = load_request_tokenizer(request)
-    fields: dict[str, Any] = {"field": request.field, "windows": windows, "seqlen": request.seqlen}
+    fields: dict[str, Any] = {"field": request.field, "on_bad_row": request.on_bad_row}
+    fields |= {"windows": windows, "seqlen": request.seqlen}
     return Calibration.of(checkpoint, request.calibration, tokenizer=tokenizer, **fields)
 
 

@@ -15,7 +15,7 @@ from secateur.data.shards import TokenStore
 from secateur.data.tokenizer_match import check_encoded_for
 from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
-from secateur.evaluation.token_windows import clipped_length, open_shards, window_length
+from secateur.evaluation.token_windows import clipped_length, open_shards, report_idle_fields, window_length
 from secateur.files import check_disk, shared_directory
 from secateur.formatting import byte_size, plural, scientific
 from secateur.memory import ResourceUse, track_resources
@@ -229,6 +229,7 @@ def _learning_data(request: PruneRequest, checkpoint: Checkpoint) -> LearningDat
         calibration = read_calibration(request, checkpoint, windows)
         tokens = WindowTokens(calibration.windows)
         return LearningData(tokens, {"": (0, tokens.tokens)}, calibration.record(), calibration.windows.shape[1])
+    report_idle_fields(source, field=request.field, on_bad_row=request.on_bad_row)
     store = open_shards(source, "calibration", checkpoint.shape.vocabulary)
     tokenizer = load_request_tokenizer(request) or checkpoint.directory
     check_encoded_for(tokenizer, store.tokenizer, source, "`calibration`", name=str(checkpoint.directory))

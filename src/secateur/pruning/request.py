@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from secateur.config import AnyPath, Positive, spec
+from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
 from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.target import Target
@@ -15,7 +16,7 @@ from secateur.pruning.target import Target
 __all__ = ["RESUME_LABELS", "PruneRequest"]
 
 #: fields of text windows, which a method that reads no text ignores
-_TEXT_FIELDS = ("windows", "seqlen", "field")
+_TEXT_FIELDS = ("windows", "seqlen", "field", "on_bad_row")
 
 #: fields of a request by the keys that identify an unfinished run
 RESUME_LABELS = {
@@ -51,7 +52,8 @@ class PruneRequest:
         calibration: a source of text (``text:PATH``, ``hf:NAME``, ``tokens:FILE.npy`` ...), ids [windows, positions],
             or an iterable of texts.
         tokenizer: for texts; None for the model's own.
-        field: the field of the text in .jsonl, .parquet and hf: sources.
+        field: the field of the text where records have fields; None for ``text``.
+        on_bad_row: what becomes of a record that is malformed or not text: ``error`` (also for None) or ``skip``.
         windows: calibration windows, at most.
         seqlen: tokens in a window.
         tasks_data: folder of the data of the task that minitron-depth measures.
@@ -79,6 +81,7 @@ class PruneRequest:
     calibration: Any = None
     tokenizer: Any = None
     field: str | None = None
+    on_bad_row: OnBadRow | None = None
     windows: Positive | None = None
     seqlen: Positive | None = None
     tasks_data: str | None = None

@@ -59,7 +59,7 @@ def _calibration(study: StudySpec) -> dict[tuple[str, str | None], str]:
     """The digests of the texts, besides the corpus, that methods are scored on."""
     specs = [study.calibration_of(entry) for entry in study.methods]
     return {
-        (spec.source, spec.field): open_source(spec.source, field=spec.field or "text").digest()
+        (spec.source, spec.field): open_source(spec.source, field=spec.field).digest()
         for spec in specs
         if spec.source is not None
     }

@@ -25,6 +25,7 @@ __all__ = [
     "ratio",
     "ratios",
     "share",
+    "text_fields",
     "token_count",
     "windows",
     "zero_or_more",
@@ -128,10 +129,20 @@ def dtype(parser: argparse.ArgumentParser, use: str) -> None:
 def windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") -> None:
     """Add how text is cut into windows; ``most`` describes the default of ``--windows``."""
     # No argparse defaults: a file of ids must know which options were set.
-    parser.add_argument("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
+    text_fields(parser)
     parser.add_argument("--windows", type=positive, help=f"windows at most (default: {most})")
     parser.add_argument(
         "--seqlen", type=positive, help=f"tokens in a window, or the model's limit if less (default: {seqlen})"
+    )
+
+
+def text_fields(parser: argparse.ArgumentParser) -> None:
+    """Add which field of a record is its text, and what becomes of a record without."""
+    parser.add_argument("--field", help="field that holds the text, in all but .txt files (default: text)")
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("error", "skip"),
+        help="a record that is malformed or not text: stop, or skip and count it, as null is (default: error)",
     )
 
 

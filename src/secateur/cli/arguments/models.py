@@ -16,6 +16,7 @@ from secateur.cli.arguments.common import (
     holdout,
     positive,
     share,
+    text_fields,
     token_count,
     windows,
     zero_or_more,
@@ -75,7 +76,7 @@ def add_data(verbs: Any) -> None:
     add("source", metavar="SOURCE", help=manual.DOCUMENTS)
     add("out", metavar="OUT", help="new directory to write")
     add("--tokenizer", required=True, metavar="DIR", help="directory with the tokenizer, a checkpoint, or a Hub name")
-    add("--field", help="field that holds the text, for .jsonl, .parquet and hf: (default: text)")
+    text_fields(data)
     add("--split", help="split to read, for hf: and arrow: (default: train)")
     add(
         "--domain",

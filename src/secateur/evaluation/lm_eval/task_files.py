@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from secateur.data.text_files import BOM
 from secateur.errors import UserError
 from secateur.files import sha256_file
 from secateur.formatting import plural
@@ -33,7 +34,7 @@ def read_documents(path: Path, hint: str = "the data of a task is a folder that 
         UserError: if the file is missing or empty, or a line is not a JSON object with the fields of the first one.
     """
     try:
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(BOM)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {hint}") from None
     except OSError as error:

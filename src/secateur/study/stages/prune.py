@@ -66,7 +66,8 @@ def _calibration(stage: Stage, store: Store, checkpoint: Checkpoint) -> Calibrat
     if "source" not in settings:
         return Calibration(_calibration_windows(stage, store), _SOURCE)
     name = source if source.startswith("hf:") else source.partition(":")[0]  # paths are no part of a record
-    options = {"field": settings.get("field"), "windows": settings["windows"], "seqlen": stage.identity["seqlen"]}
+    options = {key: settings.get(key) for key in ("field", "on_bad_row", "windows")}
+    options["seqlen"] = stage.identity["seqlen"]
     if settings.get("protocol") == "documents":
         return Calibration(document_windows(checkpoint, source, seed=settings["seed"], **options), name)
     return Calibration(calibration_windows(checkpoint, source, **options), name)

@@ -1,0 +1,180 @@
+"""Documents, the records that they come from, and what becomes of a record without text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.errors import UserError
+from secateur.progress import notify
+
+__all__ = [
+    "INVALID_UTF8",
+    "MALFORMED",
+    "BadRow",
+    "Document",
+    "Fields",
+    "OnBadRow",
+    "select_documents",
+    "text_of",
+]
+
+OnBadRow = Literal["error", "skip"]
+
+#: reasons of a ``BadRow``, as the count of skipped documents names them; the first two never raise
+NULL, EMPTY = "null", "empty"
+MISSING, WRONG_TYPE, MALFORMED, INVALID_UTF8 = "without the field", "not text", "malformed", "not UTF-8"
+
+_CHAT_FIELDS = ("messages", "conversations", "conversation")
+_COLUMNS, _LETTERS = 30, 40  # of a list of columns in a message: at most so many names, each so long
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or token ids."""
+
+    id: str  #: position in the source: file, file and line, or row
+    text: str  #: empty for a document of ids
+    domain: str = ""
+    ids: NDArray[np.integer] | None = None  #: [tokens]
+
+
+class BadRow(UserError):
+    """A record without a document. Readers yield it, so that a source can skip and count it.
+
+    Attributes:
+        reason: why, as the count of skipped documents names it.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of a record's fields, and what becomes of records without text."""
+
+    text: str = "text"
+    domain: str | None = None  #: None if records do not name their domain
+    blank: bool = False  #: whether to include texts of white space only
+    on_bad_row: OnBadRow = "error"  #: null and empty texts are skipped in both cases
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that are read."""
+        return [self.text] if self.domain in (None, self.text) else [self.text, self.domain]
+
+    def require(self, names: Collection[str], at: str, kind: Literal["field", "column"] = "field") -> None:
+        """Check that a record or a table at position ``at`` has the fields.
+
+        Raises:
+            BadRow: for the first that is missing.
+        """
+        for field in self.names:
+            if field not in names:
+                chat = next((name for name in _CHAT_FIELDS if field == self.text and name in names), None)
+                listing = f"the {kind}s are {_list(names)}"
+                if chat:
+                    message = f"{at}: chat data ({kind} {chat!r}) is not supported yet; {listing}: name one of strings"
+                else:
+                    message = f"{at}: no {kind} {field!r}; {listing}: name one of them"
+                raise BadRow(MISSING, message)
+
+    def document(self, row: object, where: str, at: str, domain: str) -> Document | BadRow:
+        """Make a document of a record.
+
+        Args:
+            at: position of the record, for errors.
+            domain: of the document, unless the record has a field for it.
+        """
+        try:
+            if isinstance(row, dict):
+                self.require(row, at)
+            text = text_of(row, self.text, at)
+        except BadRow as error:
+            return error
+        if not text.strip() and not self.blank:
+            return BadRow(EMPTY, f"{at}: the field {self.text!r} is empty")
+        try:
+            return Document(where, text, domain if self.domain is None else text_of(row, self.domain, at))
+        except BadRow as error:
+            return BadRow(WRONG_TYPE, str(error))  # a domain that is null is no empty text
+
+
+def select_documents(rows: Iterable[Document | BadRow], name: str, fields: Fields, remedy: str) -> Iterator[Document]:
+    """Yield the documents of a source, and report the number of skipped records at the end.
+
+    Args:
+        remedy: what to do if there is no text.
+
+    Raises:
+        UserError: at the first bad record, unless it is to be skipped; at the end if there was no document with text.
+    """
+    skipped: Counter[str] = Counter()
+    first: BadRow | None = None
+    empty = True
+    try:
+        for row in rows:
+            if isinstance(row, BadRow):
+                if fields.on_bad_row == "error" and row.reason not in (NULL, EMPTY):
+                    # Where no row has text so far, the field may be the wrong one for all.
+                    raise row if empty else UserError(f"{row}, or set `on_bad_row` to skip such rows")
+                first = first or row
+                skipped[row.reason] += 1
+                continue
+            full = bool(len(row.ids) if row.ids is not None else row.text.strip())
+            empty &= not full
+            if full or fields.blank:
+                yield row
+    finally:
+        if skipped:
+            notify(f"{name}: {_summary(skipped)}")
+    if empty:
+        reason = f"{_summary(skipped)}, the first: {first}" if first else remedy
+        raise UserError(f"{name}: holds no text; {reason}")
+
+
+def _summary(skipped: Counter[str]) -> str:
+    total = skipped.total()
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+    return f"{total:,} document{'' if total == 1 else 's'} skipped ({reasons})"
+
+
+def text_of(row: object, field: str, where: str) -> str:
+    """Return the text in ``field`` of a record; lone surrogates, valid in JSON but not in UTF-8, become U+FFFD.
+
+    Raises:
+        BadRow: if there is none.
+    """
+    if not isinstance(row, dict):
+        message = f"{where}: expected an object with the field {field!r}, got {type(row).__name__}"
+        raise BadRow(MALFORMED, message)
+    if field not in row:
+        raise BadRow(MISSING, f"{where}: no field {field!r}; the fields are {_list(row)}: name one of them")
+    text = row[field]
+    if text is None:
+        raise BadRow(NULL, f"{where}: the field {field!r} is null, not text; name a field of strings")
+    if isinstance(text, list) and text and isinstance(text[0], dict):
+        raise BadRow(
+            WRONG_TYPE,
+            f"{where}: chat data (a list in the field {field!r}) is not supported yet; the fields are {_list(row)}: "
+            "name one of strings",
+        )
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise BadRow(WRONG_TYPE, f"{where}: the field {field!r} is {kind}, not text; name a field of strings")
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _list(columns: Iterable[object]) -> str:
+    """List names of columns on one line, shortened where they are long or many."""
+    names = ["".join(letter if letter.isprintable() else "?" for letter in str(column)) for column in columns]
+    short = [name if len(name) <= _LETTERS else f"{name[:_LETTERS]}..." for name in names[:_COLUMNS]]
+    more = [f"{len(names) - _COLUMNS} more"] if len(names) > _COLUMNS else []
+    return ", ".join([*short, *more]) or "none"
