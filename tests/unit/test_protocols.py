@@ -146,7 +146,10 @@ def test_other_forms_of_a_local_text(form: str, tokenizer: PreTrainedTokenizerBa
 
 def test_a_missing_text_names_the_file(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     text: Any = PROTOCOLS["heldout"][0]
-    with pytest.raises(UserError, match=r"holds no c4.txt, c4.jsonl or c4.parquet, the validation split of allenai/c4"):
+    with pytest.raises(
+        UserError,
+        match=r"holds no c4.txt, c4.jsonl, c4.json, c4.csv, c4.tsv or c4.parquet, the validation split of allenai/c4",
+    ):
         text_protocol(text, tokenizer, data=str(tmp_path))
     with pytest.raises(UserError, match="no such folder; name one that holds c4"):
         text_protocol(text, tokenizer, data=str(tmp_path / "none"))

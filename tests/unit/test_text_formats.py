@@ -111,7 +111,7 @@ def test_a_json_file_may_be_one_object(tmp_path: Path):
         ("a.json", b"", "holds no text"),
         ("a.json", b"[]", "holds no text"),
         ("a.csv", b"id,text\n1,a\n2,caf\xe9\n", "a.csv:3: not UTF-8"),
-        ("a.csv", b"id,text\n1,a\n2\n", "a.csv:3: 1 cells under a header of 2"),
+        ("a.csv", b"id,text\n1,a\n2\n", "a.csv:3: 1 cell under a header of 2"),
         ("a.csv", b'id,text\n1,"a\n2,b\n', "a.csv:3: not valid CSV"),
         ("a.csv", b"id;text\n1;a\n", "a.csv: no column 'text'; the columns are id;text"),
         ("a.csv", b"id,text\n", "holds no text"),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.errors import UserError
+from secateur.formatting import plural
 from secateur.progress import notify
 
 __all__ = [
@@ -141,9 +142,8 @@ def select_documents(rows: Iterable[Document | BadRow], name: str, fields: Field
 
 
 def _summary(skipped: Counter[str]) -> str:
-    total = skipped.total()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
-    return f"{total:,} document{'' if total == 1 else 's'} skipped ({reasons})"
+    return f"{plural(skipped.total(), 'document')} skipped ({reasons})"
 
 
 def text_of(row: object, field: str, where: str) -> str:

@@ -15,6 +15,7 @@ from secateur import progress
 from secateur.data.documents import BadRow, Document, Fields, select_documents
 from secateur.data.text_files import split_suffix
 from secateur.files import sha256_file
+from secateur.formatting import plural
 
 __all__ = ["FileSource", "by_relative_path", "folder_domain", "hash_files", "report_files", "walk"]
 
@@ -91,9 +92,8 @@ def report_files(name: str, root: Path, files: Collection[Path], metadata: Colle
     unread[".json without the text field"] = len(metadata)
     unread["linked folder"] = sum(path.is_symlink() for path in _folders(root))
     if len(reading) > 1 or unread.total():
-        count = reading.total()
         rest = f"; {unread.total():,} passed over ({_listing(unread)})" if unread.total() else ""
-        progress.notify(f"{name}: {count:,} file{'' if count == 1 else 's'} read ({_listing(reading)}){rest}")
+        progress.notify(f"{name}: {plural(reading.total(), 'file')} read ({_listing(reading)}){rest}")
 
 
 def _folders(root: Path) -> Iterator[Path]:

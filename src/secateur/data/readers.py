@@ -20,6 +20,7 @@ from typing import Any
 from secateur.data.documents import INVALID_UTF8, MALFORMED, BadRow, Document, Fields
 from secateur.data.text_files import BOM, COMPRESSIONS, open_bytes, split_suffix
 from secateur.errors import UserError
+from secateur.formatting import plural
 
 __all__ = [
     "FORMATS",
@@ -146,7 +147,9 @@ def read_csv(path: Path, where: str, fields: Fields, domain: str = "") -> Iterat
                 if not cells:  # an empty line
                     continue
                 if len(cells) != len(header):
-                    message = f"{at}: {len(cells)} cells under a header of {len(header)}; fix or remove the row"
+                    message = (
+                        f"{at}: {plural(len(cells), 'cell')} under a header of {len(header)}; fix or remove the row"
+                    )
                     yield BadRow(MALFORMED, message)
                     continue
                 row = dict(zip(header, cells, strict=True))
