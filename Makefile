@@ -39,9 +39,9 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --maxprocesses $(JOBS) $(ARGS)
 
 # What most changes touch, without what is marked slow.
-QUICK := api checkpoint compare controls cost depth_methods divergence engine held_out layout methods progress prune_verb \
-	shapes shapes_verb shards spec startup statistics stats surgery target token_loss train train_parts \
-	weight_methods width_methods
+QUICK := api checkpoint compare completion controls cost depth_methods divergence engine formatting held_out install \
+	layout methods progress prune_verb shapes shapes_verb shards spec startup statistics stats surgery target \
+	token_loss train train_parts weight_methods width_methods
 quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --maxprocesses $(JOBS) -m "not slow" \
 		$(QUICK:%=tests/unit/test_%.py) $(ARGS)

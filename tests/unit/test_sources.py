@@ -90,7 +90,9 @@ def test_packages_of_the_corpus_are_what_secateur_cannot_do_without():
 
 def test_a_package_that_is_not_whole_is_told_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("secateur.data.sources.PACKAGES", ("secateur-none",))
-    assert "python: the package secateur-none is not installed; install it with: " in failure("python")
+    message = failure("python")
+    assert "python: the package secateur-none is not installed; install it with: " in message
+    assert "-m pip install" in message and message.endswith(" --force-reinstall --no-deps secateur-none")
     (tmp_path / "p-1.dist-info").mkdir()
     (tmp_path / "p-1.dist-info" / "METADATA").write_text("Name: p\nVersion: 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
