@@ -1,22 +1,34 @@
-"""Model names: local checkpoint directories, and models of the Hugging Face Hub."""
+"""Model names: local checkpoint directories, and models of the Hugging Face Hub, which are fetched and uploaded."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from secateur.errors import UserError, disk_full, first_line
+from secateur import distributed
+from secateur.errors import RunError, UserError, disk_full, first_line
 from secateur.files import read_json
+from secateur.model.companions import COMPANION_FOLDERS, COMPANIONS
 from secateur.progress import notify
 
-__all__ = ["cached_positions", "is_hub_name", "local_checkpoint"]
+__all__ = [
+    "cached_positions",
+    "check_repository",
+    "check_token",
+    "create_repository",
+    "is_hub_name",
+    "local_checkpoint",
+    "repository_of",
+    "upload",
+]
 
 _PREFIX = "hf:"
 _PART = r"(?![-.])[\w.-]{1,96}(?<![-.])"
 _NAME = re.compile(rf"(?!.*(?:--|\.\.))(?:{_PREFIX}(?:{_PART}/)?|{_PART}/){_PART}(?<!\.git)", re.ASCII)
 
-_CONFIGURATION = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]
+_CONFIGURATION = ["*.json", *COMPANIONS, "README.md"]  # the model card names the licence
 _WEIGHTS = ["*.safetensors"]
 _UNUSED = ["*/*", "consolidated*"]  # other formats in subfolders, and the same weights under other tensor names
 
@@ -55,7 +67,9 @@ def local_checkpoint(name: str | os.PathLike[str], *, weights: bool = True) -> P
     model, _, revision = name.removeprefix(_PREFIX).partition("@")
     notify(f"{model}: fetching from the Hugging Face Hub, unless cached")
     patterns = _CONFIGURATION + _WEIGHTS * weights
-    try:
+    try:  # in two calls, since a pattern that ignores subfolders has no exceptions
+        for folder in COMPANION_FOLDERS if weights else ():
+            snapshot_download(model, revision=revision or None, allow_patterns=[f"{folder}/*"])
         return Path(
             snapshot_download(model, revision=revision or None, allow_patterns=patterns, ignore_patterns=_UNUSED)
         )
@@ -94,3 +108,83 @@ def _reason(error: Exception, model: str, revision: str) -> str:
         cause = first_line(error.__cause__ or error)
         return f"the Hub cannot be reached ({cause}); check the network, or name a checkpoint directory"
     return f"{first_line(error)}; try again, or name a checkpoint directory"
+
+
+def repository_of(model: Any, directory: Path) -> str | None:
+    """The name on the Hub, ``org/name``, of a model that is read from ``directory``; None where nothing says it.
+
+    Args:
+        model: what the user named: a Hub name, or a directory, which may be a snapshot in the Hub's cache.
+    """
+    if isinstance(model, str | os.PathLike) and is_hub_name(name := os.fspath(model)):
+        return name.removeprefix(_PREFIX).partition("@")[0]
+    folder = directory.parent.parent.name  # models--org--name/snapshots/<commit>
+    if directory.parent.name != "snapshots" or not folder.startswith("models--"):
+        return None
+    return folder.removeprefix("models--").replace("--", "/")
+
+
+def check_repository(name: str | None) -> None:
+    """Check the name of a repository to upload to; None, for no upload, is one.
+
+    Raises:
+        UserError: if it is not ``org/name``.
+    """
+    if name is not None and ("/" not in name or name.startswith(_PREFIX) or not _NAME.fullmatch(name)):
+        raise UserError(f"`push_to_hub`: {name!r} is no repository of the Hub; write ORG/NAME, such as my-org/my-model")
+
+
+def check_token(name: str | None) -> None:
+    """Check that there is a token to upload with, unless ``name`` is None; the Hub is not asked.
+
+    Raises:
+        UserError: if there is none.
+    """
+    from huggingface_hub import get_token
+
+    if name is not None and distributed.is_main() and not get_token():
+        raise UserError("`push_to_hub`: no token of the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
+
+
+def create_repository(name: str | None) -> None:
+    """Create the repository that a run will be uploaded to, so that a lack of rights shows before any work.
+
+    A new repository is private. Nothing happens in all processes but the first, or where ``name`` is None.
+
+    Raises:
+        UserError: if the Hub refuses, or cannot be reached.
+    """
+    if name is None or not distributed.is_main():
+        return
+    import huggingface_hub
+
+    try:
+        url = huggingface_hub.HfApi().create_repo(name, private=True, exist_ok=True)
+    except Exception as error:  # of any class, as in a download
+        reason = f"{first_line(error)}; check the name, the network, and that the token may write"
+        raise UserError(f"`push_to_hub`: {name} cannot be created: {reason}") from None
+    notify(f"the output will be uploaded to {url}; a new repository is private until you change it in its settings")
+
+
+def upload(folder: Path, name: str | None, *, without: tuple[str, ...] = ()) -> None:
+    """Upload a finished output to its repository; nothing where ``name`` is None.
+
+    Args:
+        without: subfolders that stay here.
+
+    Raises:
+        RunError: if it fails; the output stays.
+    """
+    if name is None or not distributed.is_main():
+        return
+    import huggingface_hub
+
+    notify(f"{folder}: uploading to {name}")
+    patterns = [f"{part}/**" for part in without]
+    try:
+        huggingface_hub.HfApi().upload_folder(
+            repo_id=name, folder_path=folder, commit_message="Upload by secateur", ignore_patterns=patterns or None
+        )
+    except Exception as error:  # of any class, as in a download
+        retry = f"{folder} is complete: upload it by `hf upload {name} {folder}`"
+        raise RunError(f"{folder}: cannot be uploaded to {name}: {first_line(error)}; {retry}") from None

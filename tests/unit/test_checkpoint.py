@@ -16,8 +16,6 @@ from secateur.files import resumable_directory
 from secateur.model.checkpoint import (
     INDEX,
     Checkpoint,
-    copy_tokenizer,
-    model_card,
     skeleton,
     write_checkpoint,
 )
@@ -266,22 +264,6 @@ def test_skeleton_holds_no_weights(tmp_path: Path) -> None:
     model = skeleton(Checkpoint(tiny_llama(tmp_path)).config, tmp_path)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {b.device.type for b in model.buffers()} == {"cpu"}
-
-
-def test_the_tokenizer_comes_along(tmp_path: Path) -> None:
-    directory, out = tiny_llama(tmp_path), tmp_path / "out"
-    out.mkdir()
-    (directory / "tokenizer.json").write_text("{}")
-    (directory / "modeling_evil.py").write_text("raise SystemExit")
-    copy_tokenizer(directory, out)
-    assert set(files(out)) >= {"tokenizer.json"} and "modeling_evil.py" not in files(out)
-    assert (out / "tokenizer.json").read_text() == "{}"
-
-
-def test_model_card() -> None:
-    assert model_card("Title", "base/model", ["said"]).startswith("---\nlibrary_name: transformers\n")
-    assert "base_model: base/model\n---\n# Title\n\nsaid\n" in model_card("Title", "base/model", ["said"])
-    assert "base_model" not in model_card("Title", None, [])
 
 
 def test_more_layers_than_the_config_names(tmp_path: Path) -> None:

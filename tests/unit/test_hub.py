@@ -105,18 +105,22 @@ def test_what_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     files = [
         "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
         "tokenizer.model", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "original/params.json",
-        "modeling.py", "README.md",
+        "modeling.py", "README.md", "LICENSE", "spiece.model", "vocab.txt", "additional_chat_templates/rag.jinja",
     ]  # fmt: skip
 
     def download(model: str, *, revision: str | None, **patterns: list[str]) -> str:
-        requests.append((model, revision, list(filter_repo_objects(files, **patterns))))
+        if names := list(filter_repo_objects(files, **patterns)):
+            requests.append((model, revision, names))
         return str(tmp_path)
 
     requests: list[tuple[str, str | None, list[str]]] = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert local_checkpoint("org/name@v1") == local_checkpoint("hf:org/name", weights=False) == tmp_path
     small = ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer.model"]
-    assert requests == [("org/name", "v1", sorted([*small, files[1]])), ("org/name", None, small)]
+    small += ["README.md", "LICENSE", "spiece.model", "vocab.txt"]
+    assert [(model, revision) for model, revision, _ in requests] == [("org/name", "v1")] * 2 + [("org/name", None)]
+    assert requests[0][2] == ["additional_chat_templates/rag.jinja"]
+    assert set(requests[1][2]) == {*small, files[1]} and set(requests[2][2]) == set(small)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from reference import assert_same_logits, silenced
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
 from secateur.files import sha256_file
+from secateur.model.card import Ancestry
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, Plan, load_masks
 from secateur.model.surgery import cut_config
@@ -32,7 +33,7 @@ def prune(directory: Path, out: Path, method: str, ratio: float) -> Plan:
 
 def cut(directory: Path, out: Path, plan: Plan) -> None:
     out.mkdir()
-    write_pruned(Checkpoint(directory), plan, out, base="base/model")
+    write_pruned(Checkpoint(directory), plan, out, ancestry=Ancestry(("base/model",)))
 
 
 def by_hand(directory: Path, **fields: object) -> Plan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +22,7 @@ from secateur.data.documents import Document
 from secateur.data.encode import encode_texts
 from secateur.errors import UserError
 from secateur.formatting import plural
+from secateur.model.companions import sentencepiece_model, vocabulary_files
 
 if TYPE_CHECKING:  # `transformers` takes seconds to import
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -93,21 +95,33 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; name a local checkpoint or tokenizer")
-    if not any(directory.glob("*token*")) and not any(directory.glob("*vocab*")):
+    if not any(directory.glob("*token*")) and not vocabulary_files(directory):
         raise UserError(f"{directory}: has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         works = bool(tokenizer("a", add_special_tokens=False)["input_ids"])
     except Exception as error:  # a damaged file raises any class, even a bare Exception from Rust
+        _require_sentencepiece(directory)
         first = (str(error).strip() or "no reason given").splitlines()[0]
         raise UserError(
             f"{directory}: its tokenizer cannot be loaded ({type(error).__name__}: {first}); restore its files"
         ) from None
     if not works:  # transformers builds an empty tokenizer where the vocabulary's file is missing
+        _require_sentencepiece(directory)
         raise UserError(f"{directory}: its tokenizer has no vocabulary; copy tokenizer.json into it")
     for key in ("is_local", "local_files_only"):  # must not be saved with the tokenizer
         tokenizer.init_kwargs.pop(key, None)
     return tokenizer
+
+
+def _require_sentencepiece(directory: Path) -> None:
+    """Blame a missing package where only a model of sentencepiece holds the vocabulary."""
+    model = sentencepiece_model(directory)
+    if model and not find_spec("sentencepiece"):
+        raise UserError(
+            f"{model}: reading this tokenizer needs the package sentencepiece; run `pip install sentencepiece "
+            "protobuf`, or copy the model's tokenizer.json beside it"
+        ) from None
 
 
 def id_bound(tokenizer: PreTrainedTokenizerBase) -> int:

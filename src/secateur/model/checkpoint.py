@@ -10,7 +10,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, write_json, write_text
 from secateur.model.config_file import load_config, read_json_config
+from secateur.model.config_spelling import with_old_spelling
 from secateur.model.families import Axis, Family
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, stored_masks
 from secateur.model.safetensors_io import CONVERT, Stored, TensorFile, write_order, write_tensors
@@ -34,13 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
-    "TOKENIZER_FILES",
     "Checkpoint",
-    "copy_tokenizer",
     "in_write_order",
     "is_finite",
     "max_positions",
-    "model_card",
     "read_config",
     "skeleton",
     "write_checkpoint",
@@ -50,17 +47,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PROVENANCE = "secateur.json"
 SHARD_BYTES = 4 * 2**30
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape]:
@@ -263,13 +249,6 @@ class Checkpoint:
             ).eval()
 
 
-def copy_tokenizer(directory: Path, out: Path) -> None:
-    """Copy the files of the tokenizer in ``directory`` into ``out``."""
-    for name in TOKENIZER_FILES:
-        if (directory / name).is_file():
-            shutil.copyfile(directory / name, out / name)
-
-
 @contextlib.contextmanager
 def _blame_config(directory: Path) -> Iterator[None]:
     """Blame the configuration for any error that transformers raises while it builds a model."""
@@ -324,7 +303,7 @@ def write_checkpoint(
     if count > 1:
         weight_map = {stored.name: name for name, shard in zip(names, shards, strict=True) for stored in shard}
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    write_json(out / "config.json", {k: v for k, v in config.items() if k != "auto_map"})
+    write_json(out / "config.json", with_old_spelling({k: v for k, v in config.items() if k != "auto_map"}))
     write_json(out / PROVENANCE, {"secateur": __version__, **provenance})
     write_text(out / "README.md", card)
 
@@ -345,19 +324,6 @@ def _shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
         shards[-1].append(stored)
         size += stored.bytes
     return shards
-
-
-def model_card(title: str, base: str | None, lines: Iterable[str]) -> str:
-    """A short model card: front matter that hubs read, a title, and what was done."""
-    front = ["---", "library_name: transformers", "tags: [secateur, pruning]"]
-    front += [f"base_model: {base}"] if base else []
-    usage = [
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
-        "```",
-    ]
-    return "\n".join([*front, "---", f"# {title}", "", *lines, "", *usage, ""])
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -108,6 +108,12 @@ class Plan:
             parts.append((count, self.after.axis_size(part) - count))
         return parts
 
+    @property
+    def padded(self) -> bool:
+        """Whether layers keep different numbers of units, which zeros fill up."""
+        ffn = any(len(self.keep_ffn[layer]) < self.after.ffn for layer in self.keep_layers.tolist())
+        return ffn or any(len(self.keep_kv[layer]) < self.after.kv_heads for layer in self.keep_layers.tolist())
+
     def removed(self) -> dict[str, float]:
         """The share of parameters removed (zeroed, for masks): ``total`` and ``non_embedding``."""
         if self.granularity == "sparse":

@@ -172,7 +172,7 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         UserError: if transformers would not open it: some configurations hold sizes to rules that no table here knows.
     """
     other_family = plan.after.family is not plan.before.family
-    config = _spelled_out(checkpoint) if other_family else dict(checkpoint.raw_config)
+    config = _with_defaults(checkpoint) if other_family else dict(checkpoint.raw_config)
     config |= plan.after.config_changes() | dict.fromkeys(plan.after.switches, True)
     cuts_layers = plan.after.layers < plan.before.layers
     for key in checkpoint.family.per_layer_keys:
@@ -194,6 +194,10 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     return config
 
 
-def _spelled_out(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The configuration with all defaults, since those of another family may differ."""
-    return {key: value for key, value in checkpoint.config.to_diff_dict().items() if not key.startswith("_")}
+def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration with all defaults, since those of another family may differ; what the file has stays."""
+    defaults = {key: value for key, value in checkpoint.config.to_diff_dict().items() if not key.startswith("_")}
+    if "torch_dtype" in checkpoint.raw_config:
+        defaults.pop("dtype", None)
+    # A Mistral of an old version makes transformers warn of a fault of Mistral's tokenizers, which this one lacks.
+    return defaults | checkpoint.raw_config | {"transformers_version": defaults["transformers_version"]}

@@ -17,10 +17,12 @@ from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.files import FINISHED_BLOCKS, check_disk, partial_directories, require_new_directory, shared_directory
 from secateur.formatting import byte_size
-from secateur.hub import local_checkpoint
+from secateur.hub import check_token, create_repository, is_hub_name, local_checkpoint, repository_of, upload
 from secateur.memory import ResourceUse, free_device_memory, free_memory, track_resources
 from secateur.methods.base import LearnedMethod
+from secateur.model.card import Ancestry, family_change
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.companions import vocabulary_files
 from secateur.model.live import LiveCheckpoint, cut_model
 from secateur.model.plan import Plan, load_masks
 from secateur.model.shapes import Shape
@@ -76,6 +78,11 @@ class Pruned:
         """Plain values, as ``secateur prune --json`` prints them."""
         return {"out": str(self.path), **_report(self.plan), "plan": self.fingerprint}
 
+    @property
+    def family_change(self) -> str | None:
+        """A sentence about the family that it is written as; None where that is the model's own."""
+        return family_change(self.plan.before, self.plan.after)
+
 
 def _report(plan: Plan) -> dict[str, Any]:
     """What a plan asked for and reached, as plain values."""
@@ -84,6 +91,7 @@ def _report(plan: Plan) -> dict[str, Any]:
         "asked": plan.request,
         "ratio": removed_shares(plan),
         "shape": plan.after.as_dict(),
+        "family": plan.after.family.name,
         "calibration": plan.calibration,
         "summary": plan.summary,
     }
@@ -130,6 +138,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     Returns:
         One entry for each target; empty in all processes but the first.
     """
+    check_token(request.push_to_hub)
     device = pick_device(request.device)
     if request.states == "device" and device == "cpu":
         raise UserError("`states`: device: blocks are computed on the CPU here; its memory is ram")
@@ -139,9 +148,14 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     require_new_directory(out)
     if out.resolve().is_relative_to(checkpoint.directory.resolve()):
         raise UserError(f"{out}: lies in the model's directory {checkpoint.directory}; name one outside it")
+    if isinstance(checkpoint, LiveCheckpoint):
+        checkpoint.directory = _origin_of(checkpoint)
+    ancestry = Ancestry.read(checkpoint.directory, repository_of(request.model, checkpoint.directory))
     _check_tokenizer(checkpoint, request)
     if isinstance(request.prototype, LearnedMethod):
-        return _results(*prune_learned(request, checkpoint, outputs, device))
+        results = _results(*prune_learned(request, checkpoint, ancestry, outputs, device))
+        upload(out, request.push_to_hub)
+        return results
     calibration = _calibration(request, checkpoint)
     dtype = pick_dtype(request.dtype, device)
     states = _estimate(request, checkpoint, calibration, outputs, device, dtype)
@@ -161,6 +175,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     work = partial_directories(out)[1]
     if request.resume and not any(work.glob(FINISHED_BLOCKS)):
         notify(f"`resume`: there is no unfinished run in {work.parent}; this one starts from the beginning")
+    create_repository(request.push_to_hub)
     directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, labels=RESUME_LABELS)
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with track_resources(device) as use, directories as (fresh, work):
@@ -171,9 +186,10 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
                 continue
             name = "" if len(request.targets) == 1 else f"ratio-{target.ratio:g}"
             (fresh / name).mkdir(exist_ok=True)
-            content = write_pruned(checkpoint, plan, fresh / name, base=checkpoint.directory.name)
+            content = write_pruned(checkpoint, plan, fresh / name, ancestry=ancestry, repository=request.push_to_hub)
             save_tokenizer(request, fresh / name)
             done.append((out / name, plan, content))
+    upload(out, request.push_to_hub)
     return _results(done, use)
 
 
@@ -201,13 +217,25 @@ def _results(done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: ResourceUse
     return results
 
 
+def _origin_of(checkpoint: LiveCheckpoint) -> Path:
+    """The directory that a model in memory was loaded from, with its tokenizer and licence, as far as it names one."""
+    name = str(checkpoint.directory)
+    if not is_hub_name(name):
+        return checkpoint.directory
+    try:
+        return local_checkpoint(name, weights=False)
+    except UserError as error:
+        notify(f"{error}; the output gets no files of {name}")
+        return checkpoint.directory
+
+
 def _check_tokenizer(checkpoint: Checkpoint, request: PruneRequest) -> None:
     """Refuse a tokenizer with more ids than the embedding has rows, even where it is only copied."""
-    if isinstance(checkpoint, LiveCheckpoint) and request.tokenizer is None:
+    files = vocabulary_files(checkpoint.directory)
+    if isinstance(checkpoint, LiveCheckpoint) and request.tokenizer is None and not files:
         notify("a model in memory has no tokenizer: the output has none either, unless `tokenizer` gives one")
         return
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if any((checkpoint.directory / name).is_file() for name in names):
+    if files:
         try:
             tokenizer = load_tokenizer(checkpoint.directory)
         except UserError as error:

@@ -16,7 +16,9 @@ from secateur.errors import RunError
 from secateur.evaluation.loss import Protocol
 from secateur.methods.base import LearnedMethod
 from secateur.methods.selection import keep_channels
-from secateur.model.checkpoint import Checkpoint, copy_tokenizer, skeleton
+from secateur.model.card import model_card
+from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.model.companions import copy_companions
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import carry_masks
@@ -239,11 +241,11 @@ def write_gated(checkpoint: Checkpoint, module: TrainModule, values: Mapping[str
         checkpoint.raw_config,
         checkpoint.dtype_of,
         provenance={"kind": "trained", "init": "checkpoint", "source": checkpoint.digest},
-        line="A model with learned gates multiplied in, before it was cut.",
+        card=model_card("A model before it is cut", None, ["Its learned gates are multiplied in."]),
         change=lambda name, tensor: _multiply_gates(tensor, name, checkpoint.shape, values),
     )
     if distributed.is_main():
-        copy_tokenizer(checkpoint.directory, out)
+        copy_companions(checkpoint.directory, out)
     distributed.barrier()
     return Checkpoint(out)
 

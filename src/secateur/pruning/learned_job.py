@@ -18,8 +18,10 @@ from secateur.evaluation.loss import Protocol
 from secateur.evaluation.token_windows import clipped_length, open_shards, report_idle_fields, window_length
 from secateur.files import check_disk, shared_directory
 from secateur.formatting import byte_size, plural, scientific
+from secateur.hub import create_repository
 from secateur.memory import ResourceUse, track_resources
 from secateur.methods.base import LearnedMethod
+from secateur.model.card import Ancestry
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
@@ -88,13 +90,16 @@ def learn_and_cut(
     *,
     micro_batch: int,
     out: Path,
-    base: str | None = None,
+    ancestry: Ancestry | None = None,
+    repository: str | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Train under gates, cut, and write the pruned model into the existing ``out``; all processes together.
 
     Args:
         options: checkpoints of the run, metrics, progress; the trained model lies beside their folder.
         out: an existing folder; written by the first process.
+        ancestry: of the model; None for what its own files say.
+        repository: where the result will be on the Hub; None if it stays on disk.
 
     Returns:
         The plan, and the content of plan.json (empty in all processes but the first).
@@ -126,7 +131,10 @@ def learn_and_cut(
     options.metrics.close()
     if len(data.ranges) > 1:
         plan.summary["domains"] = {"shares": mixture.weights, "passes": mixture.passes}
-    return plan, write_pruned(dense, plan, out, base=base) if distributed.is_main() else {}
+    if not distributed.is_main():
+        return plan, {}
+    ancestry = ancestry or Ancestry.read(checkpoint.directory)
+    return plan, write_pruned(dense, plan, out, ancestry=ancestry, repository=repository)
 
 
 def learning_options(
@@ -140,7 +148,7 @@ def learning_options(
 
 
 def prune_learned(
-    request: PruneRequest, checkpoint: Checkpoint, outputs: Sequence[Shape], device: str
+    request: PruneRequest, checkpoint: Checkpoint, ancestry: Ancestry, outputs: Sequence[Shape], device: str
 ) -> tuple[list[tuple[Path, Plan, dict[str, Any]]], ResourceUse]:
     """Learn, cut and write one model for each target.
 
@@ -168,6 +176,7 @@ def prune_learned(
         "dtype": dtype,
         **checkpoint.masks_identity,
     }
+    create_repository(request.push_to_hub)
     directories = shared_directory(
         out,
         run_identity,
@@ -206,7 +215,8 @@ def prune_learned(
                     options,
                     micro_batch=micro_batch,
                     out=fresh / name,
-                    base=checkpoint.directory.name,
+                    ancestry=ancestry,
+                    repository=request.push_to_hub,
                 )
             except UserError as error:  # such as shards that are damaged further on: finished steps stay
                 raise RunError(str(error), 2) from None

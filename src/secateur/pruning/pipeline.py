@@ -15,14 +15,17 @@ from secateur.config import identity
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
-from secateur.formatting import plural
+from secateur.formatting import count, percent, plural
 from secateur.methods.base import LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
 from secateur.methods.registry import get_method
-from secateur.model.checkpoint import Checkpoint, copy_tokenizer, model_card, write_checkpoint
+from secateur.model.card import Ancestry, family_change, model_card, short_source
+from secateur.model.checkpoint import Checkpoint, write_checkpoint
+from secateur.model.companions import copy_companions
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import carry_masks, cut_config, cut_tensors
 from secateur.model.zeros import UNMASKED, ZeroCount
+from secateur.progress import notify
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.scoring import score_and_select
@@ -185,26 +188,25 @@ def removed_shares(plan: Plan) -> dict[str, Any]:
     return {"asked": ratio, "of": of, **shares, "drift": None if ratio is None else shares[of or ""] - ratio}
 
 
-def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | None = None) -> dict[str, Any]:
-    """Cut the checkpoint to the plan and write it, the plan, the tokenizer and a card into the existing ``out``.
+def write_pruned(
+    checkpoint: Checkpoint, plan: Plan, out: Path, *, ancestry: Ancestry | None = None, repository: str | None = None
+) -> dict[str, Any]:
+    """Cut the checkpoint to the plan and write it, the plan, the files beside the weights and a card into ``out``.
+
+    Args:
+        out: an existing directory.
+        ancestry: of the model that was pruned; None for what the checkpoint's own files say.
+        repository: where it will be on the Hub; None if it stays on disk.
 
     Returns:
         The content of ``plan.json``.
     """
     content, zeros = plan.save(out), ZeroCount()
     share = removed_shares(plan)
-    lines = [
-        f"Pruned with **{plan.method}** ({plan.granularity}) by secateur, asked for {describe_target(plan.request)}: "
-        f"{plan.summary['detail']}.",
-        "",
-        f"- removed: {100 * share['total']:.1f}% of all parameters, "
-        f"{100 * share['non_embedding']:.1f}% of those outside the embeddings",
-        f"- shape: {plan.after}",
-        f"- calibration: {plural(plan.calibration['tokens'], 'token')} of {plan.calibration['source']}"
-        if plan.calibration["source"]
-        else "- calibration: none, no text was read",
-        "- not retrained; `plan.json` and `plan.safetensors` hold the scores and the selection",
-    ]
+    ancestry = ancestry or Ancestry.read(checkpoint.directory)
+    change = family_change(plan.before, plan.after)
+    if change:
+        notify(f"{plan.method}: {change}")
     write_checkpoint(
         out,
         cut_config(checkpoint, plan),
@@ -217,8 +219,50 @@ def write_pruned(checkpoint: Checkpoint, plan: Plan, out: Path, *, base: str | N
             "source": plan.source,
             "calibration": plan.calibration,
         },
-        card=model_card(f"Pruned with {plan.method}", base, lines),
+        card=model_card(
+            f"{ancestry.subject(plan.before)}, pruned with {plan.method}",
+            ancestry,
+            [*_describe_pruning(plan, share), *([f"- family: {change}"] if change else [])],
+            tags=("pruning", plan.method),
+            repository=repository,
+        ),
     )
-    copy_tokenizer(checkpoint.directory, out)
+    copy_companions(checkpoint.directory, out)
     zeros.warn(checkpoint.directory, UNMASKED)
     return content
+
+
+def _describe_pruning(plan: Plan, share: dict[str, Any]) -> list[str]:
+    """The lines of the card about the method, what it removed, and what that saves."""
+    method = (
+        f"**{plan.method}** ({'; '.join([plan.granularity, *filter(None, [plan.calibration.get('method_source')])])})"
+    )
+    sparse = plan.granularity == "sparse"
+    lines = [
+        f"Pruned with {method} by secateur, asked for {describe_target(plan.request)}: {plan.summary['detail']}.",
+        "",
+        f"- {'set to zero' if sparse else 'removed'}: {percent(share['total'])} of all parameters, "
+        f"{percent(share['non_embedding'])} of those outside the embeddings",
+    ]
+    if sparse:
+        lines.append(
+            f"- sparsity: {percent(share['block_weights'])} of the weights of the blocks' linears; zeros are stored as "
+            "any other weight, so the file is as large as before; `plan.safetensors` holds the masks"
+        )
+    elif plan.padded:
+        lines.append(
+            "- layers keep different numbers of units: zeros fill them up to the widest, and take memory as well"
+        )
+    else:
+        lines.append(f"- size: {count(plan.after.total)} parameters instead of {count(plan.before.total)}")
+    if plan.masks and not sparse:
+        lines.append("- the masks of the model that was cut are kept in `plan.safetensors`, as far as it was kept")
+    text = "none, no text was read"
+    if plan.calibration["source"]:
+        text = f"{plural(plan.calibration['tokens'], 'token')} of {short_source(plan.calibration['source'])}"
+    return [
+        *lines,
+        f"- shape: {plan.after}",
+        f"- calibration: {text}",
+        "- not retrained; `plan.json` and `plan.safetensors` hold the scores and the selection",
+    ]

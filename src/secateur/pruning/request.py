@@ -10,6 +10,7 @@ from typing import Any, Literal
 from secateur.config import AnyPath, Positive, spec
 from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
+from secateur.hub import check_repository
 from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.target import Target
 
@@ -63,6 +64,7 @@ class PruneRequest:
         dtype: of the forward passes.
         states: where hidden states between blocks lie.
         resume: continue a run that was interrupted.
+        push_to_hub: repository of the Hugging Face Hub, ``ORG/NAME``, that the output is uploaded to.
 
     Raises:
         UserError: if a field is out of range, or fields contradict each other or the method.
@@ -91,8 +93,13 @@ class PruneRequest:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     states: Literal["auto", "device", "ram", "disk"] = "auto"
     resume: bool = False
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
+        check_repository(self.push_to_hub)
+        if self.push_to_hub is not None and (self.out is None or len(self.targets) > 1):
+            reason = "a model in memory is not uploaded; name `out`" if self.out is None else "goes with one `ratio`"
+            raise UserError(f"`push_to_hub`: {reason}")
         for target in self.targets:
             target.check(self.prototype, self.method)
         if self.reads_text and self.calibration is None:

@@ -137,13 +137,11 @@ def _corpus(study: StudySpec, rows: int) -> str:
     digest = open_source(spec.source, field=spec.field, split=spec.split).digest()
     if spec.tokenizer is None or is_hub_name(spec.tokenizer):
         return digest
-    from secateur.model.checkpoint import TOKENIZER_FILES
+    from secateur.model.companions import tokenizer_files
 
     folder = Path(spec.tokenizer)
     check_vocabulary(load_tokenizer(folder), rows, "corpus.tokenizer")
-    return fingerprint(
-        [digest, sha256_tree(folder, [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()])]
-    )
+    return fingerprint([digest, sha256_tree(folder, tokenizer_files(folder))])
 
 
 def _parent(study: StudySpec, name: str, parent: ParentSpec) -> ResolvedParent:

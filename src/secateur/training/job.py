@@ -18,9 +18,12 @@ from secateur.evaluation.loss import Protocol
 from secateur.evaluation.token_windows import check_shards, open_shards
 from secateur.files import require_new_directory, shared_directory, write_json
 from secateur.formatting import count, plural, scientific
-from secateur.hub import local_checkpoint
+from secateur.hub import check_token, create_repository, local_checkpoint, upload
 from secateur.memory import ResourceUse, track_resources
-from secateur.model.checkpoint import Checkpoint, copy_tokenizer, max_positions, skeleton
+from secateur.model.card import Ancestry
+from secateur.model.checkpoint import Checkpoint, max_positions, skeleton
+from secateur.model.companions import copy_companions
+from secateur.model.config_spelling import with_dtype
 from secateur.model.plan import JSON_FILE, TENSOR_FILE
 from secateur.model.shapes import teacher_flops, train_flops
 from secateur.progress import notify
@@ -34,7 +37,7 @@ from secateur.training.loop import RunOptions, train_loop
 from secateur.training.masks import Masks
 from secateur.training.metrics import Metrics, check_trackers, open_trackers
 from secateur.training.origin import Origin, Start, open_origin
-from secateur.training.output import write_trained
+from secateur.training.output import trained_card, write_trained
 from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
 from secateur.training.recipe import FEW_STEPS, Distill, few_steps
 from secateur.training.request import TrainRequest
@@ -151,6 +154,7 @@ def train(request: TrainRequest) -> Trained:
         RunError: if the run broke or was stopped; what it has saved stays.
     """
     out, recipe = Path(request.out), request.recipe
+    check_token(request.push_to_hub)
     device = pick_device(request.device)
     dtype = "bfloat16" if pick_dtype(request.dtype, device) is torch.bfloat16 else "float32"
     execution = Execution(device, dtype, request.replicas, request.recompute, request.compile)
@@ -178,6 +182,7 @@ def train(request: TrainRequest) -> Trained:
     flops = train_flops(origin.shape, data.tokens, recipe.sequence) + (teaching or 0.0)
     _announce(data, origin, teacher, flops, execution, peak)
     _warn_of_few_steps(data)
+    create_repository(request.push_to_hub)
     directories = shared_directory(
         out, run_identity, "what to train, and how", resume=True, progress_files=FINISHED, labels=_RESUME_LABELS
     )
@@ -214,10 +219,11 @@ def train(request: TrainRequest) -> Trained:
         facts = {"asked": run_identity, "result": result, "flops": flops}
         facts |= {"protocol": run_identity["evaluation"]["protocol"]}
         facts |= {} if teaching is None else {"teacher_flops": teaching}
-        _write(fresh, origin, module, facts)
+        _write(fresh, origin, module, facts, request.push_to_hub)
         for name in ("metrics.jsonl", *request.track) if distributed.is_main() else ():
             if (work / name).exists():
                 shutil.move(work / name, fresh / name)
+    upload(out, request.push_to_hub, without=request.track)  # a tracker's files name the machine
     return Trained(out, result, flops, teaching, meter, peak, use)
 
 
@@ -315,28 +321,37 @@ def _warn_of_few_steps(data: Slice) -> None:
     )
 
 
-def _write(out: Path, origin: Origin, module: TrainModule, facts: dict[str, Any]) -> None:
+def _write(out: Path, origin: Origin, module: TrainModule, facts: dict[str, Any], repository: str | None) -> None:
     """Write the trained model as a checkpoint; all processes give their parts, the first one writes."""
     result, objective = facts["result"], facts["asked"].get("objective")
-    source = "fresh weights" if origin.checkpoint is None else f"the weights of {origin.directory.name}"
-    distilled = f", distilled at temperature {objective['temperature']:g}" if objective else ""
+    provenance = origin.provenance
     write_trained(
         out,
         module,
-        {**{k: v for k, v in origin.raw_config.items() if k != "torch_dtype"}, "dtype": origin.dtype_name},
+        with_dtype(origin.raw_config, origin.dtype_name),
         origin.dtype_of,
         provenance={
             "kind": "trained",
             "init": origin.kind,
             **{k: v for k, v in result.items() if k != "curve"},
             **({"objective": objective} if objective else {}),
+            **({"origin": provenance} if provenance else {}),
         },
-        line=f"Trained by secateur on {plural(result['tokens'], 'token')} from {source}{distilled}.",
+        card=trained_card(
+            origin.shape,
+            result,
+            flops=facts["flops"],
+            ancestry=Ancestry.read(origin.directory, origin.repository) if origin.checkpoint else None,
+            provenance=provenance,
+            masks=origin.masks,
+            objective=objective,
+            repository=repository,
+        ),
         remedy="the steps are saved: repeat the command with `save_dtype` bfloat16 or float32, and it only writes",
     )
     if not distributed.is_main():
         return
-    copy_tokenizer(origin.directory, out)
+    copy_companions(origin.directory, out)
     for name in (JSON_FILE, TENSOR_FILE) if origin.masks else ():  # so that the masks hold in later runs as well
         shutil.copyfile(origin.plan / name, out / name)
     write_json(out / "train.json", {**facts, "versions": environment()})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur import distributed
 from secateur.errors import UserError
-from secateur.hub import local_checkpoint
+from secateur.hub import local_checkpoint, repository_of
 from secateur.model.checkpoint import Checkpoint, read_config, skeleton
 from secateur.model.plan import JSON_FILE, Plan, load_masks, stored_masks
 from secateur.model.shapes import Shape
@@ -35,6 +35,8 @@ class Start:
     weights: Callable[[str], Tensor]  #: parameter name -> its value
     masks: Mapping[str, Tensor] = field(default_factory=dict)  #: parameter name -> bool, True where kept
     report: Callable[[], None] = lambda: None  #: says what was noticed in the weights, once they are placed
+    config: Mapping[str, Any] = field(default_factory=dict)  #: the content of config.json
+    checkpoint: Checkpoint | None = None  #: that the weights are from; None for fresh ones
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,17 @@ class Origin:
     plan: Path  #: directory of the plan that has the masks
     fresh_dtype: torch.dtype  #: to store a model of fresh weights in
     save_dtype: torch.dtype | None = None  #: to store every tensor in; None for the types of the checkpoint
+    repository: str | None = None  #: its name on the Hub
 
     @property
     def kind(self) -> str:
         """Where the weights come from, in a word."""
         return "checkpoint" if self.checkpoint else "redrawn" if self.masks else "random"
+
+    @property
+    def provenance(self) -> dict[str, Any] | None:
+        """How the weights came about, if secateur wrote them."""
+        return self.checkpoint.provenance if self.checkpoint else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -176,7 +184,8 @@ def open_origin(request: TrainRequest, dtype: str) -> Origin:
     if not request.from_scratch:
         checkpoint = Checkpoint(local_checkpoint(request.init))
         fields = (checkpoint.directory, checkpoint.raw_config, checkpoint.config, checkpoint.shape, checkpoint)
-        return Origin(*fields, checkpoint.masks, checkpoint.directory, *types)
+        repository = repository_of(request.init, checkpoint.directory)
+        return Origin(*fields, checkpoint.masks, checkpoint.directory, *types, repository)
     directory = Path(request.like)
     directory = directory.parent if directory.name == "config.json" else local_checkpoint(request.like, weights=False)
     if not (directory / "config.json").is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from secateur import distributed
 from secateur.errors import RunError
-from secateur.model.checkpoint import in_write_order, model_card, write_checkpoint
+from secateur.formatting import count, percent, plural, scientific
+from secateur.model.card import Ancestry, model_card, pruning_method
+from secateur.model.checkpoint import in_write_order, write_checkpoint
 from secateur.model.safetensors_io import Stored
+from secateur.model.shapes import Shape
 from secateur.training.parallel import TrainModule, full_tensor
 
-__all__ = ["overflow", "write_trained"]
+__all__ = ["overflow", "trained_card", "write_trained"]
 
 
 def write_trained(
@@ -25,8 +28,7 @@ def write_trained(
     dtype: Callable[[str], torch.dtype],
     *,
     provenance: dict[str, Any],
-    line: str,
-    title: str | None = None,
+    card: str,
     change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
     remedy: str = "start from a checkpoint that is stored in bfloat16 or float32",
 ) -> None:
@@ -52,7 +54,6 @@ def write_trained(
 
     tensors = [stored(name, parameter) for name, parameter in module.model.named_parameters()]
     if distributed.is_main():
-        card = model_card(title or out.name, None, [line])
         write_checkpoint(out, config, tensors, provenance=provenance, card=card)
         return
     for tensor in in_write_order(tensors):
@@ -68,3 +69,60 @@ def overflow(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
         return ""
     kind, limit = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
     return f"{name} holds {float(ends.abs().max()):.6g}, beyond the range of {kind} (at most {limit:g})"
+
+
+def trained_card(
+    shape: Shape,
+    result: Mapping[str, Any],
+    *,
+    ancestry: Ancestry | None,
+    provenance: Mapping[str, Any] | None,
+    masks: Mapping[str, Tensor],
+    objective: Mapping[str, Any] | None,
+    flops: float | None = None,
+    stage: str | None = None,
+    repository: str | None = None,
+) -> str:
+    """The model card of a trained model: from which weights, on how many tokens, to which loss.
+
+    Args:
+        result: of :func:`secateur.training.loop.train_loop`.
+        ancestry: of the model that training began with; None for fresh weights.
+        provenance: the content of its ``secateur.json``; None if it has none.
+        masks: those that held in training.
+        objective: of distillation; None without a teacher.
+        stage: name of the stage of a study that trained it; None outside one.
+        repository: where the model will be on the Hub; None if it stays on disk.
+    """
+    method = pruning_method(provenance)
+    tokens, curve = plural(result["tokens"], "token"), result["curve"]
+    source = "fresh weights"
+    if ancestry:
+        source = ", ".join(ancestry.base_model) or "an earlier checkpoint"
+        source += f", pruned with **{method}** by secateur" if method else ""
+    lines = [f"Trained by secateur on {tokens}, beginning with {source}.", ""]
+    if objective:
+        lines.append(f"- distilled at temperature {objective['temperature']:g}")
+    if curve[-1]["loss"] is not None:
+        lines.append(
+            f"- held-out loss: {curve[0]['loss']:.4f} before, {curve[-1]['loss']:.4f} after, in nats per token of "
+            "documents that were not trained on"
+        )
+    if masks:
+        zeros = 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+        matrices = plural(len(masks), "matrix", "matrices")
+        lines.append(
+            f"- sparsity: {percent(zeros)} of the weights of {matrices} stayed zero in training; zeros are stored as any "
+            "other weight, so the file is as large as before; `plan.safetensors` holds the masks"
+        )
+    lines.append(f"- shape: {shape}, {count(shape.total)} parameters")
+    lines += [f"- FLOPs: {scientific(flops)}"] if flops is not None else []
+    lines += [f"- stage of a study: {stage}"] if stage else []
+    subject = (ancestry or Ancestry()).subject(shape)
+    return model_card(
+        f"{subject}, {f'pruned with {method} and ' if method else ''}trained on {tokens}",
+        ancestry,
+        lines,
+        tags=[*(["pruning", method] if method else []), *(["distillation"] if objective else [])],
+        repository=repository,
+    )

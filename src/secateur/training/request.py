@@ -12,6 +12,7 @@ from pydantic import Field
 
 from secateur.config import AnyPath, Count, Positive, load_yaml, parse, parse_count, parse_value, spec
 from secateur.errors import UserError
+from secateur.hub import check_repository
 from secateur.training.recipe import Recipe
 
 __all__ = ["TrainRequest", "read_recipe"]
@@ -50,6 +51,7 @@ class TrainRequest:
         save_minutes: minutes after which a checkpoint is written besides.
         keep: checkpoints of the run that stay.
         track: trackers that receive the metrics.
+        push_to_hub: repository of the Hugging Face Hub, ``ORG/NAME``, that the output is uploaded to.
 
     Raises:
         UserError: if a field is out of range, or fields contradict each other.
@@ -80,8 +82,10 @@ class TrainRequest:
     save_minutes: Annotated[float, Field(gt=0)] = 20.0
     keep: Positive = 2
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    push_to_hub: str | None = None
 
     def __post_init__(self) -> None:
+        check_repository(self.push_to_hub)
         if isinstance(self.skip, str):
             object.__setattr__(self, "skip", parse_count(self.skip))
         recipe = self.recipe if isinstance(self.recipe, Recipe) else read_recipe(self.recipe)

@@ -22,6 +22,7 @@ __all__ = [
     "dtype",
     "holdout",
     "positive",
+    "push_to_hub",
     "ratio",
     "ratios",
     "share",
@@ -124,6 +125,16 @@ def dtype(parser: argparse.ArgumentParser, use: str) -> None:
     """Add the dtype and what it is used for."""
     choices = ("auto", "float32", "bfloat16")
     parser.add_argument("--dtype", choices=choices, default="auto", help=f"{use} (auto: bfloat16 on a GPU)")
+
+
+def push_to_hub(parser: argparse.ArgumentParser) -> None:
+    """Add where the output is uploaded to."""
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="ORG/NAME",
+        help="also upload the output to this repository of the Hugging Face Hub, which is created, private, if it does "
+        "not exist; needs a token (`hf auth login` or HF_TOKEN)",
+    )
 
 
 def windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") -> None:

@@ -15,6 +15,7 @@ from secateur.cli.arguments.common import (
     dtype,
     holdout,
     positive,
+    push_to_hub,
     share,
     text_fields,
     token_count,
@@ -140,6 +141,7 @@ def add_prune(verbs: Any) -> None:
         "memory; else in memory, or on disk if memory is short)",
     )
     add("--resume", action="store_true", help="continue a killed run at its last finished block")
+    push_to_hub(prune)
 
 
 def _recipe_keys() -> list[str]:
@@ -202,6 +204,7 @@ def add_train(verbs: Any) -> None:
     add("--save-minutes", type=above_zero, default=20, metavar="N", help="and minutes, whichever come first")
     add("--keep", type=positive, default=2, metavar="N", help="checkpoints of the run to keep")
     add("--track", action="append", choices=("tensorboard", "wandb"), help="also send the metrics to this tracker")
+    push_to_hub(train)
 
 
 def add_evaluate(verbs: Any) -> None:

@@ -71,6 +71,8 @@ def _describe(output: Pruned) -> list[str]:
         f"asked        {describe_target(plan.request)}",
         f"removed      {shares}",
     ]
+    if output.family_change:
+        lines.append(f"family       {output.family_change}")
     drift: Any = removed_shares(plan)["drift"]
     if drift is not None:
         lines.append(f"drift        {points(drift)} points from the ratio asked")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -16,8 +17,10 @@ from secateur.config import from_identity, parse
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import DivergenceError
 from secateur.files import read_json
-from secateur.formatting import plural
+from secateur.model.card import Ancestry
 from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.model.companions import copy_companions
+from secateur.model.config_spelling import with_dtype
 from secateur.model.plan import JSON_FILE, Plan, load_masks
 from secateur.model.shapes import Shape
 from secateur.model.surgery import cut_config
@@ -34,7 +37,7 @@ from secateur.training.init import fresh_weights, llama_config, stored_weights
 from secateur.training.job import distillation, train_model
 from secateur.training.loop import RunOptions
 from secateur.training.origin import Start
-from secateur.training.output import write_trained
+from secateur.training.output import trained_card, write_trained
 from secateur.training.parallel import Execution
 from secateur.training.recipe import Distill, Recipe
 from secateur.training.watchdog import stop_on_signals
@@ -71,12 +74,13 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     start, stop = identity["slice"]
     evaluation = identity["evaluation"]
     execution = _execution(stage)
+    begin, objective = _start(stage, store, recipe), _objective(stage, store, recipe, execution)
     with stop_on_signals() as signal:
         module, result = train_model(
-            _start(stage, store, recipe),
+            begin,
             Slice(tokens, start, stop, recipe),
             execution=execution,
-            objective=_objective(stage, store, recipe, execution),
+            objective=objective,
             protocol=holdout_protocol(tokens, evaluation["windows"], recipe.sequence, evaluation["skip"]),
             points=evaluation["points"],
             options=RunOptions(
@@ -92,24 +96,35 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     out = work / "model"
     if distributed.is_main():
         out.mkdir(exist_ok=True)
-    config, dtype = module.model.config, getattr(torch, identity["dtype"])
+    dtype = getattr(torch, identity["dtype"])
+    origin = begin.checkpoint
+    provenance = origin.provenance if origin else None
     write_trained(
         out,
         module,
-        config.to_diff_dict() | {"model_type": config.model_type, "dtype": identity["dtype"]},
+        with_dtype(begin.config, identity["dtype"]),
         lambda _: dtype,
         provenance={
             "kind": "trained",
             "init": identity["init"],
             "tokens": result["tokens"],
             "stage": stage.fingerprint,
+            **({"origin": provenance} if provenance else {}),
         },
-        line=f"Trained by secateur on {plural(result['tokens'], 'token')} from {identity['init']} weights "
-        f"({stage.name}).",
-        title=stage.name,
+        card=trained_card(
+            Shape.of_config(module.model.config, where=str(out)),
+            result,
+            ancestry=Ancestry.read(origin.directory) if origin else None,
+            provenance=provenance,
+            masks=begin.masks,
+            objective=stage.identity.get("objective"),
+            stage=stage.name,
+        ),
     )
     if not distributed.is_main():
         return {}
+    if origin:
+        copy_companions(origin.directory, out)
     load_tokenizer(tokens.folder / "tokenizer").save_pretrained(out)
     shape = Checkpoint(out).shape
     counted = {"total": shape.total, "non_embedding": shape.non_embedding}
@@ -159,15 +174,18 @@ def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
     """The weights that the stage begins with, and the masks that it must keep."""
     init = stage.identity["init"]
     if init == "scratch":
-        model = skeleton(_config(stage, store, recipe), store.folder(stage.inputs["corpus"]))
-        return Start(model, fresh_weights(model, recipe.init, seed=recipe.seed), {})
+        raw = _config(stage, store, recipe)
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
+        model = skeleton(config, store.folder(stage.inputs["corpus"]))
+        return Start(model, fresh_weights(model, recipe.init, seed=recipe.seed), config=raw)
     weights = Checkpoint(model_of(stage, store, "model" if "model" in stage.inputs else "plan"))
     masks = _masks(stage, store)
     model = skeleton(weights.config, weights.directory)
     if init in ("pruned", "continued", "parent-continued"):
-        return Start(model, stored_weights(weights), masks)
+        return Start(model, stored_weights(weights), masks, config=weights.raw_config, checkpoint=weights)
     if init == "shuffled-weights":
-        return Start(model, shuffle_weights(stored_weights(weights), masks, recipe.seed), masks)
+        shuffle = shuffle_weights(stored_weights(weights), masks, recipe.seed)
+        return Start(model, shuffle, masks, config=weights.raw_config, checkpoint=weights)
     pattern = _pattern(weights.directory)
     if init == "permuted":
         masks = {name: permuted_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
@@ -176,7 +194,7 @@ def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
     draw = fresh_weights(model, recipe.init, seed=recipe.seed)
     if init == "redrawn-linears":
         draw = redrawn_linears(model, draw, stored_weights(weights))
-    return Start(model, draw, masks)
+    return Start(model, draw, masks, config=weights.raw_config)
 
 
 def _masks(stage: Stage, store: Store) -> dict[str, Tensor]:
@@ -197,14 +215,14 @@ def _pattern(directory: Path) -> Pattern | None:
     return Pattern.parse(text) if text else None
 
 
-def _config(stage: Stage, store: Store, recipe: Recipe) -> Any:
-    """The configuration of a model of the stage's shape: a Llama, or what its parent would be cut to."""
+def _config(stage: Stage, store: Store, recipe: Recipe) -> dict[str, Any]:
+    """The content of config.json of a model of the stage's shape: a Llama, or what its parent would be cut to."""
     sizes = stage.identity["shape"]
     shape = Shape(**{**sizes, "switches": tuple(sizes["switches"]), "family": stage.facts["shape"].family})
     if "like" not in stage.inputs:
         tokenizer = load_tokenizer(store.folder(stage.inputs["corpus"]) / "tokenizer")
-        return llama_config(shape, context=recipe.sequence, tokenizer=tokenizer, **stage.identity.get("config", {}))
+        config = llama_config(shape, context=recipe.sequence, tokenizer=tokenizer, **stage.identity.get("config", {}))
+        return {**config.to_diff_dict(), "model_type": config.model_type}
     parent = Checkpoint(model_of(stage, store, "like"))
     fields = {"after": shape, "keep_layers": torch.arange(shape.layers)}
-    raw = cut_config(parent, Plan.keeping_all("", "width", {}, parent.shape, **fields))
-    return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    return cut_config(parent, Plan.keeping_all("", "width", {}, parent.shape, **fields))
