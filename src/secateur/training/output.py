@@ -112,8 +112,8 @@ def trained_card(
         zeros = 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
         matrices = plural(len(masks), "matrix", "matrices")
         lines.append(
-            f"- sparsity: {percent(zeros)} of the weights of {matrices} stayed zero in training; zeros are stored as any "
-            "other weight, so the file is as large as before; `plan.safetensors` holds the masks"
+            f"- sparsity: {percent(zeros)} of the weights of {matrices} stayed zero in training; zeros are stored as "
+            "any other weight, so the file is as large as before; `plan.safetensors` holds the masks"
         )
     lines.append(f"- shape: {shape}, {count(shape.total)} parameters")
     lines += [f"- FLOPs: {scientific(flops)}"] if flops is not None else []
