@@ -23,6 +23,7 @@ from secateur.data.encode import encode_texts
 from secateur.errors import UserError
 from secateur.formatting import plural
 from secateur.model.companions import sentencepiece_model, vocabulary_files
+from secateur.runtime import install_command
 
 if TYPE_CHECKING:  # `transformers` takes seconds to import
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -119,8 +120,8 @@ def _require_sentencepiece(directory: Path) -> None:
     model = sentencepiece_model(directory)
     if model and not find_spec("sentencepiece"):
         raise UserError(
-            f"{model}: reading this tokenizer needs the package sentencepiece; run `pip install sentencepiece "
-            "protobuf`, or copy the model's tokenizer.json beside it"
+            f"{model}: reading this tokenizer needs the package sentencepiece; install it: "
+            f"{install_command('sentencepiece', 'protobuf')}, or copy the model's tokenizer.json beside it"
         ) from None
 
 
