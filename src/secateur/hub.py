@@ -140,9 +140,11 @@ def check_token(name: str | None) -> None:
     Raises:
         UserError: if there is none.
     """
-    from huggingface_hub import get_token
+    if name is None or not distributed.is_main():
+        return
+    import huggingface_hub
 
-    if name is not None and distributed.is_main() and not get_token():
+    if not huggingface_hub.get_token():
         raise UserError("`push_to_hub`: no token of the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN")
 
 

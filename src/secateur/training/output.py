@@ -102,7 +102,7 @@ def trained_card(
         source += f", pruned with **{method}** by secateur" if method else ""
     lines = [f"Trained by secateur on {tokens}, beginning with {source}.", ""]
     if objective:
-        lines.append(f"- distilled at temperature {objective['temperature']:g}")
+        lines.append(f"- distilled at temperature {objective.get('temperature', 1):g}")
     if curve[-1]["loss"] is not None:
         lines.append(
             f"- held-out loss: {curve[0]['loss']:.4f} before, {curve[-1]['loss']:.4f} after, in nats per token of "
