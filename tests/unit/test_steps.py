@@ -49,7 +49,7 @@ def test_train_warns_before_the_first_step(
         assert not lines
     else:
         (line,) = lines
-        assert line.startswith("--recipe or --set: 4,000 tokens are 16 optimizer steps of 256, ") and line.endswith(
+        assert line.startswith("--recipe or --set: 4,000 tokens in 16 optimizer steps of 256, ") and line.endswith(
             advice
         )
 
