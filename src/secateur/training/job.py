@@ -316,8 +316,8 @@ def _warn_of_few_steps(data: Slice) -> None:
     steps, size, more = few
     advice = f"tokens_per_step={size} would give {more}" if more > steps else "a shorter sequence would give more"
     notify(
-        f"`recipe`: {plural(data.tokens, 'token')} in {plural(steps, 'optimizer step')} of {recipe.tokens_per_step:,}, fewer than "
-        f"{FEW_STEPS}, which is few for a warm-up and a decay; {advice}"
+        f"`recipe`: {plural(data.tokens, 'token')} in {plural(steps, 'optimizer step')} of "
+        f"{recipe.tokens_per_step:,}, fewer than {FEW_STEPS}, which is few for a warm-up and a decay; {advice}"
     )
 
 
