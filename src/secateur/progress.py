@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ __all__ = [
     "close",
     "listener",
     "notify",
+    "notify_once",
     "set_listener",
     "set_spelling",
     "track",
@@ -171,6 +173,12 @@ def close() -> None:
 def notify(text: str) -> None:
     """Print one message on standard error; fields in backticks are spelled as in errors (``secateur.errors.spell``)."""
     listener().message(spell(text, _spelling))
+
+
+@functools.cache
+def notify_once(text: str) -> None:
+    """Print a message as :func:`notify` does, once in a process."""
+    notify(text)
 
 
 def set_spelling(spelling: Callable[[str], str | None]) -> None:

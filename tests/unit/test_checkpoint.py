@@ -96,8 +96,6 @@ BAD: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "index not a mapping": ("sharded", lambda d: (d / INDEX).write_text("[]"), [INDEX, "weight_map"]),
     "shard missing": ("sharded", lambda d: first_shard(d).unlink(), ["model-00001", "missing"]),
     "shard truncated": ("sharded", lambda d: truncate(first_shard(d)), ["model-00001", "truncated"]),
-    "shard lacks": ("sharded", lambda d: edit_index(d, lambda m: m.update({"x": m[Q]})), ["tensor x"]),
-    "index lacks": ("sharded", lambda d: edit_index(d, lambda m: m.pop(Q)), [Q, "lacks"]),
     "tensor missing": ("plain", lambda d: edit_tensors(d, lambda t: t.pop(NORM)), [NORM, "lacks"]),
     "tensor size": (
         "plain",

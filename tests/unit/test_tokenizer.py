@@ -17,7 +17,7 @@ from secateur.data.documents import Document
 from secateur.data.encode import encode_texts
 from secateur.data.tokenizer import (
     END,
-    check_vocabulary,
+    check_ids,
     encode_documents,
     id_bound,
     load_tokenizer,
@@ -154,10 +154,14 @@ def test_a_stream_reads_no_more_than_it_needs(tokenizer: PreTrainedTokenizerFast
     assert empty.shape == (0,) and empty.dtype == np.int64
 
 
-def test_the_vocabulary_must_fit_the_embedding(tokenizer: PreTrainedTokenizerFast):
-    check_vocabulary(tokenizer, 280, "model")
-    with pytest.raises(UserError, match="model: the tokenizer gives ids up to 279, but the embedding has 279 rows"):
-        check_vocabulary(tokenizer, 279, "model")
+def test_every_id_of_a_text_needs_a_row(tokenizer: PreTrainedTokenizerFast):
+    check_ids(np.array([[3, 278]]), 279, tokenizer, "model")
+    check_ids(np.zeros(0, dtype=np.int64), 279, tokenizer, "model")
+    token = tokenizer.convert_ids_to_tokens(279)
+    with pytest.raises(UserError) as error:
+        check_ids(np.array([3, 279]), 279, tokenizer, "model")
+    problem = f"model: the text holds the token {token!r} with id 279, but the embedding has 279 rows; "
+    assert str(error.value).startswith(problem)
 
 
 def test_ids_with_gaps_are_bounded_by_the_largest(tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
@@ -169,8 +173,7 @@ def test_ids_with_gaps_are_bounded_by_the_largest(tokenizer: PreTrainedTokenizer
     path.write_text(json.dumps(raw))
     loaded = load_tokenizer(tmp_path)
     assert len(loaded) < 300
-    with pytest.raises(UserError, match="ids up to 999"):
-        check_vocabulary(loaded, 300, "model")
+    assert id_bound(loaded) == 1000
 
 
 def test_the_hash_is_of_shape_and_values():

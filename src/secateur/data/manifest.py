@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import NonNegativeInt
+
 from secateur.config import RUNTIME, Positive, spec
 from secateur.files import sha256_tree, write_json
 
@@ -42,6 +44,9 @@ class Split:
     hashes: Column  #: uint64, the first eight bytes of each document's SHA-256, the most significant first
     domains: Column | None = None  #: uint16, index into the manifest's ``domains``
     shards: tuple[Shard, ...]
+    #: of all tokens; a tokenizer may have more ids than its model has rows. It follows from the shards; older manifests
+    #: lack it
+    largest_id: Annotated[NonNegativeInt | None, RUNTIME] = None
 
 
 @spec

@@ -50,7 +50,7 @@ class ShardWriter:
         if shard_tokens < 1:
             raise ValueError(f"a shard holds at least one token, not {shard_tokens}")
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
-        self.tokens = self.documents = 0
+        self.tokens = self.documents = self.largest_id = 0
         kinds = {"documents": "i8", "hashes": "u8", **({"domains": "u2"} if domains else {})}
         self._columns = {kind: ColumnWriter(folder / f"{kind}.{split}.npy", size) for kind, size in kinds.items()}
         self._shard: ColumnWriter | None = None  # current, not full
@@ -93,6 +93,7 @@ class ShardWriter:
             self._columns["domains"].write(domains)
         self.tokens += len(ids)
         self.documents += len(ends)
+        self.largest_id = max(self.largest_id, int(ids.max(initial=0)))
         while len(ids):
             self._shard = self._shard or ColumnWriter(self._path(), self.dtype)
             part, ids = np.split(ids, [self.shard_tokens - self._shard.length])
@@ -119,6 +120,7 @@ class ShardWriter:
             hashes=columns["hashes"],
             domains=columns.get("domains"),
             shards=tuple(self._shards),
+            largest_id=self.largest_id,
         )
 
     def abandon(self) -> None:
@@ -169,6 +171,15 @@ class TokenStore:
     def vocabulary(self) -> int:
         """Upper bound (exclusive) of the ids."""
         return self.manifest.vocabulary
+
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """The largest id of all splits; every token is read where the manifest does not name it."""
+        splits = self.manifest.splits.items()
+        return max(
+            max(int(ids.max()) for ids in self.chunks(name)) if split.largest_id is None else split.largest_id
+            for name, split in splits
+        )
 
     @property
     def domains(self) -> tuple[str, ...]:

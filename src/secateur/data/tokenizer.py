@@ -32,10 +32,11 @@ __all__ = [
     "END",
     "Stream",
     "batches",
-    "check_vocabulary",
+    "check_ids",
     "encode_documents",
     "id_bound",
     "load_tokenizer",
+    "missing_row",
     "token_hash",
     "token_hash_of",
     "train_tokenizer",
@@ -130,18 +131,30 @@ def id_bound(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
-    """Check that an embedding of ``vocab_size`` rows covers every id of the tokenizer.
+def check_ids(ids: NDArray[np.integer], rows: int, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Check that an embedding has a row for each id of a text.
+
+    A tokenizer may have more ids than its model has rows: the one that all Gemma 3 models share has a token for images.
+
+    Args:
+        rows: of the embedding.
+        where: names the model.
 
     Raises:
-        UserError: if it does not; ``where`` names the model.
+        UserError: naming the largest id without a row.
     """
-    bound = id_bound(tokenizer)
-    if bound > vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer gives ids up to {bound - 1}, but the embedding has {vocab_size} rows; "
-            "use the tokenizer that belongs to the model"
-        )
+    largest = int(ids.max(initial=-1))
+    if largest >= rows:
+        raise UserError(f"{where}: {missing_row(largest, rows, tokenizer)}")
+
+
+def missing_row(id: int, rows: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Describe an id of a text that an embedding has no row for, and what to do."""
+    token = tokenizer.convert_ids_to_tokens(id)
+    return (
+        f"the text holds the token {token!r} with id {id}, but the embedding has {rows} rows; take it out of the text, "
+        "or use the tokenizer that belongs to the model"
+    )
 
 
 @dataclass(frozen=True)

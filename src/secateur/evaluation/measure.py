@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 from secateur.data.documents import OnBadRow
-from secateur.data.tokenizer import check_vocabulary, load_tokenizer
+from secateur.data.tokenizer import check_ids, load_tokenizer
 from secateur.evaluation.lm_eval.accuracy import check_tasks, language_model, measure_task, report_truncation
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.evaluation.loss import Protocol, measure_loss, window_losses
@@ -39,8 +39,7 @@ def text_protocols(
     if not texts:
         return {}
     tokenizer = load_tokenizer(checkpoint.directory)
-    check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
-    return {
+    protocols = {
         text.name: text_protocol(
             text,
             tokenizer,
@@ -53,6 +52,10 @@ def text_protocols(
         )
         for text in texts
     }
+    for protocol in protocols.values():
+        for windows in protocol.windows:
+            check_ids(windows.numpy(), checkpoint.shape.vocabulary, tokenizer, str(checkpoint.directory))
+    return protocols
 
 
 def measure(

@@ -16,7 +16,7 @@ from secateur.data.encode import encode_texts
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.token_files import is_token_file, read_token_file
-from secateur.data.tokenizer import Stream, batches, check_vocabulary, encode_documents, load_tokenizer
+from secateur.data.tokenizer import Stream, batches, check_ids, encode_documents, load_tokenizer
 from secateur.data.tokenizer_match import check_encoded_for
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
@@ -106,13 +106,13 @@ def document_windows(
     """
     length, generator = clipped_length(checkpoint, seqlen), np.random.default_rng(seed)
     tokenizer = load_tokenizer(checkpoint.directory)
-    check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     rows: list[NDArray[np.int64]] = []
     for batch in batches(open_source(source, field=field, on_bad_row=on_bad_row).documents(), 16):
         for ids in encode_texts(tokenizer, [document.text for document in batch]):
             if len(ids) > length and len(rows) < windows:
                 start = int(generator.integers(len(ids) - length))
                 rows.append(ids[start : start + length])
+                check_ids(rows[-1], checkpoint.shape.vocabulary, tokenizer, str(checkpoint.directory))
         if len(rows) == windows:
             break
     if not rows:
@@ -204,10 +204,10 @@ def report_idle_fields(source: str, **fields: Any) -> None:
 
 def check_shards(store: TokenStore, source: str, field: str, vocabulary: int) -> None:
     """Refuse shards with ids that a model of this vocabulary has not."""
-    if store.vocabulary > vocabulary:
+    if store.vocabulary > vocabulary and (largest := store.largest_id) >= vocabulary:
         raise UserError(
-            f"`{field}`: {source} has ids up to {store.vocabulary - 1}, but the model's vocabulary is {vocabulary}; "
-            "build the data with the model's tokenizer"
+            f"`{field}`: {source} has ids up to {largest}, but the model's vocabulary is {vocabulary}; "
+            "build the data with the model's tokenizer, from text without tokens that the model lacks"
         )
 
 
@@ -229,8 +229,8 @@ def _encode(
         else (Document(f"text {number}", text) for number, text in enumerate(source))
     )
     tokenizer = tokenizer or load_tokenizer(local_checkpoint(checkpoint.directory, weights=False))
-    check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     stream = encode_documents(documents, tokenizer, limit)
+    check_ids(stream.ids, checkpoint.shape.vocabulary, tokenizer, str(checkpoint.directory))
     return stream, clipped_length(checkpoint, seqlen), tokenizer
 
 

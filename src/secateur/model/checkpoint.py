@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, write_json, write_text
-from secateur.model.config_file import load_config, read_json_config
+from secateur.model.config_file import leftovers, load_config, read_json_config, unties
 from secateur.model.config_spelling import with_old_spelling
 from secateur.model.families import Axis, Family
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, stored_masks
 from secateur.model.safetensors_io import CONVERT, Stored, TensorFile, write_order, write_tensors
 from secateur.model.shapes import Shape
-from secateur.progress import track
+from secateur.model.weight_files import INDEX, SINGLE, model_names, weight_files
+from secateur.progress import notify_once, track
 from secateur.version import __version__
 
 if TYPE_CHECKING:
@@ -40,17 +42,26 @@ __all__ = [
     "max_positions",
     "read_config",
     "skeleton",
+    "untie",
+    "without_leftovers",
     "write_checkpoint",
 ]
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 PROVENANCE = "secateur.json"
 SHARD_BYTES = 4 * 2**30
+#: what is stored beside a quantized weight, or in its place
+_QUANTIZED = {
+    *("qweight", "qzeros", "scales", "g_idx"),  # GPTQ and AWQ
+    *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"),  # compressed-tensors and FP8
+    *("SCB", "weight_format", "absmax", "quant_map"),  # bitsandbytes
+}
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape]:
     """Read a config.json of a known family; no weights are needed.
+
+    What does not belong to a model with float weights is left out. Weights beside the file decide whether the head is
+    the embedding.
 
     Returns:
         The plain JSON, the configuration object of transformers, and the shape.
@@ -60,7 +71,35 @@ def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape]:
     """
     raw, _ = read_json_config(path)
     config = load_config(path)
-    return raw, config, Shape.of_config(config, where=str(path))
+    shape = Shape.of_config(config, where=str(path))
+    raw = without_leftovers(raw, str(path))
+    if unties(path, shape):
+        raw, shape = untie(raw, config, shape, str(path))
+    return raw, config, shape
+
+
+def without_leftovers(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """A config.json without the keys that do not belong to a model with float weights; a notice names them."""
+    dropped = leftovers(raw)
+    if dropped:
+        names = ", ".join(f"{key} {_brief(raw[key])}" for key in dropped)
+        notify_once(f"{where}: dropped, since weights are read as floats and the rest has no effect here: {names}")
+    return {key: value for key, value in raw.items() if key not in dropped}
+
+
+def _brief(value: Any) -> str:
+    """A value of a config.json in a word."""
+    return str(value.get("quant_method", "{...}") if isinstance(value, dict) else value)
+
+
+def untie(raw: dict[str, Any], config: Any, shape: Shape, where: str) -> tuple[dict[str, Any], Shape]:
+    """Change a configuration that says that the head is the embedding, where the weights hold another one."""
+    notify_once(
+        f"{where}: says that the head is the embedding (tie_word_embeddings), but the weights hold another head; "
+        "it is read as untied, as transformers reads it"
+    )
+    config.tie_word_embeddings = False
+    return {**raw, "tie_word_embeddings": False}, dataclasses.replace(shape, tied=False)
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -83,58 +122,53 @@ class Checkpoint:
             raise UserError(f"{directory}: no such directory; name a Hugging Face checkpoint directory")
         self.raw_config, self.config, self.shape = read_config(self.directory / "config.json")
         self.family: Family = self.shape.family
-        self._paths: list[Path] = []
-        self._files = self._locate()
+        _check_padding(self.config, self.directory)
+        self._paths = weight_files(self.directory)
+        self._places = self._find({name: file for file in map(_open, self._paths) for name in file.names})
         self._check_tensors()
 
-    def _locate(self) -> dict[str, TensorFile]:
-        """Map every tensor to its file."""
-        index = self.directory / INDEX
-        if not index.exists():
-            single = self.directory / SINGLE
-            if not single.exists():
-                pickled = next(self.directory.glob("*.bin"), None)
-                hint = "; convert its .bin files to safetensors first, secateur unpickles nothing" if pickled else ""
-                raise UserError(f"{self.directory}: holds no {SINGLE} and no {INDEX}{hint}")
-            file = self._open(SINGLE)
-            return dict.fromkeys(file.names, file)
-        content = read_json(index)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index}: has no weight_map")
-        for file in weight_map.values():
-            if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-                raise UserError(f"{index}: names {file!r}, which is not a file in the same directory")
-        files = {file: self._open(file) for file in sorted(set(weight_map.values()))}
-        names = {file: set(opened.names) for file, opened in files.items()}
-        for name, file in weight_map.items():
-            if name not in names[file]:
-                raise UserError(f"{self.directory / file}: lacks the tensor {name} that the index promises")
-        return {name: files[file] for name, file in weight_map.items()}
+    def _find(self, files: Mapping[str, TensorFile]) -> dict[str, tuple[TensorFile, str]]:
+        """Map every tensor to its file and to its name there.
 
-    def _open(self, file: str) -> TensorFile:
-        path = self.directory / file
-        if not path.is_file():
-            raise UserError(f"{path}: this shard is missing")
-        self._paths.append(path)
-        try:
-            return TensorFile(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read, probably truncated: {_one_line(error)}") from None
+        Args:
+            files: stored name -> file.
+        """
+        family = self.family
+        names = model_names(files, {*self.tensors(), family.head}, family.prefix)
+        if self.shape.tied and family.embedding not in names and family.head in names:  # one matrix, stored as the head
+            names[family.embedding] = names[family.head]
+        return {name: (files[stored], stored) for name, stored in names.items()}
 
     def _check_tensors(self) -> None:
         beyond = self.family.block_tensor(self.shape.layers, "")
-        if any(name.startswith(beyond) for name in self._files):
+        if any(name.startswith((beyond, beyond.removeprefix(f"{self.family.prefix}."))) for name in self._places):
             raise UserError(f"{self.directory}: holds more layers than the {self.shape.layers} that config.json names")
+        self._check_quantization()
         for name, axes in self.tensors().items():
-            if name not in self._files:
-                raise UserError(f"{self.directory}: lacks the tensor {name}")
-            dtype = self._files[name].dtype(name)
+            if name not in self._places:
+                raise UserError(f"{self.directory}: lacks the tensor {name}{self._hint(name)}")
+            file, stored = self._places[name]
+            dtype = file.dtype(stored)
             if not dtype.is_floating_point:  # checked before the size, which differs for quantised weights
                 raise UserError(f"{self.directory}: {name} is stored as {dtype}, a type of whole numbers; {CONVERT}")
-            size, want = self._files[name].size(name), self.shape.tensor_size(axes)
+            size, want = file.size(stored), self.shape.tensor_size(axes)
             if size != want:
                 raise UserError(f"{self.directory}: {name} has size {size}, but config.json implies {want}")
+
+    def _check_quantization(self) -> None:
+        """Refuse weights that are stored with scales or in packed form."""
+        linears = {name.removesuffix(".weight") for name, axes in self.tensors().items() if len(axes) == 2}
+        for name in self._places:
+            module, _, last = name.rpartition(".")
+            if last in _QUANTIZED and module.removesuffix(".weight") in linears:
+                raise UserError(f"{self.directory}: holds {name}: its weights are quantized; {CONVERT}")
+
+    def _hint(self, name: str) -> str:
+        """Why a tensor may be missing, for an error."""
+        if name == self.family.head:
+            return "; if the head is the embedding, set tie_word_embeddings to true in config.json"
+        similar = next((stored for stored in self._places if stored.endswith(name)), None)
+        return f", but holds {similar}; rename its tensors as transformers names them" if similar else ""
 
     def tensors(self) -> dict[str, tuple[Axis, ...]]:
         """Every tensor that the configuration implies -> the spaces of its axes; a tied head is left out."""
@@ -149,21 +183,21 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor, as stored: a view into the mapped file, not to be written to."""
-        name = self._stored_name(name)
-        return self._files[name].tensor(name)
+        file, stored = self._place(name)
+        return file.tensor(stored)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read some rows of a matrix, as stored."""
-        name = self._stored_name(name)
-        return self._files[name].rows(name, start, stop)
+        file, stored = self._place(name)
+        return file.rows(stored, start, stop)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type that a tensor is stored in."""
-        name = self._stored_name(name)
-        return self._files[name].dtype(name)
+        file, stored = self._place(name)
+        return file.dtype(stored)
 
-    def _stored_name(self, name: str) -> str:
-        return self.family.embedding if name == self.family.head and self.shape.tied else name
+    def _place(self, name: str) -> tuple[TensorFile, str]:
+        return self._places[self.family.embedding if name == self.family.head and self.shape.tied else name]
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """Refuse NaN and infinity in values of the tensor ``name``."""
@@ -245,8 +279,32 @@ class Checkpoint:
 
         with _blame_config(self.directory):
             return AutoModelForCausalLM.from_pretrained(
-                self.directory, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+                self.directory,
+                config=copy.deepcopy(self.config),  # without what was left out of the file
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
             ).eval()
+
+
+def _open(path: Path) -> TensorFile:
+    if not path.is_file():
+        raise UserError(f"{path}: this shard is missing")
+    try:
+        return TensorFile(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read, probably truncated: {_one_line(error)}") from None
+
+
+def _check_padding(config: Any, directory: Path) -> None:
+    """Refuse a padding token without a row in the embedding, with which transformers builds no model."""
+    padding = getattr(config, "pad_token_id", None)
+    if isinstance(padding, int) and padding >= config.vocab_size:
+        raise UserError(
+            f"{directory}/config.json: pad_token_id is {padding}, but the embedding has {config.vocab_size} rows, and "
+            "transformers refuses that; set it to null"
+        )
 
 
 @contextlib.contextmanager
@@ -254,7 +312,7 @@ def _blame_config(directory: Path) -> Iterator[None]:
     """Blame the configuration for any error that transformers raises while it builds a model."""
     try:
         yield
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ImportError, AssertionError) as error:
         text = f"{type(error).__name__}: {_one_line(error)}"
         raise UserError(f"{directory}/config.json: transformers cannot build this model: {text}") from None
 
@@ -271,6 +329,7 @@ def skeleton(config: Any, directory: Path) -> PreTrainedModel:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    _check_padding(config, directory)
     with _blame_config(directory), init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False

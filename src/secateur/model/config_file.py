@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -10,11 +13,32 @@ from secateur.errors import UserError
 from secateur.files import read_json
 from secateur.model.families import Family, family_of
 from secateur.model.shapes import Shape
+from secateur.model.weight_files import holds_own_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["load_config", "read_json_config", "read_shape"]
+__all__ = ["leftovers", "load_config", "read_json_config", "read_shape", "unties"]
+
+#: settings of a run, not of a model -> values that change nothing. transformers would obey any other value, and fail
+#: or compute more than is asked of it.
+_RUN_SETTINGS: Mapping[str, tuple[object, ...]] = {
+    "return_dict": (True, None),
+    "use_return_dict": (),  # a name of release 4, which release 5 refuses
+    "torchscript": (False, None),
+    "output_hidden_states": (False, None),
+    "output_attentions": (False, None),
+    "_output_attentions": (False, None),
+    "attn_implementation": ("eager", "sdpa", None),  # others need a package or a GPU
+    "_attn_implementation": ("eager", "sdpa", None),
+}
+_QUANTIZATION = ("quantization_config", "compression_config", "quantization")  #: of transformers, vLLM and MLX
+
+
+def leftovers(raw: Mapping[str, Any]) -> list[str]:
+    """The keys of a config.json that do not belong to a model with float weights, and that secateur drops."""
+    settings = [key for key, harmless in _RUN_SETTINGS.items() if key in raw and raw[key] not in harmless]
+    return settings + [key for key in _QUANTIZATION if raw.get(key) is not None]
 
 
 def read_json_config(path: Path) -> tuple[dict[str, Any], Family]:
@@ -35,10 +59,13 @@ def load_config(path: Path) -> PreTrainedConfig:
     Raises:
         UserError: if transformers refuses the file.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
+    raw, _ = read_json_config(path)
+    dropped = leftovers(raw)
+    content = {key: value for key, value in raw.items() if key not in dropped}
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(content))
     except Exception as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from None
 
@@ -47,19 +74,24 @@ def read_shape(path: Path) -> tuple[Shape, int | None]:
     """Read a model's shape and number of positions from its config.json.
 
     transformers is imported only for a file that lacks a key, or has a value that needs checking: no default is
-    repeated here.
+    repeated here. Weights beside the file decide whether the head is the embedding.
 
     Raises:
         UserError: if the file is missing, or is no configuration of a known family.
     """
     raw, family = read_json_config(path)
-    if _is_complete(raw, family):
-        config: Any = SimpleNamespace(**raw)
-        shape = Shape.of_config(config, where=str(path))
-        if not shape.refused_by_config:
-            return shape, config.max_position_embeddings
-    config = load_config(path)
-    return Shape.of_config(config, where=str(path)), getattr(config, "max_position_embeddings", None)
+    config: Any = SimpleNamespace(**raw) if _is_complete(raw, family) else load_config(path)
+    shape = Shape.of_config(config, where=str(path))
+    if shape.refused_by_config:
+        load_config(path)  # reports it
+    if unties(path, shape):
+        shape = dataclasses.replace(shape, tied=False)
+    return shape, getattr(config, "max_position_embeddings", None)
+
+
+def unties(path: Path, shape: Shape) -> bool:
+    """Whether weights beside a config.json hold a head of their own, although the file says that there is none."""
+    return shape.tied and path.name == "config.json" and holds_own_head(path.parent, shape.family)
 
 
 def _is_complete(raw: dict[str, Any], family: Family) -> bool:

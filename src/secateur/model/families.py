@@ -74,6 +74,11 @@ class Family:
     per_layer_keys: tuple[str, ...] = ("layer_types",)  #: lists in config.json with one entry for each layer
 
     @property
+    def prefix(self) -> str:
+        """What the names of the decoder's tensors begin with in a causal LM, and lack in a base model."""
+        return self.layers.partition(".")[0]
+
+    @property
     def outer(self) -> Tensors:
         """Tensors outside the blocks -> the space of each axis."""
         return {self.embedding: (None, "hidden"), self.final_norm: ("hidden",), self.head: (None, "hidden")}

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from secateur.errors import UserError
-from secateur.model.checkpoint import Checkpoint, skeleton
-from secateur.model.families import family_of
+from secateur.model.checkpoint import Checkpoint, skeleton, untie, without_leftovers
+from secateur.model.families import Family, family_of
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import cut_config, cut_tensors
+from secateur.model.weight_files import differs
 from secateur.model.zeros import UNMASKED, ZeroCount
 from secateur.progress import notify
 
@@ -51,6 +52,14 @@ class _LiveTensors:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.tensors[name][start:stop].cpu()
 
+    def holds_own_head(self, family: Family) -> bool:
+        """Whether the head is neither the embedding nor equal to it."""
+        if family.embedding not in self.tensors or family.head not in self.tensors:
+            return False
+        if self.tensors[family.embedding].data_ptr() == self.tensors[family.head].data_ptr():
+            return False
+        return differs(self, family.embedding, self, family.head)
+
 
 class LiveCheckpoint(Checkpoint):
     """A ``PreTrainedModel`` with the interface of :class:`~secateur.model.checkpoint.Checkpoint`.
@@ -67,16 +76,21 @@ class LiveCheckpoint(Checkpoint):
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.dtype = model.dtype
-        self.raw_config: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+        where = str(self.directory)
+        self.raw_config: dict[str, Any] = without_leftovers(json.loads(config.to_json_string(use_diff=True)), where)
+        config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+        config.__dict__.pop("quantization_config", None)
         self.config = config
-        family_of(self.raw_config["model_type"], where=str(self.directory))
-        self.shape = Shape.of_config(config, where=str(self.directory))
+        family_of(self.raw_config["model_type"], where=where)
+        self.shape = Shape.of_config(config, where=where)
         self.family = self.shape.family
         self._paths = []
         tensors = _LiveTensors({name: tensor.detach() for name, tensor in model.state_dict().items()})
         if any(tensor.is_meta for tensor in tensors.tensors.values()):
             raise UserError(f"`model`: {self.directory} has weights on the meta device; load them first")
-        self._files = dict.fromkeys(tensors.names, tensors)  # type: ignore[assignment]
+        if self.shape.tied and tensors.holds_own_head(self.family):
+            self.raw_config, self.shape = untie(self.raw_config, config, self.shape, where)
+        self._places = self._find(dict.fromkeys(tensors.names, tensors))  # type: ignore[arg-type]
         self._check_tensors()
 
     @property

@@ -12,7 +12,7 @@ import torch
 
 from secateur import distributed
 from secateur.calibration.journal import Workspace
-from secateur.data.tokenizer import check_vocabulary, load_tokenizer
+from secateur.data.tokenizer import id_bound, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.files import FINISHED_BLOCKS, check_disk, partial_directories, require_new_directory, shared_directory
@@ -230,7 +230,7 @@ def _origin_of(checkpoint: LiveCheckpoint) -> Path:
 
 
 def _check_tokenizer(checkpoint: Checkpoint, request: PruneRequest) -> None:
-    """Refuse a tokenizer with more ids than the embedding has rows, even where it is only copied."""
+    """Report a tokenizer that cannot be loaded, or that has ids without a row in the embedding."""
     files = vocabulary_files(checkpoint.directory)
     if isinstance(checkpoint, LiveCheckpoint) and request.tokenizer is None and not files:
         notify("a model in memory has no tokenizer: the output has none either, unless `tokenizer` gives one")
@@ -241,7 +241,12 @@ def _check_tokenizer(checkpoint: Checkpoint, request: PruneRequest) -> None:
         except UserError as error:
             notify(f"{error}; it is copied as it is")
             return
-        check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
+        bound, rows = id_bound(tokenizer), checkpoint.shape.vocabulary
+        if bound > rows:
+            notify(
+                f"{checkpoint.directory}: its tokenizer has ids up to {bound - 1}, and the embedding {rows} rows; "
+                "text that uses an id without a row is refused"
+            )
 
 
 def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration | None:

@@ -10,7 +10,7 @@ from typing import Any
 from secateur.config import fingerprint
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
-from secateur.data.tokenizer import check_vocabulary, load_tokenizer
+from secateur.data.tokenizer import id_bound, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.task_files import examples_file, task_file
 from secateur.evaluation.protocols import text_source
@@ -51,7 +51,7 @@ def resolve(study: StudySpec) -> ResolvedStudy:
         UserError: if a source or a checkpoint is missing, or differs from the file.
     """
     parents = {name: _parent(study, name, parent) for name, parent in study.all_parents.items()}
-    corpus = _corpus(study, min(parent.shape.vocabulary for parent in parents.values()))
+    corpus = _corpus(study, parents)
     return ResolvedStudy(corpus, parents, _suite(study.evaluation), _calibration(study))
 
 
@@ -123,15 +123,16 @@ def split_paths(corpus: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
     return content, paths
 
 
-def _corpus(study: StudySpec, rows: int) -> str:
-    """The digest of the corpus; ``rows`` is the size of the smallest embedding."""
+def _corpus(study: StudySpec, parents: Mapping[str, ResolvedParent]) -> str:
+    """The digest of the corpus."""
     spec = study.text
+    rows = min(parent.shape.vocabulary for parent in parents.values())
     if spec.source.startswith(SHARDS):
         tokens = TokenStore(Path(spec.source.removeprefix(SHARDS)))
-        if tokens.vocabulary > rows:
+        if tokens.vocabulary > rows and (largest := tokens.largest_id) >= rows:
             raise UserError(
-                f"corpus.source: {spec.source} has ids up to {tokens.vocabulary - 1}, but the parent's embedding has "
-                f"{rows} rows; set corpus.vocabulary to {tokens.vocabulary} or more, or name other shards"
+                f"corpus.source: {spec.source} has ids up to {largest}, but the parent's embedding has {rows} rows; "
+                f"set corpus.vocabulary to {largest + 1} or more, or name other shards"
             )
         return tokens.fingerprint
     digest = open_source(spec.source, field=spec.field, split=spec.split).digest()
@@ -140,7 +141,12 @@ def _corpus(study: StudySpec, rows: int) -> str:
     from secateur.model.companions import tokenizer_files
 
     folder = Path(spec.tokenizer)
-    check_vocabulary(load_tokenizer(folder), rows, "corpus.tokenizer")
+    bound = id_bound(load_tokenizer(folder))
+    if bound > rows and any(parent.checkpoint is None for parent in study.all_parents.values()):
+        raise UserError(
+            f"corpus.tokenizer: {folder} has ids up to {bound - 1}, but the parent's embedding has {rows} rows; "
+            f"set corpus.vocabulary to {bound} or more"
+        )  # a checkpoint may have fewer rows than its tokenizer ids, which counts where text uses them
     return fingerprint([digest, sha256_tree(folder, tokenizer_files(folder))])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from secateur.data.tokenizer import check_vocabulary, load_tokenizer
+from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import UserError, first_line
 from secateur.evaluation.lm_eval.harness import import_harness, silence
 from secateur.evaluation.lm_eval.tasks import Requests, Task, is_accuracy
@@ -148,7 +148,6 @@ def language_model(checkpoint: Checkpoint, model: PreTrainedModel, batch: int | 
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(checkpoint.directory)
-    check_vocabulary(tokenizer, checkpoint.shape.vocabulary, str(checkpoint.directory))
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(
             f"{checkpoint.directory}: its tokenizer has neither a BOS nor an EOS token, and lm-eval needs one; "

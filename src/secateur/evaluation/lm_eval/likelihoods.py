@@ -28,6 +28,7 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur import distributed
+from secateur.data.tokenizer import missing_row
 from secateur.errors import UserError
 from secateur.losses.next_token import softcap
 from secateur.model.families import family_of
@@ -97,6 +98,9 @@ class Likelihoods(_HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch or 1)
         self.name = name
         self.batch = batch
+        self._rows = len(model.get_input_embeddings().weight)
+        if (padding := self.tokenizer.pad_token_id) is not None and padding >= self._rows:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.bos_token  # masked, but looked up
         self._encoded: dict[str, list[int]] = {}
         self.start("")
 
@@ -168,6 +172,10 @@ class Likelihoods(_HFLM):
             raise UserError(f"{self.name}: the log-likelihoods on {self.task} are NaN or infinite")
         self.answered += len(values)
 
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if ids and max(ids) >= self._rows:
+            raise UserError(f"{self.name}: {self.task}: {missing_row(max(ids), self._rows, self.tokenizer)}")
+
     def _tokenless(self) -> UserError:
         return UserError(f"{self.name}: {self.task} has a choice without a token of its own; use another task")
 
@@ -178,7 +186,9 @@ class Likelihoods(_HFLM):
         """
         by_settings: dict[str, list[tuple[int, int]]] = {}
         for number, (context, settings) in enumerate(request.args[:2] for request in requests):
-            size, room = len(self.tok_encode(context)), self.max_length - self._new_tokens(settings)
+            ids = self.tok_encode(context)
+            self._check_ids(ids)
+            size, room = len(ids), self.max_length - self._new_tokens(settings)
             self.truncated_requests += size > room
             by_settings.setdefault(repr(sorted(settings.items())), []).append((min(size, room), number))
         batches = []
@@ -218,6 +228,8 @@ class Likelihoods(_HFLM):
         )
         self.truncated_choices += sum(len(continuation) > limit for _, _, continuation in requests)
         cut = [((context + continuation)[-limit - 1 :], len(continuation)) for _, context, continuation in requests]
+        for ids, _ in cut:
+            self._check_ids(ids)
         rows = rows_of(((ids[:-1], ids[1:][-count:]) for ids, count in cut), share=self._can_share_rows(cut))
         rows.sort(key=len, reverse=True)  # rows too large for the memory fail at once; stable, so deterministic
         answers = torch.zeros(len(requests), 2, dtype=torch.float64)

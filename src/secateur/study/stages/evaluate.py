@@ -40,8 +40,9 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     """
     identity = stage.identity
     check_parents(stage, store, identity["seqlen"])
-    protocol = holdout_protocol(corpus_tokens(stage, store), identity["windows"], identity["seqlen"])
     checkpoint = Checkpoint(model_of(stage, store))
+    tokens = corpus_tokens(stage, store, checkpoint.shape.vocabulary)
+    protocol = holdout_protocol(tokens, identity["windows"], identity["seqlen"])
     device = pick_device(stage.runtime.get("device", "auto"))
     model: Any = checkpoint.load(pick_dtype(identity.get("dtype", "float32"), device)).to(device)  # type: ignore[arg-type]
     with track(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:

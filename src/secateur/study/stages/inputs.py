@@ -6,6 +6,7 @@ from pathlib import Path
 
 from secateur.data.domains import heldout_stream
 from secateur.data.shards import TokenStore
+from secateur.data.tokenizer import load_tokenizer, missing_row
 from secateur.data.tokenizer_match import check_encoded_for
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
@@ -18,13 +19,19 @@ from secateur.study.store import Store
 __all__ = ["check_parents", "corpus_tokens", "holdout_protocol", "model_of"]
 
 
-def corpus_tokens(stage: Stage, store: Store) -> TokenStore:
+def corpus_tokens(stage: Stage, store: Store, rows: int | None = None) -> TokenStore:
     """Open the tokens of the study's corpus.
 
+    Args:
+        rows: of the embedding of the model that reads them; None where an input of the stage has read them.
+
     Raises:
-        UserError: if the corpus is too short for the stage's slice.
+        UserError: if the corpus is too short for the stage's slice, or has an id without a row.
     """
     tokens = TokenStore(store.folder(stage.inputs["corpus"]))
+    if rows is not None and tokens.vocabulary > rows and tokens.largest_id >= rows:
+        reason = missing_row(tokens.largest_id, rows, load_tokenizer(tokens.tokenizer))
+        raise UserError(f"the corpus does not fit {stage.name}: {reason}")
     _, stop = stage.identity.get("slice", (0, 0))
     if tokens.tokens("train") < stop:
         raise UserError(

@@ -64,7 +64,7 @@ def _calibration(stage: Stage, store: Store, checkpoint: Checkpoint) -> Calibrat
     """Windows of the stage's own source of text, or of the parent's slice."""
     settings, source = stage.identity["calibration"], stage.runtime["calibration"]
     if "source" not in settings:
-        return Calibration(_calibration_windows(stage, store), _SOURCE)
+        return Calibration(_calibration_windows(stage, store, checkpoint.shape.vocabulary), _SOURCE)
     name = source if source.startswith("hf:") else source.partition(":")[0]  # paths are no part of a record
     options = {key: settings.get(key) for key in ("field", "on_bad_row", "windows")}
     options["seqlen"] = stage.identity["seqlen"]
@@ -73,11 +73,11 @@ def _calibration(stage: Stage, store: Store, checkpoint: Checkpoint) -> Calibrat
     return Calibration(calibration_windows(checkpoint, source, **options), name)
 
 
-def _calibration_windows(stage: Stage, store: Store) -> Tensor:
+def _calibration_windows(stage: Stage, store: Store, rows: int) -> Tensor:
     """Windows of the parent's slice, chosen by seed, in the order of the corpus."""
     start, stop = stage.identity["slice"]
     length, calibration = stage.identity["seqlen"], stage.identity["calibration"]
-    tokens = corpus_tokens(stage, store)
+    tokens = corpus_tokens(stage, store, rows)
     generator = torch.Generator().manual_seed(calibration["seed"])
     order = torch.randperm((stop - start) // length, generator=generator)
     offsets = [start + window * length for window in order[: calibration["windows"]].sort().values.tolist()]
@@ -93,7 +93,8 @@ def _learn(
     """
     sequence, (start, stop) = stage.identity["seqlen"], stage.identity["slice"]
     device = pick_device(stage.runtime["device"])
-    data = LearningData.of_store(corpus_tokens(stage, store), start, stop, sequence, _LEARNING_SOURCE)
+    tokens = corpus_tokens(stage, store, checkpoint.shape.vocabulary)
+    data = LearningData.of_store(tokens, start, stop, sequence, _LEARNING_SOURCE)
     with stop_on_signals() as signal:
         return learn_and_cut(
             checkpoint,

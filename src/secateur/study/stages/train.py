@@ -70,7 +70,7 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     identity = stage.identity
     recipe = _recipe(stage, store)
     check_parents(stage, store, recipe.sequence)
-    tokens = corpus_tokens(stage, store)
+    tokens = corpus_tokens(stage, store, stage.facts["shape"].vocabulary)
     start, stop = identity["slice"]
     evaluation = identity["evaluation"]
     execution = _execution(stage)

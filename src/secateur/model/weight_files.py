@@ -1,0 +1,114 @@
+"""Which file, and which name in it, each tensor of a checkpoint is read from: the rules of transformers.
+
+torch is imported only to compare a head with an embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import UserError
+from secateur.files import read_json
+from secateur.model.families import Family
+
+__all__ = ["INDEX", "SINGLE", "differs", "holds_own_head", "model_names", "weight_files"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_ROWS = 4096  #: rows of two matrices that are compared at once
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weight files of a checkpoint, sorted: ``model.safetensors``, or without it every file that the index names.
+
+    Where a tensor lies is read from the files, as transformers does, not from the index.
+
+    Raises:
+        UserError: if there are none, or the index names a file outside the directory.
+    """
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
+    index = directory / INDEX
+    if not index.exists():
+        pickled = next(directory.glob("*.bin"), None)
+        hint = "; convert its .bin files to safetensors first, secateur unpickles nothing" if pickled else ""
+        raise UserError(f"{directory}: holds no {SINGLE} and no {INDEX}{hint}")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise UserError(f"{index}: names {file!r}, which is not a file in the same directory")
+    if not isinstance(content.get("metadata"), dict):
+        raise UserError(f'{index}: has no metadata, and transformers refuses it; add "metadata": {{}}')
+    return [directory / file for file in sorted(set(weight_map.values()))]
+
+
+def model_names(stored: Iterable[str], expected: Collection[str], prefix: str) -> dict[str, str]:
+    """Map the names of a model's tensors to the names that they are stored under.
+
+    A file may lack the prefix (``model.``) that a base model lacks, or have one more, as a wrapper's file has.
+    """
+    names: dict[str, str] = {}
+    for name in sorted(stored):
+        candidates = (name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        names.setdefault(next((c for c in candidates if c in expected), name), name)
+    return names
+
+
+def holds_own_head(directory: Path, family: Family) -> bool:
+    """Whether a checkpoint stores a head that differs from its embedding; False if its weights cannot be read.
+
+    transformers then keeps both, even where the configuration says that they are one.
+    """
+    try:
+        places = {name: path for path in weight_files(directory) for name in _stored_names(path)}
+    except (UserError, OSError, ValueError):
+        return False
+    names = model_names(places, (family.embedding, family.head), family.prefix)
+    if family.embedding not in names or family.head not in names:
+        return False
+    from safetensors import SafetensorError
+
+    from secateur.model.safetensors_io import TensorFile
+
+    embedding, head = names[family.embedding], names[family.head]
+    try:
+        return differs(TensorFile(places[embedding]), embedding, TensorFile(places[head]), head)
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
+def differs(first: Any, first_name: str, second: Any, second_name: str) -> bool:
+    """Whether two stored matrices have different sizes or values.
+
+    Args:
+        first: a :class:`~secateur.model.safetensors_io.TensorFile`, as ``second``.
+    """
+    import torch
+
+    size = first.size(first_name)
+    if size != second.size(second_name):
+        return True
+    try:
+        parts = ((start, min(start + _ROWS, size[0])) for start in range(0, size[0], _ROWS))
+        return any(
+            not torch.equal(first.rows(first_name, *part).float(), second.rows(second_name, *part).float())
+            for part in parts
+        )
+    except UserError:  # a type that is not read here
+        return True
+
+
+def _stored_names(path: Path) -> list[str]:
+    """The names of the tensors in a safetensors file, without the checks of the library."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path}: damaged header")
+        header = json.loads(file.read(length))
+    return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
