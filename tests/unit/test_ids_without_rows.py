@@ -92,7 +92,7 @@ def test_shards(world: Path, tmp_path: Path) -> None:
     (result,) = secateur.evaluate(world / "model", data=source, windows=32, seqlen=16)
     options |= {"heldout_windows": 32, "points": 1}
     trained = secateur.train(tmp_path / "out", init=world / "model", data=source, **options)
-    assert trained.curve[0]["loss"] < 30 and result.measurements[0].value < 30
+    assert trained.curve[0]["loss"] == pytest.approx(result.measurements[0].value, rel=0.2)
     again = secateur.train(tmp_path / "scratch", init="scratch", like=world / "model", data=source, **options)
     assert again.curve
     for call in (

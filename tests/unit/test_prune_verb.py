@@ -558,7 +558,9 @@ def test_a_tokenizer_larger_than_the_embedding(call: Callable[..., Call], world:
     for path in (world / "model").glob("token*"):
         shutil.copy(path, small)
     line = "prune {m} {o} --method wanda --ratio 0.5 --calibration "
-    refused(call(line + "text:{w}/text.txt --seqlen 8", small), "but the embedding has 61 rows; take it out of the text")
+    refused(
+        call(line + "text:{w}/text.txt --seqlen 8", small), "but the embedding has 61 rows; take it out of the text"
+    )
     refused(call(line + "tokens:{w}/ids.npy", small), "holds the id 95, but the model's ids are 0 to 60")
     answer = call("prune {m} {o} --method magnitude --ratio 0.5", small)
     assert answer.code == 0 and "its tokenizer has ids up to 261, and the embedding 61 rows" in answer.err

@@ -82,8 +82,8 @@ def without_leftovers(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """A config.json without the keys that do not belong to a model with float weights; a notice names them."""
     dropped = leftovers(raw)
     if dropped:
-        names = ", ".join(f"{key} {_brief(raw[key])}" for key in dropped)
-        notify_once(f"{where}: dropped, since weights are read as floats and the rest has no effect here: {names}")
+        names = ", ".join(f"{key} {_brief(raw[key])} ({reason})" for key, reason in dropped.items())
+        notify_once(f"{where}: left out: {names}")
     return {key: value for key, value in raw.items() if key not in dropped}
 
 

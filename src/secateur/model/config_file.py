@@ -35,10 +35,14 @@ _RUN_SETTINGS: Mapping[str, tuple[object, ...]] = {
 _QUANTIZATION = ("quantization_config", "compression_config", "quantization")  #: of transformers, vLLM and MLX
 
 
-def leftovers(raw: Mapping[str, Any]) -> list[str]:
-    """The keys of a config.json that do not belong to a model with float weights, and that secateur drops."""
+def leftovers(raw: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a config.json that secateur drops, each with the reason."""
     settings = [key for key, harmless in _RUN_SETTINGS.items() if key in raw and raw[key] not in harmless]
-    return settings + [key for key in _QUANTIZATION if raw.get(key) is not None]
+    quantization = [key for key in _QUANTIZATION if raw.get(key) is not None]
+    return {
+        **dict.fromkeys(settings, "a setting of a run, not of the model"),
+        **dict.fromkeys(quantization, "only float weights are read"),
+    }
 
 
 def read_json_config(path: Path) -> tuple[dict[str, Any], Family]:

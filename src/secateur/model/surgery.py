@@ -171,7 +171,7 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     Raises:
         UserError: if transformers would not open it: some configurations hold sizes to rules that no table here knows.
     """
-    other_family = plan.after.family is not plan.before.family
+    other_family = plan.after.family != plan.before.family  # equal, not the same one, in another process
     config = _with_defaults(checkpoint) if other_family else dict(checkpoint.raw_config)
     config |= plan.after.config_changes() | dict.fromkeys(plan.after.switches, True)
     cuts_layers = plan.after.layers < plan.before.layers

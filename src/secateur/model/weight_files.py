@@ -95,13 +95,17 @@ def differs(first: Any, first_name: str, second: Any, second_name: str) -> bool:
     if size != second.size(second_name):
         return True
     try:
-        parts = ((start, min(start + _ROWS, size[0])) for start in range(0, size[0], _ROWS))
-        return any(
-            not torch.equal(first.rows(first_name, *part).float(), second.rows(second_name, *part).float())
-            for part in parts
-        )
+        same_type = first.dtype(first_name) == second.dtype(second_name)
+        for start in range(0, size[0], _ROWS):
+            pair = [
+                file.rows(n, start, min(start + _ROWS, size[0]))
+                for file, n in ((first, first_name), (second, second_name))
+            ]
+            if not torch.equal(*(pair if same_type else (part.float() for part in pair))):
+                return True
     except UserError:  # a type that is not read here
         return True
+    return False
 
 
 def _stored_names(path: Path) -> list[str]:

@@ -136,7 +136,7 @@ def _describe(before: Shape, after: Shape, target: Target, context: int) -> dict
         opened = after.openable(where="note")
     except UserError as error:  # transformers does not open it, and it can be counted all the same
         opened, note = after, str(error).removeprefix("note: ")
-    if opened.family is not before.family:
+    if opened.family != before.family:
         note = (
             f"the config of {before.family.name} refuses heads ({after.heads}) that do not divide the hidden size "
             f"({after.hidden}): such a checkpoint is written with model_type {opened.family.model_types[0]}"
