@@ -72,6 +72,8 @@ def test_all_models_of_a_study_have_the_parents_configuration(
     for name, config in configs.items():
         assert config["rms_norm_eps"] == 1e-5, name
         assert config["rope_parameters"] == {"rope_theta": 500_000, "rope_type": "linear", "factor": 2.0}, name
+        old = (config["rope_theta"], config["rope_scaling"])  # which readers of the old spelling look for
+        assert old == (500_000, {"rope_type": "linear", "factor": 2.0}), name
 
 
 # --- sparse twins
