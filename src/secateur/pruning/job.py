@@ -242,7 +242,7 @@ def _check_tokenizer(checkpoint: Checkpoint, request: PruneRequest) -> None:
             notify(f"{error}; it is copied as it is")
             return
         bound, rows = id_bound(tokenizer), checkpoint.shape.vocabulary
-        if bound > rows:
+        if bound > rows and not request.reads_text:  # text that is read is checked itself
             notify(
                 f"{checkpoint.directory}: its tokenizer has ids up to {bound - 1}, and the embedding {rows} rows; "
                 "text that uses an id without a row is refused"
