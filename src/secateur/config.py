@@ -25,7 +25,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from secateur.errors import UserError, did_you_mean
+from secateur.errors import UserError, did_you_mean, reason
 
 __all__ = [
     "RUNTIME",
@@ -240,7 +240,7 @@ def load_yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
     except MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         problem = str(error.problem).partition(" with value")[0]
@@ -277,7 +277,8 @@ def parse(cls: type[T], raw: Any, *, origin: str) -> T:
         UserError: one line with the path of the first invalid key, and the nearest valid name.
     """
     if not isinstance(raw, Mapping):
-        raise UserError(f"{origin}: expected a mapping of keys to values, got {type(raw).__name__}")
+        kind = "nothing" if raw is None else "a list" if isinstance(raw, list) else repr(raw)
+        raise UserError(f"{origin}: expected a mapping of keys to values, got {kind}")
     try:
         text = json.dumps(raw)
     except (TypeError, ValueError) as error:

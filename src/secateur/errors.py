@@ -17,6 +17,7 @@ __all__ = [
     "first_line",
     "nearest",
     "out_of_memory",
+    "reason",
     "refuse_unknown",
     "spell",
 ]
@@ -167,6 +168,12 @@ def disk_full(error: BaseException) -> bool:
     """Whether a file could not be written because the disk is full; numpy's error for this has no number."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return isinstance(error, OSError) and (error.errno in numbers or "requested and" in str(error))
+
+
+def reason(error: BaseException) -> str:
+    """Why a file cannot be read, without the number and the path of the system's message: ``is a directory``."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return text[:1].lower() + text[1:] if isinstance(error, OSError) else text
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from secateur import distributed
 from secateur.config import fingerprint
-from secateur.errors import UserError
+from secateur.errors import UserError, reason
 from secateur.formatting import byte_size
 
 __all__ = [
@@ -24,7 +24,9 @@ __all__ = [
     "partial_directories",
     "read_json",
     "refuse_file",
+    "refuse_pointer",
     "require_new_directory",
+    "require_writable",
     "resumable_directory",
     "sha256_file",
     "sha256_tree",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
 FINISHED_BLOCKS = "*/finished"  #: files of a work directory that show that a block has been pruned
 
 
@@ -76,9 +79,21 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
     except json.JSONDecodeError as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: not valid JSON: {error.msg} at line {error.lineno}") from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Check that a file is not the pointer that git leaves where git-lfs has not fetched the content.
+
+    Raises:
+        UserError: if it is.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UserError(f"{path}: holds a pointer of git-lfs instead of the file; run `git lfs pull` beside it")
 
 
 def sha256_file(path: Path) -> str:
@@ -115,6 +130,18 @@ def refuse_file(out: Path) -> None:
     existing = next((path for path in (out, *out.parents) if path.exists()), None)
     if existing is not None and not existing.is_dir():
         raise UserError(f"`out`: {existing} is a file; name a folder")
+
+
+def require_writable(out: Path) -> None:
+    """Check that files may be written into ``out``, which may not exist yet; nothing is written.
+
+    Raises:
+        UserError: if it is a file, lies below one, or may not be written.
+    """
+    refuse_file(out)
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"`out`: {existing} may not be written; name another folder")
 
 
 def require_new_directory(out: Path) -> None:

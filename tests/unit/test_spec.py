@@ -78,7 +78,7 @@ def test_a_whole_file_parses() -> None:
         ({"name": "a", "leaves": [{"ratio": 0.5, "tokens": 0}]}, ["leaves[0].tokens", "greater than 0"]),
         ({"name": "a", "leaves": {"ratio": 0.5}}, ["leaves"]),
         (["name"], ["mapping", "list"]),
-        (None, ["mapping", "NoneType"]),
+        (None, ["mapping", "nothing"]),
         ({"name": "a", "device": {1, 2}}, ["not plain data"]),
     ],
 )

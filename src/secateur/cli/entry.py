@@ -52,16 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume = " with --resume" if arguments and arguments.verb == "prune" else ""
         return distributed.exit_all(130, f"\nsecateur: interrupted; run the same command again{resume} to go on")
     except Exception as error:
-        if out_of_memory(error):
-            offer = manual.memory_hint(argv or sys.argv[1:])
-            return distributed.exit_all(1, f"secateur: error: out of memory; {offer} ({first_line(error)})")
-        if disk_full(error):
-            return distributed.exit_all(
-                1, f"secateur: error: the disk is full; make room, then run the same again ({first_line(error)})"
-            )
+        if fault := _machine_fault(error, argv or sys.argv[1:]):
+            return distributed.exit_all(fault[0], f"secateur: error: {fault[1]}")
         if distributed.world_size() == 1:
             raise
         return distributed.exit_all(1, traceback.format_exc())
+
+
+def _machine_fault(error: Exception, argv: Sequence[str]) -> tuple[int, str] | None:
+    """The exit code and message of an error of the machine that a user can mend; None for any other error."""
+    if out_of_memory(error):
+        return 1, f"out of memory; {manual.memory_hint(argv)} ({first_line(error)})"
+    if disk_full(error):
+        return 1, f"the disk is full; make room, then run the same again ({first_line(error)})"
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return 2, f"{error.filename}: permission denied; change its permissions, or name another path"
+    return None
 
 
 if __name__ == "__main__":

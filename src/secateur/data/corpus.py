@@ -22,7 +22,7 @@ from secateur.data.excerpts import Excerpts
 from secateur.data.manifest import smallest_dtype, write_manifest
 from secateur.data.shards import TokenStore
 from secateur.data.sources import Source, open_source
-from secateur.data.tokenizer import id_bound, load_tokenizer, train_tokenizer
+from secateur.data.tokenizer import MIN_VOCABULARY, id_bound, load_tokenizer, train_tokenizer
 from secateur.errors import UserError
 from secateur.files import sha256_tree
 from secateur.hub import local_checkpoint
@@ -56,6 +56,10 @@ class CorpusSpec:
         for key in ("documents", "excerpt"):
             if self.source.startswith("shards:") and getattr(self, key) is not None:
                 raise UserError(f"corpus.{key}: shards are read as they are; leave the key out, or name their text")
+        if self.tokenizer is None and self.vocabulary < MIN_VOCABULARY:
+            raise UserError(
+                f"corpus.vocabulary: {self.vocabulary} is too small for all bytes; make it {MIN_VOCABULARY} or more"
+            )
 
 
 def build_corpus(spec: CorpusSpec, out: Path) -> dict[str, Any]:

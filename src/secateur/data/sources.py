@@ -85,6 +85,8 @@ def open_source(
             form = next((form for form in besides if suffix and form.endswith(suffix)), "text:")
             raise UserError(f"{source}: is a path; write '{form.partition(':')[0]}:{source}' to read it")
         forms = [*_BUILT_IN, "text:PATH", "hf:NAME", *besides]
+        if whole := next((form for form in forms if not rest and form.startswith(f"{scheme}:")), None):
+            raise UserError(f"{source!r} names no text; write {whole}")
         hint = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
         raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{hint}")
     opened = _SCHEMES[scheme](rest, Fields(field or default_field, domain, blank, on_bad_row or "error"), split)

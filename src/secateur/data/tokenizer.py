@@ -21,6 +21,7 @@ from secateur import progress
 from secateur.data.documents import Document
 from secateur.data.encode import encode_texts
 from secateur.errors import UserError
+from secateur.files import refuse_pointer
 from secateur.formatting import plural
 from secateur.model.companions import sentencepiece_model, vocabulary_files
 from secateur.runtime import install_command
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # `transformers` takes seconds to import
 
 __all__ = [
     "END",
+    "MIN_VOCABULARY",
     "Stream",
     "batches",
     "check_ids",
@@ -45,7 +47,7 @@ __all__ = [
 T = TypeVar("T")
 
 END = "<|endoftext|>"
-_MIN_VOCABULARY = 257  # every byte, and END
+MIN_VOCABULARY = 257  # every byte, and END
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -63,8 +65,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocabulary < _MIN_VOCABULARY:
-        raise UserError(f"a vocabulary of {vocabulary} is too small for all bytes; make it {_MIN_VOCABULARY} or more")
+    if vocabulary < MIN_VOCABULARY:
+        raise UserError(f"a vocabulary of {vocabulary} is too small for all bytes; make it {MIN_VOCABULARY} or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -103,6 +105,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         works = bool(tokenizer("a", add_special_tokens=False)["input_ids"])
     except Exception as error:  # a damaged file raises any class, even a bare Exception from Rust
+        for path in filter(Path.is_file, directory.glob("*token*")):
+            refuse_pointer(path)
         _require_sentencepiece(directory)
         first = (str(error).strip() or "no reason given").splitlines()[0]
         raise UserError(

@@ -22,6 +22,7 @@ from secateur.evaluation.request import EvaluateRequest
 from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, check_same_protocols, items_file
 from secateur.evaluation.token_windows import heldout_protocol, window_length
 from secateur.evaluation.workload import Workload
+from secateur.files import require_writable
 from secateur.formatting import plural
 from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import Checkpoint, max_positions
@@ -175,6 +176,7 @@ def _output_files(request: EvaluateRequest, names: Sequence[str]) -> list[Path |
     """The results file of each model."""
     if request.out is None:
         return [None] * len(names)
+    require_writable(Path(request.out))
     paths = [Path(request.out) / f"{name}.json" for name in names]
     if len(set(paths)) < len(paths):
         raise UserError("`out`: two of the models have the same name, since they are one; leave one out")

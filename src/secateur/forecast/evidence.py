@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from secateur.comparison.naming import is_pattern
-from secateur.errors import UserError, did_you_mean
+from secateur.errors import UserError, did_you_mean, reason
 from secateur.forecast.curve import CurvePoint
 from secateur.forecast.fit import Interval
 
@@ -214,7 +214,7 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `study` takes a folder that `secateur study run` has written") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
 
 
 def _number(row: Mapping[str, str], key: str, where: str) -> float:

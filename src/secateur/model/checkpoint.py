@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from secateur.errors import UserError
-from secateur.files import read_json, sha256_file, write_json, write_text
+from secateur.files import read_json, refuse_pointer, sha256_file, write_json, write_text
 from secateur.model.config_file import leftovers, load_config, read_json_config, unties
 from secateur.model.config_spelling import with_old_spelling
 from secateur.model.families import Axis, Family
@@ -291,6 +291,7 @@ class Checkpoint:
 def _open(path: Path) -> TensorFile:
     if not path.is_file():
         raise UserError(f"{path}: this shard is missing")
+    refuse_pointer(path)
     try:
         return TensorFile(path)
     except (SafetensorError, OSError, ValueError) as error:

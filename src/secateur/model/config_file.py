@@ -13,7 +13,7 @@ from secateur.errors import UserError
 from secateur.files import read_json
 from secateur.model.families import Family, family_of
 from secateur.model.shapes import Shape
-from secateur.model.weight_files import holds_own_head
+from secateur.model.weight_files import holds_own_head, other_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -51,6 +51,8 @@ def read_json_config(path: Path) -> tuple[dict[str, Any], Family]:
     Raises:
         UserError: if the file is missing, is no configuration of a model, or is of an unknown family.
     """
+    if path.name == "config.json" and not path.exists():
+        raise UserError(f"{path}: no such file{other_format(path.parent)}")
     raw = read_json(path)
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise UserError(f"{path}: has no model_type; this is no Hugging Face checkpoint")

@@ -14,10 +14,18 @@ from secateur.errors import UserError
 from secateur.files import read_json
 from secateur.model.families import Family
 
-__all__ = ["INDEX", "SINGLE", "differs", "holds_own_head", "model_names", "weight_files"]
+__all__ = ["INDEX", "SINGLE", "differs", "holds_own_head", "model_names", "other_format", "weight_files"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: files of other formats -> what to do
+_OTHER_FORMATS = {
+    "adapter_config.json": "it is a PEFT adapter: merge it into its base model first (merge_and_unload, then "
+    "save_pretrained)",
+    "*.gguf": "GGUF files are not read: name the safetensors checkpoint that they were made from",
+    "*.bin": "convert its .bin files to safetensors first, secateur unpickles nothing",
+    "consolidated*": "its consolidated files are the publisher's own format: name the version for transformers",
+}
 _ROWS = 4096  #: rows of two matrices that are compared at once
 
 
@@ -33,9 +41,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / SINGLE]
     index = directory / INDEX
     if not index.exists():
-        pickled = next(directory.glob("*.bin"), None)
-        hint = "; convert its .bin files to safetensors first, secateur unpickles nothing" if pickled else ""
-        raise UserError(f"{directory}: holds no {SINGLE} and no {INDEX}{hint}")
+        raise UserError(f"{directory}: holds no {SINGLE} and no {INDEX}{other_format(directory)}")
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -46,6 +52,12 @@ def weight_files(directory: Path) -> list[Path]:
     if not isinstance(content.get("metadata"), dict):
         raise UserError(f'{index}: has no metadata, and transformers refuses it; add "metadata": {{}}')
     return [directory / file for file in sorted(set(weight_map.values()))]
+
+
+def other_format(directory: Path) -> str:
+    """What a directory holds instead of a checkpoint, and what to do, as the end of an error; empty if unknown."""
+    advice = (text for pattern, text in _OTHER_FORMATS.items() if next(directory.glob(pattern), None))
+    return next((f"; {text}" for text in advice), "")
 
 
 def model_names(stored: Iterable[str], expected: Collection[str], prefix: str) -> dict[str, str]:

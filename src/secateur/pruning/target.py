@@ -43,12 +43,12 @@ class Pattern:
         """Read ``N:M``; ``unstructured`` is None.
 
         Raises:
-            UserError: on any other text, or N outside 1 to M.
+            UserError: on any other text, or N that is not above 0 and below M.
         """
         if text == "unstructured":
             return None
         match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
-        if not match or not 1 <= int(match[1]) <= int(match[2]):
+        if not match or not 1 <= int(match[1]) < int(match[2]):
             raise UserError(f"`pattern`: {text!r} is neither unstructured nor N:M, e.g. 2:4 (2 of each 4 weights stay)")
         return cls(int(match[1]), int(match[2]))
 

@@ -16,7 +16,7 @@ from secateur.comparison.power import MOST_SEEDS, Spread, power, seeds_needed
 from secateur.comparison.question import decisive
 from secateur.comparison.records import SeedsVary, StudyQuestion
 from secateur.config import AnyPath, Fraction, spec
-from secateur.errors import UserError
+from secateur.errors import UserError, reason
 from secateur.formatting import duration, join_words, percent, plural, scientific
 from secateur.study.plan import FLOPS_PER_SECOND
 from secateur.study.planner import stages_of
@@ -334,7 +334,7 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; `pilot` takes the folder of a study with a report") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
 
 
 def _number(row: dict[str, str], key: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from secateur.errors import UserError, did_you_mean
@@ -23,6 +24,10 @@ def find_study(name_or_path: str | Path) -> Path:
     Raises:
         UserError: if there is neither; a near name is suggested.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise UserError(
+            f"a study is a file, or the name of a shipped one such as demo, not {type(name_or_path).__name__}"
+        )
     path, name, shipped = Path(name_or_path), str(name_or_path), shipped_studies()
     if name in shipped and not path.is_file():
         return shipped[name]

@@ -28,6 +28,7 @@ __all__ = [
     "share",
     "text_fields",
     "token_count",
+    "whole_number",
     "windows",
     "zero_or_more",
 ]
@@ -185,6 +186,14 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d{0,17}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return int(text)
+
+
+def whole_number(text: str) -> int:
+    """A whole number, which may lie below zero."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
 def token_count(text: str) -> int:

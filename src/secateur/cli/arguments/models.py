@@ -19,6 +19,7 @@ from secateur.cli.arguments.common import (
     share,
     text_fields,
     token_count,
+    whole_number,
     windows,
     zero_or_more,
 )
@@ -86,7 +87,7 @@ def add_data(verbs: Any) -> None:
     )
     add("--holdout", type=holdout, default=0.05, metavar="SHARE", help="share of the documents held out; 0 for none")
     add("--documents", type=token_count, metavar="N", help="documents to read at most, e.g. 200k (default: all)")
-    add("--seed", type=int, default=0, help="of the order of documents")
+    add("--seed", type=whole_number, default=0, help="of the order of documents")
     add("--workers", type=positive, help="processes; execution only (default: one for each core)")
     add("--shard-tokens", type=token_count, metavar="N", help="tokens in a file (default: 67108864)")
 
