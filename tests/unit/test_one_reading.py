@@ -224,6 +224,10 @@ def test_a_live_model_with_another_head(tmp_path: Path) -> None:
     [
         (lambda t: {**t, HEAD: t[EMBEDDING][:-1].clone()}, "lm_head.weight has size (60, 32)"),
         (lambda t: {n: x for n, x in t.items() if n != EMBEDDING}, "lacks the tensor model.embed_tokens.weight"),
+        (
+            lambda t: {n.replace("q_proj", "q_proj.base_layer"): x for n, x in t.items()},
+            "an adapter around it; merge it",
+        ),
         (lambda t: {f"_orig_mod.{n}": x for n, x in t.items()}, "holds _orig_mod.model.embed_tokens.weight; rename"),
     ],
 )
@@ -341,5 +345,53 @@ def test_a_padding_token_without_a_row(tmp_path: Path) -> None:
     edit_config(directory, pad_token_id=61)
     with pytest.raises(UserError, match=r"pad_token_id is 61, but the embedding has 61 rows.* set it to null"):
         Checkpoint(directory)
+    edit_config(directory, pad_token_id=-100)
+    with pytest.raises(UserError, match=r"pad_token_id is -100, but"):
+        secateur.prune(directory, tmp_path / "out", method="magnitude", ratio=0.5)
     edit_config(directory, pad_token_id=-1)
     same_logits(Checkpoint(directory).load(), hf(directory))
+
+
+def test_weights_under_a_name_of_config_json(tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path, shard="20KB")
+    (directory / INDEX).rename(directory / "model.ema.safetensors.index.json")
+    (tmp_path / "usual").mkdir()
+    shutil.copy(tiny_llama(tmp_path / "usual", seed=6) / SINGLE, directory)
+    edit_config(directory, transformers_weights="model.ema.safetensors.index.json")
+    same_logits(Checkpoint(directory).load(), hf(directory))
+    secateur.prune(directory, tmp_path / "out", method="magnitude", ratio=0.5)
+    model: Any = secateur.prune(hf(directory), method="magnitude", ratio=0.5)
+    same_logits(hf(tmp_path / "out"), model)
+    edit_config(directory, transformers_weights="../usual/llama-6/model.safetensors")
+    with pytest.raises(UserError, match="no safetensors file in the same directory"):
+        Checkpoint(directory)
+    edit_config(directory, transformers_weights="absent.safetensors")
+    with pytest.raises(UserError, match=r"lacks absent.safetensors, which `transformers_weights`"):
+        Checkpoint(directory)
+
+
+def test_an_adapter_is_not_left_out(tmp_path: Path) -> None:
+    """transformers would add it where peft is installed, and pruning would cut a model without it."""
+    directory = tiny_llama(tmp_path)
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds an adapter \(adapter_config.json\).*merge_and_unload"):
+        Checkpoint(directory)
+
+
+def test_tensors_without_a_place_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory, line = tiny_llama(tmp_path), "model.layers.0.self_attn.q_proj"
+    edit_tensors(directory, lambda t: {**t, "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    Checkpoint(directory)
+    assert "left out" not in capsys.readouterr().err, "what old files store is computed"
+    edit_tensors(directory, lambda t: {**t, f"{line}.lora_A.weight": torch.ones(2, 32), f"{line}.bias": torch.ones(32)})
+    Checkpoint(directory)
+    assert f"has no place for: {line}.bias, {line}.lora_A.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("architecture", ["LlamaModel", "LLaMAForCausalLM", "LlamaForSequenceClassification", None])
+def test_an_output_names_its_own_class(architecture: str | None, tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path)
+    edit_config(directory, architectures=architecture and [architecture])
+    secateur.prune(directory, tmp_path / "out", method="magnitude", ratio=0.5)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]

@@ -59,6 +59,7 @@ def call(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cal
     """Run a line in which ``{w}`` is the world, ``{o}`` a directory that is not there and ``{m}`` what was given."""
 
     def run(line: str, model: Path | None = None) -> Call:
+        capsys.readouterr()  # the bars of transformers while a test made its model
         code = main([part.format(w=world, o=tmp_path / "out", m=model) for part in line.split()])
         captured = capsys.readouterr()
         told = [line for line in captured.err.splitlines(keepends=True) if not line.startswith("estimate: ")]

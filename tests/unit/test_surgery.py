@@ -3,12 +3,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import VARIANTS, calibration, edit_config, files, hf, logits, tiny_llama, windows
+from helpers import VARIANTS, calibration, edit_config, files, hf, logits, tiny_family, tiny_llama, windows
 from reference import assert_same_logits, silenced
 from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
@@ -238,3 +239,35 @@ def test_the_fingerprint_follows_the_calibration(tmp_path: Path) -> None:
         (tmp_path / "p").mkdir(exist_ok=True)
         prints.add(plan.save(tmp_path / "p")["fingerprint"])
     assert len(prints) == 2
+
+
+@pytest.mark.parametrize(("layers", "first"), [([0, 1, 3, 4], 2), ([2, 3, 4], 0), ([0, 1], 2)])
+def test_max_window_layers_follows_the_layers(layers: list[int], first: int, tmp_path: Path) -> None:
+    directory = tiny_family(tmp_path, "qwen2-mixed")  # layers 2 to 4 have a window
+    edit_config(directory, layer_types=list(Checkpoint(directory).config.layer_types))
+    config = config_without(directory, layers)
+    assert config["max_window_layers"] == first
+    older = type(Checkpoint(directory).config).from_dict({k: v for k, v in config.items() if k != "layer_types"})
+    assert older.layer_types == config["layer_types"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "period"), [([0, 1, 2, 3, 4], 3), ([0, 2, 3, 5], 2), ([2, 5], 1), ([0, 1, 3], 4), ([2, 3, 4], None)]
+)
+def test_sliding_window_pattern_follows_the_layers(
+    layers: list[int], period: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny_family(tmp_path, "gemma3-old")  # layers 2 and 5 have no window
+    capsys.readouterr()
+    config = config_without(directory, layers)
+    assert config.get("sliding_window_pattern") == period
+    assert ("no sliding_window_pattern describes" in capsys.readouterr().err) == (period is None)
+    if period is not None:
+        older = type(Checkpoint(directory).config).from_dict({k: v for k, v in config.items() if k != "layer_types"})
+        assert older.layer_types == config["layer_types"]
+
+
+def config_without(directory: Path, keep_layers: list[int]) -> dict[str, Any]:
+    """The content of config.json after a cut to some layers."""
+    after = dataclasses.replace(Checkpoint(directory).shape, layers=len(keep_layers))
+    return cut_config(Checkpoint(directory), by_hand(directory, after=after, keep_layers=torch.tensor(keep_layers)))

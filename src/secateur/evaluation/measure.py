@@ -53,8 +53,8 @@ def text_protocols(
         for text in texts
     }
     for protocol in protocols.values():
-        for windows in protocol.windows:
-            check_ids(windows.numpy(), checkpoint.shape.vocabulary, tokenizer, str(checkpoint.directory))
+        for ids in protocol.windows:
+            check_ids(ids.numpy(), checkpoint.shape.vocabulary, tokenizer, str(checkpoint.directory))
     return protocols
 
 

@@ -28,7 +28,7 @@ from secateur.model.families import Axis, Family
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, stored_masks
 from secateur.model.safetensors_io import CONVERT, Stored, TensorFile, write_order, write_tensors
 from secateur.model.shapes import Shape
-from secateur.model.weight_files import INDEX, SINGLE, model_names, weight_files
+from secateur.model.weight_files import INDEX, SINGLE, WEIGHTS_KEY, model_names, weight_files
 from secateur.progress import notify_once, track
 from secateur.version import __version__
 
@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 PROVENANCE = "secateur.json"
+_ADAPTER = "adapter_config.json"  #: transformers adds the adapter that it describes, where peft is installed
 SHARD_BYTES = 4 * 2**30
 #: what is stored beside a quantized weight, or in its place
 _QUANTIZED = {
@@ -55,6 +56,9 @@ _QUANTIZED = {
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"),  # compressed-tensors and FP8
     *("SCB", "weight_format", "absmax", "quant_map"),  # bitsandbytes
 }
+
+#: what old releases stored although a model computes it
+_OLD_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".masked_bias")
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape]:
@@ -120,6 +124,11 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise UserError(f"{directory}: no such directory; name a Hugging Face checkpoint directory")
+        if (self.directory / _ADAPTER).is_file() and (self.directory / "config.json").is_file():
+            raise UserError(
+                f"{directory}: holds an adapter ({_ADAPTER}), which changes the model's weights; merge it into them "
+                f"(merge_and_unload of peft), or remove {_ADAPTER} if they are merged"
+            )
         self.raw_config, self.config, self.shape = read_config(self.directory / "config.json")
         self.family: Family = self.shape.family
         _check_padding(self.config, self.directory)
@@ -154,6 +163,7 @@ class Checkpoint:
             size, want = file.size(stored), self.shape.tensor_size(axes)
             if size != want:
                 raise UserError(f"{self.directory}: {name} has size {size}, but config.json implies {want}")
+        self._report_extras()
 
     def _check_quantization(self) -> None:
         """Refuse weights that are stored with scales or in packed form."""
@@ -163,10 +173,21 @@ class Checkpoint:
             if last in _QUANTIZED and module.removesuffix(".weight") in linears:
                 raise UserError(f"{self.directory}: holds {name}: its weights are quantized; {CONVERT}")
 
+    def _report_extras(self) -> None:
+        """Name stored tensors that the model has no place for, except the buffers of old files."""
+        known = {*self.tensors(), self.family.head}
+        extras = sorted(name for name in self._places if name not in known and not name.endswith(_OLD_BUFFERS))
+        if extras:
+            more = f" and {len(extras) - 2} more" if len(extras) > 2 else ""
+            names = ", ".join(extras[:2])
+            notify_once(f"{self.directory}: left out, the model of its config.json has no place for: {names}{more}")
+
     def _hint(self, name: str) -> str:
         """Why a tensor may be missing, for an error."""
         if name == self.family.head:
             return "; if the head is the embedding, set tie_word_embeddings to true in config.json"
+        if f"{name.removesuffix('.weight')}.base_layer.weight" in self._places:
+            return ", but an adapter around it; merge it (merge_and_unload of peft)"
         similar = next((stored for stored in self._places if stored.endswith(name)), None)
         return f", but holds {similar}; rename its tensors as transformers names them" if similar else ""
 
@@ -301,7 +322,7 @@ def _open(path: Path) -> TensorFile:
 def _check_padding(config: Any, directory: Path) -> None:
     """Refuse a padding token without a row in the embedding, with which transformers builds no model."""
     padding = getattr(config, "pad_token_id", None)
-    if isinstance(padding, int) and padding >= config.vocab_size:
+    if isinstance(padding, int) and not -config.vocab_size <= padding < config.vocab_size:  # -1: the last row
         raise UserError(
             f"{directory}/config.json: pad_token_id is {padding}, but the embedding has {config.vocab_size} rows, and "
             "transformers refuses that; set it to null"
@@ -363,9 +384,20 @@ def write_checkpoint(
     if count > 1:
         weight_map = {stored.name: name for name, shard in zip(names, shards, strict=True) for stored in shard}
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    write_json(out / "config.json", with_old_spelling({k: v for k, v in config.items() if k != "auto_map"}))
+    write_json(out / "config.json", with_old_spelling(_of_causal_lm(config)))
     write_json(out / PROVENANCE, {"secateur": __version__, **provenance})
     write_text(out / "README.md", card)
+
+
+def _of_causal_lm(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json for weights under the usual names, of transformers' own class with a head.
+
+    A source may have been a base model, or a class with code of its own; vLLM chooses what to run by this key.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    rest = {key: value for key, value in config.items() if key not in ("auto_map", WEIGHTS_KEY)}
+    return {**rest, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]}
 
 
 def in_write_order(tensors: Iterable[Stored], shard_bytes: int = SHARD_BYTES) -> Iterator[Stored]:

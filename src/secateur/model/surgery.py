@@ -19,6 +19,7 @@ from secateur.model.families import Axis
 from secateur.model.plan import Plan
 from secateur.model.safetensors_io import Stored
 from secateur.model.zeros import ZeroCount
+from secateur.progress import notify
 
 __all__ = ["carry_masks", "cut_config", "cut_tensors"]
 
@@ -180,6 +181,8 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         values = getattr(checkpoint.config, key, None)
         if isinstance(values, list) and len(values) == plan.before.layers and (key in config or cuts_layers):
             config[key] = [values[layer] for layer in plan.keep_layers.tolist()]
+    if cuts_layers:
+        _describe_windows(checkpoint, plan, config)
     if other_family:
         assert plan.before.family.relaxed is not None
         model_type, architecture, besides = plan.before.family.relaxed
@@ -192,6 +195,33 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
             f"transformers refuses the shape {plan.after} for this model: {reason}; try another, e.g. with `axes` ffn"
         ) from None
     return config
+
+
+def _describe_windows(checkpoint: Checkpoint, plan: Plan, config: dict[str, Any]) -> None:
+    """Change the keys of config.json that readers without ``layer_types`` learn from which layers have a window."""
+    first = config.get("max_window_layers")  # Qwen: the layers from this one on have a window
+    if isinstance(first, int):
+        config["max_window_layers"] = int((plan.keep_layers < first).sum())
+    periods = [key for key in ("sliding_window_pattern", "_sliding_window_pattern") if isinstance(config.get(key), int)]
+    kinds = config.get("layer_types")
+    if not periods or not isinstance(kinds, list):
+        return
+    length = len(kinds)
+    candidates = [config[periods[0]], *range(1, length + 2)]  # Gemma: each layer at a multiple of it has none
+    period = next((p for p in candidates if p and kinds == _periodic(p, length)), None)
+    for key in periods:
+        config.pop(key)
+    if period is not None:
+        config |= dict.fromkeys(periods, period)
+    else:
+        notify(
+            f"{checkpoint.directory}: no sliding_window_pattern describes the layers that stay; it is left out, "
+            "and readers that do not know layer_types will compute another function"
+        )
+
+
+def _periodic(period: int, layers: int) -> list[str]:
+    return ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)]
 
 
 def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:

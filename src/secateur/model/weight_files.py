@@ -14,10 +14,12 @@ from secateur.errors import UserError
 from secateur.files import read_json
 from secateur.model.families import Family
 
-__all__ = ["INDEX", "SINGLE", "differs", "holds_own_head", "model_names", "other_format", "weight_files"]
+__all__ = ["INDEX", "SINGLE", "WEIGHTS_KEY", "differs", "holds_own_head", "model_names", "other_format", "weight_files"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WEIGHTS_KEY = "transformers_weights"  #: key of config.json that names other weight files
+_INDEX_SUFFIX = ".safetensors.index.json"
 #: files of other formats -> what to do
 _OTHER_FORMATS = {
     "adapter_config.json": "it is a PEFT adapter: merge it into its base model first (merge_and_unload, then "
@@ -32,14 +34,20 @@ _ROWS = 4096  #: rows of two matrices that are compared at once
 def weight_files(directory: Path) -> list[Path]:
     """The weight files of a checkpoint, sorted: ``model.safetensors``, or without it every file that the index names.
 
+    The key ``transformers_weights`` of config.json names another file or index.
+
     Where a tensor lies is read from the files, as transformers does, not from the index.
 
     Raises:
         UserError: if there are none, or the index names a file outside the directory.
     """
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
-    index = directory / INDEX
+    choice = _configured_file(directory)
+    single = directory / (choice or SINGLE)
+    index = directory / (choice or INDEX)
+    if single.exists() and not single.name.endswith(_INDEX_SUFFIX):
+        return [single]
+    if choice and not index.exists():
+        raise UserError(f"{directory}: lacks {choice}, which `transformers_weights` in config.json names")
     if not index.exists():
         raise UserError(f"{directory}: holds no {SINGLE} and no {INDEX}{other_format(directory)}")
     content = read_json(index)
@@ -58,6 +66,22 @@ def other_format(directory: Path) -> str:
     """What a directory holds instead of a checkpoint, and what to do, as the end of an error; empty if unknown."""
     advice = (text for pattern, text in _OTHER_FORMATS.items() if next(directory.glob(pattern), None))
     return next((f"; {text}" for text in advice), "")
+
+
+def _configured_file(directory: Path) -> str | None:
+    """The file or index of weights that config.json names; None for the usual ones.
+
+    Raises:
+        UserError: if it is no safetensors file in the same directory.
+    """
+    path = directory / "config.json"
+    content = read_json(path) if path.is_file() else None
+    name = content.get(WEIGHTS_KEY) if isinstance(content, dict) else None
+    if name is None:
+        return None
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith((".safetensors", _INDEX_SUFFIX)):
+        raise UserError(f"{path}: `{WEIGHTS_KEY}` is {name!r}, which is no safetensors file in the same directory")
+    return name
 
 
 def model_names(stored: Iterable[str], expected: Collection[str], prefix: str) -> dict[str, str]:

@@ -98,7 +98,7 @@ class Likelihoods(_HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch or 1)
         self.name = name
         self.batch = batch
-        self._rows = len(model.get_input_embeddings().weight)
+        self._rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr, assignment]
         if (padding := self.tokenizer.pad_token_id) is not None and padding >= self._rows:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.bos_token  # masked, but looked up
         self._encoded: dict[str, list[int]] = {}
