@@ -272,6 +272,8 @@ LEFTOVERS: dict[str, dict[str, Any]] = {
     "attentions": {"output_attentions": True},
     "flash": {"attn_implementation": "flash_attention_2"},
     "old flash": {"_attn_implementation": "flash_attention_2", "_attn_implementation_autoset": True},
+    "type": {"torch_dtype": "auto"},
+    "type as torch prints it": {"dtype": "torch.float16"},
     "cache": {"use_cache": False},
 }
 SILENT = ("cache",)

@@ -175,8 +175,8 @@ class Checkpoint:
 
     def _report_extras(self) -> None:
         """Name stored tensors that the model has no place for, except the buffers of old files."""
-        known = {*self.tensors(), self.family.head}
-        extras = sorted(name for name in self._places if name not in known and not name.endswith(_OLD_BUFFERS))
+        model_tensors = {*self.tensors(), self.family.head}
+        extras = sorted(name for name in self._places if name not in model_tensors and not name.endswith(_OLD_BUFFERS))
         if extras:
             more = f" and {len(extras) - 2} more" if len(extras) > 2 else ""
             names = ", ".join(extras[:2])

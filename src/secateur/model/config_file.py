@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ _RUN_SETTINGS: Mapping[str, tuple[object, ...]] = {
     "attn_implementation": ("eager", "sdpa", None),  # others need a package or a GPU
     "_attn_implementation": ("eager", "sdpa", None),
 }
+_TYPE = re.compile(r"b?float(8|16|32|64)(_\w+)?")  #: names of types of torch that a model can have
 _QUANTIZATION = ("quantization_config", "compression_config", "quantization")  #: of transformers, vLLM and MLX
 
 
@@ -39,7 +41,9 @@ def leftovers(raw: Mapping[str, Any]) -> dict[str, str]:
     """The keys of a config.json that secateur drops, each with the reason."""
     settings = [key for key, harmless in _RUN_SETTINGS.items() if key in raw and raw[key] not in harmless]
     quantization = [key for key in _QUANTIZATION if raw.get(key) is not None]
+    types = [key for key in ("dtype", "torch_dtype") if isinstance(raw.get(key), str) and not _TYPE.fullmatch(raw[key])]
     return {
+        **dict.fromkeys(types, "no name of a type; the weights have theirs"),
         **dict.fromkeys(settings, "a setting of a run, not of the model"),
         **dict.fromkeys(quantization, "only float weights are read"),
     }
