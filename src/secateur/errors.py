@@ -36,21 +36,33 @@ _SYNONYMS = {
     **dict.fromkeys(("bs", "batch-size", "global-batch-size", "batch"), "tokens-per-step batch micro-batch"),
     **dict.fromkeys(("per-device-train-batch-size", "micro-batch-size"), "micro-batch batch"),
     **dict.fromkeys(
-        ("seq-len", "seqlen", "seq-length", "sequence-length", "max-seq-length", "block-size", "context-length"),
+        (
+            *("seq-len", "seqlen", "seq-length", "sequence-length", "block-size", "context-length"),
+            *("max-seq-len", "max-seq-length", "max-length", "model-max-length"),
+        ),
         "sequence seqlen context",
     ),
+    **dict.fromkeys(("epochs", "num-train-epochs", "max-steps", "num-steps", "train-iters"), "tokens tokens-per-step"),
+    **dict.fromkeys(("gradient-accumulation-steps", "grad-accum", "accumulation"), "tokens-per-step"),
     **dict.fromkeys(("wd", "l2"), "weight-decay"),
     **dict.fromkeys(("grad-clip", "clip-grad", "max-grad-norm", "gradient-clipping"), "clip"),
     **dict.fromkeys(("eps", "adam-epsilon"), "epsilon"),
+    "adam-beta1": "beta1",
+    "adam-beta2": "beta2",
     **dict.fromkeys(("gradient-checkpointing", "activation-checkpointing"), "recompute"),
     **dict.fromkeys(("save-steps", "save-interval"), "save-every"),
+    "resume-from-checkpoint": "resume",
     **dict.fromkeys(("sparsity", "sparsity-ratio", "pruning-ratio", "prune-ratio", "amount"), "ratio ratios"),
     **dict.fromkeys(("sparsity-type", "nm"), "pattern"),
-    **dict.fromkeys(("prune-method", "pruning-method", "algorithm"), "method methods"),
-    **dict.fromkeys(("nsamples", "n-samples", "num-samples", "num-calibration-samples"), "windows"),
+    **dict.fromkeys(("prune-method", "pruning-method", "pruner-type", "algorithm"), "method methods"),
+    **dict.fromkeys(
+        ("samples", "nsamples", "n-samples", "num-samples", "num-calibration-samples", "num-examples"), "windows"
+    ),
     **dict.fromkeys(("dataset", "calibration-data", "calib-data"), "calibration data source"),
-    **dict.fromkeys(("output", "output-dir", "save", "save-dir", "save-path", "o"), "out"),
-    **dict.fromkeys(("model-path", "model-name-or-path", "pretrained", "checkpoint"), "model models init"),
+    **dict.fromkeys(("output", "output-dir", "output-path", "save", "save-dir", "save-path", "save-model", "o"), "out"),
+    **dict.fromkeys(
+        ("model-path", "model-name-or-path", "base-model", "pretrained", "checkpoint"), "model models init"
+    ),
     **dict.fromkeys(("num-fewshot", "shots"), "few-shot"),
     **dict.fromkeys(("task", "tasks"), "suite"),
     **dict.fromkeys(("num-workers", "processes", "num-proc"), "workers jobs"),

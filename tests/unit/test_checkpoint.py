@@ -72,6 +72,7 @@ def only_pickles(directory: Path) -> None:
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
 Q = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"
 BAD: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
@@ -87,6 +88,8 @@ BAD: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "no weights": ("plain", lambda d: (d / "model.safetensors").unlink(), ["holds no model.safetensors"]),
     "truncated": ("plain", lambda d: truncate(d / "model.safetensors"), ["model.safetensors", "truncated"]),
     "empty": ("plain", lambda d: (d / "model.safetensors").write_bytes(b""), ["model.safetensors", "truncated"]),
+    "pointer": ("plain", lambda d: (d / "model.safetensors").write_bytes(LFS_POINTER), ["git lfs pull"]),
+    "shard pointer": ("sharded", lambda d: first_shard(d).write_bytes(LFS_POINTER), ["model-00001", "git lfs pull"]),
     "index outside": ("sharded", lambda d: edit_index(d, lambda m: m.update({Q: "../x"})), ["'../x'", INDEX]),
     "index absolute": ("sharded", lambda d: edit_index(d, lambda m: m.update({Q: "/x"})), ["'/x'", INDEX]),
     "index dots": ("sharded", lambda d: edit_index(d, lambda m: m.update({Q: ".."})), ["'..'", INDEX]),

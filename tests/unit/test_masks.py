@@ -246,8 +246,14 @@ def test_weights_that_masks_drop_and_that_are_not_zero(
     tensors = load_file(filled / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] += 1.0
     save_file(tensors, filled / "model.safetensors", {"format": "pt"})
+    message = "weights that its masks drop are not zero, and are set to zero"
     train(tmp_path / "out", filled, corpus)
-    assert "weights that its masks drop are not zero, and are set to zero" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    for method in ("shortgpt", "minitron-width", "magnitude"):  # not the weights that the second pruning drops
+        again(filled, tmp_path / method, method)
+        assert capsys.readouterr().err.count(message) == 1
+        again(sparse, tmp_path / f"{method}-2", method)
+        assert message not in capsys.readouterr().err
 
 
 def test_zeros_that_cannot_be_kept(corpus: Path, tmp_path: Path) -> None:

@@ -347,3 +347,14 @@ def test_progress_without_a_known_end_tells_how_far(capsys: pytest.CaptureFixtur
     said = capsys.readouterr().err.splitlines()
     assert set(said[:-1]) == {"read hf:x: 1,000 documents"}
     assert said[-1].startswith("read text:x: 50%  7 documents  ETA")
+
+
+@pytest.mark.parametrize(("source", "hint"), [("c4", "write 'hf:c4'"), ("wikitext", "write 'hf:wikitext'")])
+def test_a_bare_name_of_a_dataset(source: str, hint: str) -> None:
+    with pytest.raises(UserError, match=hint):
+        open_source(source)
+
+
+def test_a_bare_name_near_a_built_in_source() -> None:
+    with pytest.raises(UserError, match="did you mean 'stdlib'"):
+        open_source("stdlb")

@@ -237,6 +237,11 @@ def test_what_is_no_share(value: Any, problem: str) -> None:
         ("--batch-size", ["--batch", "--seqlen"], "--batch"),
         ("--sparsity", ["--states", "--ratio"], "--ratio"),
         ("--nsamples", ["--states", "--windows"], "--windows"),
+        ("--samples", ["--shape", "--states", "--windows"], "--windows"),
+        ("num_train_epochs", ["micro_batch", "tokens_per_step"], "tokens_per_step"),
+        ("--max-steps", ["--tokens", "--skip"], "--tokens"),
+        ("gradient_accumulation_steps", ["attention", "tokens_per_step"], "tokens_per_step"),
+        ("adam_beta2", ["beta1", "beta2"], "beta2"),
         ("max_seq_length", ["sequence", "final_share"], "sequence"),
         ("lr", ["slr", "blr"], "slr"),  # no synonym is an option: by its spelling
     ],

@@ -28,6 +28,7 @@ from secateur.errors import UserError
 
 TEXTS = ["one, two", 'a "quoted" line\r\nand é', "NA", "007", "null"]
 BOM = b"\xef\xbb\xbf"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
 
 
 def texts(source: str, **options: Any) -> list[str]:
@@ -119,6 +120,13 @@ def test_a_json_file_may_be_one_object(tmp_path: Path):
         ("a.jsonl", "\ufeff{}\n".encode("utf-16-le"), "a.jsonl: UTF-16 text; convert it"),
         ("a.csv", "\ufefftext\n".encode("utf-16-be"), "a.csv: UTF-16 text; convert it"),
         ("a.txt", "\ufeffa".encode("utf-16-le"), "a.txt: UTF-16 text; convert it"),
+        ("a.jsonl", "\ufeff{}\n".encode("utf-32-le"), "a.jsonl: UTF-32 text; convert it: iconv -f UTF-32"),
+        ("a.csv", "\ufefftext\n".encode("utf-32-be"), "a.csv: UTF-32 text; convert it"),
+        ("a.csv", b"text,id,text\na,1,b\n", "a.csv: several columns have the name 'text'; rename all but one"),
+        *(
+            (f"a{suffix}", LFS_POINTER, "holds a pointer of git-lfs")
+            for suffix in (".txt", ".jsonl.gz", ".json", ".parquet")
+        ),
         ("a.jsonl.gz", b'{"text": "a"}\n', "a.jsonl.gz: not a readable .gz file"),
         ("a.jsonl.gz", gzip.compress(lines() * 9)[:-9], "a.jsonl.gz: not a readable .gz file"),
         ("a.json.xz", b"text", "a.json.xz: not a readable .xz file"),
@@ -142,6 +150,22 @@ def test_a_json_file_may_be_one_object(tmp_path: Path):
 def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     assert message in failure(f"text:{tmp_path / name}")
+
+
+def test_columns_of_one_name_are_refused_in_parquet(tmp_path: Path):
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "several columns have the name 'text'" in failure(f"text:{tmp_path / 'a.parquet'}")
+
+
+def test_an_empty_name_of_a_field_is_no_default(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    assert "no field ''; the fields are text" in failure(f"text:{tmp_path / 'a.jsonl'}", field="")
+
+
+def test_a_file_is_no_folder_of_a_dataset(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    assert f"is a file; write 'text:{tmp_path / 'a.jsonl'}'" in failure(f"hf:{tmp_path / 'a.jsonl'}")
 
 
 def broken_parquet(path: Path) -> Path:

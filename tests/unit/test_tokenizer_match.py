@@ -96,7 +96,7 @@ def set_truncation(content: dict[str, Any]) -> None:
     [
         (reverse_ids, "id 260 is"),
         (reverse_merges, "their merges differ"),
-        (lower_case, "in the first and"),
+        (lower_case, "is from token 1 on ["),
         (leave_out_bos, "in the first and"),
     ],
 )

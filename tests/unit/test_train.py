@@ -144,8 +144,10 @@ def test_no_warm_up() -> None:
 def test_the_recipe() -> None:
     assert [RECIPE.steps(n) for n in (1, 32, 33, 64, TOKENS)] == [1, 1, 2, 2, 6]
     assert parse(Recipe, {"tokens_per_step": "512k", "sequence": 1000, "peak_rate": 4e-3}, origin="x").peak_rate == 4e-3
-    with pytest.raises(UserError, match=r"tokens_per_step: 100 is no multiple of recipe\.sequence 64"):
+    with pytest.raises(UserError, match=r"tokens_per_step: 100 is no multiple of recipe\.sequence 64; set it to 128$"):
         Recipe(sequence=64, tokens_per_step=100)
+    with pytest.raises(UserError, match=r"8192, the default; set it to 8192, or sequence to 512$"):
+        Recipe(tokens_per_step=512)
     with pytest.raises(UserError, match="no multiple"):
         parse(Recipe, {"sequence": 64, "tokens_per_step": 100}, origin="x")
     assert fingerprint(Recipe(micro_batch=2)) == fingerprint(Recipe())

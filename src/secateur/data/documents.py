@@ -76,8 +76,11 @@ class Fields:
 
         Raises:
             BadRow: for the first that is missing.
+            UserError: for a column that a table has twice.
         """
         for field in self.names:
+            if kind == "column" and list(names).count(field) > 1:
+                raise UserError(f"{at}: several columns have the name {field!r}; rename all but one")
             if field not in names:
                 chat = next((name for name in _CHAT_FIELDS if field == self.text and name in names), None)
                 listing = f"the {kind}s are {_list(names)}"

@@ -20,6 +20,7 @@ from typing import Any
 from secateur.data.documents import INVALID_UTF8, MALFORMED, BadRow, Document, Fields
 from secateur.data.text_files import BOM, COMPRESSIONS, open_bytes, split_suffix
 from secateur.errors import UserError
+from secateur.files import refuse_pointer
 from secateur.formatting import plural
 
 __all__ = [
@@ -174,6 +175,7 @@ def read_parquet(path: Path, where: str, fields: Fields, domain: str = "") -> It
     if split_suffix(path)[1]:
         raise UserError(f"{path}: a compressed parquet file cannot be read; decompress it")
     try:
+        refuse_pointer(path)
         with pq.ParquetFile(path) as file:
             fields.require(file.schema_arrow.names, str(path), "column")
             number = 0

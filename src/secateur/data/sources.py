@@ -17,7 +17,7 @@ from secateur.data.hub_datasets import HubSource, SavedDataset, is_saved
 from secateur.data.installed_code import FOREIGN, PACKAGES, package_source
 from secateur.data.local_files import FileSource, by_relative_path, folder_domain, report_files, walk
 from secateur.data.readers import FORMATS, TEXT_EXTENSIONS, has_fields, is_metadata, read_lossy, reader_of, text_bytes
-from secateur.errors import UserError, did_you_mean
+from secateur.errors import UserError, did_you_mean, nearest
 
 __all__ = ["Source", "open_source"]
 
@@ -87,9 +87,14 @@ def open_source(
         forms = [*_BUILT_IN, "text:PATH", "hf:NAME", *besides]
         if whole := next((form for form in forms if not rest and form.startswith(f"{scheme}:")), None):
             raise UserError(f"{source!r} names no text; write {whole}")
-        hint = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
+        if scheme == source and nearest(source, _BUILT_IN) is None:  # a name without a scheme
+            hint = f"; write 'hf:{source}' for a dataset of the Hugging Face Hub"
+        else:
+            hint = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
         raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{hint}")
-    opened = _SCHEMES[scheme](rest, Fields(field or default_field, domain, blank, on_bad_row or "error"), split)
+    opened = _SCHEMES[scheme](
+        rest, Fields(default_field if field is None else field, domain, blank, on_bad_row or "error"), split
+    )
     if (
         field not in (None, "text")
         and isinstance(opened, FileSource)
@@ -155,6 +160,8 @@ def _open_text(rest: str, fields: Fields, split: str) -> Source:
 def _open_hub(rest: str, fields: Fields, split: str) -> Source:
     path, _, config = rest.partition(":")
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise UserError(f"hf:{rest}: is a file; write 'text:{path}' to read it")
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise UserError(f"hf:{rest}: no such folder; relative paths start at {Path.cwd()}")

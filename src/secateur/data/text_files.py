@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.errors import UserError
+from secateur.files import refuse_pointer
 
 __all__ = ["BOM", "COMPRESSIONS", "open_bytes", "split_suffix"]
 
@@ -18,7 +19,13 @@ BOM = codecs.BOM_UTF8
 #: suffix -> codec of pyarrow, which has all but xz
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4", ".xz": None}
 
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+#: the longer marks first: that of UTF-32 begins as that of UTF-16 does
+_WIDE = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def split_suffix(path: Path) -> tuple[str, str]:
@@ -36,15 +43,16 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader | lzma.LZMAFile]:
     """Open a text file for reading behind its byte order mark, decompressed.
 
     Raises:
-        UserError: if the file cannot be read or is UTF-16.
+        UserError: if the file cannot be read, is UTF-16 or UTF-32, or stands for one that git-lfs has not fetched.
     """
     _, compression = split_suffix(path)
     try:
+        refuse_pointer(path)
         with _open(path, compression) as file:
-            head = file.peek(len(BOM))[: len(BOM)]
-            if head[:2] in _UTF16:
-                raise UserError(f"{path}: UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 {path.name}")
-            if head == BOM:
+            head = file.peek(4)
+            if encoding := next((name for mark, name in _WIDE.items() if head.startswith(mark)), None):
+                raise UserError(f"{path}: {encoding} text; convert it: iconv -f {encoding} -t UTF-8 {path.name}")
+            if head.startswith(BOM):
                 file.read(len(BOM))
             yield file
     except (OSError, EOFError, lzma.LZMAError) as error:

@@ -8,6 +8,7 @@ truncation and chat templates do not count, nor do tokens that only one of them 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,10 @@ def tokenizer_difference(first: PreTrainedTokenizerBase, second: PreTrainedToken
     samples = _samples(first, {index: tokens[0][index] for index in shared})
     for text, ids, others in zip(samples, _encode(first, samples), _encode(second, samples), strict=True):
         if ids != others:
-            return f"{text[:40]!r} is {_shorten(ids)} in the first and {_shorten(others)} in the second"
+            start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
+            place = f" from token {start} on" if start else ""
+            pair = f"{_shorten(ids[start:])} in the first and {_shorten(others[start:])} in the second"
+            return f"{text[:40]!r} is{place} {pair}"
     return None
 
 

@@ -30,7 +30,7 @@ def cut_tensors(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None = No
     """Yield each tensor as the plan cuts it, under the new layer numbers; it is read when it is written.
 
     Args:
-        zeros: counts the zeros of the checkpoint that stay in the output without a mask.
+        zeros: counts the zeros that stay in the output without a mask, and weights that the checkpoint's masks drop.
     """
     family = checkpoint.family
     for name, axes in checkpoint.outer_tensors().items():
@@ -68,7 +68,9 @@ def _block_tensor(
     new_name = checkpoint.family.block_tensor(new_layer, rest)
     mask = plan.masks.get(new_name)
     if zeros is not None and rest in checkpoint.family.linears:
-        zeros.add(_slice(checkpoint.tensor(name) == 0, axes, plan, layer), mask)
+        zero = checkpoint.tensor(name) == 0
+        zeros.add(_slice(zero, axes, plan, layer), mask)
+        zeros.add_revived(zero, checkpoint.masks.get(name))
     if rest in checkpoint.shape.block_tensors():
         tensor = plan.weights[name] if name in plan.weights else checkpoint.tensor(name)
     else:  # a bias that the plan switches on

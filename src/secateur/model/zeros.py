@@ -35,7 +35,7 @@ class ZeroCount:
     revived: int = 0  #: not zero, although a mask drops them
 
     def add(self, zero: Tensor, mask: Tensor | None) -> None:
-        """Count the weights of a linear.
+        """Count the zeros of a linear that stay without a mask.
 
         Args:
             zero: bool, True for a weight that is exactly zero.
@@ -43,14 +43,22 @@ class ZeroCount:
         """
         self.weights += zero.numel()
         self.zeros += int((zero if mask is None else zero & mask).count_nonzero())
+
+    def add_revived(self, zero: Tensor, mask: Tensor | None) -> None:
+        """Count the weights of a linear that the checkpoint's own mask, if it has one, drops and that are not zero."""
         self.revived += 0 if mask is None else int((zero | mask).logical_not_().count_nonzero())
 
     def warn(self, directory: Path, advice: str) -> None:
-        """Print one line if at least the share ``MANY`` of the weights are zeros without a mask.
+        """Print a line on revived weights, and one if at least the share ``MANY`` of all are zeros without a mask.
 
         Args:
             directory: of the checkpoint. Zeros with which a cut padded it do not count: they stay zero by themselves.
         """
+        if self.revived:
+            notify(
+                f"{directory}: {self.revived:,} weights that its masks drop are not zero, and are set to zero; "
+                f"remove {JSON_FILE} to leave out the masks"
+            )
         if self.zeros and self.zeros >= MANY * self.weights and not _is_padded(directory):
             share = f"{100 * self.zeros / self.weights:.1f}%"
             notify(f"{directory}: {share} of the block linears' weights are zero and no mask protects them; {advice}")

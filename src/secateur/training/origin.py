@@ -18,7 +18,7 @@ from secateur.model.checkpoint import Checkpoint, read_config, skeleton
 from secateur.model.plan import JSON_FILE, Plan, load_masks, stored_masks
 from secateur.model.shapes import Shape
 from secateur.model.zeros import ZeroCount, linear_names
-from secateur.progress import notify, track
+from secateur.progress import track
 from secateur.training.init import fresh_weights, stored_weights
 from secateur.training.output import overflow
 from secateur.training.recipe import Recipe
@@ -93,18 +93,11 @@ class Origin:
                 raise UserError(f"{self.directory}: {problem}; choose `save_dtype` bfloat16 or float32")
             if name in linears:
                 zeros.add(tensor == 0, self.masks.get(name))
+                zeros.add_revived(tensor == 0, self.masks.get(name))
             return tensor
 
-        return Start(model, weight, self.masks, lambda: self._report(zeros))
-
-    def _report(self, zeros: ZeroCount) -> None:
-        """Say where masks and zeros of the first weights differ."""
-        zeros.warn(self.directory, "training fills them; `keep_zeros` keeps them at zero")
-        if zeros.revived:
-            notify(
-                f"{self.directory}: {zeros.revived:,} weights that its masks drop are not zero, and are set to zero; "
-                f"remove {JSON_FILE} to train without masks"
-            )
+        advice = "training fills them; `keep_zeros` keeps them at zero"
+        return Start(model, weight, self.masks, lambda: zeros.warn(self.directory, advice))
 
     def mask_zeros(self, folder: Path) -> Origin:
         """Make masks of the zeros in the linears, beside the masks that there are; all processes together.

@@ -29,6 +29,7 @@ __all__ = [
 
 FEW_STEPS = 50  #: optimiser steps below which a run is warned of
 ENOUGH_STEPS = 200  #: optimiser steps that the warning aims at
+_SHORT_WINDOW = 64  #: tokens in the shortest window that an error offers
 
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Scale = Annotated[float, Field(gt=0)]
@@ -103,8 +104,13 @@ class Recipe:
             object.__setattr__(self, "init", dataclasses.replace(self.init, std=self.init_std))
             object.__setattr__(self, "init_std", None)
         if self.tokens_per_step % self.sequence:
+            size = math.ceil(self.tokens_per_step / self.sequence) * self.sequence
+            shorter = math.gcd(self.tokens_per_step, self.sequence)
+            remedy = f"set it to {size}" + (f", or sequence to {shorter}" if shorter >= _SHORT_WINDOW else "")
+            default = ", the default" if self.sequence == type(self).sequence else ""
             raise UserError(
-                f"recipe.tokens_per_step: {self.tokens_per_step} is no multiple of recipe.sequence {self.sequence}"
+                f"recipe.tokens_per_step: {self.tokens_per_step} is no multiple of recipe.sequence "
+                f"{self.sequence}{default}; {remedy}"
             )
 
     def steps(self, tokens: int) -> int:
