@@ -162,3 +162,15 @@ def test_the_family_is_printed_where_it_changes(
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("family"))
     assert line.startswith("family       written as Mistral instead of Llama") and "6 heads" in line
     assert line.removeprefix("family       ") in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [("license: [mit]", "mit"), ("license:\n- mit\n- apache-2.0", ["mit", "apache-2.0"]), ("license: 3", None)],
+)
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_licences_in_lists_and_behind_a_byte_order_mark(
+    start: str, text: str, licence: str | list[str] | None, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text(f"{start}---\n{text}\n---\n", encoding="utf-8")
+    assert Ancestry.read(tmp_path).metadata.get("license") == licence

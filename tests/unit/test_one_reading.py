@@ -342,6 +342,14 @@ def test_quantized_weights_are_refused(case: str, tmp_path: Path) -> None:
         assert "\n" not in str(error.value) and LINEAR in str(error.value)
 
 
+@pytest.mark.parametrize("value", [float("inf"), [1.0, float("nan")], {"factor": float("-inf")}])
+def test_numbers_that_json_cannot_hold(value: object, tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path)
+    edit_config(directory, note=value)
+    with pytest.raises(UserError, match="note holds NaN or Infinity"):
+        secateur.prune(directory, tmp_path / "out", method="magnitude", ratio=0.5)
+
+
 def test_a_padding_token_without_a_row(tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path)
     edit_config(directory, pad_token_id=61)
@@ -397,3 +405,16 @@ def test_an_output_names_its_own_class(architecture: str | None, tmp_path: Path)
     secateur.prune(directory, tmp_path / "out", method="magnitude", ratio=0.5)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_a_live_model_keeps_its_generation_settings(tmp_path: Path) -> None:
+    model = hf(tiny_llama(tmp_path))
+    model.generation_config.eos_token_id = 5  # type: ignore[union-attr]
+    pruned: Any = secateur.prune(model, method="magnitude", ratio=0.5)
+    assert pruned.generation_config.eos_token_id == 5
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.Sequential, lambda model: torch.nn.Linear(2, 2)])
+def test_a_wrapped_live_model(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no model of transformers; pass the model inside it"):
+        secateur.prune(wrap(hf(tiny_llama(tmp_path))), method="magnitude", ratio=0.5)

@@ -38,7 +38,8 @@ class Ancestry:
         if not names and (directory / "config.json").is_file():
             config = read_json(directory / "config.json")
             names = _strings(config.get("_name_or_path")) if isinstance(config, dict) else []
-        metadata = {key: card[key] for key in _LICENCE_KEYS if isinstance(card.get(key), str)}
+        licences = {key: _strings(card.get(key)) for key in _LICENCE_KEYS}  # cards of old list even a single one
+        metadata: dict[str, Any] = {key: v[0] if len(v) == 1 else v for key, v in licences.items() if v}
         language = ["no" if code is False else code for code in _list(card.get("language"))]  # YAML reads no as False
         if language := _strings(language):
             metadata["language"] = language
@@ -125,7 +126,7 @@ def _read_card(path: Path) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     try:
-        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+        return ModelCard(path.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data.to_dict()
     except Exception as error:  # YAML of any kind of damage, or no text at all
         notify(
             f"{path}: its metadata cannot be read ({first_line(error)}); the new card names no licence or base model"

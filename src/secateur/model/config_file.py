@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,9 +59,17 @@ def read_json_config(path: Path) -> tuple[dict[str, Any], Family]:
     if path.name == "config.json" and not path.exists():
         raise UserError(f"{path}: no such file{other_format(path.parent)}")
     raw = read_json(path)
+    if key := next((key for key, value in raw.items() if _is_infinite(value)), None) if isinstance(raw, dict) else None:
+        raise UserError(f"{path}: {key} holds NaN or Infinity, which is no JSON; replace or remove it")
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise UserError(f"{path}: has no model_type; this is no Hugging Face checkpoint")
     return raw, family_of(raw["model_type"], where=str(path))
+
+
+def _is_infinite(value: Any) -> bool:
+    """Whether a value read from JSON is, or holds, a number that JSON cannot hold."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (isinstance(value, float) and not math.isfinite(value)) or any(map(_is_infinite, values))
 
 
 def load_config(path: Path) -> PreTrainedConfig:

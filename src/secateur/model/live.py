@@ -71,6 +71,13 @@ class LiveCheckpoint(Checkpoint):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel):
+            raise UserError(
+                f"`model`: {type(model).__name__} is no model of transformers; pass the model inside it "
+                "(model.module, model._orig_mod), or model.merge_and_unload() of an adapter"
+            )
         self.model = model
         self.directory = Path(getattr(model, "name_or_path", "") or type(model).__name__)
         config = copy.deepcopy(model.config)
@@ -151,6 +158,8 @@ def cut_model(checkpoint: Checkpoint, plan: Plan) -> PreTrainedModel:
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     model.config.dtype = checkpoint.dtype
+    if isinstance(checkpoint, LiveCheckpoint) and checkpoint.model.can_generate():
+        model.generation_config = copy.deepcopy(checkpoint.model.generation_config)
     if incomplete := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise UserError(f"{checkpoint.directory}: the cut leaves {incomplete[0]} without a value")
     return model
