@@ -380,16 +380,17 @@ def test_study_files(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 #: what is wrong with a call -> the call, and what its error names
+NOTHING: Any = None
 CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model": (lambda m: secateur.evaluate([], data="stdlib"), "`models`"),
     "model of no type": (lambda m: secateur.evaluate([None], data="stdlib"), "not NoneType"),
     "percent": (lambda m: secateur.prune(m, m.parent / "o", method="magnitude", ratio=50), "`ratio`"),
     "text for a ratio": (lambda m: secateur.prune(m, m.parent / "o", method="magnitude", ratio="half"), "`ratio`"),
-    "method of no type": (lambda m: secateur.prune(m, m.parent / "o", method=None, ratio=0.5), "`method`"),
+    "method of no type": (lambda m: secateur.prune(m, m.parent / "o", method=NOTHING, ratio=0.5), "`method`"),
     "tokens below zero": (lambda m: secateur.train(m.parent / "o", init=m, tokens=-1, data="shards:x"), "`tokens`"),
     "folder for shards": (lambda m: secateur.train(m.parent / "o", init=m, tokens=9, data=m), "`data`"),
     "study of no file": (lambda m: secateur.Study.load(m.parent / "none.yaml"), "none.yaml: no such file"),
-    "study of no type": (lambda m: secateur.Study.load(None), "not NoneType"),
+    "study of no type": (lambda m: secateur.Study.load(NOTHING), "not NoneType"),
     "size": (lambda m: secateur.recommend(params="8X", ratio=0.5, tokens="50B"), "`params`"),
     "share": (lambda m: secateur.recommend(params="8B", ratio=1.5, tokens="50B"), "`ratio`"),
     "holdout": (lambda m: secateur.build_corpus("stdlib", m.parent / "o", tokenizer=m, holdout=2), "`holdout`"),

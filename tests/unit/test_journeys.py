@@ -139,7 +139,8 @@ def test_a_loss_is_that_of_transformers(name: str, texts: Path, tmp_path: Path, 
 
 def check_output(output: Path, source: Path, journey: Journey) -> None:
     """What transformers needs and a user expects of a checkpoint."""
-    model, info = AutoModelForCausalLM.from_pretrained(output, local_files_only=True, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(output, local_files_only=True, output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
     assert model.dtype == journey.dtype
     assert {tensor.dtype for tensor in weights(output).values()} == {journey.dtype}
