@@ -379,8 +379,9 @@ def test_study_files(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert list(tmp_path.iterdir()) == [file]
 
 
-#: what is wrong with a call -> the call, and what its error names
 NOTHING: Any = None
+
+#: what is wrong with a call -> the call, and what its error names
 CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model": (lambda m: secateur.evaluate([], data="stdlib"), "`models`"),
     "model of no type": (lambda m: secateur.evaluate([None], data="stdlib"), "not NoneType"),
