@@ -121,7 +121,7 @@ def install_command(*arguments: str) -> str:
     """
     pip = [sys.executable, "-m", "pip", "install"]
     if find_spec("pip") is None:  # as in the environments that uv makes
-        pip = ["uv", "pip", "install", "--python", sys.executable]
+        pip = ["uv", "pip", "install", "-p", sys.executable]
     return shlex.join([*pip, *arguments])
 
 

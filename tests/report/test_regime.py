@@ -394,11 +394,11 @@ def test_the_plan_says_what_is_known_before_anything_runs(capsys: pytest.Capture
     text = capsys.readouterr().out
     plan = Study.load(STUDIES / "demo.yaml").plan()
     (share,) = plan.parents.values()
-    assert share.tokens == 500_000
+    assert share.tokens == 3_235_840
     assert tokens_sentence("the parent", share) in text and "Learning rates are not swept." in text
     assert main(["study", "plan", str(STUDIES / "demo.yaml"), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["parents"]["parent"]["tokens_per_parameter"] == 500_000 / share.parameters
+    assert data["parents"]["parent"]["tokens_per_parameter"] == 3_235_840 / share.parameters
     assert data["sweeps"] == {"parent": False, "scratch": False, "retraining": False}
 
 

@@ -98,7 +98,7 @@ def test_the_command_installs_where_the_process_runs(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "executable", "/a folder/bin/python")
     assert install_command("secateur[tasks]") == "'/a folder/bin/python' -m pip install 'secateur[tasks]'"
     monkeypatch.setattr("secateur.runtime.find_spec", lambda _: None)  # an environment that uv has made
-    assert install_command("shtab") == "uv pip install --python '/a folder/bin/python' shtab"
+    assert install_command("shtab") == "uv pip install -p '/a folder/bin/python' shtab"
 
 
 def test_every_extra_that_a_message_or_page_names_exists() -> None:

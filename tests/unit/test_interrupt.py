@@ -137,8 +137,10 @@ def test_ctrl_c_in_a_study_saves_what_is_trained(tmp_path: Path) -> None:
     assert process.returncode == 75, said
     assert "interrupted: training runs finish their steps and save" in said
     assert "stopped by a signal" in said and "run the same command to resume" in said and "Traceback" not in said
-    (saved,) = out.glob(f"{parent}/checkpoints/step-*/state.json")
-    assert 0 < int(saved.parent.name.removeprefix("step-")) < 625
+    saved = [
+        int(state.parent.name.removeprefix("step-")) for state in out.glob(f"{parent}/checkpoints/step-*/state.json")
+    ]
+    assert saved and 0 < max(saved) < 625
     assert not list(out.glob("stages/prune-*"))
     process = start(tmp_path, *command, "--only", "parent")
     said = process.communicate(timeout=WAIT)[1]

@@ -187,7 +187,7 @@ def test_a_way_that_is_closed_does_not_close_the_others(tmp_path: Path, capsys: 
     found = call(capsys, path, "--ratio", 0.5)
     assert "possible: none" in found["targets"]["depth"]["error"]
     assert found["targets"]["width"]["removed"]["non_embedding"] == pytest.approx(0.5, abs=0.01)
-    assert "depth: of 1 layers" in text(capsys, path, "--ratio", 0.5)
+    assert "depth: of 1 layer " in text(capsys, path, "--ratio", 0.5)
 
 
 def test_sparse_methods_keep_the_shape(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -377,7 +377,7 @@ def test_revived_weights_are_found() -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     with torch.no_grad():
         model.get_parameter(name).view(-1)[(~masks[name]).view(-1).nonzero()[5]] = 1e-30
-    with pytest.raises(RuntimeError, match=rf"{name}: 1 pruned"):
+    with pytest.raises(RuntimeError, match=rf"{name}: no longer zero: 1 pruned weight"):
         held.check()
     with pytest.raises(KeyError):
         Masks(model, {"model.layers.9.x": next(iter(masks.values()))})
