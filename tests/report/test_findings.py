@@ -155,6 +155,9 @@ def test_the_sentence_counts_the_cases_and_names_the_exceptions():
     sentence = finding_sentence(judge(study(*cells)).findings[0].rows[-1], index.comparisons)
     assert sentence.startswith("All methods: holds in 1 of 2 measured (of 3 planned); mean 0.10 nats, 95% interval")
     assert "Not in Minitron-depth at ratio 0.5 (the opposite: -0.10 nats" in sentence.replace("\u2212", "-")
+    cells = [*comparison("wanda", 0.3), *comparison("minitron-width", None)]
+    sentence = finding_sentence(judge(study(*cells)).findings[0].rows[-1], index.comparisons)
+    assert sentence.startswith("All methods: holds in the one case measured (of 2 planned); 0.30 nats, 95% interval")
 
 
 def test_findings_that_the_grid_cannot_speak_to_are_not_told():

@@ -157,7 +157,8 @@ def finding_sentence(row: FindingRow, among: Sequence[Group]) -> str:
     if len(measured) == 1:
         text = f"{row.scope}: {row.answer}"
     if len(measured) < len(row.cases):
-        text += f" measured (of {len(row.cases)} planned)"
+        case = " in the one case" if len(measured) == 1 else ""
+        text += f"{case} measured (of {len(row.cases)} planned)"
     mean = row.mean
     if mean is not None and mean.value is not None:
         seeds = f"; up to {spelled(mean.seeds)} seeds" if mean.seeds > 1 else "; one seed"
