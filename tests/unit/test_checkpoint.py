@@ -201,7 +201,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path)
     out = tmp_path / "new" / "out"
     with pytest.raises(ZeroDivisionError), resumable_directory(out, {}, resume=False) as (fresh, _):
-        write_checkpoint(fresh, {}, model_tensors(hf(directory)), provenance={}, card="x")
+        write_checkpoint(fresh, {"model_type": "llama"}, model_tensors(hf(directory)), provenance={}, card="x")
         raise ZeroDivisionError
     assert sorted(p.name for p in tmp_path.iterdir()) == [directory.name]
     (tmp_path / "full").mkdir()

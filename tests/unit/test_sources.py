@@ -258,8 +258,8 @@ def test_broken_text(tmp_path: Path):
         ("stdlb", "did you mean 'stdlib'?"),
         ("txt:corpus", "did you mean 'text'?"),
         ("stdlib:json", "did you mean 'stdlib'?"),
-        ("text:", "which is stdlib, python, text:PATH or hf:NAME"),
-        ("hf", "which is stdlib, python, text:PATH or hf:NAME"),
+        ("text:", "names no text; write text:PATH"),
+        ("hf", "names no text; write hf:NAME"),
         ("https://example.org", "known: hf, python, stdlib, text"),
     ],
 )

@@ -202,7 +202,7 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 def _describe_windows(checkpoint: Checkpoint, plan: Plan, config: dict[str, Any]) -> None:
     """Change the keys of config.json that readers without ``layer_types`` learn from which layers have a window."""
     first = config.get("max_window_layers")  # Qwen: the layers from this one on have a window
-    if isinstance(first, int):
+    if isinstance(first, int) and first < checkpoint.shape.layers:
         config["max_window_layers"] = int((plan.keep_layers < first).sum())
     periods = [key for key in ("sliding_window_pattern", "_sliding_window_pattern") if isinstance(config.get(key), int)]
     kinds = config.get("layer_types")
