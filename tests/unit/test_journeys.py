@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import CHECKPOINTS, documents
 from helpers import naive_loss
+from public_checkpoints import CHECKPOINTS, documents
 from secateur.cli import main
 
 SEQUENCE = 32
