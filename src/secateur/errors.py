@@ -130,9 +130,8 @@ def _synonym(key: str, options: Container[str]) -> str | None:
 def did_you_mean(name: object, options: Iterable[str], listing: str = "") -> str:
     """Return ``"; did you mean 'x'?"`` for the option nearest to ``name``, or the options if they are few.
 
-    Of many options, up to three are named: those that contain ``name`` first, then the nearest ones; but one alone that
-    is very near. Upper and lower
-    case count as equal, and so do ``_`` and ``-``.
+    Of many options it names one that is very near, or else up to three: those that contain ``name`` first, then the
+    nearest. Upper and lower case count as equal, and so do ``_`` and ``-``.
 
     Args:
         listing: the command that lists all options, where they may be many.

@@ -149,8 +149,8 @@ def test_a_sparse_checkpoint_as_the_parent(text: Path, tmp_path: Path, capsys: p
     before = load_masks(pruned)
     for method in ("minitron-depth", "wanda"):
         (plan,) = out.glob(f"stages/prune-{method}-0.6-*/model")
-        masks, found = load_masks(plan), weights(out, f"train-{method}-0.6-P-R-*")
-        assert masks and all(not found[name][~mask].any() for name, mask in masks.items())
+        masks, trained = load_masks(plan), weights(out, f"train-{method}-0.6-P-R-*")
+        assert masks and all(not trained[name][~mask].any() for name, mask in masks.items())
         if method == "wanda":
             assert all(not (masks[name] & ~mask).any() for name, mask in before.items())
     spec = load_study(tmp_path / "b.yaml")

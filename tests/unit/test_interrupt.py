@@ -98,15 +98,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(processes: int, corpus: Path,
     done = 0
     for _ in range(2):
         process = start(tmp_path, *command, processes=processes)
-        said = interrupt(process, lambda: steps(work) > done)  # noqa: B023
-        assert process.returncode == (75 if processes == 1 else 1), said
+        stderr = interrupt(process, lambda: steps(work) > done)  # noqa: B023
+        assert process.returncode == (75 if processes == 1 else 1), stderr
         saved = max((work / "checkpoints").glob("step-*"))
         assert int(saved.name.removeprefix("step-")) > done
         done = steps(work)
         assert saved.name == f"step-{done:08}"
-        assert said.count(f"stopped by a signal, saved {saved}; run the same command to resume") == 1
-        assert "interrupted: finishing the step and saving" in said
-        assert processes > 1 or "Traceback" not in said
+        assert stderr.count(f"stopped by a signal, saved {saved}; run the same command to resume") == 1
+        assert "interrupted: finishing the step and saving" in stderr
+        assert processes > 1 or "Traceback" not in stderr
 
 
 STUDY = """
@@ -133,18 +133,18 @@ def test_ctrl_c_in_a_study_saves_what_is_trained(tmp_path: Path) -> None:
     parent = "stages/train-parent-*.partial-*"
 
     process = start(tmp_path, *command)
-    said = interrupt(process, lambda: bool(list(out.glob(f"{parent}/progress.json"))))
-    assert process.returncode == 75, said
-    assert "interrupted: training runs finish their steps and save" in said
-    assert "stopped by a signal" in said and "run the same command to resume" in said and "Traceback" not in said
+    stderr = interrupt(process, lambda: bool(list(out.glob(f"{parent}/progress.json"))))
+    assert process.returncode == 75, stderr
+    assert "interrupted: training runs finish their steps and save" in stderr
+    assert "stopped by a signal" in stderr and "run the same command to resume" in stderr and "Traceback" not in stderr
     saved = [
         int(state.parent.name.removeprefix("step-")) for state in out.glob(f"{parent}/checkpoints/step-*/state.json")
     ]
     assert saved and 0 < max(saved) < 625
     assert not list(out.glob("stages/prune-*"))
     process = start(tmp_path, *command, "--only", "parent")
-    said = process.communicate(timeout=WAIT)[1]
-    assert process.returncode == 0, said
+    stderr = process.communicate(timeout=WAIT)[1]
+    assert process.returncode == 0, stderr
     (runtime,) = out.glob("stages/train-parent-*/runtime.json")
     assert json.loads(runtime.read_text())["attempts"] == 2
 

@@ -197,8 +197,8 @@ def test_pruning_says_that_it_does_not_protect_zeros(
     method: str, sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again(foreign(sparse, tmp_path / "foreign"), tmp_path / "out", method, ratio=0.3)
-    said = [line for line in capsys.readouterr().err.splitlines() if "no mask protects them" in line]
-    assert len(said) == 1 and "keep-zeros" in said[0]
+    notices = [line for line in capsys.readouterr().err.splitlines() if "no mask protects them" in line]
+    assert len(notices) == 1 and "keep-zeros" in notices[0]
     again(foreign(sparse, tmp_path / "again"), None, method, ratio=0.3)
     assert "no mask protects them" in capsys.readouterr().err
     again(sparse, tmp_path / "known", method, ratio=0.3)
@@ -210,8 +210,12 @@ def test_training_says_that_it_fills_zeros(
 ) -> None:
     out = train(tmp_path / "filled", foreign(sparse, tmp_path / "foreign"), corpus)
     assert share_of_zeros(out) < 0.01
-    said = [line for line in capsys.readouterr().err.splitlines() if "no mask protects them" in line]
-    assert len(said) == 1 and "50.0% of the block linears' weights are zero" in said[0] and "`keep_zeros`" in said[0]
+    notices = [line for line in capsys.readouterr().err.splitlines() if "no mask protects them" in line]
+    assert (
+        len(notices) == 1
+        and "50.0% of the block linears' weights are zero" in notices[0]
+        and "`keep_zeros`" in notices[0]
+    )
     train(tmp_path / "held", sparse, corpus)
     assert "no mask" not in capsys.readouterr().err
 

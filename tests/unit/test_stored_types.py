@@ -54,9 +54,9 @@ def test_training_is_in_float32_whatever_is_stored(corpus: Path, tmp_path: Path)
     tensors = {name: tensor.float() for name, tensor in load_file(half / "model.safetensors").items()}
     save_file(tensors, whole / "model.safetensors", {"format": "pt"})
     slow: dict[str, Any] = {"recipe": {**RECIPE, "peak_rate": 1e-5}, "tokens": 1600}
-    found = train(tmp_path / "a", corpus, init=half, **slow)
+    trained = train(tmp_path / "a", corpus, init=half, **slow)
     expected = train(tmp_path / "b", corpus, init=whole, **slow)
-    assert all(torch.equal(found[name], tensor.half()) for name, tensor in expected.items())
+    assert all(torch.equal(trained[name], tensor.half()) for name, tensor in expected.items())
 
 
 def test_each_tensor_keeps_its_type(corpus: Path, tmp_path: Path) -> None:

@@ -150,7 +150,9 @@ def _summary(skipped: Counter[str]) -> str:
 
 
 def text_of(row: object, field: str, where: str) -> str:
-    """Return the text in ``field`` of a record; lone surrogates, valid in JSON but not in UTF-8, become U+FFFD.
+    """Return the text in ``field``, which a record that is an object must have.
+
+    Lone surrogates, valid in JSON but not in UTF-8, become U+FFFD.
 
     Raises:
         BadRow: if there is none.
@@ -158,8 +160,6 @@ def text_of(row: object, field: str, where: str) -> str:
     if not isinstance(row, dict):
         message = f"{where}: expected an object with the field {field!r}, got {type(row).__name__}"
         raise BadRow(MALFORMED, message)
-    if field not in row:
-        raise BadRow(MISSING, f"{where}: no field {field!r}; the fields are {_list(row)}: name one of them")
     text = row[field]
     if text is None:
         raise BadRow(NULL, f"{where}: the field {field!r} is null, not text; name a field of strings")

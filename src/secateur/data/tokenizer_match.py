@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.data.encode import encode_texts
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import UserError
+from secateur.model.companions import vocabulary_files
 from secateur.progress import notify
 
 if TYPE_CHECKING:
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
 
 __all__ = ["check_encoded_for", "has_tokenizer", "tokenizer_difference", "tokenizer_hash"]
 
-#: files with a vocabulary
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 #: files that decide which ids a text gets
 _ENCODING_FILES = (
-    *_VOCABULARIES,
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
     "merges.txt",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -49,7 +53,7 @@ _SAMPLED_TOKENS = 4096  #: tokens of the vocabulary whose texts are samples as w
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a directory has a tokenizer's files."""
-    return any((directory / name).is_file() for name in _VOCABULARIES)
+    return bool(vocabulary_files(directory))
 
 
 def tokenizer_hash(directory: Path) -> str | None:

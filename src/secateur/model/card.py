@@ -95,7 +95,7 @@ def model_card(
 
 def family_change(before: Shape, after: Shape) -> str | None:
     """A sentence about the family that an output is written as; None where that is the model's own."""
-    if before.family is after.family:
+    if before.family == after.family:  # by value: worker processes have copies
         return None
     old, new = before.family.name.capitalize(), after.family.name.capitalize()
     return (

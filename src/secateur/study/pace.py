@@ -146,7 +146,7 @@ def _flops_left(stage: Stage, store: Store, done: Collection[str]) -> float:
 
 
 def _running(stage: Stage, store: Store) -> tuple[float, float, float, str] | None:
-    """The FLOPs and the process-seconds that a running training expects to need; None if it has not said."""
+    """The FLOPs and the process-seconds that a running training expects to need; None without an estimate."""
     note = _training_note(stage, store)
     if not note.get("seconds_left") or not store.is_running(stage):
         return None

@@ -229,7 +229,7 @@ def step_warnings(stages: Sequence[Stage]) -> list[str]:
 def _step_warning(purpose: str, runs: Mapping[str, tuple[int, int, int]]) -> str:
     name, (least, size, more) = min(runs.items(), key=lambda run: run[1][0])
     most = max(steps for steps, _, _ in runs.values())
-    number = f"{len(runs)} run{'s' * (len(runs) > 1)}"
+    number = plural(len(runs), "run")
     steps = f"{least} to {most}" if most > least else f"{least}"
     advice = f"recipe.tokens_per_step: {size} would give {name} {more}"
     return (
