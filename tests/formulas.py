@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from helpers import FAMILIES, hf, tiny_family, windows
+from family_configs import FAMILIES
+from helpers import hf, tiny_family, windows
 from secateur.calibration.statistics import Statistic
 from secateur.methods.base import WeightMethod
 from secateur.methods.selection import Selector

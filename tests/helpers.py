@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from family_configs import FAMILY_CONFIGS, FAMILY_SIZES
 from secateur.data.manifest import Split, write_manifest
 from secateur.data.shards import ShardWriter
 from secateur.methods.base import LearnedMethod
@@ -51,42 +52,6 @@ SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
-
-FAMILY_SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 64,
-}
-
-GEMMA3 = {"model_type": "gemma3_text", "head_dim": 12, "num_hidden_layers": 6, "sliding_window": 6}
-_QWEN2_WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
-
-#: name -> what to give :func:`tiny_family` besides ``FAMILY_SIZES``. A family's first entry bears its name. Windows of
-#: attention are shorter than the texts of the tests; ``drop`` takes keys out of config.json afterwards.
-FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "head_dim": 8},
-    "mistral": {"model_type": "mistral", "head_dim": 12, "sliding_window": 6},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 12},
-    "gemma3": {**GEMMA3, "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2},
-    "olmo2": {"model_type": "olmo2", "pad_token_id": 1},
-    "phi3": {"model_type": "phi3"},
-    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
-    "llama-biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
-    "llama-mha": {"model_type": "llama", "num_key_value_heads": 6},
-    "mistral-full": {"model_type": "mistral", "sliding_window": None},
-    "qwen2-mixed": {"model_type": "qwen2", "tie_word_embeddings": True, **_QWEN2_WINDOWS, "drop": ("layer_types",)},
-    "qwen3-biased": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
-    "gemma3-old": {**GEMMA3, "sliding_window_pattern": 3, "drop": ("layer_types",)},
-    "gemma3-untied": {**GEMMA3, "tie_word_embeddings": False, "attention_bias": True, "final_logit_softcapping": 30.0},
-    "olmo2-biased": {"model_type": "olmo2", "attention_bias": True, "tie_word_embeddings": True},
-    "phi3-partial": {"model_type": "phi3", "partial_rotary_factor": 0.5, "sliding_window": 6},
-}
-FAMILIES = tuple(name for name in FAMILY_CONFIGS if "-" not in name)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import secateur
-from helpers import FAMILIES, hf, tiny_family, token_corpus, windows
+from family_configs import FAMILIES
+from helpers import hf, tiny_family, token_corpus, windows
 from secateur.cli import main
 from secateur.data.tokenizer import train_tokenizer
 

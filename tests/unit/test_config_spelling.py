@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import secateur
-from helpers import FAMILIES, edit_config, hf, logits, tiny_family, token_corpus, windows
+from family_configs import FAMILIES
+from helpers import edit_config, hf, logits, tiny_family, token_corpus, windows
 from secateur.model.config_spelling import with_dtype, with_old_spelling
 
 LLAMA3 = {

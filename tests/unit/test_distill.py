@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
-from helpers import FAMILY_CONFIGS, edit_config, files, hf, tiny_family, tiny_llama, token_corpus, windows
+from family_configs import FAMILY_CONFIGS
+from helpers import edit_config, files, hf, tiny_family, tiny_llama, token_corpus, windows
 from secateur.cli import main
 from secateur.config import parse
 from secateur.data.tokenizer import train_tokenizer

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import FAMILIES, FAMILY_CONFIGS, SCORED, edit_config, logits, tiny_family, windows
+from family_configs import FAMILIES, FAMILY_CONFIGS
+from helpers import SCORED, edit_config, logits, tiny_family, windows
 from reference import Pruned, Zoo, assert_same_logits, calibration_means, opened, reference
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint

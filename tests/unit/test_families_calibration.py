@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import FAMILIES, FAMILY_CONFIGS, hf, naive_loss, seen_at, tiny_family, windows
+from family_configs import FAMILIES, FAMILY_CONFIGS
+from helpers import hf, naive_loss, seen_at, tiny_family, windows
 from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.gradients import gradients_of
 from secateur.calibration.layer_removal import removal_losses

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import FAMILIES, calibration, edit_config, hf, logits, tiny_family, windows
+from family_configs import FAMILIES
+from helpers import calibration, edit_config, hf, logits, tiny_family, windows
 from reference import COMPENSATED, Pruned, Zoo, assert_same_logits, calibration_means, opened, reference
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint

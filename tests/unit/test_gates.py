@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import FAMILY_CONFIGS, tiny_family
+from family_configs import FAMILY_CONFIGS
+from helpers import tiny_family
 from secateur.losses.next_token import model_loss
 from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint, skeleton

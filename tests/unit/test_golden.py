@@ -18,8 +18,6 @@ sys.path.insert(0, str(GOLDEN))
 
 import make  # noqa: E402
 
-from helpers import FAMILIES  # noqa: E402
-
 
 def golden(name: str) -> dict[str, Any]:
     return json.loads((GOLDEN / f"{name}.json").read_text())
@@ -28,7 +26,7 @@ def golden(name: str) -> dict[str, Any]:
 #: bytes are compared only where they were recorded on such a machine
 SAME_BYTES = golden("prune")["environment"] == make.environment()
 PAIRS = [
-    (method, FAMILIES[(2 * number + half) % len(FAMILIES)])
+    (method, make.FAMILIES[(2 * number + half) % len(make.FAMILIES)])
     for number, method in enumerate(make.METHODS)
     for half in (0, 1)
 ]

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from family_configs import FAMILIES
 from formulas import Subject, pruned
-from helpers import FAMILIES, SCORED, calibration, hf, learned, logits, windows
+from helpers import SCORED, calibration, hf, learned, logits, windows
 from secateur.calibration.statistics import Gram
 from secateur.methods.registry import METHODS, get_method
 from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest_indices

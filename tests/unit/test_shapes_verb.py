@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import FAMILY_CONFIGS, FAMILY_SIZES
+from family_configs import FAMILY_CONFIGS, FAMILY_SIZES
 from secateur.cli import main
 
 LLAMA_8B = {

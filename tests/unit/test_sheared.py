@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import helpers
-from helpers import FAMILIES, tiny_family, tiny_llama
+from family_configs import FAMILIES
+from helpers import tiny_family, tiny_llama
 from secateur.errors import RunError, UserError
 from secateur.methods.sheared import Sheared
 from secateur.model.checkpoint import Checkpoint, skeleton

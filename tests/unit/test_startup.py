@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from helpers import FAMILY_CONFIGS, FAMILY_SIZES, tiny_llama
+from family_configs import FAMILY_CONFIGS, FAMILY_SIZES
+from helpers import tiny_llama
 from secateur.errors import UserError
 from secateur.model import config_file
 from secateur.model.checkpoint import read_config

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from helpers import FAMILY_CONFIGS, hf, largest, near, tiny_family, windows
+from family_configs import FAMILY_CONFIGS
+from helpers import hf, largest, near, tiny_family, windows
 from secateur.errors import UserError
 from secateur.evaluation.loss import token_losses
 from secateur.losses import next_token as token_loss

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from helpers import FAMILY_CONFIGS, hf, tiny_family, tiny_llama, token_corpus
+from family_configs import FAMILY_CONFIGS
+from helpers import hf, tiny_family, tiny_llama, token_corpus
 from secateur.cli import main
 from secateur.errors import RunError, UserError
 from secateur.model.checkpoint import Checkpoint, skeleton
