@@ -1,4 +1,4 @@
-"""Configurations of every family: tiny ones with all that a family has, and small ones with the ratios of real models."""
+"""Configurations of every family: tiny ones with all that a family has, and small ones shaped like real models."""
 
 from __future__ import annotations
 
@@ -46,7 +46,51 @@ _FIRST: Configs = {
 _DENSE: Configs = {}
 
 #: Parallel blocks, layers of several kinds, and shapes that differ by layer.
-_HYBRID: Configs = {}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
+_QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "head_dim": 16,
+    "num_hidden_layers": 6,
+    **_LINEAR,
+    "linear_conv_kernel_dim": 3,
+}
+_COHERE2 = {"model_type": "cohere2", "sliding_window": 6, "logit_scale": 0.4}
+_GEMMA4 = {
+    "model_type": "gemma4_unified_text",
+    "num_hidden_layers": 6,
+    "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+    "sliding_window": 6,
+    "head_dim": 8,
+    "global_head_dim": 12,
+    "final_logit_softcapping": 5.0,
+}
+_LFM2 = {"model_type": "lfm2", "block_multiple_of": 16, "full_attn_idxs": [1, 4], "intermediate_size": 96}
+_HYBRID: Configs = {
+    "qwen3_5": {**_QWEN3_5, "layer_types": [*["linear_attention"] * 2, "full_attention"] * 2},
+    "phi": {"model_type": "phi"},
+    "glm": {"model_type": "glm", "head_dim": 12},
+    "glm4": {"model_type": "glm4", "head_dim": 8, "attention_bias": False},
+    "cohere2": {**_COHERE2, "layer_types": [*["sliding_attention"] * 3, "full_attention", "sliding_attention"]},
+    "starcoder2": {"model_type": "starcoder2", "sliding_window": 6},
+    "nemotron": {"model_type": "nemotron", "head_dim": 12},
+    "apertus": {"model_type": "apertus"},
+    "gemma4": {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 2},
+    "lfm2": _LFM2,
+    "qwen3_5-biased": {**_QWEN3_5, "full_attention_interval": 3, "attention_bias": True, "tie_word_embeddings": True},
+    "phi-tied": {"model_type": "phi", "tie_word_embeddings": True, "num_key_value_heads": 6},
+    "glm-plain": {"model_type": "glm", "head_dim": 8, "attention_bias": False, "tie_word_embeddings": True},
+    "cohere2-biased": {**_COHERE2, "sliding_window_pattern": 2, "attention_bias": True, "tie_word_embeddings": False},
+    "starcoder2-plain": {"model_type": "starcoder2", "use_bias": False, "tie_word_embeddings": False},
+    "nemotron-biased": {
+        "model_type": "nemotron",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "apertus-biased": {"model_type": "apertus", "attention_bias": True, "head_dim": 12, "tie_word_embeddings": True},
+    "gemma4-shared": {**_GEMMA4, "num_kv_shared_layers": 2, "attention_bias": True},
+    "lfm2-biased": {**_LFM2, "conv_bias": True, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False},
+}
 
 #: Name -> the config of :func:`helpers.tiny_family`, besides ``FAMILY_SIZES``. A family's first entry bears its name;
 #: its variants follow, with a suffix after a hyphen. Windows of attention are shorter than the texts of the tests
@@ -58,6 +102,69 @@ FAMILY_CONFIGS: Configs = {
 }
 FAMILIES = tuple(name for name in FAMILY_CONFIGS if "-" not in name)
 
+_SMALL = {"vocab_size": 61, "max_position_embeddings": 64}
+
+
+def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
+    return {
+        **_SMALL,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+#: The published checkpoint stands behind each line; its sizes are divided by 8 to 64.
+_REALISTIC_HYBRID: Configs = {
+    "qwen3_5": {  # Qwen3.5-9B
+        "model_type": "qwen3_5_text",
+        **_sizes(128, 384, 8, 16, 4, 8),
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+    },
+    "phi": {
+        "model_type": "phi",
+        **_sizes(80, 320, 8, 8, 8, 10),
+        "partial_rotary_factor": 0.4,
+        "resid_pdrop": 0.1,
+    },  # phi-2
+    "glm": {"model_type": "glm", **_sizes(128, 428, 8, 32, 2, 4)},  # glm-4-9b
+    "glm4": {"model_type": "glm4", **_sizes(192, 720, 6, 12, 2, 16), "attention_bias": False},  # GLM-4-32B-0414
+    "cohere2": {  # c4ai-command-r7b-12-2024
+        "model_type": "cohere2",
+        **_sizes(128, 448, 8, 8, 2, 16),
+        "logit_scale": 0.25,
+        "sliding_window": 6,
+    },
+    "starcoder2": {  # starcoder2-3b
+        "model_type": "starcoder2",
+        **_sizes(96, 384, 6, 24, 2, 4),
+        "sliding_window": 6,
+        "attention_dropout": 0.1,
+        "residual_dropout": 0.1,
+        "embedding_dropout": 0.1,
+    },
+    "nemotron": {"model_type": "nemotron", **_sizes(96, 288, 8, 6, 2, 16)},  # Minitron-4B-Base
+    "apertus": {"model_type": "apertus", **_sizes(128, 672, 8, 8, 2, 16)},  # Apertus-8B-2509
+    "gemma4": {  # the default of its config class
+        "model_type": "gemma4_unified_text",
+        **_sizes(72, 288, 12, 8, 4, 8),
+        "global_head_dim": 16,
+        "sliding_window": 6,
+    },
+    "lfm2": {  # LFM2-1.2B
+        "model_type": "lfm2",
+        **_sizes(64, 384, 16, 8, 2, 8),
+        "block_multiple_of": 8,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    },
+}
+
 #: Name of a family -> a config with the ratios of a published checkpoint (heads, KV heads, head_dim, FFN, tied or not)
 #: at small size, complete but for the token ids.
-REALISTIC: Configs = {}
+REALISTIC: Configs = {**_REALISTIC_HYBRID}

@@ -64,6 +64,9 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise * (1.0 if "embed_tokens" in name else 0.25))
             else:
                 parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith(("layer_scalar", "act_fn.beta")):  # of Gemma 4 and Apertus, stored with the weights
+                buffer.copy_(0.5 + 0.5 * torch.rand(buffer.shape, generator=generator))
 
 
 def tiny_llama(
