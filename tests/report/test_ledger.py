@@ -132,7 +132,7 @@ def test_forward_flops_are_those_of_the_shape_and_its_attention():
     row = forwards(Index(results))[0]
     assert row.flops == pytest.approx(shape.forward_flops(256))
     assert row.attention is not None
-    assert row.flops - row.attention == pytest.approx(2 * (6 * shape.linear_parameters + 2048 * 192))
+    assert row.flops - row.attention == pytest.approx(2 * (6 * shape.linear_parameters() + 2048 * 192))
     assert forwards(Index(example()))[0].attention is None  # its recipe does not say the sequence
 
 

@@ -200,7 +200,7 @@ def test_the_hessian_is_factored_once_for_each_input(
     factor = SparseGPT._factor
     monkeypatch.setattr(SparseGPT, "_factor", lambda self, gram: (sizes.append(len(gram)), factor(self, gram))[1])
     plan = make_plan(checkpoint, "sparsegpt", HALF, calibration(windows()))
-    assert len(sizes) == 2 * 4 and len(plan.masks) == 2 * len(checkpoint.family.linears)
+    assert len(sizes) == 2 * 4 and len(plan.masks) == 2 * len(checkpoint.shape.linears())
 
 
 def extremes() -> dict[str, Tensor]:

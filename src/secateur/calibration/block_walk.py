@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from secateur.calibration.prefetch import on_demand, prefetch
 from secateur.calibration.statistics import StateStatistic, Statistic, join
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint, is_finite, skeleton
+from secateur.model.families import Site
 from secateur.progress import notify, track
 from secateur.runtime import pick_batch
 
@@ -91,14 +92,15 @@ class BlockWalk:
     def start(self, batches: Sequence[Tensor] | None = None) -> States:
         """Embed the windows, or only ``batches``: the states that enter the first block."""
         batches = self.batches if batches is None else batches
-        self._place(self.family.final_norm, self.checkpoint.tensor(self.family.final_norm).float())
+        for name in self.family.final_norm_tensors:
+            self._place(name, self.checkpoint.tensor(name).float())
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
         recorders = nn.ModuleList(_Recorder() for _ in self.layers)
         parent_name, _, attribute = self.family.layers.rpartition(".")
         decoder = self.model.get_submodule(parent_name)
-        norm_name = self.family.final_norm.removesuffix(".weight").removeprefix(f"{parent_name}.")
+        norm_name = self.family.final_norm.removeprefix(f"{parent_name}.")
         norm = decoder.get_submodule(norm_name)
         setattr(decoder, attribute, recorders)
         setattr(decoder, norm_name, nn.Identity())  # so that the decoder returns the embedding itself
@@ -233,8 +235,8 @@ class BlockWalk:
 
     @property
     def norm(self) -> nn.Module:
-        """The final norm; :meth:`start` loads its weight."""
-        return self.model.get_submodule(self.family.final_norm.removesuffix(".weight"))
+        """The final norm; :meth:`start` loads its weights."""
+        return self.model.get_submodule(self.family.final_norm)
 
     @property
     def embedding(self) -> nn.Module:
@@ -258,6 +260,11 @@ def _batches(windows: Tensor, batch: int) -> list[Tensor]:
 def _state_name(block: int, batch: int) -> str:
     """The file of a batch's states. Two sets alternate: states that enter a block, and states that leave it."""
     return f"{block % 2}-{batch:05}"
+
+
+def _is_present(site: Site, modules: Collection[str]) -> bool:
+    """Whether a block has a site: its module, and one of its readers if it has any."""
+    return site.module in modules and (not site.readers or any(reader in modules for reader in site.readers))
 
 
 class Block:
@@ -328,7 +335,8 @@ class Block:
         Returns:
             site -> kind -> value, and the outputs.
         """
-        family = self.walk.family
+        family, modules = self.walk.family, dict(self.module.named_modules())
+        kinds = {site: at_site for site, at_site in kinds.items() if _is_present(family.sites[site], modules)}
         widths = {"query": self.walk.checkpoint.shape.head_dim}
         gathered = {
             site: [kind(widths.get(family.sites[site].space, 1)) for kind in at_site] for site, at_site in kinds.items()
@@ -339,7 +347,7 @@ class Block:
         with contextlib.ExitStack() as hooks:
             for name, statistics in gathered.items():
                 site = family.sites[name]
-                module = self.module.get_submodule(site.module)
+                module = modules[site.module]
                 observer = Observer(name, statistics, pending if not (keep or watch) else None)
                 hook = (
                     module.register_forward_hook(observer.output)

@@ -76,23 +76,24 @@ def _outer_statistics(
     """
     family, tied, device = walk.family, walk.checkpoint.shape.tied, walk.device
     outer = {name: [kind() for kind in kinds] for name in walk.checkpoint.outer_tensors()}
-    norm, lm_head = walk.norm.requires_grad_(), walk.head()
-    head = walk.checkpoint.tensor(family.head).to(device, torch.float32).requires_grad_()
+    lm_head = walk.head()
+    ends = {name: walk.model.get_parameter(name).requires_grad_() for name in family.final_norm_tensors}
+    for name in filter(None, (family.head, family.head_bias)):
+        ends[name] = walk.checkpoint.tensor(name).to(device, torch.float32).requires_grad_()
+    head = ends[family.head]
+    bias = ends[family.head_bias] if family.head_bias else None
     for ids, last, first in zip(walk.batches, leaving, upstream, strict=True):
         rows = walk.load_embeddings(ids)
         walk.embedding.requires_grad_()
         with torch.enable_grad():
-            logits = lm_head.cap_logits(norm(last[0, :-1].to(device)).float() @ head.T)
+            rows_of_head = head if bias is None else torch.cat([head, bias[:, None]], 1)
+            logits = lm_head.cap_logits(lm_head.inputs(last[0, :-1].to(device)) @ rows_of_head.T)
             loss = nn.functional.cross_entropy(logits, ids[0, 1:].to(device))
-            norm_gradient, head_gradient = torch.autograd.grad(loss, [norm.get_parameter("weight"), head])
+            gradients = dict(zip(ends, torch.autograd.grad(loss, list(ends.values())), strict=True))
             weight = walk.embedding.get_parameter("weight")
             (row_gradient,) = torch.autograd.grad(walk.embedding(rows), weight, first.to(device, weight.dtype))
         table = torch.zeros_like(head).index_copy_(0, ids.unique().to(device), row_gradient.float())
-        gradients = {
-            family.embedding: table + head_gradient if tied else table,
-            family.final_norm: norm_gradient,
-            family.head: head_gradient,
-        }
+        gradients[family.embedding] = table + gradients[family.head] if tied else table
         for name, statistics in outer.items():
             for statistic in statistics:
                 statistic.update(gradients[name])

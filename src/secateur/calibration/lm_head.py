@@ -23,18 +23,26 @@ class LMHead:
 
     def __init__(self, checkpoint: Checkpoint, norm: nn.Module, device: str) -> None:
         self.checkpoint, self.norm, self.device = checkpoint, norm, device
-        self.cap: float | None = None  #: bound on logits, in some families
-        if key := checkpoint.family.logit_cap:
-            self.cap = getattr(checkpoint.config, key, None)
+        family, config = checkpoint.family, checkpoint.config
+        self.cap = family.cap(config)  #: bound on logits, in some families
+        self.scale = family.logit_scale(config)  #: factor of logits before the cap
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield chunks of the head, float32 [tokens of the vocabulary, hidden], each with the id of its first token."""
+        """Yield chunks of the head, float32 [tokens of the vocabulary, hidden], each with the id of its first token.
+
+        With a bias the rows are one longer: :meth:`inputs` puts the scale there.
+        """
         name, shape = self.checkpoint.family.head, self.checkpoint.shape
         step = max(1, min(_TOKENS, _VALUES // shape.hidden))
         for start in range(0, shape.vocabulary, step):
             rows = self.checkpoint.rows(name, start, min(start + step, shape.vocabulary))
             self.checkpoint.check_finite(name, rows)
-            yield start, rows.to(self.device, torch.float32)
+            rows = rows.to(self.device, torch.float32)
+            if bias := self.checkpoint.family.head_bias:
+                column = self.checkpoint.rows(bias, start, start + len(rows))
+                self.checkpoint.check_finite(bias, column)
+                rows = torch.cat([rows, column.to(rows)[:, None]], 1)
+            yield start, rows
 
     @torch.no_grad()
     def losses(self, ids: Sequence[Tensor], sets: Sequence[Sequence[Tensor]]) -> list[float]:
@@ -67,7 +75,15 @@ class LMHead:
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits of a window's states [positions, hidden] for some of the vocabulary: [positions - 1, tokens]."""
-        return self.cap_logits(self.norm(hidden[:-1].to(self.device)).float() @ rows.T)
+        return self.cap_logits(self.inputs(hidden[:-1].to(self.device)) @ rows.T)
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """What the rows of :meth:`chunks` multiply: the normed states in float32, scaled; and the scale for a bias."""
+        states = self.norm(hidden).float()
+        states = states if self.scale == 1 else states * self.scale
+        return (
+            states if self.checkpoint.family.head_bias is None else nn.functional.pad(states, (0, 1), value=self.scale)
+        )
 
     def cap_logits(self, logits: Tensor) -> Tensor:
         """Apply the bound on logits, if the family has one."""
@@ -85,7 +101,8 @@ class LMHead:
         ``dL/dz = (softmax(z) - onehot) / targets``, carried back through the cap, the head and the norm.
         """
         ((partitions, _),) = self._log_partitions(ids, [states])
-        gradients = [torch.zeros_like(hidden[0, :-1], dtype=torch.float32, device=self.device) for hidden in states]
+        width = self.checkpoint.shape.hidden + (self.checkpoint.family.head_bias is not None)
+        gradients = [torch.zeros(hidden.shape[1] - 1, width, device=self.device) for hidden in states]
         for start, rows in self.chunks():
             per_window = zip(_windows(ids), _windows(states), partitions, gradients, strict=True)
             for window, hidden, partition, gradient in per_window:
@@ -101,7 +118,7 @@ class LMHead:
     def _norm_backward(self, hidden: Tensor, gradient: Tensor) -> Tensor:
         hidden = hidden.to(self.device).detach().requires_grad_()
         with torch.enable_grad():
-            (downstream,) = torch.autograd.grad(self.norm(hidden[:, :-1]).float(), hidden, gradient[None])
+            (downstream,) = torch.autograd.grad(self.inputs(hidden[:, :-1]), hidden, gradient[None])
         return downstream
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from secateur.calibration.statistics import GradientStatistic, StateStatistic, Statistic
-from secateur.model.families import Axis
+from secateur.model.families import SPACE_OF, Axis
 from secateur.model.shapes import Shape
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Place:
                 start = 0
                 for part, space in enumerate(axis if isinstance(axis, tuple) else (axis,)):
                     size = self.shape.axis_size(space)
-                    if space == self.space or (self.space == "kv" and space == "query"):
+                    if self.space == SPACE_OF.get(str(space), space):
                         cut = tensor.narrow(dimension, start, size).movedim(dimension, 0)
                         key = f"{name}[{part}]" if isinstance(axis, tuple) else name
                         values[key] = cut.reshape(self.units, -1)
@@ -129,11 +129,15 @@ def _places(
         outer = walk.checkpoint.outer_tensors()
         tensors = {name: (walk.checkpoint.tensor(name).to(walk.device).float(), axes) for name, axes in outer.items()}
         return {"hidden": [Place("hidden", shape.hidden, shape, -1, {}, None, tensors, gradients)]}
-    tensors = {name: (block.weight(name), axes) for name, axes in shape.block_tensors().items()}
+    tensors = {name: (block.weight(name), axes) for name, axes in shape.block_tensors(block.index).items()}
     places: dict[str, list[Place]] = {}
     for space in spaces:
+        if space != "layer" and not shape.has_space(space, block.index):
+            continue
         if space == "hidden" and stats:
-            places[space] = [Place(space, shape.hidden, shape, block.index, stats[s]) for s in family.hidden_sites]
+            places[space] = [
+                Place(space, shape.hidden, shape, block.index, stats[s]) for s in family.hidden_sites if s in stats
+            ]
             continue
         site = {"ffn": family.ffn_site, "kv": family.kv_site, "layer": "states"}.get(space, "")
         readers = family.sites[site].readers if site in family.sites else ()

@@ -171,7 +171,7 @@ def sparsity(checkpoint: Checkpoint) -> float:
     layers = checkpoint.shape.layers
     with track("count zeros", layers) as progress:
         for layer in range(layers):
-            for linear in checkpoint.family.linears:
+            for linear in checkpoint.shape.linears(layer):
                 tensor = checkpoint.tensor(checkpoint.family.block_tensor(layer, linear))
                 zeros += int((tensor == 0).sum())
                 weights += tensor.numel()

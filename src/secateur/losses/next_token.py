@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.model.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["IGNORE_INDEX", "Readout", "chunked_sum", "model_loss", "readout", "summed_loss"]
+__all__ = ["IGNORE_INDEX", "Readout", "chunked_sum", "head_factors", "model_loss", "readout", "summed_loss"]
 
 IGNORE_INDEX = -100  #: target of a token without loss
 
@@ -83,11 +83,24 @@ def readout(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = N
         UserError: if the family is unknown.
     """
     family = family_of(model.config.model_type, where="the model")
-    cap = getattr(model.config, family.logit_cap, None) if family.logit_cap else None
+    config = model.config
     states = model.get_decoder()(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
     head: Any = model.get_output_embeddings()
     # The last state predicts nothing. Dropping it copies the states, which costs less than its logits.
-    return Readout(states[:, :-1].flatten(0, 1), head.weight, cap)
+    return head_factors(states[:, :-1].flatten(0, 1), head, family.logit_scale(config), family.cap(config))
+
+
+def head_factors(states: Tensor, head: Any, scale: float, cap: float | None) -> Readout:
+    """Return the factors of the logits ``scale * (states @ weight.T + bias)``, before the cap.
+
+    The scale goes to the states. A bias becomes one more column of the weight, which costs a copy of it.
+    """
+    states = states if scale == 1 else states * scale
+    if getattr(head, "bias", None) is None:
+        return Readout(states, head.weight, cap)
+    return Readout(
+        nn.functional.pad(states, (0, 1), value=scale), torch.cat([head.weight, head.bias[:, None]], dim=1), cap
+    )
 
 
 def summed_loss(

@@ -195,12 +195,12 @@ class Checkpoint:
         """Every tensor that the configuration implies -> the spaces of its axes; a tied head is left out."""
         tensors = self.outer_tensors()
         for layer in range(self.shape.layers):
-            tensors |= {self.family.block_tensor(layer, n): a for n, a in self.shape.block_tensors().items()}
+            tensors |= {self.family.block_tensor(layer, n): a for n, a in self.shape.block_tensors(layer).items()}
         return tensors
 
     def outer_tensors(self) -> dict[str, tuple[Axis, ...]]:
         """The tensors outside the blocks -> the spaces of their axes; a tied head is left out."""
-        return {n: a for n, a in self.family.outer.items() if not (self.shape.tied and n == self.family.head)}
+        return self.shape.outer_tensors()
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor, as stored: a view into the mapped file, not to be written to."""
@@ -227,7 +227,12 @@ class Checkpoint:
 
     def block(self, layer: int) -> dict[str, Tensor]:
         """The tensors of one decoder block, by their names within it."""
-        return {n: self.tensor(self.family.block_tensor(layer, n)) for n in self.shape.block_tensors()}
+        return {n: self.tensor(self.family.block_tensor(layer, n)) for n in self.shape.block_tensors(layer)}
+
+    @property
+    def pinned_layers(self) -> frozenset[int]:
+        """The layers that no depth method may remove."""
+        return frozenset(self.family.pinned(self.config)) if self.family.pinned else frozenset()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -118,5 +118,8 @@ def _is_complete(raw: dict[str, Any], family: Family) -> bool:
     numbers = {*family.config_keys.values(), "vocab_size", "max_position_embeddings"}
     if family.derives_head_dim:
         numbers -= {family.config_keys["head_dim"]} - raw.keys()
-    flags = {*family.optional.values(), "tie_word_embeddings"}
+    numbers |= {key for factors in family.fixed.values() for key in factors if isinstance(key, str)}
+    if family.kinds or family.derived:
+        return False
+    flags = {*(switch.removeprefix("!") for switch in family.optional.values()), "tie_word_embeddings"}
     return all(type(raw.get(key)) is int for key in numbers) and all(type(raw.get(key)) is bool for key in flags)

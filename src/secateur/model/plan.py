@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from secateur.errors import UserError
 from secateur.files import read_json, sha256_file, write_json
-from secateur.model.families import Axis, Granularity
+from secateur.model.families import SPACE_OF, Axis, Granularity
 from secateur.model.safetensors_io import Stored, TensorFile, write_tensors
 from secateur.model.shapes import Shape
 from secateur.runtime import environment
@@ -72,22 +73,26 @@ class Plan:
             "keep_ffn": {layer: torch.arange(shape.ffn) for layer in range(shape.layers)},
             "keep_kv": {layer: torch.arange(shape.kv_heads) for layer in range(shape.layers)},
         }
-        return cls(method=method, granularity=granularity, request=request, before=shape, **(everything | fields))
+        fields = everything | fields
+        if shape.kinds:
+            kinds = shape.of_layers(fields["keep_layers"].tolist()).kinds
+            fields["after"] = dataclasses.replace(fields["after"], kinds=kinds)
+        return cls(method=method, granularity=granularity, request=request, before=shape, **fields)
 
     def indices(self, axis: Axis, layer: int) -> Tensor | None:
         """The indices to keep of an axis in a layer; None for all."""
-        if axis is None or axis == "head":
-            return None
         if isinstance(axis, tuple):
             return self._end_to_end(axis, layer)
         if axis == "hidden":
             return _unless_all(self.keep_hidden, self.before.hidden)
         if axis == "ffn":
             return _unless_all(self.keep_ffn[layer], self.before.ffn)
+        if axis is None or SPACE_OF.get(axis, axis) != "kv":  # never cut
+            return None
         groups = _unless_all(self.keep_kv[layer], self.before.kv_heads)
         if groups is None:
             return None
-        width = self.before.head_dim * (self.before.heads // self.before.kv_heads if axis == "query" else 1)
+        width = self.before.axis_size(axis) // self.before.kv_heads
         return (groups[:, None] * width + torch.arange(width)).reshape(-1)
 
     def _end_to_end(self, axis: tuple[str, ...], layer: int) -> Tensor | None:
@@ -119,9 +124,10 @@ class Plan:
         if self.granularity == "sparse":
             return {"total": self.zeroed / self.before.total, "non_embedding": self.zeroed / self.before.non_embedding}
         zeros = self.before.total - self.after.total
-        for layer in self.keep_layers.tolist():
-            zeros += (self.after.ffn - len(self.keep_ffn[layer])) * self.after.unit_parameters("ffn")
-            zeros += (self.after.kv_heads - len(self.keep_kv[layer])) * self.after.unit_parameters("kv")
+        for new, layer in enumerate(self.keep_layers.tolist()):
+            for space, keep in (("ffn", self.keep_ffn), ("kv", self.keep_kv)):
+                missing = self.after.units(space) - len(keep[layer])
+                zeros += max(0, missing) * (self.after.unit_parameters(space, new) if missing > 0 else 0)
         embedding = self.before.embedding - self.after.embedding
         return {"total": zeros / self.before.total, "non_embedding": (zeros - embedding) / self.before.non_embedding}
 
@@ -137,10 +143,11 @@ class Plan:
             if layer not in layers:
                 rows.append({"kept": False})
                 continue
-            names = map(self._linear(layers[layer]), self.before.family.linears)
+            names = map(self._linear(layers[layer]), self.before.linears(layer))
             masks = [self.masks[name] for name in names if name in self.masks]
             dropped = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks) if masks else 0.0
-            units = {"ffn": len(self.keep_ffn[layer]), "kv": len(self.keep_kv[layer])}
+            spaces = {"ffn": self.keep_ffn, "kv": self.keep_kv}
+            units = {space: len(keep[layer]) for space, keep in spaces.items() if self.before.has_space(space, layer)}
             rows.append({"kept": True, **units, "sparsity": dropped})
         return rows
 
@@ -156,7 +163,7 @@ class Plan:
         tensors |= {f"score.{name}": score.float() for name, score in self.scores.items()}
         stored = [Stored.of(name, tensor) for name, tensor in tensors.items()]
         for layer in range(self.after.layers) if self.masks else ():
-            for rest, axes in self.after.block_tensors().items():  # as large as the model: read one at a time
+            for rest, axes in self.after.block_tensors(layer).items():  # as large as the model: read one at a time
                 if (name := self.before.family.block_tensor(layer, rest)) in self.masks:
                     size = self.after.tensor_size(axes)
                     stored.append(Stored(f"mask.{name}", torch.bool, size, lambda name=name: (self.masks[name],)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from secateur.errors import UserError, did_you_mean
 from secateur.formatting import plural
-from secateur.model.families import FAMILIES, LLAMA, Axis, Family, family_of
+from secateur.model.families import FAMILIES, LLAMA, SPACE_OF, Axis, Family, family_of, switched_on
 
 __all__ = [
     "SIZES",
@@ -47,6 +47,8 @@ class Shape:
     vocabulary: int
     tied: bool = False
     switches: tuple[str, ...] = ()  #: config keys that switch optional tensors on, e.g. ``attention_bias``
+    kinds: tuple[str, ...] = ()  #: the kind of each layer; empty where all blocks are alike
+    fixed: tuple[tuple[str, int], ...] = ()  #: spaces of the family's own that are never cut, with their sizes
     family: Family = dataclasses.field(default=LLAMA, repr=False)
 
     @classmethod
@@ -58,6 +60,7 @@ class Shape:
         """
         family = family_of(config.model_type, where=where)
         sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in family.config_keys.items()}
+        sizes |= {name: value(config) for name, value in family.derived.items()}
         if sizes.get("kv_heads") is None:  # as older files have it
             sizes["kv_heads"] = sizes["heads"]
         if sizes.get("head_dim") is None:
@@ -66,12 +69,18 @@ class Shape:
         _check_sizes({"vocab_size": config.vocab_size}, where)
         if sizes["heads"] % sizes["kv_heads"]:
             raise UserError(f"{where}: {sizes['heads']} query heads cannot share {sizes['kv_heads']} KV heads evenly")
-        switches = tuple(sorted({key for key in family.optional.values() if getattr(config, key, False)}))
+        switches = tuple(sorted({key for key in family.optional.values() if switched_on(key, config)}))
+        kinds = tuple(family.kinds_of(config)) if family.kinds else ()
+        if kinds and len(kinds) != sizes["layers"]:
+            raise UserError(f"{where}: names the kinds of {len(kinds)} layers, but has {sizes['layers']}")
+        fixed = tuple((name, _product(factors, config, where)) for name, factors in family.fixed.items())
         return cls(
             **sizes,
             vocabulary=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
             switches=switches,
+            kinds=kinds,
+            fixed=fixed,
             family=family,
         )
 
@@ -79,23 +88,31 @@ class Shape:
         """How many channels an axis has; ``None`` is the vocabulary."""
         if isinstance(axis, tuple):
             return sum(self.axis_size(part) for part in axis)
-        return {
+        sizes: dict[str | None, int] = {
             None: self.vocabulary,
             "hidden": self.hidden,
             "ffn": self.ffn,
             "kv": self.kv_heads * self.head_dim,
             "query": self.heads * self.head_dim,
+            "gated_query": 2 * self.heads * self.head_dim,
             "head": self.head_dim,
-        }[axis]
+        }
+        return sizes[axis] if axis in sizes else dict(self.fixed)[str(axis)]
 
     def units(self, space: str) -> int:
         """How many units of a space can be kept or dropped: layers, channels, or KV heads with their query heads."""
         return {"layers": self.layers, "hidden": self.hidden, "ffn": self.ffn, "kv": self.kv_heads}[space]
 
-    def unit_parameters(self, space: str) -> int:
+    def unit_parameters(self, space: str, layer: int = 0) -> int:
         """Parameters that go with one unit of ``ffn`` or ``kv`` in one layer."""
         smaller = self.narrowed(space, self.units(space) - 1)
-        return self.block_parameters - smaller.block_parameters
+        return self.block_parameters(layer) - smaller.block_parameters(layer)
+
+    def has_space(self, space: str, layer: int) -> bool:
+        """Whether a block has channels of a space: linear-attention layers have no KV heads."""
+        axes = [axis for axes in self.block_tensors(layer).values() for axis in axes]
+        parts = {part for axis in axes for part in (axis if isinstance(axis, tuple) else (axis,))}
+        return any(space == SPACE_OF.get(str(part), part) for part in parts)
 
     def narrowed(self, space: str, units: int) -> Shape:
         """The shape with so many units in a space; query heads follow their KV heads."""
@@ -107,16 +124,45 @@ class Shape:
         """The size of a tensor whose axes lie in these spaces."""
         return tuple(self.axis_size(axis) for axis in axes)
 
-    def block_tensors(self) -> dict[str, tuple[Axis, ...]]:
+    def kind(self, layer: int) -> str:
+        """The kind of a layer; empty where all blocks are alike."""
+        return self.kinds[layer] if self.kinds else ""
+
+    def block_tensors(self, layer: int = 0) -> dict[str, tuple[Axis, ...]]:
         """The tensors that a block of this shape has: name -> spaces."""
-        optional = self.family.optional
-        return {n: axes for n, axes in self.family.block.items() if n not in optional or optional[n] in self.switches}
+        optional, tensors = self.family.optional, self.family.tensors(self.kind(layer))
+        return {n: axes for n, axes in tensors.items() if n not in optional or optional[n] in self.switches}
+
+    def linears(self, layer: int = 0) -> tuple[str, ...]:
+        """The weight matrices of a block, by their names within it: what sparse methods prune."""
+        return tuple(name for name, axes in self.block_tensors(layer).items() if len(axes) == 2)
+
+    def linear_sizes(self) -> dict[str, tuple[int, ...]]:
+        """The sizes [out, in] of the weight matrices of all kinds of blocks, by their names within a block."""
+        layers = {self.kind(layer): layer for layer in range(self.layers)}.values()
+        return {n: self.tensor_size(self.block_tensors(layer)[n]) for layer in layers for n in self.linears(layer)}
+
+    def of_layers(self, layers: Sequence[int]) -> Shape:
+        """The shape with these layers alone; other sizes stay."""
+        kinds = tuple(self.kinds[layer] for layer in layers) if self.kinds else ()
+        return dataclasses.replace(self, layers=len(layers), kinds=kinds)
+
+    def _sum_over_layers(self, figure: Callable[[int], Any]) -> Any:
+        """Sum a figure of a block over all layers.
+
+        Where a shape has fewer layers than kinds, since nothing has chosen the layers yet, it is the expected sum.
+        """
+        if not self.kinds:
+            return self.layers * figure(0)
+        first = {kind: layer for layer, kind in reversed(list(enumerate(self.kinds)))}
+        total = sum(self.kinds.count(kind) * figure(layer) for kind, layer in first.items())
+        share = total * self.layers / len(self.kinds)
+        return round(share) if isinstance(self.layers, int) else share
 
     @property
     def block_weights(self) -> int:
         """The weights of the blocks' linears, which sparse methods prune."""
-        axes = self.block_tensors()
-        return self.layers * sum(math.prod(self.tensor_size(axes[linear])) for linear in self.family.linears)
+        return self._sum_over_layers(self.linear_parameters)
 
     def switched_on(self, keys: Sequence[str]) -> Shape:
         """The shape with optional tensors besides its own."""
@@ -144,25 +190,29 @@ class Shape:
         sibling = next(family for family in FAMILIES if relaxed[0] in family.model_types)
         return dataclasses.replace(self, family=sibling)
 
-    @property
-    def block_parameters(self) -> int:
+    def block_parameters(self, layer: int = 0) -> int:
         """Parameters of one decoder block."""
-        return sum(math.prod(self.tensor_size(axes)) for axes in self.block_tensors().values())
+        return sum(math.prod(self.tensor_size(axes)) for axes in self.block_tensors(layer).values())
 
-    @property
-    def linear_parameters(self) -> int:
+    def linear_parameters(self, layer: int = 0) -> int:
         """Weights of one block's linears: what sparse methods prune."""
-        return sum(math.prod(self.tensor_size(self.family.block[name])) for name in self.family.linears)
+        tensors = self.block_tensors(layer)
+        return sum(math.prod(self.tensor_size(tensors[name])) for name in self.linears(layer))
+
+    def outer_tensors(self) -> dict[str, tuple[Axis, ...]]:
+        """The tensors outside the blocks: name -> spaces; a tied head is left out."""
+        return {n: a for n, a in self.family.outer.items() if not (self.tied and n == self.family.head)}
 
     @property
     def embedding(self) -> int:
-        """Parameters of the embedding, and of the head where it is not tied to it."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+        """Parameters of the embedding, of the head where it is not tied to it, and of the head's bias."""
+        return sum(math.prod(self.tensor_size(axes)) for axes in self.outer_tensors().values() if None in axes)
 
     @property
     def non_embedding(self) -> int:
         """Parameters outside the embedding and the head."""
-        return self.layers * self.block_parameters + self.hidden  # + the final norm
+        outer = sum(math.prod(self.tensor_size(axes)) for axes in self.outer_tensors().values() if None not in axes)
+        return self._sum_over_layers(self.block_parameters) + outer
 
     @property
     def total(self) -> int:
@@ -176,18 +226,29 @@ class Shape:
         attended position (scores and values), of which there are ``(context + 1) / 2`` on average. Norms, activations
         and the embedding look-up are left out. Sparse weights count in full: dense kernels multiply their zeros.
         """
-        weights = self.layers * self.linear_parameters + self.vocabulary * self.hidden
-        attention = 4 * self.layers * self.heads * self.head_dim * (context + 1) / 2
+        weights = self.block_weights + self.vocabulary * self.hidden
+        attention = 4 * self._sum_over_layers(self._attention_width) * (context + 1) / 2
         return 2.0 * weights + attention
+
+    def _attention_width(self, layer: int) -> int:
+        """Channels of the values that a block's heads put out; 0 for a block without attention over positions."""
+        axes = self.block_tensors(layer).get(f"{self.family.reader('kv')}.weight")
+        return self.axis_size(axes[1]) if axes else 0
 
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of KV cache for each token at 16 bits."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+        return self._sum_over_layers(lambda layer: 2 * self._cached_channels(layer))
+
+    def _cached_channels(self, layer: int) -> int:
+        """Channels of keys and values that a block adds to the cache for each token."""
+        rows = [axes[0] for axes in self.block_tensors(layer).values() if len(axes) == 2]
+        parts = [part for axis in rows for part in (axis if isinstance(axis, tuple) else (axis,))]
+        return sum(self.axis_size(part) for part in parts if part in self.family.cached)
 
     def config_changes(self) -> dict[str, Any]:
         """The keys of config.json that say this shape."""
-        return {key: getattr(self, name) for name, key in self.family.config_keys.items()}
+        return {key: getattr(self, name) for name, key in self.family.config_keys.items()} | dict(self.family.stated)
 
     def as_dict(self) -> dict[str, Any]:
         """The sizes as plain values."""
@@ -345,3 +406,15 @@ def _check_sizes(sizes: Mapping[str, Any], where: str) -> None:
     for key, size in sizes.items():
         if not isinstance(size, int) or not 1 <= size < 2**24:
             raise UserError(f"{where}: {key} should be a whole number above zero and below {2**24:,}, not {size!r}")
+
+
+def _product(factors: Sequence[str | int], config: Any, where: str) -> int:
+    """The size of a space from config keys and numbers; ``a|b`` is the first that is set."""
+    sizes = {
+        str(factor): factor
+        if isinstance(factor, int)
+        else next((value for key in factor.split("|") if (value := getattr(config, key, None)) is not None), None)
+        for factor in factors
+    }
+    _check_sizes(sizes, where)
+    return math.prod(sizes.values())  # type: ignore[arg-type]

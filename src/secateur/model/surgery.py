@@ -36,9 +36,9 @@ def cut_tensors(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None = No
     for name, axes in checkpoint.outer_tensors().items():
         size, dtype = plan.after.tensor_size(axes), checkpoint.dtype_of(name)
         yield Stored(name, dtype, size, partial(_outer_parts, checkpoint, plan, name, axes))
-    stored = checkpoint.shape.block_tensors()
     for new, old in enumerate(plan.keep_layers.tolist()):
-        for rest, axes in plan.after.block_tensors().items():
+        stored = checkpoint.shape.block_tensors(old)
+        for rest, axes in plan.after.block_tensors(new).items():
             name = family.block_tensor(old, rest)
             dtype = checkpoint.dtype_of(name) if rest in stored else checkpoint.dtype
             size = plan.after.tensor_size(axes)
@@ -67,11 +67,11 @@ def _block_tensor(
     name = checkpoint.family.block_tensor(layer, rest)
     new_name = checkpoint.family.block_tensor(new_layer, rest)
     mask = plan.masks.get(new_name)
-    if zeros is not None and rest in checkpoint.family.linears:
+    if zeros is not None and rest in checkpoint.shape.linears(layer):
         zero = checkpoint.tensor(name) == 0
         zeros.add(_slice(zero, axes, plan, layer), mask)
         zeros.add_revived(zero, checkpoint.masks.get(name))
-    if rest in checkpoint.shape.block_tensors():
+    if rest in checkpoint.shape.block_tensors(layer):
         tensor = plan.weights[name] if name in plan.weights else checkpoint.tensor(name)
     else:  # a bias that the plan switches on
         tensor = torch.zeros(plan.before.tensor_size(axes), dtype=checkpoint.dtype)
@@ -102,7 +102,7 @@ class _CutMasks(Mapping[str, Tensor]):
         self._places = {
             family.block_tensor(new, rest): (old, family.block_tensor(old, rest), axes)
             for new, old in enumerate(plan.keep_layers.tolist())
-            for rest, axes in plan.before.block_tensors().items()
+            for rest, axes in plan.before.block_tensors(old).items()
             if family.block_tensor(old, rest) in masks
         }
 
@@ -163,7 +163,7 @@ def _keep_scale(name: str, tensor: Tensor, plan: Plan) -> Tensor:
     factor = math.sqrt(plan.before.hidden / plan.after.hidden)
     if name == family.embedding:
         return (tensor.float() * factor).to(tensor.dtype)
-    if name == family.final_norm and plan.before.tied:
+    if name == f"{family.final_norm}.weight" and plan.before.tied:
         return ((tensor.float() + family.norm_offset) / factor - family.norm_offset).to(tensor.dtype)
     return tensor
 
@@ -176,13 +176,16 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """
     other_family = plan.after.family != plan.before.family  # equal, not the same one, in another process
     config = _with_defaults(checkpoint) if other_family else dict(checkpoint.raw_config)
-    config |= plan.after.config_changes() | dict.fromkeys(plan.after.switches, True)
+    config |= plan.after.config_changes() | {key: True for key in plan.after.switches if not key.startswith("!")}
     cuts_layers = plan.after.layers < plan.before.layers
     for key in checkpoint.family.per_layer_keys:
         # The config object spells out what older files derive from a period, which cut layers no longer follow.
         values = getattr(checkpoint.config, key, None)
         if isinstance(values, list) and len(values) == plan.before.layers and (key in config or cuts_layers):
             config[key] = [values[layer] for layer in plan.keep_layers.tolist()]
+    for key in checkpoint.family.layer_index_keys if cuts_layers else ():
+        if isinstance(values := getattr(checkpoint.config, key, None), list):
+            config[key] = [new for new, old in enumerate(plan.keep_layers.tolist()) if old in values]
     if cuts_layers:
         _describe_windows(checkpoint, plan, config)
     if other_family:

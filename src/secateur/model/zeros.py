@@ -22,8 +22,7 @@ UNMASKED = "pruning does not protect them, and training fills them unless it is 
 
 def linear_names(shape: Shape) -> list[str]:
     """Names of the weights of all block linears, which sparse methods prune."""
-    family = shape.family
-    return [family.block_tensor(layer, linear) for layer in range(shape.layers) for linear in family.linears]
+    return [shape.family.block_tensor(layer, name) for layer in range(shape.layers) for name in shape.linears(layer)]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from secateur.methods.selection import keep_channels
 from secateur.model.card import model_card
 from secateur.model.checkpoint import Checkpoint, skeleton
 from secateur.model.companions import copy_companions
+from secateur.model.families import SPACE_OF
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import carry_masks
@@ -253,19 +254,20 @@ def write_gated(checkpoint: Checkpoint, module: TrainModule, values: Mapping[str
 def _multiply_gates(tensor: Tensor, name: str, shape: Shape, values: Mapping[str, Tensor]) -> Tensor:
     """Multiply into a tensor the gates of its module in training (:mod:`secateur.training.gates`)."""
     family = shape.family
-    if name == family.final_norm and "hidden" in values:
+    if name == f"{family.final_norm}.weight" and "hidden" in values:
         return _scale(tensor, values["hidden"][0], family.norm_offset)
     if not name.startswith(f"{family.layers}."):
         return tensor
     number, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
     layer, module = int(number), rest.rpartition(".")[0]
-    if rest in family.linears:
-        space = {"query": "kv"}.get(axis := str(family.block[rest][1]), axis)
+    linears = shape.linears(layer)
+    if rest in linears:
+        space = SPACE_OF.get(axis := str(shape.block_tensors(layer)[rest][1]), axis)
         if space in values:
             gates = values[space][0 if space == "hidden" else layer].to(tensor.device)
             tensor = tensor * gates.repeat_interleave(shape.axis_size(axis) // len(gates))
     if module in family.writers and "layers" in values:
-        is_norm = tensor.dim() == 1 and f"{module}.weight" not in family.linears
+        is_norm = tensor.dim() == 1 and f"{module}.weight" not in linears
         tensor = _scale(tensor, values["layers"][0, layer], family.norm_offset if is_norm else 0.0)
     return tensor
 

@@ -56,8 +56,11 @@ def estimate_memory(
     Args:
         windows: calibration windows; 0 where the method reads no text.
     """
-    sizes = [math.prod(shape.tensor_size(axes)) for axes in shape.block_tensors().values()]
-    weights, largest = sum(sizes), max(sizes)
+    blocks = [
+        [math.prod(shape.tensor_size(axes)) for axes in shape.block_tensors(layer).values()]
+        for layer in range(shape.layers if shape.kinds else 1)
+    ]
+    weights, largest = max(map(sum, blocks)), max(map(max, blocks))
     gradients = [need for need in method.needs if issubclass(need, GradientStatistic)]
     batch = min(1 if gradients else batch, windows)
     states = windows * seqlen * shape.hidden * dtype.itemsize

@@ -155,7 +155,7 @@ def _describe(before: Shape, after: Shape, target: Target, context: int) -> dict
 
 def _zeroed(before: Shape, target: Target, context: int) -> dict[str, Any]:
     """Describe zeroing single weights: the shape stays."""
-    zeros = target.sparsity * before.layers * before.linear_parameters
+    zeros = target.sparsity * before.block_weights
     return {
         **describe_shape(before, context),
         "removed": {"total": zeros / before.total, "non_embedding": zeros / before.non_embedding},

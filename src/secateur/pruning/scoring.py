@@ -67,7 +67,14 @@ def _decide_removals(
         full, without = removal_losses(walk, length)  # reads finished candidates from the journal
     scores = method.score(full, torch.tensor(without, dtype=torch.float64))
     _check_finite(walk, {"layers": scores})
-    firsts = lowest_indices(scores, 1 if method.contiguous else count)
+    pinned, choices = walk.checkpoint.pinned_layers, 1 if method.contiguous else count
+    free = [first for first in range(len(scores)) if pinned.isdisjoint(range(first, first + length))]
+    if choices > len(free):
+        raise UserError(
+            f"{plural(count, 'layer')} to remove, but later layers read what {plural(len(pinned), 'layer')} compute, "
+            "so that these stay; remove less"
+        )
+    firsts = [free[i] for i in lowest_indices(scores[free], choices)]
     measured = "accuracy" if task else "loss"
     keep = _complement(layers, {layer for first in firsts for layer in range(first, first + length)})
     candidates = [{"first": i, "last": i + length - 1, measured: value} for i, value in enumerate(without)]
@@ -86,11 +93,12 @@ def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decisi
         del places
     scores = torch.stack([walk.journal[f"score.{layer}"] for layer in range(layers)])
     _check_finite(walk, {"layers": scores[scores != torch.inf]})  # infinity spares a layer
+    scores[sorted(walk.checkpoint.pinned_layers)] = torch.inf
     removable, count = torch.isfinite(scores), layers - after.layers
     if count > int(removable.sum()):
         raise UserError(
-            f"{plural(count, 'layer')} to remove, but the method spares all but {int(removable.sum())}; "
-            "spare fewer or remove less"
+            f"{plural(count, 'layer')} to remove, but all but {int(removable.sum())} are spared, by the method or "
+            "because later layers read what they compute; spare fewer or remove less"
         )
     keep = _complement(layers, set(lowest_indices(scores, count)))
     candidates = [{"first": i, "last": i, "score": s if removable[i] else None} for i, s in enumerate(scores.tolist())]
@@ -124,9 +132,10 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
     layered = [space for space in spaces if space != "hidden"]
     uniform = target.allocation == "uniform"
     cutting = method.sequential and uniform and "hidden" not in spaces
+    shape = walk.checkpoint.shape
 
     def zero_removed_units(block: Block) -> None:
-        for space in layered:
+        for space in (space for space in layered if shape.has_space(space, block.index)):
             score = walk.journal[f"score.{space}.{block.index}"]
             removed = torch.ones(len(score), dtype=torch.bool)
             removed[keep_channels(score, after.units(space))] = False
@@ -166,7 +175,7 @@ def _score_units(
         score = method.score(place).cpu()
         name = f"hidden.{step}"
         entries[name] = entries[name] + score if name in entries else score
-    for space in layered:
+    for space in (space for space in layered if space in places):
         place = places[space][0]
         entries[f"score.{space}.{step}"] = method.score(place).cpu()
         if Mean in place.stats:
@@ -184,7 +193,7 @@ def _keep_units(shape: Shape, scores: Mapping[str, Tensor], target: Target, afte
     if target.allocation == "uniform":
         return {n: keep_channels(s, after.units(n.partition(".")[0])).cpu() for n, s in scores.items()}
     assert target.ratio is not None
-    costs = {name: shape.unit_parameters(name.partition(".")[0]) for name in scores}
+    costs = {name: shape.unit_parameters(name.split(".")[0], int(name.split(".")[1])) for name in scores}
     counted = shape.total if target.of == "total" else shape.non_embedding
     return keep_globally(scores, costs, target.ratio * counted)
 
@@ -233,7 +242,8 @@ def _width_decision(
     for space in ("ffn", "kv"):
         layers = {int(n.partition(".")[2]): k for n, k in keep.items() if n.startswith(f"{space}.")}
         if layers:
-            fields[f"keep_{space}"] = dict(sorted(layers.items()))
+            everything = {layer: torch.arange(before.units(space)) for layer in range(before.layers)}
+            fields[f"keep_{space}"] = everything | layers
     return fields
 
 
@@ -268,7 +278,7 @@ def _compensate(
     for name, indices in keep.items() if method.bias != "none" else ():
         space, _, layer = name.partition(".")
         reader = walk.family.reader(space)
-        if after.family.bias_switch(reader) is None:
+        if not after.family.can_have_bias(reader):
             refused[reader] = f"{after.family.name} has no option in its config that gives {reader} a bias"
             continue
         weight = walk.checkpoint.tensor(walk.family.block_tensor(int(layer), f"{reader}.weight")).float()
@@ -285,13 +295,13 @@ def _compensate(
 
 def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Decision:
     """Prune block after block; each block reads the outputs of the pruned blocks before it."""
-    family = walk.family
+    family, shape = walk.family, walk.checkpoint.shape
     select = Selector(target.sparsity, method.compare, target.pattern.group if target.pattern else None)
     needs: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
     masks, weights = walk.journal.with_prefix("mask."), walk.journal.with_prefix("weight.")
 
     def restore(block: Block) -> None:
-        for linear in family.linears:
+        for linear in shape.linears(block.index):
             name = family.block_tensor(block.index, linear)
             block.set_weight(
                 linear, weights[name] if method.updates else block.weight(linear) * masks[name].to(walk.device)
@@ -300,16 +310,18 @@ def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> De
     for block, stats in walk.observe(needs, replay=restore):
         walk.journal.put(block.index, _prune_block(method, block, stats, select, walk.checkpoint.masks))
     zeros = {name: int(count) for name, count in walk.journal.with_prefix("zeros.").items()}
-    shape = walk.checkpoint.shape
     pruned, total = sum(zeros.values()), shape.block_weights
-    sizes = {linear: math.prod(shape.tensor_size(shape.block_tensors()[linear])) for linear in family.linears}
-    names = [(family.block_tensor(layer, linear), linear) for layer in range(shape.layers) for linear in family.linears]
+    names = [
+        (family.block_tensor(layer, linear), math.prod(shape.tensor_size(shape.block_tensors(layer)[linear])))
+        for layer in range(shape.layers)
+        for linear in shape.linears(layer)
+    ]
     earlier = sum(mask.numel() - int(mask.count_nonzero()) for mask in walk.checkpoint.masks.values())
     summary = {
         "detail": f"{pruned:,} of {plural(total, 'block weight')} zeroed ({100 * pruned / total:.1f}%)"
         + (f", {earlier:,} of them by the masks of the checkpoint" if earlier else "")
         + (f", pattern {target.pattern}" if target.pattern else ""),
-        "sparsity": {name: zeros[name] / sizes[linear] for name, linear in names},
+        "sparsity": {name: zeros[name] / size for name, size in names},
     }
     return {"masks": masks, "weights": weights, "zeroed": pruned, "summary": summary}
 
@@ -329,7 +341,7 @@ def _prune_block(
         masks: of an earlier pruning of the checkpoint; what they drop stays pruned.
     """
     walk, entries = block.walk, dict[str, Tensor]()
-    for site, linears in itertools.groupby(walk.family.linears, walk.family.site_of):
+    for site, linears in itertools.groupby(walk.checkpoint.shape.linears(block.index), walk.family.site_of):
         names = {linear: walk.family.block_tensor(block.index, linear) for linear in linears}
         statistics = stats.pop(site, {})
         if not all(is_finite(value) for value in statistics.values()):

@@ -256,6 +256,7 @@ class Target:
             UserError: if the target does not suit the method, or the model has no such shape.
         """
         self.check(method, name)
+        self._check_family(before, method, name)
         if method.granularity == "sparse":
             self._check_groups(before, cast("WeightMethod", method), name)
             return before
@@ -268,6 +269,16 @@ class Target:
             assert self.ratio is not None
             after = solve_width(before, self.ratio, self.spaces(method), self.of or "non_embedding")
         return after.switched_on(method.config_switches(after, self.spaces(method)))
+
+    def _check_family(self, before: Shape, method: Method, name: str) -> None:
+        """Refuse to cut an axis that the family's row does not list."""
+        axes = {"depth": ("layers",), "sparse": ()}.get(method.granularity) or self.spaces(method)
+        for axis in () if method.granularity == "sparse" else axes:
+            if axis not in before.family.axes:
+                raise UserError(
+                    f"`{'shape' if self.sizes else 'axes'}`: {name} cuts {axis}, but of {before.family.name} only "
+                    f"{', '.join(before.family.axes)} can be cut"
+                )
 
     def explicit_shape(self, before: Shape) -> Shape:
         """The shape with ``sizes``, whether or not transformers can open it.
@@ -282,7 +293,7 @@ class Target:
 
     def _check_groups(self, shape: Shape, method: WeightMethod, name: str) -> None:
         """Check that a pattern divides the rows of every linear, and that a ratio removes a weight of some group."""
-        sizes = {linear: shape.tensor_size(shape.family.block[linear]) for linear in shape.family.linears}
+        sizes = shape.linear_sizes()
         if self.pattern:
             for linear, (_, row) in sizes.items():
                 if row % self.pattern.group:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.methods.base import LearnedMethod
+from secateur.model.families import SPACE_OF
 from secateur.model.shapes import SPACES, Shape
 from secateur.training.objective import BatchLosses, LanguageModel, Objective
 from secateur.training.parallel import full_tensor, local_part
@@ -118,19 +119,21 @@ class Gates(Objective):
     def _hook(self, model: PreTrainedModel) -> None:
         family = self.before.family
         for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(family.layers))):
+            modules = dict(block.named_modules())
             for site in family.sites.values():
                 gate = partial(self._gate_input, axis=site.space, layer=number)
-                if site.readers and site.output:
+                readers = [reader for reader in site.readers if reader in modules]
+                if readers and site.output:
                     block.get_submodule(site.module).register_forward_hook(partial(_after, gate))
-                for reader in () if site.output else site.readers:
+                for reader in () if site.output else readers:
                     block.get_submodule(reader).register_forward_pre_hook(partial(_before, gate))
-            for name, axes in family.block.items():
+            for name, axes in self.before.block_tensors(number).items():
                 if len(axes) == 1 and name.endswith("norm.weight") and axes[0] != "head":
                     self._hook_norm(block.get_submodule(name.removesuffix(".weight")), str(axes[0]), number)
-            for writer in family.writers:
+            for writer in (name for name in family.writers if name in modules):
                 writes = partial(self._gate_layer, layer=number)
                 block.get_submodule(writer).register_forward_hook(partial(_after, writes))
-        norm = model.get_submodule(family.final_norm.removesuffix(".weight"))
+        norm = model.get_submodule(family.final_norm)
         self._hook_norm(norm, "hidden", 0)
         norm.register_forward_hook(partial(_after, partial(self._gate_input, axis="hidden", layer=0)))
 
@@ -148,7 +151,7 @@ class Gates(Objective):
 
     def _channel_gates(self, axis: str, layer: int) -> Tensor | None:
         """The gates of an axis's channels in a layer; None where the axis has no gates."""
-        space = {"query": "kv"}.get(axis, axis)
+        space = SPACE_OF.get(axis, axis)
         if space not in self.values:
             return None
         gates = self.values[space][layer if space != "hidden" else 0]

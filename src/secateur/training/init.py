@@ -94,8 +94,8 @@ def _fan_in_scale(name: str, shape: Shape, init: InitSpec) -> float | Tensor:
         return init.std
     if name == family.head:
         return shape.hidden**-0.5
-    rest = name.removeprefix(f"{family.layers}.").partition(".")[2]
-    rows, columns = family.block[rest]
+    layer, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
+    rows, columns = shape.block_tensors(int(layer))[rest]
     parts = rows if isinstance(rows, tuple) else (rows,)
     scales = [shape.head_dim**-0.5 if part == "query" else 1.0 for part in parts]
     sizes = torch.tensor([shape.axis_size(part) for part in parts])

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secateur import distributed
 from secateur.data.tokenizer import missing_row
 from secateur.errors import UserError
-from secateur.losses.next_token import softcap
+from secateur.losses.next_token import head_factors, softcap
 from secateur.model.families import family_of
 from secateur.runtime import pick_batch
 
@@ -336,8 +336,8 @@ def _batches(rows: Sequence[RequestRow], batch: int | None, device: str) -> Iter
 def _target_logprobs(model: Any, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of ``targets`` [tokens] (float32, nats), and whether each is the likeliest id."""
     family = family_of(model.config.model_type, where="the model")
-    cap = getattr(model.config, family.logit_cap, None) if family.logit_cap else None
-    weight = model.get_output_embeddings().weight
+    scale = family.logit_scale(model.config)
+    states, weight, cap = head_factors(states, model.get_output_embeddings(), scale, family.cap(model.config))
     values, greedy = [], []
     size = max(16, _LOGITS // len(weight))
     for part, ids in zip(states.split(size), targets.split(size), strict=True):

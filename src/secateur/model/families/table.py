@@ -1,0 +1,54 @@
+"""The family table: every row that secateur knows, and the way to those of installed packages."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from secateur.errors import UserError
+from secateur.model.families.dense import GEMMA3, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from secateur.model.families.family import Family
+
+__all__ = ["FAMILIES", "family_of", "plugin_families"]
+
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, OLMO2, PHI3)
+
+_GROUP = "secateur.families"  #: entry points of packages; each names a Family
+
+
+def family_of(model_type: str, *, where: str) -> Family:
+    """Find the family of a ``model_type``: a row of the table, or of an installed package.
+
+    Raises:
+        UserError: if no family has it.
+    """
+    for rows in (lambda: FAMILIES, plugin_families):
+        for family in rows():
+            if model_type in family.model_types:
+                return family
+    names = ", ".join(t for family in (*FAMILIES, *plugin_families()) for t in family.model_types)
+    raise UserError(
+        f"{where}: model_type {model_type!r} is not a known family (known: {names}); "
+        "docs/families.md shows how to add one row for it"
+    )
+
+
+@cache
+def plugin_families() -> tuple[Family, ...]:
+    """The families of installed packages: entry points of the group ``secateur.families``.
+
+    Raises:
+        UserError: if a package cannot be imported, or its entry point is no :class:`Family`.
+    """
+    return tuple(_load(entry) for entry in entry_points(group=_GROUP))
+
+
+def _load(entry: EntryPoint) -> Family:
+    try:
+        family = entry.load()
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{entry.name}: the package of this family cannot be loaded: {text}") from None
+    if not isinstance(family, Family):
+        raise UserError(f"{entry.name}: its entry point names {family!r}, which is no Family")
+    return family
