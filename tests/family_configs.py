@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from published_configs import PUBLISHED, shrunk
 from secateur.model.families import FAMILIES as TABLE
 
 Configs = dict[str, dict[str, Any]]
@@ -18,8 +19,41 @@ FAMILY_SIZES = {
     "max_position_embeddings": 64,
 }
 
+
+def _kinds(letters: str) -> list[str]:
+    """``layer_types`` from one letter for each layer."""
+    return [{"f": "full_attention", "s": "sliding_attention"}[letter] for letter in letters]
+
+
+_BIASED = {"attention_bias": True, "mlp_bias": True}
 _GEMMA3 = {"model_type": "gemma3_text", "head_dim": 12, "num_hidden_layers": 6, "sliding_window": 6}
 _QWEN2_WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+
+_GEMMA2 = {
+    "model_type": "gemma2",
+    "head_dim": 12,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 20,
+    "layer_types": _kinds("sffsf"),
+}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 4.0,
+}
+_NTK = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10_000.0}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 4,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
 
 #: The families of version 0.1, whose results `tests/golden` pins.
 _FIRST: Configs = {
@@ -34,16 +68,107 @@ _FIRST: Configs = {
     "llama-biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "llama-mha": {"model_type": "llama", "num_key_value_heads": 6},
     "mistral-full": {"model_type": "mistral", "sliding_window": None},
-    "qwen2-mixed": {"model_type": "qwen2", "tie_word_embeddings": True, **_QWEN2_WINDOWS, "drop": ("layer_types",)},
+    "qwen2-mixed": {"model_type": "qwen2", "tie_word_embeddings": True, **_QWEN2_WINDOWS},
     "qwen3-biased": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
-    "gemma3-old": {**_GEMMA3, "sliding_window_pattern": 3, "drop": ("layer_types",)},
+    "gemma3-old": {**_GEMMA3, "sliding_window_pattern": 3},
     "gemma3-untied": {**_GEMMA3, "tie_word_embeddings": False, "attention_bias": True, "final_logit_softcapping": 30.0},
     "olmo2-biased": {"model_type": "olmo2", "attention_bias": True, "tie_word_embeddings": True},
     "phi3-partial": {"model_type": "phi3", "partial_rotary_factor": 0.5, "sliding_window": 6},
 }
 
 #: Llama-likes and their kin: sequential blocks of attention and FFN.
-_DENSE: Configs = {}
+_DENSE: Configs = {
+    "ministral": {"model_type": "ministral", "head_dim": 12, "sliding_window": 6, "layer_types": _kinds("ssfsf")},
+    "ministral3": {"model_type": "ministral3", "head_dim": 12, "sliding_window": 6, "rope_parameters": _YARN},
+    "smollm3": {
+        "model_type": "smollm3",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "no_rope_layers": [1, 0, 1, 1, 0],
+        "layer_types": _kinds("sffss"),
+    },
+    "granite": {"model_type": "granite", **_MULTIPLIERS},
+    "gemma": {"model_type": "gemma", "head_dim": 12},
+    "gemma2": {**_GEMMA2, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 7.0},
+    "olmo3": {
+        "model_type": "olmo3",
+        "pad_token_id": 1,
+        "sliding_window": 6,
+        "layer_types": _kinds("ssfsf"),
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1_000.0},
+        },
+    },
+    "exaone4": {"model_type": "exaone4", "head_dim": 12, "sliding_window": 6, "layer_types": _kinds("ssfsf")},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 12},
+    "internlm3": {"model_type": "internlm3", "head_dim": 8},
+    "helium": {"model_type": "helium", "head_dim": 8},
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 12},
+    "arcee": {"model_type": "arcee", "head_dim": 8},
+    "hunyuan_v1_dense": {"model_type": "hunyuan_v1_dense", "head_dim": 12, "rope_parameters": _NTK},
+    "olmo": {"model_type": "olmo", "clip_qkv": 1.0, "pad_token_id": 1},
+    "ministral-old": {"model_type": "ministral", "head_dim": 8, "tie_word_embeddings": True, "sliding_window": 6},
+    "ministral3-tied": {
+        "model_type": "ministral3",
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "rope_parameters": _YARN,
+    },
+    "smollm3-old": {
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 2,
+        "tie_word_embeddings": False,
+        **_BIASED,
+    },
+    "granite-biased": {"model_type": "granite", **_MULTIPLIERS, "tie_word_embeddings": True, **_BIASED},
+    "gemma-untied": {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": False, "attention_bias": True},
+    "gemma2-uncapped": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": 6,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+    "olmo3-biased": {
+        "model_type": "olmo3",
+        "pad_token_id": 1,
+        "sliding_window": 6,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "exaone4-full": {
+        "model_type": "exaone4",
+        "head_dim": 8,
+        "sliding_window": None,
+        "layer_types": _kinds("fffff"),
+        "tie_word_embeddings": True,
+    },
+    "seed_oss-biased": {
+        "model_type": "seed_oss",
+        "attention_bias": False,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "head_dim": 8,
+    },
+    "internlm3-old": {
+        "model_type": "internlm3",
+        "head_dim": 8,
+        **_BIASED,
+    },
+    "helium-biased": {"model_type": "helium", "head_dim": 8, "tie_word_embeddings": True, **_BIASED},
+    "ernie4_5-biased": {"model_type": "ernie4_5", "head_dim": 8, "tie_word_embeddings": False, "use_bias": True},
+    "arcee-biased": {"model_type": "arcee", "tie_word_embeddings": True, **_BIASED},
+    "hunyuan_v1_dense-biased": {
+        "model_type": "hunyuan_v1_dense",
+        "head_dim": 8,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "olmo-biased": {"model_type": "olmo", "attention_bias": True, "tie_word_embeddings": True, "pad_token_id": 1},
+}
 
 #: Parallel blocks, layers of several kinds, and shapes that differ by layer.
 _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
@@ -94,13 +219,24 @@ _HYBRID: Configs = {
 
 #: Name -> the config of :func:`helpers.tiny_family`, besides ``FAMILY_SIZES``. A family's first entry bears its name;
 #: its variants follow, with a suffix after a hyphen. Windows of attention are shorter than the texts of the tests
-#: (12 and 20 tokens), and every scaling differs from its default. ``drop`` removes keys from config.json afterwards.
+#: (12 and 20 tokens), and every scaling differs from its default.
 FAMILY_CONFIGS: Configs = {
     name: config
     for name, config in {**_FIRST, **_DENSE, **_HYBRID}.items()
     if name.partition("-")[0] in {family.name for family in TABLE}
 }
 FAMILIES = tuple(name for name in FAMILY_CONFIGS if "-" not in name)
+
+#: Name -> changes of the config.json that transformers writes, as older files have it: ``drop`` removes keys.
+FILE_CHANGES: Configs = {
+    "qwen2-mixed": {"drop": ("layer_types",)},
+    "gemma3-old": {"drop": ("layer_types",)},
+    "ministral-old": {"drop": ("layer_types",)},
+    "smollm3-old": {"drop": ("no_rope_layers", "layer_types")},
+    "gemma2-uncapped": {"drop": ("layer_types",)},
+    "olmo3-biased": {"drop": ("layer_types",)},
+    "internlm3-old": {"drop": ("attention_bias", "mlp_bias"), "qkv_bias": True, "bias": True},
+}
 
 _SMALL = {"vocab_size": 61, "max_position_embeddings": 64}
 
@@ -167,4 +303,8 @@ _REALISTIC_HYBRID: Configs = {
 
 #: Name of a family -> a config with the ratios of a published checkpoint (heads, KV heads, head_dim, FFN, tied or not)
 #: at small size, complete but for the token ids.
-REALISTIC: Configs = {**_REALISTIC_HYBRID}
+REALISTIC: Configs = {
+    name: config
+    for name, config in {**{n: shrunk(c) for n, c in PUBLISHED.items()}, **_REALISTIC_HYBRID}.items()
+    if name in FAMILIES
+}

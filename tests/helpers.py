@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from family_configs import FAMILY_CONFIGS, FAMILY_SIZES
+from family_configs import FAMILY_CONFIGS, FAMILY_SIZES, FILE_CHANGES
 from secateur.data.manifest import Split, write_manifest
 from secateur.data.shards import ShardWriter
 from secateur.methods.base import LearnedMethod
@@ -104,13 +104,12 @@ def tiny_family(
     """Write a random checkpoint of ``FAMILY_CONFIGS[name]`` below ``directory`` and return its directory."""
     out = directory / f"{name}-{seed}"
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    said = {**FAMILY_SIZES, **ids, **FAMILY_CONFIGS[name], **config}
-    drop = said.pop("drop", ())
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**said))
+    values = {**FAMILY_SIZES, **ids, **FAMILY_CONFIGS[name], **config}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     randomise(model, seed)
     model.to(dtype).save_pretrained(out)
-    if drop:
-        edit_config(out, drop=drop)
+    if name in FILE_CHANGES:
+        edit_config(out, **FILE_CHANGES[name])
     return out
 
 

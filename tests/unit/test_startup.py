@@ -87,7 +87,6 @@ def test_shapes_equal_those_of_transformers(name: str, tmp_path: Path, monkeypat
     """For a complete file, and for the same file with any one key missing."""
     path = tmp_path / "config.json"
     values = {**FAMILY_SIZES, **FAMILY_CONFIGS[name]}
-    values.pop("drop", None)
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     complete = AutoConfig.for_model(**{**ids, **values}).to_dict()
     loaded: list[Path] = []
