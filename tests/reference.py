@@ -6,6 +6,7 @@ that runs over silenced channels counts the others alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -140,9 +141,8 @@ def assert_same_logits(got: PreTrainedModel, wanted: PreTrainedModel) -> None:
 
 
 def _silence_hidden(model: PreTrainedModel, kept: list[int]) -> None:
-    """Nothing is written to the dropped channels of the residual stream, and norms do not count them."""
-    width = model.config.hidden_size
-    gone = [c for c in range(width) if c not in kept]
+    """Nothing is read from the dropped channels of the residual stream, and norms do not count them."""
+    gone = [c for c in range(model.config.hidden_size) if c not in kept]
     if not gone:
         return
     table = model.model.embed_tokens.weight.clone()
@@ -151,15 +151,10 @@ def _silence_hidden(model: PreTrainedModel, kept: list[int]) -> None:
     model.model.embed_tokens.weight = nn.Parameter(table)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    for block in model.model.layers:
-        for writer in (block.self_attn.o_proj, block.mlp.down_proj):
-            writer.weight[gone] = 0
-            if writer.bias is not None:
-                writer.bias[gone] = 0
-        for name, norm in block.named_children():
-            if name.endswith("layernorm"):
-                _count(norm, width / len(kept))
-    _count(model.model.norm, width / len(kept))
+    for parent in (*model.model.layers, model.model):
+        for name, norm in parent.named_children():
+            if name.endswith("norm"):
+                _narrow(norm, kept)
 
 
 def _silence_block(model: PreTrainedModel, plan: Plan, layer: int, filled: Mapping[str, Tensor]) -> None:
@@ -169,16 +164,16 @@ def _silence_block(model: PreTrainedModel, plan: Plan, layer: int, filled: Mappi
     gone_kv = [h for h in range(before.kv_heads) if h not in plan.keep_kv[layer].tolist()]
     gone_query = [h * heads + i for h in gone_kv for i in range(heads)]
     query, kv = _channels(gone_query, before.head_dim), _channels(gone_kv, before.head_dim)
-    _fill(block.mlp.down_proj, gone_ffn, filled.get(f"{path}.mlp.down_proj"))
-    _fill(block.self_attn.o_proj, query, filled.get(f"{path}.self_attn.o_proj"))
+    for space, gone in (("ffn", gone_ffn), ("kv", query)):
+        reader = before.family.reader(space)
+        _fill(block.get_submodule(reader), gone, filled.get(f"{path}.{reader}"))
     if model.config.model_type == "olmo2" and gone_kv:  # its norms of queries and keys run over all heads
         for linear, gone in ((block.self_attn.q_proj, query), (block.self_attn.k_proj, kv)):
             linear.weight[gone] = 0
             if linear.bias is not None:
                 linear.bias[gone] = 0
-        share = before.kv_heads / (before.kv_heads - len(gone_kv))
-        _count(block.self_attn.q_norm, share)
-        _count(block.self_attn.k_norm, share)
+            norm = getattr(block.self_attn, "q_norm" if gone is query else "k_norm")
+            _narrow(norm, [c for c in range(linear.out_features) if c not in gone])
 
 
 def _channels(heads: Sequence[int], width: int) -> list[int]:
@@ -196,11 +191,15 @@ def _fill(module: nn.Module, gone: list[int], values: Tensor | None) -> None:
     module.register_forward_pre_hook(hook)
 
 
-def _count(norm: nn.Module, share: float) -> None:
-    """Let a norm's mean run over one in ``share`` of its channels, the others being zero.
+def _narrow(norm: nn.Module, kept: Sequence[int]) -> None:
+    """Let a norm run over the kept channels alone: its mean, its variance and its weights; the others put out zero."""
+    small = copy.deepcopy(norm)
+    for name, parameter in norm.named_parameters():
+        setattr(small, name, nn.Parameter(parameter[kept]))
+    if hasattr(small, "normalized_shape"):
+        small.normalized_shape = (len(kept),)
 
-    ``norm(x)`` divides by the root of ``sum / all + eps``; of ``x`` times the root of the share, it is the root of
-    ``sum / kept + eps``, and what comes out too large by that root is divided again.
-    """
-    norm.register_forward_pre_hook(lambda _module, args: (args[0] * share**0.5,))
-    norm.register_forward_hook(lambda _module, _args, out: out / share**0.5)
+    def forward(x: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_copy_(-1, torch.tensor(kept), small(x[..., kept]))
+
+    norm.forward = forward
