@@ -77,7 +77,7 @@ def test_shortened_llama_can_spare_the_first_and_the_last(tmp_path: Path) -> Non
     assert set(spared) <= set(plan.keep_layers.tolist())
     fits_layers(plan, [math.inf if n in spared else score for n, score in enumerate(scores)])
     assert [c["score"] is None for c in plan.summary["candidates"]] == [n in spared for n in range(subject.layers)]
-    with pytest.raises(UserError, match=r"2 layers to remove, but the method spares all but 1"):
+    with pytest.raises(UserError, match=r"2 layers to remove, but all but 1 are spared"):
         plan_of(subject, "shortened-llama", keep_first=subject.layers - 1)
 
 
