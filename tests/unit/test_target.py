@@ -10,7 +10,8 @@ import pytest
 
 from secateur.errors import UserError
 from secateur.methods.registry import METHODS, get_method
-from secateur.model.families import FAMILIES, MISTRAL, PHI3
+from secateur.model.families import FAMILIES
+from secateur.model.families.dense import MISTRAL, PHI3
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Pattern, Target
 

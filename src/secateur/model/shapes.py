@@ -32,6 +32,8 @@ __all__ = [
 SPACES = ("layers", "hidden", "ffn", "kv")  #: what a shape can be narrowed in: its layers, or a space of channels
 SIZES = ("hidden", "ffn", "layers", "heads", "kv_heads")  #: the sizes that a shape can be asked for by
 Share = Literal["non_embedding", "total"]  #: which parameters a ratio counts
+BLOCK = 256  #: weights of a row that K-quants of llama.cpp quantise together
+MOST_UNLIKE = 1.25  #: largest quotient of the shares that two spaces keep, where ``BLOCK`` decides
 
 
 @dataclass(frozen=True)
@@ -308,21 +310,28 @@ def solve_depth(shape: Shape, ratio: float, of: Share = "non_embedding") -> Shap
 
 
 def solve_width(
-    shape: Shape, ratio: float, spaces: Sequence[str] = ("hidden", "ffn"), of: Share = "non_embedding"
+    shape: Shape,
+    ratio: float,
+    spaces: Sequence[str] = ("hidden", "ffn"),
+    of: Share = "non_embedding",
+    step: int | None = None,
 ) -> Shape:
     """The smaller shape nearest to the ratio; what is not named stays.
 
     Channels go in steps of :func:`multiple_of`, heads in whole KV groups, and the named spaces shrink alike as far as
     the steps allow: of the shapes that come within a hundredth of all parameters, and within a tenth of those that are
     to go or to stay (or, failing that, of the nearest ones), the one whose spaces keep the most similar shares.
+    Shapes whose hidden and FFN sizes are multiples of 256, which K-quants of llama.cpp need, go first
+    (:func:`_prefer_blocks`).
 
     Args:
         spaces: which of ``layers``, ``hidden``, ``ffn`` and ``kv`` may shrink.
+        step: hidden and FFN sizes are multiples of it; None for the steps above.
 
     Raises:
         UserError: if no legal shape comes within five hundredths, or half of what is to go or to stay.
     """
-    steps = _steps(shape, spaces)
+    steps = _steps(shape, spaces, step)
     grid = np.ix_(*(np.arange(steps[space], shape.units(space) + 1, steps[space]) for space in spaces))
     every: Any = shape  # all candidates at once: counts are sums of products, so that sizes may as well be arrays
     for space, sizes in zip(spaces, grid, strict=True):
@@ -337,6 +346,8 @@ def solve_width(
     unlike = np.broadcast_to(_most(shares) + _most([-part for part in shares]), removal.shape)
     drift = np.abs(removal - ratio)
     near = np.flatnonzero(drift <= max(least, min(0.01, room / 10)))
+    if step is None:
+        near = _prefer_blocks(shape, spaces, grid, near, unlike)
     # Least unlike, then nearest; rounded, so that the last bits of a logarithm decide nothing.
     best = min(near, key=lambda i: (round(float(unlike.flat[i]), 9), float(drift.flat[i])))
     narrow = shape
@@ -345,10 +356,34 @@ def solve_width(
     return narrow
 
 
-def _steps(shape: Shape, spaces: Sequence[str]) -> dict[str, int]:
+def _prefer_blocks(
+    shape: Shape,
+    spaces: Sequence[str],
+    grid: Sequence[NDArray[np.int64]],
+    near: NDArray[np.int64],
+    unlike: NDArray[np.float64],
+) -> NDArray[np.int64]:
+    """Of the candidates ``near`` a ratio, those whose hidden and FFN sizes are multiples of ``BLOCK``.
+
+    All of them where there is none, where a space is too small for such steps, or where they would shrink the spaces
+    too differently.
+    """
+    sizes = {space: size for space, size in zip(spaces, grid, strict=True) if space in ("hidden", "ffn")}
+    if not sizes or not near.size or any(shape.units(space) < 4 * BLOCK for space in sizes):
+        return near
+    whole = np.ones(unlike.shape, dtype=bool)
+    for size in sizes.values():
+        whole &= size % BLOCK == 0
+    most = max(float(unlike.flat[near].min()), math.log(MOST_UNLIKE))
+    blocks = near[whole.flat[near] & (unlike.flat[near] <= most)]
+    return blocks if blocks.size else near
+
+
+def _steps(shape: Shape, spaces: Sequence[str], step: int | None) -> dict[str, int]:
     """The step in which each space is narrowed."""
     divisor = shape.heads if shape.family.heads_divide_hidden and "kv" not in spaces else 1
-    steps = {"layers": 1, "hidden": multiple_of(shape.hidden, divisor), "ffn": multiple_of(shape.ffn), "kv": 1}
+    hidden = math.lcm(step, divisor) if step else multiple_of(shape.hidden, divisor)
+    steps = {"layers": 1, "hidden": hidden, "ffn": step or multiple_of(shape.ffn), "kv": 1}
     return {space: steps[space] for space in spaces}
 
 

@@ -28,6 +28,7 @@ from secateur.model.zeros import UNMASKED, ZeroCount
 from secateur.progress import notify
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.cost import reads_text, task_of
+from secateur.pruning.layer_choice import pattern_to_keep
 from secateur.pruning.scoring import score_and_select
 from secateur.pruning.target import Target, describe_target
 from secateur.runtime import pick_batch
@@ -72,6 +73,7 @@ def make_plan(
         )
     after = target.shape(checkpoint.shape, prototype, method)
     check_config(checkpoint, after)
+    pattern = pattern_to_keep(checkpoint, target, prototype, after.layers)
     if reads_text(prototype) and calibration is None:
         raise UserError(f"`calibration`: {method} is scored on text; name a source of it")
     if task_of(prototype) and task is None:
@@ -95,7 +97,7 @@ def make_plan(
     if prototype.stochastic:
         walk.journal.finished_steps = 0  # the first random numbers belong to the first block
     with walk.journal.async_writes(device):
-        decision = score_and_select(prototype, walk, target, after, task, batch)
+        decision = score_and_select(prototype, walk, target, after, task, batch, pattern)
     walk.journal.close()
     record: dict[str, Any] = calibration.record() if windows is not None and calibration else {"source": None}
     if windows is not None and dtype != torch.float32:

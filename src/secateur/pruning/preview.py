@@ -32,6 +32,7 @@ class ShapesRequest:
         of: parameters that the ratio counts; None for those outside the embeddings.
         shape: sizes to reach instead: ``"hidden=3072,ffn=9216"``.
         axes: spaces to narrow.
+        step: multiple that hidden and FFN sizes are rounded to; None for the default steps.
         method: the shape that this method would reach.
         context: window that FLOPs per token are averaged over; None for 2048, or the model's limit if less.
 
@@ -44,6 +45,7 @@ class ShapesRequest:
     of: Literal["total", "non-embedding"] | None = None
     shape: str | None = None
     axes: str | None = None
+    step: Positive | None = None
     method: str | None = None
     context: Positive | None = None
 
@@ -58,7 +60,7 @@ class ShapesRequest:
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """One target for each ratio."""
-        return Target.parse_several(self.ratio, of=self.of, shape=self.shape, axes=self.axes)
+        return Target.parse_several(self.ratio, of=self.of, shape=self.shape, axes=self.axes, step=self.step)
 
     @cached_property
     def prototype(self) -> Any:
@@ -126,7 +128,7 @@ def _single(before: Shape, target: Target, request: ShapesRequest, context: int)
         return _describe(before, target.explicit_shape(before), target, context)
     assert target.ratio is not None
     spaces = [space for space in SPACES if space in target.axes]
-    after = solve_width(before, target.ratio, spaces, target.of or "non_embedding")
+    after = solve_width(before, target.ratio, spaces, target.of or "non_embedding", target.step)
     return _describe(before, after, target, context)
 
 
@@ -177,7 +179,10 @@ def _ways(before: Shape, target: Target, context: int) -> dict[str, dict[str, An
     ways: dict[str, dict[str, Any]] = {}
     for way, spaces in _WAYS.items():
         try:
-            after = solve_width(before, target.ratio, spaces, of) if spaces else solve_depth(before, target.ratio, of)
+            if spaces:
+                after = solve_width(before, target.ratio, spaces, of, target.step)
+            else:
+                after = solve_depth(before, target.ratio, of)
             ways[way] = _describe(before, after, target, context)
         except UserError as error:
             ways[way] = {"error": str(error).removeprefix(f"`ratio` {target.ratio:g}: ")}

@@ -49,6 +49,9 @@ class PruneRequest:
         pattern: ``"N:M"`` zeros for sparse methods.
         axes: spaces that a width method narrows: ``"kv,ffn"`` or a sequence.
         allocation: ``uniform``: every layer keeps as many channels; ``global``: layers compete.
+        step: multiple that hidden and FFN sizes are rounded to; None for the default steps.
+        keep_pattern: depth methods keep the period of the layer kinds that other runtimes take from a constant; None
+            for yes, where the family has one and the model follows it.
         options: options of the method.
         calibration: a source of text (``text:PATH``, ``hf:NAME``, ``tokens:FILE.npy`` ...), ids [windows, positions],
             or an iterable of texts.
@@ -79,6 +82,8 @@ class PruneRequest:
     pattern: str | None = None
     axes: str | tuple[str, ...] | None = None
     allocation: Literal["uniform", "global"] = "uniform"
+    step: Positive | None = None
+    keep_pattern: bool | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Any = None
     tokenizer: Any = None
@@ -125,7 +130,8 @@ class PruneRequest:
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """What pruning should reach, one target for each ratio."""
-        fields = {name: getattr(self, name) for name in ("of", "shape", "pattern", "axes", "allocation")}
+        names = ("of", "shape", "pattern", "axes", "allocation", "step", "keep_pattern")
+        fields = {name: getattr(self, name) for name in names}
         return Target.parse_several(self.ratio, **fields)
 
     @property

@@ -20,10 +20,11 @@ from secateur.evaluation.layer_removal import removal_accuracies
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.formatting import plural
 from secateur.methods.base import LayerMethod, RemovalMethod, WeightMethod, WidthMethod
-from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest_indices
+from secateur.methods.selection import Selector, keep_channels, keep_globally
 from secateur.model.checkpoint import is_finite
 from secateur.model.shapes import Shape
 from secateur.progress import notify
+from secateur.pruning.layer_choice import LayerPattern, choose_run, choose_single_layers
 from secateur.pruning.target import Target
 
 __all__ = ["score_and_select"]
@@ -38,24 +39,31 @@ def score_and_select(
     after: Shape,
     task: Task | None,
     batch: int | None,
+    pattern: LayerPattern | None = None,
 ) -> Decision:
     """Score the units of a model and select those to keep.
 
     Args:
         task: measures removals by accuracy; None for the loss.
         batch: examples of the task at once.
+        pattern: of the layer kinds, which depth methods keep; None for no constraint.
     """
     if isinstance(method, RemovalMethod):
-        return _decide_removals(method, walk, after, task, batch)
+        return _decide_removals(method, walk, after, task, batch, pattern)
     if isinstance(method, LayerMethod):
-        return _decide_layers(method, walk, after)
+        return _decide_layers(method, walk, after, pattern)
     if isinstance(method, WidthMethod):
         return _decide_width(method, walk, target, after)
     return _decide_weights(method, walk, target)
 
 
 def _decide_removals(
-    method: RemovalMethod, walk: BlockWalk, after: Shape, task: Task | None, batch: int | None
+    method: RemovalMethod,
+    walk: BlockWalk,
+    after: Shape,
+    task: Task | None,
+    batch: int | None,
+    pattern: LayerPattern | None,
 ) -> Decision:
     """Measure the model without each candidate; remove the run, or the layers, with the lowest scores."""
     layers = walk.checkpoint.shape.layers
@@ -67,24 +75,40 @@ def _decide_removals(
         full, without = removal_losses(walk, length)  # reads finished candidates from the journal
     scores = method.score(full, torch.tensor(without, dtype=torch.float64))
     _check_finite(walk, {"layers": scores})
-    pinned, choices = walk.checkpoint.pinned_layers, 1 if method.contiguous else count
-    free = [first for first in range(len(scores)) if pinned.isdisjoint(range(first, first + length))]
-    if choices > len(free):
-        raise UserError(
-            f"{plural(count, 'layer')} to remove, but later layers read what {plural(len(pinned), 'layer')} compute, "
-            "so that these stay; remove less"
-        )
-    firsts = [free[i] for i in lowest_indices(scores[free], choices)]
+    free = _removable(walk, len(scores), length, 1 if method.contiguous else count)
     measured = "accuracy" if task else "loss"
-    keep = _complement(layers, {layer for first in firsts for layer in range(first, first + length)})
+    if method.contiguous:
+        choice = choose_run(scores, free, length, pattern, measured, without)
+    else:
+        spared = torch.ones(layers, dtype=torch.bool)
+        spared[free] = False
+        choice = choose_single_layers(scores.masked_fill(spared, torch.inf), count, pattern)
+    keep = _complement(layers, set(choice.layers))
     candidates = [{"first": i, "last": i + length - 1, measured: value} for i, value in enumerate(without)]
     summary = {"detail": _removed_layers(layers, keep), f"{measured}_full": full, "candidates": candidates}
+    summary |= choice.record
     if task:
         summary["task"] = task.record()
     return {"keep_layers": keep, "scores": {"layers": scores}, "summary": summary}
 
 
-def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decision:
+def _removable(walk: BlockWalk, candidates: int, length: int, choices: int) -> list[int]:
+    """The candidates, runs of ``length`` layers by their first, that hold no layer which later ones read.
+
+    Raises:
+        UserError: if they are fewer than ``choices``.
+    """
+    pinned = walk.checkpoint.pinned_layers
+    free = [first for first in range(candidates) if pinned.isdisjoint(range(first, first + length))]
+    if choices > len(free):
+        raise UserError(
+            f"{plural(choices * length, 'layer')} to remove, but later layers read what "
+            f"{plural(len(pinned), 'layer')} compute, so that these stay; remove less"
+        )
+    return free
+
+
+def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape, pattern: LayerPattern | None) -> Decision:
     """Score the layers one by one; remove those with the lowest scores."""
     layers = walk.checkpoint.shape.layers
     for block, places in walk_places(walk, method.needs, ("layer",)):
@@ -100,9 +124,10 @@ def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape) -> Decisi
             f"{plural(count, 'layer')} to remove, but all but {int(removable.sum())} are spared, by the method or "
             "because later layers read what they compute; spare fewer or remove less"
         )
-    keep = _complement(layers, set(lowest_indices(scores, count)))
+    choice = choose_single_layers(scores, count, pattern)
+    keep = _complement(layers, set(choice.layers))
     candidates = [{"first": i, "last": i, "score": s if removable[i] else None} for i, s in enumerate(scores.tolist())]
-    summary = {"detail": _removed_layers(layers, keep), "candidates": candidates}
+    summary = {"detail": _removed_layers(layers, keep), "candidates": candidates, **choice.record}
     return {"keep_layers": keep, "scores": {"layers": scores}, "summary": summary}
 
 
@@ -161,7 +186,7 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
     scores = dict(sorted(scores.items(), key=_by_layer))  # gradients come from the last block to the first
     keep = _keep_units(walk.checkpoint.shape, scores, target, after)
     if not uniform:
-        after = _padded(walk.checkpoint.shape, keep)
+        after = _padded(walk.checkpoint.shape, keep, target.step or 1)
         after = after.switched_on(method.config_switches(after, spaces))
     return _width_decision(method, walk, scores, keep, means, after)
 
@@ -198,12 +223,18 @@ def _keep_units(shape: Shape, scores: Mapping[str, Tensor], target: Target, afte
     return keep_globally(scores, costs, target.ratio * counted)
 
 
-def _padded(shape: Shape, keep: Mapping[str, Tensor]) -> Shape:
-    """The narrowest shape that the config accepts and that holds the units of every layer."""
+def _padded(shape: Shape, keep: Mapping[str, Tensor], step: int) -> Shape:
+    """The narrowest shape that the config accepts and that holds the units of every layer.
+
+    Args:
+        step: FFN sizes are multiples of it, or the model's own size.
+    """
     for space in ("ffn", "kv"):
         most = max((len(indices) for name, indices in keep.items() if name.startswith(f"{space}.")), default=None)
         if most is not None:
-            wide_enough = (shape.narrowed(space, units) for units in range(most, shape.units(space) + 1))
+            full = shape.units(space)
+            sizes = [n for n in range(most, full + 1) if space != "ffn" or n % step == 0 or n == full]
+            wide_enough = (shape.narrowed(space, units) for units in sizes)
             shape = next(candidate for candidate in wide_enough if not candidate.refused_by_config)
     return shape
 

@@ -68,6 +68,9 @@ class Target:
         pattern: of the zeros, for sparse methods; it implies the ratio.
         axes: spaces to shrink, for methods that score several; empty for the method's default.
         allocation: ``uniform``: every layer keeps as many units; ``global``: layers compete.
+        step: hidden and FFN sizes are rounded to multiples of it; None for the default steps.
+        keep_pattern: whether depth methods keep the period of the layer kinds; None for yes, where the family has one
+            and the model follows it.
 
     Raises:
         UserError: on a value out of range or a contradiction between fields. Messages call ``sizes`` ``shape``, the
@@ -80,6 +83,8 @@ class Target:
     pattern: Pattern | None = None
     axes: tuple[str, ...] = ()
     allocation: Allocation = "uniform"
+    step: int | None = None
+    keep_pattern: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", dict(self.sizes))
@@ -112,6 +117,10 @@ class Target:
             raise UserError("`of` says what a `ratio` counts, and there is no ratio; leave it out")
         if self.axes and self.sizes:
             raise UserError("`axes`: `shape` already says what to narrow; leave it out")
+        if self.step is not None and self.step < 1:
+            raise UserError(f"`step` must be a whole number above zero, got {self.step}")
+        if self.step and self.ratio is None:
+            raise UserError("`step` rounds the sizes that a `ratio` comes to, and there is no ratio; leave it out")
 
     @classmethod
     def parse(
@@ -123,6 +132,8 @@ class Target:
         pattern: str | None = None,
         axes: str | Sequence[str] | None = None,
         allocation: Allocation = "uniform",
+        step: int | None = None,
+        keep_pattern: bool | None = None,
     ) -> Target:
         """Read a target from the texts of a command line or a study file, or from plain values.
 
@@ -141,6 +152,8 @@ class Target:
             Pattern.parse(pattern) if pattern is not None else None,
             tuple(part.strip() for part in axes.split(",")) if isinstance(axes, str) else tuple(axes or ()),
             allocation,
+            step,
+            keep_pattern,
         )
 
     @classmethod
@@ -158,7 +171,11 @@ class Target:
         return tuple(cls.parse(ratio=value, **fields) for value in ratios)
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as plain values; part of the identity of a study's stages."""
+        """All fields as plain values; part of the identity of a study's stages.
+
+        ``step`` and ``keep_pattern`` have no entry where they are None, as in older identities.
+        """
+        late = {"step": self.step, "keep_pattern": self.keep_pattern}
         return {
             "ratio": self.ratio,
             "of": self.of,
@@ -166,6 +183,7 @@ class Target:
             "pattern": str(self.pattern) if self.pattern else None,
             "axes": list(self.axes),
             "allocation": self.allocation,
+            **{key: value for key, value in late.items() if value is not None},
         }
 
     @classmethod
@@ -189,12 +207,15 @@ class Target:
             raise UserError(f"`pattern`: {name} removes {'layers' if kind == 'depth' else 'channels'}, not weights")
         if self.ratio is None and not self.sizes and not self.pattern:
             raise UserError(f"`ratio`: how much should {name} remove? Pass `ratio`, or {_ALTERNATIVES[kind]}")
+        if self.keep_pattern is not None and kind != "depth":
+            raise UserError(f"`keep_pattern`: goes with depth methods, and {name} is none; leave it out")
         self._check_width(method, name)
 
     def _check_width(self, method: Method, name: str) -> None:
         """Check the fields that concern channels."""
         if not method.scores:
-            for field_name, is_set in (("axes", bool(self.axes)), ("allocation", self.allocation != "uniform")):
+            fields = {"axes": self.axes, "allocation": self.allocation != "uniform", "step": self.step}
+            for field_name, is_set in fields.items():
                 if is_set:
                     raise UserError(f"`{field_name}`: {name} prunes no channels; leave it out")
             unsupported = set(self.sizes) - {"layers"}
@@ -231,6 +252,10 @@ class Target:
             record["axes"] = list(self.axes)
         if self.allocation != "uniform":
             record["allocation"] = self.allocation
+        if self.step is not None:
+            record["step"] = self.step
+        if self.keep_pattern is not None:
+            record["keep_pattern"] = self.keep_pattern
         return record
 
     def spaces(self, method: Method) -> tuple[str, ...]:
@@ -267,7 +292,7 @@ class Target:
             after = solve_depth(before, self.ratio, self.of or "non_embedding")
         else:
             assert self.ratio is not None
-            after = solve_width(before, self.ratio, self.spaces(method), self.of or "non_embedding")
+            after = solve_width(before, self.ratio, self.spaces(method), self.of or "non_embedding", self.step)
         return after.switched_on(method.config_switches(after, self.spaces(method)))
 
     def _check_family(self, before: Shape, method: Method, name: str) -> None:
@@ -356,7 +381,9 @@ def describe_target(target: Mapping[str, Any]) -> str:
         parts.append(f"{100 * target['ratio']:.4g}% of {_COUNTED[target['of']]}")
     if "shape" in target:
         parts.append(",".join(f"{name}={size}" for name, size in target["shape"].items()))
-    parts += [f"{key} {target[key]}" for key in ("pattern", "allocation") if key in target]
+    parts += [f"{key} {target[key]}" for key in ("pattern", "allocation", "step") if key in target]
+    if "keep_pattern" in target:
+        parts.append(f"keep_pattern {'on' if target['keep_pattern'] else 'off'}")
     if "axes" in target:
         parts.append(f"axes {','.join(target['axes'])}")
     return ", ".join(parts)

@@ -175,6 +175,8 @@ class _Builder(TrainingRuns):
             "seqlen": seqlen,
             **(reading if learned else self._reading(pruning)),
         }
+        if pruning.before.family.pattern and pruning.method.granularity == "depth":
+            content["layer_pattern"] = pruning.before.family.pattern  # decides which layers go, unless turned off
         facts = {**self._facts(pruning), "path": "pruned", "shape": pruning.after, "seed": pruning.seed}
         facts |= {"training_tokens": learned}
         flops = scoring_flops(pruning.before, pruning.after, pruning.method, tokens, seqlen)

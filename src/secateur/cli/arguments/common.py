@@ -60,6 +60,8 @@ class Parser(argparse.ArgumentParser):
             return None
         if field in self.spellings:
             return self.spellings[field]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0]  # the last says no
         return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest.upper())
 
     def error(self, message: str) -> NoReturn:
@@ -178,6 +180,13 @@ def amount(parser: argparse.ArgumentParser, several: str) -> None:
         metavar="AXES",
         help="spaces that a width method narrows: hidden, ffn, kv (KV heads with their query heads), e.g. kv,ffn; for "
         "sheared also layers (default: the method's own choice)",
+    )
+    add(
+        "--step",
+        type=positive,
+        metavar="N",
+        help="round hidden and FFN sizes to multiples of N (default: of a power of two up to 128, or of 256, which "
+        "llama.cpp's K-quants need, where such a shape lies within 1%% of the ratio)",
     )
 
 

@@ -120,6 +120,12 @@ def add_prune(verbs: Any) -> None:
         help="width methods: every layer keeps as many channels, or layers compete",
     )
     add(
+        "--keep-pattern",
+        action=argparse.BooleanOptionalAction,
+        help="depth methods: keep the period of the layer kinds, which llama.cpp takes from a constant for some "
+        "families (default: where the family has one and the model follows it)",
+    )
+    add(
         "--option",
         dest="options",
         metavar="KEY=VALUE",

@@ -106,6 +106,7 @@ GEMMA3 = Family(
     embedding_grows=True,
     norm_offset=1.0,
     logit_cap="final_logit_softcapping",
+    pattern=6,
 )
 
 OLMO2 = Family(
