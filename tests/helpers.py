@@ -103,14 +103,19 @@ def tiny_family(
 ) -> Path:
     """Write a random checkpoint of ``FAMILY_CONFIGS[name]`` below ``directory`` and return its directory."""
     out = directory / f"{name}-{seed}"
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    values = {**FAMILY_SIZES, **ids, **FAMILY_CONFIGS[name], **config}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
-    randomise(model, seed)
-    model.to(dtype).save_pretrained(out)
+    values = {**FAMILY_SIZES, **FAMILY_CONFIGS[name], **config}
+    random_model(values, seed=seed).to(dtype).save_pretrained(out)
     if name in FILE_CHANGES:
         edit_config(out, **FILE_CHANGES[name])
     return out
+
+
+def random_model(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
+    """A model of a configuration with random parameters, none of them the value that it is initialised with."""
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**ids, **config}))
+    randomise(model, seed)
+    return model
 
 
 def edit_config(directory: Path, *, drop: tuple[str, ...] = (), **changes: Any) -> None:

@@ -1,13 +1,13 @@
 """The model that a plan describes, made in memory from the whole one, without anything of secateur's surgeon.
 
-Nothing is sliced here. Layers are bypassed; channels keep their place, and what they would put out is silenced; a norm
-that runs over silenced channels counts the others alone.
+Layers are bypassed; channels keep their place, and what they would put out is silenced; a norm that runs over silenced
+channels runs over the others alone. The family's row only says where modules are.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,23 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from helpers import calibration, hf, logits, tiny_family, windows, without_layers
+from helpers import calibration, hf, logits, tiny_family, windows
 from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.families import Family
 from secateur.model.plan import Plan
+from secateur.model.shapes import Shape
 from secateur.pruning.pipeline import make_plan, write_pruned
 from secateur.pruning.target import Target
-
-#: what of a pruned model gets a bias from FLAP
-COMPENSATED: dict[str, tuple[str, ...]] = {
-    "llama": ("self_attn.o_proj", "mlp.down_proj"),
-    "mistral": (),
-    "qwen2": (),
-    "qwen3": ("self_attn.o_proj",),
-    "gemma3": ("self_attn.o_proj",),
-    "olmo2": ("self_attn.o_proj",),
-    "phi3": (),
-}
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class Zoo:
     """
 
     def __init__(self, root: Path, given: Mapping[str, Path] | None = None) -> None:
-        self.root, self.given = root, given or {}
+        self.root, self.given = root, dict(given or {})
         self.directory = cache(self._directory)
         self.pruned = cache(self._pruned)
         self.untouched = cache(lambda name: logits(hf(self.directory(name)), windows()))
@@ -72,6 +63,12 @@ class Zoo:
         checkpoint = Checkpoint(self.directory(name))
         plan = make_plan(checkpoint, method, target, calibration(windows()), options=options, batch=2)
         return self.cut(name, plan)
+
+    def add(self, name: str, model: PreTrainedModel) -> str:
+        """Save a model as a checkpoint of this name."""
+        model.save_pretrained(self.root / name)
+        self.given[name] = self.root / name
+        return name
 
     def cut(self, name: str, plan: Plan) -> Pruned:
         out = self.root / f"{name}-{len(list(self.root.iterdir()))}"
@@ -111,26 +108,37 @@ def silenced(model: PreTrainedModel, plan: Plan, *, filled: Mapping[str, Tensor]
         model.get_parameter(name).copy_(values)
     for name, mask in plan.masks.items():
         model.get_parameter(name).masked_fill_(~mask, 0)
-    _silence_hidden(model, plan.keep_hidden.tolist())
-    for layer in plan.keep_layers.tolist():
-        _silence_block(model, plan, layer, filled or {})
-    return without_layers(model, set(range(plan.before.layers)) - set(plan.keep_layers.tolist()))
+    blocks = model.get_submodule(plan.before.family.layers)
+    _silence_hidden(model, plan)
+    for layer, block in enumerate(blocks):
+        if layer in plan.keep_layers.tolist():
+            _silence_block(block, plan, layer, filled or {})
+        else:
+            block.forward = lambda hidden_states, *_, **__: hidden_states
+    return model
+
+
+def compensated(family: Family) -> tuple[str, ...]:
+    """The modules of a block whose dropped inputs FLAP replaces by a bias."""
+    readers = [family.reader(space) for space in ("kv", "ffn") if space in family.axes]
+    return tuple(reader for reader in readers if family.can_have_bias(reader))
 
 
 @torch.no_grad()
 def calibration_means(pruned: Pruned) -> dict[str, Tensor]:
     """The mean input of each module that FLAP gives a bias, over the calibration set, in the whole model."""
-    model, found = hf(pruned.directory), {}
+    model, means = hf(pruned.directory), {}
+    modules = compensated(pruned.plan.after.family)
     for path, module in model.named_modules():
-        if path.partition(".layers.")[2].partition(".")[2] in COMPENSATED[pruned.plan.after.family.name]:
+        if path.endswith(tuple(f".{name}" for name in modules)):
 
             def hook(_module: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-                found[path] = args[0].double().mean(dim=(0, 1)).float()
+                means[path] = args[0].double().mean(dim=(0, 1)).float()
 
             module.register_forward_pre_hook(hook)
     model(input_ids=windows(), use_cache=False)
-    assert len(found) == pruned.plan.before.layers * len(COMPENSATED[pruned.plan.after.family.name])
-    return found
+    assert len(means) >= len(modules)
+    return means
 
 
 def assert_same_logits(got: PreTrainedModel, wanted: PreTrainedModel) -> None:
@@ -140,66 +148,80 @@ def assert_same_logits(got: PreTrainedModel, wanted: PreTrainedModel) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def _silence_hidden(model: PreTrainedModel, kept: list[int]) -> None:
-    """Nothing is read from the dropped channels of the residual stream, and norms do not count them."""
-    gone = [c for c in range(model.config.hidden_size) if c not in kept]
-    if not gone:
+def _silence_hidden(model: PreTrainedModel, plan: Plan) -> None:
+    """Take dropped channels out of the residual stream: out of the embedding's output and out of every norm."""
+    keep, family = plan.keep_hidden, plan.before.family
+    if len(keep) == plan.before.hidden:
         return
-    table = model.model.embed_tokens.weight.clone()
-    table[:, gone] = 0
-    tied = model.config.tie_word_embeddings
-    model.model.embed_tokens.weight = nn.Parameter(table)
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    for parent in (*model.model.layers, model.model):
-        for name, norm in parent.named_children():
-            if name.endswith("norm"):
-                _narrow(norm, kept)
+    mask = torch.zeros(plan.before.hidden)
+    mask[keep] = 1
+    embedding = model.get_submodule(family.embedding.removesuffix(".weight"))
+    embedding.register_forward_hook(lambda _module, _args, out: out * mask)
+    stack = model.get_submodule(family.layers)
+    for parent in (model.base_model, *stack):
+        for name, module in parent.named_children():
+            if "norm" in type(module).__name__.lower():
+                setattr(parent, name, NormOfSome(module, keep))
 
 
-def _silence_block(model: PreTrainedModel, plan: Plan, layer: int, filled: Mapping[str, Tensor]) -> None:
-    block, before = model.model.layers[layer], plan.before
-    path, heads = f"model.layers.{layer}", before.heads // before.kv_heads
-    gone_ffn = [c for c in range(before.ffn) if c not in plan.keep_ffn[layer].tolist()]
-    gone_kv = [h for h in range(before.kv_heads) if h not in plan.keep_kv[layer].tolist()]
-    gone_query = [h * heads + i for h in gone_kv for i in range(heads)]
-    query, kv = _channels(gone_query, before.head_dim), _channels(gone_kv, before.head_dim)
-    for space, gone in (("ffn", gone_ffn), ("kv", query)):
-        reader = before.family.reader(space)
-        _fill(block.get_submodule(reader), gone, filled.get(f"{path}.{reader}"))
-    if model.config.model_type == "olmo2" and gone_kv:  # its norms of queries and keys run over all heads
-        for linear, gone in ((block.self_attn.q_proj, query), (block.self_attn.k_proj, kv)):
-            linear.weight[gone] = 0
-            if linear.bias is not None:
-                linear.bias[gone] = 0
-            norm = getattr(block.self_attn, "q_norm" if gone is query else "k_norm")
-            _narrow(norm, [c for c in range(linear.out_features) if c not in gone])
+def _silence_block(block: nn.Module, plan: Plan, layer: int, filled: Mapping[str, Tensor]) -> None:
+    before, family = plan.before, plan.before.family
+    kv, query = (
+        channels(plan.keep_kv[layer], before.head_dim * width) for width in (1, before.heads // before.kv_heads)
+    )
+    modules = dict(block.named_modules())
+    for space, keep, total in (
+        ("ffn", plan.keep_ffn[layer], before.ffn),
+        ("kv", query, before.heads * before.head_dim),
+    ):
+        if (reader := family.reader(space)) in modules and len(keep) < total:
+            _fill(modules[reader], keep, filled.get(f"{family.layers}.{layer}.{reader}"))
+    if len(kv) < before.kv_heads * before.head_dim:
+        for path in norms_over_heads(block, before):
+            parent, _, name = path.rpartition(".")
+            norm = NormOfSome(modules[path], query if name.startswith("q") else kv)
+            setattr(block.get_submodule(parent), name, norm)
 
 
-def _channels(heads: Sequence[int], width: int) -> list[int]:
-    return [head * width + i for head in heads for i in range(width)]
+def norms_over_heads(block: nn.Module, shape: Shape) -> list[str]:
+    """The norms of a block's queries and keys that run over all heads together; none where each head has its own."""
+    attention = f"{shape.family.reader('kv').rpartition('.')[0]}."
+    sizes = {(shape.heads * shape.head_dim,), (shape.kv_heads * shape.head_dim,)} - {(shape.head_dim,)}
+    return [
+        path
+        for path, module in block.named_modules()
+        if path.startswith(attention) and "norm" in type(module).__name__.lower() and module.weight.shape in sizes
+    ]
 
 
-def _fill(module: nn.Module, gone: list[int], values: Tensor | None) -> None:
-    """Replace those channels of a module's input, by zero if nothing else is said."""
+def channels(heads: Tensor, width: int) -> Tensor:
+    """The channels of heads that have ``width`` each."""
+    return (heads[:, None] * width + torch.arange(width)).reshape(-1)
+
+
+def _fill(module: nn.Module, keep: Tensor, values: Tensor | None) -> None:
+    """Replace all but those channels of a module's input, by zero if nothing else is said."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0].clone()
-        x[..., gone] = 0.0 if values is None else values[gone]
-        return (x,)
+        x = torch.zeros_like(args[0]) if values is None else values.expand_as(args[0]).clone()
+        x[..., keep] = args[0][..., keep]
+        return (x, *args[1:])
 
     module.register_forward_pre_hook(hook)
 
 
-def _narrow(norm: nn.Module, kept: Sequence[int]) -> None:
-    """Let a norm run over the kept channels alone: its mean, its variance and its weights; the others put out zero."""
-    small = copy.deepcopy(norm)
-    for name, parameter in norm.named_parameters():
-        setattr(small, name, nn.Parameter(parameter[kept]))
-    if hasattr(small, "normalized_shape"):
-        small.normalized_shape = (len(kept),)
+class NormOfSome(nn.Module):
+    """A norm whose mean (and variance) runs over some channels; the others come out as zero."""
 
-    def forward(x: Tensor) -> Tensor:
-        return torch.zeros_like(x).index_copy_(-1, torch.tensor(kept), small(x[..., kept]))
+    def __init__(self, norm: nn.Module, channels: Tensor) -> None:
+        super().__init__()
+        self.norm, self.channels = copy.deepcopy(norm), channels
+        for name, parameter in norm.named_parameters():
+            setattr(self.norm, name, nn.Parameter(parameter[channels]))
+        if hasattr(norm, "normalized_shape"):
+            self.norm.normalized_shape = (len(channels),)
 
-    norm.forward = forward
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[..., self.channels] = self.norm(x[..., self.channels])
+        return out

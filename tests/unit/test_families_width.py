@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from family_configs import FAMILIES
 from helpers import calibration, edit_config, hf, logits, tiny_family, windows
-from reference import COMPENSATED, Pruned, Zoo, assert_same_logits, calibration_means, opened, reference
+from reference import Pruned, Zoo, assert_same_logits, calibration_means, compensated, opened, reference
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import TENSOR_FILE
@@ -126,7 +126,7 @@ def test_global_flap_with_biases(name: str, zoo: Zoo) -> None:
 def test_flap_s_biases(name: str, zoo: Zoo) -> None:
     pruned = zoo.pruned(name, "flap")  # its logits are compared in test_families.py
     family = pruned.plan.before.family.name
-    has, config = COMPENSATED[family], json.loads((pruned.out / "config.json").read_text())
+    has, config = compensated(pruned.plan.before.family), json.loads((pruned.out / "config.json").read_text())
     assert bool(config.get("attention_bias")) == ("self_attn.o_proj" in has)
     assert bool(config.get("mlp_bias")) == ("mlp.down_proj" in has)
     old, new = load_file(pruned.directory / "model.safetensors"), load_file(pruned.out / "model.safetensors")
@@ -151,7 +151,8 @@ def test_flap_s_biases(name: str, zoo: Zoo) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_flap_with_a_bias_required(name: str, zoo: Zoo) -> None:
     target = Target(ratio=0.4)
-    lacking = [m for m in ("mlp.down_proj", "self_attn.o_proj") if m not in COMPENSATED[name]]
+    modules = compensated(Checkpoint(zoo.directory(name)).family)
+    lacking = [m for m in ("mlp.down_proj", "self_attn.o_proj") if m not in modules]
     if not lacking:
         assert zoo.prune(name, "flap", target, bias="require").plan.biases
         return
