@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.version import __version__
 
 if TYPE_CHECKING:
-    from secateur.api import build_corpus, compare, evaluate, inspect, prune, recommend, shapes, train
+    from secateur.api import build_corpus, compare, evaluate, inspect, mask, prune, recommend, shapes, train
     from secateur.comparison.items import Comparisons
     from secateur.data.job import Corpus
     from secateur.errors import RunError, UserError
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from secateur.pruning.job import Pruned
     from secateur.study.session import Study
     from secateur.training.job import Trained
+    from secateur.training.keep_masks import KeepMasks
     from secateur.training.recipe import Recipe
 
 __all__ = [
     "Comparisons",
     "Corpus",
     "EvaluationResults",
+    "KeepMasks",
     "Plan",
     "Pruned",
     "Recipe",
@@ -37,6 +39,7 @@ __all__ = [
     "compare",
     "evaluate",
     "inspect",
+    "mask",
     "prune",
     "recommend",
     "shapes",
@@ -47,6 +50,7 @@ _HOMES = {
     "Comparisons": "comparison.items",
     "Corpus": "data.job",
     "EvaluationResults": "evaluation.results",
+    "KeepMasks": "training.keep_masks",
     "Plan": "model.plan",
     "Pruned": "pruning.job",
     "Recipe": "training.recipe",

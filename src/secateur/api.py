@@ -20,9 +20,21 @@ if TYPE_CHECKING:
     from secateur.data.job import Corpus
     from secateur.evaluation.results import EvaluationResults
     from secateur.forecast.request import RecommendRequest
+    from secateur.pruning.mask import Masked
     from secateur.training.job import Trained
 
-__all__ = ["build_corpus", "compare", "evaluate", "inspect", "load_results", "prune", "recommend", "shapes", "train"]
+__all__ = [
+    "build_corpus",
+    "compare",
+    "evaluate",
+    "inspect",
+    "load_results",
+    "mask",
+    "prune",
+    "recommend",
+    "shapes",
+    "train",
+]
 
 
 T = TypeVar("T")
@@ -56,6 +68,25 @@ def prune(model: Any, out: Any = None, *, method: str, **fields: Any) -> Any:
         return prune_model(request)
     results = prune_directory(request)
     return results if isinstance(request.ratio, tuple) else results[0] if results else None
+
+
+def mask(model: Any, plan: Any, out: Any = None) -> Masked:
+    """Set the pruned weights of a sparse model to zero again, after a merge of adapters or a foreign training run.
+
+    Args:
+        model: the checkpoint to mask: a directory, a Hub name, or an earlier result.
+        plan: the pruned checkpoint whose masks apply, likewise.
+        out: new directory to write; None for the name of ``model`` with ``-masked`` behind it.
+
+    Returns:
+        A :class:`~secateur.pruning.mask.Masked`: ``path``, ``zeroed`` (weights that were not zero), ``norm_share``.
+
+    Raises:
+        UserError: if the plan has no masks, or the model differs from the pruned one in names, sizes or family.
+    """
+    from secateur.pruning.mask import MaskRequest, mask_checkpoint
+
+    return mask_checkpoint(MaskRequest(model=model, plan=plan, out=out))
 
 
 def train(out: Any, *, init: Any, tokens: int | str, data: Any, **fields: Any) -> Trained:

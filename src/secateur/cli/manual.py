@@ -14,6 +14,7 @@ __all__ = [
     "DOCUMENTS",
     "EPILOG",
     "EVAL_EPILOG",
+    "MASK_EPILOG",
     "RECOMMEND_EPILOG",
     "SHAPES_EPILOG",
     "SOURCES",
@@ -50,6 +51,7 @@ examples:
   secateur data text:FOLDER OUT --tokenizer DIR  documents as token shards, to train on
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
   secateur train OUT --init DIR --tokens 1B --data shards:DIR     retrain it, or train from scratch
+  secateur mask MERGED --plan PRUNED             set the zeros of a sparse model again, after a LoRA merge
   secateur eval OUT --data text:FILE             held-out loss and perplexity
   secateur eval A B --suite zero-shot --out DIR  accuracy on the eight tasks of the study, side by side
   secateur compare DIR/A.json DIR/B.json         which of them is better
@@ -190,6 +192,20 @@ examples:
   secateur study explain FILE 'train wanda-0.5/P-R'   one of them
 """,
 }
+
+MASK_EPILOG = """\
+examples:
+  secateur prune DIR PRUNED --method wanda --ratio 0.5 --calibration text:FILE
+  (train a LoRA adapter on PRUNED with PEFT or TRL, then model.merge_and_unload().save_pretrained("MERGED"))
+  secateur mask MERGED --plan PRUNED                 writes MERGED-masked
+  secateur mask MERGED --plan PRUNED --out OUT
+
+The norm that it prints is that of the weights it set to zero, as a share of the norm of all weights with a mask: how
+much of the model the masks take away. Measure the loss afterwards (secateur eval).
+
+A trainer that changes all weights keeps the zeros while it trains with the callback secateur.KeepMasks("PRUNED");
+`secateur train` keeps them by itself. docs/next-steps.md has both, with Trainer, TRL, PEFT and Axolotl.
+"""
 
 TRAIN_EPILOG = """\
 keys of the recipe (--recipe FILE, --set KEY=VALUE), with their defaults:

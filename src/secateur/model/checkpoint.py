@@ -124,7 +124,7 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise UserError(f"{directory}: no such directory; name a Hugging Face checkpoint directory")
-        if (self.directory / _ADAPTER).is_file() and (self.directory / "config.json").is_file():
+        if (self.directory / _ADAPTER).is_file():
             raise UserError(
                 f"{directory}: holds an adapter ({_ADAPTER}), which changes the model's weights; merge it into them "
                 f"(merge_and_unload of peft), or remove {_ADAPTER} if they are merged"

@@ -46,15 +46,24 @@ class Masks:
                 local_part(parameter.grad).mul_(mask)  # NaN and infinity stay, so that the norm shows them
 
     @torch.no_grad()
+    def count_nonzero(self) -> int:
+        """Count the pruned weights that are not zero, in all processes together."""
+        return sum(self._nonzero())
+
+    @torch.no_grad()
     def check(self) -> None:
         """Assert, in all processes together, that every pruned weight is exactly zero.
 
         Raises:
             RuntimeError: naming the first parameter with a nonzero pruned weight.
         """
-        if not self._masks:
-            return
-        counts = torch.stack([(local_part(p) != 0).logical_and_(~mask).sum() for _, p, mask in self._masks]).cpu()
-        for (name, _, _), nonzero in zip(self._masks, distributed.all_reduce(counts).tolist(), strict=True):
+        for (name, _, _), nonzero in zip(self._masks, self._nonzero(), strict=True):
             if nonzero:
                 raise RuntimeError(f"{name}: no longer zero: {plural(nonzero, 'pruned weight')}")
+
+    def _nonzero(self) -> list[int]:
+        """The number of nonzero pruned weights of each masked parameter."""
+        if not self._masks:
+            return []
+        counts = torch.stack([(local_part(p) != 0).logical_and_(~mask).sum() for _, p, mask in self._masks]).cpu()
+        return distributed.all_reduce(counts).tolist()

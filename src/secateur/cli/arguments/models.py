@@ -24,7 +24,7 @@ from secateur.cli.arguments.common import (
     zero_or_more,
 )
 
-__all__ = ["add_compare", "add_data", "add_evaluate", "add_inspect", "add_prune", "add_shapes", "add_train"]
+__all__ = ["add_compare", "add_data", "add_evaluate", "add_inspect", "add_mask", "add_prune", "add_shapes", "add_train"]
 
 
 def _context(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +149,22 @@ def add_prune(verbs: Any) -> None:
     )
     add("--resume", action="store_true", help="continue a killed run at its last finished block")
     push_to_hub(prune)
+
+
+def add_mask(verbs: Any) -> None:
+    """``secateur mask``."""
+    mask = add_verb(
+        verbs,
+        "mask",
+        "set the pruned weights of a sparse model to zero again",
+        "A merge of adapters (LoRA), or a trainer that knows no masks, fills the zeros of a sparse model. This verb "
+        "applies the masks of the pruned checkpoint to the result, writes it to a new directory with the plan beside "
+        "it, and prints how many weights it set to zero. It refuses a model of other names, sizes or family.",
+        manual.MASK_EPILOG,
+    )
+    mask.add_argument("model", metavar="MERGED", help="checkpoint to mask: a directory, or Hub name")
+    mask.add_argument("--plan", required=True, metavar="PRUNED", help="pruned checkpoint whose masks apply, likewise")
+    mask.add_argument("--out", metavar="OUT", help="new directory to write (default: MERGED-masked)")
 
 
 def _recipe_keys() -> list[str]:

@@ -18,6 +18,7 @@ _MODULES = {
     "demo": "studies",
     "eval": "evaluation",
     "inspect": "describe",
+    "mask": "pruning",
     "prune": "pruning",
     "recommend": "recommend",
     "shapes": "describe",

@@ -1,4 +1,4 @@
-"""prune: score a checkpoint, decide what to keep, and write the pruned one."""
+"""prune: score a checkpoint, decide what to keep, and write the pruned one; mask: apply its masks to another one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from secateur.pruning.request import PruneRequest
 if TYPE_CHECKING:
     from secateur.pruning.job import Pruned
 
-__all__ = ["prune"]
+__all__ = ["mask", "prune"]
 
 
 def prune(arguments: Namespace) -> Answer:
@@ -41,6 +41,20 @@ def prune(arguments: Namespace) -> Answer:
     lines[-1] = f"used         {text}"
     lines.append(f"next         secateur eval {outputs[0].path} --data text:FILE")
     return answer, "\n".join(lines), 0
+
+
+def mask(arguments: Namespace) -> Answer:
+    """``secateur mask MERGED --plan PRUNED``."""
+    from secateur.pruning.mask import MaskRequest, mask_checkpoint
+
+    result = mask_checkpoint(request_of(MaskRequest, arguments))
+    sparsity = percent(result.masked / result.weights)
+    lines = [
+        f"{result.path}: {result}",
+        f"sparsity     {sparsity} of the weights of {plural(result.matrices, 'matrix', 'matrices')}",
+        f"next         secateur eval {result.path} --data text:FILE",
+    ]
+    return result.record(), "\n".join(lines), 0
 
 
 def _read_options(pairs: Sequence[str]) -> dict[str, str]:
