@@ -296,13 +296,13 @@ class Target:
         return after.switched_on(method.config_switches(after, self.spaces(method)))
 
     def _check_family(self, before: Shape, method: Method, name: str) -> None:
-        """Refuse to cut an axis that the family's row does not list."""
+        """Refuse to cut an axis that the family's row excludes."""
         axes = {"depth": ("layers",), "sparse": ()}.get(method.granularity) or self.spaces(method)
         for axis in () if method.granularity == "sparse" else axes:
-            if axis not in before.family.axes:
+            if reason := before.family.uncut.get(axis):
                 raise UserError(
                     f"`{'shape' if self.sizes else 'axes'}`: {name} cuts {axis}, but of {before.family.name} only "
-                    f"{', '.join(before.family.axes)} can be cut"
+                    f"{', '.join(before.family.axes)} can be cut: {reason}"
                 )
 
     def explicit_shape(self, before: Shape) -> Shape:

@@ -101,8 +101,8 @@ class Family:
     head: str = "lm_head.weight"
     final_norm: str = "model.norm"  #: module of the last norm: ``model.final_layernorm`` in Phi
 
-    #: what may be cut: ``("layers", "ffn")`` where heads differ from layer to layer
-    axes: tuple[str, ...] = ("layers", "hidden", "ffn", "kv")
+    #: what is not cut, of layers, hidden, ffn and kv -> the reason: ``{"kv": "heads differ from layer to layer"}``
+    uncut: Mapping[str, str] = field(default_factory=dict)
 
     #: norm outputs whose magnitudes are a hidden channel's importance; one alone in a parallel block
     hidden_sites: tuple[str, ...] = ("attention_input", "ffn_input")
@@ -157,6 +157,11 @@ class Family:
     def prefix(self) -> str:
         """What the names of the decoder's tensors begin with in a causal LM, and lack in a base model."""
         return self.layers.partition(".")[0]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """What may be cut."""
+        return tuple(axis for axis in ("layers", "hidden", "ffn", "kv") if axis not in self.uncut)
 
     @property
     def head_bias(self) -> str | None:
