@@ -172,7 +172,9 @@ class Shape:
 
     @property
     def refused_by_config(self) -> bool:
-        """Whether the family's own config refuses this shape: heads that do not divide the hidden size."""
+        """Whether the family's own config or class refuses this shape: heads that do not divide the hidden size."""
+        if self.family.heads_span_hidden:
+            return self.hidden != self.heads * self.head_dim
         return self.family.heads_divide_hidden and self.hidden % self.heads != 0
 
     def openable(self, *, where: str) -> Shape:
@@ -183,6 +185,12 @@ class Shape:
         """
         if not self.refused_by_config:
             return self
+        if self.family.heads_span_hidden:
+            raise UserError(
+                f"{where}: a {self.family.name} has heads of hidden size / heads, so {self.heads} heads of "
+                f"{self.head_dim} channels go with a hidden size of {self.heads * self.head_dim}, not {self.hidden}; "
+                "cut hidden channels and KV heads alike"
+            )
         relaxed = self.family.relaxed
         if relaxed is None or self.switches:
             raise UserError(

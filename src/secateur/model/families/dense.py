@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from secateur.model.families.family import Family, Site, Tensors
 
-__all__ = ["GEMMA3", "LLAMA", "MISTRAL", "OLMO2", "PHI3", "QWEN2", "QWEN3"]
+__all__ = ["GEMMA3", "LLAMA", "MISTRAL", "OLMO2", "PHI3", "QWEN2", "QWEN2_VL", "QWEN3"]
 
 _ATTENTION: Tensors = {
     "self_attn.q_proj.weight": ("query", "hidden"),
@@ -77,9 +79,11 @@ QWEN2 = Family(
     sites=_LLAMA_SITES,
 )
 
+QWEN2_VL = replace(QWEN2, name="qwen2_vl", model_types=("qwen2_vl_text", "qwen2_5_vl_text"), heads_span_hidden=True)
+
 QWEN3 = Family(
     name="qwen3",
-    model_types=("qwen3",),
+    model_types=("qwen3", "qwen3_vl_text"),
     block={**_TWO_NORMS, **_ATTENTION, **_HEAD_NORMS, **_ATTENTION_BIASES, **_FFN},
     optional=_ATTENTION_SWITCH,
     sites=_LLAMA_SITES,

@@ -131,6 +131,8 @@ class Family:
     derives_head_dim: bool = True  #: a missing head size is hidden size / query heads, not a fixed default
     heads_divide_hidden: bool = False  #: the config refuses a hidden size that is no multiple of the query heads
 
+    heads_span_hidden: bool = False  #: the head size is always hidden size / query heads, whatever the config says
+
     #: the same function without that rule: its model_type, architecture and extra keys:
     #: ``("mistral", "MistralForCausalLM", {"sliding_window": None})``
     relaxed: tuple[str, str, Mapping[str, object]] | None = None

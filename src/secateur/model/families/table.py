@@ -6,12 +6,12 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from secateur.errors import UserError
-from secateur.model.families.dense import GEMMA3, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3
+from secateur.model.families.dense import GEMMA3, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN2_VL, QWEN3
 from secateur.model.families.family import Family
 
 __all__ = ["FAMILIES", "family_of", "plugin_families"]
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, OLMO2, PHI3)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN2_VL, QWEN3, GEMMA3, OLMO2, PHI3)
 
 _GROUP = "secateur.families"  #: entry points of packages; each names a Family
 
