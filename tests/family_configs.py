@@ -151,14 +151,20 @@ _DENSE: Configs = {
         "attention_bias": False,
         "attention_out_bias": True,
         "mlp_bias": True,
-        "head_dim": 8,
+        "head_dim": 12,
     },
     "internlm3-old": {
         "model_type": "internlm3",
         "head_dim": 8,
         **_BIASED,
     },
-    "helium-biased": {"model_type": "helium", "head_dim": 8, "tie_word_embeddings": True, **_BIASED},
+    "helium-tied": {
+        "model_type": "helium",
+        "head_dim": 8,
+        "num_key_value_heads": 6,
+        "tie_word_embeddings": True,
+        "mlp_bias": True,
+    },
     "ernie4_5-biased": {"model_type": "ernie4_5", "head_dim": 8, "tie_word_embeddings": False, "use_bias": True},
     "arcee-biased": {"model_type": "arcee", "tie_word_embeddings": True, **_BIASED},
     "hunyuan_v1_dense-biased": {
@@ -226,6 +232,7 @@ FAMILY_CONFIGS: Configs = {
     if name.partition("-")[0] in {family.name for family in TABLE}
 }
 FAMILIES = tuple(name for name in FAMILY_CONFIGS if "-" not in name)
+FIRST = tuple(name for name in _FIRST if "-" not in name)  #: the formulas of methods are checked on these
 
 #: Name -> changes of the config.json that transformers writes, as older files have it: ``drop`` removes keys.
 FILE_CHANGES: Configs = {

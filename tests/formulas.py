@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from family_configs import FAMILIES
+from family_configs import FIRST
 from helpers import hf, tiny_family, windows
 from secateur.calibration.statistics import Statistic
 from secateur.methods.base import WeightMethod
@@ -21,7 +21,7 @@ from secateur.methods.selection import Selector
 from secateur.model.checkpoint import Checkpoint
 
 VARIANTS = ("llama-tied", "llama-biased", "llama-bf16", "qwen3-biased", "gemma3-untied")
-NAMES = (*FAMILIES, *VARIANTS)
+NAMES = (*FIRST, *VARIANTS)
 
 
 @dataclass

@@ -145,7 +145,12 @@ def assert_same_logits(got: PreTrainedModel, wanted: PreTrainedModel) -> None:
     ids = windows(3, 20, seed=9)  # longer than any window of attention
     a, b = logits(got, ids), logits(wanted, ids)
     assert float(b.std()) > 0.1
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    close(a, b)
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    """Compare logits: equal but for rounding, which is larger where the logits are."""
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=max(1e-4, 5e-5 * float(wanted.std())))
 
 
 def _silence_hidden(model: PreTrainedModel, plan: Plan) -> None:

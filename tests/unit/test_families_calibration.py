@@ -21,7 +21,8 @@ IDS = windows(3, 16, seed=2)  # in batches of two: one is not full
 
 def near(got: Tensor, wanted: Tensor, what: str) -> None:
     assert got.shape == wanted.shape, what
-    assert float((got - wanted).norm()) <= 1e-4 * float(wanted.norm()), what
+    # A bias of keys without RoPE has no gradient but rounding.
+    assert float((got - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-7, what
 
 
 STATES = [(n, torch.float32) for n in FAMILY_CONFIGS] + [(n, torch.bfloat16) for n in FAMILIES]

@@ -98,23 +98,33 @@ class BlockWalk:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
         recorders = nn.ModuleList(_Recorder() for _ in self.layers)
-        parent_name, _, attribute = self.family.layers.rpartition(".")
-        decoder = self.model.get_submodule(parent_name)
-        norm_name = self.family.final_norm.removeprefix(f"{parent_name}.")
-        norm = decoder.get_submodule(norm_name)
-        setattr(decoder, attribute, recorders)
-        setattr(decoder, norm_name, nn.Identity())  # so that the decoder returns the embedding itself
-        try:
-            states = []
+        states = []
+        with self.without_blocks(recorders) as decoder:
             for batch in batches:
                 embedded = decoder(input_ids=self.load_embeddings(batch), use_cache=False).last_hidden_state
                 states.append(self.store.save(embedded))
                 arguments = [recorder.arguments for recorder in recorders]  # type: ignore[union-attr]
                 self._kwargs.setdefault(batch.shape[0], arguments)  # type: ignore[arg-type]
+        return states
+
+    @contextlib.contextmanager
+    def without_blocks(self, recorders: nn.ModuleList | None = None) -> Iterator[nn.Module]:
+        """The decoder without its blocks and its last norm, so that it returns what enters the first block.
+
+        Args:
+            recorders: modules in place of the blocks, which return what they read.
+        """
+        parent_name, _, attribute = self.family.layers.rpartition(".")
+        decoder = self.model.get_submodule(parent_name)
+        norm_name = self.family.final_norm.removeprefix(f"{parent_name}.")
+        norm = decoder.get_submodule(norm_name)
+        setattr(decoder, attribute, nn.ModuleList() if recorders is None else recorders)
+        setattr(decoder, norm_name, nn.Identity())
+        try:
+            yield decoder
         finally:
             setattr(decoder, attribute, self.layers)
             setattr(decoder, norm_name, norm)
-        return states
 
     def load_embeddings(self, ids: Tensor) -> Tensor:
         """Load only the embeddings of these tokens; return the indices [windows, positions] of their rows."""

@@ -91,7 +91,9 @@ def _outer_statistics(
             loss = nn.functional.cross_entropy(logits, ids[0, 1:].to(device))
             gradients = dict(zip(ends, torch.autograd.grad(loss, list(ends.values())), strict=True))
             weight = walk.embedding.get_parameter("weight")
-            (row_gradient,) = torch.autograd.grad(walk.embedding(rows), weight, first.to(device, weight.dtype))
+            with walk.without_blocks() as decoder:  # which may multiply the embedding by a factor
+                embedded = decoder(input_ids=rows, use_cache=False).last_hidden_state
+            (row_gradient,) = torch.autograd.grad(embedded, weight, first.to(device, weight.dtype))
         table = torch.zeros_like(head).index_copy_(0, ids.unique().to(device), row_gradient.float())
         gradients[family.embedding] = table + gradients[family.head] if tied else table
         for name, statistics in outer.items():

@@ -172,9 +172,7 @@ class Shape:
 
     @property
     def refused_by_config(self) -> bool:
-        """Whether the family's own config or class refuses this shape: heads that do not divide the hidden size."""
-        if self.family.heads_span_hidden:
-            return self.hidden != self.heads * self.head_dim
+        """Whether the family's own config refuses this shape: heads that do not divide the hidden size."""
         return self.family.heads_divide_hidden and self.hidden % self.heads != 0
 
     def openable(self, *, where: str) -> Shape:
@@ -183,22 +181,26 @@ class Shape:
         Raises:
             UserError: if there is none.
         """
-        if not self.refused_by_config:
+        unfilled = self.family.heads_fill_hidden and self.heads * self.head_dim != self.hidden
+        if not (self.refused_by_config or unfilled):
             return self
-        if self.family.heads_span_hidden:
-            raise UserError(
-                f"{where}: a {self.family.name} has heads of hidden size / heads, so {self.heads} heads of "
-                f"{self.head_dim} channels go with a hidden size of {self.heads * self.head_dim}, not {self.hidden}; "
-                "cut hidden channels and KV heads alike"
-            )
-        relaxed = self.family.relaxed
-        if relaxed is None or self.switches:
+        sibling = self._relaxed()
+        if sibling is None:
+            rule = f"of {self.head_dim} channels, which do not add up to it" if unfilled else "which do not divide it"
             raise UserError(
                 f"{where}: transformers refuses a {self.family.name} of hidden size {self.hidden} with {self.heads} "
-                "heads, which do not divide it; choose another number of heads or hidden size"
+                f"heads{'' if unfilled else ','} {rule}; choose another number of heads or hidden size"
             )
-        sibling = next(family for family in FAMILIES if relaxed[0] in family.model_types)
-        return dataclasses.replace(self, family=sibling)
+        return sibling
+
+    def _relaxed(self) -> Shape | None:
+        """The shape under the family's less strict sibling; None without one that can have its tensors."""
+        if self.family.relaxed is None:
+            return None
+        family = next(f for f in FAMILIES if self.family.relaxed[0] in f.model_types)
+        switches = tuple(sorted(set(family.optional.values()))) if self.switches else ()
+        sibling = dataclasses.replace(self, family=family, switches=switches)
+        return sibling if self.block_tensors().keys() <= sibling.block_tensors().keys() else None
 
     def block_parameters(self, layer: int = 0) -> int:
         """Parameters of one decoder block."""

@@ -140,8 +140,8 @@ def _describe(before: Shape, after: Shape, target: Target, context: int) -> dict
         opened, note = after, str(error).removeprefix("note: ")
     if opened.family != before.family:
         note = (
-            f"the config of {before.family.name} refuses heads ({after.heads}) that do not divide the hidden size "
-            f"({after.hidden}): such a checkpoint is written with model_type {opened.family.model_types[0]}"
+            f"transformers refuses a {before.family.name} of hidden size {after.hidden} with {after.heads} heads of "
+            f"{after.head_dim}: such a checkpoint is written with model_type {opened.family.model_types[0]}"
         )
     shares = removed(before, after)
     of = None if target.ratio is None else target.of or "non_embedding"

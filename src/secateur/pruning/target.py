@@ -293,6 +293,7 @@ class Target:
         else:
             assert self.ratio is not None
             after = solve_width(before, self.ratio, self.spaces(method), self.of or "non_embedding", self.step)
+            after = after.openable(where="`axes`")
         return after.switched_on(method.config_switches(after, self.spaces(method)))
 
     def _check_family(self, before: Shape, method: Method, name: str) -> None:

@@ -6,7 +6,30 @@ from dataclasses import replace
 
 from secateur.model.families.family import Family, Site, Tensors
 
-__all__ = ["GEMMA3", "LLAMA", "MISTRAL", "OLMO2", "PHI3", "QWEN2", "QWEN2_VL", "QWEN3"]
+__all__ = [
+    "ARCEE",
+    "ERNIE4_5",
+    "EXAONE4",
+    "GEMMA",
+    "GEMMA2",
+    "GEMMA3",
+    "GRANITE",
+    "HELIUM",
+    "HUNYUAN",
+    "INTERNLM3",
+    "LLAMA",
+    "MINISTRAL",
+    "MINISTRAL3",
+    "MISTRAL",
+    "OLMO",
+    "OLMO2",
+    "OLMO3",
+    "PHI3",
+    "QWEN2",
+    "QWEN3",
+    "SEED_OSS",
+    "SMOLLM3",
+]
 
 _ATTENTION: Tensors = {
     "self_attn.q_proj.weight": ("query", "hidden"),
@@ -34,6 +57,7 @@ _TWO_NORMS: Tensors = {"input_layernorm.weight": ("hidden",), "post_attention_la
 _HEAD_NORMS: Tensors = {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)}
 
 _ATTENTION_SWITCH = dict.fromkeys(_ATTENTION_BIASES, "attention_bias")
+_BIAS_SWITCHES = {**_ATTENTION_SWITCH, **dict.fromkeys(_FFN_BIASES, "mlp_bias")}
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUTPUTS = {
@@ -59,10 +83,78 @@ LLAMA = Family(
     name="llama",
     model_types=("llama",),
     block={**_TWO_NORMS, **_ATTENTION, **_ATTENTION_BIASES, **_FFN, **_FFN_BIASES},
-    optional={**_ATTENTION_SWITCH, **dict.fromkeys(_FFN_BIASES, "mlp_bias")},
+    optional=_BIAS_SWITCHES,
     sites=_LLAMA_SITES,
     heads_divide_hidden=True,
     relaxed=("mistral", "MistralForCausalLM", {"sliding_window": None}),
+)
+
+#: Llama without the rule on hidden size and heads
+_LLAMA_LIKE = replace(LLAMA, heads_divide_hidden=False, relaxed=None)
+
+SMOLLM3 = replace(_LLAMA_LIKE, name="smollm3", model_types=("smollm3",), pattern=4)
+
+# Its factors of embeddings, residuals and attention scores are constants: nothing in them is cut.
+GRANITE = replace(_LLAMA_LIKE, name="granite", model_types=("granite",), logit_divisor="logits_scaling")
+
+SEED_OSS = replace(
+    _LLAMA_LIKE,
+    name="seed_oss",
+    model_types=("seed_oss",),
+    optional={**_BIAS_SWITCHES, "self_attn.o_proj.bias": "attention_out_bias"},
+    derives_head_dim=False,
+)
+
+# Opens as LlamaForCausalLM. One switch for all seven biases, which older files spell `qkv_bias` and `bias`.
+INTERNLM3 = replace(
+    LLAMA,
+    name="internlm3",
+    model_types=("internlm3",),
+    optional=dict.fromkeys(_BIAS_SWITCHES, "attention_bias"),
+    twin_keys={"attention_bias": ("mlp_bias", "qkv_bias", "bias")},
+    derives_head_dim=False,
+)
+
+ERNIE4_5 = replace(
+    _LLAMA_LIKE,
+    name="ernie4_5",
+    model_types=("ernie4_5",),
+    optional=dict.fromkeys(_BIAS_SWITCHES, "use_bias"),
+    derives_head_dim=False,
+)
+
+# The output projection is square. Ernie 4.5 is the same function without that rule, interleaved RoPE included.
+HELIUM = replace(
+    _LLAMA_LIKE,
+    name="helium",
+    model_types=("helium",),
+    block={name: axes for name, axes in LLAMA.block.items() if name != "self_attn.o_proj.bias"},
+    optional={name: switch for name, switch in _BIAS_SWITCHES.items() if name != "self_attn.o_proj.bias"},
+    heads_fill_hidden=True,
+    relaxed=("ernie4_5", "Ernie4_5ForCausalLM", {}),
+    derives_head_dim=False,
+)
+
+_NO_GATE = ("mlp.gate_proj.weight", "mlp.gate_proj.bias")
+
+ARCEE = replace(
+    LLAMA,
+    name="arcee",
+    model_types=("arcee",),
+    block={name: axes for name, axes in LLAMA.block.items() if name not in _NO_GATE},
+    optional={name: switch for name, switch in _BIAS_SWITCHES.items() if name not in _NO_GATE},
+    sites=_pre_norm(_QKV, ("mlp.up_proj",), "post_attention_layernorm"),
+    relaxed=None,
+)
+
+# Its norms have no weights.
+OLMO = replace(
+    _LLAMA_LIKE,
+    name="olmo",
+    model_types=("olmo",),
+    block={**_ATTENTION, **_ATTENTION_BIASES, **_FFN},
+    optional=_ATTENTION_SWITCH,
+    outer={"model.embed_tokens.weight": (None, "hidden"), "lm_head.weight": (None, "hidden")},
 )
 
 MISTRAL = Family(
@@ -72,6 +164,11 @@ MISTRAL = Family(
     sites=_LLAMA_SITES,
 )
 
+MINISTRAL = replace(MISTRAL, name="ministral", model_types=("ministral",))
+
+# Queries grow with their position (`llama_4_scaling_beta` in `rope_parameters`): within a head, so nothing to cut.
+MINISTRAL3 = replace(MISTRAL, name="ministral3", model_types=("ministral3",), derives_head_dim=False)
+
 QWEN2 = Family(
     name="qwen2",
     model_types=("qwen2",),
@@ -79,15 +176,25 @@ QWEN2 = Family(
     sites=_LLAMA_SITES,
 )
 
-QWEN2_VL = replace(QWEN2, name="qwen2_vl", model_types=("qwen2_vl_text", "qwen2_5_vl_text"), heads_span_hidden=True)
-
 QWEN3 = Family(
     name="qwen3",
-    model_types=("qwen3", "qwen3_vl_text"),
+    model_types=("qwen3",),
     block={**_TWO_NORMS, **_ATTENTION, **_HEAD_NORMS, **_ATTENTION_BIASES, **_FFN},
     optional=_ATTENTION_SWITCH,
     sites=_LLAMA_SITES,
     derives_head_dim=False,
+)
+
+HUNYUAN = replace(
+    QWEN3,
+    name="hunyuan_v1_dense",
+    model_types=("hunyuan_v1_dense",),
+    block={
+        **{name: axes for name, axes in QWEN3.block.items() if name not in _HEAD_NORMS},
+        "self_attn.query_layernorm.weight": ("head",),
+        "self_attn.key_layernorm.weight": ("head",),
+    },
+    derives_head_dim=True,
 )
 
 GEMMA3 = Family(
@@ -113,6 +220,26 @@ GEMMA3 = Family(
     pattern=6,
 )
 
+GEMMA2 = replace(
+    GEMMA3,
+    name="gemma2",
+    model_types=("gemma2",),
+    block={name: axes for name, axes in GEMMA3.block.items() if name not in _HEAD_NORMS},
+    pattern=2,
+)
+
+GEMMA = replace(
+    GEMMA2,
+    name="gemma",
+    model_types=("gemma",),
+    block={**_TWO_NORMS, **_ATTENTION, **_ATTENTION_BIASES, **_FFN},
+    sites=_LLAMA_SITES,
+    writers=LLAMA.writers,
+    heads_divide_hidden=False,
+    logit_cap="",
+    pattern=0,
+)
+
 OLMO2 = Family(
     name="olmo2",
     model_types=("olmo2",),
@@ -136,6 +263,18 @@ OLMO2 = Family(
     },
     hidden_sites=("attention_norm", "ffn_norm"),
     writers=_POST_NORMS,
+)
+
+OLMO3 = replace(OLMO2, name="olmo3", model_types=("olmo3",), pattern=4)
+
+# The names of OLMo 2, but norms of queries and keys within each head.
+EXAONE4 = replace(
+    OLMO2,
+    name="exaone4",
+    model_types=("exaone4",),
+    block={n: axes for n, axes in OLMO2.block.items() if n not in _ATTENTION_BIASES} | _HEAD_NORMS,
+    optional={},
+    pattern=4,
 )
 
 PHI3 = Family(

@@ -120,6 +120,9 @@ class Family:
     #: ``{"self_attn.o_proj.bias": "attention_bias"}``
     optional: Mapping[str, str] = field(default_factory=dict)
 
+    #: switch -> config keys that always have its value: ``{"attention_bias": ("mlp_bias",)}`` in InternLM3
+    twin_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
     config_keys: Mapping[str, str] = field(default_factory=lambda: _CONFIG_KEYS)  #: field of Shape -> config key
 
     #: field of Shape -> its value from the config, where no key states it: LFM2's adjusted FFN size
@@ -131,9 +134,9 @@ class Family:
     derives_head_dim: bool = True  #: a missing head size is hidden size / query heads, not a fixed default
     heads_divide_hidden: bool = False  #: the config refuses a hidden size that is no multiple of the query heads
 
-    heads_span_hidden: bool = False  #: the head size is always hidden size / query heads, whatever the config says
+    heads_fill_hidden: bool = False  #: the model has no shape but those with heads * head size = hidden size: Helium
 
-    #: the same function without that rule: its model_type, architecture and extra keys:
+    #: the same function without these rules: its model_type, architecture and extra keys:
     #: ``("mistral", "MistralForCausalLM", {"sliding_window": None})``
     relaxed: tuple[str, str, Mapping[str, object]] | None = None
 

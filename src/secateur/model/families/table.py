@@ -6,12 +6,35 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from secateur.errors import UserError
-from secateur.model.families.dense import GEMMA3, LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN2_VL, QWEN3
+from secateur.model.families import dense
 from secateur.model.families.family import Family
 
 __all__ = ["FAMILIES", "family_of", "plugin_families"]
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN2_VL, QWEN3, GEMMA3, OLMO2, PHI3)
+FAMILIES: tuple[Family, ...] = (
+    dense.LLAMA,
+    dense.MISTRAL,
+    dense.QWEN2,
+    dense.QWEN3,
+    dense.GEMMA3,
+    dense.OLMO2,
+    dense.PHI3,
+    dense.MINISTRAL,
+    dense.MINISTRAL3,
+    dense.SMOLLM3,
+    dense.GRANITE,
+    dense.GEMMA,
+    dense.GEMMA2,
+    dense.OLMO3,
+    dense.EXAONE4,
+    dense.SEED_OSS,
+    dense.INTERNLM3,
+    dense.HELIUM,
+    dense.ERNIE4_5,
+    dense.ARCEE,
+    dense.HUNYUAN,
+    dense.OLMO,
+)
 
 _GROUP = "secateur.families"  #: entry points of packages; each names a Family
 
