@@ -97,7 +97,7 @@ def test_shapes_equal_those_of_transformers(name: str, tmp_path: Path, monkeypat
             continue
         path.write_text(json.dumps({key: value for key, value in complete.items() if key != missing}))
         try:
-            _, config, shape = read_config(path)
+            _, config, shape, _ = read_config(path)
         except UserError:  # such as a default number of heads that does not divide the hidden size
             with pytest.raises(UserError):
                 read_shape(path)

@@ -22,13 +22,15 @@ from torch import Tensor
 
 from secateur.errors import UserError
 from secateur.files import read_json, refuse_pointer, sha256_file, write_json, write_text
-from secateur.model.config_file import leftovers, load_config, read_json_config, unties
+from secateur.model.config_file import WholeConfig, leftovers, load_config, read_json_config, split_config, unties
 from secateur.model.config_spelling import with_old_spelling
 from secateur.model.families import Axis, Family
+from secateur.model.image_text import ImageTextModel
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, stored_masks
 from secateur.model.safetensors_io import CONVERT, Stored, TensorFile, write_order, write_tensors
 from secateur.model.shapes import Shape
 from secateur.model.weight_files import INDEX, SINGLE, WEIGHTS_KEY, model_names, weight_files
+from secateur.model.wrappers import tower_names, wrapper_of
 from secateur.progress import notify_once, track
 from secateur.version import __version__
 
@@ -61,25 +63,25 @@ _QUANTIZED = {
 _OLD_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".masked_bias")
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape]:
-    """Read a config.json of a known family; no weights are needed.
+def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape, WholeConfig | None]:
+    """Read a config.json of a known family, or of an image-text model around one; no weights are needed.
 
     What does not belong to a model with float weights is left out. Weights beside the file decide whether the head is
     the embedding.
 
     Returns:
-        The plain JSON, the configuration object of transformers, and the shape.
+        The plain JSON, the configuration object of transformers, and the shape: of the language model. And what is
+        around it in an image-text model; None in others.
 
     Raises:
         UserError: if the file is missing, transformers refuses it, or its family or sizes are not supported.
     """
-    raw, _ = read_json_config(path)
-    config = load_config(path)
+    raw = without_leftovers(read_json_config(path), str(path))
+    raw, config, whole = split_config(raw, load_config(path))
     shape = Shape.of_config(config, where=str(path))
-    raw = without_leftovers(raw, str(path))
     if unties(path, shape):
         raw, shape = untie(raw, config, shape, str(path))
-    return raw, config, shape
+    return raw, config, shape, whole
 
 
 def without_leftovers(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class Checkpoint:
                 f"{directory}: holds an adapter ({_ADAPTER}), which changes the model's weights; merge it into them "
                 f"(merge_and_unload of peft), or remove {_ADAPTER} if they are merged"
             )
-        self.raw_config, self.config, self.shape = read_config(self.directory / "config.json")
+        self.raw_config, self.config, self.shape, self.whole = read_config(self.directory / "config.json")
         self.family: Family = self.shape.family
         _check_padding(self.config, self.directory)
         self._paths = weight_files(self.directory)
@@ -143,7 +145,12 @@ class Checkpoint:
             files: stored name -> file.
         """
         family = self.family
-        names = model_names(files, {*self.tensors(), family.head}, family.prefix)
+        self.image_text: ImageTextModel | None = None
+        if self.whole:
+            names = tower_names(files, family)
+            self.image_text = ImageTextModel.of(self.whole, files, names, self.shape, str(self.directory))
+        else:
+            names = model_names(files, {*self.tensors(), family.head}, family.prefix)
         if self.shape.tied and family.embedding not in names and family.head in names:  # one matrix, stored as the head
             names[family.embedding] = names[family.head]
         return {name: (files[stored], stored) for name, stored in names.items()}
@@ -232,7 +239,8 @@ class Checkpoint:
     @property
     def pinned_layers(self) -> frozenset[int]:
         """The layers that no depth method may remove."""
-        return frozenset(self.family.pinned(self.config)) if self.family.pinned else frozenset()
+        pinned = self.family.pinned(self.config) if self.family.pinned else ()
+        return frozenset((*pinned, *(self.whole.pinned if self.whole else ())))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -296,22 +304,27 @@ class Checkpoint:
         return content
 
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The whole model in memory, in evaluation mode.
+        """The whole model in memory, in evaluation mode; an image-text model has its own class.
 
         Raises:
             UserError: if transformers cannot build it.
         """
-        from transformers import AutoModelForCausalLM  # takes seconds to import
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # takes seconds to import
 
         with _blame_config(self.directory):
-            return AutoModelForCausalLM.from_pretrained(
-                self.directory,
-                config=copy.deepcopy(self.config),  # without what was left out of the file
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            ).eval()
+            return (
+                (AutoModelForImageTextToText if self.whole else AutoModelForCausalLM)
+                .from_pretrained(
+                    self.directory,
+                    # without what was left out of the file
+                    config=copy.deepcopy(self.whole.config if self.whole else self.config),
+                    dtype=dtype,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                )
+                .eval()
+            )
 
 
 def _open(path: Path) -> TensorFile:
@@ -354,13 +367,18 @@ def skeleton(config: Any, directory: Path) -> PreTrainedModel:
         UserError: naming ``directory``, where the configuration lies, if transformers cannot build it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    _check_padding(config, directory)
+    whole = wrapper_of(config.model_type) is not None
+    _check_padding(config.text_config if whole else config, directory)
     with _blame_config(directory), init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
-        ).eval()
+        if not whole and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            from secateur.model.text_model import TextModel
+
+            return TextModel(copy.deepcopy(config)).eval()
+        auto = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+        return auto.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False).eval()
 
 
 def write_checkpoint(
@@ -389,20 +407,24 @@ def write_checkpoint(
     if count > 1:
         weight_map = {stored.name: name for name, shard in zip(names, shards, strict=True) for stored in shard}
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    write_json(out / "config.json", with_old_spelling(_of_causal_lm(config)))
+    write_json(out / "config.json", _published(config))
     write_json(out / PROVENANCE, {"secateur": __version__, **provenance})
     write_text(out / "README.md", card)
 
 
-def _of_causal_lm(config: dict[str, Any]) -> dict[str, Any]:
+def _published(config: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json for weights under the usual names, of transformers' own class with a head.
 
     A source may have been a base model, or a class with code of its own; vLLM chooses what to run by this key.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
+    classes = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if wrapper_of(config["model_type"]):
+        classes = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        config = {**config, "text_config": with_old_spelling(config["text_config"])}
     rest = {key: value for key, value in config.items() if key not in ("auto_map", WEIGHTS_KEY)}
-    return {**rest, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]}
+    return with_old_spelling({**rest, "architectures": [classes[config["model_type"]]]})
 
 
 def in_write_order(tensors: Iterable[Stored], shard_bytes: int = SHARD_BYTES) -> Iterator[Stored]:

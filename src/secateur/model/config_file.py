@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import UserError
 from secateur.files import read_json
-from secateur.model.families import Family, family_of
+from secateur.model.families import family_of
 from secateur.model.shapes import Shape
 from secateur.model.weight_files import holds_own_head, other_format
+from secateur.model.wrappers import Wrapper, tower_names, wrapper_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["leftovers", "load_config", "read_json_config", "read_shape", "unties"]
+__all__ = ["WholeConfig", "leftovers", "load_config", "read_json_config", "read_shape", "split_config", "unties"]
 
 #: settings of a run, not of a model -> values that change nothing. transformers would obey any other value, and fail
 #: or compute more than is asked of it.
@@ -50,7 +53,86 @@ def leftovers(raw: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def read_json_config(path: Path) -> tuple[dict[str, Any], Family]:
+@dataclass(frozen=True)
+class WholeConfig:
+    """The configuration of an image-text model, beside that of its language model."""
+
+    wrapper: Wrapper
+    raw: dict[str, Any]  #: the content of config.json, with all that its classes fill in
+    config: Any  #: the configuration object of transformers
+
+    def around(self, text: Mapping[str, Any], hidden: int) -> dict[str, Any]:
+        """The content of config.json around another language model.
+
+        Args:
+            text: that of the language model.
+            hidden: its hidden size.
+        """
+        text = {key: value for key, value in text.items() if key != "architectures"}
+        vision = {**self.raw["vision_config"], **dict.fromkeys(self.wrapper.vision_keys, hidden)}
+        tied = bool(text.get("tie_word_embeddings"))
+        return {**self.raw, "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+
+    @property
+    def pinned(self) -> range:
+        """The layers of the language model that features of the vision tower are added to."""
+        key = self.wrapper.deepstack_key
+        return range(len(getattr(self.config.vision_config, key)) if key else 0)
+
+
+def split_config(raw: Mapping[str, Any], config: Any) -> tuple[dict[str, Any], Any, WholeConfig | None]:
+    """The configuration of a language model and that of the image-text model around it, None where there is none.
+
+    Sizes that equal defaults may be missing in ``text_config``, and old files have no ``text_config`` at all: what
+    counts is the object that transformers makes of the file.
+
+    Args:
+        raw: the content of config.json.
+        config: the configuration object; the part of the language model gets the wrapper's ``tie_word_embeddings``.
+    """
+    wrapper = wrapper_of(config.model_type)
+    if wrapper is None:
+        return dict(raw), config, None
+    text: Any = config.text_config
+    text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
+    complete = _complete(config)
+    parts = ("text_config", "vision_config")
+    nested = "text_config" in raw  # old files have the language model's keys at the top
+    top = {key: raw[key] for key in raw if key not in parts and (nested or key in complete or key in _TYPES)}
+    whole = _merge(complete, top)
+    for part in parts:
+        whole[part] = _merge(complete[part], raw.get(part) or {})
+        whole[part]["model_type"] = complete[part]["model_type"]
+    for level in (whole, whole["text_config"]):
+        level["tie_word_embeddings"] = text.tie_word_embeddings
+    return whole["text_config"], text, WholeConfig(wrapper, whole, config)
+
+
+_TYPES = ("dtype", "torch_dtype")  #: names of one key, in releases 5 and 4
+
+
+def _merge(complete: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says, and below it what the configuration's class fills in."""
+    missing = {key: value for key, value in complete.items() if key not in _TYPES or not any(t in raw for t in _TYPES)}
+    return {**missing, **raw}
+
+
+def _complete(config: Any) -> dict[str, Any]:
+    """A configuration as JSON with every key of its class, but those that all classes have at their default."""
+    from transformers import PreTrainedConfig
+
+    common = json.loads(PreTrainedConfig().to_json_string(use_diff=False))
+
+    def part(content: Mapping[str, Any]) -> dict[str, Any]:
+        keys = (
+            key for key in content if not key.startswith("_") and (key not in common or content[key] != common[key])
+        )
+        return {key: part(content[key]) if key.endswith("_config") and content[key] else content[key] for key in keys}
+
+    return part(json.loads(config.to_json_string(use_diff=False)))
+
+
+def read_json_config(path: Path) -> dict[str, Any]:
     """Read a config.json as plain JSON.
 
     Raises:
@@ -63,7 +145,9 @@ def read_json_config(path: Path) -> tuple[dict[str, Any], Family]:
         raise UserError(f"{path}: {key} holds NaN or Infinity, which is no JSON; replace or remove it")
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise UserError(f"{path}: has no model_type; this is no Hugging Face checkpoint")
-    return raw, family_of(raw["model_type"], where=str(path))
+    if wrapper_of(raw["model_type"]) is None:
+        family_of(raw["model_type"], where=str(path))
+    return raw
 
 
 def _is_infinite(value: Any) -> bool:
@@ -80,7 +164,7 @@ def load_config(path: Path) -> PreTrainedConfig:
     """
     from transformers import CONFIG_MAPPING
 
-    raw, _ = read_json_config(path)
+    raw = read_json_config(path)
     dropped = leftovers(raw)
     content = {key: value for key, value in raw.items() if key not in dropped}
     try:
@@ -98,8 +182,8 @@ def read_shape(path: Path) -> tuple[Shape, int | None]:
     Raises:
         UserError: if the file is missing, or is no configuration of a known family.
     """
-    raw, family = read_json_config(path)
-    config: Any = SimpleNamespace(**raw) if _is_complete(raw, family) else load_config(path)
+    raw = read_json_config(path)
+    config: Any = SimpleNamespace(**raw) if _is_complete(raw) else split_config(raw, load_config(path))[1]
     shape = Shape.of_config(config, where=str(path))
     if shape.refused_by_config:
         load_config(path)  # reports it
@@ -110,11 +194,17 @@ def read_shape(path: Path) -> tuple[Shape, int | None]:
 
 def unties(path: Path, shape: Shape) -> bool:
     """Whether weights beside a config.json hold a head of their own, although the file says that there is none."""
-    return shape.tied and path.name == "config.json" and holds_own_head(path.parent, shape.family)
+    if not shape.tied or path.name != "config.json":
+        return False
+    wrapper = wrapper_of(read_json_config(path)["model_type"])
+    return holds_own_head(path.parent, shape.family, tower_names if wrapper else None)
 
 
-def _is_complete(raw: dict[str, Any], family: Family) -> bool:
+def _is_complete(raw: dict[str, Any]) -> bool:
     """Whether every key that a shape depends on is present, with a value of its plain type."""
+    if wrapper_of(raw["model_type"]):
+        return False
+    family = family_of(raw["model_type"], where="")
     numbers = {*family.config_keys.values(), "vocab_size", "max_position_embeddings"}
     if family.derives_head_dim:
         numbers -= {family.config_keys["head_dim"]} - raw.keys()

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint, skeleton, untie, without_leftovers
+from secateur.model.config_file import split_config
 from secateur.model.families import Family, family_of
 from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import cut_config, cut_tensors
 from secateur.model.weight_files import differs
+from secateur.model.wrappers import tower_names
 from secateur.model.zeros import UNMASKED, ZeroCount
 from secateur.progress import notify
 
@@ -52,13 +54,15 @@ class _LiveTensors:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.tensors[name][start:stop].cpu()
 
-    def holds_own_head(self, family: Family) -> bool:
+    def holds_own_head(self, family: Family, within_wrapper: bool) -> bool:
         """Whether the head is neither the embedding nor equal to it."""
-        if family.embedding not in self.tensors or family.head not in self.tensors:
+        names = tower_names(self.tensors, family) if within_wrapper else dict.fromkeys(self.tensors)
+        if family.embedding not in names or family.head not in names:
             return False
-        if self.tensors[family.embedding].data_ptr() == self.tensors[family.head].data_ptr():
+        embedding, head = (names[name] or name for name in (family.embedding, family.head))
+        if self.tensors[embedding].data_ptr() == self.tensors[head].data_ptr():
             return False
-        return differs(self, family.embedding, self, family.head)
+        return differs(self, embedding, self, head)
 
 
 class LiveCheckpoint(Checkpoint):
@@ -84,18 +88,19 @@ class LiveCheckpoint(Checkpoint):
         config.architectures = [type(model).__name__]
         config.dtype = model.dtype
         where = str(self.directory)
-        self.raw_config: dict[str, Any] = without_leftovers(json.loads(config.to_json_string(use_diff=True)), where)
+        raw = without_leftovers(json.loads(config.to_json_string(use_diff=True)), where)
         config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
         config.__dict__.pop("quantization_config", None)
-        self.config = config
+        self.raw_config, self.config, self.whole = split_config(raw, config)
         family_of(self.raw_config["model_type"], where=where)
+        config = self.config
         self.shape = Shape.of_config(config, where=where)
         self.family = self.shape.family
         self._paths = []
         tensors = _LiveTensors({name: tensor.detach() for name, tensor in model.state_dict().items()})
         if any(tensor.is_meta for tensor in tensors.tensors.values()):
             raise UserError(f"`model`: {self.directory} has weights on the meta device; load them first")
-        if self.shape.tied and tensors.holds_own_head(self.family):
+        if self.shape.tied and tensors.holds_own_head(self.family, bool(self.whole)):
             self.raw_config, self.shape = untie(self.raw_config, config, self.shape, where)
         self._places = self._find(dict.fromkeys(tensors.names, tensors))  # type: ignore[arg-type]
         self._check_tensors()
@@ -149,6 +154,8 @@ def cut_model(checkpoint: Checkpoint, plan: Plan) -> PreTrainedModel:
     """Cut a checkpoint to a plan in memory: the model that the written checkpoint would open as, in evaluation mode."""
     from transformers import CONFIG_MAPPING
 
+    if checkpoint.whole and not isinstance(checkpoint, LiveCheckpoint):
+        checkpoint = LiveCheckpoint(checkpoint.load(checkpoint.dtype))  # whose names are those in memory
     raw = cut_config(checkpoint, plan)
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(copy.deepcopy(raw))
     model = skeleton(config, checkpoint.directory)

@@ -35,6 +35,8 @@ class Plan:
         keep_hidden: sorted indices of the kept hidden channels.
         keep_ffn: for each kept layer of the *old* numbering, sorted indices of its kept FFN channels.
         keep_kv: likewise its kept KV heads; the query heads that share a KV head go with it.
+        keep_projector: sorted indices of the kept channels within an image-text model's projector, where its width is
+            the hidden size; None otherwise.
         masks: name of a tensor of the output -> bool of its size, True where kept; empty for a dense output.
         weights: tensor name -> new values of a weight, where a method updates those that stay; not saved with the plan.
         biases: tensor name -> what is added to a bias to make up for removed channels.
@@ -52,6 +54,7 @@ class Plan:
     keep_hidden: Tensor
     keep_ffn: dict[int, Tensor]
     keep_kv: dict[int, Tensor]
+    keep_projector: Tensor | None = None
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     zeroed: int = 0  #: weights that the masks drop
@@ -85,6 +88,8 @@ class Plan:
             return self._end_to_end(axis, layer)
         if axis == "hidden":
             return _unless_all(self.keep_hidden, self.before.hidden)
+        if axis == "projector":
+            return None if self.keep_projector is None else _unless_all(self.keep_projector, self.before.hidden)
         if axis == "ffn":
             return _unless_all(self.keep_ffn[layer], self.before.ffn)
         if axis is None or SPACE_OF.get(axis, axis) != "kv":  # never cut
@@ -157,6 +162,8 @@ class Plan:
     def save(self, directory: Path) -> dict[str, Any]:
         """Write ``plan.json`` and ``plan.safetensors`` into ``directory`` and return the former's content."""
         tensors = {"keep.layers": self.keep_layers, "keep.hidden": self.keep_hidden}
+        if self.keep_projector is not None:
+            tensors["keep.projector"] = self.keep_projector
         for layer in self.keep_layers.tolist():
             tensors |= {f"keep.ffn.{layer}": self.keep_ffn[layer], f"keep.kv.{layer}": self.keep_kv[layer]}
         tensors |= {f"bias.{name}": bias.float() for name, bias in self.biases.items()}

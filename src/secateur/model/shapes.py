@@ -172,7 +172,9 @@ class Shape:
 
     @property
     def refused_by_config(self) -> bool:
-        """Whether the family's own config refuses this shape: heads that do not divide the hidden size."""
+        """Whether the family's own config or class refuses this shape: heads that do not divide the hidden size."""
+        if self.family.heads_span_hidden and self.family.relaxed is None:
+            return self.hidden != self.heads * self.head_dim
         return self.family.heads_divide_hidden and self.hidden % self.heads != 0
 
     def openable(self, *, where: str) -> Shape:
@@ -181,17 +183,21 @@ class Shape:
         Raises:
             UserError: if there is none.
         """
-        unfilled = self.family.heads_fill_hidden and self.heads * self.head_dim != self.hidden
-        if not (self.refused_by_config or unfilled):
+        outgrown = self.family.heads_span_hidden and self.hidden != self.heads * self.head_dim
+        if not (self.refused_by_config or outgrown):
             return self
-        sibling = self._relaxed()
-        if sibling is None:
-            rule = f"of {self.head_dim} channels, which do not add up to it" if unfilled else "which do not divide it"
+        if (sibling := self._relaxed()) is not None:
+            return sibling
+        if outgrown:
             raise UserError(
-                f"{where}: transformers refuses a {self.family.name} of hidden size {self.hidden} with {self.heads} "
-                f"heads{'' if unfilled else ','} {rule}; choose another number of heads or hidden size"
+                f"{where}: a {self.family.name} has heads of hidden size / heads, so {self.heads} heads of "
+                f"{self.head_dim} channels go with a hidden size of {self.heads * self.head_dim}, not {self.hidden}; "
+                "cut hidden channels and KV heads alike"
             )
-        return sibling
+        raise UserError(
+            f"{where}: transformers refuses a {self.family.name} of hidden size {self.hidden} with {self.heads} "
+            "heads, which do not divide it; choose another number of heads or hidden size"
+        )
 
     def _relaxed(self) -> Shape | None:
         """The shape under the family's less strict sibling; None without one that can have its tensors."""

@@ -29,9 +29,18 @@ _ROWS = 4096  # of the embedding or the head at once
 def cut_tensors(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None = None) -> Iterator[Stored]:
     """Yield each tensor as the plan cuts it, under the new layer numbers; it is read when it is written.
 
+    An image-text model's tensors have their names in its file.
+
     Args:
         zeros: counts the zeros that stay in the output without a mask, and weights that the checkpoint's masks drop.
     """
+    tower = _cut_tower(checkpoint, plan, zeros)
+    around = checkpoint.image_text
+    return around.tensors(tower, lambda axis: plan.indices(axis, -1)) if around else tower
+
+
+def _cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None) -> Iterator[Stored]:
+    """The tensors of the language model, cut."""
     family = checkpoint.family
     for name, axes in checkpoint.outer_tensors().items():
         size, dtype = plan.after.tensor_size(axes), checkpoint.dtype_of(name)
@@ -195,6 +204,8 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         model_type, architecture, besides = plan.before.family.relaxed
         config |= {"model_type": model_type, "architectures": [architecture], **besides}
     try:
+        if checkpoint.whole:
+            config = checkpoint.whole.around(config, plan.after.hidden)
         CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

@@ -6,7 +6,7 @@ torch is imported only to compare a head with an embedding.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +96,23 @@ def model_names(stored: Iterable[str], expected: Collection[str], prefix: str) -
     return names
 
 
-def holds_own_head(directory: Path, family: Family) -> bool:
+def holds_own_head(
+    directory: Path, family: Family, names_of: Callable[[Iterable[str], Family], dict[str, str]] | None = None
+) -> bool:
     """Whether a checkpoint stores a head that differs from its embedding; False if its weights cannot be read.
 
     transformers then keeps both, even where the configuration says that they are one.
+
+    Args:
+        names_of: maps the names of a model's tensors to those stored; None for :func:`model_names`.
     """
     try:
         places = {name: path for path in weight_files(directory) for name in _stored_names(path)}
     except (UserError, OSError, ValueError):
         return False
-    names = model_names(places, (family.embedding, family.head), family.prefix)
+    names = (
+        names_of(places, family) if names_of else model_names(places, (family.embedding, family.head), family.prefix)
+    )
     if family.embedding not in names or family.head not in names:
         return False
     from safetensors import SafetensorError

@@ -25,6 +25,7 @@ from secateur.model.checkpoint import is_finite
 from secateur.model.shapes import Shape
 from secateur.progress import notify
 from secateur.pruning.layer_choice import LayerPattern, choose_run, choose_single_layers
+from secateur.pruning.projector import keep_projector
 from secateur.pruning.target import Target
 
 __all__ = ["score_and_select"]
@@ -93,7 +94,7 @@ def _decide_removals(
 
 
 def _removable(walk: BlockWalk, candidates: int, length: int, choices: int) -> list[int]:
-    """The candidates, runs of ``length`` layers by their first, that hold no layer which later ones read.
+    """The candidates, runs of ``length`` layers by their first, that hold no layer which has to stay.
 
     Raises:
         UserError: if they are fewer than ``choices``.
@@ -102,8 +103,8 @@ def _removable(walk: BlockWalk, candidates: int, length: int, choices: int) -> l
     free = [first for first in range(candidates) if pinned.isdisjoint(range(first, first + length))]
     if choices > len(free):
         raise UserError(
-            f"{plural(choices * length, 'layer')} to remove, but later layers read what "
-            f"{plural(len(pinned), 'layer')} compute, so that these stay; remove less"
+            f"{plural(choices * length, 'layer')} to remove, but {plural(len(pinned), 'layer')} stay, since later "
+            "layers read what they compute, or features of images are added behind them; remove less"
         )
     return free
 
@@ -121,8 +122,8 @@ def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape, pattern: 
     removable, count = torch.isfinite(scores), layers - after.layers
     if count > int(removable.sum()):
         raise UserError(
-            f"{plural(count, 'layer')} to remove, but all but {int(removable.sum())} are spared, by the method or "
-            "because later layers read what they compute; spare fewer or remove less"
+            f"{plural(count, 'layer')} to remove, but all but {int(removable.sum())} are spared: by the method, "
+            "because later layers read what they compute, or for images; spare fewer or remove less"
         )
     choice = choose_single_layers(scores, count, pattern)
     keep = _complement(layers, set(choice.layers))
@@ -270,6 +271,7 @@ def _width_decision(
     fields: Decision = {"after": after, "scores": dict(scores), "summary": summary, "biases": biases}
     if "hidden" in keep:
         fields["keep_hidden"] = keep["hidden"]
+        fields |= keep_projector(walk.checkpoint, keep["hidden"], after.hidden)
     for space in ("ffn", "kv"):
         layers = {int(n.partition(".")[2]): k for n, k in keep.items() if n.startswith(f"{space}.")}
         if layers:

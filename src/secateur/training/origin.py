@@ -183,5 +183,10 @@ def open_origin(request: TrainRequest, dtype: str) -> Origin:
     directory = directory.parent if directory.name == "config.json" else local_checkpoint(request.like, weights=False)
     if not (directory / "config.json").is_file():
         raise UserError(f"`like`: {request.like} has no config.json; name a checkpoint or its config.json")
-    raw, config, shape = read_config(directory / "config.json")
+    raw, config, shape, whole = read_config(directory / "config.json")
+    if whole:
+        raise UserError(
+            f"`like`: {request.like} is an image-text model, and its vision tower is not drawn anew; name a language "
+            "model, or train these weights with `init`"
+        )
     return Origin(directory, raw, config, shape, None, stored_masks(directory), directory, *types)

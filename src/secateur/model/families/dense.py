@@ -26,6 +26,7 @@ __all__ = [
     "OLMO3",
     "PHI3",
     "QWEN2",
+    "QWEN2_VL",
     "QWEN3",
     "SEED_OSS",
     "SMOLLM3",
@@ -130,7 +131,7 @@ HELIUM = replace(
     model_types=("helium",),
     block={name: axes for name, axes in LLAMA.block.items() if name != "self_attn.o_proj.bias"},
     optional={name: switch for name, switch in _BIAS_SWITCHES.items() if name != "self_attn.o_proj.bias"},
-    heads_fill_hidden=True,
+    heads_span_hidden=True,
     relaxed=("ernie4_5", "Ernie4_5ForCausalLM", {}),
     derives_head_dim=False,
 )
@@ -176,9 +177,11 @@ QWEN2 = Family(
     sites=_LLAMA_SITES,
 )
 
+QWEN2_VL = replace(QWEN2, name="qwen2_vl", model_types=("qwen2_vl_text", "qwen2_5_vl_text"), heads_span_hidden=True)
+
 QWEN3 = Family(
     name="qwen3",
-    model_types=("qwen3",),
+    model_types=("qwen3", "qwen3_vl_text"),
     block={**_TWO_NORMS, **_ATTENTION, **_HEAD_NORMS, **_ATTENTION_BIASES, **_FFN},
     optional=_ATTENTION_SWITCH,
     sites=_LLAMA_SITES,

@@ -134,7 +134,7 @@ class Family:
     derives_head_dim: bool = True  #: a missing head size is hidden size / query heads, not a fixed default
     heads_divide_hidden: bool = False  #: the config refuses a hidden size that is no multiple of the query heads
 
-    heads_fill_hidden: bool = False  #: the model has no shape but those with heads * head size = hidden size: Helium
+    heads_span_hidden: bool = False  #: heads * head size is always the hidden size, whatever the config says
 
     #: the same function without these rules: its model_type, architecture and extra keys:
     #: ``("mistral", "MistralForCausalLM", {"sliding_window": None})``

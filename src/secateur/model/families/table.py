@@ -15,6 +15,7 @@ FAMILIES: tuple[Family, ...] = (
     dense.LLAMA,
     dense.MISTRAL,
     dense.QWEN2,
+    dense.QWEN2_VL,
     dense.QWEN3,
     dense.GEMMA3,
     dense.OLMO2,

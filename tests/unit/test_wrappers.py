@@ -1,0 +1,162 @@
+"""Image-text models: the language model is pruned, and the whole gives what the whole with silenced parts gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from helpers import windows
+from reference import silenced
+from secateur import prune
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.plan import Plan
+from secateur.model.wrappers import WRAPPERS
+from secateur.pruning.job import Pruned
+from wrapper_models import WRAPPER_CONFIGS, Tower, image_inputs, image_logits, opened_wrapper, tiny_wrapper
+
+KINDS: dict[str, dict[str, Any]] = {
+    "depth": {"method": "shortgpt", "ratio": 0.4},
+    "width": {"method": "minitron-width", "shape": "hidden=32,ffn=48,kv_heads=2"},
+    "ffn": {"method": "flap", "ratio": 0.2, "axes": "ffn", "options": {"bias": "none"}},
+    "sparse": {"method": "wanda", "ratio": 0.5},
+}
+
+#: tensors outside the language model that a cut of the hidden axis changes, by the end of their names
+_FOLLOWERS = {
+    "gemma3": ("mm_input_projection_weight",),
+    **dict.fromkeys(("mistral3", "internvl", "llava"), ("linear_1.weight", "linear_2.weight")),
+    "llava_next": ("linear_1.weight", "linear_2.weight", "image_newline"),
+    "smolvlm": ("modality_projection.proj.weight",),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), ("merger.mlp.2.weight", "merger.mlp.2.bias")),
+    "qwen3_vl": tuple(
+        f"{merger}.linear_fc2.{kind}"
+        for merger in ("visual.merger", "deepstack_merger_list.0", "deepstack_merger_list.1")
+        for kind in ("weight", "bias")
+    ),
+}
+for _name in ("internvl", "llava", "llava_next"):
+    _FOLLOWERS[_name] += ("linear_1.bias", "linear_2.bias")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A wrapper and what pruning made of it."""
+
+    name: str
+    source: Path
+    result: Pruned
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Cut]]:
+    root = tmp_path_factory.mktemp("wrappers")
+    ids = windows(4, 12)
+    done = {}
+    for name in WRAPPER_CONFIGS:
+        source = tiny_wrapper(root, name)
+        for kind, request in KINDS.items():
+            done[name, kind] = Cut(name, source, prune(source, root / f"{name}-{kind}", calibration=ids, **request))
+    yield done
+
+
+def test_every_row_is_here() -> None:
+    assert {name for row in WRAPPERS for name in row.model_types} == set(WRAPPER_CONFIGS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", WRAPPER_CONFIGS)
+def test_image_and_text_give_the_logits_of_the_silenced_whole(
+    cuts: dict[tuple[str, str], Cut], name: str, kind: str
+) -> None:
+    cut = cuts[name, kind]
+    inputs = image_inputs(name)
+    expected = image_logits(silenced_wrapper(opened_wrapper(cut.source), cut.result.plan), inputs)
+    assert float(expected.std()) > 0.1
+    torch.testing.assert_close(image_logits(opened_wrapper(cut.result.path), inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def silenced_wrapper(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The whole image-text model, with what the plan drops silenced."""
+    gone = sorted(set(range(plan.before.hidden)) - set(plan.keep_hidden.tolist()))
+    decoder: nn.Module = model.get_decoder()
+
+    def silence_images(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def silence(states: Tensor) -> Tensor:
+            return states.index_fill(-1, torch.tensor(gone, dtype=torch.int64), 0.0)
+
+        features = kwargs.get("deepstack_visual_embeds")
+        changes: dict[str, Any] = {"inputs_embeds": silence(kwargs["inputs_embeds"])}
+        if features is not None:
+            changes["deepstack_visual_embeds"] = [silence(states) for states in features]
+        return args, kwargs | changes
+
+    decoder.register_forward_pre_hook(silence_images, with_kwargs=True)
+    if plan.keep_projector is not None:
+        inner = torch.tensor(sorted(set(range(plan.before.hidden)) - set(plan.keep_projector.tolist())))
+        projector: Any = model.get_submodule("model.multi_modal_projector")
+        projector.linear_2.register_forward_pre_hook(lambda _, args: (args[0].index_fill(-1, inner, 0.0),))
+    silenced(Tower(model), plan)  # type: ignore[arg-type]
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", WRAPPER_CONFIGS)
+def test_the_vision_tower_is_copied(cuts: dict[tuple[str, str], Cut], name: str, kind: str) -> None:
+    cut = cuts[name, kind]
+    before, after = (load_file(path / "model.safetensors") for path in (cut.source, cut.result.path))
+    around = Checkpoint(cut.source).image_text
+    assert around is not None
+    changed = {name for name in around.outside if not _same_bytes(before[name], after[name])}
+    followers = {n for n in around.outside if n.endswith(_FOLLOWERS[name])} if kind == "width" else set()
+    assert changed == followers
+    assert len(after) - len(before) <= 0  # no tensor is new
+
+
+def _same_bytes(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and first.shape == second.shape and bool((first == second).all())
+
+
+def test_a_fresh_process_opens_each_by_its_own_class(cuts: dict[tuple[str, str], Cut], tmp_path: Path) -> None:
+    """Without secateur, from config.json alone, and with the logits that this process computes."""
+    rows = {}
+    for (name, kind), cut in cuts.items():
+        inputs = image_inputs(name)
+        inputs["logits"] = image_logits(opened_wrapper(cut.result.path), inputs)
+        torch.save(inputs, tmp_path / f"{name}-{kind}.pt")
+        rows[f"{name}-{kind}"] = str(cut.result.path)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    code = """
+import json, sys, torch, transformers
+folder = sys.argv[1]
+for name, path in json.load(open(f"{folder}/rows.json")).items():
+    inputs = torch.load(f"{folder}/{name}.pt", weights_only=True)
+    logits = inputs.pop("logits")
+    (architecture,) = json.load(open(f"{path}/config.json"))["architectures"]
+    model = getattr(transformers, architecture).from_pretrained(path).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, use_cache=False).logits, logits), name
+assert not any(name.startswith("secateur") for name in sys.modules)
+print("equal")
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "equal", run.stderr[-2000:]
+
+
+def test_layers_with_deepstack_features_stay(cuts: dict[tuple[str, str], Cut], tmp_path: Path) -> None:
+    """Random scores would remove one of the first two layers in most draws."""
+    source = cuts["qwen3_vl", "depth"].source
+    for seed in range(4):
+        result = prune(source, tmp_path / str(seed), method="random-depth", ratio=0.6, options={"seed": seed})
+        assert {0, 1} <= set(result.plan.keep_layers.tolist())
