@@ -10,6 +10,8 @@ from secateur.evaluation.cost import sparsity
 from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import Checkpoint, is_finite, max_positions
 from secateur.model.description import describe_shape, flops_context
+from secateur.model.layer_pattern import layer_kinds
+from secateur.model.runtimes import Support, Traits, check_runtimes
 from secateur.model.shapes import Shape
 from secateur.progress import track
 
@@ -41,10 +43,12 @@ class Inspection:
     dtype: str
     digest: str  #: SHA-256 of weights and configuration
     provenance: dict[str, Any] | None  #: content of secateur.json; None for a checkpoint of other origin
+    runs_in: tuple[Support, ...]  #: what is known of each runtime and this checkpoint
 
     def record(self) -> dict[str, Any]:
         """Plain values, as ``secateur inspect --json`` prints them."""
         content = {key: value for key, value in vars(self).items() if key not in ("shape", "context")}
+        content["runs_in"] = [support.record() for support in self.runs_in]
         return {"model": content.pop("model"), **describe_shape(self.shape, self.context), **content}
 
 
@@ -60,6 +64,7 @@ def inspect_checkpoint(request: InspectRequest) -> Inspection:
         sparsity=sparsity(checkpoint),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         digest=checkpoint.digest,
+        runs_in=check_runtimes(Traits(checkpoint.shape, layer_kinds(checkpoint.config))),
     )
 
 

@@ -25,12 +25,13 @@ from secateur.model.checkpoint import Checkpoint
 from secateur.model.companions import vocabulary_files
 from secateur.model.live import LiveCheckpoint, cut_model
 from secateur.model.plan import Plan, load_masks
+from secateur.model.runtimes import Support
 from secateur.model.shapes import Shape
 from secateur.progress import notify
 from secateur.pruning.calibration import Calibration, read_calibration, save_tokenizer
 from secateur.pruning.learned_job import prune_learned
 from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory
-from secateur.pruning.pipeline import make_plan, removed_shares, write_pruned
+from secateur.pruning.pipeline import make_plan, removed_shares, runtimes_of, write_pruned
 from secateur.pruning.request import RESUME_LABELS, PruneRequest
 from secateur.pruning.target import Target
 from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
@@ -49,6 +50,7 @@ class Pruned:
     plan: Plan  #: kept layers, channels and heads, masks and scores
     fingerprint: str  #: of the plan
     use: ResourceUse = field(default_factory=ResourceUse)  #: time and memory of the whole run
+    runs_in: tuple[Support, ...] = ()  #: what is known of each runtime and this checkpoint
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -76,7 +78,7 @@ class Pruned:
 
     def record(self) -> dict[str, Any]:
         """Plain values, as ``secateur prune --json`` prints them."""
-        return {"out": str(self.path), **_report(self.plan), "plan": self.fingerprint}
+        return {"out": str(self.path), **_report(self.plan, self.runs_in), "plan": self.fingerprint}
 
     @property
     def family_change(self) -> str | None:
@@ -84,8 +86,8 @@ class Pruned:
         return family_change(self.plan.before, self.plan.after)
 
 
-def _report(plan: Plan) -> dict[str, Any]:
-    """What a plan asked for and reached, as plain values."""
+def _report(plan: Plan, runs_in: Sequence[Support]) -> dict[str, Any]:
+    """What a plan asked for and reached, and where it runs, as plain values."""
     return {
         "method": plan.method,
         "asked": plan.request,
@@ -94,6 +96,7 @@ def _report(plan: Plan) -> dict[str, Any]:
         "family": plan.after.family.name,
         "calibration": plan.calibration,
         "summary": plan.summary,
+        "runs_in": [support.record() for support in runs_in],
     }
 
 
@@ -126,7 +129,7 @@ def prune_model(request: PruneRequest) -> PreTrainedModel:
     model: Any = cut_model(checkpoint, plan)
     if isinstance(checkpoint, LiveCheckpoint):
         model = model.to(checkpoint.model.device)
-    model.plan, model.masks, model.report = plan, dict(plan.masks), _report(plan)
+    model.plan, model.masks, model.report = plan, dict(plan.masks), _report(plan, runtimes_of(checkpoint, plan))
     return model
 
 
@@ -153,7 +156,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     ancestry = Ancestry.read(checkpoint.directory, repository_of(request.model, checkpoint.directory))
     _check_tokenizer(checkpoint, request)
     if isinstance(request.prototype, LearnedMethod):
-        results = _results(*prune_learned(request, checkpoint, ancestry, outputs, device))
+        results = _results(checkpoint, *prune_learned(request, checkpoint, ancestry, outputs, device))
         upload(out, request.push_to_hub)
         return results
     calibration = _calibration(request, checkpoint)
@@ -190,7 +193,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
             save_tokenizer(request, fresh / name)
             done.append((out / name, plan, content))
     upload(out, request.push_to_hub)
-    return _results(done, use)
+    return _results(checkpoint, done, use)
 
 
 def _plan(
@@ -208,12 +211,14 @@ def _plan(
     return make_plan(checkpoint, request.method, target, calibration, **fields)
 
 
-def _results(done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: ResourceUse) -> list[Pruned]:
+def _results(
+    checkpoint: Checkpoint, done: Sequence[tuple[Path, Plan, dict[str, Any]]], use: ResourceUse
+) -> list[Pruned]:
     results = []
     for path, plan, content in done:
         masks = load_masks(path) if plan.masks else {}  # the journal that the plan's masks were views of is gone
         plan = dataclasses.replace(plan, masks=masks, weights={})
-        results.append(Pruned(path, plan, content["fingerprint"], use))
+        results.append(Pruned(path, plan, content["fingerprint"], use, runtimes_of(checkpoint, plan)))
     return results
 
 

@@ -21,7 +21,9 @@ from secateur.methods.registry import get_method
 from secateur.model.card import Ancestry, family_change, model_card, short_source
 from secateur.model.checkpoint import Checkpoint, write_checkpoint
 from secateur.model.companions import copy_companions
+from secateur.model.layer_pattern import layer_kinds
 from secateur.model.plan import Plan
+from secateur.model.runtimes import Support, Traits, check_runtimes, describe_runtimes
 from secateur.model.shapes import Shape
 from secateur.model.surgery import carry_masks, cut_config, cut_tensors
 from secateur.model.zeros import UNMASKED, ZeroCount
@@ -33,7 +35,7 @@ from secateur.pruning.scoring import score_and_select
 from secateur.pruning.target import Target, describe_target
 from secateur.runtime import pick_batch
 
-__all__ = ["check_config", "make_plan", "removed_shares", "scores_identity", "write_pruned"]
+__all__ = ["check_config", "make_plan", "removed_shares", "runtimes_of", "scores_identity", "write_pruned"]
 
 
 def make_plan(
@@ -190,6 +192,13 @@ def removed_shares(plan: Plan) -> dict[str, Any]:
     return {"asked": ratio, "of": of, **shares, "drift": None if ratio is None else shares[of or ""] - ratio}
 
 
+def runtimes_of(checkpoint: Checkpoint, plan: Plan) -> tuple[Support, ...]:
+    """Which runtimes compute what the plan makes of a checkpoint."""
+    kinds = layer_kinds(checkpoint.config)
+    kinds = tuple(kinds[layer] for layer in plan.keep_layers.tolist()) if kinds else ()
+    return check_runtimes(Traits(plan.after, kinds, plan.before))
+
+
 def write_pruned(
     checkpoint: Checkpoint, plan: Plan, out: Path, *, ancestry: Ancestry | None = None, repository: str | None = None
 ) -> dict[str, Any]:
@@ -224,7 +233,11 @@ def write_pruned(
         card=model_card(
             f"{ancestry.subject(plan.before)}, pruned with {plan.method}",
             ancestry,
-            [*_describe_pruning(plan, share), *([f"- family: {change}"] if change else [])],
+            [
+                *_describe_pruning(plan, share),
+                *([f"- family: {change}"] if change else []),
+                f"- runs in: {describe_runtimes(runtimes_of(checkpoint, plan), sparse=bool(plan.masks))}",
+            ],
             tags=("pruning", plan.method),
             repository=repository,
         ),

@@ -17,6 +17,7 @@ __all__ = ["inspect", "shapes"]
 def inspect(arguments: Namespace) -> Answer:
     """``secateur inspect DIR``."""
     from secateur.evaluation.inspection import InspectRequest, inspect_checkpoint
+    from secateur.model.runtimes import describe_runtimes
 
     inspection = inspect_checkpoint(request_of(InspectRequest, arguments))
     shape, context, provenance = inspection.shape, inspection.context, inspection.provenance
@@ -34,6 +35,7 @@ def inspect(arguments: Namespace) -> Answer:
         f"KV cache     {shape.kv_cache_bytes:,} bytes a token at 16 bits",
         f"digest       {inspection.digest}",
         f"provenance   {origin}",
+        f"runs in      {describe_runtimes(inspection.runs_in, sparse=inspection.sparsity >= 0.01)}",
     ]
     if broken := inspection.not_finite:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur import distributed
 from secateur.cli.verbs.answer import Answer, request_of
-from secateur.errors import UserError
+from secateur.errors import UserError, spell
 from secateur.formatting import byte_size, percent, plural, points
 from secateur.progress import clock_time
 from secateur.pruning.request import PruneRequest
@@ -37,7 +37,7 @@ def prune(arguments: Namespace) -> Answer:
     text = f"{clock_time(use.seconds)}" + (f", at most {byte_size(use.memory)} of memory" if use.memory else "")
     text += f", {byte_size(use.device)} on the device" if use.device is not None else ""
     text += f" (the first of {used['processes']} processes)" if used["processes"] > 1 else ""
-    lines = [line for output in outputs for line in [*_describe(output), ""]]
+    lines = [spell(line, arguments.spelling) for output in outputs for line in [*_describe(output), ""]]
     lines[-1] = f"used         {text}"
     lines.append(f"next         secateur eval {outputs[0].path} --data text:FILE")
     return answer, "\n".join(lines), 0
@@ -72,6 +72,7 @@ def _read_options(pairs: Sequence[str]) -> dict[str, str]:
 
 def _describe(output: Pruned) -> list[str]:
     """The lines about one output."""
+    from secateur.model.runtimes import describe_runtimes
     from secateur.pruning.pipeline import removed_shares
     from secateur.pruning.target import describe_target
 
@@ -90,7 +91,8 @@ def _describe(output: Pruned) -> list[str]:
     drift: Any = removed_shares(plan)["drift"]
     if drift is not None:
         lines.append(f"drift        {points(drift)} points from the ratio asked")
-    return [*lines, f"calibration  {_describe_calibration(output)}"]
+    runs_in = describe_runtimes(output.runs_in, sparse=bool(plan.masks))
+    return [*lines, f"calibration  {_describe_calibration(output)}", f"runs in      {runs_in}"]
 
 
 def _describe_calibration(output: Pruned) -> str:

@@ -1,0 +1,232 @@
+"""Which runtimes compute a checkpoint: one table, read with the checkpoint's shape and layer kinds alone.
+
+Each row is of one runtime, at the version that it was checked with: the families that gave the logits of transformers,
+and rules for checkpoints that do not, each with its reason and the remedy. A checkpoint that no check covers is
+reported as not checked. `benchmarks/runtimes.py` makes the checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from secateur.model.layer_pattern import Kinds, follows_period
+from secateur.model.shapes import BLOCK, Shape
+
+__all__ = ["Support", "Traits", "check_runtimes", "describe_runtimes"]
+
+UNEVEN = "heads * head_dim is not hidden"
+ANY = frozenset({"*"})  #: all traits
+_FLOAT_BLOCK = 32  #: weights of a row that every quantisation of llama.cpp takes together
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What decides whether a runtime computes a checkpoint.
+
+    Attributes:
+        kinds: of its layers (:func:`secateur.model.layer_pattern.layer_kinds`).
+        before: the shape that was cut; None where that is not known.
+    """
+
+    shape: Shape
+    kinds: Kinds = ()
+    before: Shape | None = None
+
+    @cached_property
+    def unusual(self) -> frozenset[str]:
+        """Traits that a runtime may not know: ``UNEVEN``, and config keys that switch optional tensors on."""
+        shape = self.shape
+        return frozenset({*shape.switches, *([UNEVEN] if shape.heads * shape.head_dim != shape.hidden else [])})
+
+    @property
+    def breaks_period(self) -> bool:
+        """Whether layers have other kinds than the period of the family gives them."""
+        period = self.shape.family.pattern
+        return bool(period and self.kinds) and not follows_period(self.kinds, period)
+
+    @property
+    def rows(self) -> list[int]:
+        """The lengths of the rows of the blocks' matrices."""
+        return sorted({size[-1] for size in self.shape.linear_sizes().values()})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A reason why a runtime does not compute a checkpoint; ``families`` is empty for all."""
+
+    families: tuple[str, ...]
+    applies: Callable[[Traits], bool]
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A row of the table.
+
+    Attributes:
+        version: that it was checked with; empty for one that was not.
+        runs: family -> the unusual traits with which it gives the right logits; ``"*"`` stands for every family.
+        rules: the first that applies decides, before ``runs``.
+        quantises: whether rows of weights are quantised in blocks of 32 or 256.
+    """
+
+    name: str
+    version: str = ""
+    runs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    quantises: bool = False
+
+
+@dataclass(frozen=True)
+class Support:
+    """What is known of one runtime and one checkpoint."""
+
+    runtime: str
+    version: str
+    runs: Literal["yes", "no", "not checked"]
+    reason: str = ""  #: of a no or of a limit
+    remedy: str = ""  #: what avoids it; fields of a prune request in backticks
+    quantisation: str = ""  #: of llama.cpp: ``K-quants``, ``no K-quants`` or ``none``
+
+    def record(self) -> dict[str, Any]:
+        """Plain values; empty ones are left out."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value or key == "version"}
+
+
+def _has(trait: str) -> Callable[[Traits], bool]:
+    return lambda traits: trait in traits.unusual
+
+
+_OTHER_WIDTH = "`axes` ffn, or a depth method"
+_NO_BIAS = "flap: `options` bias=none"
+_PERIOD = "layer kinds are derived from layer numbers, so that logits differ without an error"
+_KEEP = "`keep_pattern`"
+_SQUARE = "heads * head_dim is taken for the hidden size"
+
+RUNTIMES: tuple[Runtime, ...] = (
+    Runtime("transformers", "5.23", {"*": ANY}),
+    Runtime(  # with the converter of llama-cpp-python 0.3.36
+        "llama.cpp",
+        "b9190",
+        {
+            "llama": ANY,
+            "mistral": ANY,
+            "qwen2": frozenset(),
+            "qwen3": frozenset({UNEVEN}),
+            "gemma3": frozenset({UNEVEN}),
+            "olmo2": frozenset(),
+            "phi3": frozenset(),
+        },
+        (
+            Rule((), lambda traits: traits.breaks_period, _PERIOD, _KEEP),
+            Rule(
+                ("gemma3",),
+                lambda traits: bool(traits.kinds) and not any(traits.kinds),
+                "no layer has full attention, where it stops",
+                "keep 6 layers or more",
+            ),
+            Rule(("qwen2", "olmo2", "phi3"), _has(UNEVEN), _SQUARE, _OTHER_WIDTH),
+            Rule(("qwen3", "gemma3", "olmo2"), _has("attention_bias"), "biases of attention are not read", _NO_BIAS),
+        ),
+        quantises=True,
+    ),
+    Runtime(
+        "mlx-lm",
+        "0.32.2",
+        {
+            "llama": ANY,
+            "mistral": ANY,
+            "qwen2": frozenset(),
+            "qwen3": frozenset({UNEVEN}),
+            "gemma3": frozenset({UNEVEN}),
+            "olmo2": ANY,
+            "phi3": frozenset(),
+        },
+        (
+            Rule(("gemma3",), lambda traits: traits.breaks_period, _PERIOD, _KEEP),
+            Rule(("qwen2", "phi3"), _has(UNEVEN), _SQUARE, _OTHER_WIDTH),
+            Rule(("qwen3", "gemma3"), _has("attention_bias"), "biases of attention are not read", _NO_BIAS),
+        ),
+    ),
+    Runtime("vLLM"),
+    Runtime(  # it runs what torch.onnx traces, so that traits make no difference
+        "ONNX Runtime",
+        "1.32",
+        dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3", "olmo2", "phi3"), ANY),
+    ),
+    Runtime(
+        "CTranslate2",
+        "4.8.5",
+        {"llama": frozenset(), "mistral": ANY, "qwen2": frozenset(), "qwen3": ANY},
+        (
+            Rule(("llama", "qwen2"), _has(UNEVEN), "head_dim is not read, and hidden / heads taken for it", _OTHER_WIDTH),
+            Rule(("olmo2",), lambda _: True, "no converter for OLMo 2", ""),
+        ),
+    ),
+)
+
+_ZEROS = (
+    "zeros are for research: they are stored and multiplied as any weight, dense runtimes gain nothing (1.0x, "
+    "measured), and vLLM, torchao and llm-compressor have removed their 2:4 kernels"
+)
+
+
+def check_runtimes(traits: Traits) -> tuple[Support, ...]:
+    """Read the table: one entry for each runtime."""
+    return tuple(_check(runtime, traits) for runtime in RUNTIMES)
+
+
+def describe_runtimes(supports: Sequence[Support], *, sparse: bool) -> str:
+    """Describe where a checkpoint runs in one line; ``sparse``: with what its zeros are worth."""
+    titles = {s: f"{s.runtime} {s.version}".strip() for s in supports}
+    reasons: dict[str, list[str]] = {}
+    for support in supports:
+        if support.runs == "no":
+            reasons.setdefault(f"{support.reason}{_instead(support)}", []).append(titles[support])
+    unchecked = [s.runtime for s in supports if s.runs == "not checked"]
+    parts = [
+        ", ".join(titles[s] + _limits(s) for s in supports if s.runs == "yes"),
+        *(f"not in {' and '.join(names)} ({reason})" for reason, names in reasons.items()),
+        *([f"not checked: {', '.join(unchecked)}"] if unchecked else []),
+        *([_ZEROS] if sparse else []),
+    ]
+    return "; ".join(parts)
+
+
+def _check(runtime: Runtime, traits: Traits) -> Support:
+    name = traits.shape.family.name
+    for rule in runtime.rules:
+        if (not rule.families or name in rule.families) and rule.applies(traits):
+            return Support(runtime.name, runtime.version, "no", rule.reason, rule.remedy)
+    checked = runtime.runs.get(name, runtime.runs.get("*"))
+    if checked is None or not (checked is ANY or traits.unusual <= checked):
+        return Support(runtime.name, runtime.version, "not checked")
+    return Support(runtime.name, runtime.version, "yes", *(_quantisation(traits) if runtime.quantises else ()))
+
+
+def _quantisation(traits: Traits) -> tuple[str, str, str]:
+    """Reason, remedy and name of the limit that row lengths set to llama.cpp's quantisation."""
+    shape, before = traits.shape, traits.before
+    cut = [size for name in ("hidden", "ffn") if (size := getattr(shape, name)) != getattr(before, name, None)]
+    for block, name in ((_FLOAT_BLOCK, "none"), (BLOCK, "no K-quants")):
+        rows = [row for row in traits.rows if row % block]
+        if rows:
+            remedy = f"`step` {BLOCK}" if any(size in rows and size > BLOCK for size in cut) else ""
+            return f"rows of {', '.join(map(str, rows))} weights are no multiples of {block}", remedy, name
+    return "", "", "K-quants"
+
+
+def _limits(support: Support) -> str:
+    if not support.quantisation:
+        return ""
+    kind = {"none": "no quantisation"}.get(support.quantisation, support.quantisation)
+    return f" ({kind}: {support.reason}{_instead(support)})" if support.reason else f" ({kind})"
+
+
+def _instead(support: Support) -> str:
+    return f"; instead: {support.remedy}" if support.remedy else ""
