@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,23 +118,33 @@ def test_a_fresh_process_with_transformers_alone_opens_it(name: str, fresh: dict
         close(fresh[f"{name} {method}"], wanted)
 
 
-MIXED = {
-    "gemma3": ["sliding_attention", "full_attention", "sliding_attention"],
-    "gemma3-old": ["sliding_attention", "full_attention", "sliding_attention"],
-    "qwen2-mixed": ["full_attention", "sliding_attention", "sliding_attention"],
+SLIDING, FULL = "sliding_attention", "full_attention"
+#: (name, list by layer) -> its values for layers 1, 2 and 4
+LISTS: dict[tuple[str, str], list[Any]] = {
+    ("gemma3", "layer_types"): [SLIDING, FULL, SLIDING],
+    ("gemma3-old", "layer_types"): [SLIDING, FULL, SLIDING],
+    ("qwen2-mixed", "layer_types"): [FULL, SLIDING, SLIDING],
+    ("ministral", "layer_types"): [SLIDING, FULL, FULL],
+    ("gemma2", "layer_types"): [FULL, FULL, FULL],
+    ("gemma2-uncapped", "layer_types"): [FULL, SLIDING, SLIDING],
+    ("olmo3", "layer_types"): [SLIDING, FULL, FULL],
+    ("exaone4", "layer_types"): [SLIDING, FULL, FULL],
+    ("smollm3", "layer_types"): [FULL, FULL, SLIDING],
+    ("smollm3", "no_rope_layers"): [0, 1, 0],
+    ("smollm3-old", "no_rope_layers"): [0, 1, 1],
 }
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_kept_layers_keep_their_kind_of_attention(name: str, zoo: Zoo) -> None:
-    kept = torch.tensor([1, 2, 4])
+@pytest.mark.parametrize(("name", "key"), LISTS)
+def test_lists_by_layer_follow_the_layers(name: str, key: str, zoo: Zoo) -> None:
+    kept, values = torch.tensor([1, 2, 4]), LISTS[name, key]
     after = dataclasses.replace(Checkpoint(zoo.directory(name)).shape, layers=3)
     pruned = zoo.cut(name, zoo.keeping_all(name, after=after, keep_layers=kept))
-    assert Checkpoint(pruned.out).config.layer_types == MIXED[name]
-    assert json.loads((pruned.out / "config.json").read_text())["layer_types"] == MIXED[name]
+    assert getattr(Checkpoint(pruned.out).config, key) == values
+    assert json.loads((pruned.out / "config.json").read_text())[key] == values
     assert_same_logits(opened(pruned.out), reference(pruned))
-    # The order matters: with the kinds of the first three layers the logits are others.
-    edit_config(pruned.out, layer_types=Checkpoint(pruned.directory).config.layer_types[:3])
+    # The order matters: with the values of the first three layers the logits are others.
+    edit_config(pruned.out, **{key: getattr(Checkpoint(pruned.directory).config, key)[:3]})
     difference = logits(opened(pruned.out), windows(2, 20)) - logits(reference(pruned), windows(2, 20))
     assert float(difference.abs().max()) > 1e-2
 

@@ -267,6 +267,30 @@ def test_sliding_window_pattern_follows_the_layers(
         assert older.layer_types == config["layer_types"]
 
 
+@pytest.mark.parametrize(("layers", "interval"), [([0, 1, 2, 3], 2), ([0, 2, 3], 3), ([1, 3], 1), ([1, 2, 4], None)])
+def test_no_rope_layer_interval_follows_the_layers(
+    layers: list[int], interval: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny_family(tmp_path, "smollm3-old")  # layers 1 and 3 have no RoPE
+    capsys.readouterr()
+    config = config_without(directory, layers)
+    assert config.get("no_rope_layer_interval") == interval
+    assert ("no no_rope_layer_interval describes" in capsys.readouterr().err) == (interval is None)
+    if interval is not None:
+        older = type(Checkpoint(directory).config).from_dict({k: v for k, v in config.items() if k != "no_rope_layers"})
+        assert older.no_rope_layers == config["no_rope_layers"]
+
+
+@pytest.mark.parametrize(("layers", "pattern"), [([0, 1, 2, 4], "LLG"), ([2, 3, 4], None), ([0, 2, 3, 4], 2)])
+def test_a_pattern_of_letters_follows_the_layers(layers: list[int], pattern: object, tmp_path: Path) -> None:
+    directory = tiny_family(tmp_path, "exaone4", layer_types=[KINDS[c] for c in "LLGLG"])
+    edit_config(directory, sliding_window_pattern="LLG")
+    assert config_without(directory, layers).get("sliding_window_pattern") == pattern
+
+
+KINDS = {"L": "sliding_attention", "G": "full_attention"}
+
+
 def config_without(directory: Path, keep_layers: list[int]) -> dict[str, Any]:
     """The content of config.json after a cut to some layers."""
     after = dataclasses.replace(Checkpoint(directory).shape, layers=len(keep_layers))

@@ -187,12 +187,14 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     config = _with_defaults(checkpoint) if other_family else dict(checkpoint.raw_config)
     switches = [key for key in plan.after.switches if not key.startswith("!")]
     twins = [twin for key in switches for twin in plan.after.family.twin_keys.get(key, ())]
-    config |= plan.after.config_changes() | dict.fromkeys([*switches, *twins], True)
+    changes: dict[str, Any] = plan.after.config_changes() | dict.fromkeys([*switches, *twins], True)
+    older = [old for old, key in type(checkpoint.config).attribute_map.items() if key in changes]
+    config = {key: value for key, value in config.items() if key not in older} | changes
     cuts_layers = plan.after.layers < plan.before.layers
     for key in checkpoint.family.per_layer_keys:
         # The config object spells out what older files derive from a period, which cut layers no longer follow.
         values = getattr(checkpoint.config, key, None)
-        if isinstance(values, list) and len(values) == plan.before.layers and (key in config or cuts_layers):
+        if isinstance(values, list) and len(values) >= plan.before.layers and (key in config or cuts_layers):
             config[key] = [values[layer] for layer in plan.keep_layers.tolist()]
     for key in checkpoint.family.layer_index_keys if cuts_layers else ():
         if isinstance(values := getattr(checkpoint.config, key, None), list):
@@ -220,26 +222,52 @@ def _describe_windows(checkpoint: Checkpoint, plan: Plan, config: dict[str, Any]
     first = config.get("max_window_layers")  # Qwen: the layers from this one on have a window
     if isinstance(first, int) and first < checkpoint.shape.layers:
         config["max_window_layers"] = int((plan.keep_layers < first).sum())
-    periods = [key for key in ("sliding_window_pattern", "_sliding_window_pattern") if isinstance(config.get(key), int)]
-    kinds = config.get("layer_types")
-    if not periods or not isinstance(kinds, list):
+    kinds, rope = config.get("layer_types"), config.get("no_rope_layers")
+    if isinstance(rope, list):  # SmolLM3: each layer at a multiple of the interval has no RoPE
+        _redescribe(checkpoint, config, ("no_rope_layer_interval",), rope, "no_rope_layers", (1, 0))
+    if isinstance(kinds, list):  # Gemma, EXAONE: each layer at a multiple of the pattern has no window
+        keys = ("sliding_window_pattern", "_sliding_window_pattern")
+        _redescribe(checkpoint, config, keys, kinds, "layer_types", ("sliding_attention", "full_attention"))
+
+
+def _redescribe(
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    keys: tuple[str, ...],
+    values: list[Any],
+    listed: str,
+    kinds: tuple[Any, Any],
+) -> None:
+    """Change the period that describes a list by layer; drop it where no period does.
+
+    Args:
+        keys: of the period: a number, or letters for the layers of a period, as EXAONE has it.
+        values: one for each layer that stays.
+        listed: key of the list.
+        kinds: the value of a layer within a period, and of the one that ends it.
+    """
+    present = [key for key in keys if isinstance(config.get(key), (int, str))]
+    if not present:
         return
-    length = len(kinds)
-    candidates = [config[periods[0]], *range(1, length + 2)]  # Gemma: each layer at a multiple of it has none
-    period = next((p for p in candidates if p and kinds == _periodic(p, length)), None)
-    for key in periods:
+    before = config[present[0]]
+    period = next((p for p in (before, *range(1, len(values) + 2)) if values == _periodic(p, len(values), kinds)), None)
+    for key in present:
         config.pop(key)
     if period is not None:
-        config |= dict.fromkeys(periods, period)
+        config |= dict.fromkeys(present, period)
     else:
         notify(
-            f"{checkpoint.directory}: no sliding_window_pattern describes the layers that stay; it is left out, "
-            "and readers that do not know layer_types will compute another function"
+            f"{checkpoint.directory}: no {present[0]} describes the layers that stay; it is left out, and readers that "
+            f"do not know {listed} will compute another function"
         )
 
 
-def _periodic(period: int, layers: int) -> list[str]:
-    return ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)]
+def _periodic(period: int | str, layers: int, kinds: tuple[Any, Any]) -> list[Any]:
+    if not period:
+        return []
+    if isinstance(period, str):  # the last layer has no window, whatever its letter
+        return [kinds[period[layer % len(period)] == "G" or layer == layers - 1] for layer in range(layers)]
+    return [kinds[(layer + 1) % period == 0] for layer in range(layers)]
 
 
 def _with_defaults(checkpoint: Checkpoint) -> dict[str, Any]:

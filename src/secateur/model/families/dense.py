@@ -106,13 +106,13 @@ SEED_OSS = replace(
     derives_head_dim=False,
 )
 
-# Opens as LlamaForCausalLM. One switch for all seven biases, which older files spell `qkv_bias` and `bias`.
+# Opens as LlamaForCausalLM. Both switches must be equal; older files spell them `qkv_bias` and `bias`.
 INTERNLM3 = replace(
     LLAMA,
     name="internlm3",
     model_types=("internlm3",),
     optional=dict.fromkeys(_BIAS_SWITCHES, "attention_bias"),
-    twin_keys={"attention_bias": ("mlp_bias", "qkv_bias", "bias")},
+    twin_keys={"attention_bias": ("mlp_bias",)},
     derives_head_dim=False,
 )
 
