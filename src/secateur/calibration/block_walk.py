@@ -6,6 +6,7 @@ The walk knows blocks, states and statistics, but no method: the caller says wha
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from secateur.calibration.journal import Journal, StateStore
 from secateur.calibration.lm_head import LMHead
 from secateur.calibration.malloc import map_tensors, release_memory, reserve_heap
 from secateur.calibration.prefetch import on_demand, prefetch
+from secateur.calibration.routed import ExpertOutputs, StreamedExperts
 from secateur.calibration.statistics import StateStatistic, Statistic, join
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint, is_finite, skeleton
@@ -27,6 +29,8 @@ from secateur.progress import notify, track
 from secateur.runtime import pick_batch
 
 __all__ = ["Block", "BlockWalk", "States"]
+
+_EXPERT_BATCH = 8  #: batches of a dense model that make one of a mixture
 
 States = list[Tensor]  #: hidden states, one tensor [windows of the batch, positions, hidden] for each batch
 _Item = TypeVar("_Item")
@@ -72,7 +76,8 @@ class BlockWalk:
         self.main_batches: list[Tensor] = []  #: batches of the main process; no process has more, and one may have none
         self.targets = 0  #: tokens with a loss, over all processes: all but each window's first
         if windows is not None:
-            batch = batch or pick_batch(windows.shape[1], device)
+            # An expert sees a small share of the tokens, and its weights are read for each batch.
+            batch = batch or pick_batch(windows.shape[1], device) * (_EXPERT_BATCH if self.family.experts else 1)
             self.batches, self.main_batches = (
                 _batches(distributed.shard(windows), batch),
                 _batches(distributed.shard(windows, 0), batch),
@@ -85,6 +90,12 @@ class BlockWalk:
         map_tensors()
         self.model: nn.Module = skeleton(checkpoint.config, checkpoint.directory)
         self.layers: nn.ModuleList = self.model.get_submodule(self.family.layers)  # type: ignore[assignment]
+        for index, layer in enumerate(self.layers if self.family.experts else ()):
+            if checkpoint.shape.has_space("experts", index):
+                parent, _, name = self.family.experts.rpartition(".")
+                read = functools.partial(self._read_expert, index)
+                experts = StreamedExperts(layer.get_submodule(self.family.experts), read, self._to_device)
+                setattr(layer.get_submodule(parent), name, experts)
         self._padding: int | None = getattr(self.embedding, "padding_idx", None)  # its embedding has no gradient
         self._kwargs: dict[int, list[dict[str, Any]]] = {}  # windows in a batch -> keyword arguments of each block
 
@@ -141,6 +152,7 @@ class BlockWalk:
         kinds: Mapping[str, Sequence[type[Statistic]]],
         state_kinds: Sequence[type[StateStatistic]] = (),
         *,
+        experts: bool = False,
         replay: Callable[[Block], None] | None = None,
     ) -> Iterator[tuple[Block, dict[str, dict[type, Tensor]]]]:
         """Yield each unfinished block in order, with statistics of its activations; nothing for a complete journal.
@@ -150,13 +162,14 @@ class BlockWalk:
         Args:
             kinds: site -> kinds of statistics to gather there.
             state_kinds: statistics of the states that enter and leave a block, yielded under the site ``states``.
+            experts: whether to gather :class:`ExpertOutputs` of routed experts, yielded under the site ``experts``.
             replay: if the caller changes blocks, a function that makes the same change from the journal: in other
                 processes, and to blocks finished before a restart. Each block then runs again, so that the next block
                 sees its new outputs.
         """
         if self.journal.complete:
             return
-        runs = self.calibrated and bool(kinds or state_kinds)
+        runs = self.calibrated and bool(kinds or state_kinds or experts)
         finished = self.journal.finished_steps
         states = self.start() if runs else []
         stored = self._load_states(finished) if runs and finished else None
@@ -171,7 +184,7 @@ class BlockWalk:
                 outputs: States = []
                 if runs:
                     is_needed = replay is None and block.index + 1 < len(self.layers)
-                    stats, outputs = block.observe(states, kinds, state_kinds, keep=is_needed)
+                    stats, outputs = block.observe(states, kinds, state_kinds, experts=experts, keep=is_needed)
                 yield from self.yield_on_main(block.index, (block, stats))
                 if runs and replay and not distributed.is_main():
                     replay(block)
@@ -232,6 +245,16 @@ class BlockWalk:
                 release_memory()
                 progress.advance(1, f"block {index + 1} of {len(self.layers)}")
 
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+    def _read_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        tensors = self.checkpoint.expert(layer, expert)
+        for name, tensor in tensors.items():
+            full_name = self.family.block_tensor(layer, f"{self.family.experts}.{name}")
+            self.checkpoint.check_finite(full_name, tensor)
+        return tensors
+
     def _read_block(self, index: int) -> dict[str, Tensor]:
         tensors = self.checkpoint.block(index)
         for name, tensor in tensors.items():
@@ -282,6 +305,7 @@ class Block:
 
     def __init__(self, walk: BlockWalk, index: int, module: nn.Module) -> None:
         self.walk, self.index, self.module = walk, index, module
+        self.windows = 0  #: windows of the batches before the present one
 
     def forward(self, batch: Tensor) -> Tensor:
         """Run the block on one batch of states, with the arguments that the model would pass."""
@@ -312,8 +336,10 @@ class Block:
         """
         outputs: States = []
         with reserve_heap(self._activation(states)):
+            self.windows = 0
             for i in range(len(states)):
                 out = self.forward(states[i])
+                self.windows += len(out)
                 if not is_finite(out):
                     where = f"{self.walk.checkpoint.directory}: block {self.index}"
                     raise UserError(f"{where} has NaN or infinity in its output on this calibration text")
@@ -332,6 +358,7 @@ class Block:
         kinds: Mapping[str, Sequence[type[Statistic]]],
         state_kinds: Sequence[type[StateStatistic]] = (),
         *,
+        experts: bool = False,
         keep: bool = True,
     ) -> tuple[dict[str, dict[type, Tensor]], States]:
         """Run the block on all states and gather statistics.
@@ -340,6 +367,7 @@ class Block:
             states: inputs, batch by batch; freed if ``keep``.
             kinds: site -> kinds of statistics to gather there.
             state_kinds: kinds of statistics of the inputs and outputs.
+            experts: whether to gather :class:`ExpertOutputs` of the routed experts.
             keep: whether to return the outputs; otherwise each batch stops at the last site.
 
         Returns:
@@ -365,7 +393,8 @@ class Block:
                     else module.register_forward_pre_hook(observer.input)
                 )
                 hooks.callback(hook.remove)
-            if keep or watch:
+            routed = hooks.enter_context(self._watch_experts(states)) if experts else None
+            if keep or watch or routed:
                 outputs = self.run(states, key=self.index + 1, keep=keep, consume=keep, watch=watch)
             else:
                 hooks.enter_context(reserve_heap(self._activation(states)))
@@ -377,9 +406,38 @@ class Block:
         values: dict[str, dict[type, Tensor]] = {
             site: {type(s): s.value() for s in statistics} for site, statistics in gathered.items()
         }
+        if routed is not None:
+            routed.join()
+            values["experts"] = {ExpertOutputs: routed.sums}
         if watch:
             values["states"] = {type(s): s.value() for s in watch}
         return values, outputs
+
+    @property
+    def experts(self) -> StreamedExperts | None:
+        """The block's routed experts; None for a block without any."""
+        walk = self.walk
+        has_experts = walk.checkpoint.shape.has_space("experts", self.index)
+        return self.module.get_submodule(walk.family.experts) if has_experts else None  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def _watch_experts(self, states: States) -> Iterator[ExpertOutputs | None]:
+        """Gather the outputs of routed experts while the block runs; None for a block without any."""
+        if (experts := self.experts) is None:
+            yield None
+            return
+        statistic = ExpertOutputs(experts.count, self.walk.device)
+        positions = states[0].shape[1] if states else 1
+
+        def update(expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
+            window = self.windows + tokens // positions
+            statistic.update(expert, window % 2 == 1, weights, outputs)
+
+        experts.watch = update
+        try:
+            yield statistic
+        finally:
+            experts.watch = None
 
     def _activation(self, states: States) -> int:
         """Bytes of the largest activation of a batch within the block."""

@@ -90,6 +90,7 @@ _HEADINGS = {
     "width": "width: removes channels of every layer; --ratio or --shape hidden=N,ffn=N,heads=N,kv_heads=N",
     "depth+width": "depth+width: removes layers and channels; --ratio or --shape layers=N,hidden=N,ffn=N,heads=N",
     "sparse": "sparse: sets single weights to zero; --ratio or --pattern N:M",
+    "experts": "experts: removes routed experts of a mixture; --ratio (a share of them) or --shape experts=N",
 }
 
 

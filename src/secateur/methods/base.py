@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from secateur.calibration.place import Place
@@ -20,7 +21,17 @@ from secateur.model.shapes import Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LayerMethod", "LearnedMethod", "Method", "RemovalMethod", "Statistics", "WeightMethod", "WidthMethod"]
+__all__ = [
+    "ExpertMethod",
+    "LayerMethod",
+    "LearnedMethod",
+    "Method",
+    "RemovalMethod",
+    "RoutedTokens",
+    "Statistics",
+    "WeightMethod",
+    "WidthMethod",
+]
 
 Statistics = Mapping[type[Statistic], "Tensor"]  #: kind of statistic -> its value at one site
 
@@ -86,6 +97,28 @@ class WidthMethod(Method):
     @abstractmethod
     def score(self, place: Place) -> Tensor:
         """Score the units: [units]. Scores of hidden channels are summed over several places."""
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """What a layer's calibration tokens say of its routed experts, each [experts], float64.
+
+    With ``f_j(x)`` the output of expert j, and ``g_j`` the weight that the model multiplies it by.
+    """
+
+    tokens: Tensor  #: number of tokens routed to j
+    norms: Tensor  #: sum over them of the L2 norm of f_j(x)
+    weighted: Tensor  #: sum over them of g_j times the L2 norm of f_j(x)
+
+
+class ExpertMethod(Method):
+    """Scores the routed experts of a layer; those with the lowest scores are removed, as many in every layer."""
+
+    granularity = "experts"
+
+    @abstractmethod
+    def score(self, experts: RoutedTokens) -> Tensor:
+        """Score each expert: [experts]."""
 
 
 class WeightMethod(Method):

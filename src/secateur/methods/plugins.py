@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.calibration.statistics import GradientStatistic, StateStatistic, Statistic
 from secateur.errors import UserError
-from secateur.methods.base import LayerMethod, LearnedMethod, RemovalMethod, WeightMethod, WidthMethod
+from secateur.methods.base import ExpertMethod, LayerMethod, LearnedMethod, RemovalMethod, WeightMethod, WidthMethod
 
 __all__ = ["load_plugin"]
 
@@ -19,6 +19,7 @@ _STATISTICS: dict[type, tuple[type, ...]] = {
     RemovalMethod: (),
     WidthMethod: (Statistic, GradientStatistic),
     WeightMethod: (Statistic,),
+    ExpertMethod: (),
     LearnedMethod: (),
 }
 

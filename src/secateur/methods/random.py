@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from secateur.config import spec
-from secateur.methods.base import LayerMethod, Place, Statistics, WeightMethod, WidthMethod
+from secateur.methods.base import ExpertMethod, LayerMethod, Place, RoutedTokens, Statistics, WeightMethod, WidthMethod
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -70,3 +70,15 @@ class RandomWeight(_Stochastic, WeightMethod):
 
     def score(self, weight: Tensor, stats: Statistics) -> Tensor:
         return self._sample(*weight.shape).to(weight)
+
+
+@spec
+class RandomExpert(_Stochastic, ExpertMethod):
+    """Experts at random."""
+
+    source = _NO_SOURCE
+    calibrated = False
+    seed: Seed = 42
+
+    def score(self, experts: RoutedTokens) -> Tensor:
+        return self._sample(len(experts.tokens))

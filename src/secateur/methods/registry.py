@@ -142,6 +142,21 @@ METHODS: dict[str, MethodInfo] = {
         "secateur.methods.random:RandomWeight", "sparse", "random-weight", "",
         "weights at random, as many in every row", (_SEED,),
     ),
+    "reap": MethodInfo(
+        "secateur.methods.reap:REAP", "experts", "REAP", "2510.13999",
+        "routed experts whose weighted output is smallest on the tokens routed to them",
+    ),
+    "expert-frequency": MethodInfo(
+        "secateur.methods.expert_baselines:ExpertFrequency", "experts", "expert-frequency", "",
+        "routed experts that are chosen least often",
+    ),
+    "expert-activation": MethodInfo(
+        "secateur.methods.expert_baselines:ExpertActivation", "experts", "expert-activation", "",
+        "routed experts whose output is smallest on the tokens routed to them",
+    ),
+    "random-expert": MethodInfo(
+        "secateur.methods.random:RandomExpert", "experts", "random-expert", "", "routed experts at random", (_SEED,)
+    ),
 }  # fmt: skip
 
 

@@ -126,6 +126,20 @@ def keep_globally(scores: Mapping[str, Tensor], costs: Mapping[str, int], remove
     return {n: stays[starts[i] : starts[i + 1]].nonzero().flatten() for i, n in enumerate(names)}
 
 
+def keep_experts(scores: Tensor, count: int, groups: int = 1) -> Tensor:
+    """The sorted indices of the experts with the highest scores, as many in each group of neighbours.
+
+    Args:
+        scores: [experts].
+        count: experts to keep, a multiple of ``groups``.
+    """
+    import torch
+
+    size = len(scores) // groups
+    parts = scores.reshape(groups, size)
+    return torch.cat([keep_channels(part, count // groups) + group * size for group, part in enumerate(parts)])
+
+
 def lowest_indices(scores: Tensor, count: int = 1) -> list[int]:
     """The sorted indices of the ``count`` lowest scores; on ties the lower index comes first."""
     return sorted(scores.argsort(stable=True)[:count].tolist())

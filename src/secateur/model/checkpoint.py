@@ -22,8 +22,10 @@ from torch import Tensor
 
 from secateur.errors import UserError
 from secateur.files import read_json, refuse_pointer, sha256_file, write_json, write_text
+from secateur.formatting import plural
 from secateur.model.config_file import WholeConfig, leftovers, load_config, read_json_config, split_config, unties
 from secateur.model.config_spelling import with_old_spelling
+from secateur.model.expert_files import by_memory_name, stored_names
 from secateur.model.families import Axis, Family
 from secateur.model.image_text import ImageTextModel
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, stored_masks
@@ -150,10 +152,25 @@ class Checkpoint:
             names = tower_names(files, family)
             self.image_text = ImageTextModel.of(self.whole, files, names, self.shape, str(self.directory))
         else:
-            names = model_names(files, {*self.tensors(), family.head}, family.prefix)
+            names = model_names(files, {*self.tensors(), *stored_names(self.shape), family.head}, family.prefix)
         if self.shape.tied and family.embedding not in names and family.head in names:  # one matrix, stored as the head
             names[family.embedding] = names[family.head]
-        return {name: (files[stored], stored) for name, stored in names.items()}
+        places = {name: (files[stored], stored) for name, stored in names.items()}
+        places, self.spelled = by_memory_name(places, self.shape)
+        return self._without_further_layers(places)
+
+    def _without_further_layers(self, places: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+        """Leave out layers behind the last one that predict further tokens; transformers ignores them as well."""
+        count = getattr(self.config, self.family.further_layers, None) or 0 if self.family.further_layers else 0
+        layers = range(self.shape.layers, self.shape.layers + count)
+        prefixes = tuple(self.family.block_tensor(layer, "") for layer in layers)
+        further = {name for name in places if prefixes and name.startswith(prefixes)}
+        if further:
+            notify_once(
+                f"{self.directory}: left out: {plural(count, 'layer')} behind the last one, which predict further "
+                f"tokens ({plural(len(further), 'tensor')}); {self.family.further_layers} becomes 0"
+            )
+        return {name: place for name, place in places.items() if name not in further}
 
     def _check_tensors(self) -> None:
         beyond = self.family.block_tensor(self.shape.layers, "")
@@ -233,8 +250,18 @@ class Checkpoint:
             raise UserError(f"{self.directory}: {name} holds NaN or infinity")
 
     def block(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of one decoder block, by their names within it."""
-        return {n: self.tensor(self.family.block_tensor(layer, n)) for n in self.shape.block_tensors(layer)}
+        """The tensors of one decoder block, by their names within it, without those of its routed experts."""
+        prefix = f"{self.family.experts}." if self.family.experts else None
+        names = [n for n in self.shape.block_tensors(layer) if prefix is None or not n.startswith(prefix)]
+        return {n: self.tensor(self.family.block_tensor(layer, n)) for n in names}
+
+    def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """The tensors of one routed expert, by their names within the module of experts: [1, ...]."""
+        prefix = f"{self.family.experts}."
+        names = [n for n in self.shape.block_tensors(layer) if n.startswith(prefix)]
+        return {
+            n.removeprefix(prefix): self.rows(self.family.block_tensor(layer, n), expert, expert + 1) for n in names
+        }
 
     @property
     def pinned_layers(self) -> frozenset[int]:

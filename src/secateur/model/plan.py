@@ -37,6 +37,8 @@ class Plan:
         keep_kv: likewise its kept KV heads; the query heads that share a KV head go with it.
         keep_projector: sorted indices of the kept channels within an image-text model's projector, where its width is
             the hidden size; None otherwise.
+        keep_experts: likewise its kept routed experts, for layers that have any.
+        keep_expert_ffn: likewise the kept FFN channels of each of its experts, [experts before, channels].
         masks: name of a tensor of the output -> bool of its size, True where kept; empty for a dense output.
         weights: tensor name -> new values of a weight, where a method updates those that stay; not saved with the plan.
         biases: tensor name -> what is added to a bias to make up for removed channels.
@@ -55,6 +57,8 @@ class Plan:
     keep_ffn: dict[int, Tensor]
     keep_kv: dict[int, Tensor]
     keep_projector: Tensor | None = None
+    keep_experts: dict[int, Tensor] = field(default_factory=dict)
+    keep_expert_ffn: dict[int, Tensor] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     zeroed: int = 0  #: weights that the masks drop
@@ -76,6 +80,11 @@ class Plan:
             "keep_ffn": {layer: torch.arange(shape.ffn) for layer in range(shape.layers)},
             "keep_kv": {layer: torch.arange(shape.kv_heads) for layer in range(shape.layers)},
         }
+        if shape.experts:
+            routed = [layer for layer in range(shape.layers) if shape.has_space("experts", layer)]
+            channels = torch.arange(shape.expert_ffn).expand(shape.experts, -1)
+            everything["keep_experts"] = {layer: torch.arange(shape.experts) for layer in routed}
+            everything["keep_expert_ffn"] = dict.fromkeys(routed, channels)
         fields = everything | fields
         if shape.kinds:
             kinds = shape.of_layers(fields["keep_layers"].tolist()).kinds
@@ -92,6 +101,8 @@ class Plan:
             return None if self.keep_projector is None else _unless_all(self.keep_projector, self.before.hidden)
         if axis == "ffn":
             return _unless_all(self.keep_ffn[layer], self.before.ffn)
+        if axis == "experts":
+            return _unless_all(self.keep_experts[layer], self.before.experts)
         if axis is None or SPACE_OF.get(axis, axis) != "kv":  # never cut
             return None
         groups = _unless_all(self.keep_kv[layer], self.before.kv_heads)
@@ -99,6 +110,21 @@ class Plan:
             return None
         width = self.before.axis_size(axis) // self.before.kv_heads
         return (groups[:, None] * width + torch.arange(width)).reshape(-1)
+
+    def expert_indices(self, axis: Axis, layer: int, expert: int) -> Tensor | None:
+        """The indices to keep of an axis of one expert's tensor; None for all."""
+        parts = axis if isinstance(axis, tuple) else (axis,)
+        if all(SPACE_OF.get(str(part), part) != "expert_ffn" for part in parts):
+            return self.indices(axis, layer)
+        channels = self.keep_expert_ffn[layer][expert]
+        if len(channels) == self.before.expert_ffn:
+            return None
+        pieces, start = [], 0
+        for part in parts:
+            width = self.before.axis_size(part) // self.before.expert_ffn
+            pieces.append(start + (channels[:, None] * width + torch.arange(width)).reshape(-1))
+            start += self.before.axis_size(part)
+        return torch.cat(pieces)
 
     def _end_to_end(self, axis: tuple[str, ...], layer: int) -> Tensor | None:
         pieces, start = [], 0
@@ -153,6 +179,8 @@ class Plan:
             dropped = 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks) if masks else 0.0
             spaces = {"ffn": self.keep_ffn, "kv": self.keep_kv}
             units = {space: len(keep[layer]) for space, keep in spaces.items() if self.before.has_space(space, layer)}
+            if layer in self.keep_experts:
+                units["experts"] = len(self.keep_experts[layer])
             rows.append({"kept": True, **units, "sparsity": dropped})
         return rows
 
@@ -166,6 +194,9 @@ class Plan:
             tensors["keep.projector"] = self.keep_projector
         for layer in self.keep_layers.tolist():
             tensors |= {f"keep.ffn.{layer}": self.keep_ffn[layer], f"keep.kv.{layer}": self.keep_kv[layer]}
+        for name, keep in (("experts", self.keep_experts), ("expert_ffn", self.keep_expert_ffn)):
+            if self.before.units(name) != self.after.units(name):
+                tensors |= {f"keep.{name}.{layer}": keep[layer] for layer in self.keep_layers.tolist() if layer in keep}
         tensors |= {f"bias.{name}": bias.float() for name, bias in self.biases.items()}
         tensors |= {f"score.{name}": score.float() for name, score in self.scores.items()}
         stored = [Stored.of(name, tensor) for name, tensor in tensors.items()]

@@ -24,16 +24,29 @@ __all__ = [
     "multiple_of",
     "removed",
     "solve_depth",
+    "solve_experts",
     "solve_width",
     "teacher_flops",
     "train_flops",
 ]
 
-SPACES = ("layers", "hidden", "ffn", "kv")  #: what a shape can be narrowed in: its layers, or a space of channels
-SIZES = ("hidden", "ffn", "layers", "heads", "kv_heads")  #: the sizes that a shape can be asked for by
+#: what a shape can be narrowed in: its layers, a space of channels, or its routed experts
+SPACES = ("layers", "hidden", "ffn", "kv", "experts", "expert_ffn")
+SIZES = (
+    "hidden",
+    "ffn",
+    "layers",
+    "heads",
+    "kv_heads",
+    "experts",
+    "expert_ffn",
+)  #: the sizes that a shape can be asked for by
 Share = Literal["non_embedding", "total"]  #: which parameters a ratio counts
 BLOCK = 256  #: weights of a row that K-quants of llama.cpp quantise together
 MOST_UNLIKE = 1.25  #: largest quotient of the shares that two spaces keep, where ``BLOCK`` decides
+
+
+_ROUTER = ("experts", "hidden")  #: the axes of a router's weight
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,10 @@ class Shape:
     tied: bool = False
     switches: tuple[str, ...] = ()  #: config keys that switch optional tensors on, e.g. ``attention_bias``
     kinds: tuple[str, ...] = ()  #: the kind of each layer; empty where all blocks are alike
+    experts: int = 0  #: routed experts of a layer that has any
+    expert_ffn: int = 0  #: FFN size of a routed expert
+    active: int = 0  #: experts that a token is routed to
+    groups: tuple[int, int] = (1, 1)  #: groups of neighbouring experts, and those that one token's experts come from
     fixed: tuple[tuple[str, int], ...] = ()  #: spaces of the family's own that are never cut, with their sizes
     family: Family = dataclasses.field(default=LLAMA, repr=False)
 
@@ -71,6 +88,7 @@ class Shape:
         _check_sizes({"vocab_size": config.vocab_size}, where)
         if sizes["heads"] % sizes["kv_heads"]:
             raise UserError(f"{where}: {sizes['heads']} query heads cannot share {sizes['kv_heads']} KV heads evenly")
+        sizes = {"ffn": 0} | sizes  # families whose every layer has experts have no other
         switches = tuple(sorted({key for key in family.optional.values() if switched_on(key, config)}))
         kinds = tuple(family.kinds_of(config)) if family.kinds else ()
         if kinds and len(kinds) != sizes["layers"]:
@@ -82,6 +100,7 @@ class Shape:
             tied=bool(config.tie_word_embeddings),
             switches=switches,
             kinds=kinds,
+            groups=_groups(family, config),
             fixed=fixed,
             family=family,
         )
@@ -97,13 +116,17 @@ class Shape:
             "kv": self.kv_heads * self.head_dim,
             "query": self.heads * self.head_dim,
             "gated_query": 2 * self.heads * self.head_dim,
+            "heads": self.heads,
             "head": self.head_dim,
+            "experts": self.experts,
+            "expert_ffn": self.expert_ffn,
+            "expert_pair": 2 * self.expert_ffn,
         }
         return sizes[axis] if axis in sizes else dict(self.fixed)[str(axis)]
 
     def units(self, space: str) -> int:
-        """How many units of a space can be kept or dropped: layers, channels, or KV heads with their query heads."""
-        return {"layers": self.layers, "hidden": self.hidden, "ffn": self.ffn, "kv": self.kv_heads}[space]
+        """How many units of a space can be kept or dropped: layers, channels, KV heads with query heads, or experts."""
+        return getattr(self, {"kv": "kv_heads"}.get(space, space))
 
     def unit_parameters(self, space: str, layer: int = 0) -> int:
         """Parameters that go with one unit of ``ffn`` or ``kv`` in one layer."""
@@ -136,8 +159,9 @@ class Shape:
         return {n: axes for n, axes in tensors.items() if n not in optional or optional[n] in self.switches}
 
     def linears(self, layer: int = 0) -> tuple[str, ...]:
-        """The weight matrices of a block, by their names within it: what sparse methods prune."""
-        return tuple(name for name, axes in self.block_tensors(layer).items() if len(axes) == 2)
+        """The weight matrices of a block that read a site, by their names within it: what sparse methods prune."""
+        readers = {f"{reader}.weight" for site in self.family.sites.values() for reader in site.readers}
+        return tuple(name for name in self.block_tensors(layer) if name in readers)
 
     def linear_sizes(self) -> dict[str, tuple[int, ...]]:
         """The sizes [out, in] of the weight matrices of all kinds of blocks, by their names within a block."""
@@ -242,11 +266,41 @@ class Shape:
 
         Two for each weight of the blocks' linears and of the head, and ``4 * heads * head_dim`` for each layer and
         attended position (scores and values), of which there are ``(context + 1) / 2`` on average. Norms, activations
-        and the embedding look-up are left out. Sparse weights count in full: dense kernels multiply their zeros.
+        and the embedding look-up are left out. Sparse weights count in full: dense kernels multiply their zeros. Of the
+        routed experts those count that a token is routed to, and the router.
         """
-        weights = self.block_weights + self.vocabulary * self.hidden
+        weights = self.block_weights + self.vocabulary * self.hidden + self._sum_over_layers(self._routed_weights)
         attention = 4 * self._sum_over_layers(self._attention_width) * (context + 1) / 2
         return 2.0 * weights + attention
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token uses: of the routed experts, those that it is routed to."""
+        return self.total - self._sum_over_layers(self._idle_parameters)
+
+    @property
+    def least_experts(self) -> int:
+        """The fewest routed experts with which the router still works: those of a token, of each of its groups."""
+        groups, chosen = self.groups
+        return self.active if groups == 1 else groups * max(2, math.ceil(self.active / chosen))
+
+    def _expert_axes(self, layer: int) -> list[tuple[Axis, ...]]:
+        """The axes of the matrices that a block's routed experts have, one set for each matrix, without the experts."""
+        tensors = self.block_tensors(layer).values()
+        return [axes[1:] for axes in tensors if len(axes) == 3 and axes[0] == "experts"]
+
+    def _idle_parameters(self, layer: int) -> int:
+        """Parameters of a block's routed experts that a token is not routed to."""
+        tensors = self.block_tensors(layer)
+        prefix = f"{self.family.experts}."
+        each = sum(math.prod(self.tensor_size(a[1:])) for n, a in tensors.items() if n.startswith(prefix))
+        return (self.experts - self.active) * each if self.family.experts else 0
+
+    def _routed_weights(self, layer: int) -> int:
+        """Weights of a block's router, and of the routed experts' matrices that one token uses."""
+        tensors = self.block_tensors(layer).values()
+        router = sum(math.prod(self.tensor_size(axes)) for axes in tensors if axes == _ROUTER)
+        return router + self.active * sum(math.prod(self.tensor_size(axes)) for axes in self._expert_axes(layer))
 
     def _attention_width(self, layer: int) -> int:
         """Channels of the values that a block's heads put out; 0 for a block without attention over positions."""
@@ -266,15 +320,20 @@ class Shape:
 
     def config_changes(self) -> dict[str, Any]:
         """The keys of config.json that say this shape."""
-        return {key: getattr(self, name) for name, key in self.family.config_keys.items()} | dict(self.family.stated)
+        family = self.family
+        sizes = {key: getattr(self, name) for name, key in family.config_keys.items()}
+        return {**sizes, **family.stated, **(family.kind_keys(self.kinds) if family.kind_keys else {})}
 
     def as_dict(self) -> dict[str, Any]:
         """The sizes as plain values."""
         names = ("hidden", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocabulary", "tied")
-        return {name: getattr(self, name) for name in names}
+        expert_names = ("experts", "expert_ffn", "active") if self.experts else ()
+        return {name: getattr(self, name) for name in (*names, *expert_names)}
 
     def __str__(self) -> str:
-        return f"hidden {self.hidden}, FFN {self.ffn}, layers {self.layers}, heads {self.heads}/{self.kv_heads} KV"
+        ffn = f", FFN {self.ffn}" if self.ffn else ""
+        experts = f", experts {self.active} of {self.experts} with FFN {self.expert_ffn}" if self.experts else ""
+        return f"hidden {self.hidden}{ffn}{experts}, layers {self.layers}, heads {self.heads}/{self.kv_heads} KV"
 
 
 def train_flops(shape: Shape, tokens: int, context: int) -> float:
@@ -323,6 +382,25 @@ def solve_depth(shape: Shape, ratio: float, of: Share = "non_embedding") -> Shap
             f"`ratio` {ratio:g}: of {plural(shape.layers, 'layer')} it would keep {layers}; possible: {options}"
         )
     return dataclasses.replace(shape, layers=layers)
+
+
+def solve_experts(shape: Shape, ratio: float) -> Shape:
+    """Remove a share of the routed experts, to the nearest number that the router's groups divide.
+
+    Raises:
+        UserError: if there are none, too few would be left, or none removed.
+    """
+    groups = shape.groups[0]
+    step = shape.experts // groups
+    per_group = round(step * (1 - ratio)) if shape.experts else 0
+    experts = groups * per_group
+    if not shape.least_experts <= experts < shape.experts:
+        legal = [1 - n / shape.experts for n in range(shape.experts - groups, shape.least_experts - 1, -groups)]
+        possible = f"possible: {legal[0]:.3g} to {legal[-1]:.3g}" if legal else "no smaller number is possible"
+        raise UserError(
+            f"`ratio` {ratio:g}: of {plural(shape.experts, 'routed expert')} it would keep {experts}; {possible}"
+        )
+    return dataclasses.replace(shape, experts=experts)
 
 
 def solve_width(
@@ -440,6 +518,13 @@ def explicit(shape: Shape, sizes: Mapping[str, int]) -> Shape:
             raise UserError(f"`shape`: {name!r} is not a size{did_you_mean(name, SIZES)}")
         if not 1 <= size <= getattr(shape, name):
             raise UserError(f"`shape`: {name}={size} is not between 1 and the model's {getattr(shape, name)}")
+    experts, groups = sizes.get("experts", shape.experts), shape.groups[0]
+    if experts < shape.least_experts or experts % groups:
+        rule = f" and a multiple of its {groups} groups" if groups > 1 else ""
+        raise UserError(
+            f"`shape`: experts={experts}: the router needs at least {shape.least_experts}{rule} "
+            f"({plural(shape.active, 'expert')} for a token)"
+        )
     group = shape.heads // shape.kv_heads
     heads = sizes.get("heads", sizes.get("kv_heads", shape.kv_heads) * group)
     kv_heads = sizes.get("kv_heads", heads // group)
@@ -464,8 +549,21 @@ def _product(factors: Sequence[str | int], config: Any, where: str) -> int:
     sizes = {
         str(factor): factor
         if isinstance(factor, int)
-        else next((value for key in factor.split("|") if (value := getattr(config, key, None)) is not None), None)
+        else next((value for key in factor.split("|") if (value := _read(config, key)) is not None), None)
         for factor in factors
     }
     _check_sizes(sizes, where)
     return math.prod(sizes.values())  # type: ignore[arg-type]
+
+
+def _read(config: Any, key: str) -> Any:
+    """The value of a config key; of a number, the number."""
+    return int(key) if key.isdigit() else getattr(config, key, None)
+
+
+def _groups(family: Family, config: Any) -> tuple[int, int]:
+    """The number of groups that a router chooses experts in, and of those that a token's experts come from."""
+    if family.expert_groups is None:
+        return 1, 1
+    groups, chosen = (getattr(config, key, None) or 1 for key in family.expert_groups)
+    return int(groups), int(chosen)

@@ -50,9 +50,56 @@ def _cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None) -> I
         for rest, axes in plan.after.block_tensors(new).items():
             name = family.block_tensor(old, rest)
             dtype = checkpoint.dtype_of(name) if rest in stored else checkpoint.dtype
+            if family.experts and rest.startswith(f"{family.experts}."):
+                yield from _expert_tensors(checkpoint, plan, old, new, rest, axes)
+                continue
             size = plan.after.tensor_size(axes)
             make = partial(_block_tensor, checkpoint, plan, old, new, rest, axes, zeros)
-            yield Stored(family.block_tensor(new, rest), dtype, size, lambda make=make: (make(),))
+            written = family.stored[rest][0] if name in checkpoint.spelled else rest
+            yield Stored(family.block_tensor(new, written), dtype, size, lambda make=make: (make(),))
+
+
+def _expert_tensors(
+    checkpoint: Checkpoint, plan: Plan, old: int, new: int, rest: str, axes: tuple[Axis, ...]
+) -> Iterator[Stored]:
+    """Yield a tensor over the experts of a layer as the checkpoint's files spell it; one expert is read at a time."""
+    family, keep = checkpoint.family, plan.keep_experts[old].tolist()
+    name = family.block_tensor(old, rest)
+    dtype, size = checkpoint.dtype_of(name), plan.after.tensor_size(axes)
+    spelling = family.stored[rest] if name in checkpoint.spelled else (rest,)
+    if "{expert}" not in spelling[0]:
+
+        def experts() -> Iterator[Tensor]:
+            return (_expert(checkpoint, plan, old, rest, axes, expert)[None] for expert in keep)
+
+        yield Stored(family.block_tensor(new, spelling[0]), dtype, size, experts)
+        return
+    rows = size[1] // len(spelling)
+    for number, expert in enumerate(keep):
+        for part, template in enumerate(spelling):
+            make = partial(_expert, checkpoint, plan, old, rest, axes, expert, slice(part * rows, (part + 1) * rows))
+            full_name = family.block_tensor(new, template.format(expert=number))
+            yield Stored(full_name, dtype, (rows, *size[2:]), lambda make=make: (make(),))
+
+
+def _expert(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    layer: int,
+    rest: str,
+    axes: tuple[Axis, ...],
+    expert: int,
+    rows: slice = slice(None),
+) -> Tensor:
+    """Some rows of one expert's tensor, as the plan cuts it."""
+    name = checkpoint.family.block_tensor(layer, rest)
+    tensor = checkpoint.rows(name, expert, expert + 1)[0]
+    checkpoint.check_finite(name, tensor)
+    for dimension, axis in enumerate(axes[1:]):
+        indices = plan.expert_indices(axis, layer, expert)
+        if indices is not None:
+            tensor = tensor.index_select(dimension, indices)
+    return tensor[rows]
 
 
 def _outer_parts(checkpoint: Checkpoint, plan: Plan, name: str, axes: tuple[Axis, ...]) -> Iterator[Tensor]:
@@ -185,11 +232,13 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """
     other_family = plan.after.family != plan.before.family  # equal, not the same one, in another process
     config = _with_defaults(checkpoint) if other_family else dict(checkpoint.raw_config)
-    switches = [key for key in plan.after.switches if not key.startswith("!")]
-    twins = [twin for key in switches for twin in plan.after.family.twin_keys.get(key, ())]
+    family = plan.after.family
+    switches = set(plan.after.switches) - set(plan.before.switches)
+    twins = [twin for key in switches for twin in family.twin_keys.get(key, ())]
     changes: dict[str, Any] = plan.after.config_changes() | dict.fromkeys([*switches, *twins], True)
+    changes |= {family.further_layers: 0} if family.further_layers else {}
     older = [old for old, key in type(checkpoint.config).attribute_map.items() if key in changes]
-    config = {key: value for key, value in config.items() if key not in older} | changes
+    config = {key: value for key, value in config.items() if key not in (*older, *family.unstated)} | changes
     cuts_layers = plan.after.layers < plan.before.layers
     for key in checkpoint.family.per_layer_keys:
         # The config object spells out what older files derive from a period, which cut layers no longer follow.

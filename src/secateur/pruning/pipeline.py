@@ -16,7 +16,7 @@ from secateur.data.tokenizer import token_hash
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.formatting import count, percent, plural
-from secateur.methods.base import LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
+from secateur.methods.base import ExpertMethod, LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
 from secateur.methods.registry import get_method
 from secateur.model.card import Ancestry, family_change, model_card, short_source
 from secateur.model.checkpoint import Checkpoint, write_checkpoint
@@ -156,6 +156,8 @@ def _journal_key(method: Method, target: Target, before: Shape, after: Shape) ->
         return f"weights-{target.pattern or target.ratio}".replace(":", "of")
     if isinstance(method, RemovalMethod):
         return f"removal-{before.layers - after.layers if method.contiguous else 1}"
+    if isinstance(method, ExpertMethod):
+        return "experts"
     if isinstance(method, WidthMethod):
         spaces = "-".join(target.spaces(method))
         if method.sequential and target.allocation == "uniform":
@@ -183,12 +185,14 @@ def removed_shares(plan: Plan) -> dict[str, Any]:
     Returns:
         ``asked``: the requested ratio, None for a shape or a pattern; ``of``: the parameters that it counts (``total``,
         ``non_embedding`` or ``block_weights``); the shares removed, ``total``, ``non_embedding`` and, for masks,
-        ``block_weights``; ``drift``: the share of that kind less the requested ratio.
+        ``block_weights``, for experts ``experts``; ``drift``: the share of that kind less the requested ratio.
     """
     ratio, of = plan.request.get("ratio"), plan.request.get("of")
     shares = plan.removed()
     if plan.granularity == "sparse":
         shares["block_weights"] = plan.zeroed / plan.before.block_weights
+    if plan.granularity == "experts":
+        shares["experts"] = 1 - plan.after.experts / plan.before.experts
     return {"asked": ratio, "of": of, **shares, "drift": None if ratio is None else shares[of or ""] - ratio}
 
 

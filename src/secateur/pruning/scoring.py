@@ -19,11 +19,12 @@ from secateur.errors import UserError
 from secateur.evaluation.layer_removal import removal_accuracies
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.formatting import plural
-from secateur.methods.base import LayerMethod, RemovalMethod, WeightMethod, WidthMethod
+from secateur.methods.base import ExpertMethod, LayerMethod, RemovalMethod, WeightMethod, WidthMethod
 from secateur.methods.selection import Selector, keep_channels, keep_globally
 from secateur.model.checkpoint import is_finite
 from secateur.model.shapes import Shape
 from secateur.progress import notify
+from secateur.pruning.expert_scoring import decide_experts
 from secateur.pruning.layer_choice import LayerPattern, choose_run, choose_single_layers
 from secateur.pruning.projector import keep_projector
 from secateur.pruning.target import Target
@@ -34,7 +35,7 @@ Decision = dict[str, Any]  #: fields of a plan
 
 
 def score_and_select(
-    method: LayerMethod | RemovalMethod | WidthMethod | WeightMethod,
+    method: LayerMethod | RemovalMethod | WidthMethod | WeightMethod | ExpertMethod,
     walk: BlockWalk,
     target: Target,
     after: Shape,
@@ -53,6 +54,8 @@ def score_and_select(
         return _decide_removals(method, walk, after, task, batch, pattern)
     if isinstance(method, LayerMethod):
         return _decide_layers(method, walk, after, pattern)
+    if isinstance(method, ExpertMethod):
+        return decide_experts(method, walk, after)
     if isinstance(method, WidthMethod):
         return _decide_width(method, walk, target, after)
     return _decide_weights(method, walk, target)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from secateur.config import as_share
 from secateur.errors import UserError, did_you_mean
 from secateur.methods.selection import count_pruned
-from secateur.model.shapes import SIZES, SPACES, Shape, Share, explicit, solve_depth, solve_width
+from secateur.model.shapes import SIZES, SPACES, Shape, Share, explicit, solve_depth, solve_experts, solve_width
 
 if TYPE_CHECKING:
     from secateur.methods.base import Method, WeightMethod
@@ -199,12 +199,14 @@ class Target:
             UserError: naming the field at fault.
         """
         kind, sparse = method.granularity, method.granularity == "sparse"
+        if kind == "experts" and self.of:
+            raise UserError(f"`of`: a ratio for {name} always counts routed experts; leave it out")
         if sparse and self.sizes:
             raise UserError(f"`shape`: {name} zeroes single weights and keeps the shape; pass `ratio` or `pattern`")
         if sparse and self.of:
             raise UserError(f"`of`: a ratio for {name} always counts the weights of the blocks' linears; leave it out")
         if self.pattern and not sparse:
-            raise UserError(f"`pattern`: {name} removes {'layers' if kind == 'depth' else 'channels'}, not weights")
+            raise UserError(f"`pattern`: {name} removes {_UNITS.get(kind, 'channels')}, not weights")
         if self.ratio is None and not self.sizes and not self.pattern:
             raise UserError(f"`ratio`: how much should {name} remove? Pass `ratio`, or {_ALTERNATIVES[kind]}")
         if self.keep_pattern is not None and kind != "depth":
@@ -218,7 +220,7 @@ class Target:
             for field_name, is_set in fields.items():
                 if is_set:
                     raise UserError(f"`{field_name}`: {name} prunes no channels; leave it out")
-            unsupported = set(self.sizes) - {"layers"}
+            unsupported = set(self.sizes) - {"experts" if method.granularity == "experts" else "layers"}
         else:
             unsupported = {"layers"} & set(self.sizes) - set(method.scores)
         if unsupported:
@@ -235,8 +237,9 @@ class Target:
             raise UserError("`allocation` global: needs a `ratio`, and `axes` of ffn and kv alone")
 
     def basis(self, method: Method) -> str:
-        """What the ratio is a share of: ``non_embedding`` or ``total`` parameters, or ``block_weights``."""
-        return "block_weights" if method.granularity == "sparse" else self.of or "non_embedding"
+        """What the ratio is a share of: ``non_embedding`` or ``total`` parameters, ``block_weights`` or ``experts``."""
+        counted = {"sparse": "block_weights", "experts": "experts"}
+        return counted.get(method.granularity, self.of or "non_embedding")
 
     def record(self, method: Method) -> dict[str, Any]:
         """The fields that differ from their defaults, as plain values."""
@@ -290,6 +293,9 @@ class Target:
         elif method.granularity == "depth":
             assert self.ratio is not None
             after = solve_depth(before, self.ratio, self.of or "non_embedding")
+        elif method.granularity == "experts":
+            assert self.ratio is not None
+            after = solve_experts(before, self.ratio)
         else:
             assert self.ratio is not None
             after = solve_width(before, self.ratio, self.spaces(method), self.of or "non_embedding", self.step)
@@ -298,9 +304,9 @@ class Target:
 
     def _check_family(self, before: Shape, method: Method, name: str) -> None:
         """Refuse to cut an axis that the family's row excludes."""
-        axes = {"depth": ("layers",), "sparse": ()}.get(method.granularity) or self.spaces(method)
+        axes = {"depth": ("layers",), "experts": ("experts",)}.get(method.granularity) or self.spaces(method)
         for axis in () if method.granularity == "sparse" else axes:
-            if reason := before.family.uncut.get(axis):
+            if reason := before.family.uncut_reason(axis):
                 raise UserError(
                     f"`{'shape' if self.sizes else 'axes'}`: {name} cuts {axis}, but of {before.family.name} only "
                     f"{', '.join(before.family.axes)} can be cut: {reason}"
@@ -338,7 +344,9 @@ class Target:
             )
 
 
+_UNITS = {"depth": "layers", "experts": "experts"}
 _ALTERNATIVES = {
+    "experts": "`shape` experts=N",
     "sparse": "`pattern` N:M",
     "depth": "`shape` layers=N",
     "width": "`shape` hidden=N,ffn=N",
@@ -394,4 +402,5 @@ _COUNTED = {
     "total": "all parameters",
     "non_embedding": "the parameters outside the embeddings",
     "block_weights": "the weights of the blocks' linears",
+    "experts": "the routed experts",
 }

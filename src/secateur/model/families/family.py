@@ -8,7 +8,11 @@ A *space* is a set of channels that every tensor touching it must keep or drop t
 ``kv``          the KV heads of one layer, ``head_dim`` channels each
 ``query``       the query heads of one layer, cut along with the KV head that they share
 ``gated_query`` the same with twice as many channels: a head's query, then its gate (Qwen 3.5)
+``heads``       one value for each query head, cut along with its KV head
 ``head``        the channels within one head, never cut
+``experts``     the routed experts of one layer
+``expert_ffn``  the intermediate channels of one routed expert, which every expert chooses for itself
+``expert_pair`` the same twice as many, gate and up side by side for each channel (gpt-oss)
 any other       a space of the row's own, with its size in the column ``fixed``, never cut
 =============== ===========================================================================================
 
@@ -22,16 +26,18 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-__all__ = ["SPACE_OF", "Axis", "Family", "Granularity", "Site", "Tensors", "switched_on"]
+__all__ = ["CONFIG_KEYS", "SPACE_OF", "Axis", "Family", "Granularity", "Site", "Tensors", "switched_on"]
 
-Granularity = Literal["depth", "width", "depth+width", "sparse"]  #: what pruning removes
+Granularity = Literal["depth", "width", "depth+width", "sparse", "experts"]  #: what pruning removes
 
 Axis = str | tuple[str, ...] | None  #: a space, several laid end to end, or None for the vocabulary
 
 Tensors = Mapping[str, tuple[Axis, ...]]  #: name of a tensor -> the space of each of its axes
 
 #: space of channels -> the space whose units it is cut by, where that is another one
-SPACE_OF: Mapping[str, str] = MappingProxyType({"query": "kv", "gated_query": "kv"})
+SPACE_OF: Mapping[str, str] = MappingProxyType(
+    {"query": "kv", "gated_query": "kv", "heads": "kv", "expert_pair": "expert_ffn"}
+)
 
 _OUTER: Tensors = {
     "model.embed_tokens.weight": (None, "hidden"),
@@ -39,7 +45,7 @@ _OUTER: Tensors = {
     "lm_head.weight": (None, "hidden"),
 }
 
-_CONFIG_KEYS = {
+CONFIG_KEYS = {
     "hidden": "hidden_size",
     "ffn": "intermediate_size",
     "layers": "num_hidden_layers",
@@ -101,7 +107,7 @@ class Family:
     head: str = "lm_head.weight"
     final_norm: str = "model.norm"  #: module of the last norm: ``model.final_layernorm`` in Phi
 
-    #: what is not cut, of layers, hidden, ffn and kv -> the reason: ``{"kv": "heads differ from layer to layer"}``
+    #: what is not cut, of layers, hidden, ffn, kv, experts and expert_ffn -> the reason: ``{"kv": "heads differ from layer to layer"}``
     uncut: Mapping[str, str] = field(default_factory=dict)
 
     #: norm outputs whose magnitudes are a hidden channel's importance; one alone in a parallel block
@@ -123,13 +129,35 @@ class Family:
     #: switch -> config keys that always have its value: ``{"attention_bias": ("mlp_bias",)}`` in InternLM3
     twin_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    config_keys: Mapping[str, str] = field(default_factory=lambda: _CONFIG_KEYS)  #: field of Shape -> config key
+    config_keys: Mapping[str, str] = field(default_factory=lambda: CONFIG_KEYS)  #: field of Shape -> config key
 
     #: field of Shape -> its value from the config, where no key states it: LFM2's adjusted FFN size
     derived: Mapping[str, Callable[[Any], int]] = field(default_factory=dict)
 
     #: keys that a cut config.json always states: ``{"block_auto_adjust_ff_dim": False}`` in LFM2
     stated: Mapping[str, object] = field(default_factory=dict)
+
+    #: keys that say the kinds of the layers, from these kinds: ``first_k_dense_replace`` in GLM-4 MoE
+    kind_keys: Callable[[Sequence[str]], Mapping[str, object]] | None = None
+
+    #: keys that a cut config.json lacks, since they repeat another one: ``("num_local_experts",)`` in Qwen 3 MoE
+    unstated: tuple[str, ...] = ()
+
+    #: the module within a block that runs the routed experts, ``mlp.experts``; empty for families without experts
+    experts: str = ""
+
+    #: tensor of a block -> its names in files, where they differ from the model's in memory. ``{expert}`` stands for
+    #: the number of an expert whose part is stored alone; several names are laid end to end:
+    #: ``{"mlp.experts.gate_up_proj": ("mlp.experts.{expert}.gate_proj.weight", ...up_proj.weight"), ...}``
+    stored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    #: config keys of the number of groups of neighbouring experts, and of how many groups a token's experts come from:
+    #: ``("n_group", "topk_group")`` in DeepSeek-V3
+    expert_groups: tuple[str, str] | None = None
+
+    #: config key of the number of layers behind the last one, which predict further tokens and which transformers
+    #: leaves out: ``num_nextn_predict_layers`` in GLM-4 MoE
+    further_layers: str = ""
 
     derives_head_dim: bool = True  #: a missing head size is hidden size / query heads, not a fixed default
     heads_divide_hidden: bool = False  #: the config refuses a hidden size that is no multiple of the query heads
@@ -166,7 +194,13 @@ class Family:
     @property
     def axes(self) -> tuple[str, ...]:
         """What may be cut."""
-        return tuple(axis for axis in ("layers", "hidden", "ffn", "kv") if axis not in self.uncut)
+        expert_axes = ("experts", "expert_ffn") if self.experts else ()
+        return tuple(axis for axis in ("layers", "hidden", "ffn", "kv", *expert_axes) if axis not in self.uncut)
+
+    def uncut_reason(self, axis: str) -> str:
+        """Why an axis is not cut; empty if it may be."""
+        no_experts = {} if self.experts else dict.fromkeys(("experts", "expert_ffn"), "it has no routed experts")
+        return {**no_experts, **self.uncut}.get(axis, "")
 
     @property
     def head_bias(self) -> str | None:

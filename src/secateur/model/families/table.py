@@ -6,7 +6,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from secateur.errors import UserError
-from secateur.model.families import dense
+from secateur.model.families import dense, experts
 from secateur.model.families.family import Family
 
 __all__ = ["FAMILIES", "family_of", "plugin_families"]
@@ -35,6 +35,15 @@ FAMILIES: tuple[Family, ...] = (
     dense.ARCEE,
     dense.HUNYUAN,
     dense.OLMO,
+    experts.QWEN3_MOE,
+    experts.QWEN2_MOE,
+    experts.OLMOE,
+    experts.MIXTRAL,
+    experts.GRANITEMOE,
+    experts.GPT_OSS,
+    experts.GLM4_MOE,
+    experts.DEEPSEEK_V3,
+    experts.ERNIE4_5_MOE,
 )
 
 _GROUP = "secateur.families"  #: entry points of packages; each names a Family

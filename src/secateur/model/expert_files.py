@@ -1,0 +1,93 @@
+"""Tensors over all experts of a layer, as files hold them: expert by expert, in one piece, or under another name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import UserError
+from secateur.model.shapes import Shape
+
+__all__ = ["ExpertFiles", "by_memory_name", "stored_names"]
+
+Places = dict[str, tuple[Any, str]]  #: name of a tensor -> its file, and its name there
+
+
+@dataclass(frozen=True)
+class ExpertFiles:
+    """One tensor over all experts [experts, rows, columns], read from the parts that files hold of each expert.
+
+    It has the interface of a :class:`~secateur.model.safetensors_io.TensorFile`, whatever name it is asked for.
+    """
+
+    parts: tuple[tuple[tuple[Any, str], ...], ...]  #: for each expert, the file and the name of each part, in order
+
+    def size(self, name: str) -> tuple[int, ...]:
+        """The size of the whole tensor.
+
+        Raises:
+            UserError: if experts differ in size.
+        """
+        sizes = {tuple(file.size(stored) for file, stored in parts) for parts in self.parts}
+        if len(sizes) > 1:
+            raise UserError(f"{name}: experts differ in size: {' and '.join(map(str, sorted(sizes)[:2]))}")
+        (rows,) = sizes
+        return (len(self.parts), sum(size[0] for size in rows), *rows[0][1:])
+
+    def dtype(self, _name: str) -> torch.dtype:
+        """The type that the first expert is stored in."""
+        file, stored = self.parts[0][0]
+        return file.dtype(stored)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """The experts from ``start`` to before ``stop``: a copy."""
+        dtype = self.dtype(name)
+        experts = [
+            torch.cat([file.tensor(stored).to(dtype) for file, stored in parts]) for parts in self.parts[start:stop]
+        ]
+        return torch.stack(experts)
+
+    def tensor(self, name: str) -> Tensor:
+        """All experts."""
+        return self.rows(name, 0, len(self.parts))
+
+
+def _spellings(shape: Shape) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield the name of each tensor that files may spell otherwise, and its names there: for each expert, each part."""
+    family = shape.family
+    for layer in range(shape.layers):
+        for rest, parts in family.stored.items():
+            if rest in shape.block_tensors(layer):
+                count = shape.experts if "{expert}" in parts[0] else 1
+                names = [[family.block_tensor(layer, part.format(expert=e)) for part in parts] for e in range(count)]
+                yield family.block_tensor(layer, rest), names
+
+
+def stored_names(shape: Shape) -> set[str]:
+    """The names that files may have for tensors whose name in memory is another one."""
+    return {part for _, experts in _spellings(shape) for parts in experts for part in parts}
+
+
+def by_memory_name(places: Mapping[str, tuple[Any, str]], shape: Shape) -> tuple[Places, set[str]]:
+    """Find the tensors of a model under their names in memory.
+
+    Args:
+        places: name in files -> file and name there.
+
+    Returns:
+        Name in memory -> file and name there; and the names of the tensors that files spell as the row's column
+        ``stored`` says. Where parts are missing, nothing is joined, and they stay under their own names.
+    """
+    by_name, spelled = dict(places), set()
+    for name, experts in _spellings(shape):
+        if name in by_name or any(part not in by_name for parts in experts for part in parts):
+            continue
+        located = tuple(tuple(by_name.pop(part) for part in parts) for parts in experts)
+        joined = len(experts) > 1 or len(experts[0]) > 1
+        by_name[name] = (ExpertFiles(located), name) if joined else located[0][0]
+        spelled.add(name)
+    return by_name, spelled

@@ -1,0 +1,92 @@
+"""Score the routed experts of a mixture and select those to keep, as many in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.block_walk import BlockWalk
+from secateur.calibration.routed import ExpertOutputs
+from secateur.errors import UserError
+from secateur.formatting import plural
+from secateur.methods.base import ExpertMethod, RoutedTokens
+from secateur.methods.selection import keep_experts
+from secateur.model.shapes import Shape
+from secateur.progress import notify
+
+__all__ = ["decide_experts"]
+
+FEW_TOKENS = 100  #: tokens below which an expert's score is said to rest on too few
+
+
+def decide_experts(method: ExpertMethod, walk: BlockWalk, after: Shape) -> dict[str, Any]:
+    """Score each layer's experts and keep the highest: fields of a plan."""
+    shape = walk.checkpoint.shape
+    routed = [layer for layer in range(shape.layers) if shape.has_space("experts", layer)]
+    nothing = torch.zeros(3, 2, shape.experts, dtype=torch.float64)
+    for block, stats in walk.observe({}, experts=True):
+        if block.index in routed:
+            sums = stats["experts"][ExpertOutputs].cpu() if method.calibrated else nothing
+            entries = {f"routed.{block.index}": sums, f"score.{block.index}": method.score(_tokens(sums.sum(dim=1)))}
+            walk.journal.put(block.index, entries)
+    scores = {layer: walk.journal[f"score.{layer}"] for layer in routed}
+    for layer, score in scores.items():
+        if not torch.isfinite(score).all():
+            raise UserError(f"{walk.checkpoint.directory}: the scores of the experts of layer {layer} are not finite")
+    keep = {layer: keep_experts(score, after.experts, shape.groups[0]) for layer, score in scores.items()}
+    kind = "in every layer" if len(routed) == shape.layers else f"in {plural(len(routed), 'layer')} of {shape.layers}"
+    summary: dict[str, Any] = {"detail": f"routed experts {shape.experts} to {after.experts} {kind}"}
+    if method.calibrated:
+        summary["routing"] = _routing(method, {layer: walk.journal[f"routed.{layer}"] for layer in routed})
+        _report(summary["routing"], shape)
+    evidence = {f"experts.{layer}": score for layer, score in scores.items()}
+    return {"keep_experts": keep, "scores": evidence, "summary": summary}
+
+
+def _tokens(sums: Tensor) -> RoutedTokens:
+    """Name the rows of sums [3, experts] (:class:`ExpertOutputs`)."""
+    return RoutedTokens(*sums)
+
+
+def _routing(method: ExpertMethod, sums: Mapping[int, Tensor]) -> dict[str, Any]:
+    """Describe the evidence: tokens of each expert, experts with few, and the agreement of two halves of the text.
+
+    Args:
+        sums: layer -> sums over the tokens of each half [3, 2, experts].
+    """
+    tokens = {layer: s[0].sum(dim=0) for layer, s in sums.items()}
+    few = {str(layer): (t < FEW_TOKENS).nonzero()[:, 0].tolist() for layer, t in tokens.items()}
+    ranks = [_rank_agreement(*(method.score(_tokens(s[:, half])) for half in (0, 1))) for s in sums.values()]
+    return {
+        "tokens": {str(layer): t.long().tolist() for layer, t in tokens.items()},
+        "few_tokens": FEW_TOKENS,
+        "few": {layer: experts for layer, experts in few.items() if experts},
+        "rank_agreement": dict(zip(map(str, sums), ranks, strict=True)),
+    }
+
+
+def _rank_agreement(first: Tensor, second: Tensor) -> float | None:
+    """Spearman's correlation of two rankings; None where one half ranks nothing."""
+    ranks = torch.stack([score.argsort(stable=True).argsort(stable=True).double() for score in (first, second)])
+    constant = len(first) < 2 or first.unique().numel() < 2 or second.unique().numel() < 2
+    return None if constant else float(torch.corrcoef(ranks)[0, 1])
+
+
+def _report(routing: Mapping[str, Any], shape: Shape) -> None:
+    """Say in a line or two how far the calibration text supports the choice."""
+    counts = [count for layer in routing["tokens"].values() for count in layer]
+    few = sum(map(len, routing["few"].values()))
+    ranks = [rank for rank in routing["rank_agreement"].values() if rank is not None]
+    agreement = f"{min(ranks):.2f} to {max(ranks):.2f}" if ranks else "not measured"
+    notify(
+        f"experts: {min(counts):,} to {max(counts):,} tokens routed to each; "
+        f"{few} of {plural(len(counts), 'expert')} saw fewer than {FEW_TOKENS}; "
+        f"rank agreement of scores from two halves of the text: {agreement}"
+        + ("; calibrate on more text if that is low" if ranks and min(ranks) < _LOW_AGREEMENT else "")
+    )
+
+
+_LOW_AGREEMENT = 0.8  #: Spearman's correlation below which more text is advised
