@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from family_configs import FAMILY_CONFIGS, FAMILY_SIZES, FILE_CHANGES
 from secateur.data.manifest import Split, write_manifest
 from secateur.data.shards import ShardWriter
-from secateur.methods.base import LearnedMethod
+from secateur.methods.base import ExpertMethod, LearnedMethod
 from secateur.methods.registry import METHODS, get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
@@ -188,8 +188,8 @@ def calibration(ids: Tensor, source: str = "test") -> Calibration:
     return Calibration(ids, source)
 
 
-#: methods that score a model as it is; the others learn, and are run by :func:`learned`
-SCORED = [name for name in METHODS if not isinstance(get_method(name), LearnedMethod)]
+#: methods that score any model as it is; the others learn, and are run by :func:`learned`, or score routed experts
+SCORED = [name for name in METHODS if not isinstance(get_method(name), LearnedMethod | ExpertMethod)]
 
 
 def learned(

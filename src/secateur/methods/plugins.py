@@ -19,8 +19,8 @@ _STATISTICS: dict[type, tuple[type, ...]] = {
     RemovalMethod: (),
     WidthMethod: (Statistic, GradientStatistic),
     WeightMethod: (Statistic,),
-    ExpertMethod: (),
     LearnedMethod: (),
+    ExpertMethod: (),
 }
 
 

@@ -281,8 +281,8 @@ class Shape:
     @property
     def least_experts(self) -> int:
         """The fewest routed experts with which the router still works: those of a token, of each of its groups."""
-        groups, chosen = self.groups
-        return self.active if groups == 1 else groups * max(2, math.ceil(self.active / chosen))
+        groups, groups_per_token = self.groups
+        return self.active if groups == 1 else groups * max(2, math.ceil(self.active / groups_per_token))
 
     def _expert_axes(self, layer: int) -> list[tuple[Axis, ...]]:
         """The axes of the matrices that a block's routed experts have, one set for each matrix, without the experts."""
@@ -565,5 +565,5 @@ def _groups(family: Family, config: Any) -> tuple[int, int]:
     """The number of groups that a router chooses experts in, and of those that a token's experts come from."""
     if family.expert_groups is None:
         return 1, 1
-    groups, chosen = (getattr(config, key, None) or 1 for key in family.expert_groups)
-    return int(groups), int(chosen)
+    groups, groups_per_token = (getattr(config, key, None) or 1 for key in family.expert_groups)
+    return int(groups), int(groups_per_token)

@@ -107,7 +107,8 @@ class Family:
     head: str = "lm_head.weight"
     final_norm: str = "model.norm"  #: module of the last norm: ``model.final_layernorm`` in Phi
 
-    #: what is not cut, of layers, hidden, ffn, kv, experts and expert_ffn -> the reason: ``{"kv": "heads differ from layer to layer"}``
+    #: what is not cut, of layers, hidden, ffn, kv, experts and expert_ffn -> the reason:
+    #: ``{"kv": "heads differ from layer to layer"}``
     uncut: Mapping[str, str] = field(default_factory=dict)
 
     #: norm outputs whose magnitudes are a hidden channel's importance; one alone in a parallel block
