@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from helpers import windows
+from helpers import token_corpus, windows
 from reference import silenced
-from secateur import prune
+from secateur import evaluate, inspect, prune, train
+from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
 from secateur.model.wrappers import WRAPPERS
@@ -160,3 +162,71 @@ def test_layers_with_deepstack_features_stay(cuts: dict[tuple[str, str], Cut], t
     for seed in range(4):
         result = prune(source, tmp_path / str(seed), method="random-depth", ratio=0.6, options={"seed": seed})
         assert {0, 1} <= set(result.plan.keep_layers.tolist())
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava_next", "qwen2_5_vl"])
+def test_a_model_in_memory_is_cut_as_its_directory_is(cuts: dict[tuple[str, str], Cut], name: str) -> None:
+    inputs = image_inputs(name)
+    for kind in ("width", "sparse"):
+        cut = cuts[name, kind]
+        for model in (opened_wrapper(cut.source), cut.source):
+            pruned = prune(model, calibration=windows(4, 12), **KINDS[kind])
+            expected = image_logits(opened_wrapper(cut.result.path), inputs)
+            assert torch.equal(image_logits(pruned, inputs), expected)
+            for path, mask in pruned.masks.items():
+                assert not pruned.get_parameter(path)[~mask].any()
+            assert bool(pruned.masks) == (kind == "sparse")
+    again = prune(pruned, calibration=windows(4, 12), method="shortgpt", ratio=0.4)  # masks in memory are carried over
+    assert again.plan.masks
+    assert "the masks of" in again.plan.summary["detail"]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl"])
+def test_text_is_measured_on_the_language_model(cuts: dict[tuple[str, str], Cut], name: str, tmp_path: Path) -> None:
+    ids = windows(6, 16)
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    source = cuts[name, "depth"].source
+    (result,) = evaluate([source], data=f"tokens:{tmp_path / 'ids.npy'}", seqlen=16, suite=("cost",))
+    with torch.no_grad():
+        logits = opened_wrapper(source)(input_ids=ids).logits[:, :-1].double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert result.measurements[0].value == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_vl"])
+def test_training_changes_the_language_model_alone(cuts: dict[tuple[str, str], Cut], name: str, tmp_path: Path) -> None:
+    store = token_corpus(tmp_path / "store", tokens=2000, vocabulary=61)
+    source, recipe = cuts[name, "sparse"].result.path, {"sequence": 16, "tokens_per_step": 64, "peak_rate": 1e-2}
+    trained = train(tmp_path / "out", init=source, tokens=640, data=f"shards:{store}", recipe=recipe)
+    before, after = (load_file(path / "model.safetensors") for path in (source, trained.path))
+    around = Checkpoint(source).image_text
+    assert around is not None
+    assert before.keys() == after.keys()
+    for stored in before:
+        assert _same_bytes(before[stored], after[stored]) == (stored in around.outside), stored
+    masks = Checkpoint(trained.path).masks
+    assert masks
+    for text_name, mask in masks.items():
+        assert not after[around.names[text_name]][~mask].any()
+    image_logits(opened_wrapper(trained.path), image_inputs(name))
+
+
+def test_inspect_tells_the_tower_from_the_rest(cuts: dict[tuple[str, str], Cut]) -> None:
+    source = cuts["smolvlm", "depth"].source
+    inspection = inspect(source)
+    model = opened_wrapper(source)
+    tower = sum(p.numel() for p in model.get_decoder().parameters()) + model.lm_head.weight.numel()
+    assert inspection.shape.total == tower
+    assert inspection.image_text == {
+        "model_type": "smolvlm",
+        "parameters": sum(p.numel() for p in model.parameters()) - tower,
+    }
+
+
+def test_a_scratch_model_is_not_made_like_a_wrapper(cuts: dict[tuple[str, str], Cut], tmp_path: Path) -> None:
+    store = token_corpus(tmp_path / "store", tokens=2000, vocabulary=61)
+    with pytest.raises(UserError, match="image-text model"):
+        train(
+            tmp_path / "out", init="scratch", like=cuts["gemma3", "depth"].source, tokens=640, data=f"shards:{store}",
+            recipe={"sequence": 16, "tokens_per_step": 64},
+        )  # fmt: skip

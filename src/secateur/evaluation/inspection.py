@@ -44,6 +44,8 @@ class Inspection:
     digest: str  #: SHA-256 of weights and configuration
     provenance: dict[str, Any] | None  #: content of secateur.json; None for a checkpoint of other origin
     runs_in: tuple[Support, ...]  #: what is known of each runtime and this checkpoint
+    #: of the image-text model around the language model: ``model_type`` and ``parameters``; None without one
+    image_text: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
         """Plain values, as ``secateur inspect --json`` prints them."""
@@ -65,7 +67,13 @@ def inspect_checkpoint(request: InspectRequest) -> Inspection:
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         digest=checkpoint.digest,
         runs_in=check_runtimes(Traits(checkpoint.shape, layer_kinds(checkpoint.config))),
+        image_text=_around(checkpoint),
     )
+
+
+def _around(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    around = checkpoint.image_text
+    return {"model_type": around.whole.config.model_type, "parameters": around.parameters} if around else None
 
 
 def _not_finite(checkpoint: Checkpoint) -> list[str]:

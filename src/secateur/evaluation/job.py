@@ -140,7 +140,7 @@ def evaluate(request: EvaluateRequest) -> tuple[list[EvaluationResults], list[st
     on_ids = request.data is not None and request.data.startswith(("shards:", "tokens:"))
     results, notes, partials = [], [], []
     for checkpoint, by_name, name, path in zip(checkpoints, protocols, names, outputs, strict=True):
-        model: Any = checkpoint.load(pick_dtype(request.dtype, device)).to(device)  # type: ignore[arg-type]
+        model: Any = checkpoint.load_language_model(pick_dtype(request.dtype, device)).to(device)  # type: ignore[arg-type]
         about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
         if on_ids and (digest := tokenizer_hash(checkpoint.directory)):
             about["tokenizer"] = digest

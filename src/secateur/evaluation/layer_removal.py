@@ -39,7 +39,7 @@ def removal_accuracies(
     requests = task.requests  # its errors come before the model is loaded
     if not is_accuracy(requests.key):
         raise UserError(f"{task.name}: is measured by {requests.metric}; name a task with an accuracy, like winogrande")
-    model = checkpoint.load().to(device)  # type: ignore[arg-type]
+    model = checkpoint.load_language_model().to(device)  # type: ignore[arg-type]
     harness_model = language_model(checkpoint, model, batch)
     layers: nn.ModuleList = model.get_submodule(checkpoint.family.layers)  # type: ignore[assignment]
     candidates = range(len(layers) - length + 1)

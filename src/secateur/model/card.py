@@ -62,12 +62,14 @@ def model_card(
     *,
     tags: Sequence[str] = (),
     repository: str | None = None,
+    image_text: bool = False,
 ) -> str:
     """Write a model card: metadata, a title, what was done, how to open the model.
 
     Args:
         ancestry: of the model that this one was made from; None where it was made from none.
         repository: where it will be on the Hub; None if it stays on disk.
+        image_text: whether it reads images as well.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -76,17 +78,18 @@ def model_card(
     data = ModelCardData(
         base_model=list(base) if isinstance(base, tuple) else base,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if image_text else "text-generation",
         tags=["secateur", *tags],
         **ancestry.metadata,
     )
+    model, inputs = ("ImageTextToText", "Processor") if image_text else ("CausalLM", "Tokenizer")
     usage = [
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelFor{model}, Auto{inputs}",
         "",
         f'path = "{repository or "path/to/this/directory"}"',
-        "model = AutoModelForCausalLM.from_pretrained(path)",
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        f"model = AutoModelFor{model}.from_pretrained(path)",
+        f"{inputs.lower()} = Auto{inputs}.from_pretrained(path)",
         "```",
     ]
     text = "\n".join([f"---\n{data.to_yaml()}\n---\n", f"# {title}", "", *lines, "", *usage, ""])

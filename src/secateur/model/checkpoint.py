@@ -353,6 +353,21 @@ class Checkpoint:
                 .eval()
             )
 
+    def load_language_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The language model in memory, in evaluation mode: for an image-text model, the part that text goes through.
+
+        Raises:
+            UserError: if transformers cannot build it.
+        """
+        if not self.whole:
+            return self.load(dtype)
+        notify_once(f"{self.directory}: the language model within an image-text model is measured, on text alone")
+        model = skeleton(self.config, self.directory)
+        weights = {name: self.tensor(name).to(dtype, copy=True) for name in self.tensors()}
+        model.load_state_dict(weights, strict=False, assign=True)
+        model.tie_weights()
+        return model
+
 
 def _open(path: Path) -> TensorFile:
     if not path.is_file():

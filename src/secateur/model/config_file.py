@@ -61,17 +61,14 @@ class WholeConfig:
     raw: dict[str, Any]  #: the content of config.json, with all that its classes fill in
     config: Any  #: the configuration object of transformers
 
-    def around(self, text: Mapping[str, Any], hidden: int) -> dict[str, Any]:
-        """The content of config.json around another language model.
-
-        Args:
-            text: that of the language model.
-            hidden: its hidden size.
-        """
+    def around(self, text: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of config.json around another language model, whose content is ``text``."""
         text = {key: value for key, value in text.items() if key != "architectures"}
-        vision = {**self.raw["vision_config"], **dict.fromkeys(self.wrapper.vision_keys, hidden)}
+        vision = {**self.raw["vision_config"], **dict.fromkeys(self.wrapper.vision_keys, text["hidden_size"])}
+        types = {key: text[key] for key in _TYPES if key in text and key in self.raw}
         tied = bool(text.get("tie_word_embeddings"))
-        return {**self.raw, "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+        parts = {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+        return {**self.raw, **types, **parts}
 
     @property
     def pinned(self) -> range:

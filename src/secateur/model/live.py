@@ -134,7 +134,11 @@ class LiveCheckpoint(Checkpoint):
         """
         masks = getattr(self.model, "masks", None)
         if isinstance(masks, Mapping) and masks:
-            masks = {str(name): torch.as_tensor(mask, dtype=torch.bool).cpu() for name, mask in masks.items()}
+            text_names = {stored: name for name, stored in self.image_text.names.items()} if self.image_text else {}
+            masks = {
+                text_names.get(str(name), str(name)): torch.as_tensor(mask, dtype=torch.bool).cpu()
+                for name, mask in masks.items()
+            }
             return self._check_masks(masks, "the model's attribute masks")
         masks = super().masks
         if any(bool(self.tensor(name)[~mask].any()) for name, mask in masks.items()):

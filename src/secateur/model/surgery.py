@@ -256,7 +256,7 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         config |= {"model_type": model_type, "architectures": [architecture], **besides}
     try:
         if checkpoint.whole:
-            config = checkpoint.whole.around(config, plan.after.hidden)
+            config = checkpoint.whole.around(config)
         CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

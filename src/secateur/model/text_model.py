@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = ["TextModel"]
 
 
-class TextModel(PreTrainedModel):
+class TextModel(PreTrainedModel, GenerationMixin):
     """The decoder of a configuration, e.g. of type ``qwen2_5_vl_text``, and a head without bias.
 
     Without images its positions are those of a plain language model.
     """
 
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - as transformers declares it
 
     def __init__(self, config: Any) -> None:
@@ -26,7 +28,13 @@ class TextModel(PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Logits [windows, positions, vocabulary] of token ids [windows, positions]."""
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **kwargs: Any) -> CausalLMOutputWithPast:
+        """Logits [windows, positions, vocabulary] of token ids [windows, positions].
+
+        Args:
+            logits_to_keep: number of last positions to compute logits for; 0 for all.
+            kwargs: arguments of the decoder.
+        """
         outputs = self.model(input_ids=input_ids, **kwargs)
-        return CausalLMOutputWithPast(logits=self.lm_head(outputs.last_hidden_state))
+        logits: Any = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)

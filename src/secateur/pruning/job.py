@@ -27,6 +27,7 @@ from secateur.model.live import LiveCheckpoint, cut_model
 from secateur.model.plan import Plan, load_masks
 from secateur.model.runtimes import Support
 from secateur.model.shapes import Shape
+from secateur.model.wrappers import tower_names
 from secateur.progress import notify
 from secateur.pruning.calibration import Calibration, read_calibration, save_tokenizer
 from secateur.pruning.learned_job import prune_learned
@@ -129,7 +130,9 @@ def prune_model(request: PruneRequest) -> PreTrainedModel:
     model: Any = cut_model(checkpoint, plan)
     if isinstance(checkpoint, LiveCheckpoint):
         model = model.to(checkpoint.model.device)
-    model.plan, model.masks, model.report = plan, dict(plan.masks), _report(plan, runtimes_of(checkpoint, plan))
+    names = tower_names(model.state_dict(), plan.after.family) if checkpoint.whole else {}
+    masks = {names.get(name, name): mask for name, mask in plan.masks.items()}
+    model.plan, model.masks, model.report = plan, masks, _report(plan, runtimes_of(checkpoint, plan))
     return model
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur import distributed
 from secateur.config import identity
-from secateur.errors import RunError
+from secateur.errors import RunError, UserError
 from secateur.evaluation.loss import Protocol
 from secateur.methods.base import LearnedMethod
 from secateur.methods.selection import keep_channels
@@ -24,6 +24,7 @@ from secateur.model.plan import Plan
 from secateur.model.shapes import Shape
 from secateur.model.surgery import carry_masks
 from secateur.pruning.pipeline import check_config
+from secateur.pruning.projector import keep_projector
 from secateur.pruning.target import Target
 from secateur.training.batches import Data
 from secateur.training.gates import Gates
@@ -81,6 +82,9 @@ def learn(
         RunError: if the gates end far from the target, or training ends early.
     """
     after = target.shape(checkpoint.shape, method, name)
+    if after.layers < checkpoint.shape.layers and checkpoint.pinned_layers:
+        stay = ", ".join(map(str, sorted(checkpoint.pinned_layers)))
+        raise UserError(f"{name}: learns freely which layers to cut, but layers {stay} of this model have to stay")
     check_config(checkpoint, after)
     model = skeleton(checkpoint.config, checkpoint.directory)
     model.requires_grad_(method.rate > 0)
@@ -161,6 +165,8 @@ def cut_plan(
         else:
             fields[f"keep_{space}"] = {layer: keep[space][layer] for layer in layers.tolist()}
             evidence |= {f"{space}.{layer}": a[layer] for layer in layers.tolist()}
+    if "hidden" in keep:
+        fields |= keep_projector(checkpoint, keep["hidden"][0], after.hidden)
     before = checkpoint.shape
     changed = [
         f"{words} {before.units(space)} to {after.units(space)}" for space, words in _WORDS.items() if space in keep
@@ -243,6 +249,7 @@ def write_gated(checkpoint: Checkpoint, module: TrainModule, values: Mapping[str
         checkpoint.dtype_of,
         provenance={"kind": "trained", "init": "checkpoint", "source": checkpoint.digest},
         card=model_card("A model before it is cut", None, ["Its learned gates are multiplied in."]),
+        image_text=checkpoint.image_text,
         change=lambda name, tensor: _multiply_gates(tensor, name, checkpoint.shape, values),
     )
     if distributed.is_main():

@@ -188,6 +188,7 @@ def _card(checkpoint: Checkpoint, result: Masked, request: MaskRequest, plan_fol
             f"- shape: {checkpoint.shape}",
         ],
         tags=["pruning", *([method] if method else [])],
+        image_text=checkpoint.whole is not None,
     )
 
 

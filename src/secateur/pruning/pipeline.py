@@ -244,6 +244,7 @@ def write_pruned(
             ],
             tags=("pruning", plan.method),
             repository=repository,
+            image_text=checkpoint.whole is not None,
         ),
     )
     copy_companions(checkpoint.directory, out)

@@ -346,7 +346,9 @@ def _write(out: Path, origin: Origin, module: TrainModule, facts: dict[str, Any]
             masks=origin.masks,
             objective=objective,
             repository=repository,
+            image_text=bool(origin.checkpoint and origin.checkpoint.whole),
         ),
+        image_text=origin.checkpoint.image_text if origin.checkpoint else None,
         remedy="the steps are saved: repeat the command with `save_dtype` bfloat16 or float32, and it only writes",
     )
     if not distributed.is_main():

@@ -14,6 +14,7 @@ from secateur.errors import RunError
 from secateur.formatting import count, percent, plural, scientific
 from secateur.model.card import Ancestry, model_card, pruning_method
 from secateur.model.checkpoint import in_write_order, write_checkpoint
+from secateur.model.image_text import ImageTextModel
 from secateur.model.safetensors_io import Stored
 from secateur.model.shapes import Shape
 from secateur.training.parallel import TrainModule, full_tensor
@@ -29,6 +30,7 @@ def write_trained(
     *,
     provenance: dict[str, Any],
     card: str,
+    image_text: ImageTextModel | None = None,
     change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
     remedy: str = "start from a checkpoint that is stored in bfloat16 or float32",
 ) -> None:
@@ -36,6 +38,7 @@ def write_trained(
 
     Args:
         dtype: name of a parameter -> the dtype to store.
+        image_text: of the checkpoint that a language model within one was trained from; its other tensors are copied.
         change: (name of a parameter, its whole float32 value) -> the value to write.
         remedy: advice where values do not fit the type to store.
 
@@ -53,6 +56,8 @@ def write_trained(
         return Stored(name, dtype(name), tuple(parameter.shape), parts)
 
     tensors = [stored(name, parameter) for name, parameter in module.model.named_parameters()]
+    if image_text:
+        config, tensors = image_text.whole.around(config), list(image_text.tensors(tensors))
     if distributed.is_main():
         write_checkpoint(out, config, tensors, provenance=provenance, card=card)
         return
@@ -82,6 +87,7 @@ def trained_card(
     flops: float | None = None,
     stage: str | None = None,
     repository: str | None = None,
+    image_text: bool = False,
 ) -> str:
     """The model card of a trained model: from which weights, on how many tokens, to which loss.
 
@@ -93,6 +99,7 @@ def trained_card(
         objective: of distillation; None without a teacher.
         stage: name of the stage of a study that trained it; None outside one.
         repository: where the model will be on the Hub; None if it stays on disk.
+        image_text: whether the model reads images as well.
     """
     method = pruning_method(provenance)
     tokens, curve = plural(result["tokens"], "token"), result["curve"]
@@ -125,4 +132,5 @@ def trained_card(
         lines,
         tags=[*(["pruning", method] if method else []), *(["distillation"] if objective else [])],
         repository=repository,
+        image_text=image_text,
     )

@@ -37,6 +37,10 @@ def inspect(arguments: Namespace) -> Answer:
         f"provenance   {origin}",
         f"runs in      {describe_runtimes(inspection.runs_in, sparse=inspection.sparsity >= 0.01)}",
     ]
+    if around := inspection.image_text:
+        lines.insert(
+            3, f"around it    {around['model_type']}: {around['parameters']:,} parameters of vision tower and projector"
+        )
     if broken := inspection.not_finite:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         lines.append(f"damaged      {broken[0]}{more}: NaN or infinity among the weights; prune refuses them")

@@ -44,7 +44,7 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     tokens = corpus_tokens(stage, store, checkpoint.shape.vocabulary)
     protocol = holdout_protocol(tokens, identity["windows"], identity["seqlen"])
     device = pick_device(stage.runtime.get("device", "auto"))
-    model: Any = checkpoint.load(pick_dtype(identity.get("dtype", "float32"), device)).to(device)  # type: ignore[arg-type]
+    model: Any = checkpoint.load_language_model(pick_dtype(identity.get("dtype", "float32"), device)).to(device)  # type: ignore[arg-type]
     with track(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:
         losses = window_losses(model, protocol, advance=progress.advance)
     loss = measure_loss(losses, LOSS)
@@ -84,7 +84,7 @@ def cost_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     """
     device = pick_device(stage.runtime.get("device", "auto"))
     checkpoint = Checkpoint(model_of(stage, store))
-    model: Any = checkpoint.load(pick_dtype("auto", device)).to(device)  # type: ignore[arg-type]
+    model: Any = checkpoint.load_language_model(pick_dtype("auto", device)).to(device)  # type: ignore[arg-type]
     requested = stage.identity["workload"]
     workload = Workload(**{**requested, "batches": tuple(requested["batches"])})
     write_json(work / COST, measure_cost(checkpoint, model, workload))

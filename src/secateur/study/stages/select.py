@@ -78,5 +78,5 @@ def _losses(stage: Stage, store: Store, rates: list[str]) -> dict[str, float | N
 
 def _loss(stage: Stage, directory: Path, protocol: Protocol) -> float:
     device = pick_device(stage.runtime["device"])
-    model: Any = Checkpoint(directory).load(pick_dtype(stage.identity["dtype"], device)).to(device)  # type: ignore[arg-type]
+    model: Any = Checkpoint(directory).load_language_model(pick_dtype(stage.identity["dtype"], device)).to(device)  # type: ignore[arg-type]
     return window_losses(model, protocol).mean()

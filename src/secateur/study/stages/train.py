@@ -119,7 +119,9 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
             masks=begin.masks,
             objective=stage.identity.get("objective"),
             stage=stage.name,
+            image_text=bool(origin and origin.whole),
         ),
+        image_text=origin.image_text if origin else None,
     )
     if not distributed.is_main():
         return {}
