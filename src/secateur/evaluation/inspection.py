@@ -66,7 +66,9 @@ def inspect_checkpoint(request: InspectRequest) -> Inspection:
         sparsity=sparsity(checkpoint),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         digest=checkpoint.digest,
-        runs_in=check_runtimes(Traits(checkpoint.shape, layer_kinds(checkpoint.config))),
+        runs_in=check_runtimes(
+            Traits(checkpoint.shape, layer_kinds(checkpoint.config), image_text=bool(checkpoint.whole))
+        ),
         image_text=_around(checkpoint),
     )
 

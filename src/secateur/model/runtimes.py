@@ -30,11 +30,13 @@ class Traits:
     Attributes:
         kinds: of its layers (:func:`secateur.model.layer_pattern.layer_kinds`).
         before: the shape that was cut; None where that is not known.
+        image_text: whether it is the language model within an image-text model, which few runtimes were checked with.
     """
 
     shape: Shape
     kinds: Kinds = ()
     before: Shape | None = None
+    image_text: bool = False
 
     @cached_property
     def unusual(self) -> frozenset[str]:
@@ -164,7 +166,9 @@ RUNTIMES: tuple[Runtime, ...] = (
         "4.8.5",
         {"llama": frozenset(), "mistral": ANY, "qwen2": frozenset(), "qwen3": ANY},
         (
-            Rule(("llama", "qwen2"), _has(UNEVEN), "head_dim is not read, and hidden / heads taken for it", _OTHER_WIDTH),
+            Rule(
+                ("llama", "qwen2"), _has(UNEVEN), "head_dim is not read, and hidden / heads taken for it", _OTHER_WIDTH
+            ),
             Rule(("olmo2",), lambda _: True, "no converter for OLMo 2", ""),
         ),
     ),
@@ -203,7 +207,7 @@ def _check(runtime: Runtime, traits: Traits) -> Support:
     for rule in runtime.rules:
         if (not rule.families or name in rule.families) and rule.applies(traits):
             return Support(runtime.name, runtime.version, "no", rule.reason, rule.remedy)
-    checked = runtime.runs.get(name, runtime.runs.get("*"))
+    checked = runtime.runs.get("*") if traits.image_text else runtime.runs.get(name, runtime.runs.get("*"))
     if checked is None or not (checked is ANY or traits.unusual <= checked):
         return Support(runtime.name, runtime.version, "not checked")
     return Support(runtime.name, runtime.version, "yes", *(_quantisation(traits) if runtime.quantises else ()))

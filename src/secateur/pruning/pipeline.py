@@ -200,7 +200,7 @@ def runtimes_of(checkpoint: Checkpoint, plan: Plan) -> tuple[Support, ...]:
     """Which runtimes compute what the plan makes of a checkpoint."""
     kinds = layer_kinds(checkpoint.config)
     kinds = tuple(kinds[layer] for layer in plan.keep_layers.tolist()) if kinds else ()
-    return check_runtimes(Traits(plan.after, kinds, plan.before))
+    return check_runtimes(Traits(plan.after, kinds, plan.before, image_text=bool(checkpoint.whole)))
 
 
 def write_pruned(
