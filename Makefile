@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 # The stamp holds the TORCH that was asked for; another choice installs anew.
 ANEW := $(if $(TORCH),$(if $(filter $(TORCH),$(shell cat $(STAMP) 2>/dev/null)),,anew))
 
-.PHONY: help install demo test quick lint wheel clean constraints anew
+.PHONY: help install demo test quick families lint wheel clean constraints anew
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make demo         run the demo study and write its report (ARGS=... are passed on)"
 	@echo "make test         run the tests in at most JOBS=$(JOBS) processes (ARGS=... are passed to pytest)"
 	@echo "make quick        run the tests of formulas, requests and arguments, in about 90 s"
+	@echo "make families     measure every family and write the tables of docs/families.md"
 	@echo "make lint         ruff and pyright"
 	@echo "make wheel        build the wheel into dist/"
 	@echo "make clean        remove .venv, caches and builds; results in runs/ stay"
@@ -45,6 +46,9 @@ QUICK := api checkpoint compare completion controls cost depth_methods divergenc
 quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal --maxprocesses $(JOBS) -m "not slow" \
 		$(QUICK:%=tests/unit/test_%.py) $(ARGS)
+
+families: $(STAMP)
+	OMP_NUM_THREADS=1 UPDATE_FAMILIES=1 $(BIN)/pytest -q tests/unit/test_family_proofs.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -230,6 +232,34 @@ def token_corpus(folder: Path, *, tokens: int, vocabulary: int, seed: int = 0, d
     splits = {"train": split("train", tokens), "heldout": split("heldout", 1000)}
     write_manifest(folder, vocabulary, splits, domains=[f"d{number}" for number in range(domains)])
     return folder
+
+
+def install_package(folder: Path, group: str, entries: dict[str, str], **modules: str) -> None:
+    """Lay out what pip would install: modules, and beside them the entry points that announce them.
+
+    Args:
+        folder: an existing directory on the path.
+        group: of the entry points.
+        entries: name -> ``module:object``.
+        modules: name -> text.
+    """
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    about = folder / "example-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n", encoding="utf-8")
+    lines = [f"{name} = {value}" for name, value in entries.items()]
+    (about / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines, ""]), encoding="utf-8")
+
+
+def documented_package(page: str, group: str) -> tuple[dict[str, str], str, str]:
+    """The package of a page of docs/: the entry points, the module's name and its text."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / page).read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    package = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
+    module = re.search(r"`src/(\w+)\.py`", text)
+    assert code and package and module
+    return tomllib.loads(package[1])["project"]["entry-points"][group], module[1], code[1]
 
 
 def near(found: Tensor | None, wanted: Tensor, tolerance: float) -> None:

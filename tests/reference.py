@@ -195,7 +195,9 @@ def norms_over_heads(block: nn.Module, shape: Shape) -> list[str]:
     return [
         path
         for path, module in block.named_modules()
-        if path.startswith(attention) and "norm" in type(module).__name__.lower() and module.weight.shape in sizes
+        if path.startswith(attention)
+        and "norm" in type(module).__name__.lower()
+        and getattr(module, "weight", torch.empty(0)).shape in sizes
     ]
 
 

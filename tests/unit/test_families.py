@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from family_configs import FAMILIES, FAMILY_CONFIGS
-from helpers import SCORED, edit_config, logits, tiny_family, windows
+from helpers import SCORED, edit_config, logits, windows
 from reference import Pruned, Zoo, assert_same_logits, calibration_means, close, opened, reference
-from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import FAMILIES as TABLE
 
@@ -148,14 +146,3 @@ def test_lists_by_layer_follow_the_layers(name: str, key: str, zoo: Zoo) -> None
     edit_config(pruned.out, **{key: getattr(Checkpoint(pruned.directory).config, key)[:3]})
     difference = logits(opened(pruned.out), windows(2, 20)) - logits(reference(pruned), windows(2, 20))
     assert float(difference.abs().max()) > 1e-2
-
-
-def test_an_unknown_family_is_told_which_are_known_and_how_to_add_one(tmp_path: Path) -> None:
-    directory = tiny_family(tmp_path, "llama")
-    edit_config(directory, model_type="mamba")
-    with pytest.raises(UserError) as caught:
-        Checkpoint(directory)
-    text = str(caught.value)
-    assert "'mamba'" in text and "docs/families.md" in text
-    for family in TABLE:
-        assert all(model_type in text for model_type in family.model_types)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 
 from formulas import fits
-from helpers import hf, tiny_llama
+from helpers import documented_package, hf, install_package, tiny_llama
 from secateur.cli import main
 from secateur.errors import UserError
 from secateur.methods.registry import METHODS, get_method, known_methods, plugin_methods
@@ -28,27 +26,15 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME = "magnitude-sp"
 
 
-def install(folder: Path, entries: dict[str, str], **modules: str) -> Path:
-    """Lay out what pip would install: modules, and beside them what announces them."""
-    for name, text in modules.items():
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    about = folder / "example-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n", encoding="utf-8")
-    lines = [f"{name} = {value}" for name, value in entries.items()]
-    (about / "entry_points.txt").write_text("\n".join(["[secateur.methods]", *lines, ""]), encoding="utf-8")
+def install(folder: Path, entries: dict[str, str], **modules: str) -> None:
+    """Install a package of methods."""
+    install_package(folder, "secateur.methods", entries, **modules)
     plugin_methods.cache_clear()
-    return folder
 
 
 def documented() -> tuple[dict[str, str], str, str]:
     """From docs/write-a-method.md: the entry points, the module's name and its text."""
-    page = (ROOT / "docs" / "write-a-method.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-    package = re.search(r"```toml\n(.*?)```", page, re.DOTALL)
-    module = re.search(r"`src/(\w+)\.py`", page)
-    assert code and package and module
-    return tomllib.loads(package[1])["project"]["entry-points"]["secateur.methods"], module[1], code[1]
+    return documented_package("write-a-method.md", "secateur.methods")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from secateur.errors import UserError
 from secateur.files import read_json
 from secateur.model.families import family_of
 from secateur.model.shapes import Shape
-from secateur.model.weight_files import holds_own_head, other_format
+from secateur.model.weight_files import describe_block, holds_own_head, other_format
 from secateur.model.wrappers import Wrapper, tower_names, wrapper_of
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def read_json_config(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise UserError(f"{path}: has no model_type; this is no Hugging Face checkpoint")
     if wrapper_of(raw["model_type"]) is None:
-        family_of(raw["model_type"], where=str(path))
+        family_of(raw["model_type"], where=str(path), block=partial(describe_block, path.parent))
     return raw
 
 

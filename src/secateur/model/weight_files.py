@@ -6,6 +6,8 @@ torch is imported only to compare a head with an embedding.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,17 @@ from secateur.errors import UserError
 from secateur.files import read_json
 from secateur.model.families import Family
 
-__all__ = ["INDEX", "SINGLE", "WEIGHTS_KEY", "differs", "holds_own_head", "model_names", "other_format", "weight_files"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "WEIGHTS_KEY",
+    "describe_block",
+    "differs",
+    "holds_own_head",
+    "model_names",
+    "other_format",
+    "weight_files",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -107,8 +119,8 @@ def holds_own_head(
         names_of: maps the names of a model's tensors to those stored; None for :func:`model_names`.
     """
     try:
-        places = {name: path for path in weight_files(directory) for name in _stored_names(path)}
-    except (UserError, OSError, ValueError):
+        places = {name: path for path in weight_files(directory) for name in _stored_sizes(path)}
+    except (UserError, OSError, ValueError, TypeError, KeyError):
         return False
     names = (
         names_of(places, family) if names_of else model_names(places, (family.embedding, family.head), family.prefix)
@@ -151,11 +163,34 @@ def differs(first: Any, first_name: str, second: Any, second_name: str) -> bool:
     return False
 
 
-def _stored_names(path: Path) -> list[str]:
-    """The names of the tensors in a safetensors file, without the checks of the library."""
+def describe_block(directory: Path) -> str:
+    """The tensors of a checkpoint's first block, with their sizes; empty if its weights cannot be read.
+
+    Of several stacks of blocks, as a model with a vision tower has, it is the one whose first block is largest.
+    Numbers within a block become ``*``, so that one expert stands for all.
+    """
+    try:
+        sizes = {name: size for path in weight_files(directory) for name, size in _stored_sizes(path).items()}
+    except (UserError, OSError, ValueError, TypeError, KeyError):
+        return ""
+    stacks: dict[str, dict[str, list[int]]] = {}
+    for name, size in sorted(sizes.items()):
+        if match := re.match(r"([^\d.][^.]*(?:\.[^\d.][^.]*)*)\.0\.(.+)", name):
+            rest = re.sub(r"(?<=\.)\d+(?=\.)", "*", match[2])
+            stacks.setdefault(match[1], {})[rest] = size
+    if not stacks:
+        return ""
+    stack = max(stacks, key=lambda name: sum(math.prod(size) for size in stacks[name].values()))
+    return f"{stack}.0: {', '.join(f'{name} {size}' for name, size in stacks[stack].items())}"
+
+
+def _stored_sizes(path: Path) -> dict[str, list[int]]:
+    """The tensors in a safetensors file: name -> size. The checks of the library are left out."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError(f"{path}: damaged header")
         header = json.loads(file.read(length))
-    return [name for name in header if name != "__metadata__"] if isinstance(header, dict) else []
+    if not isinstance(header, dict):
+        return {}
+    return {name: [int(n) for n in entry["shape"]] for name, entry in header.items() if name != "__metadata__"}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from secateur.errors import UserError
 from secateur.model.families import dense, experts
 from secateur.model.families.family import Family
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["FAMILIES", "family_of", "plugin_families"]
 
@@ -49,8 +53,12 @@ FAMILIES: tuple[Family, ...] = (
 _GROUP = "secateur.families"  #: entry points of packages; each names a Family
 
 
-def family_of(model_type: str, *, where: str) -> Family:
+def family_of(model_type: str, *, where: str, block: Callable[[], str] = str) -> Family:
     """Find the family of a ``model_type``: a row of the table, or of an installed package.
+
+    Args:
+        where: the model, for an error.
+        block: describes the tensors of a block of the model, for an error; empty if they are unknown.
 
     Raises:
         UserError: if no family has it.
@@ -60,9 +68,10 @@ def family_of(model_type: str, *, where: str) -> Family:
             if model_type in family.model_types:
                 return family
     names = ", ".join(t for family in (*FAMILIES, *plugin_families()) for t in family.model_types)
+    tensors = f"; a block of it holds {text}" if (text := block()) else ""
     raise UserError(
-        f"{where}: model_type {model_type!r} is not a known family (known: {names}); "
-        "docs/families.md shows how to add one row for it"
+        f"{where}: model_type {model_type!r} is not a known family (known: {names}); docs/families.md shows how to add "
+        f"one row for it{tensors}"
     )
 
 
@@ -73,6 +82,8 @@ def plugin_families() -> tuple[Family, ...]:
     Raises:
         UserError: if a package cannot be imported, or its entry point is no :class:`Family`.
     """
+    from importlib.metadata import entry_points  # slow to import, and most models need no package
+
     return tuple(_load(entry) for entry in entry_points(group=_GROUP))
 
 
