@@ -20,7 +20,8 @@ from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import LLAMA
 from secateur.model.families.dense import MISTRAL
-from secateur.model.shapes import Shape, explicit, multiple_of, removed, solve_depth, solve_width, train_flops
+from secateur.model.shapes import Shape, removed, train_flops
+from secateur.model.solver import explicit, multiple_of, solve_depth, solve_width
 
 PARENT = Shape(hidden=4096, ffn=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocabulary=128_256)
 SMALL = Shape(hidden=256, ffn=768, layers=6, heads=4, kv_heads=2, head_dim=64, vocabulary=1000)

@@ -29,7 +29,8 @@ from secateur.forecast.published_findings import by_relevance
 from secateur.forecast.request import RecommendRequest
 from secateur.hub import local_checkpoint
 from secateur.methods.registry import METHODS
-from secateur.model.shapes import Shape, solve_depth, solve_width
+from secateur.model.shapes import Shape
+from secateur.model.solver import solve_depth, solve_width
 from secateur.progress import track
 
 __all__ = ["Recommendation", "recommend"]

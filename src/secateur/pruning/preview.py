@@ -13,7 +13,8 @@ from secateur.errors import UserError
 from secateur.hub import local_checkpoint
 from secateur.model.config_file import read_shape
 from secateur.model.description import describe_shape, flops_context
-from secateur.model.shapes import SPACES, Shape, removed, solve_depth, solve_width
+from secateur.model.shapes import SPACES, Shape, removed
+from secateur.model.solver import solve_depth, solve_width
 from secateur.pruning.target import Target
 
 __all__ = ["Preview", "ShapesRequest", "preview_shapes"]

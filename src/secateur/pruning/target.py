@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from secateur.config import as_share
 from secateur.errors import UserError, did_you_mean
 from secateur.methods.selection import count_pruned
-from secateur.model.shapes import SIZES, SPACES, Shape, Share, explicit, solve_depth, solve_experts, solve_width
+from secateur.model.shapes import SIZES, SPACES, Shape, Share
+from secateur.model.solver import explicit, solve_depth, solve_experts, solve_width
 
 if TYPE_CHECKING:
     from secateur.methods.base import Method, WeightMethod

@@ -14,7 +14,7 @@ from typing import Any
 
 from secateur.config import identity
 from secateur.errors import UserError
-from secateur.model.shapes import solve_width
+from secateur.model.solver import solve_width
 from secateur.pruning.cost import scoring_flops
 from secateur.study.grid import PlannedComparison, Pruning, comparisons, prunings, seed_shift
 from secateur.study.resolve import ResolvedStudy, split_paths
