@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from family_configs import FAMILIES
+from family_configs import FAMILIES, FAMILY_CONFIGS
 from helpers import hf, logits, tiny_family, windows
 from secateur.cli import main
 from secateur.model.families import FAMILIES as FAMILY_TABLE
@@ -112,13 +112,17 @@ def compare(runtime: Callable[[Path], np.ndarray], folder: Path) -> str:
     return f"{difference:.1e}, {(result.argmax(-1) == reference.argmax(-1)).mean():.2f}"
 
 
-def published_pattern(name: str) -> dict[str, Any]:
-    """Changes that give a tiny config what published models have: a whole number of periods, or no window."""
+def published_kinds(name: str) -> dict[str, Any]:
+    """Changes that give a tiny config the layer kinds, windows and RoPE of published models."""
     period = next(family.pattern for family in FAMILY_TABLE if family.name == name)
-    if period:
-        lists = {"layer_types": None, "no_rope_layers": None, "num_hidden_layers": 2 * max(period, 4)}
-        return {**lists, "query_pre_attn_scalar": 12}  # Gemma: head_dim, which llama.cpp takes for it
-    return {"sliding_window": None} if name in ("mistral", "starcoder2") else {}
+    if name in ("mistral", "starcoder2", "smollm3"):
+        changes: dict[str, Any] = {"sliding_window": None, "use_sliding_window": False}
+    elif name.startswith("gemma"):  # llama.cpp takes head_dim for it
+        changes = {"query_pre_attn_scalar": FAMILY_CONFIGS[name].get("head_dim", 8)}
+    else:
+        changes = {"rope_parameters": None} if name == "olmo3" else {}
+    lists = {"layer_types": None, "no_rope_layers": None, "num_hidden_layers": 2 * max(period, 4)}
+    return changes | (lists if period else {})
 
 
 def run(families: list[str]) -> None:
@@ -128,7 +132,7 @@ def run(families: list[str]) -> None:
         root = Path(name)
         np.save(root / "ids.npy", windows(8, 16).numpy())
         for family in families:
-            model = tiny_family(root, family, **published_pattern(family))
+            model = tiny_family(root, family, **published_kinds(family))
             add_tokenizer(model)
             for cut, arguments in CUTS.items():
                 folder = root / f"{family}-{cut}" if arguments else model
