@@ -11,7 +11,8 @@ import pytest
 from secateur.errors import UserError
 from secateur.methods.registry import get_method
 from secateur.model.families import family_of
-from secateur.model.shapes import Shape, multiple_of, removed, solve_width
+from secateur.model.shapes import Shape, removed
+from secateur.model.solver import multiple_of, solve_width
 from secateur.pruning.target import Target
 
 #: published checkpoints: model_type, hidden, FFN, layers, heads, KV heads, head_dim, vocabulary
