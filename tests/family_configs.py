@@ -184,6 +184,7 @@ _QWEN3_5 = {
     "num_hidden_layers": 6,
     **_LINEAR,
     "linear_conv_kernel_dim": 3,
+    "rms_norm_eps": 1e-5,
 }
 _COHERE2 = {"model_type": "cohere2", "sliding_window": 6, "logit_scale": 0.4}
 _GEMMA4 = {
@@ -233,6 +234,18 @@ FAMILY_CONFIGS: Configs = {
 }
 FAMILIES = tuple(name for name in FAMILY_CONFIGS if "-" not in name)
 FIRST = tuple(name for name in _FIRST if "-" not in name)  #: the formulas of methods are checked on these
+
+
+def cut_axes(name: str, *axes: str) -> tuple[str, ...]:
+    """Those of ``axes`` that may be cut in the family of a config."""
+    (row,) = (family for family in TABLE if family.name == name.partition("-")[0])
+    return tuple(axis for axis in axes if axis in row.axes)
+
+
+def families_with(*axes: str) -> tuple[str, ...]:
+    """The families that may be cut along all these axes."""
+    return tuple(name for name in FAMILIES if cut_axes(name, *axes) == axes)
+
 
 #: Name -> changes of the config.json that transformers writes, as older files have it: ``drop`` removes keys.
 FILE_CHANGES: Configs = {

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from family_configs import cut_axes
 from helpers import calibration, hf, logits, tiny_family, windows
+from secateur.methods.base import WidthMethod
 from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import Family
@@ -55,8 +57,11 @@ class Zoo:
         return self.given[name] if name in self.given else tiny_family(self.root, name)
 
     def _pruned(self, name: str, method: str) -> Pruned:
-        sparse = get_method(method).granularity == "sparse"
-        return self.prune(name, method, Target(ratio=0.5 if sparse else 0.4))
+        scorer = get_method(method)
+        if scorer.granularity == "sparse":
+            return self.prune(name, method, Target(ratio=0.5))
+        axes = cut_axes(name, *scorer.axes) if isinstance(scorer, WidthMethod) and name not in self.given else ()
+        return self.prune(name, method, Target(ratio=0.4, axes=axes))
 
     def prune(self, name: str, method: str, target: Target, **options: Any) -> Pruned:
         """Prune to a target of one's own."""
@@ -150,7 +155,7 @@ def assert_same_logits(got: PreTrainedModel, wanted: PreTrainedModel) -> None:
 
 def close(got: Tensor, wanted: Tensor) -> None:
     """Compare logits: equal but for rounding, which is larger where the logits are."""
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=max(1e-4, 5e-5 * float(wanted.std())))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=max(1e-4, 1e-4 * float(wanted.std())))
 
 
 def _silence_hidden(model: PreTrainedModel, plan: Plan) -> None:

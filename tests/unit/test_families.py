@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from family_configs import FAMILIES, FAMILY_CONFIGS
+from family_configs import FAMILIES, FAMILY_CONFIGS, cut_axes
 from helpers import SCORED, edit_config, logits, windows
 from reference import Pruned, Zoo, assert_same_logits, calibration_means, close, opened, reference
 from secateur.model.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ def depth_is_cut(pruned: Pruned) -> None:
     assert len(kept) == after.layers == {5: 3, 6: 4}[before.layers]
     old, new = load_file(pruned.directory / "model.safetensors"), load_file(pruned.out / "model.safetensors")
     for position, layer in enumerate(kept):
-        name = "self_attn.o_proj.weight"
+        name = f"{pruned.plan.before.family.reader('ffn')}.weight"
         assert torch.equal(new[f"model.layers.{position}.{name}"], old[f"model.layers.{layer}.{name}"])
 
 
@@ -63,15 +63,19 @@ def width_is_cut(pruned: Pruned) -> None:
     assert plan.after.layers == plan.before.layers
     assert plan.removed()["non_embedding"] == pytest.approx(0.4, abs=0.05)
     narrower = {s for s in ("hidden", "ffn", "kv") if plan.after.units(s) < plan.before.units(s)}
-    assert narrower <= ({"hidden", "ffn"} if plan.method in ("minitron-width", "random-width") else {"ffn", "kv"})
-    assert narrower & {"hidden", "kv"}
+    axes = cut_axes(
+        pruned.name, *(("hidden", "ffn") if plan.method in ("minitron-width", "random-width") else ("ffn", "kv"))
+    )
+    assert narrower <= set(axes) and narrower & (set(axes) - {"ffn"} or {"ffn"})
 
 
 def weights_are_zeroed(pruned: Pruned) -> None:
     plan = pruned.plan
     old, new = load_file(pruned.directory / "model.safetensors"), load_file(pruned.out / "model.safetensors")
     linears = {name for name, tensor in new.items() if ".layers." in name and tensor.dim() == 2}
-    assert set(plan.masks) == linears and len(linears) == plan.before.layers * len(plan.before.linears())
+    assert set(plan.masks) == linears and len(linears) == sum(
+        len(plan.before.linears(layer)) for layer in range(plan.before.layers)
+    )
     for name in linears:
         assert float((new[name] == 0).float().mean()) == pytest.approx(0.5, abs=0.02), name
     updated = any(bool((new[name] != old[name])[plan.masks[name]].any()) for name in linears)

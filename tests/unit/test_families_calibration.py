@@ -50,16 +50,18 @@ def test_sites_see_what_goes_through_the_model(name: str, tmp_path: Path) -> Non
     model, checkpoint = hf(directory), Checkpoint(directory)
     walk, family = BlockWalk(checkpoint, IDS, batch=2), checkpoint.family
     for block, stats in walk.observe(dict.fromkeys(family.sites, (MeanSquare,))):
-        for site, found in family.sites.items():
+        modules = {name for name, _ in block.module.named_modules()}
+        assert set(stats) == {name for name, site in family.sites.items() if site.module in modules}
+        for site, found in ((name, family.sites[name]) for name in stats):
             (seen,) = seen_at(model, f"model.layers.{block.index}.{found.module}", IDS, output=found.output)
             near(stats[site][MeanSquare], seen.square().mean(dim=(0, 1)), site)
-            for reader in found.readers:  # the linears said to read it do
+            for reader in modules.intersection(found.readers):  # the linears said to read it do
                 (read,) = seen_at(model, f"model.layers.{block.index}.{reader}", IDS, output=False)
                 torch.testing.assert_close(read, seen)
     for site in family.hidden_sites:
-        assert family.sites[site].output and family.sites[site].module.endswith("layernorm")
+        assert family.sites[site].output and family.sites[site].module.endswith("norm")
     readers = [reader for site in family.sites.values() for reader in site.readers]
-    assert sorted(f"{reader}.weight" for reader in readers) == sorted(checkpoint.shape.linears())
+    assert sorted(f"{reader}.weight" for reader in readers) == sorted(checkpoint.shape.linear_sizes())
 
 
 @pytest.mark.parametrize("name", FAMILY_CONFIGS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from family_configs import FAMILIES
+from family_configs import FAMILIES, cut_axes, families_with
 from helpers import calibration, edit_config, hf, logits, tiny_family, windows
 from reference import (
     Pruned,
@@ -47,12 +47,15 @@ def without_heads(pruned: Pruned) -> torch.Tensor:
     width = before.heads // before.kv_heads * before.head_dim
     for layer in range(before.layers):
         kept = pruned.plan.keep_kv[layer].tolist()
+        modules = dict(model.model.layers[layer].named_modules())
         for head in (h for h in range(before.kv_heads) if h not in kept):
-            model.model.layers[layer].self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0
+            modules[before.family.reader("kv")].weight[:, head * width : (head + 1) * width] = 0
     return logits(model, windows(3, 20, seed=9))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "llama-biased", "llama-mha", "qwen3-biased", "olmo2-biased"])
+@pytest.mark.parametrize(
+    "name", [*families_with("kv"), "llama-biased", "llama-mha", "qwen3-biased", "olmo2-biased", "qwen3_5-biased"]
+)
 def test_whole_groups_of_heads_go(name: str, zoo: Zoo) -> None:
     before = Checkpoint(zoo.directory(name)).shape
     fewer = before.kv_heads - 1 if before.kv_heads == 3 else 4
@@ -70,7 +73,7 @@ def test_whole_groups_of_heads_go(name: str, zoo: Zoo) -> None:
         torch.testing.assert_close(got, without_heads(pruned), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families_with("hidden", "ffn", "kv"))
 def test_all_three_axes_at_once(name: str, zoo: Zoo) -> None:
     pruned = zoo.prune(name, "minitron-width", Target(ratio=0.6, axes=("hidden", "ffn", "kv")))
     before, after = pruned.plan.before, pruned.plan.after
@@ -84,41 +87,44 @@ SIZES = {"hidden": 40, "ffn": 51, "heads": 4, "kv_heads": 2}
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_explicit_sizes(name: str, zoo: Zoo) -> None:
-    pruned = zoo.prune(name, "random-width", Target(sizes=SIZES), seed=3)
+    sizes = {key: size for key, size in SIZES.items() if cut_axes(name, "kv" if "heads" in key else key)}
+    pruned = zoo.prune(name, "random-width", Target(sizes=sizes), seed=3)
     after = pruned.plan.after
-    assert {n: getattr(after, n) for n in SIZES} == SIZES
+    assert {n: getattr(after, n) for n in sizes} == sizes
     same(pruned)
     config = json.loads((pruned.out / "config.json").read_text())
-    assert config["hidden_size"] == 40 and config["intermediate_size"] == 51
+    assert config["hidden_size"] == sizes.get("hidden", 48) and config["intermediate_size"] == 51
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_weights_are_cut_as_they_are(name: str, tmp_path: Path) -> None:
     zoo = Zoo(tmp_path, {name: tiny_family(tmp_path, name, dtype=torch.bfloat16)})
-    pruned = zoo.prune(name, "llm-pruner", Target(ratio=0.5, axes=("kv", "ffn")))
+    pruned = zoo.prune(name, "llm-pruner", Target(ratio=0.5, axes=cut_axes(name, "kv", "ffn")))
     assert {t.dtype for t in load_file(pruned.out / "model.safetensors").values()} == {torch.bfloat16}
     assert_same_logits(hf(pruned.out), reference(pruned))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_global_allocations_are_padded_with_zeros(name: str, zoo: Zoo) -> None:
-    pruned = zoo.prune(name, "wanda-sp", Target(ratio=0.4, axes=("kv", "ffn"), allocation="global"))
+    axes = cut_axes(name, "kv", "ffn")
+    pruned = zoo.prune(name, "wanda-sp", Target(ratio=0.3, axes=axes, allocation="global"))
     plan, parameters = pruned.plan, dict(opened(pruned.out).named_parameters())
-    ffn, kv = ([len(kept) for kept in keep.values()] for keep in (plan.keep_ffn, plan.keep_kv))
-    assert min(ffn) < max(ffn) == plan.after.ffn and max(kv) == plan.after.kv_heads
+    ffn = [len(kept) for kept in plan.keep_ffn.values()]
+    kv = [len(kept) for layer, kept in plan.keep_kv.items() if plan.before.has_space("kv", layer)]
+    assert min(ffn) < max(ffn) == plan.after.ffn and (not kv or max(kv) == plan.after.kv_heads)
     same(pruned)
     total = sum(p.numel() for p in hf(pruned.directory).parameters())
     left = sum(int((p != 0).sum()) for p in parameters.values())
     assert plan.removed()["total"] == pytest.approx(1 - left / total)
     for layer, kept in enumerate(ffn):  # each part of a fused tensor is padded by itself
-        down = parameters[f"model.layers.{layer}.mlp.down_proj.weight"]
+        down = parameters[f"model.layers.{layer}.{plan.before.family.reader('ffn')}.weight"]
         assert not down[:, kept:].any() and bool((down[:, :kept] != 0).all())
-        if name == "phi3":
+        if name in ("phi3", "glm", "glm4"):
             rows = parameters[f"model.layers.{layer}.mlp.gate_up_proj.weight"].unflatten(0, (2, plan.after.ffn))
             assert not rows[:, kept:].any() and bool((rows[:, :kept] != 0).all())
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "olmo2-biased", "qwen3-biased"])
+@pytest.mark.parametrize("name", [*families_with("kv"), "olmo2-biased", "qwen3-biased", "qwen3_5-biased"])
 def test_layers_with_different_numbers_of_heads(name: str, zoo: Zoo) -> None:
     before = Checkpoint(zoo.directory(name)).shape
     keep = {layer: torch.tensor([[1], [0, 2], [2]][layer % 3]) for layer in range(before.layers)}
@@ -135,9 +141,9 @@ def test_global_flap_with_biases(name: str, zoo: Zoo) -> None:
 @pytest.mark.parametrize("name", [*FAMILIES, "llama-biased", "qwen3-biased"])
 def test_flap_s_biases(name: str, zoo: Zoo) -> None:
     pruned = zoo.pruned(name, "flap")  # its logits are compared in test_families.py
-    family, block = pruned.plan.after.family, opened(pruned.out).model.layers[0]
-    has, readers = compensated(family), [family.reader(space) for space in ("ffn", "kv")]
-    assert set(has) == {reader for reader in readers if block.get_submodule(reader).bias is not None}
+    family, block = pruned.plan.after.family, dict(opened(pruned.out).model.layers[-1].named_modules())
+    has, readers = compensated(family), [family.reader(space) for space in cut_axes(name, "ffn", "kv")]
+    assert set(has) == {reader for reader in readers if block[reader].bias is not None}
     old, new = load_file(pruned.directory / "model.safetensors"), load_file(pruned.out / "model.safetensors")
     means = calibration_means(pruned)
     for tensor in (n for n in new if n.endswith(".bias") and n.removesuffix(".bias") not in means):
@@ -159,9 +165,9 @@ def test_flap_s_biases(name: str, zoo: Zoo) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_flap_with_a_bias_required(name: str, zoo: Zoo) -> None:
-    target = Target(ratio=0.4)
-    modules = compensated(zoo.pruned(name, "flap").plan.after.family)
-    lacking = [m for m in ("mlp.down_proj", "self_attn.o_proj") if m not in modules]
+    axes = cut_axes(name, "kv", "ffn")
+    target, row = Target(ratio=0.4, axes=axes), zoo.pruned(name, "flap").plan.after.family
+    lacking = {row.reader(space) for space in axes} - set(compensated(row))
     if not lacking:
         assert zoo.prune(name, "flap", target, bias="require").plan.biases
         return

@@ -129,7 +129,11 @@ def _places(
         outer = walk.checkpoint.outer_tensors()
         tensors = {name: (walk.checkpoint.tensor(name).to(walk.device).float(), axes) for name, axes in outer.items()}
         return {"hidden": [Place("hidden", shape.hidden, shape, -1, {}, None, tensors, gradients)]}
-    tensors = {name: (block.weight(name), axes) for name, axes in shape.block_tensors(block.index).items()}
+    tensors = {
+        name: (block.weight(name), axes)
+        for name, axes in shape.block_tensors(block.index).items()
+        if name not in family.buffers
+    }
     places: dict[str, list[Place]] = {}
     for space in spaces:
         if space != "layer" and not shape.has_space(space, block.index):

@@ -36,6 +36,8 @@ def with_old_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
         old |= {"rope_theta": parameters["rope_theta"], "rope_scaling": None}
     rest = {key: value for key, value in parameters.items() if key not in ("rope_theta", "partial_rotary_factor")}
     kind = rest.get("rope_type", rest.get("type", "default"))
+    if kind == "proportional":  # of Gemma 4, which no release with the old keys knows; beside them release 5 refuses it
+        return config
     if kind == "longrope":  # exactly these keys; the others are the configuration's own
         old["rope_scaling"] = {"type": kind, "short_factor": rest["short_factor"], "long_factor": rest["long_factor"]}
         if "original_max_position_embeddings" in rest:

@@ -67,8 +67,10 @@ class Shape:
             UserError: if its family is not known, or a size is no whole number above zero.
         """
         family = family_of(config.model_type, where=where)
-        sizes: dict[str, Any] = {name: getattr(config, key, None) for name, key in family.config_keys.items()}
-        sizes |= {name: value(config) for name, value in family.derived.items()}
+        sizes: dict[str, Any] = {
+            name: family.derived[name](config) if name in family.derived else getattr(config, key, None)
+            for name, key in family.config_keys.items()
+        }
         if sizes.get("kv_heads") is None:  # as older files have it
             sizes["kv_heads"] = sizes["heads"]
         if sizes.get("head_dim") is None:
@@ -82,7 +84,7 @@ class Shape:
         kinds = tuple(family.kinds_of(config)) if family.kinds else ()
         if kinds and len(kinds) != sizes["layers"]:
             raise UserError(f"{where}: names the kinds of {len(kinds)} layers, but has {sizes['layers']}")
-        fixed = tuple((name, _product(factors, config, where)) for name, factors in family.fixed.items())
+        fixed = tuple((name, _product(name, factors, config, where)) for name, factors in family.fixed.items())
         return cls(
             **sizes,
             vocabulary=config.vocab_size,
@@ -171,8 +173,10 @@ class Shape:
             return self.layers * figure(0)
         first = {kind: layer for layer, kind in reversed(list(enumerate(self.kinds)))}
         total = sum(self.kinds.count(kind) * figure(layer) for kind, layer in first.items())
+        if isinstance(self.layers, int) and self.layers == len(self.kinds):
+            return total
         share = total * self.layers / len(self.kinds)
-        return round(share) if isinstance(self.layers, int) else share
+        return round(share) if isinstance(share, float) else share
 
     @property
     def block_weights(self) -> int:
@@ -223,7 +227,8 @@ class Shape:
 
     def block_parameters(self, layer: int = 0) -> int:
         """Parameters of one decoder block."""
-        return sum(math.prod(self.tensor_size(axes)) for axes in self.block_tensors(layer).values())
+        tensors, buffers = self.block_tensors(layer), self.family.buffers
+        return sum(math.prod(self.tensor_size(axes)) for name, axes in tensors.items() if name not in buffers)
 
     def linear_parameters(self, layer: int = 0) -> int:
         """Weights of one block's linears: what sparse methods prune."""
@@ -346,16 +351,17 @@ def _check_sizes(sizes: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {key} should be a whole number above zero and below {2**24:,}, not {size!r}")
 
 
-def _product(factors: Sequence[str | int], config: Any, where: str) -> int:
-    """The size of a space from config keys and numbers; ``a|b`` is the first that is set."""
-    sizes = {
-        str(factor): factor
-        if isinstance(factor, int)
-        else next((value for key in factor.split("|") if (value := _read(config, key)) is not None), None)
-        for factor in factors
-    }
+def _product(name: str, factors: Sequence[str | int | Callable[[Any], int]], config: Any, where: str) -> int:
+    """The size of a space from its factors; see :attr:`Family.fixed`."""
+    sizes: dict[str, Any] = {}
+    for factor in factors:
+        if isinstance(factor, str):
+            values = (_read(config, key) for key in factor.split("|"))
+            sizes[factor] = next((value for value in values if value is not None), None)
+        else:
+            sizes[f"{name} ({len(sizes)})"] = factor if isinstance(factor, int) else factor(config)
     _check_sizes(sizes, where)
-    return math.prod(sizes.values())  # type: ignore[arg-type]
+    return math.prod(sizes.values())
 
 
 def _read(config: Any, key: str) -> Any:

@@ -24,6 +24,7 @@ from secateur.progress import notify
 __all__ = ["carry_masks", "cut_config", "cut_tensors"]
 
 _ROWS = 4096  # of the embedding or the head at once
+_PERIODS = ("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval")  # of config.json
 
 
 def cut_tensors(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None = None) -> Iterator[Stored]:
@@ -237,7 +238,9 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     twins = [twin for key in switches for twin in family.twin_keys.get(key, ())]
     changes: dict[str, Any] = plan.after.config_changes() | dict.fromkeys([*switches, *twins], True)
     changes |= {family.further_layers: 0} if family.further_layers else {}
-    older = [old for old, key in type(checkpoint.config).attribute_map.items() if key in changes]
+    renamed = {old: key for old, key in family.old_keys.items() if old in config}
+    changes = {key: getattr(checkpoint.config, key) for key in renamed.values()} | changes
+    older = [*renamed, *(old for old, key in type(checkpoint.config).attribute_map.items() if key in changes)]
     config = {key: value for key, value in config.items() if key not in (*older, *family.unstated)} | changes
     cuts_layers = plan.after.layers < plan.before.layers
     for key in checkpoint.family.per_layer_keys:
@@ -249,7 +252,7 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         if isinstance(values := getattr(checkpoint.config, key, None), list):
             config[key] = [new for new, old in enumerate(plan.keep_layers.tolist()) if old in values]
     if cuts_layers:
-        _describe_windows(checkpoint, plan, config)
+        _describe_kinds(checkpoint, plan, config)
     if other_family:
         assert plan.before.family.relaxed is not None
         model_type, architecture, besides = plan.before.family.relaxed
@@ -266,17 +269,24 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     return config
 
 
-def _describe_windows(checkpoint: Checkpoint, plan: Plan, config: dict[str, Any]) -> None:
-    """Change the keys of config.json that readers without ``layer_types`` learn from which layers have a window."""
+def _describe_kinds(checkpoint: Checkpoint, plan: Plan, config: dict[str, Any]) -> None:
+    """Change the keys of config.json that say, beside ``layer_types``, which layers are of which kind."""
+    layers = checkpoint.shape.layers
     first = config.get("max_window_layers")  # Qwen: the layers from this one on have a window
-    if isinstance(first, int) and first < checkpoint.shape.layers:
+    if isinstance(first, int) and first < layers:
         config["max_window_layers"] = int((plan.keep_layers < first).sum())
+    if shared := config.get("num_kv_shared_layers"):  # Gemma: so many of the last layers read earlier keys and values
+        config["num_kv_shared_layers"] = int((plan.keep_layers >= layers - shared).sum())
+    if isinstance(overrides := config.get("per_layer_config"), dict):  # by index, which older versions pad with zeros
+        by_layer = {int(layer): values for layer, values in overrides.items()}
+        layers_to_keep = enumerate(plan.keep_layers.tolist())
+        config["per_layer_config"] = {str(new): by_layer[old] for new, old in layers_to_keep if old in by_layer}
     kinds, rope = config.get("layer_types"), config.get("no_rope_layers")
     if isinstance(rope, list):  # SmolLM3: each layer at a multiple of the interval has no RoPE
         _redescribe(checkpoint, config, ("no_rope_layer_interval",), rope, "no_rope_layers", (1, 0))
-    if isinstance(kinds, list):  # Gemma, EXAONE: each layer at a multiple of the pattern has no window
-        keys = ("sliding_window_pattern", "_sliding_window_pattern")
-        _redescribe(checkpoint, config, keys, kinds, "layer_types", ("sliding_attention", "full_attention"))
+    if isinstance(kinds, list):  # Gemma, EXAONE, Qwen 3.5: each layer at a multiple of the pattern attends to all
+        is_full = [kind == "full_attention" for kind in kinds]
+        _redescribe(checkpoint, config, _PERIODS, is_full, "layer_types", (False, True))
 
 
 def _redescribe(

@@ -261,12 +261,16 @@ def write_gated(checkpoint: Checkpoint, module: TrainModule, values: Mapping[str
 def _multiply_gates(tensor: Tensor, name: str, shape: Shape, values: Mapping[str, Tensor]) -> Tensor:
     """Multiply into a tensor the gates of its module in training (:mod:`secateur.training.gates`)."""
     family = shape.family
-    if name == f"{family.final_norm}.weight" and "hidden" in values:
-        return _scale(tensor, values["hidden"][0], family.norm_offset)
+    if name in family.final_norm_tensors and "hidden" in values:
+        return _scale(tensor, values["hidden"][0], 0.0 if name.endswith("bias") else family.norm_offset)
+    if name == family.head and "hidden" in values and not family.final_norm_tensors:
+        return _scale(tensor, values["hidden"][0], 0.0)
     if not name.startswith(f"{family.layers}."):
         return tensor
     number, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
     layer, module = int(number), rest.rpartition(".")[0]
+    if rest == family.stream_scale and "layers" in values:
+        return _scale(tensor, values["layers"][0, layer], -1.0)
     linears = shape.linears(layer)
     if rest in linears:
         space = SPACE_OF.get(axis := str(shape.block_tensors(layer)[rest][1]), axis)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -377,8 +376,10 @@ def _prune_block(
         masks: of an earlier pruning of the checkpoint; what they drop stays pruned.
     """
     walk, entries = block.walk, dict[str, Tensor]()
-    for site, linears in itertools.groupby(walk.checkpoint.shape.linears(block.index), walk.family.site_of):
-        names = {linear: walk.family.block_tensor(block.index, linear) for linear in linears}
+    by_site: dict[str, dict[str, str]] = {}
+    for linear in walk.checkpoint.shape.linears(block.index):
+        by_site.setdefault(walk.family.site_of(linear), {})[linear] = walk.family.block_tensor(block.index, linear)
+    for site, names in by_site.items():
         statistics = stats.pop(site, {})
         if not all(is_finite(value) for value in statistics.values()):
             name = next(iter(names.values()))

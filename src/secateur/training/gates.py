@@ -5,9 +5,9 @@ Their places, in every family:
 
 - a hidden channel, FFN channel or KV head: the input of every linear that reads it; hidden channels also the output of
   the final norm;
-- a layer: its two additions to the residual stream, of attention and FFN.
+- a layer: its two additions to the residual stream, of attention and FFN, and its scale of the stream in some families.
 
-A norm over partly closed channels divides by the root mean square of the open ones, as in the cut model.
+A norm over partly closed channels takes the mean and the root mean square of the open ones, as in the cut model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from secateur.errors import UserError
 from secateur.methods.base import LearnedMethod
 from secateur.model.families import SPACE_OF
 from secateur.model.shapes import SPACES, Shape
@@ -42,6 +43,11 @@ class Gates(Objective):
         self.method, self.before, self.after = method, before, after
         self.loss = LanguageModel()
         self.spaces = [space for space in SPACES if after.units(space) < before.units(space)]
+        if "hidden" in self.spaces and before.tied and not before.family.final_norm_tensors:
+            raise UserError(
+                f"`axes`: gates of hidden channels end in the last norm's weights, and a {before.family.name} has none "
+                "and a tied head; cut other axes, or with another method"
+            )
         rows = {space: 1 if space in ("layers", "hidden") else before.layers for space in self.spaces}
 
         def parameters(value: float, units: bool) -> nn.ParameterDict:
@@ -54,6 +60,8 @@ class Gates(Objective):
         self.values: dict[str, Tensor] = {}  #: the gates that the hooks apply, [rows, units]
         self._expected: dict[str, Tensor] = {}  # share of open gates, its mean over the rows
         self._step, self._share = 0, 0.0  # share of the way from the full shape to the target
+        pinned = before.family.pinned
+        self.pinned = sorted(set(pinned(model.config))) if pinned and "layers" in self.spaces else []
         self._hook(model)
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -63,6 +71,8 @@ class Gates(Objective):
         self._step, self._share = step, min(1.0, (step + 1) / max(1.0, self.method.warmup * steps))
         for a in self.a.values():  # beyond the limit a gate's gradient vanishes
             local_part(a).clamp_(-self.method.LIMIT, self.method.LIMIT)
+        if self.pinned:
+            local_part(self.a["layers"])[:, self.pinned] = self.method.LIMIT
 
     def groups(self) -> list[dict[str, Any]]:
         # With an epsilon above any gradient Adam steps by its mean: d itself, and not its sign.
@@ -90,6 +100,8 @@ class Gates(Objective):
         """The losses under drawn gates, and the penalty; in evaluation mode those under settled gates."""
         draw = self._draw_gates if self.training else (lambda space, a: self.method.eval_gates(a))
         self.values = {space: draw(space, a) for space, a in self.a.items()}
+        if self.pinned:
+            self.values["layers"] = self.values["layers"].index_fill(1, torch.tensor(self.pinned), 1.0)
         total, each, _ = self.loss(model, ids, positions, targets)
         return BatchLosses(total, each, self._penalty() if self.training else None)
 
@@ -120,6 +132,13 @@ class Gates(Objective):
         family = self.before.family
         for number, block in enumerate(cast(nn.ModuleList, model.get_submodule(family.layers))):
             modules = dict(block.named_modules())
+            norms = {name.removesuffix(".weight"): axes for name, axes in self.before.block_tensors(number).items()}
+            norms = {name: axes[0] for name, axes in norms.items() if len(axes) == 1 and name.endswith("norm")}
+            outputs = {
+                site.module: site.space for site in family.sites.values() if site.output
+            }  # norms without weights
+            for name, axis in {**outputs, **norms}.items():
+                self._hook_norm(modules[name], str(axis), number)
             for site in family.sites.values():
                 gate = partial(self._gate_input, axis=site.space, layer=number)
                 readers = [reader for reader in site.readers if reader in modules]
@@ -127,27 +146,36 @@ class Gates(Objective):
                     block.get_submodule(site.module).register_forward_hook(partial(_after, gate))
                 for reader in () if site.output else readers:
                     block.get_submodule(reader).register_forward_pre_hook(partial(_before, gate))
-            for name, axes in self.before.block_tensors(number).items():
-                if len(axes) == 1 and name.endswith("norm.weight") and axes[0] != "head":
-                    self._hook_norm(block.get_submodule(name.removesuffix(".weight")), str(axes[0]), number)
             for writer in (name for name in family.writers if name in modules):
                 writes = partial(self._gate_layer, layer=number)
                 block.get_submodule(writer).register_forward_hook(partial(_after, writes))
+            if family.stream_scale:
+                scales = partial(self._gate_scale, block=block, layer=number)
+                block.register_forward_hook(partial(_after, scales))
         norm = model.get_submodule(family.final_norm)
         self._hook_norm(norm, "hidden", 0)
         norm.register_forward_hook(partial(_after, partial(self._gate_input, axis="hidden", layer=0)))
 
     def _hook_norm(self, norm: nn.Module, axis: str, layer: int) -> None:
+        centers = self.before.family.norms_center
+
         def close_channels(x: Tensor) -> Tensor:
             gate = self._channel_gates(axis, layer)
-            return x if gate is None else x * (gate > 0).to(x.dtype)
+            if gate is None:
+                return x
+            is_open = (gate > 0).to(x.dtype)
+            return (x - (x * is_open).sum(-1, keepdim=True) / is_open.sum() if centers else x) * is_open
 
         def rescale(x: Tensor) -> Tensor:
             gate = self._channel_gates(axis, layer)
-            return x if gate is None else x * (gate > 0).float().mean().sqrt().to(x.dtype)
+            if gate is None:
+                return x
+            share = (gate > 0).float().mean().sqrt().to(x.dtype)
+            bias: Tensor | None = getattr(norm, "bias", None)
+            return x * share if bias is None else x * share + bias.to(x.dtype) * (1 - share)
 
         norm.register_forward_pre_hook(partial(_before, close_channels))
-        norm.register_forward_hook(partial(_after, rescale))
+        norm.register_forward_hook(partial(_after, rescale))  # before those that gate its output
 
     def _channel_gates(self, axis: str, layer: int) -> Tensor | None:
         """The gates of an axis's channels in a layer; None where the axis has no gates."""
@@ -164,15 +192,23 @@ class Gates(Objective):
     def _gate_layer(self, x: Tensor, *, layer: int) -> Tensor:
         return x * self.values["layers"][0, layer].to(x.dtype) if "layers" in self.values else x
 
+    def _gate_scale(self, x: Tensor, *, block: nn.Module, layer: int) -> Tensor:
+        """Undo a block's scale of the stream as far as the block is closed: of a removed one nothing is left."""
+        if "layers" not in self.values:
+            return x
+        scale = block.get_buffer(self.before.family.stream_scale)
+        return x * ((1 + self.values["layers"][0, layer] * (scale - 1)) / scale).to(x.dtype)
+
     # --- the end ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
-        """``a`` of every gate, [rows, units] on the CPU; all processes together."""
-        return {
-            space: full_tensor(a.detach()).cpu().clamp(-self.method.LIMIT, self.method.LIMIT)
-            for space, a in self.a.items()
-        }
+        """``a`` of every gate, [rows, units] on the CPU, the most for layers that must stay; all processes together."""
+        limit = self.method.LIMIT
+        scores = {space: full_tensor(a.detach()).cpu().clamp(-limit, limit) for space, a in self.a.items()}
+        if self.pinned:
+            scores["layers"][:, self.pinned] = 2 * limit
+        return scores
 
 
 def _before(change: Callable[[Tensor], Tensor], _module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

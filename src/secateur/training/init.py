@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def llama_config(
 
 
 def fresh_weights(model: PreTrainedModel, init: InitSpec, *, seed: int) -> Callable[[str], Tensor]:
-    """Draw weights: matrices from the distribution of ``init``, norms that scale by one, biases zero.
+    """Draw weights: matrices from the distribution of ``init``, norms that scale by one, biases zero, buffers as made.
 
     Args:
         model: gives the sizes of the parameters; it may be without weights.
@@ -73,10 +74,17 @@ def fresh_weights(model: PreTrainedModel, init: InitSpec, *, seed: int) -> Calla
     shape = Shape.of_config(model.config, where="the model")
     norm = 1.0 - family.norm_offset
 
+    buffers = dict(model.named_buffers())
+
     def draw(name: str) -> Tensor:
+        if name in buffers:
+            return buffers[name]
         value = torch.empty(model.get_parameter(name).shape)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        rest = name.removeprefix(f"{family.layers}.").partition(".")[2]
+        if rest in family.first_values:
+            return family.first_values[rest](value, generator)
         if value.dim() >= 2:
             if init.kind == "fan-in":
                 return value.normal_(generator=generator) * _fan_in_scale(name, shape, init)
@@ -95,11 +103,12 @@ def _fan_in_scale(name: str, shape: Shape, init: InitSpec) -> float | Tensor:
     if name == family.head:
         return shape.hidden**-0.5
     layer, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
-    rows, columns = shape.block_tensors(int(layer))[rest]
+    rows, *columns = shape.block_tensors(int(layer))[rest]
     parts = rows if isinstance(rows, tuple) else (rows,)
-    scales = [shape.head_dim**-0.5 if part == "query" else 1.0 for part in parts]
+    scales = [shape.head_dim**-0.5 if part in ("query", "gated_query") else 1.0 for part in parts]
     sizes = torch.tensor([shape.axis_size(part) for part in parts])
-    return torch.tensor(scales).repeat_interleave(sizes)[:, None] * shape.axis_size(columns) ** -0.5
+    column = torch.tensor(scales).repeat_interleave(sizes).reshape(-1, *[1] * len(columns))
+    return column * math.prod(shape.tensor_size(tuple(columns))) ** -0.5
 
 
 def stored_weights(checkpoint: Checkpoint) -> Callable[[str], Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from secateur.model.image_text import ImageTextModel
 from secateur.model.safetensors_io import Stored
 from secateur.model.shapes import Shape
 from secateur.training.parallel import TrainModule, full_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["overflow", "trained_card", "write_trained"]
 
@@ -46,16 +49,16 @@ def write_trained(
         RunError: in all processes, if a value is beyond the range of the type to store.
     """
 
-    def stored(name: str, parameter: Tensor) -> Stored:
+    def stored(name: str, tensor: Tensor) -> Stored:
         def parts() -> tuple[Tensor]:
-            value = change(name, full_tensor(parameter.detach()))
+            value = change(name, full_tensor(tensor.detach()))
             if problem := overflow(name, value, dtype(name)):
                 raise RunError(f"{problem}; {remedy}")
             return (value.to(dtype(name)),)
 
-        return Stored(name, dtype(name), tuple(parameter.shape), parts)
+        return Stored(name, dtype(name), tuple(tensor.shape), parts)
 
-    tensors = [stored(name, parameter) for name, parameter in module.model.named_parameters()]
+    tensors = [stored(name, tensor) for name, tensor in _stored_tensors(module.model)]
     if image_text:
         config, tensors = image_text.whole.around(config), list(image_text.tensors(tensors))
     if distributed.is_main():
@@ -63,6 +66,13 @@ def write_trained(
         return
     for tensor in in_write_order(tensors):
         list(tensor.parts())
+
+
+def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters, tied ones once, and the buffers that are stored with them."""
+    yield from model.named_parameters()
+    stored = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
 
 
 def overflow(name: str, tensor: Tensor, dtype: torch.dtype) -> str:

@@ -165,15 +165,19 @@ def _fill_blocks(
 
 
 def _fill(module: nn.Module, prefix: str, weights: Callable[[str], Tensor], device: str, dtype: torch.dtype) -> None:
-    """Load the parameters that have no values yet, and move buffers to the device."""
+    """Load the parameters that have no values yet and the stored buffers, and move all buffers to the device."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
             value = weights(prefix + name).to(device, dtype, copy=True)  # the stored tensor must not change
             new = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module.get_submodule(owner)._parameters[leaf] = new
-    for part in module.modules():
-        part._buffers.update({name: b.to(device) for name, b in part._buffers.items() if b is not None})
+    for path, part in module.named_modules():
+        for leaf, buffer in part._buffers.items():
+            if buffer is not None:
+                if leaf not in part._non_persistent_buffers_set:
+                    buffer = weights(prefix + f"{path}.{leaf}".lstrip(".")).to(buffer.dtype, copy=True)
+                part._buffers[leaf] = buffer.to(device)
 
 
 def _keep_whole(module: nn.Module) -> None:

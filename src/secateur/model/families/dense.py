@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from secateur.model.families.family import Family, Site, Tensors
 
 __all__ = [
+    "APERTUS",
     "ARCEE",
     "ERNIE4_5",
     "EXAONE4",
     "GEMMA",
     "GEMMA2",
     "GEMMA3",
+    "GLM",
+    "GLM4",
     "GRANITE",
     "HELIUM",
     "HUNYUAN",
@@ -156,6 +160,7 @@ OLMO = replace(
     block={**_ATTENTION, **_ATTENTION_BIASES, **_FFN},
     optional=_ATTENTION_SWITCH,
     outer={"model.embed_tokens.weight": (None, "hidden"), "lm_head.weight": (None, "hidden")},
+    norms_center=True,
 )
 
 MISTRAL = Family(
@@ -291,4 +296,64 @@ PHI3 = Family(
         "mlp.down_proj.weight": ("hidden", "ffn"),
     },
     sites=_pre_norm(("self_attn.qkv_proj",), ("mlp.gate_up_proj",), "post_attention_layernorm"),
+)
+
+_GLM_BLOCK: Tensors = {
+    **_TWO_NORMS,
+    **_ATTENTION,
+    **_QKV_BIASES,
+    "mlp.gate_up_proj.weight": (("ffn", "ffn"), "hidden"),
+    "mlp.down_proj.weight": ("hidden", "ffn"),
+}
+
+GLM = Family(
+    name="glm",
+    model_types=("glm",),
+    block=_GLM_BLOCK,
+    optional=dict.fromkeys(_QKV_BIASES, "attention_bias"),
+    sites=_pre_norm(_QKV, ("mlp.gate_up_proj",), "post_attention_layernorm"),
+    derives_head_dim=False,
+)
+
+GLM4 = replace(
+    GLM,
+    name="glm4",
+    model_types=("glm4",),
+    block={
+        **_GLM_BLOCK,
+        "post_self_attn_layernorm.weight": ("hidden",),
+        "post_mlp_layernorm.weight": ("hidden",),
+    },
+    writers=("post_self_attn_layernorm", "post_mlp_layernorm"),
+)
+
+APERTUS = Family(
+    name="apertus",
+    model_types=("apertus",),
+    block={
+        "attention_layernorm.weight": ("hidden",),
+        "feedforward_layernorm.weight": ("hidden",),
+        **_ATTENTION,
+        **_HEAD_NORMS,
+        **_ATTENTION_BIASES,
+        "mlp.up_proj.weight": ("ffn", "hidden"),
+        "mlp.down_proj.weight": ("hidden", "ffn"),
+        # of its activation: two trained and two constant numbers
+        "mlp.act_fn.alpha_p": ("one",),
+        "mlp.act_fn.alpha_n": ("one",),
+        "mlp.act_fn.beta": (),
+        "mlp.act_fn.eps": (),
+    },
+    buffers=("mlp.act_fn.beta", "mlp.act_fn.eps"),
+    fixed={"one": (1,)},
+    optional=_ATTENTION_SWITCH,
+    sites={
+        "attention_input": Site("attention_layernorm", "hidden", output=True, readers=_QKV),
+        "ffn_input": Site("feedforward_layernorm", "hidden", output=True, readers=("mlp.up_proj",)),
+        **_OUTPUTS,
+    },
+    first_values={  # softplus of them, the latter plus beta, is 0.8
+        "mlp.act_fn.alpha_p": lambda value, _: value.fill_(math.log(math.expm1(0.8))),
+        "mlp.act_fn.alpha_n": lambda value, _: value.fill_(math.log(math.expm1(0.3))),
+    },
 )

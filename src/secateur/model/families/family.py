@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-__all__ = ["CONFIG_KEYS", "SPACE_OF", "Axis", "Family", "Granularity", "Site", "Tensors", "switched_on"]
+__all__ = ["CONFIG_KEYS", "OUTER", "SPACE_OF", "Axis", "Family", "Granularity", "Site", "Tensors", "switched_on"]
 
 Granularity = Literal["depth", "width", "depth+width", "sparse", "experts"]  #: what pruning removes
 
@@ -39,7 +39,7 @@ SPACE_OF: Mapping[str, str] = MappingProxyType(
     {"query": "kv", "gated_query": "kv", "heads": "kv", "expert_pair": "expert_ffn"}
 )
 
-_OUTER: Tensors = {
+OUTER: Tensors = {
     "model.embed_tokens.weight": (None, "hidden"),
     "model.norm.weight": ("hidden",),
     "lm_head.weight": (None, "hidden"),
@@ -95,12 +95,15 @@ class Family:
     #: the kind of each layer, from the config; asked only where ``kinds`` has entries
     kinds_of: Callable[[Any], Sequence[str]] = _layer_types
 
-    #: space that is never cut -> config keys, or numbers, whose product is its size; ``a|b`` is the first that is set:
-    #: ``{"linear_value": ("linear_num_value_heads", "linear_value_head_dim")}``
-    fixed: Mapping[str, tuple[str | int, ...]] = field(default_factory=dict)
+    #: space that is never cut -> factors of its size: config keys (``a|b`` is the first that is set), numbers, or
+    #: functions of the config: ``{"linear_value": ("linear_num_value_heads", "linear_value_head_dim")}``
+    fixed: Mapping[str, tuple[str | int | Callable[[Any], int], ...]] = field(default_factory=dict)
 
-    #: tensors outside the blocks: ``{**_OUTER, "lm_head.bias": (None,)}`` in Phi
-    outer: Tensors = field(default_factory=lambda: _OUTER)
+    #: block tensors that are stored but not trained, and so are no parameters: ``("layer_scalar",)`` in Gemma 4
+    buffers: tuple[str, ...] = ()
+
+    #: tensors outside the blocks: ``{**OUTER, "lm_head.bias": (None,)}`` in Phi
+    outer: Tensors = field(default_factory=lambda: OUTER)
 
     layers: str = "model.layers"  #: prefix of the decoder blocks' tensors, before ``.<index>.``
     embedding: str = "model.embed_tokens.weight"
@@ -122,6 +125,9 @@ class Family:
 
     #: modules whose output is added to the residual stream: the output norms in Gemma 3
     writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+
+    #: block tensor that multiplies the whole residual stream at the end of a block: ``layer_scalar`` in Gemma 4
+    stream_scale: str = ""
 
     #: block tensor -> config key that switches it on, or ``!key`` for one that switches it off:
     #: ``{"self_attn.o_proj.bias": "attention_bias"}``
@@ -160,6 +166,10 @@ class Family:
     #: leaves out: ``num_nextn_predict_layers`` in GLM-4 MoE
     further_layers: str = ""
 
+    #: old name of a config key, which transformers prefers where a file has both -> its name; a cut config.json has the
+    #: latter alone: ``{"block_ff_dim": "intermediate_size"}`` in LFM2
+    old_keys: Mapping[str, str] = field(default_factory=dict)
+
     derives_head_dim: bool = True  #: a missing head size is hidden size / query heads, not a fixed default
     heads_divide_hidden: bool = False  #: the config refuses a hidden size that is no multiple of the query heads
 
@@ -171,6 +181,12 @@ class Family:
 
     embedding_grows: bool = False  #: the model multiplies embeddings by sqrt(hidden size)
     norm_offset: float = 0.0  #: a norm multiplies by its weight plus this: 1 in Gemma
+
+    #: block tensor -> function of an empty tensor and a random generator that gives its first value in training from
+    #: scratch, where it is no matrix, norm or bias: ``{"mlp.act_fn.alpha_p": lambda value, _: value.fill_(0.2)}``
+    first_values: Mapping[str, Callable[[Any, Any], Any]] = field(default_factory=dict)
+
+    norms_center: bool = False  #: norms subtract the mean of the channels: LayerNorm in Phi
     logit_cap: str = ""  #: config key of a cap c on logits, which become ``c tanh(logits / c)``
     logit_multiplier: str = ""  #: config key of a factor of the logits: ``logit_scale`` in Cohere
     logit_divisor: str = ""  #: config key of a divisor of the logits: ``logits_scaling`` in Granite

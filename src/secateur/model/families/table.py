@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from secateur.errors import UserError
-from secateur.model.families import dense, experts
+from secateur.model.families import dense, experts, hybrid, layernorm
 from secateur.model.families.family import Family
 
 if TYPE_CHECKING:
@@ -48,6 +48,16 @@ FAMILIES: tuple[Family, ...] = (
     experts.GLM4_MOE,
     experts.DEEPSEEK_V3,
     experts.ERNIE4_5_MOE,
+    dense.GLM,
+    dense.GLM4,
+    dense.APERTUS,
+    layernorm.PHI,
+    layernorm.COHERE2,
+    layernorm.STARCODER2,
+    layernorm.NEMOTRON,
+    hybrid.QWEN3_5,
+    hybrid.GEMMA4,
+    hybrid.LFM2,
 )
 
 _GROUP = "secateur.families"  #: entry points of packages; each names a Family
