@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from family_configs import FIRST
+from family_configs import FAMILY_CONFIGS, FIRST
 from helpers import hf, tiny_family, windows
 from secateur.calibration.statistics import Statistic
 from secateur.methods.base import WeightMethod
@@ -35,7 +35,7 @@ class Subject:
     @classmethod
     def make(cls, directory: Path, name: str, layers: int = 5) -> Subject:
         config: dict[str, Any] = {"num_hidden_layers": layers}
-        if name.startswith("gemma3"):
+        if "layer_types" in FAMILY_CONFIGS.get(name, {}):
             config["layer_types"] = [*["sliding_attention", "full_attention"] * layers][:layers]
         dtype = torch.bfloat16 if name.endswith("-bf16") else torch.float32
         written = tiny_family(directory, name.removesuffix("-bf16"), dtype=dtype, **config)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from family_configs import FAMILIES
 from formulas import Subject, pruned
 from helpers import SCORED, calibration, hf, learned, logits, windows
+from reference import norms_over_heads
 from secateur.calibration.statistics import Gram
 from secateur.methods.registry import METHODS, get_method
 from secateur.methods.selection import Selector, keep_channels, keep_globally, lowest_indices
@@ -313,26 +314,17 @@ def dead_units(subject: Subject) -> tuple[Callable[[nn.Module, int], None], dict
     groups = {n: n % 3 for n in range(subject.layers)}
 
     def plant(block: nn.Module, layer: int) -> None:
-        d, width, gone = subject.head_dim, subject.group * subject.head_dim, channels[layer]
-        parts = dict(block.named_parameters())
-        if "mlp.gate_up_proj.weight" in parts:
-            parts["mlp.gate_up_proj.weight"][[*gone, *(64 + c for c in gone)]] = 0
-        rows = {"q_proj": slice(groups[layer] * width, (groups[layer] + 1) * width)}
-        rows |= dict.fromkeys(("k_proj", "v_proj"), slice(groups[layer] * d, (groups[layer] + 1) * d))
-        if "self_attn.qkv_proj.weight" in parts:
-            queries, keys = subject.kv_heads * width, subject.kv_heads * d
-            qkv = parts["self_attn.qkv_proj.weight"]
-            for part, start in (("q_proj", 0), ("k_proj", queries), ("v_proj", queries + keys)):
-                qkv[start + rows[part].start : start + rows[part].stop] = 0
-        for kind in ("weight", "bias"):
-            for name, where in rows.items():
-                if f"self_attn.{name}.{kind}" in parts:
-                    parts[f"self_attn.{name}.{kind}"][where] = 0
-            for name in ("gate_proj", "up_proj"):
-                if f"mlp.{name}.{kind}" in parts:
-                    parts[f"mlp.{name}.{kind}"][gone] = 0
-        parts["mlp.down_proj.weight"][:, gone] = 0
-        parts["self_attn.o_proj.weight"][:, rows["q_proj"]] = 0
+        shape, d = subject.checkpoint.shape, subject.head_dim
+        heads = torch.arange(groups[layer] * d, (groups[layer] + 1) * d)
+        queries = torch.arange(groups[layer] * subject.group * d, (groups[layer] + 1) * subject.group * d)
+        gone = {"ffn": torch.tensor(channels[layer]), "kv": heads, "query": queries}
+        for name, axes in shape.block_tensors(layer).items():
+            for dimension, axis in enumerate(axes) if "norm" not in name else ():
+                start = 0
+                for space in axis if isinstance(axis, tuple) else (axis,):
+                    if space in gone:
+                        block.get_parameter(name).index_fill_(dimension, start + gone[space], 0)
+                    start += shape.axis_size(space)
 
     return plant, channels, groups
 
@@ -342,8 +334,9 @@ def test_units_that_do_nothing_go_and_nothing_changes(name: str, tmp_path: Path)
     subject = Subject.make(tmp_path, name, layers=3)
     plant, channels, groups = dead_units(subject)
     subject = planted(subject, plant)
-    # OLMo 2 normalises all queries and keys together, so that there a head is missed by what it is divided by.
-    sizes = {"ffn": 48, "kv_heads": 2} if name != "olmo2" else {"ffn": 48}
+    # OLMo 2 and 3 normalise all queries and keys together, so that there a head is missed by what it is divided by.
+    together = norms_over_heads(subject.dense.model.layers[0], subject.checkpoint.shape)
+    sizes = {"ffn": 48} if together else {"ffn": 48, "kv_heads": 2}
     for method in ("wanda-sp", "minitron-width", "llm-pruner"):
         plan = plan_of(subject, method, Target(sizes=sizes))
         for layer in range(3):

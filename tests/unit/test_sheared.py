@@ -162,11 +162,11 @@ def test_gates_that_do_not_settle_are_refused_with_their_curve(checkpoint: Check
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gates_settle_on_every_family_while_weights_are_frozen(family: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint(tiny_family(tmp_path, family))
-    plan, frozen = learned(checkpoint, tmp_path / "run", "layers=4,ffn=40", steps=40, windows=2, rate=0)
+    plan, frozen = learned(checkpoint, tmp_path / "run", "layers=4,ffn=40", steps=60, windows=2, rate=0)
     assert (plan.after.layers, plan.after.ffn) == (4, 40)
     assert plan.summary["curve"][-1]["ffn"] == pytest.approx(40, abs=1.5)
     assert torch.equal(frozen.tensor(EMBEDDING), checkpoint.tensor(EMBEDDING))
-    saved = [*(tmp_path / "run" / "steps").glob("step-00000040/*")]
+    saved = [*(tmp_path / "run" / "steps").glob("step-00000060/*")]
     assert any(file.suffix == ".safetensors" for file in saved) and sum(f.stat().st_size for f in saved) < 40_000
 
 

@@ -126,6 +126,16 @@ def test_models_are_placed_as_they_are_stored(family: str, tmp_path: Path) -> No
         torch.testing.assert_close(placed.model.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_dropout_is_off_in_training_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = Checkpoint(tiny_family(tmp_path, "seed_oss", residual_dropout=0.25))  # which drops by default
+    place_model(skeleton(checkpoint.config, checkpoint.directory), stored_weights(checkpoint), Execution())
+    line = "training sets dropout to 0 (config.json has attention_dropout 0.1, residual_dropout 0.25)"
+    assert line in capsys.readouterr().err
+    llama = Checkpoint(tiny_family(tmp_path, "llama"))
+    place_model(skeleton(llama.config, llama.directory), stored_weights(llama), Execution())
+    assert "dropout" not in capsys.readouterr().err
+
+
 def test_fresh_weights_follow_from_seed_and_name(tmp_path: Path) -> None:
     model = hf(tiny_llama(tmp_path))
     draw, again, other = (fresh_weights(model, InitSpec(std=0.5), seed=seed) for seed in (1, 1, 2))

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from secateur import distributed
 from secateur.errors import UserError
 from secateur.model.families import family_of
+from secateur.training.dropout import disable_dropout
 from secateur.training.objective import BatchLosses, LanguageModel, Objective
 
 __all__ = ["Execution", "TrainModule", "full_tensor", "local_part", "part_like", "place_model", "place_teacher"]
@@ -103,7 +104,7 @@ class TrainModule(nn.Module):
 def place_model(
     model: PreTrainedModel, weights: Callable[[str], Tensor], execution: Execution, objective: Objective | None = None
 ) -> TrainModule:
-    """Load weights into a model block by block; each process keeps its part.
+    """Load weights into a model block by block; each process keeps its part. Dropout is off.
 
     Args:
         model: parameters on the meta device, buffers real (:func:`secateur.model.checkpoint.skeleton`).
@@ -111,6 +112,7 @@ def place_model(
         objective: the loss; None for the language-model loss. Its trained parameters are sharded like the model but
             compute in float32; the others are not moved.
     """
+    disable_dropout(model)
     module = TrainModule(model, execution.device, objective)
     dtype = None if execution.dtype == "float32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
