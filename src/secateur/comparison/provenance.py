@@ -25,6 +25,8 @@ _INIT = {
     "random-mask": "new, under a random mask",
     "shuffled-weights": "the parent's, at other places of each tensor",
     "dense-twin": "new, dense, as many as the sparse model keeps",
+    "dense-active": "new, dense, as many as a token uses of the pruned mixture",
+    "dense-total": "new, dense, as many as the pruned mixture has",
     "without-pruning-tokens": "new; the run lacks the tokens that pruning trained on",
     "parent-continued": "the parent's, unpruned",
 }

@@ -46,6 +46,8 @@ Init = Literal[
     "random-mask",  # as many weights kept in each linear, at random, new weights
     "shuffled-weights",  # the kept weights of the parent, permuted within each tensor
     "dense-twin",  # new weights, and as many of them as the sparse model keeps, dense
+    "dense-active",  # new weights, dense, as many parameters as a token uses of the pruned mixture
+    "dense-total",  # new weights, dense, as many parameters as the pruned mixture has
     "without-pruning-tokens",  # new weights, without the tokens that pruning itself trained on
     "parent-continued",  # the parent's weights, none of them pruned
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from secateur.errors import UserError
+from secateur.model.safetensors_io import Stored
 from secateur.model.shapes import Shape
 
-__all__ = ["ExpertFiles", "by_memory_name", "stored_names"]
+__all__ = ["ExpertFiles", "by_memory_name", "spelled", "stored_names"]
 
 Places = dict[str, tuple[Any, str]]  #: name of a tensor -> its file, and its name there
 
@@ -91,3 +92,36 @@ def by_memory_name(places: Mapping[str, tuple[Any, str]], shape: Shape) -> tuple
         by_name[name] = (ExpertFiles(located), name) if joined else located[0][0]
         spelled.add(name)
     return by_name, spelled
+
+
+def spelled(tensors: Iterable[Stored], shape: Shape) -> list[Stored]:
+    """Spell tensors that are named as in memory as published files of the family do.
+
+    Args:
+        tensors: each yields all its values at once.
+    """
+    spellings = dict(_spellings(shape)) if shape.family.stored else {}
+    stored: list[Stored] = []
+    for tensor in tensors:
+        experts = spellings.get(tensor.name, [[tensor.name]])
+        if experts == [[tensor.name]]:
+            stored.append(tensor)
+        elif len(experts) == 1:
+            stored.append(Stored(experts[0][0], tensor.dtype, tensor.size, tensor.parts))
+        else:
+            stored += _split(tensor, experts)
+    return stored
+
+
+def _split(tensor: Stored, experts: list[list[str]]) -> Iterator[Stored]:
+    """Split a tensor over all experts into the parts that files hold of each."""
+    rows = tensor.size[1] // len(experts[0])
+
+    def part(expert: int, number: int) -> Iterator[Tensor]:
+        (values,) = tensor.parts()
+        yield values[expert, number * rows : (number + 1) * rows]
+
+    for expert, names in enumerate(experts):
+        for number, name in enumerate(names):
+            size = (rows, *tensor.size[2:])
+            yield Stored(name, tensor.dtype, size, lambda expert=expert, number=number: part(expert, number))

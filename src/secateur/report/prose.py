@@ -121,6 +121,8 @@ _PARTS: dict[tuple[Init, Init], tuple[str, bool]] = {
     ("scratch", "shuffled-weights"): ("The distribution of the weights alone", False),
     ("shuffled-weights", "pruned"): ("The arrangement of the weights, beyond their distribution,", False),
     ("dense-twin", "redrawn"): ("The sparse shape, beside a dense one with as many weights,", False),
+    ("dense-active", "pruned"): ("The pruned mixture, beside a dense model of its active size,", False),
+    ("dense-total", "pruned"): ("The pruned mixture, beside a dense model of its whole size,", False),
     ("scratch", "redrawn"): ("The zeros, beside the whole architecture from scratch,", True),
     ("without-pruning-tokens", "scratch"): ("The tokens that pruning trained on, for the twin,", True),
     ("without-pruning-tokens", "pruned"): ("Pruning and the tokens that it trained on together", True),

@@ -151,6 +151,8 @@ def _applies(control: ControlKind, pruning: Pruning, sequence: int, twin: TwinIn
         return True
     if control == "without-pruning-tokens":
         return pruning.training_tokens(sequence) > 0
+    if control in ("dense-active", "dense-total"):
+        return pruning.method.granularity == "experts"
     if pruning.method.granularity == "sparse":
         return control != twin
     return control == "shuffled-weights"

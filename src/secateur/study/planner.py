@@ -14,6 +14,8 @@ from typing import Any
 
 from secateur.config import identity
 from secateur.errors import UserError
+from secateur.model.families import LLAMA
+from secateur.model.shapes import Shape
 from secateur.model.solver import solve_width
 from secateur.pruning.cost import scoring_flops
 from secateur.study.grid import PlannedComparison, Pruning, comparisons, prunings, seed_shift
@@ -29,7 +31,14 @@ __all__ = ["stages_of", "tokens_needed", "trunk_savings"]
 
 _EQUAL_TOTAL = ("equal_total_tokens", "equal_total_flops")
 #: controls that rest on no pruned model
-_WITHOUT_PRUNING = ("scratch", "dense-twin", "without-pruning-tokens", "parent-continued")
+_WITHOUT_PRUNING = (
+    "scratch",
+    "dense-twin",
+    "dense-active",
+    "dense-total",
+    "without-pruning-tokens",
+    "parent-continued",
+)
 
 
 def stages_of(study: StudySpec, resolved: ResolvedStudy) -> list[Stage]:
@@ -270,6 +279,8 @@ class _Builder(TrainingRuns):
         elif init == "dense-twin":
             zeroed = pruning.target.sparsity * pruning.before.block_weights / pruning.before.non_embedding
             shape, inputs = solve_width(pruning.before, zeroed), self._like(pruning)
+        elif init in ("dense-active", "dense-total"):
+            shape, inputs = self._dense_model(pruning, init), {}
         elif init == "without-pruning-tokens":
             inputs = self._like(pruning)
         elif init == "parent-continued":
@@ -281,6 +292,15 @@ class _Builder(TrainingRuns):
             recipe = self._retraining_recipe(comparison)
         stage = self.run(comparison, facts, shape, first, tokens, init, recipe, inputs, ladder=False)
         self.evaluate(stage)
+
+    def _dense_model(self, pruning: Pruning, init: ControlKind) -> Shape:
+        """A Llama with as many parameters as the pruned mixture: those of a token, or all of them."""
+        if self._like(pruning):
+            raise UserError(f"controls: {init} needs a parent that the study pretrains, and it is a checkpoint")
+        mixture = pruning.after
+        experts = mixture.active if init == "dense-active" else mixture.experts
+        ffn = experts * mixture.expert_ffn + round(mixture.experts / 3)  # a router's row is a third of an FFN channel
+        return dataclasses.replace(mixture, ffn=ffn, experts=0, expert_ffn=0, active=0, family=LLAMA)
 
     def _compared(self, comparison: PlannedComparison, name: str, init: str, path: str) -> dict[str, Any]:
         seed = self.study.recipe.seed if comparison.seed is None else comparison.seed

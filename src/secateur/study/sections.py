@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -13,6 +13,7 @@ from secateur.data.documents import OnBadRow
 from secateur.errors import UserError, did_you_mean
 from secateur.evaluation.suite import Suite
 from secateur.methods.registry import known_methods
+from secateur.model.families.experts import MIXTRAL
 from secateur.model.shapes import Shape
 from secateur.pruning.target import Target
 from secateur.study.settings import SettingKind
@@ -42,6 +43,8 @@ ControlKind = Literal[
     "random-mask",
     "shuffled-weights",
     "dense-twin",
+    "dense-active",
+    "dense-total",
     "without-pruning-tokens",
     "parent-continued",
 ]
@@ -74,6 +77,9 @@ class ParentSpec:
     checkpoint: str | None = None  #: a directory, or a Hub model: org/name[@REVISION]
     hidden: Positive | None = None
     ffn: Positive | None = None
+    experts: Positive | None = None  #: routed experts of every layer, in place of one FFN
+    active: Positive | None = None  #: experts that each token is routed to
+    expert_ffn: Positive | None = None  #: FFN size of an expert
     layers: Positive | None = None
     heads: Positive | None = None
     kv_heads: Positive | None = None
@@ -84,6 +90,7 @@ class ParentSpec:
     rope_theta: Rate | None = None
     rope_scaling: Mapping[str, Any] | None = None
     rms_norm_eps: Rate | None = None
+    router_balance: Annotated[float, Field(ge=0)] | None = None  #: coefficient of the routers' balance in the loss
 
     def __post_init__(self) -> None:
         if self.checkpoint and self.config:
@@ -91,7 +98,9 @@ class ParentSpec:
             raise UserError(f"parent.{key}: parent.checkpoint has its own, in its config.json; leave the key out")
         if self.rope_scaling is not None and "rope_type" not in self.rope_scaling:
             raise UserError("parent.rope_scaling: needs a rope_type, as in {rope_type: linear, factor: 4}")
-        sizes = {name: getattr(self, name) for name in ("hidden", "ffn", "layers", "heads", "kv_heads")}
+        self._check_experts()
+        ffn = "expert_ffn" if self.experts else "ffn"
+        sizes = {name: getattr(self, name) for name in ("hidden", ffn, "layers", "heads", "kv_heads")}
         missing = [name for name, size in sizes.items() if size is None]
         if self.checkpoint is None:
             for key in (*missing, *(["tokens"] if self.tokens is None else [])):
@@ -107,20 +116,40 @@ class ParentSpec:
             if self.heads % self.kv_heads:
                 raise UserError(f"parent.heads: {self.heads} is not a multiple of parent.kv_heads {self.kv_heads}")
 
+    def _check_experts(self) -> None:
+        """Check the keys that make the parent a mixture: all of them or none."""
+        keys = ("experts", "active", "expert_ffn")
+        missing = [key for key in keys if getattr(self, key) is None]
+        if missing and len(missing) < len(keys):
+            raise UserError(f"parent.{missing[0]}: a mixture needs {', '.join(keys)}; give all of them, or none")
+        if missing and self.router_balance is not None:
+            raise UserError("parent.router_balance: goes with parent.experts; leave it out")
+        if not missing:
+            assert self.experts and self.active
+            if self.ffn is not None:
+                raise UserError("parent.ffn: layers of a mixture have experts, of size parent.expert_ffn; leave it out")
+            if self.active > self.experts:
+                raise UserError(f"parent.active: {self.active} is more than parent.experts {self.experts}")
+
     @property
     def config(self) -> dict[str, Any]:
         """The keys of config.json that the file sets, besides sizes."""
-        keys = ("rope_theta", "rope_scaling", "rms_norm_eps")
+        keys = ("rope_theta", "rope_scaling", "rms_norm_eps", "router_balance")
         return {key: getattr(self, key) for key in keys if getattr(self, key) is not None}
 
     def shape(self, vocabulary: int) -> Shape | None:
         """The model's sizes; None if only the checkpoint's configuration has them."""
         if self.hidden is None:
             return None
-        assert self.ffn and self.layers and self.heads and self.kv_heads
+        assert self.layers and self.heads and self.kv_heads
         head_dim = self.head_dim or self.hidden // self.heads
-        vocabulary = self.vocabulary or vocabulary
-        return Shape(self.hidden, self.ffn, self.layers, self.heads, self.kv_heads, head_dim, vocabulary, self.tied)
+        sizes = (self.hidden, self.ffn or 0, self.layers, self.heads, self.kv_heads, head_dim)
+        shape = Shape(*sizes, self.vocabulary or vocabulary, self.tied)
+        if not self.experts:
+            return shape
+        assert self.expert_ffn and self.active
+        experts = {"experts": self.experts, "expert_ffn": self.expert_ffn, "active": self.active}
+        return replace(shape, **experts, family=MIXTRAL)
 
 
 @spec

@@ -20,7 +20,8 @@ __all__ = ["Inputs", "TrainingRuns", "sizes_of"]
 
 Inputs = Mapping[str, Stage]
 
-_FRESH = ("random", "scratch", "dense-twin", "without-pruning-tokens")  #: inits without any part of another model
+#: inits without any part of another model
+_FRESH = ("random", "scratch", "dense-twin", "dense-active", "dense-total", "without-pruning-tokens")
 
 
 class TrainingRuns:
@@ -279,10 +280,15 @@ class TrainingRuns:
         return stage
 
 
+#: fields of a shape that a dense model with equal layers does not have
+_MIXTURES_ALONE = ("kinds", "fixed", "experts", "expert_ffn", "active", "groups")
+
+
 def sizes_of(shape: Shape) -> Any:
-    """The sizes of a shape as plain values, without its family."""
-    fields = dataclasses.fields(shape)
-    return identity({f.name: getattr(shape, f.name) for f in fields if f.name != "family"})
+    """The sizes of a shape as plain values, without its family; what only mixtures have is left out of others."""
+    dense = {f.name: f.default for f in dataclasses.fields(shape) if f.name in _MIXTURES_ALONE}
+    sizes = {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name != "family"}
+    return identity({name: size for name, size in sizes.items() if name not in dense or size != dense[name]})
 
 
 def _short(tokens: int) -> str:

@@ -17,10 +17,10 @@ from secateur.model.families import LLAMA, family_of
 from secateur.model.shapes import Shape
 from secateur.training.recipe import InitSpec
 
-__all__ = ["fresh_weights", "llama_config", "stored_weights"]
+__all__ = ["fresh_config", "fresh_weights", "stored_weights"]
 
 
-def llama_config(
+def fresh_config(
     shape: Shape,
     *,
     context: int,
@@ -28,13 +28,16 @@ def llama_config(
     rope_theta: float = 10_000.0,
     rope_scaling: Mapping[str, Any] | None = None,
     rms_norm_eps: float = 1e-6,
+    router_balance: float = 0.01,
 ) -> PreTrainedConfig:
-    """A float32 Llama configuration of this shape, or its sibling's where Llama's refuses the shape.
+    """A float32 configuration of this shape: a Llama, its sibling where Llama's refuses the shape, or a Mixtral.
 
     Since its release 5, transformers writes ``rope_theta`` and ``rope_scaling`` as one key, ``rope_parameters``.
     """
     kind: tuple[str, str, Mapping[str, object]] = ("llama", "LlamaForCausalLM", {})
-    if dataclasses.replace(shape, family=LLAMA).refused_by_config:
+    if shape.experts:
+        kind = ("mixtral", "MixtralForCausalLM", {"sliding_window": None, "router_aux_loss_coef": router_balance})
+    elif dataclasses.replace(shape, family=LLAMA).refused_by_config:
         assert LLAMA.relaxed is not None
         kind = LLAMA.relaxed
     model_type, architecture, extra = kind
@@ -77,7 +80,7 @@ def fresh_weights(model: PreTrainedModel, init: InitSpec, *, seed: int) -> Calla
     buffers = dict(model.named_buffers())
 
     def draw(name: str) -> Tensor:
-        if name in buffers:
+        if name in buffers:  # such as a router's correction of scores, which begins at zero
             return buffers[name]
         value = torch.empty(model.get_parameter(name).shape)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -103,7 +106,10 @@ def _fan_in_scale(name: str, shape: Shape, init: InitSpec) -> float | Tensor:
     if name == family.head:
         return shape.hidden**-0.5
     layer, _, rest = name.removeprefix(f"{family.layers}.").partition(".")
-    rows, *columns = shape.block_tensors(int(layer))[rest]
+    axes = shape.block_tensors(int(layer))[rest]
+    if axes[0] == "experts" and len(axes) == 3:
+        return shape.axis_size(axes[-1]) ** -0.5
+    rows, *columns = axes
     parts = rows if isinstance(rows, tuple) else (rows,)
     scales = [shape.head_dim**-0.5 if part in ("query", "gated_query") else 1.0 for part in parts]
     sizes = torch.tensor([shape.axis_size(part) for part in parts])

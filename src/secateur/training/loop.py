@@ -128,12 +128,12 @@ def train_loop(
             state["tokens"] += consumed
             state["targets"] += targets
             options.meter.step(consumed, watchdog.step(step + 1, loss))
-            values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **objective.figures()}
+            values = {"loss": loss, "learning_rate": rate, "grad_norm": norm, **module.figures()}
             _report_step(options, progress, state, consumed, values, objective.note())
             if step + 1 in measured_steps:
                 model_masks.check()
                 heldout_loss = measure(module)
-                point = {"loss": heldout_loss, "training_loss": loss, "learning_rate": rate, **objective.figures()}
+                point = {"loss": heldout_loss, "training_loss": loss, "learning_rate": rate, **module.figures()}
                 state["curve"].append({"tokens": state["tokens"], **point})
                 _report_heldout_loss(options, step + 1, state["tokens"], heldout_loss)
             if stopping or due or (step + 1) % options.save_every == 0 or step + 1 == steps:

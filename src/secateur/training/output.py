@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from secateur.errors import RunError
 from secateur.formatting import count, percent, plural, scientific
 from secateur.model.card import Ancestry, model_card, pruning_method
 from secateur.model.checkpoint import in_write_order, write_checkpoint
+from secateur.model.expert_files import spelled
 from secateur.model.image_text import ImageTextModel
 from secateur.model.safetensors_io import Stored
 from secateur.model.shapes import Shape
@@ -21,6 +23,8 @@ from secateur.training.parallel import TrainModule, full_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_EXPERT_AXES = 3  #: axes of a tensor over all experts of a layer
 
 __all__ = ["overflow", "trained_card", "write_trained"]
 
@@ -48,23 +52,28 @@ def write_trained(
     Raises:
         RunError: in all processes, if a value is beyond the range of the type to store.
     """
+    tensors = dict(_stored_tensors(module.model))
+
+    def value(name: str) -> Tensor:
+        whole = change(name, full_tensor(tensors[name].detach()))
+        if problem := overflow(name, whole, dtype(name)):
+            raise RunError(f"{problem}; {remedy}")
+        return whole.to(dtype(name))
+
+    recent_value = lru_cache(maxsize=2)(value)  # the parts of a tensor over experts are written one by one
 
     def stored(name: str, tensor: Tensor) -> Stored:
-        def parts() -> tuple[Tensor]:
-            value = change(name, full_tensor(tensor.detach()))
-            if problem := overflow(name, value, dtype(name)):
-                raise RunError(f"{problem}; {remedy}")
-            return (value.to(dtype(name)),)
+        read = recent_value if tensor.dim() == _EXPERT_AXES else value
+        return Stored(name, dtype(name), tuple(tensor.shape), lambda: (read(name),))
 
-        return Stored(name, dtype(name), tuple(tensor.shape), parts)
-
-    tensors = [stored(name, tensor) for name, tensor in _stored_tensors(module.model)]
+    shape = Shape.of_config(module.model.config, where="the model")
+    stored_tensors = spelled([stored(name, tensor) for name, tensor in tensors.items()], shape)
     if image_text:
-        config, tensors = image_text.whole.around(config), list(image_text.tensors(tensors))
+        config, stored_tensors = image_text.whole.around(config), list(image_text.tensors(stored_tensors))
     if distributed.is_main():
-        write_checkpoint(out, config, tensors, provenance=provenance, card=card)
+        write_checkpoint(out, config, stored_tensors, provenance=provenance, card=card)
         return
-    for tensor in in_write_order(tensors):
+    for tensor in in_write_order(stored_tensors):
         list(tensor.parts())
 
 

@@ -27,6 +27,7 @@ from secateur.errors import UserError
 from secateur.model.families import family_of
 from secateur.training.dropout import disable_dropout
 from secateur.training.objective import BatchLosses, LanguageModel, Objective
+from secateur.training.routing import RouterBalance, balance_of, router_modules
 
 __all__ = ["Execution", "TrainModule", "full_tensor", "local_part", "part_like", "place_model", "place_teacher"]
 
@@ -82,6 +83,8 @@ class TrainModule(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective or LanguageModel()
+        #: of a mixture's routers; None for a dense model
+        self.balance = RouterBalance(model, balance_of(model.config)) if router_modules(model) else None
         self.device = torch.device(device)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -98,7 +101,16 @@ class TrainModule(nn.Module):
             targets: int64 [windows, positions - 1]; None for the token that follows.
         """
         tensors = [None if t is None else t.to(self.device, non_blocking=True) for t in (ids, positions, targets)]
-        return self.objective(self.model, cast(Tensor, tensors[0]), tensors[1], tensors[2])
+        if self.balance is not None:
+            self.balance.begin()
+        losses = self.objective(self.model, cast(Tensor, tensors[0]), tensors[1], tensors[2])
+        if self.balance is not None and self.training:
+            losses = losses._replace(total=losses.total + losses.each.numel() * self.balance.loss())
+        return losses
+
+    def figures(self) -> dict[str, float]:
+        """Numbers to record after a step, besides the loss."""
+        return {**self.objective.figures(), **(self.balance.figures() if self.balance is not None else {})}
 
 
 def place_model(

@@ -33,7 +33,7 @@ from secateur.study.stages.inputs import check_parents, corpus_tokens, holdout_p
 from secateur.study.store import Store
 from secateur.training.batches import Slice
 from secateur.training.distill import Distillation, check_teacher
-from secateur.training.init import fresh_weights, llama_config, stored_weights
+from secateur.training.init import fresh_config, fresh_weights, stored_weights
 from secateur.training.job import distillation, train_model
 from secateur.training.loop import RunOptions
 from secateur.training.origin import Start
@@ -219,11 +219,10 @@ def _pattern(directory: Path) -> Pattern | None:
 
 def _config(stage: Stage, store: Store, recipe: Recipe) -> dict[str, Any]:
     """The content of config.json of a model of the stage's shape: a Llama, or what its parent would be cut to."""
-    sizes = stage.identity["shape"]
-    shape = Shape(**{**sizes, "switches": tuple(sizes["switches"]), "family": stage.facts["shape"].family})
+    shape = stage.facts["shape"]
     if "like" not in stage.inputs:
         tokenizer = load_tokenizer(store.folder(stage.inputs["corpus"]) / "tokenizer")
-        config = llama_config(shape, context=recipe.sequence, tokenizer=tokenizer, **stage.identity.get("config", {}))
+        config = fresh_config(shape, context=recipe.sequence, tokenizer=tokenizer, **stage.identity.get("config", {}))
         return {**config.to_diff_dict(), "model_type": config.model_type}
     parent = Checkpoint(model_of(stage, store, "like"))
     fields = {"after": shape, "keep_layers": torch.arange(shape.layers)}
