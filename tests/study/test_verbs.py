@@ -78,7 +78,10 @@ def test_prune_eval_inspect(method: str, world: Path, tmp_path: Path, capsys: py
 def test_inspect_and_shapes_agree(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen, counted = call(capsys, "inspect", world / "model"), call(capsys, "shapes", world / "model")
     assert counted == {key: seen[key] for key in counted}
-    assert set(seen) - set(counted) == {"sparsity", "not_finite", "dtype", "digest", "provenance"}
+    assert set(seen) - set(counted) == {
+        *("sparsity", "not_finite", "dtype", "digest", "provenance"),
+        *("runs_in", "image_text"),
+    }
     assert seen["flops_per_token"]["context"] == 64  # the model's positions
     assert call(capsys, "inspect", world / "model", "--context", 8)["flops_per_token"]["context"] == 8
     assert main(["inspect", str(world / "model"), "--context", "65"]) == 0

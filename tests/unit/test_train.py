@@ -24,7 +24,7 @@ from secateur.model.checkpoint import Checkpoint, skeleton, write_checkpoint
 from secateur.model.shapes import Shape
 from secateur.training.batches import Slice
 from secateur.training.checkpoints import Saver
-from secateur.training.init import fresh_weights, llama_config
+from secateur.training.init import fresh_config, fresh_weights
 from secateur.training.loop import RunOptions, train_loop
 from secateur.training.masks import Masks
 from secateur.training.metrics import Metrics
@@ -580,10 +580,10 @@ def fresh(config: Any, *, seed: int, **init: Any) -> PreTrainedModel:
 def test_new_models() -> None:
     shape = Shape(hidden=64, ffn=96, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=500)
     tokenizer: Any = SimpleNamespace(bos_token_id=0, eos_token_id=1)
-    config = llama_config(shape, context=32, tokenizer=tokenizer)
+    config = fresh_config(shape, context=32, tokenizer=tokenizer)
     assert Shape.of_config(config, where="x") == shape
     with_biases = shape.switched_on(["attention_bias", "mlp_bias"])  # what FLAP leaves behind, and its twin has
-    assert Shape.of_config(llama_config(with_biases, context=32, tokenizer=tokenizer), where="x") == with_biases
+    assert Shape.of_config(fresh_config(with_biases, context=32, tokenizer=tokenizer), where="x") == with_biases
     assert (config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (0, 1, 32)
     torch.manual_seed(1)
     model = fresh(config, std=0.02, seed=3)

@@ -13,7 +13,7 @@ from secateur.errors import UserError
 from secateur.model.safetensors_io import Stored
 from secateur.model.shapes import Shape
 
-__all__ = ["ExpertFiles", "by_memory_name", "spelled", "stored_names"]
+__all__ = ["ExpertFiles", "as_stored", "by_memory_name", "stored_names"]
 
 Places = dict[str, tuple[Any, str]]  #: name of a tensor -> its file, and its name there
 
@@ -94,7 +94,7 @@ def by_memory_name(places: Mapping[str, tuple[Any, str]], shape: Shape) -> tuple
     return by_name, spelled
 
 
-def spelled(tensors: Iterable[Stored], shape: Shape) -> list[Stored]:
+def as_stored(tensors: Iterable[Stored], shape: Shape) -> list[Stored]:
     """Spell tensors that are named as in memory as published files of the family do.
 
     Args:

@@ -15,7 +15,7 @@ from secateur.errors import RunError
 from secateur.formatting import count, percent, plural, scientific
 from secateur.model.card import Ancestry, model_card, pruning_method
 from secateur.model.checkpoint import in_write_order, write_checkpoint
-from secateur.model.expert_files import spelled
+from secateur.model.expert_files import as_stored
 from secateur.model.image_text import ImageTextModel
 from secateur.model.safetensors_io import Stored
 from secateur.model.shapes import Shape
@@ -67,7 +67,7 @@ def write_trained(
         return Stored(name, dtype(name), tuple(tensor.shape), lambda: (read(name),))
 
     shape = Shape.of_config(module.model.config, where="the model")
-    stored_tensors = spelled([stored(name, tensor) for name, tensor in tensors.items()], shape)
+    stored_tensors = as_stored([stored(name, tensor) for name, tensor in tensors.items()], shape)
     if image_text:
         config, stored_tensors = image_text.whole.around(config), list(image_text.tensors(stored_tensors))
     if distributed.is_main():
