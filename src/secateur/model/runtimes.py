@@ -100,40 +100,57 @@ class Support:
         return {key: value for key, value in dataclasses.asdict(self).items() if value or key == "version"}
 
 
-def _has(trait: str) -> Callable[[Traits], bool]:
-    return lambda traits: trait in traits.unusual
-
-
 _OTHER_WIDTH = "`axes` ffn, or a depth method"
 _NO_BIAS = "flap: `options` bias=none"
-_PERIOD = "layer kinds are derived from layer numbers, so that logits differ without an error"
-_KEEP = "`keep_pattern`"
-_SQUARE = "heads * head_dim is taken for the hidden size"
+_BIASES = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
+_SHAPE = frozenset({UNEVEN})
+_PLAIN: frozenset[str] = frozenset()
+
+
+def _has(*traits: str) -> Callable[[Traits], bool]:
+    return lambda facts: any(trait in facts.unusual for trait in traits)
+
+
+def _off_period(*families: str) -> Rule:
+    reason = "layer kinds are derived from layer numbers, so that logits differ without an error"
+    return Rule(families, lambda facts: facts.breaks_period, reason, "`keep_pattern`")
+
+
+def _square_attention(*families: str) -> Rule:
+    return Rule(families, _has(UNEVEN), "heads * head_dim is taken for the hidden size", _OTHER_WIDTH)
+
+
+def _without_biases(*families: str, keys: tuple[str, ...] = _BIASES) -> Rule:
+    return Rule(families, _has(*keys), "biases of its linears are not read", _NO_BIAS)
+
+
+def _unknown(*families: str) -> Rule:
+    return Rule(families, lambda _: True, "the family is not known there", "")
+
 
 RUNTIMES: tuple[Runtime, ...] = (
     Runtime("transformers", "5.23", {"*": ANY}),
-    Runtime(  # with the converter of llama-cpp-python 0.3.36
+    Runtime(
         "llama.cpp",
-        "b9190",
+        "b9190",  # with the converter of llama-cpp-python 0.3.36
         {
-            "llama": ANY,
-            "mistral": ANY,
-            "qwen2": frozenset(),
-            "qwen3": frozenset({UNEVEN}),
-            "gemma3": frozenset({UNEVEN}),
-            "olmo2": frozenset(),
-            "phi3": frozenset(),
+            **dict.fromkeys(("llama", "mistral", "internlm3"), ANY),
+            **dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3", "ernie4_5", "arcee"), _SHAPE),
+            **dict.fromkeys(("qwen2", "olmo2", "olmo3", "phi3", "granite"), _PLAIN),
+            "seed_oss": frozenset({UNEVEN, "attention_bias"}),
         },
         (
-            Rule((), lambda traits: traits.breaks_period, _PERIOD, _KEEP),
+            _off_period(),
             Rule(
                 ("gemma3",),
-                lambda traits: bool(traits.kinds) and not any(traits.kinds),
+                lambda facts: bool(facts.kinds) and not any(facts.kinds),
                 "no layer has full attention, where it stops",
                 "keep 6 layers or more",
             ),
-            Rule(("qwen2", "olmo2", "phi3"), _has(UNEVEN), _SQUARE, _OTHER_WIDTH),
-            Rule(("qwen3", "gemma3", "olmo2"), _has("attention_bias"), "biases of attention are not read", _NO_BIAS),
+            _square_attention("qwen2", "olmo2", "olmo3", "phi3", "granite"),
+            _without_biases("qwen3", "gemma", "gemma2", "gemma3", "olmo2", "ernie4_5", "arcee"),
+            _without_biases("seed_oss", keys=("attention_out_bias", "mlp_bias")),
+            _unknown("helium", "ministral"),
         ),
         quantises=True,
     ),
@@ -141,18 +158,15 @@ RUNTIMES: tuple[Runtime, ...] = (
         "mlx-lm",
         "0.32.2",
         {
-            "llama": ANY,
-            "mistral": ANY,
-            "qwen2": frozenset(),
-            "qwen3": frozenset({UNEVEN}),
-            "gemma3": frozenset({UNEVEN}),
-            "olmo2": ANY,
-            "phi3": frozenset(),
+            **dict.fromkeys(("llama", "mistral", "olmo2", "olmo3", "seed_oss", "ernie4_5"), ANY),
+            **dict.fromkeys(("qwen3", "gemma", "gemma3"), _SHAPE),
+            **dict.fromkeys(("qwen2", "phi3", "granite", "internlm3", "helium"), _PLAIN),
         },
         (
-            Rule(("gemma3",), lambda traits: traits.breaks_period, _PERIOD, _KEEP),
-            Rule(("qwen2", "phi3"), _has(UNEVEN), _SQUARE, _OTHER_WIDTH),
-            Rule(("qwen3", "gemma3"), _has("attention_bias"), "biases of attention are not read", _NO_BIAS),
+            _off_period("gemma3"),
+            _square_attention("qwen2", "phi3", "granite", "internlm3"),
+            _without_biases("qwen3", "gemma", "gemma3"),
+            _unknown("arcee", "ministral"),
         ),
     ),
     Runtime("vLLM"),
@@ -164,12 +178,20 @@ RUNTIMES: tuple[Runtime, ...] = (
     Runtime(
         "CTranslate2",
         "4.8.5",
-        {"llama": frozenset(), "mistral": ANY, "qwen2": frozenset(), "qwen3": ANY},
+        {
+            **dict.fromkeys(("llama", "qwen2"), _PLAIN),
+            **dict.fromkeys(("mistral", "qwen3"), ANY),
+            "gemma": _SHAPE,
+        },
         (
             Rule(
                 ("llama", "qwen2"), _has(UNEVEN), "head_dim is not read, and hidden / heads taken for it", _OTHER_WIDTH
             ),
-            Rule(("olmo2",), lambda _: True, "no converter for OLMo 2", ""),
+            _without_biases("gemma"),
+            _unknown(
+                *("olmo2", "olmo3", "exaone4", "granite", "ministral", "ministral3", "seed_oss", "internlm3"),
+                *("helium", "ernie4_5", "arcee"),
+            ),
         ),
     ),
 )

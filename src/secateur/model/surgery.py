@@ -256,6 +256,8 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     if other_family:
         assert plan.before.family.relaxed is not None
         model_type, architecture, besides = plan.before.family.relaxed
+        # Readers other than transformers may have no default for the switches of the other family.
+        config = {**{key: False for key in family.optional.values() if not key.startswith("!")}, **config}
         config |= {"model_type": model_type, "architectures": [architecture], **besides}
     try:
         if checkpoint.whole:
