@@ -74,14 +74,14 @@ def _outer_statistics(
 
     The whole head and its gradients are in memory, in float32.
     """
-    family, tied, device = walk.family, walk.checkpoint.shape.tied, walk.device
+    family, shape, device = walk.family, walk.checkpoint.shape, walk.device
     outer = {name: [kind() for kind in kinds] for name in walk.checkpoint.outer_tensors()}
     lm_head = walk.head()
     ends = {name: walk.model.get_parameter(name).requires_grad_() for name in family.final_norm_tensors}
-    for name in filter(None, (family.head, family.head_bias)):
+    for name in filter(None, (family.head, shape.head_bias)):
         ends[name] = walk.checkpoint.tensor(name).to(device, torch.float32).requires_grad_()
     head = ends[family.head]
-    bias = ends[family.head_bias] if family.head_bias else None
+    bias = ends[shape.head_bias] if shape.head_bias else None
     for ids, last, first in zip(walk.batches, leaving, upstream, strict=True):
         rows = walk.load_embeddings(ids)
         walk.embedding.requires_grad_()
@@ -95,7 +95,7 @@ def _outer_statistics(
                 embedded = decoder(input_ids=rows, use_cache=False).last_hidden_state
             (row_gradient,) = torch.autograd.grad(embedded, weight, first.to(device, weight.dtype))
         table = torch.zeros_like(head).index_copy_(0, ids.unique().to(device), row_gradient.float())
-        gradients[family.embedding] = table + gradients[family.head] if tied else table
+        gradients[family.embedding] = table + gradients[family.head] if shape.tied else table
         for name, statistics in outer.items():
             for statistic in statistics:
                 statistic.update(gradients[name])

@@ -38,7 +38,7 @@ class LMHead:
             rows = self.checkpoint.rows(name, start, min(start + step, shape.vocabulary))
             self.checkpoint.check_finite(name, rows)
             rows = rows.to(self.device, torch.float32)
-            if bias := self.checkpoint.family.head_bias:
+            if bias := self.checkpoint.shape.head_bias:
                 column = self.checkpoint.rows(bias, start, start + len(rows))
                 self.checkpoint.check_finite(bias, column)
                 rows = torch.cat([rows, column.to(rows)[:, None]], 1)
@@ -82,7 +82,7 @@ class LMHead:
         states = self.norm(hidden).float()
         states = states if self.scale == 1 else states * self.scale
         return (
-            states if self.checkpoint.family.head_bias is None else nn.functional.pad(states, (0, 1), value=self.scale)
+            states if self.checkpoint.shape.head_bias is None else nn.functional.pad(states, (0, 1), value=self.scale)
         )
 
     def cap_logits(self, logits: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class LMHead:
         ``dL/dz = (softmax(z) - onehot) / targets``, carried back through the cap, the head and the norm.
         """
         ((partitions, _),) = self._log_partitions(ids, [states])
-        width = self.checkpoint.shape.hidden + (self.checkpoint.family.head_bias is not None)
+        width = self.checkpoint.shape.hidden + (self.checkpoint.shape.head_bias is not None)
         gradients = [torch.zeros(hidden.shape[1] - 1, width, device=self.device) for hidden in states]
         for start, rows in self.chunks():
             per_window = zip(_windows(ids), _windows(states), partitions, gradients, strict=True)

@@ -209,6 +209,7 @@ def _is_complete(raw: dict[str, Any]) -> bool:
     numbers |= {key for factors in family.fixed.values() for key in factors if isinstance(key, str)}
     if family.kinds or family.derived:
         return False
-    flags = {*(switch.removeprefix("!") for switch in family.optional.values()), "tie_word_embeddings"}
+    switches = (key for switch in family.optional.values() for key in switch.split("&"))
+    flags = {*(key.removeprefix("!") for key in switches), "tie_word_embeddings"}
     flags |= {twin for twins in family.twin_keys.values() for twin in twins}
     return all(type(raw.get(key)) is int for key in numbers) and all(type(raw.get(key)) is bool for key in flags)

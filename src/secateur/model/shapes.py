@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from secateur.errors import UserError
-from secateur.model.families import FAMILIES, LLAMA, SPACE_OF, Axis, Family, family_of, switched_on
+from secateur.model.families import FAMILIES, LLAMA, SPACE_OF, Axis, Family, Tensors, family_of, switched_on
 
 __all__ = [
     "SIZES",
@@ -146,7 +146,10 @@ class Shape:
 
     def block_tensors(self, layer: int = 0) -> dict[str, tuple[Axis, ...]]:
         """The tensors that a block of this shape has: name -> spaces."""
-        optional, tensors = self.family.optional, self.family.tensors(self.kind(layer))
+        return self._present(self.family.tensors(self.kind(layer)))
+
+    def _present(self, tensors: Tensors) -> dict[str, tuple[Axis, ...]]:
+        optional = self.family.optional
         return {n: axes for n, axes in tensors.items() if n not in optional or optional[n] in self.switches}
 
     def linears(self, layer: int = 0) -> tuple[str, ...]:
@@ -237,7 +240,13 @@ class Shape:
 
     def outer_tensors(self) -> dict[str, tuple[Axis, ...]]:
         """The tensors outside the blocks: name -> spaces; a tied head is left out."""
-        return {n: a for n, a in self.family.outer.items() if not (self.tied and n == self.family.head)}
+        return {n: a for n, a in self._present(self.family.outer).items() if not (self.tied and n == self.family.head)}
+
+    @property
+    def head_bias(self) -> str | None:
+        """The name of the head's bias; None for a head without one."""
+        name = f"{self.family.head.removesuffix('.weight')}.bias"
+        return name if name in self.outer_tensors() else None
 
     @property
     def embedding(self) -> int:
@@ -356,8 +365,8 @@ def _product(name: str, factors: Sequence[str | int | Callable[[Any], int]], con
     sizes: dict[str, Any] = {}
     for factor in factors:
         if isinstance(factor, str):
-            values = (_read(config, key) for key in factor.split("|"))
-            sizes[factor] = next((value for value in values if value is not None), None)
+            values = [_read(config, key) for key in factor.split("|")]
+            sizes[factor] = next(filter(None, values), values[-1])
         else:
             sizes[f"{name} ({len(sizes)})"] = factor if isinstance(factor, int) else factor(config)
     _check_sizes(sizes, where)

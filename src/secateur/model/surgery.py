@@ -43,9 +43,14 @@ def cut_tensors(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None = No
 def _cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None) -> Iterator[Stored]:
     """The tensors of the language model, cut."""
     family = checkpoint.family
-    for name, axes in checkpoint.outer_tensors().items():
-        size, dtype = plan.after.tensor_size(axes), checkpoint.dtype_of(name)
-        yield Stored(name, dtype, size, partial(_outer_parts, checkpoint, plan, name, axes))
+    stored = checkpoint.outer_tensors()
+    for name, axes in plan.after.outer_tensors().items():
+        size = plan.after.tensor_size(axes)
+        if name in stored:
+            parts = partial(_outer_parts, checkpoint, plan, name, axes)
+            yield Stored(name, checkpoint.dtype_of(name), size, parts)
+        else:  # a bias of the head that comes with biases of blocks
+            yield Stored.of(name, torch.zeros(size, dtype=checkpoint.dtype))
     for new, old in enumerate(plan.keep_layers.tolist()):
         stored = checkpoint.shape.block_tensors(old)
         for rest, axes in plan.after.block_tensors(new).items():

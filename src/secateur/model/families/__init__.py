@@ -5,7 +5,7 @@ To add a family, write its row; scoring, cutting, counting and training read thi
 """
 
 from secateur.model.families.dense import LLAMA
-from secateur.model.families.family import SPACE_OF, Axis, Family, Granularity, Site, switched_on
+from secateur.model.families.family import SPACE_OF, Axis, Family, Granularity, Site, Tensors, switched_on
 from secateur.model.families.table import FAMILIES, family_of, plugin_families
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Family",
     "Granularity",
     "Site",
+    "Tensors",
     "family_of",
     "plugin_families",
     "switched_on",

@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from secateur.errors import UserError
 from secateur.model.families.dense import (
     _ATTENTION,
     _ATTENTION_BIASES,
     _ATTENTION_SWITCH,
     _FFN,
+    _FFN_BIASES,
     _HEAD_NORMS,
     _QKV,
     _QKV_BIASES,
     _TWO_NORMS,
 )
-from secateur.model.families.family import CONFIG_KEYS, Family, Site, Tensors
+from secateur.model.families.family import CONFIG_KEYS, OUTER, Family, Site, Tensors
 
 __all__ = [
     "DEEPSEEK_V3",
@@ -113,10 +115,20 @@ def _ernie_kinds(config: Any) -> Sequence[str]:
 
 
 def _ernie_kind_keys(kinds: Sequence[str]) -> Mapping[str, object]:
-    """Say which layers have experts; only one run of layers can be said."""
-    routed = [i for i, kind in enumerate(kinds) if kind == _EXPERTS]
-    first, last = (routed[0], routed[-1]) if routed else (len(kinds), len(kinds))
-    return {"moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": 1}
+    """Say which layers have experts: one in so many, from a first to a last one.
+
+    Raises:
+        UserError: if the layers with experts do not follow each other so.
+    """
+    routed = [layer for layer, kind in enumerate(kinds) if kind == _EXPERTS]
+    for every in range(1, len(kinds) + 1):
+        first, last = (routed[0], routed[-1]) if routed else (len(kinds), len(kinds))
+        if routed == [layer for layer in range(first, last + 1) if layer < len(kinds) and not (layer + 1) % every]:
+            return {"moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": every}
+    raise UserError(
+        f"layers {', '.join(map(str, routed))} of {len(kinds)} would have experts, and no moe_layer_interval of "
+        "config.json says that; remove other layers, or a multiple of the interval"
+    )
 
 
 QWEN3_MOE = Family(
@@ -287,7 +299,7 @@ DEEPSEEK_V3 = Family(
         "self_attn.q_proj.weight": "!q_lora_rank",
         **dict.fromkeys(("self_attn.q_a_proj.weight", "self_attn.q_a_layernorm.weight"), "q_lora_rank"),
         "self_attn.q_b_proj.weight": "q_lora_rank",
-        "self_attn.q_a_proj.bias": "attention_bias",
+        "self_attn.q_a_proj.bias": "q_lora_rank&attention_bias",
         "self_attn.kv_a_proj_with_mqa.bias": "attention_bias",
         "self_attn.o_proj.bias": "attention_bias",
     },
@@ -322,25 +334,34 @@ DEEPSEEK_V3 = Family(
     further_layers="num_nextn_predict_layers",
 )
 
+_SHARED_BIASES: Tensors = {
+    "mlp.shared_experts.gate_proj.bias": ("shared_ffn",),
+    "mlp.shared_experts.up_proj.bias": ("shared_ffn",),
+    "mlp.shared_experts.down_proj.bias": ("hidden",),
+}
+
 ERNIE4_5_MOE = Family(
     name="ernie4_5_moe",
     model_types=("ernie4_5_moe",),
     block={**_TWO_NORMS, **_ATTENTION, **_ATTENTION_BIASES},
+    outer={**OUTER, "lm_head.bias": (None,)},
     kinds={
-        _DENSE: _FFN,
+        _DENSE: {**_FFN, **_FFN_BIASES},
         _EXPERTS: {
             **_ROUTED,
             "mlp.gate.moe_statics.e_score_correction_bias": ("unit", "experts"),
             **_shared("shared_experts"),
+            **_SHARED_BIASES,
         },
     },
     kinds_of=_ernie_kinds,
     kind_keys=_ernie_kind_keys,
     optional={
-        **dict.fromkeys(_ATTENTION_BIASES, "use_bias"),
+        **dict.fromkeys((*_ATTENTION_BIASES, *_FFN_BIASES, "lm_head.bias"), "use_bias"),
         **dict.fromkeys(_shared("shared_experts"), "moe_num_shared_experts"),
+        **dict.fromkeys(_SHARED_BIASES, "use_bias&moe_num_shared_experts"),
     },
-    fixed={"shared_ffn": ("moe_num_shared_experts", "moe_intermediate_size"), "unit": (1,)},
+    fixed={"shared_ffn": ("moe_num_shared_experts|1", "moe_intermediate_size"), "unit": (1,)},
     sites=_sites("shared_experts"),
     uncut=_ONE_SIZE,
     config_keys=_keys("moe_num_experts", active="moe_k"),

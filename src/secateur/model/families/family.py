@@ -95,8 +95,8 @@ class Family:
     #: the kind of each layer, from the config; asked only where ``kinds`` has entries
     kinds_of: Callable[[Any], Sequence[str]] = _layer_types
 
-    #: space that is never cut -> factors of its size: config keys (``a|b`` is the first that is set), numbers, or
-    #: functions of the config: ``{"linear_value": ("linear_num_value_heads", "linear_value_head_dim")}``
+    #: space that is never cut -> factors of its size: config keys (``a|b`` is the first that is set, and not to zero),
+    #: numbers, or functions of the config: ``{"linear_value": ("linear_num_value_heads", "linear_value_head_dim")}``
     fixed: Mapping[str, tuple[str | int | Callable[[Any], int], ...]] = field(default_factory=dict)
 
     #: block tensors that are stored but not trained, and so are no parameters: ``("layer_scalar",)`` in Gemma 4
@@ -129,8 +129,8 @@ class Family:
     #: block tensor that multiplies the whole residual stream at the end of a block: ``layer_scalar`` in Gemma 4
     stream_scale: str = ""
 
-    #: block tensor -> config key that switches it on, or ``!key`` for one that switches it off:
-    #: ``{"self_attn.o_proj.bias": "attention_bias"}``
+    #: tensor of a block, or outside -> config key that switches it on, or ``!key`` for one that switches it off; ``a&b``
+    #: for two that both have to: ``{"self_attn.o_proj.bias": "attention_bias"}``
     optional: Mapping[str, str] = field(default_factory=dict)
 
     #: switch -> config keys that always have its value: ``{"attention_bias": ("mlp_bias",)}`` in InternLM3
@@ -220,12 +220,6 @@ class Family:
         return {**no_experts, **self.uncut}.get(axis, "")
 
     @property
-    def head_bias(self) -> str | None:
-        """The name of the head's bias; None for a head without one."""
-        name = f"{self.head.removesuffix('.weight')}.bias"
-        return name if name in self.outer else None
-
-    @property
     def final_norm_tensors(self) -> list[str]:
         """The tensors of the last norm; none where it has no weight."""
         return [name for name in self.outer if name.rpartition(".")[0] == self.final_norm]
@@ -269,5 +263,4 @@ class Family:
 
 def switched_on(switch: str, config: Any) -> bool:
     """Whether a config switches a tensor on; see :attr:`Family.optional`."""
-    key = switch.removeprefix("!")
-    return bool(getattr(config, key, False)) != switch.startswith("!")
+    return all(bool(getattr(config, key.removeprefix("!"), False)) != key.startswith("!") for key in switch.split("&"))
