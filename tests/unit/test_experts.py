@@ -136,7 +136,7 @@ def test_the_weight_of_an_expert_is_the_formula_of_its_router(name: str, mixture
     model = hf(mixtures.directory(name))
     for layer, of_layer in mixtures.routed(name).items():
         parent = model.get_submodule(f"model.layers.{layer}.{Checkpoint(mixtures.directory(name)).family.experts}"[:-8])
-        module = parent.router if hasattr(parent, "router") else parent.gate
+        module: Any = parent.router if hasattr(parent, "router") else parent.gate
         router = {n.rpartition(".")[2]: t.detach() for n, t in module.state_dict().items()}
         weights = weights_by_formula(name, router, of_layer.states)
         observed = torch.zeros_like(weights).scatter(1, of_layer.chosen, of_layer.weights)

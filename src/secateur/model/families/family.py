@@ -129,8 +129,8 @@ class Family:
     #: block tensor that multiplies the whole residual stream at the end of a block: ``layer_scalar`` in Gemma 4
     stream_scale: str = ""
 
-    #: tensor of a block, or outside -> config key that switches it on, or ``!key`` for one that switches it off; ``a&b``
-    #: for two that both have to: ``{"self_attn.o_proj.bias": "attention_bias"}``
+    #: tensor -> config key that switches it on, or ``!key`` for one that switches it off; ``a&b`` for two that must both
+    #: be on: ``{"self_attn.o_proj.bias": "attention_bias"}``
     optional: Mapping[str, str] = field(default_factory=dict)
 
     #: switch -> config keys that always have its value: ``{"attention_bias": ("mlp_bias",)}`` in InternLM3
