@@ -15,8 +15,8 @@ import secateur
 from helpers import tiny_family, windows
 from secateur.cli import main
 from secateur.model.families import FAMILIES as TABLE
-from secateur.model.families import family_of
-from secateur.model.runtimes import RUNTIMES, Support, Traits, check_runtimes, describe_runtimes
+from secateur.model.families import Family, family_of
+from secateur.model.runtimes import RUNTIMES, UNEVEN, Runtime, Support, Traits, check_runtimes, describe_runtimes
 from secateur.model.shapes import Shape
 
 BEFORE = Shape(hidden=2048, ffn=8192, layers=12, heads=16, kv_heads=8, head_dim=128, vocabulary=1000)
@@ -180,3 +180,33 @@ def test_the_table_needs_no_torch() -> None:
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def table_rows() -> list[str]:
+    """The rows of the table in docs/what-runs-where.md."""
+    runtimes = [runtime for runtime in RUNTIMES if runtime.version and runtime.name != "transformers"]
+    rows = []
+    for family in TABLE:
+        cells = [cell(runtime, family) for runtime in runtimes]
+        if {*cells} - {"not checked"}:
+            rows.append(f"| {family.name} | {' | '.join(cells)} |")
+    return rows
+
+
+def cell(runtime: Runtime, family: Family) -> str:
+    """What a runtime computes of a family."""
+    plain = Traits(dataclasses.replace(BEFORE, family=family))
+    (support,) = [entry for entry in check_runtimes(plain) if entry.runtime == runtime.name]
+    if support.runs != "yes":
+        return support.runs
+    traits, period = runtime.runs[family.name], tuple(layer == 0 for layer in range(family.pattern))
+    broken = [rule for rule in runtime.rules if not rule.families or family.name in rule.families]
+    limit = ", on its period" if any(rule.applies(Traits(plain.shape, period)) for rule in broken) else ""
+    cuts = "every cut" if "*" in traits else "every cut without new biases" if UNEVEN in traits else "FFN, depth, zeros"
+    return cuts + limit
+
+
+def test_the_page_has_the_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "what-runs-where.md"
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert rows[1:] == table_rows()  # behind the head
