@@ -81,6 +81,8 @@ def _notes(family: Family) -> Iterator[str]:
     yield from (f"logits capped by `{key}`" for key in (family.logit_cap,) if key)
     if family.head_bias:
         yield f"`{family.head_bias}`"
+    if family.norms_center:
+        yield "norms subtract the mean"
     if family.norm_offset:
         yield f"norms multiply by their weight + {family.norm_offset:g}"
     if family.embedding_grows:
