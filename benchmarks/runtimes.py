@@ -120,7 +120,7 @@ def published_kinds(name: str) -> dict[str, Any]:
     elif name.startswith("gemma"):  # llama.cpp takes head_dim for it
         changes = {"query_pre_attn_scalar": FAMILY_CONFIGS[name].get("head_dim", 8)}
     else:
-        changes = {"rope_parameters": None} if name == "olmo3" else {}
+        changes = {"rope_parameters": None} if name in ("olmo3", "hunyuan_v1_dense") else {}
     lists = {"layer_types": None, "no_rope_layers": None, "num_hidden_layers": 2 * max(period, 4)}
     return changes | (lists if period else {})
 

@@ -160,11 +160,11 @@ RUNTIMES: tuple[Runtime, ...] = (
         {
             **dict.fromkeys(("llama", "mistral", "olmo2", "olmo3", "seed_oss", "ernie4_5"), ANY),
             **dict.fromkeys(("qwen3", "gemma", "gemma3"), _SHAPE),
-            **dict.fromkeys(("qwen2", "phi3", "granite", "internlm3", "helium"), _PLAIN),
+            **dict.fromkeys(("qwen2", "phi3", "granite", "internlm3", "helium", "cohere2"), _PLAIN),
         },
         (
-            _off_period("gemma3"),
-            _square_attention("qwen2", "phi3", "granite", "internlm3"),
+            _off_period("gemma3", "cohere2"),
+            _square_attention("qwen2", "phi3", "granite", "internlm3", "cohere2"),
             _without_biases("qwen3", "gemma", "gemma3"),
             _unknown("arcee", "ministral"),
         ),
@@ -190,7 +190,7 @@ RUNTIMES: tuple[Runtime, ...] = (
             _without_biases("gemma"),
             _unknown(
                 *("olmo2", "olmo3", "exaone4", "granite", "ministral", "ministral3", "seed_oss", "internlm3"),
-                *("helium", "ernie4_5", "arcee"),
+                *("helium", "ernie4_5", "arcee", "cohere2", "hunyuan_v1_dense"),
             ),
         ),
     ),
