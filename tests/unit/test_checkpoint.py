@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import secateur
 from helpers import VARIANTS, edit_config, files, hf, logits, model_tensors, tiny_llama, windows
 from secateur.calibration.block_walk import BlockWalk
 from secateur.errors import UserError
@@ -194,7 +195,7 @@ def test_one_shard_needs_no_index(tmp_path: Path) -> None:
     model = hf(tiny_llama(tmp_path))
     (tmp_path / "out").mkdir()
     write_checkpoint(tmp_path / "out", model.config.to_dict(), model_tensors(model), provenance={}, card="x")
-    assert set(files(tmp_path / "out")) == {"config.json", "model.safetensors", "secateur.json", "README.md"}
+    assert set(files(tmp_path / "out")) == {"config.json", "model.safetensors", INDEX, "secateur.json", "README.md"}
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
@@ -273,3 +274,12 @@ def test_more_layers_than_the_config_names(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] - 1}))
     with pytest.raises(UserError, match="holds more layers than the"):
         Checkpoint(folder)
+
+
+def test_the_index_names_the_weights_alone(tmp_path: Path) -> None:
+    """vLLM and SGLang read every .safetensors file that the index names, and all of a directory without an index."""
+    out = secateur.prune(tiny_llama(tmp_path), tmp_path / "out", method="magnitude", ratio=0.5).path
+    weight_map = json.loads((out / INDEX).read_text())["weight_map"]
+    assert {path.name for path in out.glob("*.safetensors")} == {"model.safetensors", "plan.safetensors"}
+    assert set(weight_map.values()) == {"model.safetensors"}
+    assert set(weight_map) == set(load_file(out / "model.safetensors"))

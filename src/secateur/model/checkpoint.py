@@ -446,9 +446,9 @@ def write_checkpoint(
     with track("write the weights", total) as progress:
         for name, shard in zip(names, shards, strict=True):
             write_tensors(out / name, shard, {"format": "pt"}, progress.advance)
-    if count > 1:
-        weight_map = {stored.name: name for name, shard in zip(names, shards, strict=True) for stored in shard}
-        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    # One file has an index too: vLLM and SGLang read every .safetensors file, the plan among them, where there is none.
+    weight_map = {stored.name: name for name, shard in zip(names, shards, strict=True) for stored in shard}
+    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     write_json(out / "config.json", _published(config))
     write_json(out / PROVENANCE, {"secateur": __version__, **provenance})
     write_text(out / "README.md", card)

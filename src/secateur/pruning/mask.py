@@ -184,7 +184,8 @@ def _card(checkpoint: Checkpoint, result: Masked, request: MaskRequest, plan_fol
             f"adapters. The masks of the pruned checkpoint were applied again: secateur mask {result}.",
             "",
             f"- sparsity: {percent(result.masked / result.weights)} of the weights of {result.matrices} matrices; "
-            "zeros are stored as any other weight, so the file is as large as before; `plan.safetensors` holds the masks",
+            "zeros are stored as any other weight, so the file is as large as before; `plan.safetensors` holds the "
+            "masks",
             f"- shape: {checkpoint.shape}",
         ],
         tags=["pruning", *([method] if method else [])],

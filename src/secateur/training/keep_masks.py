@@ -128,7 +128,7 @@ def _match(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if adapted := sum(_ADAPTED in place for place in matches):
         notify(
             f"KeepMasks: {adapted} of {plural(len(matches), 'masked matrix', 'masked matrices')} have an adapter: "
-            "their weights are frozen, so training leaves the zeros and the merge fills them; apply the masks to the merged "
-            "checkpoint with secateur.mask"
+            "their weights are frozen, so training leaves the zeros and the merge fills them; apply the masks to the "
+            "merged checkpoint with secateur.mask"
         )
     return matches
