@@ -41,6 +41,7 @@ from secateur.training.output import trained_card, write_trained
 from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
 from secateur.training.recipe import FEW_STEPS, Distill, few_steps
 from secateur.training.request import TrainRequest
+from secateur.training.routing import train_routers_alone
 from secateur.training.throughput import Meter, Peak, peak_of
 from secateur.training.watchdog import stop_on_signals
 
@@ -161,6 +162,8 @@ def train(request: TrainRequest) -> Trained:
     store = open_shards(request.data, "data")
     origin = open_origin(request, dtype)
     data = _slice(request, store, origin)
+    if request.only == "router" and not origin.shape.experts:
+        raise UserError(f"`only`: router: {origin.directory} is no mixture of experts; leave it out")
     teacher = _open_teacher(request, origin)
     protocol = _heldout_protocol(store, request.heldout_windows, recipe.sequence)
     require_new_directory(out)
@@ -176,6 +179,7 @@ def train(request: TrainRequest) -> Trained:
         "evaluation": {"points": request.points, "protocol": protocol.record() if protocol else None},
         **({"objective": objective} if objective else {}),
         **({"keep_zeros": True} if request.keep_zeros else {}),
+        **({"only": request.only} if request.only else {}),
     }
     peak = peak_of(device, dtype)
     teaching = teacher_flops(teacher.shape, data.tokens, recipe.sequence) if teacher else None
@@ -204,8 +208,11 @@ def train(request: TrainRequest) -> Trained:
             stop=stop,
         )
         try:
+            start = origin.start(recipe)
+            if request.only == "router":
+                train_routers_alone(start.model)
             module, result = train_model(
-                origin.start(recipe),
+                start,
                 data,
                 execution=execution,
                 objective=distillation(request.distill, teacher, execution) if teacher else None,
@@ -238,6 +245,7 @@ _RESUME_LABELS = {
     "dtype": "`dtype`",
     "evaluation": "`points` or `heldout_windows`",
     "keep_zeros": "`keep_zeros`",
+    "only": "`only`",
     "objective": "`teacher`, `temperature`, `alpha` or `top_k`",
 }
 

@@ -72,8 +72,11 @@ class Origin:
         return {"weights": weights, "config": self.raw_config, "masks": plan.read_text() if self.masks else None}
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The type that a trained tensor is stored in."""
-        return self.save_dtype or (self.checkpoint.dtype_of(name) if self.checkpoint else self.fresh_dtype)
+        """The type that a trained tensor is stored in; one that is float32 in a smaller checkpoint stays so."""
+        checkpoint = self.checkpoint
+        if checkpoint and checkpoint.dtype_of(name) == torch.float32 != checkpoint.dtype:
+            return torch.float32
+        return self.save_dtype or (checkpoint.dtype_of(name) if checkpoint else self.fresh_dtype)
 
     @property
     def dtype_name(self) -> str:

@@ -31,6 +31,7 @@ class TrainRequest:
         data: ``shards:DIR``, as ``secateur data`` writes it.
         like: checkpoint or config.json of the shape, for ``scratch``.
         keep_zeros: mask the weights of the block linears that are zero in ``init``, so that they stay zero.
+        only: the part that is trained, ``router``: the routers of a mixture, all else staying as it is. None for all.
         skip: tokens of the data to leave out before the first.
         recipe: a :class:`Recipe`, a mapping of its fields, or a YAML file.
         teacher: checkpoint to distil from, of the model's vocabulary.
@@ -63,6 +64,7 @@ class TrainRequest:
     data: str
     like: Any = None
     keep_zeros: bool = False
+    only: Literal["router"] | None = None
     skip: Annotated[int, Field(ge=0)] = 0
     recipe: Any = dataclasses.field(default_factory=Recipe)
     teacher: Any = None
@@ -100,6 +102,8 @@ class TrainRequest:
             raise UserError(f"`like`: the shape is that of `init` {self.init}; leave it out, or train from scratch")
         if self.from_scratch and self.keep_zeros:
             raise UserError("`keep_zeros`: fresh weights have no zeros to keep; name a checkpoint with `init`")
+        if self.from_scratch and self.only:
+            raise UserError(f"`only`: {self.only}: all else would stay random; name a checkpoint with `init`")
         if self.teacher is None and self._distilling:
             name = next(iter(self._distilling))
             raise UserError(f"`{name}`: says how to distil; name a teacher to distil from with `teacher`")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from secateur.model.families import family_of
 from secateur.model.shapes import Shape
 
-__all__ = ["RouterBalance", "balance_of", "router_modules"]
+__all__ = ["RouterBalance", "balance_of", "router_modules", "train_routers_alone"]
 
 
 def balance_of(config: Any) -> float:
@@ -32,6 +32,14 @@ def router_modules(model: PreTrainedModel) -> list[nn.Module]:
         if shape.has_space("experts", layer)
     ]
     return [owner.get_submodule("gate" if hasattr(owner, "gate") else "router") for owner in owners]
+
+
+def train_routers_alone(model: PreTrainedModel) -> None:
+    """Freeze every parameter of a mixture but the weights and biases of its routers."""
+    model.requires_grad_(False)
+    for router in router_modules(model):
+        for parameter in router.parameters(recurse=False):
+            parameter.requires_grad_(True)
 
 
 class RouterBalance:

@@ -190,6 +190,7 @@ def add_train(verbs: Any) -> None:
     add("--init", required=True, metavar="scratch|DIR", help="fresh weights, or those of a checkpoint")
     add("--like", metavar="DIR", help="checkpoint or config.json of the shape, for --init scratch")
     add("--keep-zeros", action="store_true", help="mask the block linears' weights that are zero in --init DIR")
+    add("--only", choices=("router",), help="train this part alone: router, of a mixture of experts (default: all)")
     add("--tokens", required=True, type=token_count, help="budget: 700k, 7e5, 50B ...")
     add("--data", required=True, metavar="shards:DIR", help="what `secateur data` has written")
     add(
