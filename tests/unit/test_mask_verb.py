@@ -17,7 +17,9 @@ import secateur
 from helpers import files, hf, tiny_family, windows
 from secateur.cli import main
 from secateur.errors import UserError
+from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, load_masks
+from wrapper_models import opened_wrapper, tiny_wrapper
 
 IDS = windows()
 
@@ -88,6 +90,26 @@ def test_the_command_names_a_directory_itself_and_prints_counts(
     assert "already exists and is not empty" in capsys.readouterr().err
     assert main(["mask", str(copy), "--plan", str(pruned), "--out", str(tmp_path / "b"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["zeroed"] == 40320
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl", "smolvlm"])
+def test_the_language_model_of_an_image_text_model(tmp_path: Path, name: str) -> None:
+    """Both the verb and the callback find the masked weights behind the wrapper's names, and touch no others."""
+    source = tiny_wrapper(tmp_path, name)
+    out = secateur.prune(source, tmp_path / "out", method="magnitude", ratio=0.5).path
+    around, masks = Checkpoint(out).image_text, load_masks(out)
+    assert around is not None
+    model = opened_wrapper(source)
+    model.save_pretrained(tmp_path / "filled")
+    before = load_file(tmp_path / "filled" / "model.safetensors")
+    result = load_file(secateur.mask(tmp_path / "filled", out).path / "model.safetensors")
+    names = {around.names[text_name]: mask for text_name, mask in masks.items()}
+    assert result.keys() == before.keys() > names.keys()
+    for stored, tensor in result.items():
+        assert torch.equal(tensor, before[stored] * names[stored] if stored in names else before[stored]), stored
+    secateur.KeepMasks(out).on_train_begin(None, None, None, model=model)
+    model.save_pretrained(tmp_path / "kept")
+    assert all(torch.equal(t, result[n]) for n, t in load_file(tmp_path / "kept" / "model.safetensors").items())
 
 
 def test_a_stored_type_stays(pruned: Path, merged: Path, tmp_path: Path) -> None:

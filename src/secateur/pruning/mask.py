@@ -22,8 +22,10 @@ from secateur.model.card import Ancestry, model_card, pruning_method
 from secateur.model.checkpoint import PROVENANCE, Checkpoint, read_config, write_checkpoint
 from secateur.model.companions import copy_companions, vocabulary_files
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, Plan, load_masks
+from secateur.model.runtimes import describe_runtimes
 from secateur.model.surgery import cut_config, cut_tensors
 from secateur.progress import notify, track
+from secateur.pruning.pipeline import runtimes_of
 
 __all__ = ["MaskRequest", "Masked", "mask_checkpoint"]
 
@@ -112,7 +114,7 @@ def mask_checkpoint(request: MaskRequest) -> Masked:
                 **counts,
                 **({"origin": origin} if origin else {}),
             },
-            card=_card(checkpoint, result, request, plan_folder, pruning_method(origin)),
+            card=_card(checkpoint, plan, result, request, plan_folder, pruning_method(origin)),
         )
         _copy_files(checkpoint.directory, plan_folder, fresh)
     return result
@@ -171,7 +173,9 @@ def _count(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> dict[str, Any
     }
 
 
-def _card(checkpoint: Checkpoint, result: Masked, request: MaskRequest, plan_folder: Path, method: str | None) -> str:
+def _card(
+    checkpoint: Checkpoint, plan: Plan, result: Masked, request: MaskRequest, plan_folder: Path, method: str | None
+) -> str:
     ancestry = Ancestry.read(checkpoint.directory, repository_of(request.model, checkpoint.directory))
     if not ancestry.base_model and not ancestry.metadata:  # a merge writes no card
         ancestry = Ancestry.read(plan_folder, repository_of(request.plan, plan_folder))
@@ -187,6 +191,7 @@ def _card(checkpoint: Checkpoint, result: Masked, request: MaskRequest, plan_fol
             "zeros are stored as any other weight, so the file is as large as before; `plan.safetensors` holds the "
             "masks",
             f"- shape: {checkpoint.shape}",
+            f"- runs in: {describe_runtimes(runtimes_of(checkpoint, plan), sparse=True)}",
         ],
         tags=["pruning", *([method] if method else [])],
         image_text=checkpoint.whole is not None,
