@@ -164,6 +164,12 @@ def test_the_family_is_printed_where_it_changes(
     assert line.removeprefix("family       ") in (out / "README.md").read_text()
 
 
+def test_helium_says_why_it_becomes_another_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tiny_family(tmp_path, "helium"), tmp_path / "out"
+    assert main(["prune", str(source), str(out), "--method", "random-width", "--shape", "hidden=40"]) == 0
+    assert "written as Ernie4_5 instead of Helium, the same function: 6 heads of 8 channels" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "licence"),
     [("license: [mit]", "mit"), ("license:\n- mit\n- apache-2.0", ["mit", "apache-2.0"]), ("license: 3", None)],

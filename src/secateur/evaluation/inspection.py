@@ -51,6 +51,7 @@ class Inspection:
         """Plain values, as ``secateur inspect --json`` prints them."""
         content = {key: value for key, value in vars(self).items() if key not in ("shape", "context")}
         content["runs_in"] = [support.record() for support in self.runs_in]
+        content |= {"axes": list(self.shape.family.axes), "uncut": dict(self.shape.family.uncut)}
         return {"model": content.pop("model"), **describe_shape(self.shape, self.context), **content}
 
 

@@ -101,6 +101,9 @@ def family_change(before: Shape, after: Shape) -> str | None:
     if before.family == after.family:  # by value: worker processes have copies
         return None
     old, new = before.family.name.capitalize(), after.family.name.capitalize()
+    if before.family.heads_span_hidden:
+        reason = f"{after.heads} heads of {after.head_dim} channels do not add up to a hidden size of {after.hidden}"
+        return f"written as {new} instead of {old}, the same function: {reason}, as {old} demands"
     return (
         f"written as {new} instead of {old}, the same function: the configuration of {old} refuses {after.heads} heads "
         f"for a hidden size of {after.hidden}, which they do not divide"

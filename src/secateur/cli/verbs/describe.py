@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.cli.verbs.answer import Answer, request_of
 from secateur.formatting import count, percent, plain, points, scientific
+from secateur.model.families import Family
 from secateur.pruning.preview import ShapesRequest, preview_shapes
 from secateur.pruning.target import Target, describe_target
 
@@ -33,6 +34,7 @@ def inspect(arguments: Namespace) -> Answer:
         f"FLOPs        {shape.forward_flops(context):.4g} a token forwards, three times that in training "
         f"(windows of {context}: 2 x weights + attention)",
         f"KV cache     {shape.kv_cache_bytes:,} bytes a token at 16 bits",
+        f"can be cut   {_axes(shape.family)}",
         f"digest       {inspection.digest}",
         f"provenance   {origin}",
         f"runs in      {describe_runtimes(inspection.runs_in, sparse=inspection.sparsity >= 0.01)}",
@@ -45,6 +47,11 @@ def inspect(arguments: Namespace) -> Answer:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         lines.append(f"damaged      {broken[0]}{more}: NaN or infinity among the weights; prune refuses them")
     return inspection.record(), "\n".join(lines), 0
+
+
+def _axes(family: Family) -> str:
+    """What of a family can be cut, and why the rest cannot."""
+    return "; ".join([", ".join(family.axes), *(f"not {axis}: {reason}" for axis, reason in family.uncut.items())])
 
 
 def shapes(arguments: Namespace) -> Answer:
