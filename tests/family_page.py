@@ -55,7 +55,7 @@ def proof_row(family: Family, tiny: Mapping[str, Proof], realistic: Mapping[str,
         family.name,
         *axes,
         magnitude(tiny["sparse"].difference),
-        f"{magnitude(tiny['bias'].difference)} ({biases})" if "bias" in tiny else "no biases in its config",
+        f"{magnitude(tiny['bias'].difference)} ({biases})" if "bias" in tiny else "none to use",
         magnitude(max(proof.difference for proof in realistic.values())),
     )
 
@@ -87,8 +87,9 @@ def _notes(family: Family) -> Iterator[str]:
         yield f"norms multiply by their weight + {family.norm_offset:g}"
     if family.embedding_grows:
         yield "embeddings times sqrt(hidden)"
-    if any(isinstance(axes[0], tuple) for axes in names.values() if len(axes) == 2):
-        yield "fused projections"
+    fused = [name.split(".")[-2] for name, axes in names.items() if len(axes) == 2 and isinstance(axes[0], tuple)]
+    if fused:
+        yield f"fused: {', '.join(f'`{name}`' for name in fused)}"
     if any("gated_query" in axes for axes in names.values()):
         yield "query and gate side by side in `q_proj`"
     if family.kinds:
@@ -101,8 +102,8 @@ def _notes(family: Family) -> Iterator[str]:
 
 
 def magnitude(difference: float) -> str:
-    """The power of ten at or above a difference: 4e-7 -> ``1e-6``."""
-    return f"1e{math.ceil(math.log10(difference))}" if difference else "0"
+    """The power of ten next to a difference: 4e-7 -> ``1e-6``."""
+    return f"1e{round(math.log10(difference))}" if difference else "0"
 
 
 def disagreements(page: Row, measured: Row) -> list[str]:

@@ -56,14 +56,14 @@ SIZES = {
 }
 
 
-def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Draw every parameter anew, so that no norm is one and no bias zero."""
+def randomise(model: nn.Module, seed: int = 0, std: float = 0.25) -> None:
+    """Draw every parameter anew, so that no norm is one and no bias zero; ``std`` is that of matrices."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2:
-                parameter.copy_(noise * (1.0 if "embed_tokens" in name else 0.25))
+                parameter.copy_(noise * (1.0 if "embed_tokens" in name else std))
             else:
                 parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
         for name, buffer in sorted(model.named_buffers()):
@@ -112,11 +112,11 @@ def tiny_family(
     return out
 
 
-def random_model(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
+def random_model(config: dict[str, Any], *, seed: int = 0, std: float = 0.25) -> PreTrainedModel:
     """A model of a configuration with random parameters, none of them the value that it is initialised with."""
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**ids, **config}))
-    randomise(model, seed)
+    randomise(model, seed, std)
     return model
 
 

@@ -169,15 +169,17 @@ class Prover:
         }
 
     def _all_axes(self) -> Proof:
-        """Remove what the planted model lacks, a layer's FFN channels besides, and layers and hidden channels."""
+        """Remove what the planted model lacks, more of it in one layer, and layers and hidden channels."""
         shape, keep, fields = self.shape, self._layers(), dict[str, Any]()
         after = shape.narrowed("ffn", self.dead.ffn_left)
         fields["keep_ffn"] = {n: _complement(gone, shape.ffn) for n, gone in self.dead.ffn.items()}
-        fields["keep_ffn"][keep[0]] = fields["keep_ffn"][keep[0]][:-3]  # three zeros behind them
+        fields["keep_ffn"][keep[0]] = fields["keep_ffn"][keep[0]][:-3]  # three zeros fill the layer up
         if "kv" in self.axes and self.dead.kv_left:
             after = after.narrowed("kv", self.dead.kv_left)
             everything = {n: torch.arange(shape.kv_heads) for n in range(shape.layers)}
             fields["keep_kv"] = everything | {n: _complement(gone, shape.kv_heads) for n, gone in self.dead.kv.items()}
+            last = next(layer for layer in reversed(keep) if layer in self.dead.kv)
+            fields["keep_kv"][last] = fields["keep_kv"][last][: max(1, self.dead.kv_left - 1)]  # likewise
         if "hidden" in self.axes:
             after = after.narrowed("hidden", narrower(after, "hidden", shape.hidden * 5 // 6))
             fields["keep_hidden"] = _complement(_spread(1, shape.hidden - after.hidden, shape.hidden), shape.hidden)

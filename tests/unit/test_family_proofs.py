@@ -6,6 +6,7 @@ of the page. `make families` writes the page instead.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from reference import Pruned, Zoo
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.families import FAMILIES as TABLE
 
-LIMIT = 1e-5
+EXACT = 1e-5  #: limit of the difference from the whole model
+MASKED = 5e-5  #: limit of the difference from a model changed in memory, which rounds otherwise
 UPDATE = "UPDATE_FAMILIES" in os.environ
 
 
@@ -42,14 +44,13 @@ def page() -> Iterator[FamilyPage]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kind_of_pruning(name: str, zoo: Zoo, plain: PlainTransformers, page: FamilyPage) -> None:
-    number = FAMILIES.index(name)
-    tiny = Prover(zoo, plain, name, SCORERS[number % len(SCORERS)])
-    realistic = Prover(
-        zoo, plain, zoo.add(f"{name} real", random_model(REALISTIC[name])), SCORERS[(number + 1) % len(SCORERS)]
-    )
+    scorers = itertools.islice(itertools.cycle(SCORERS), FAMILIES.index(name), None)
+    tiny = Prover(zoo, plain, name, next(scorers))
+    model = random_model(REALISTIC[name], std=0.12)  # wider matrices, whose products are as large
+    realistic = Prover(zoo, plain, zoo.add(f"{name} real", model), next(scorers))
     kinds, together = tiny.each_kind(), realistic.together()
-    for kind, proof in {**kinds, **{f"{kind}, real ratios": proof for kind, proof in together.items()}}.items():
-        assert proof.difference <= LIMIT, kind
+    for kind, proof in [*kinds.items(), *together.items()]:
+        assert proof.difference <= (EXACT if proof.exact else MASKED), (proof.pruned.name, kind)
         assert_lists_follow(proof.pruned)
     family = tiny.checkpoint.family
     assert set(kinds) >= {"sparse", *family.axes} and kinds["ffn"].exact
