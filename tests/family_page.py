@@ -79,8 +79,7 @@ def _notes(family: Family) -> Iterator[str]:
     yield from (f"logits divided by `{key}`" for key in (family.logit_divisor,) if key)
     yield from (f"logits times `{key}`" for key in (family.logit_multiplier,) if key)
     yield from (f"logits capped by `{key}`" for key in (family.logit_cap,) if key)
-    if family.head_bias:
-        yield f"`{family.head_bias}`"
+    yield from (f"`{name}`" for name in ("lm_head.bias",) if name in family.outer)
     if family.norms_center:
         yield "norms subtract the mean"
     if family.norm_offset:
