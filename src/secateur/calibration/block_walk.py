@@ -103,11 +103,7 @@ class BlockWalk:
     def start(self, batches: Sequence[Tensor] | None = None) -> States:
         """Embed the windows, or only ``batches``: the states that enter the first block."""
         batches = self.batches if batches is None else batches
-        for name in self.family.final_norm_tensors:
-            self._place(name, self.checkpoint.tensor(name).float())
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(self.device)
+        self._load_ends()
         recorders = nn.ModuleList(_Recorder() for _ in self.layers)
         states = []
         with self.without_blocks(recorders) as decoder:
@@ -117,6 +113,27 @@ class BlockWalk:
                 arguments = [recorder.arguments for recorder in recorders]  # type: ignore[union-attr]
                 self._kwargs.setdefault(batch.shape[0], arguments)  # type: ignore[arg-type]
         return states
+
+    def _load_ends(self) -> None:
+        """Load the last norm, and move buffers to the device."""
+        for name in self.family.final_norm_tensors:
+            self._place(name, self.checkpoint.tensor(name).float())
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.device)
+
+    def arguments(self, states: Tensor, number: int) -> list[dict[str, Any]]:
+        """The keyword arguments that the model passes to each block.
+
+        Args:
+            states: of a batch.
+            number: of the batch, among those of the last :meth:`start`.
+        """
+        return self._kwargs[states.shape[0]]
+
+    def behind(self, out: Tensor, index: int, number: int) -> Tensor:
+        """The states behind block ``index``, where the model adds something to its output ``out``."""
+        return out
 
     @contextlib.contextmanager
     def without_blocks(self, recorders: nn.ModuleList | None = None) -> Iterator[nn.Module]:
@@ -307,10 +324,14 @@ class Block:
         self.walk, self.index, self.module = walk, index, module
         self.windows = 0  #: windows of the batches before the present one
 
-    def forward(self, batch: Tensor) -> Tensor:
-        """Run the block on one batch of states, with the arguments that the model would pass."""
-        out = self.module(batch.to(self.walk.device), **self.walk._kwargs[batch.shape[0]][self.index])
-        return out[0] if isinstance(out, tuple) else out
+    def forward(self, batch: Tensor, number: int = 0) -> Tensor:
+        """Run the block on one batch of states, with the arguments that the model would pass.
+
+        Args:
+            number: of the batch, among those of the walk's last start.
+        """
+        out = self.module(batch.to(self.walk.device), **self.walk.arguments(batch, number)[self.index])
+        return self.walk.behind(out[0] if isinstance(out, tuple) else out, self.index, number)
 
     @torch.no_grad()
     def run(
@@ -338,7 +359,7 @@ class Block:
         with reserve_heap(self._activation(states)):
             self.windows = 0
             for i in range(len(states)):
-                out = self.forward(states[i])
+                out = self.forward(states[i], i)
                 self.windows += len(out)
                 if not is_finite(out):
                     where = f"{self.walk.checkpoint.directory}: block {self.index}"
@@ -398,10 +419,10 @@ class Block:
                 outputs = self.run(states, key=self.index + 1, keep=keep, consume=keep, watch=watch)
             else:
                 hooks.enter_context(reserve_heap(self._activation(states)))
-                for batch in states:
+                for number, batch in enumerate(states):
                     pending.update(kinds)
                     with contextlib.suppress(StopForward):
-                        self.forward(batch)
+                        self.forward(batch, number)
         join([*itertools.chain(*gathered.values()), *watch], self.walk.device)
         values: dict[str, dict[type, Tensor]] = {
             site: {type(s): s.value() for s in statistics} for site, statistics in gathered.items()

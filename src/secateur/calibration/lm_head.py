@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from secateur.losses.next_token import IGNORE_INDEX
 from secateur.model.checkpoint import Checkpoint
 
 __all__ = ["LMHead"]
@@ -49,11 +50,12 @@ class LMHead:
         """The summed next-token loss (nats) of each set of last states.
 
         Args:
-            ids: token ids [windows, positions], batch by batch.
+            ids: token ids [windows, positions], batch by batch; ``IGNORE_INDEX`` for a token without loss.
             sets: for each model, its states [windows, positions, hidden], batch by batch.
         """
         pairs = self._log_partitions(ids, sets)
-        return [sum(float((z - y).double().sum()) for z, y in zip(*pair, strict=True)) for pair in pairs]
+        targets = [window[1:].to(self.device) != IGNORE_INDEX for batch in ids for window in batch]
+        return [sum(float((z - y)[t].double().sum()) for z, y, t in zip(*pair, targets, strict=True)) for pair in pairs]
 
     def _log_partitions(
         self, ids: Sequence[Tensor], sets: Sequence[Sequence[Tensor]]

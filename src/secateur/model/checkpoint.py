@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -367,6 +368,43 @@ class Checkpoint:
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
         return model
+
+    def load_without_blocks(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The image-text model in memory without the blocks of its language model, in evaluation mode.
+
+        Raises:
+            UserError: if transformers cannot build it.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        assert self.whole is not None
+        config = copy.deepcopy(self.whole.config)
+        text, kinds = config.text_config, getattr(config.text_config, "layer_types", None)
+        needed = list(dict.fromkeys(kinds or [""]))  # of each kind a block: positions are set up for kinds that exist
+        text.num_hidden_layers = len(needed)
+        if kinds:
+            text.layer_types = needed
+        with _blame_config(self.directory), _without_log():
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                self.directory, config=config, dtype=dtype, local_files_only=True, use_safetensors=True
+            ).eval()
+        decoder = model.get_decoder()
+        decoder.layers = torch.nn.ModuleList()
+        decoder.config.num_hidden_layers = self.shape.layers
+        if kinds:
+            decoder.config.layer_types = kinds
+        return model
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Suppress messages on weights that are left out on purpose."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 def _open(path: Path) -> TensorFile:

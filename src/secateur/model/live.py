@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint, skeleton, untie, without_leftovers
@@ -152,6 +152,10 @@ class LiveCheckpoint(Checkpoint):
 
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         return copy.deepcopy(self.model).to(dtype).eval()  # type: ignore[arg-type]
+
+    def load_without_blocks(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        blocks: Any = self.model.get_decoder().layers
+        return copy.deepcopy(self.model, {id(blocks): nn.ModuleList()}).to(dtype).eval()  # type: ignore[arg-type]
 
 
 def cut_model(checkpoint: Checkpoint, plan: Plan) -> PreTrainedModel:

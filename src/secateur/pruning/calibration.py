@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from secateur.calibration.image_walk import Sample
 from secateur.data.documents import OnBadRow
 from secateur.data.token_files import is_token_file
 from secateur.data.tokenizer import load_tokenizer, token_hash
 from secateur.errors import UserError
-from secateur.evaluation.token_windows import calibration_windows
+from secateur.evaluation.token_windows import CALIBRATION_WINDOWS, calibration_windows
 from secateur.hub import is_hub_name, local_checkpoint
 from secateur.model.checkpoint import Checkpoint, max_positions
+from secateur.progress import notify
+from secateur.pruning.image_samples import IMAGES, ImageSamples, encoded_samples, read_image_samples
 
 if TYPE_CHECKING:
     from secateur.pruning.request import PruneRequest
@@ -30,6 +33,12 @@ class Calibration:
 
     windows: Tensor  #: int64 [windows, positions]
     source: str  #: where they are from
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of windows, and positions in each."""
+        count, length = self.windows.shape
+        return count, length
 
     def record(self) -> dict[str, Any]:
         """What identifies them."""
@@ -46,21 +55,34 @@ class Calibration:
     def of(
         cls,
         checkpoint: Checkpoint,
-        source: Calibration | Tensor | str | Iterable[str],
+        source: Calibration | ImageSamples | Tensor | str | Iterable[str] | Iterable[Sample],
         *,
         field: str | None = None,
         on_bad_row: OnBadRow | None = None,
         windows: int | None = None,
         seqlen: int | None = None,
         tokenizer: Any = None,
-    ) -> Calibration:
+    ) -> Calibration | ImageSamples:
         """Read calibration windows from a source of text, ids [windows, positions], or an iterable of texts.
+
+        Or images with text: ``images:FILE.jsonl``, or a sequence of what the model's processor returns for each
+        conversation.
 
         Raises:
             UserError: if the source cannot be read, does not fit the model, or is shorter than one window.
         """
-        if isinstance(source, Calibration):
+        if isinstance(source, Calibration | ImageSamples):
             return source
+        is_mapping = isinstance(source, Sequence) and bool(source) and isinstance(source[0], Mapping)
+        if is_mapping or (isinstance(source, str) and source.startswith(IMAGES)):
+            idle = {"field": field, "on_bad_row": on_bad_row, "seqlen": seqlen, "tokenizer": tokenizer}
+            if names := [f"`{name}`" for name, value in idle.items() if value is not None]:
+                notify(f"images with text: {', '.join(names)} does not apply; conversations stay whole")
+            count = windows or CALIBRATION_WINDOWS
+            if isinstance(source, str):
+                return read_image_samples(checkpoint, source, count)
+            samples: Any = source
+            return encoded_samples(checkpoint, samples[:count], "samples")
         if not isinstance(source, str) and hasattr(source, "shape"):
             return cls(_checked_ids(checkpoint, torch.as_tensor(source)), "token ids")
         if isinstance(source, bytes) or not isinstance(source, Iterable):
@@ -102,8 +124,8 @@ def _checked_ids(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     return ids.to("cpu", torch.int64)
 
 
-def read_calibration(request: PruneRequest, checkpoint: Checkpoint, windows: int | None) -> Calibration:
-    """Read at most ``windows`` calibration windows of a request."""
+def read_calibration(request: PruneRequest, checkpoint: Checkpoint, windows: int | None) -> Calibration | ImageSamples:
+    """Read at most ``windows`` calibration windows, or conversations with images, of a request."""
     tokenizer = load_request_tokenizer(request)
     fields: dict[str, Any] = {"field": request.field, "on_bad_row": request.on_bad_row}
     fields |= {"windows": windows, "seqlen": request.seqlen}

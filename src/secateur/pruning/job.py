@@ -30,6 +30,7 @@ from secateur.model.shapes import Shape
 from secateur.model.wrappers import tower_names
 from secateur.progress import notify
 from secateur.pruning.calibration import Calibration, read_calibration, save_tokenizer
+from secateur.pruning.image_samples import IMAGES, ImageSamples
 from secateur.pruning.learned_job import prune_learned
 from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory
 from secateur.pruning.pipeline import make_plan, removed_shares, runtimes_of, write_pruned
@@ -203,7 +204,7 @@ def _plan(
     request: PruneRequest,
     checkpoint: Checkpoint,
     target: Target,
-    calibration: Calibration | None,
+    calibration: Calibration | ImageSamples | None,
     device: str,
     dtype: torch.dtype,
     workspace: Workspace | None = None,
@@ -257,10 +258,16 @@ def _check_tokenizer(checkpoint: Checkpoint, request: PruneRequest) -> None:
             )
 
 
-def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration | None:
+def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration | ImageSamples | None:
     """The calibration windows; None where the method reads no text, with a notice about fields without effect."""
     if request.reads_text:
-        return read_calibration(request, checkpoint, request.windows)
+        calibration = read_calibration(request, checkpoint, request.windows)
+        if checkpoint.whole and isinstance(calibration, Calibration):
+            notify(
+                "`calibration`: text alone never shows the model an image, so that what images need may score low; "
+                f"{IMAGES}FILE.jsonl calibrates on images with text"
+            )
+        return calibration
     reason = f"{request.method} " + (f"goes by the task {request.task}" if request.task else "looks at no text")
     if request.calibration is not None:
         source = request.calibration
@@ -275,7 +282,7 @@ def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration |
 def _estimate(
     request: PruneRequest,
     checkpoint: Checkpoint,
-    calibration: Calibration | None,
+    calibration: Calibration | ImageSamples | None,
     outputs: Sequence[Shape],
     device: str,
     dtype: torch.dtype,
@@ -285,11 +292,16 @@ def _estimate(
     Raises:
         UserError: if the disk has too little room.
     """
-    windows, seqlen = distributed.shard(calibration.windows, 0).shape if calibration else (0, 0)
+    windows, seqlen = calibration.size if calibration else (0, 0)
+    if isinstance(calibration, Calibration):
+        windows = len(distributed.shard(calibration.windows, 0))
     batch = request.batch or pick_batch(seqlen or 1, device)
     needs = estimate_memory(
         request.prototype, checkpoint.shape, windows, seqlen, batch, dtype, checkpoint.stored_bytes, outputs
     )
+    if isinstance(calibration, ImageSamples) and checkpoint.image_text:  # all of it at once, before the first block
+        around = (checkpoint.image_text.parameters + checkpoint.shape.embedding) * dtype.itemsize
+        needs = dataclasses.replace(needs, block=max(needs.block, around))
     where = _place_states(needs, device) if request.states == "auto" else request.states
     processes = distributed.world_size()
     parts = [f"{byte_size(needs.host(device, where))} of memory above the program's own"]

@@ -28,6 +28,7 @@ from secateur.model.shapes import Shape
 from secateur.progress import notify
 from secateur.pruning.calibration import load_request_tokenizer, read_calibration, save_tokenizer
 from secateur.pruning.cost import scoring_flops
+from secateur.pruning.image_samples import ImageSamples
 from secateur.pruning.learned import learn, learning_recipe, track_domain_losses
 from secateur.pruning.memory_estimate import estimate_training_memory
 from secateur.pruning.pipeline import write_pruned
@@ -237,6 +238,8 @@ def _learning_data(request: PruneRequest, checkpoint: Checkpoint) -> LearningDat
     windows = request.windows or request.prototype.steps * request.prototype.windows
     if not isinstance(source, str) or not source.startswith("shards:"):
         calibration = read_calibration(request, checkpoint, windows)
+        if isinstance(calibration, ImageSamples):
+            raise UserError(f"`calibration`: {request.method} trains on text alone; name a source of text")
         tokens = WindowTokens(calibration.windows)
         return LearningData(tokens, {"": (0, tokens.tokens)}, calibration.record(), calibration.windows.shape[1])
     report_idle_fields(source, field=request.field, on_bad_row=request.on_bad_row)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from secateur.calibration.block_walk import BlockWalk
+from secateur.calibration.image_walk import ImageWalk
 from secateur.calibration.journal import Workspace
 from secateur.calibration.statistics import GradientStatistic
 from secateur.config import identity
@@ -30,6 +31,7 @@ from secateur.model.zeros import UNMASKED, ZeroCount
 from secateur.progress import notify
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.cost import reads_text, task_of
+from secateur.pruning.image_samples import ImageSamples
 from secateur.pruning.layer_choice import pattern_to_keep
 from secateur.pruning.scoring import score_and_select
 from secateur.pruning.target import Target, describe_target
@@ -42,7 +44,7 @@ def make_plan(
     checkpoint: Checkpoint,
     method: str,
     target: Target,
-    calibration: Calibration | None,
+    calibration: Calibration | ImageSamples | None,
     *,
     options: Mapping[str, Any] | None = None,
     task: Task | None = None,
@@ -82,27 +84,25 @@ def make_plan(
         task = Task(task_of(prototype), few_shot=0)
     if task is not None:
         _ = task.requests  # report faults of the task before the weights are read
-    windows = calibration.windows if calibration and reads_text(prototype) else None
+    inputs = calibration if reads_text(prototype) else None
     _check_finite(checkpoint, whole=task is not None)
     by_window = any(issubclass(kind, GradientStatistic) for kind in prototype.needs)
     workspace, key = workspace or Workspace(), _journal_key(prototype, target, checkpoint.shape, after)
-    walk = BlockWalk(
-        checkpoint,
-        windows,
-        batch=1 if by_window else batch,
-        device=device,
-        label=f"score {method}",
-        dtype=dtype,
-        store=workspace.store(key),
-        journal=workspace.journal(key),
-    )
+    execution: dict[str, Any] = {"device": device, "dtype": dtype, "label": f"score {method}"}
+    execution |= {"store": workspace.store(key), "journal": workspace.journal(key)}
+    if isinstance(inputs, ImageSamples):
+        if by_window:
+            raise UserError(f"`calibration`: {method} goes by gradients, which are computed on text alone; name text")
+        walk = ImageWalk(checkpoint, inputs.samples, **execution)
+    else:
+        walk = BlockWalk(checkpoint, inputs and inputs.windows, batch=1 if by_window else batch, **execution)
     if prototype.stochastic:
         walk.journal.finished_steps = 0  # the first random numbers belong to the first block
     with walk.journal.async_writes(device):
         decision = score_and_select(prototype, walk, target, after, task, batch, pattern)
     walk.journal.close()
-    record: dict[str, Any] = calibration.record() if windows is not None and calibration else {"source": None}
-    if windows is not None and dtype != torch.float32:
+    record: dict[str, Any] = inputs.record() if inputs else {"source": None}
+    if inputs and dtype != torch.float32:
         record["dtype"] = str(dtype).removeprefix("torch.")
     request = target.record(prototype) | ({"options": identity(prototype)} if identity(prototype) else {})
     fields = {"after": after, "calibration": {**record, "method_source": prototype.source}, **decision}
