@@ -85,6 +85,23 @@ WRAPPER_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
         {"model_type": "llama"},
         {"model_type": "clip_vision_model", **_VISION},
     ),
+    "qwen3_5": (
+        _QWEN_IDS,
+        {
+            "head_dim": 8,
+            "num_hidden_layers": 8,
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+            "rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5},
+        },
+        {
+            **_QWEN_VISION,
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 16,
+        },
+    ),
     "qwen2_vl": (_QWEN_IDS, _MROPE, {**_QWEN_VISION, "embed_dim": 24, "hidden_size": 48, "mlp_ratio": 2}),
 }
 

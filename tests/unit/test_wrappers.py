@@ -41,6 +41,7 @@ _FOLLOWERS = {
     "llava_next": ("linear_1.weight", "linear_2.weight", "image_newline"),
     "smolvlm": ("modality_projection.proj.weight",),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), ("merger.mlp.2.weight", "merger.mlp.2.bias")),
+    "qwen3_5": ("visual.merger.linear_fc2.weight", "visual.merger.linear_fc2.bias"),
     "qwen3_vl": tuple(
         f"{merger}.linear_fc2.{kind}"
         for merger in ("visual.merger", "deepstack_merger_list.0", "deepstack_merger_list.1")
@@ -230,3 +231,17 @@ def test_a_scratch_model_is_not_made_like_a_wrapper(cuts: dict[tuple[str, str], 
             tmp_path / "out", init="scratch", like=cuts["gemma3", "depth"].source, tokens=640, data=f"shards:{store}",
             recipe={"sequence": 16, "tokens_per_step": 64},
         )  # fmt: skip
+
+
+def test_a_learned_method_cuts_the_language_model(cuts: dict[tuple[str, str], Cut], tmp_path: Path) -> None:
+    """The layers with features of images stay, and the projector is cut with the hidden size."""
+    store = token_corpus(tmp_path / "store", tokens=2000, vocabulary=61)
+    options = {"steps": 60, "windows": 4, "phi": 1000.0, "multiplier_rate": 300.0}
+    request = {"method": "sheared", "calibration": f"shards:{store}", "options": options, "seqlen": 16}
+    deep = prune(cuts["qwen3_vl", "depth"].source, tmp_path / "deep", shape="layers=3", **request)
+    assert {0, 1} <= set(deep.plan.keep_layers.tolist())
+    image_logits(opened_wrapper(deep.path), image_inputs("qwen3_vl"))
+    narrow = prune(cuts["llava", "depth"].source, tmp_path / "narrow", shape="hidden=32", **request)
+    assert narrow.plan.keep_projector is not None
+    assert len(narrow.plan.keep_projector) == 32
+    image_logits(opened_wrapper(narrow.path), image_inputs("llava"))

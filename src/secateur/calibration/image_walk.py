@@ -70,14 +70,14 @@ class ImageWalk(BlockWalk):
         """Embed the samples, or those of ``batches``: the states that enter the first block."""
         self._load_ends()
         numbers = {id(batch): number for number, batch in enumerate(self.batches)}
-        chosen = [numbers[id(batch)] for batch in (self.batches if batches is None else batches)]
+        order = [numbers[id(batch)] for batch in (self.batches if batches is None else batches)]
         model: Any = self.checkpoint.load_without_blocks(self.dtype).to(self.device)  # type: ignore[arg-type]
         probes = [_Probe() for _ in self.layers]
         model.get_decoder().layers = nn.ModuleList(probes)
         self._arguments, self._features = [], []
         states = []
-        with track("embed images and text", len(chosen)) as progress:
-            for number in chosen:
+        with track("embed images and text", len(order)) as progress:
+            for number in order:
                 model.base_model(**self._inputs(self.samples[number]), use_cache=False)
                 states.append(self.store.save(probes[0].states))
                 self._arguments.append([probe.arguments for probe in probes])

@@ -82,6 +82,7 @@ WRAPPERS: tuple[Wrapper, ...] = (
         vision_keys=("out_hidden_size",),
         deepstack_key="deepstack_visual_indexes",
     ),
+    Wrapper(("qwen3_5",), _MERGER_3, vision_keys=("out_hidden_size",)),
 )
 
 #: what the names of the language model's tensors begin with, in files and in memory; the first that a model has

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from secateur import distributed
 from secateur.config import identity
-from secateur.errors import RunError, UserError
+from secateur.errors import RunError
 from secateur.evaluation.loss import Protocol
 from secateur.methods.base import LearnedMethod
 from secateur.methods.selection import keep_channels
@@ -82,13 +82,10 @@ def learn(
         RunError: if the gates end far from the target, or training ends early.
     """
     after = target.shape(checkpoint.shape, method, name)
-    if after.layers < checkpoint.shape.layers and checkpoint.pinned_layers:
-        stay = ", ".join(map(str, sorted(checkpoint.pinned_layers)))
-        raise UserError(f"{name}: learns freely which layers to cut, but layers {stay} of this model have to stay")
     check_config(checkpoint, after)
     model = skeleton(checkpoint.config, checkpoint.directory)
     model.requires_grad_(method.rate > 0)
-    gates = Gates(model, method, checkpoint.shape, after)
+    gates = Gates(model, method, checkpoint.shape, after, pinned=checkpoint.pinned_layers)
     module = place_model(model, stored_weights(checkpoint), execution, gates)
     options = replace(options, remedy="lower the method's options rate and mask_rate")
     result = train_loop(module, data, masks=checkpoint.masks, measure=measure, points=_POINTS, options=options)

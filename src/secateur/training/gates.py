@@ -13,7 +13,7 @@ A norm over partly closed channels takes the mean and the root mean square of th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -36,9 +36,18 @@ class Gates(Objective):
 
     Args:
         model: its modules get hooks; its weights may still be missing.
+        pinned: layers that stay besides those that the family names.
     """
 
-    def __init__(self, model: PreTrainedModel, method: LearnedMethod, before: Shape, after: Shape) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: LearnedMethod,
+        before: Shape,
+        after: Shape,
+        *,
+        pinned: Collection[int] = (),
+    ) -> None:
         super().__init__()
         self.method, self.before, self.after = method, before, after
         self.loss = LanguageModel()
@@ -60,8 +69,8 @@ class Gates(Objective):
         self.values: dict[str, Tensor] = {}  #: the gates that the hooks apply, [rows, units]
         self._expected: dict[str, Tensor] = {}  # share of open gates, its mean over the rows
         self._step, self._share = 0, 0.0  # share of the way from the full shape to the target
-        pinned = before.family.pinned
-        self.pinned = sorted(set(pinned(model.config))) if pinned and "layers" in self.spaces else []
+        stay = {*pinned, *(before.family.pinned(model.config) if before.family.pinned else ())}
+        self.pinned = sorted(stay) if "layers" in self.spaces else []
         self._hook(model)
 
     # --- training ---------------------------------------------------------------------------------------------------
