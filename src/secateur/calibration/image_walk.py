@@ -36,6 +36,26 @@ class _Probe(nn.Module):
         return torch.zeros_like(states)
 
 
+class ProjectorInput:
+    """A hook on the last linear of a projector: mean squares of its inputs, some of which it can silence."""
+
+    def __init__(self) -> None:
+        self.squares = torch.zeros(())  #: sum of squares of each channel, float32 [inner width]
+        self.positions = 0
+        self.keep: Tensor | None = None  #: bool [inner width], True for channels that pass; None for all
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs = args[0].flatten(0, -2)
+        self.squares = self.squares + inputs.float().square().sum(dim=0).cpu()
+        self.positions += len(inputs)
+        return args if self.keep is None else (args[0] * self.keep.to(args[0]), *args[1:])
+
+    @property
+    def mean_square(self) -> Tensor:
+        """Mean square of each channel."""
+        return self.squares / self.positions
+
+
 class ImageWalk(BlockWalk):
     """One pass over the decoder blocks of an image-text model, each sample by itself.
 
@@ -62,6 +82,7 @@ class ImageWalk(BlockWalk):
             self.batches.append(ids.masked_fill(torch.isin(ids, placeholders), IGNORE_INDEX))
         self.main_batches = self.batches
         self.targets = sum(int((ids[:, 1:] != IGNORE_INDEX).sum()) for ids in self.batches)
+        self.projector = ProjectorInput()  #: what goes into the projector's last linear, where its width is cut
         self._arguments: list[list[dict[str, Any]]] = []  # of each batch of the last start, those of each block
         self._features: list[dict[int, Tensor]] = []  # block -> what the model adds behind it, batch by batch
 
@@ -74,6 +95,9 @@ class ImageWalk(BlockWalk):
         model: Any = self.checkpoint.load_without_blocks(self.dtype).to(self.device)  # type: ignore[arg-type]
         probes = [_Probe() for _ in self.layers]
         model.get_decoder().layers = nn.ModuleList(probes)
+        if modules := self.checkpoint.whole and self.checkpoint.whole.wrapper.projector:
+            reader = next(module for name, module in model.named_modules() if name.endswith(modules[-1]))
+            reader.register_forward_pre_hook(self.projector)
         self._arguments, self._features = [], []
         states = []
         with track("embed images and text", len(order)) as progress:
@@ -85,6 +109,14 @@ class ImageWalk(BlockWalk):
                 self._features.append({index: added for index, added in behind.items() if bool(added.any())})
                 progress.advance()
         return states
+
+    @torch.no_grad()
+    def measure(self) -> float:
+        """Mean next-token loss (nats) of the samples, in a walk through all blocks."""
+        states = self.start()
+        for block in self.blocks():
+            states = block.run(states, consume=True)
+        return self.loss(states)
 
     def _inputs(self, sample: Sample) -> dict[str, Any]:
         return {

@@ -54,7 +54,8 @@ class PruneRequest:
             for yes, where the family has one and the model follows it.
         options: options of the method.
         calibration: a source of text (``text:PATH``, ``hf:NAME``, ``tokens:FILE.npy`` ...), ids [windows, positions],
-            or an iterable of texts.
+            or an iterable of texts; for image-text models also ``images:FILE.jsonl``, or a list of what the processor
+            returns for each conversation.
         tokenizer: for texts; None for the model's own.
         field: the field of the text where records have fields; None for ``text``.
         on_bad_row: what becomes of a record that is malformed or not text: ``error`` (also for None) or ``skip``.

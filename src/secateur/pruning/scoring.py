@@ -273,7 +273,7 @@ def _width_decision(
     fields: Decision = {"after": after, "scores": dict(scores), "summary": summary, "biases": biases}
     if "hidden" in keep:
         fields["keep_hidden"] = keep["hidden"]
-        fields |= keep_projector(walk.checkpoint, keep["hidden"], after.hidden)
+        fields |= keep_projector(walk.checkpoint, keep["hidden"], after.hidden, walk)
     for space in ("ffn", "kv"):
         layers = {int(n.partition(".")[2]): k for n, k in keep.items() if n.startswith(f"{space}.")}
         if layers:
