@@ -345,6 +345,21 @@ def test_every_family_against_its_own_logits(name: str, tmp_path: Path) -> None:
             near(model.get_parameter(parameter).grad, gradient.double(), 2e-5)
 
 
+@pytest.mark.parametrize("name", ["granite", "gemma2", "gemma3-untied", "cohere2", "phi"])
+def test_likelihoods_of_tasks_follow_scales_caps_and_biases(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from secateur.evaluation.lm_eval.likelihoods import _target_logprobs
+
+    model, ids = hf(tiny_family(tmp_path, name)), windows(2, 12)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        found, greedy = _target_logprobs(model, states, ids[:, 1:].flatten())
+    expected = logits.log_softmax(1).gather(1, ids[:, 1:].reshape(-1, 1))[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(greedy, logits.argmax(1) == ids[:, 1:].flatten())
+
+
 def test_positions_and_targets_can_be_given(tmp_path: Path) -> None:
     model, ids = hf(tiny_family(tmp_path, "llama")), windows(3, 8)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]).expand(3, 8)  # two texts in a window
