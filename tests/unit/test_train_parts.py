@@ -27,6 +27,7 @@ from secateur.training.checkpoints import Saver
 from secateur.training.init import fresh_weights, stored_weights
 from secateur.training.loop import RunOptions, train_loop
 from secateur.training.metrics import Metrics, check_trackers
+from secateur.training.origin import Origin
 from secateur.training.parallel import Execution, TrainModule, place_model
 from secateur.training.recipe import InitSpec, Recipe, learning_rate, make_optimizer
 from secateur.training.throughput import Meter, peak_of
@@ -71,7 +72,14 @@ class Documents:
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_attention_stays_within_documents(family: str, tmp_path: Path) -> None:
     """In one window three documents lose as much as each does alone."""
-    model = hf(tiny_family(tmp_path, family))
+    directory = tiny_family(tmp_path, family)
+    if (checkpoint := Checkpoint(directory)).shape.carries_state:
+        config = checkpoint.raw_config, checkpoint.config, checkpoint.shape
+        origin = Origin(directory, *config, checkpoint, {}, directory, torch.float32)
+        with pytest.raises(UserError, match="carry a state from one document to the next"):
+            origin.start(Recipe(sequence=24, tokens_per_step=24, attention="document"))
+        return
+    model = hf(directory)
     store, recipe = Documents(9, 5, 10), Recipe(sequence=24, tokens_per_step=24, attention="document")
     batch = Slice(store, 0, 24, recipe).batch([(0, 24)])
     module = TrainModule(model)

@@ -21,6 +21,7 @@ from secateur.calibration.lm_head import LMHead
 from secateur.calibration.malloc import map_tensors, release_memory, reserve_heap
 from secateur.calibration.prefetch import on_demand, prefetch
 from secateur.calibration.routed import ExpertOutputs, StreamedExperts
+from secateur.calibration.shared_keys import key_sources, run_with_keys
 from secateur.calibration.statistics import StateStatistic, Statistic, join
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint, is_finite, skeleton
@@ -84,6 +85,7 @@ class BlockWalk:
             )
             self.targets = windows.shape[0] * (windows.shape[1] - 1)
         self.device, self.dtype = device, dtype
+        self.key_sources = key_sources(checkpoint.config)  #: their keys and values lie behind the hidden channels
         self.label = label
         self.store = store or StateStore()
         self.journal = Journal() if journal is None else journal  # an empty journal is falsy
@@ -225,7 +227,7 @@ class BlockWalk:
 
     def _load_states(self, index: int) -> States | None:
         """Load the states that enter a block from an earlier run; None if a process lacks some or has damaged ones."""
-        hidden = self.checkpoint.shape.hidden
+        hidden = self.checkpoint.shape.hidden + sum(s.channels for s in self.key_sources if s.layer < index)
         loaded: States = []
         damage = ""
         for i, batch in enumerate(self.batches):
@@ -330,7 +332,10 @@ class Block:
         Args:
             number: of the batch, among those of the walk's last start.
         """
-        out = self.module(batch.to(self.walk.device), **self.walk.arguments(batch, number)[self.index])
+        batch, arguments = batch.to(self.walk.device), self.walk.arguments(batch, number)[self.index]
+        if self.walk.key_sources:
+            return run_with_keys(self.module, self.index, batch, self.walk.key_sources, arguments)
+        out = self.module(batch, **arguments)
         return self.walk.behind(out[0] if isinstance(out, tuple) else out, self.index, number)
 
     @torch.no_grad()
@@ -365,7 +370,8 @@ class Block:
                     where = f"{self.walk.checkpoint.directory}: block {self.index}"
                     raise UserError(f"{where} has NaN or infinity in its output on this calibration text")
                 for statistic in watch:
-                    statistic.update(states[i].to(out.device), out)
+                    hidden = self.walk.checkpoint.shape.hidden
+                    statistic.update(states[i][..., :hidden].to(out.device), out[..., :hidden])
                 if keep:
                     outputs.append(self.walk.store.save(out, None if key is None else _state_name(key, i)))
                 if consume:

@@ -49,8 +49,12 @@ def _removal_losses(walk: BlockWalk, length: int, batches: Sequence[Tensor], par
         if block.index <= last:
             candidates[block.index] = full
         full = block.run(full)
+        keys = sum(source.channels for source in walk.key_sources if source.layer == block.index)
         for first in candidates:
             if block.index >= first + length:
                 candidates[first] = block.run(candidates[first], consume=True)
+            elif keys:  # later blocks read them, so this layer is never removed; its figure leaves them as they were
+                pairs = zip(candidates[first], full, strict=True)
+                candidates[first] = [walk.store.save(torch.cat([s, f[..., -keys:].to(s)], -1)) for s, f in pairs]
     losses = walk.head().losses(batches, [full, *(candidates[first] for first in range(last + 1))])
     return torch.tensor(losses, dtype=torch.float64)

@@ -81,7 +81,7 @@ class LMHead:
 
     def inputs(self, hidden: Tensor) -> Tensor:
         """What the rows of :meth:`chunks` multiply: the normed states in float32, scaled; and the scale for a bias."""
-        states = self.norm(hidden).float()
+        states = self.norm(hidden[..., : self.checkpoint.shape.hidden]).float()  # keys and values may lie behind
         states = states if self.scale == 1 else states * self.scale
         return (
             states if self.checkpoint.shape.head_bias is None else nn.functional.pad(states, (0, 1), value=self.scale)

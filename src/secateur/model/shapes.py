@@ -268,9 +268,10 @@ class Shape:
         """FLOPs to process one token forwards, averaged over the positions of a causal window.
 
         Two for each weight of the blocks' linears and of the head, and ``4 * heads * head_dim`` for each layer and
-        attended position (scores and values), of which there are ``(context + 1) / 2`` on average. Norms, activations
-        and the embedding look-up are left out. Sparse weights count in full: dense kernels multiply their zeros. Of the
-        routed experts those count that a token is routed to, and the router.
+        attended position (scores and values), of which there are ``(context + 1) / 2`` on average. Norms, activations,
+        convolutions, the states of linear attention and the embedding look-up are left out. Sparse weights count in
+        full: dense kernels multiply their zeros. Of the routed experts those count that a token is routed to, and the
+        router.
         """
         weights = self.block_weights + self.vocabulary * self.hidden + self._sum_over_layers(self._routed_weights)
         attention = 4 * self._sum_over_layers(self._attention_width) * (context + 1) / 2
@@ -311,6 +312,11 @@ class Shape:
         return self.axis_size(axes[1]) if axes else 0
 
     @property
+    def carries_state(self) -> bool:
+        """Whether some layers carry a state along the text (linear attention, convolutions) instead of attending."""
+        return any(not self._attention_width(layer) for layer in range(len(self.kinds)))
+
+    @property
     def kv_cache_bytes(self) -> int:
         """Bytes of KV cache for each token at 16 bits."""
         return self._sum_over_layers(lambda layer: 2 * self._cached_channels(layer))
@@ -319,7 +325,7 @@ class Shape:
         """Channels of keys and values that a block adds to the cache for each token."""
         rows = [axes[0] for axes in self.block_tensors(layer).values() if len(axes) == 2]
         parts = [part for axis in rows for part in (axis if isinstance(axis, tuple) else (axis,))]
-        return sum(self.axis_size(part) for part in parts if part in self.family.cached)
+        return sum(self.axis_size(part) * self.family.cached.count(str(part)) for part in parts)
 
     def config_changes(self) -> dict[str, Any]:
         """The keys of config.json that say this shape."""

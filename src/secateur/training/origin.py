@@ -84,7 +84,16 @@ class Origin:
         return str(self.dtype_of(self.shape.family.embedding)).removeprefix("torch.")
 
     def start(self, recipe: Recipe) -> Start:
-        """The model without weights, its first weights and its masks."""
+        """The model without weights, its first weights and its masks.
+
+        Raises:
+            UserError: if attention is to stay within documents, and the model has layers that carry a state across.
+        """
+        if recipe.attention == "document" and self.shape.carries_state:
+            raise UserError(
+                f"`attention`: layers of a {self.shape.family.name} carry a state from one document to the next; train "
+                "it with attention: window"
+            )
         model = skeleton(self.config, self.directory)
         if self.checkpoint is None:
             return Start(model, fresh_weights(model, recipe.init, seed=recipe.seed), self.masks)

@@ -120,7 +120,7 @@ class Family:
     ffn_site: str = "ffn_hidden"  #: the input of the down-projection
     kv_site: str = "attention_output"  #: the input of the output projection, query heads in order
 
-    #: spaces whose channels are kept for later tokens, once for keys and once for values
+    #: spaces of projections whose outputs are kept for later tokens; twice where they serve as keys and as values
     cached: tuple[str, ...] = ("kv",)
 
     #: modules whose output is added to the residual stream: the output norms in Gemma 3
@@ -129,8 +129,8 @@ class Family:
     #: block tensor that multiplies the whole residual stream at the end of a block: ``layer_scalar`` in Gemma 4
     stream_scale: str = ""
 
-    #: tensor -> config key that switches it on, or ``!key`` for one that switches it off; ``a&b`` for two that must both
-    #: be on: ``{"self_attn.o_proj.bias": "attention_bias"}``
+    #: tensor -> config key that switches it on, or ``!key`` for one that switches it off; ``a&b`` for two that must
+    #: both be on: ``{"self_attn.o_proj.bias": "attention_bias"}``
     optional: Mapping[str, str] = field(default_factory=dict)
 
     #: switch -> config keys that always have its value: ``{"attention_bias": ("mlp_bias",)}`` in InternLM3

@@ -136,7 +136,11 @@ GEMMA4 = Family(
     kinds={
         "sliding_attention": _gemma4_attention(full=False),
         "full_attention": _gemma4_attention(full=True),
-        "full_attention_of_keys_alone": _gemma4_attention(full=True, lacks=("v_proj",)),
+        "full_attention_of_keys_alone": {
+            **_gemma4_attention(full=True, lacks=("v_proj",)),
+            "self_attn.k_proj.weight": ("full_keys", "hidden"),
+            "self_attn.k_proj.bias": ("full_keys",),
+        },
         "sliding_attention_of_earlier_keys": _gemma4_attention(full=False, lacks=("k_proj", "v_proj", "k_norm")),
         "full_attention_of_earlier_keys": _gemma4_attention(full=True, lacks=("k_proj", "v_proj", "k_norm")),
     },
@@ -144,6 +148,7 @@ GEMMA4 = Family(
     fixed={
         "full_query": ("num_attention_heads", _of_kind("full_attention", "head_dim")),
         "full_kv": (_of_kind("full_attention", "num_key_value_heads"), _of_kind("full_attention", "head_dim")),
+        "full_keys": (_of_kind("full_attention", "num_key_value_heads"), _of_kind("full_attention", "head_dim")),
         "full_head": (_of_kind("full_attention", "head_dim"),),
         "one": (1,),
     },
@@ -154,7 +159,7 @@ GEMMA4 = Family(
     },
     uncut={"kv": "its full layers have heads of another size, and other KV heads, than its sliding layers"},
     embedding_grows=True,
-    cached=("kv", "full_kv"),
+    cached=("kv", "full_kv", "full_keys", "full_keys"),
     optional=_ATTENTION_SWITCH,
     sites=_pre_norm(_QKV, ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
     writers=_POST_NORMS,
