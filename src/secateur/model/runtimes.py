@@ -135,7 +135,7 @@ RUNTIMES: tuple[Runtime, ...] = (
         "b9190",  # with the converter of llama-cpp-python 0.3.36
         {
             **dict.fromkeys(("llama", "mistral", "internlm3"), ANY),
-            **dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3", "ernie4_5", "arcee"), _SHAPE),
+            **dict.fromkeys(("qwen3", "gemma", "gemma2", "gemma3", "ernie4_5", "arcee", "glm4"), _SHAPE),
             **dict.fromkeys(("qwen2", "olmo2", "olmo3", "phi3", "granite"), _PLAIN),
             "seed_oss": frozenset({UNEVEN, "attention_bias"}),
         },
@@ -147,7 +147,7 @@ RUNTIMES: tuple[Runtime, ...] = (
                 "no layer has full attention, where it stops",
                 "keep 6 layers or more",
             ),
-            _square_attention("qwen2", "olmo2", "olmo3", "phi3", "granite"),
+            _square_attention("qwen2", "olmo2", "olmo3", "phi3", "granite", "nemotron"),
             _without_biases("qwen3", "gemma", "gemma2", "gemma3", "olmo2", "ernie4_5", "arcee"),
             _without_biases("seed_oss", keys=("attention_out_bias", "mlp_bias")),
             _unknown("helium", "ministral"),
@@ -159,12 +159,12 @@ RUNTIMES: tuple[Runtime, ...] = (
         "0.32.2",
         {
             **dict.fromkeys(("llama", "mistral", "olmo2", "olmo3", "seed_oss", "ernie4_5"), ANY),
-            **dict.fromkeys(("qwen3", "gemma", "gemma3"), _SHAPE),
-            **dict.fromkeys(("qwen2", "phi3", "granite", "internlm3", "helium", "cohere2"), _PLAIN),
+            **dict.fromkeys(("qwen3", "gemma", "gemma3", "glm4", "nemotron"), _SHAPE),
+            **dict.fromkeys(("qwen2", "phi3", "granite", "internlm3", "helium", "cohere2", "phi"), _PLAIN),
         },
         (
             _off_period("gemma3", "cohere2"),
-            _square_attention("qwen2", "phi3", "granite", "internlm3", "cohere2"),
+            _square_attention("qwen2", "phi3", "granite", "internlm3", "cohere2", "phi"),
             _without_biases("qwen3", "gemma", "gemma3"),
             _unknown("arcee", "ministral"),
         ),
@@ -190,7 +190,7 @@ RUNTIMES: tuple[Runtime, ...] = (
             _without_biases("gemma"),
             _unknown(
                 *("olmo2", "olmo3", "exaone4", "granite", "ministral", "ministral3", "seed_oss", "internlm3"),
-                *("helium", "ernie4_5", "arcee", "cohere2", "hunyuan_v1_dense"),
+                *("helium", "ernie4_5", "arcee", "cohere2", "hunyuan_v1_dense", "glm4", "nemotron"),
             ),
         ),
     ),
