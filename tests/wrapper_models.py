@@ -90,8 +90,10 @@ WRAPPER_CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
         {
             "head_dim": 8,
             "num_hidden_layers": 8,
-            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
-            **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
             "rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5},
         },
         {

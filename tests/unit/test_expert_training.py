@@ -108,7 +108,7 @@ def test_routers_alone_need_a_mixture_and_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`only`: router: all else would stay random"):
         secateur.train(tmp_path / "x", init="scratch", tokens=100, data="shards:x", like="y", only="router")
     dense, corpus = tiny_family(tmp_path, "llama"), token_corpus(tmp_path / "corpus", tokens=2000, vocabulary=61)
-    with pytest.raises(UserError, match="`only`: router: .* is no mixture of experts"):
+    with pytest.raises(UserError, match=r"`only`: router: .* is no mixture of experts"):
         secateur.train(tmp_path / "x", init=dense, tokens=64, data=f"shards:{corpus}", recipe=RECIPE, only="router")
 
 

@@ -135,7 +135,8 @@ def add_prune(verbs: Any) -> None:
     )
     add("--tasks-data", metavar="DIR", help="minitron-depth: folder of the task's data")
     add("--task-limit", metavar="N", type=positive, help="minitron-depth: examples of the task at most")
-    add("--calibration", metavar="SOURCE", help=f"{manual.SOURCES}; for sheared also shards:DIR; for image-text models also images:FILE.jsonl")
+    more_sources = "for sheared also shards:DIR; for image-text models also images:FILE.jsonl"
+    add("--calibration", metavar="SOURCE", help=f"{manual.SOURCES}; {more_sources}")
     windows(prune, "128")
     computing(prune)
     dtype(prune, "of the forward passes; statistics and scores are float32 or better")
