@@ -23,9 +23,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+#: families that no release with the old keys opens, or that scale RoPE by default
+NEW = ("qwen3_5", "gemma4", "lfm2", "apertus")
 #: variant -> family, and what its configuration says besides
 ROPES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {"rope_parameters": {"rope_type": "default", "rope_theta": 250_000.0}}) for name in FAMILIES},
+    **{
+        name: (name, {"rope_parameters": {"rope_type": "default", "rope_theta": 250_000.0}})
+        for name in FAMILIES
+        if name not in NEW
+    },
     "ministral3": ("ministral3", {}),
     "olmo3": (
         "olmo3",
@@ -122,7 +128,7 @@ def test_a_llama_written_as_mistral_keeps_its_rope(
     assert pruned.record()["family"] == "mistral" and sentence in str(pruned.family_change)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NEW])
 def test_keys_of_an_old_file_stay(family: str, tmp_path: Path) -> None:
     source = tiny_family(tmp_path, family)
     rope = {"rope_theta": 70_000.0, "rope_scaling": None}

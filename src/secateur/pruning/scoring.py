@@ -105,8 +105,8 @@ def _removable(walk: BlockWalk, candidates: int, length: int, choices: int) -> l
     free = [first for first in range(candidates) if pinned.isdisjoint(range(first, first + length))]
     if choices > len(free):
         raise UserError(
-            f"{plural(choices * length, 'layer')} to remove, but {plural(len(pinned), 'layer')} stay, since later "
-            "layers read what they compute, or features of images are added behind them; remove less"
+            f"{plural(choices * length, 'layer')} to remove, but too few may go: this model cannot do without "
+            f"{plural(len(pinned), 'layer')} (docs/families.md, pinned); remove less"
         )
     return free
 
@@ -124,8 +124,8 @@ def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape, pattern: 
     removable, count = torch.isfinite(scores), layers - after.layers
     if count > int(removable.sum()):
         raise UserError(
-            f"{plural(count, 'layer')} to remove, but all but {int(removable.sum())} are spared: by the method, "
-            "because later layers read what they compute, or for images; spare fewer or remove less"
+            f"{plural(count, 'layer')} to remove, but all but {int(removable.sum())} are spared, by the method "
+            "or because the model cannot do without them (docs/families.md, pinned); spare fewer or remove less"
         )
     choice = choose_single_layers(scores, count, pattern)
     keep = _complement(layers, set(choice.layers))
