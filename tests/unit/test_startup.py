@@ -105,7 +105,8 @@ def test_shapes_equal_those_of_transformers(name: str, tmp_path: Path, monkeypat
         expected = shape, getattr(config, "max_position_embeddings", None)
         loaded.clear()
         assert read_shape(path) == expected, missing
-        assert missing is not None or not loaded
+        is_plain = not (shape.family.kinds or shape.family.derived)  # sizes of the others need transformers' defaults
+        assert missing is not None or not loaded or not is_plain
 
 
 @pytest.mark.parametrize(
