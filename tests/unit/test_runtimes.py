@@ -93,6 +93,23 @@ def test_the_rules_on_layer_kinds(kinds: tuple[bool, ...], reason: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "runs"),
+    [
+        ({}, "yes"),
+        ({"ffn": 4096}, "yes"),
+        ({"kv_heads": 4, "heads": 8}, "yes"),
+        ({"layers": 60}, "no"),
+        ({"hidden": 1792}, "no"),
+    ],
+)
+def test_gemma_3_of_62_layers_keeps_its_layers_and_hidden_channels(changes: dict[str, int], runs: str) -> None:
+    before = dataclasses.replace(BEFORE, layers=62, family=family_of("gemma3_text", where="test"))
+    traits = Traits(dataclasses.replace(before, **changes), before=before)
+    (support,) = [entry for entry in check_runtimes(traits) if entry.runtime == "llama.cpp"]
+    assert support.runs == runs and ("62 layers" in support.reason) == (runs == "no")
+
+
+@pytest.mark.parametrize(
     ("changes", "quantisation", "reason", "remedy"),
     [
         ({}, "K-quants", "", ""),

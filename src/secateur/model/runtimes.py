@@ -124,6 +124,12 @@ def _without_biases(*families: str, keys: tuple[str, ...] = _BIASES) -> Rule:
     return Rule(families, _has(*keys), "biases of its linears are not read", _NO_BIAS)
 
 
+def _of_62_layers(facts: Traits) -> bool:
+    """Whether Gemma 3 27B, which llama.cpp knows by its 62 layers, has lost layers or hidden channels."""
+    before, after = facts.before, facts.shape
+    return before is not None and before.layers == 62 and (before.layers, before.hidden) != (after.layers, after.hidden)
+
+
 def _unknown(*families: str) -> Rule:
     return Rule(families, lambda _: True, "the family is not known there", "")
 
@@ -146,6 +152,12 @@ RUNTIMES: tuple[Runtime, ...] = (
                 lambda facts: bool(facts.kinds) and not any(facts.kinds),
                 "no layer has full attention, where it stops",
                 "keep 6 layers or more",
+            ),
+            Rule(
+                ("gemma3",),
+                _of_62_layers,
+                "62 layers decide the scale of attention, so that logits differ without an error",
+                "`axes` kv,ffn",
             ),
             _square_attention("qwen2", "olmo2", "olmo3", "phi3", "granite", "nemotron"),
             _without_biases("qwen3", "gemma", "gemma2", "gemma3", "olmo2", "ernie4_5", "arcee"),
