@@ -135,3 +135,15 @@ def without_experts(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             if name.endswith("e_score_correction_bias"):
                 tensor.index_fill_(-1, lost, -torch.inf)
     return model
+
+
+@torch.no_grad()
+def without_expert_channels(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The whole model, whose experts' down-projections have zeros for the channels that a plan drops."""
+    family, width = plan.before.family, plan.before.expert_ffn
+    for layer, keep in plan.keep_expert_ffn.items():
+        down = model.get_parameter(f"{family.layers}.{layer}.{family.experts}.down_proj")
+        for expert, channels in enumerate(keep.tolist()):
+            dropped = [channel for channel in range(width) if channel not in channels]
+            (down[expert].T if family.name == "gpt_oss" else down[expert])[:, dropped] = 0
+    return model

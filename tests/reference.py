@@ -184,7 +184,7 @@ def _silence_block(block: nn.Module, plan: Plan, layer: int, filled: Mapping[str
         ("ffn", plan.keep_ffn[layer], before.ffn),
         ("kv", query, before.heads * before.head_dim),
     ):
-        if (reader := family.reader(space)) in modules and len(keep) < total:
+        if len(keep) < total and (reader := family.reader(space)) in modules:
             _fill(modules[reader], keep, filled.get(f"{family.layers}.{layer}.{reader}"))
     if len(kv) < before.kv_heads * before.head_dim:
         for path in norms_over_heads(block, before):

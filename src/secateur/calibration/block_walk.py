@@ -25,16 +25,24 @@ from secateur.calibration.shared_keys import key_sources, run_with_keys
 from secateur.calibration.statistics import StateStatistic, Statistic, join
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint, is_finite, skeleton
-from secateur.model.families import Site
+from secateur.model.families import Family, Site
 from secateur.progress import notify, track
 from secateur.runtime import pick_batch
 
-__all__ = ["Block", "BlockWalk", "States"]
+__all__ = ["Block", "BlockWalk", "States", "default_batch"]
 
 _EXPERT_BATCH = 8  #: batches of a dense model that make one of a mixture
 
 States = list[Tensor]  #: hidden states, one tensor [windows of the batch, positions, hidden] for each batch
 _Item = TypeVar("_Item")
+
+
+def default_batch(family: Family, positions: int, device: str) -> int:
+    """The number of windows that go through a block at once, where nothing else is said.
+
+    An expert sees a small share of the tokens, and its weights are read for each batch, so mixtures get more.
+    """
+    return pick_batch(positions, device) * (_EXPERT_BATCH if family.experts else 1)
 
 
 class _Recorder(nn.Module):
@@ -77,8 +85,7 @@ class BlockWalk:
         self.main_batches: list[Tensor] = []  #: batches of the main process; no process has more, and one may have none
         self.targets = 0  #: tokens with a loss, over all processes: all but each window's first
         if windows is not None:
-            # An expert sees a small share of the tokens, and its weights are read for each batch.
-            batch = batch or pick_batch(windows.shape[1], device) * (_EXPERT_BATCH if self.family.experts else 1)
+            batch = batch or default_batch(self.family, windows.shape[1], device)
             self.batches, self.main_batches = (
                 _batches(distributed.shard(windows), batch),
                 _batches(distributed.shard(windows, 0), batch),

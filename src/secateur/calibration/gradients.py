@@ -57,7 +57,8 @@ def _backward(
     parameters = {name: parameter.requires_grad_() for name, parameter in block.module.named_parameters()}
     with torch.enable_grad():
         out = block.forward(states)
-        downstream, *gradients = torch.autograd.grad(out, [states, *parameters.values()], upstream.to(out))
+        inputs = [states, *parameters.values()]  # a bias that only chooses experts has no gradient: zeros
+        downstream, *gradients = torch.autograd.grad(out, inputs, upstream.to(out), materialize_grads=True)
     if not is_finite(downstream):
         where = f"{block.walk.checkpoint.directory}: block {block.index}"
         raise UserError(f"{where} has NaN or infinity in its gradient on this calibration text")

@@ -129,10 +129,11 @@ def _places(
         outer = walk.checkpoint.outer_tensors()
         tensors = {name: (walk.checkpoint.tensor(name).to(walk.device).float(), axes) for name, axes in outer.items()}
         return {"hidden": [Place("hidden", shape.hidden, shape, -1, {}, None, tensors, gradients)]}
+    # Routed experts are not in memory; secateur.pruning.target refuses methods that would score their weights.
     tensors = {
         name: (block.weight(name), axes)
         for name, axes in shape.block_tensors(block.index).items()
-        if name not in family.buffers
+        if name not in family.buffers and not shape.is_routed(name)
     }
     places: dict[str, list[Place]] = {}
     for space in spaces:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from secateur.files import read_json, refuse_pointer, sha256_file, write_json, w
 from secateur.formatting import plural
 from secateur.model.config_file import WholeConfig, leftovers, load_config, read_json_config, split_config, unties
 from secateur.model.config_spelling import with_old_spelling
-from secateur.model.expert_files import by_memory_name, stored_names
+from secateur.model.expert_files import PackedExperts, by_memory_name, stored_names
 from secateur.model.families import Axis, Family
 from secateur.model.image_text import ImageTextModel
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, stored_masks
@@ -90,8 +91,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape, Wh
 def without_leftovers(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """A config.json without the keys that do not belong to a model with float weights; a notice names them."""
     dropped = leftovers(raw)
-    if dropped:
-        names = ", ".join(f"{key} {_brief(raw[key])} ({reason})" for key, reason in dropped.items())
+    reported = {
+        key: reason for key, reason in dropped.items() if _brief(raw[key]) != "mxfp4"
+    }  # reported when it is read
+    if reported:
+        names = ", ".join(f"{key} {_brief(raw[key])} ({reason})" for key, reason in reported.items())
         notify_once(f"{where}: left out: {names}")
     return {key: value for key, value in raw.items() if key not in dropped}
 
@@ -158,6 +162,8 @@ class Checkpoint:
             names[family.embedding] = names[family.head]
         places = {name: (files[stored], stored) for name, stored in names.items()}
         places, self.spelled = by_memory_name(places, self.shape)
+        if any(isinstance(file, PackedExperts) for file, _ in places.values()):
+            notify_once(f"{self.directory}: its experts are stored in MXFP4; they are read, and written, as bfloat16")
         return self._without_further_layers(places)
 
     def _without_further_layers(self, places: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
@@ -192,7 +198,8 @@ class Checkpoint:
 
     def _check_quantization(self) -> None:
         """Refuse weights that are stored with scales or in packed form."""
-        linears = {name.removesuffix(".weight") for name, axes in self.tensors().items() if len(axes) == 2}
+        names = {name for name, axes in self.tensors().items() if len(axes) > 1} | stored_names(self.shape)
+        linears = {name.removesuffix(".weight") for name in names}
         for name in self._places:
             module, _, last = name.rpartition(".")
             if last in _QUANTIZED and module.removesuffix(".weight") in linears:
@@ -252,14 +259,13 @@ class Checkpoint:
 
     def block(self, layer: int) -> dict[str, Tensor]:
         """The tensors of one decoder block, by their names within it, without those of its routed experts."""
-        prefix = f"{self.family.experts}." if self.family.experts else None
-        names = [n for n in self.shape.block_tensors(layer) if prefix is None or not n.startswith(prefix)]
+        names = [name for name in self.shape.block_tensors(layer) if not self.shape.is_routed(name)]
         return {n: self.tensor(self.family.block_tensor(layer, n)) for n in names}
 
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The tensors of one routed expert, by their names within the module of experts: [1, ...]."""
         prefix = f"{self.family.experts}."
-        names = [n for n in self.shape.block_tensors(layer) if n.startswith(prefix)]
+        names = [name for name in self.shape.block_tensors(layer) if self.shape.is_routed(name)]
         return {
             n.removeprefix(prefix): self.rows(self.family.block_tensor(layer, n), expert, expert + 1) for n in names
         }
@@ -274,6 +280,12 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The type of the stored embedding, taken as that of the checkpoint."""
         return self.dtype_of(self.family.embedding)
+
+    @property
+    def read_bytes(self) -> int:
+        """Size of all tensors in the types that they are read in, larger than the files where these are packed."""
+        sizes = ((name, self.shape.tensor_size(axes)) for name, axes in self.tensors().items())
+        return sum(math.prod(size) * self.dtype_of(name).itemsize for name, size in sizes)
 
     @property
     def stored_bytes(self) -> int:

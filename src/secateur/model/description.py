@@ -17,7 +17,11 @@ def describe_shape(shape: Shape, context: int) -> dict[str, Any]:
     return {
         "family": shape.family.name,
         "shape": shape.as_dict(),
-        "parameters": {"total": shape.total, "non_embedding": shape.non_embedding},
+        "parameters": {
+            "total": shape.total,
+            "non_embedding": shape.non_embedding,
+            **({"active": shape.active_parameters} if shape.layers_with("experts") else {}),
+        },
         "flops_per_token": {"forward": shape.forward_flops(context), "context": context},
         "kv_cache_bytes_per_token": shape.kv_cache_bytes,
     }

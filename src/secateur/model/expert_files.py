@@ -57,6 +57,54 @@ class ExpertFiles:
         return self.rows(name, 0, len(self.parts))
 
 
+#: the numbers that four bits stand for in MXFP4: three of magnitude, after one of sign
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """One tensor over all experts [experts, inputs, outputs], read from MXFP4: four bits a weight, one scale for 32.
+
+    ``weight = FP4 * 2^(scale - 127)`` (OCP Microscaling Formats 1.0). Files hold it transposed, as ``*_blocks`` uint8
+    [experts, outputs, inputs / 32, 16], the lower four bits of a byte first, and ``*_scales`` uint8 [experts, outputs,
+    inputs / 32]. It has the interface of :class:`ExpertFiles`.
+    """
+
+    blocks: tuple[Any, str]  #: the file, and the name in it
+    scales: tuple[Any, str]
+
+    def size(self, name: str) -> tuple[int, ...]:
+        """The size of the whole tensor.
+
+        Raises:
+            UserError: if blocks and scales do not belong together.
+        """
+        (blocks, blocks_name), (scales, scales_name) = self.blocks, self.scales
+        size = blocks.size(blocks_name)
+        if len(size) != 4 or scales.size(scales_name) != size[:-1]:
+            raise UserError(f"{name}: blocks of size {size} and scales of size {scales.size(scales_name)} do not match")
+        experts, outputs, groups, width = size
+        return (experts, groups * width * 2, outputs)
+
+    def dtype(self, _name: str) -> torch.dtype:
+        """The type that it is read as, which holds every value of MXFP4 exactly."""
+        return torch.bfloat16
+
+    def rows(self, _name: str, start: int, stop: int) -> Tensor:
+        """The experts from ``start`` to before ``stop``."""
+        return torch.stack([self._expert(expert) for expert in range(start, stop)])
+
+    def tensor(self, name: str) -> Tensor:
+        """All experts."""
+        return self.rows(name, 0, self.size(name)[0])
+
+    def _expert(self, expert: int) -> Tensor:
+        (blocks, scales) = (file.rows(n, expert, expert + 1)[0] for file, n in (self.blocks, self.scales))
+        numbers = torch.stack([blocks & 0x0F, blocks >> 4], dim=-1).flatten(-2)  # [outputs, groups, 32]
+        values = torch.tensor(_FP4, dtype=torch.bfloat16)[numbers.int()]
+        return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2).T.contiguous()
+
+
 def _spellings(shape: Shape) -> Iterator[tuple[str, list[list[str]]]]:
     """Yield the name of each tensor that files may spell otherwise, and its names there: for each expert, each part."""
     family = shape.family
@@ -91,7 +139,20 @@ def by_memory_name(places: Mapping[str, tuple[Any, str]], shape: Shape) -> tuple
         joined = len(experts) > 1 or len(experts[0]) > 1
         by_name[name] = (ExpertFiles(located), name) if joined else located[0][0]
         spelled.add(name)
+    for name in _expert_tensors(shape):
+        packed = [f"{name}_blocks", f"{name}_scales"]
+        if name not in by_name and all(part in by_name for part in packed):
+            blocks, scales = (by_name.pop(part) for part in packed)
+            by_name[name] = (PackedExperts(blocks, scales), name)
     return by_name, spelled
+
+
+def _expert_tensors(shape: Shape) -> Iterator[str]:
+    """Yield the names in memory of the matrices of all experts of a layer."""
+    for layer in range(shape.layers):
+        for rest, axes in shape.block_tensors(layer).items():
+            if len(axes) == 3 and axes[0] == "experts":
+                yield shape.family.block_tensor(layer, rest)
 
 
 def as_stored(tensors: Iterable[Stored], shape: Shape) -> list[Stored]:

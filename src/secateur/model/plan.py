@@ -81,7 +81,7 @@ class Plan:
             "keep_kv": {layer: torch.arange(shape.kv_heads) for layer in range(shape.layers)},
         }
         if shape.experts:
-            routed = [layer for layer in range(shape.layers) if shape.has_space("experts", layer)]
+            routed = shape.layers_with("experts")
             channels = torch.arange(shape.expert_ffn).expand(shape.experts, -1)
             everything["keep_experts"] = {layer: torch.arange(shape.experts) for layer in routed}
             everything["keep_expert_ffn"] = dict.fromkeys(routed, channels)

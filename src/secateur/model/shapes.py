@@ -130,11 +130,19 @@ class Shape:
         parts = {part for axis in axes for part in (axis if isinstance(axis, tuple) else (axis,))}
         return any(space == SPACE_OF.get(str(part), part) for part in parts)
 
+    def layers_with(self, space: str) -> list[int]:
+        """The layers whose blocks have channels of a space."""
+        return [layer for layer in range(self.layers) if self.has_space(space, layer)]
+
     def narrowed(self, space: str, units: int) -> Shape:
         """The shape with so many units in a space; query heads follow their KV heads."""
         if space == "kv":
             return dataclasses.replace(self, kv_heads=units, heads=units * (self.heads // self.kv_heads))
         return dataclasses.replace(self, **{space: units})
+
+    def is_routed(self, tensor: str) -> bool:
+        """Whether a tensor of a block, by its name within it, holds the routed experts."""
+        return bool(self.family.experts) and tensor.startswith(f"{self.family.experts}.")
 
     def tensor_size(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
         """The size of a tensor whose axes lie in these spaces."""
@@ -295,10 +303,9 @@ class Shape:
 
     def _idle_parameters(self, layer: int) -> int:
         """Parameters of a block's routed experts that a token is not routed to."""
-        tensors = self.block_tensors(layer)
-        prefix = f"{self.family.experts}."
-        each = sum(math.prod(self.tensor_size(a[1:])) for n, a in tensors.items() if n.startswith(prefix))
-        return (self.experts - self.active) * each if self.family.experts else 0
+        tensors = self.block_tensors(layer).items()
+        each = sum(math.prod(self.tensor_size(a[1:])) for n, a in tensors if self.is_routed(n))
+        return (self.experts - self.active) * each
 
     def _routed_weights(self, layer: int) -> int:
         """Weights of a block's router, and of the routed experts' matrices that one token uses."""

@@ -56,7 +56,7 @@ def _cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None) -> I
         for rest, axes in plan.after.block_tensors(new).items():
             name = family.block_tensor(old, rest)
             dtype = checkpoint.dtype_of(name) if rest in stored else checkpoint.dtype
-            if family.experts and rest.startswith(f"{family.experts}."):
+            if plan.after.is_routed(rest):
                 yield from _expert_tensors(checkpoint, plan, old, new, rest, axes)
                 continue
             size = plan.after.tensor_size(axes)
@@ -254,7 +254,7 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         if isinstance(values, list) and len(values) >= plan.before.layers and (key in config or cuts_layers):
             config[key] = [values[layer] for layer in plan.keep_layers.tolist()]
     for key in checkpoint.family.layer_index_keys if cuts_layers else ():
-        if isinstance(values := getattr(checkpoint.config, key, None), list):
+        if key not in changes and isinstance(values := getattr(checkpoint.config, key, None), list):
             config[key] = [new for new, old in enumerate(plan.keep_layers.tolist()) if old in values]
     if cuts_layers:
         _describe_kinds(checkpoint, plan, config)

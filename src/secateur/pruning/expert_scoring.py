@@ -25,7 +25,7 @@ FEW_TOKENS = 100  #: tokens below which an expert's score is said to rest on too
 def decide_experts(method: ExpertMethod, walk: BlockWalk, after: Shape) -> dict[str, Any]:
     """Score each layer's experts and keep the highest: fields of a plan."""
     shape = walk.checkpoint.shape
-    routed = [layer for layer in range(shape.layers) if shape.has_space("experts", layer)]
+    routed = shape.layers_with("experts")
     nothing = torch.zeros(3, 2, shape.experts, dtype=torch.float64)
     for block, stats in walk.observe({}, experts=True):
         if block.index in routed:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur import distributed
+from secateur.calibration.block_walk import default_batch
 from secateur.calibration.journal import Workspace
 from secateur.data.tokenizer import id_bound, load_tokenizer
 from secateur.errors import UserError
@@ -36,7 +37,7 @@ from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory
 from secateur.pruning.pipeline import make_plan, removed_shares, runtimes_of, write_pruned
 from secateur.pruning.request import RESUME_LABELS, PruneRequest
 from secateur.pruning.target import Target
-from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
+from secateur.runtime import environment, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -295,9 +296,9 @@ def _estimate(
     windows, seqlen = calibration.size if calibration else (0, 0)
     if isinstance(calibration, Calibration):
         windows = len(distributed.shard(calibration.windows, 0))
-    batch = request.batch or pick_batch(seqlen or 1, device)
+    batch = request.batch or default_batch(checkpoint.family, seqlen or 1, device)
     needs = estimate_memory(
-        request.prototype, checkpoint.shape, windows, seqlen, batch, dtype, checkpoint.stored_bytes, outputs
+        request.prototype, checkpoint.shape, windows, seqlen, batch, dtype, checkpoint.read_bytes, outputs
     )
     if isinstance(calibration, ImageSamples) and checkpoint.image_text:  # all of it at once, before the first block
         around = (checkpoint.image_text.parameters + checkpoint.shape.embedding) * dtype.itemsize

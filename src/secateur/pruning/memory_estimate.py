@@ -56,17 +56,17 @@ def estimate_memory(
     Args:
         windows: calibration windows; 0 where the method reads no text.
     """
-    blocks = [
-        [math.prod(shape.tensor_size(axes)) for axes in shape.block_tensors(layer).values()]
-        for layer in range(shape.layers if shape.kinds else 1)
-    ]
+    blocks = [_resident_sizes(shape, layer) for layer in range(shape.layers if shape.kinds else 1)]
     weights, largest = max(map(sum, blocks)), max(map(max, blocks))
     gradients = [need for need in method.needs if issubclass(need, GradientStatistic)]
     batch = min(1 if gradients else batch, windows)
     states = windows * seqlen * shape.hidden * dtype.itemsize
     # What a block holds at once besides its states: about four times the FFN's width and six times the hidden size.
-    activations = batch * seqlen * (4 * shape.ffn + 6 * shape.hidden) * dtype.itemsize
+    ffn = (shape.ffn if shape.layers_with("ffn") else 0) + dict(shape.fixed).get("shared_ffn", 0)
+    activations = batch * seqlen * (4 * ffn + 6 * shape.hidden) * dtype.itemsize
     block = weights * dtype.itemsize + activations + 3 * 4 * largest
+    if shape.experts:
+        block += _expert_bytes(shape, batch * seqlen, dtype)
     if Gram in method.needs:
         widths = [shape.axis_size(site.space) for site in shape.family.sites.values()]
         block += 4 * (sum(width**2 for width in widths) + 3 * max(widths) ** 2)
@@ -84,6 +84,22 @@ def estimate_memory(
         output += shape.block_weights * len(outputs)
     leaving = journal // shape.layers
     return MemoryEstimate(block, weights * dtype.itemsize, leaving, states, journal * len(outputs), output)
+
+
+def _resident_sizes(shape: Shape, layer: int) -> list[int]:
+    """Parameters of each tensor that is in memory while a block is: all but those of its routed experts."""
+    tensors = shape.block_tensors(layer).items()
+    return [math.prod(shape.tensor_size(axes)) for name, axes in tensors if not shape.is_routed(name)]
+
+
+def _expert_bytes(shape: Shape, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes for the one routed expert that is in memory, and for its activations if all tokens were routed to it.
+
+    Its weights are there as they are stored, in parts and as a whole, and in the type of the walk.
+    """
+    weights = 3 * shape.hidden * shape.expert_ffn
+    activations = tokens * (4 * shape.expert_ffn + 4 * shape.hidden)
+    return weights * (2 * 4 + dtype.itemsize) + activations * dtype.itemsize
 
 
 def estimate_training_memory(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from secateur.calibration.block_walk import BlockWalk
+from secateur.calibration.block_walk import BlockWalk, default_batch
 from secateur.calibration.image_walk import ImageWalk
 from secateur.calibration.journal import Workspace
 from secateur.calibration.statistics import GradientStatistic
@@ -35,7 +35,6 @@ from secateur.pruning.image_samples import ImageSamples
 from secateur.pruning.layer_choice import pattern_to_keep
 from secateur.pruning.scoring import score_and_select
 from secateur.pruning.target import Target, describe_target
-from secateur.runtime import pick_batch
 
 __all__ = ["check_config", "make_plan", "removed_shares", "runtimes_of", "scores_identity", "write_pruned"]
 
@@ -137,7 +136,7 @@ def scores_identity(
         return None
     windows = calibration.windows if calibration and reads_text(prototype) else None
     if windows is not None:
-        batch = batch or pick_batch(windows.shape[1], device)
+        batch = batch or default_batch(checkpoint.family, windows.shape[1], device)
     return {
         "source": checkpoint.digest,
         "method": method,

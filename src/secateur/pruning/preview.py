@@ -14,7 +14,7 @@ from secateur.hub import local_checkpoint
 from secateur.model.config_file import read_shape
 from secateur.model.description import describe_shape, flops_context
 from secateur.model.shapes import SPACES, Shape, removed
-from secateur.model.solver import solve_depth, solve_width
+from secateur.model.solver import solve_depth, solve_experts, solve_width
 from secateur.pruning.target import Target
 
 __all__ = ["Preview", "ShapesRequest", "preview_shapes"]
@@ -124,7 +124,9 @@ def _single(before: Shape, target: Target, request: ShapesRequest, context: int)
     if (method := request.prototype) is not None:
         after = target.shape(before, method, str(request.method))
         sparse = method.granularity == "sparse"
-        return _zeroed(before, target, context) if sparse else _describe(before, after, target, context)
+        if sparse:
+            return _zeroed(before, target, context)
+        return _describe(before, after, target, context, target.basis(method))
     if target.sizes:
         return _describe(before, target.explicit_shape(before), target, context)
     assert target.ratio is not None
@@ -133,7 +135,12 @@ def _single(before: Shape, target: Target, request: ShapesRequest, context: int)
     return _describe(before, after, target, context)
 
 
-def _describe(before: Shape, after: Shape, target: Target, context: int) -> dict[str, Any]:
+def _describe(before: Shape, after: Shape, target: Target, context: int, basis: str | None = None) -> dict[str, Any]:
+    """Describe what a model becomes.
+
+    Args:
+        basis: what the ratio is a share of, where the method decides it.
+    """
     note = None
     try:
         opened = after.openable(where="note")
@@ -145,7 +152,10 @@ def _describe(before: Shape, after: Shape, target: Target, context: int) -> dict
             f"{after.head_dim}: such a checkpoint is written with model_type {opened.family.model_types[0]}"
         )
     shares = removed(before, after)
-    of = None if target.ratio is None else target.of or "non_embedding"
+    of = None if target.ratio is None else basis or target.of or "non_embedding"
+    if of == "experts":
+        shares["experts"] = 1 - after.experts / before.experts
+        note = note or "experts: the ratio is a share of the routed experts"
     return {
         **describe_shape(opened, context),
         "removed": shares,
@@ -178,8 +188,16 @@ def _ways(before: Shape, target: Target, context: int) -> dict[str, dict[str, An
     assert target.ratio is not None
     of = target.of or "non_embedding"
     ways: dict[str, dict[str, Any]] = {}
-    for way, spaces in _WAYS.items():
+    experts = {"experts": ("experts",)} if before.layers_with("experts") else {}
+    for way, spaces in {**_WAYS, **experts}.items():
+        spaces = tuple(space for space in spaces if space == "hidden" or before.layers_with(space))
+        if way == "heads" and "kv" not in spaces:
+            continue
         try:
+            if way == "experts":
+                after = solve_experts(before, target.ratio)
+                ways[way] = _describe(before, after, target, context, "experts")
+                continue
             if spaces:
                 after = solve_width(before, target.ratio, spaces, of, target.step)
             else:

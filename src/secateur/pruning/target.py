@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from secateur.calibration.statistics import GradientStatistic
 from secateur.config import as_share
 from secateur.errors import UserError, did_you_mean
 from secateur.methods.selection import count_pruned
@@ -304,14 +305,31 @@ class Target:
         return after.switched_on(method.config_switches(after, self.spaces(method)))
 
     def _check_family(self, before: Shape, method: Method, name: str) -> None:
-        """Refuse to cut an axis that the family's row excludes."""
+        """Refuse to cut an axis that the family's row excludes, or that the model has nothing of."""
         axes = {"depth": ("layers",), "experts": ("experts",)}.get(method.granularity) or self.spaces(method)
+        field_name = "shape" if self.sizes else "axes"
         for axis in () if method.granularity == "sparse" else axes:
             if reason := before.family.uncut_reason(axis):
                 raise UserError(
-                    f"`{'shape' if self.sizes else 'axes'}`: {name} cuts {axis}, but of {before.family.name} only "
+                    f"`{field_name}`: {name} cuts {axis}, but of {before.family.name} only "
                     f"{', '.join(before.family.axes)} can be cut: {reason}"
                 )
+            if axis not in ("layers", "hidden") and not before.layers_with(axis):
+                raise UserError(f"`{field_name}`: {name} cuts {axis}, but no layer of this model has any")
+        self._check_experts(before, method, name, axes)
+
+    def _check_experts(self, before: Shape, method: Method, name: str, axes: Sequence[str]) -> None:
+        """Refuse methods that need the routed experts' weights together with their gradients."""
+        if not before.layers_with("experts"):
+            return
+        remedy = "use a method without gradients, e.g. minitron-width, shortgpt or reap"
+        if "layers" in method.scores:  # it trains the model under gates
+            raise UserError(f"{name}: has no gates for routed experts; {remedy}")
+        if any(issubclass(need, GradientStatistic) for need in method.needs) and not {"kv", "ffn"}.issuperset(axes):
+            raise UserError(
+                f"{name}: scores {' and '.join(axes)} by gradients of all weights, and those of routed experts are not "
+                f"computed; {remedy}"
+            )
 
     def explicit_shape(self, before: Shape) -> Shape:
         """The shape with ``sizes``, whether or not transformers can open it.

@@ -29,7 +29,8 @@ def inspect(arguments: Namespace) -> Answer:
         f"{inspection.model}  ({shape.family.name}, {inspection.dtype})",
         f"shape        {shape}, head size {shape.head_dim}, vocabulary {shape.vocabulary}"
         + (", tied" if shape.tied else ""),
-        f"parameters   {shape.total:,} in total, {shape.non_embedding:,} outside the embeddings",
+        f"parameters   {shape.total:,} in total, {shape.non_embedding:,} outside the embeddings"
+        + (f", {shape.active_parameters:,} active for a token" if shape.layers_with("experts") else ""),
         f"sparsity     {100 * inspection.sparsity:.2f}% of the block linears' weights are zero",
         f"FLOPs        {shape.forward_flops(context):.4g} a token forwards, three times that in training "
         f"(windows of {context}: 2 x weights + attention)",
@@ -88,7 +89,8 @@ def _section(before: Mapping[str, Any], target: Target, output: Mapping[str, Any
 def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Descriptions side by side, aligned."""
     rows: list[list[str]] = [["", *columns]] if any(columns) else []
-    rows += [[label, *(text(column) for column in columns.values())] for label, text in _ROWS.items()]
+    labels = {**_ROWS, **_EXPERT_ROWS} if any("experts" in column["shape"] for column in columns.values()) else _ROWS
+    rows += [[label, *(text(column) for column in columns.values())] for label, text in labels.items()]
     if any("removed" in column for column in columns.values()):
         shares = [column.get("removed") for column in columns.values()]
         rows.append(["removed of all", *("" if s is None else percent(s["total"]) for s in shares)])
@@ -114,6 +116,13 @@ _ROWS = {
     "outside the embeddings": lambda column: count(column["parameters"]["non_embedding"]),
     "FLOPs a token, forwards": lambda column: scientific(column["flops_per_token"]["forward"]),
     "KV cache a token, bytes": lambda column: f"{column['kv_cache_bytes_per_token']:,}",
+}
+
+
+_EXPERT_ROWS = {  # of mixtures
+    "experts, of a token": lambda column: f"{column['shape']['experts']}, {column['shape']['active']}",
+    "FFN of an expert": lambda column: str(column["shape"]["expert_ffn"]),
+    "active parameters": lambda column: count(column["parameters"].get("active", column["parameters"]["total"])),
 }
 
 

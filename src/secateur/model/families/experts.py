@@ -183,6 +183,7 @@ OLMOE = Family(
     config_keys=_keys("num_experts", "intermediate_size"),
     unstated=("num_local_experts",),
     experts="mlp.experts",
+    heads_span_hidden=True,
     stored=_ONE_BY_ONE,
 )
 
@@ -261,6 +262,7 @@ GLM4_MOE = Family(
     model_types=("glm4_moe",),
     block={**_TWO_NORMS, **_ATTENTION, **_QKV_BIASES, **_HEAD_NORMS},
     kinds={_DENSE: _FFN, _EXPERTS: {**_ROUTED, **_CORRECTED, **_shared("shared_experts")}},
+    buffers=tuple(_CORRECTED),
     kinds_of=_leading_kinds,
     kind_keys=_leading_kind_keys,
     optional={**dict.fromkeys(_QKV_BIASES, "attention_bias"), **dict.fromkeys(_HEAD_NORMS, "use_qk_norm")},
@@ -293,6 +295,7 @@ DEEPSEEK_V3 = Family(
         "self_attn.o_proj.bias": ("hidden",),
     },
     kinds={_DENSE: _FFN, _EXPERTS: {**_ROUTED, **_CORRECTED, **_shared("shared_experts")}},
+    buffers=tuple(_CORRECTED),
     kinds_of=_leading_kinds,
     kind_keys=_leading_kind_keys,
     optional={
@@ -327,6 +330,7 @@ DEEPSEEK_V3 = Family(
     cached=("kv_rank", "position"),
     uncut={**_ONE_SIZE, "kv": "its heads share one latent state"},
     config_keys={name: key for name, key in _keys("n_routed_experts").items() if name != "head_dim"},
+    derived={"head_dim": lambda config: config.qk_nope_head_dim + config.qk_rope_head_dim},
     unstated=("num_local_experts", "num_experts"),
     experts="mlp.experts",
     stored=_ONE_BY_ONE,
