@@ -78,7 +78,7 @@ def test_experts_that_are_quantised_otherwise(tmp_path: Path) -> None:
 @pytest.fixture
 def packed(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A gpt_oss whose experts are stored in MXFP4, and those experts as transformers dequantises them."""
-    sizes = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 8}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 8}
     directory = tiny_mixture(tmp_path, "gpt_oss", dtype="bfloat16", **sizes)
     generator = torch.Generator().manual_seed(3)
     tensors, experts = load_file(directory / "model.safetensors"), {}

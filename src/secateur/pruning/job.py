@@ -297,9 +297,8 @@ def _estimate(
     if isinstance(calibration, Calibration):
         windows = len(distributed.shard(calibration.windows, 0))
     batch = request.batch or default_batch(checkpoint.family, seqlen or 1, device)
-    needs = estimate_memory(
-        request.prototype, checkpoint.shape, windows, seqlen, batch, dtype, checkpoint.read_bytes, outputs
-    )
+    stored = max(checkpoint.stored_bytes, checkpoint.read_bytes)  # packed experts are written unpacked
+    needs = estimate_memory(request.prototype, checkpoint.shape, windows, seqlen, batch, dtype, stored, outputs)
     if isinstance(calibration, ImageSamples) and checkpoint.image_text:  # all of it at once, before the first block
         around = (checkpoint.image_text.parameters + checkpoint.shape.embedding) * dtype.itemsize
         needs = dataclasses.replace(needs, block=max(needs.block, around))
