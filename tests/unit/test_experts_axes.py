@@ -43,7 +43,7 @@ def test_layers_of_both_kinds_go(name: str, keep: list[int], mixture_zoo: Zoo) -
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "minitron-depth"])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", [name for name in MIXTURES if name != "ernie4_5_moe-interval"])
 def test_layer_methods(name: str, method: str, mixture_zoo: Zoo) -> None:
     same(mixture_zoo.prune(name, method, Target(sizes={"layers": 3})))
 

@@ -71,6 +71,7 @@ class Shape:
             name: family.derived[name](config) if name in family.derived else getattr(config, key, None)
             for name, key in family.config_keys.items()
         }
+        sizes |= {name: size(config) for name, size in family.derived.items() if name not in sizes}
         if sizes.get("kv_heads") is None:  # as older files have it
             sizes["kv_heads"] = sizes["heads"]
         if sizes.get("head_dim") is None:
