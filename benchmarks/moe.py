@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoints import make_tokens
@@ -60,13 +61,12 @@ def make_checkpoints(folder: Path, counts: list[int]) -> dict[int, Path]:
 
 def config(blocks: int) -> Qwen3MoeConfig:
     """The configuration of so many blocks."""
+    heads: dict[str, Any] = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM}
     return Qwen3MoeConfig(
+        **heads,
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         num_hidden_layers=blocks,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
         num_experts=EXPERTS,
         num_experts_per_tok=ACTIVE,
         moe_intermediate_size=EXPERT_FFN,

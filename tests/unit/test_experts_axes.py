@@ -112,7 +112,7 @@ def test_correction_biases_are_cut_in_float32(name: str, tmp_path: Any, mixture_
     directory = tmp_path / "bfloat16"
     model = random_mixture(name)
     biases = {n: t for n, t in model.state_dict().items() if n.endswith("e_score_correction_bias")}
-    model.to(dtype=torch.bfloat16)
+    model.bfloat16()
     for key, tensor in {**dict(model.named_buffers()), **dict(model.named_parameters())}.items():
         if key in biases:
             tensor.data = biases[key].float()
