@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from helpers import token_corpus, windows
 from reference import silenced
@@ -245,3 +245,90 @@ def test_a_learned_method_cuts_the_language_model(cuts: dict[tuple[str, str], Cu
     assert narrow.plan.keep_projector is not None
     assert len(narrow.plan.keep_projector) == 32
     image_logits(opened_wrapper(narrow.path), image_inputs("llava"))
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of Qwen2-VL as its publisher has it, with the language model's keys at the top."""
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    rest = {key: value for key, value in text.items() if key not in ("model_type", "dtype", "layer_types")}
+    return {**rest, **config}
+
+
+_WIDE = {"hidden_size": 64, "num_attention_heads": 32, "num_key_value_heads": 8}
+
+
+def _without_default_size(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that leaves out a size, since it is the default of the language model's class."""
+    assert config["text_config"].pop("num_attention_heads") == 32
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "top", "change"),
+    [
+        ("qwen2_vl", {}, {"tie_word_embeddings": True}, _flat),
+        ("qwen2_5_vl", {}, {}, _flat),
+        ("smolvlm", _WIDE, {}, _without_default_size),
+        ("gemma3", {}, {"tie_word_embeddings": False}, dict),
+        ("qwen3_vl", {}, {"tie_word_embeddings": True}, dict),
+    ],
+)
+def test_published_spellings_are_read(
+    name: str, text: dict[str, Any], top: dict[str, Any], change: Any, tmp_path: Path
+) -> None:
+    directory = tiny_wrapper(tmp_path, name, text=text, **top)
+    path = directory / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    inputs = image_inputs(name)
+    for kind, request in (("depth", KINDS["depth"]), ("width", {"method": "minitron-width", "ratio": 0.3})):
+        result = prune(directory, tmp_path / kind, calibration=windows(4, 12), **request)
+        expected = image_logits(silenced_wrapper(opened_wrapper(directory), result.plan), inputs)
+        torch.testing.assert_close(image_logits(opened_wrapper(result.path), inputs), expected, rtol=1e-4, atol=1e-4)
+        assert result.shape.total < result.plan.before.total
+
+
+def test_a_model_in_memory_is_written_sharded_and_in_its_type(tmp_path: Path) -> None:
+    directory = tiny_wrapper(tmp_path, "mistral3")
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    request = {**KINDS["width"], "calibration": windows(4, 12)}
+    from_memory = prune(model, tmp_path / "memory", **request)
+    from_shards = prune(tmp_path / "shards", tmp_path / "files", **request)
+    inputs = image_inputs("mistral3")
+    first, second = (opened_wrapper(result.path) for result in (from_memory, from_shards))
+    assert first.dtype == second.dtype == torch.bfloat16
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    assert torch.equal(image_logits(first, inputs), image_logits(second, inputs))
+
+
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tiny_wrapper(tmp_path, "qwen2_vl")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    result = prune(directory, tmp_path / "out", calibration=windows(4, 12), **KINDS["ffn"])
+    assert "hold another head" in capsys.readouterr().err
+    assert json.loads((result.path / "config.json").read_text())["tie_word_embeddings"] is False
+    inputs = image_inputs("qwen2_vl")
+    expected = image_logits(silenced_wrapper(opened_wrapper(directory), result.plan), inputs)
+    torch.testing.assert_close(image_logits(opened_wrapper(result.path), inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prediction_layers_that_no_model_reads_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tiny_wrapper(tmp_path, "qwen3_5")
+    tensors = load_file(directory / "model.safetensors")
+    save_file({**tensors, "mtp.fc.weight": torch.ones(48, 96)}, directory / "model.safetensors", {"format": "pt"})
+    result = prune(directory, tmp_path / "out", calibration=windows(4, 12), **KINDS["width"])
+    assert "mtp.fc.weight" in capsys.readouterr().err
+    assert load_file(result.path / "model.safetensors").keys() == tensors.keys()
+
+
+def test_a_missing_projector_is_named(tmp_path: Path) -> None:
+    directory = tiny_wrapper(tmp_path, "llava")
+    tensors = load_file(directory / "model.safetensors")
+    rest = {name: value for name, value in tensors.items() if "linear_2" not in name}
+    save_file(rest, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks the tensor multi_modal_projector\.linear_2\.weight"):
+        Checkpoint(directory)

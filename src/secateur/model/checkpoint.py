@@ -301,7 +301,7 @@ class Checkpoint:
             for path in files:
                 parts.append(sha256_file(path))
                 progress.advance()
-        parts.append(json.dumps(self.raw_config, sort_keys=True))
+        parts.append(json.dumps(self.whole.raw if self.whole else self.raw_config, sort_keys=True))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property

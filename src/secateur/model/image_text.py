@@ -17,6 +17,7 @@ from secateur.model.families import Axis, Family
 from secateur.model.safetensors_io import Stored, TensorFile
 from secateur.model.shapes import Shape
 from secateur.model.wrappers import Wrapper
+from secateur.progress import notify_once
 
 __all__ = ["ImageTextModel"]
 
@@ -46,7 +47,10 @@ class ImageTextModel:
             UserError: if one that follows the hidden size is missing, or has another size.
         """
         inside = set(names.values())
-        outside = {n: file for n, file in files.items() if n not in inside and not n.startswith(_IGNORED)}
+        ignored = [name for name in files if name.startswith(_IGNORED)]
+        if ignored:
+            notify_once(f"{where}: left out, no model of transformers reads them: {ignored[0]} and what is beside it")
+        outside = {name: file for name, file in files.items() if name not in inside and name not in ignored}
         if missing := whole.wrapper.missing(outside):
             raise UserError(f"{where}: lacks the tensor {missing[0]} of a {whole.wrapper.model_types[0]} model")
         for name, file in outside.items():

@@ -112,10 +112,14 @@ class LiveCheckpoint(Checkpoint):
     @cached_property
     def digest(self) -> str:
         """SHA-256 over names and bytes of the tensors, and the configuration."""
-        total = hashlib.sha256(json.dumps(self.raw_config, sort_keys=True).encode())
-        for name in sorted(self.tensors()):
+        raw = self.whole.raw if self.whole else self.raw_config
+        total = hashlib.sha256(json.dumps(raw, sort_keys=True).encode())
+        tensors = dict.fromkeys(self.tensors(), self.tensor)
+        if self.image_text:
+            tensors |= {name: file.tensor for name, file in self.image_text.outside.items()}
+        for name, read in sorted(tensors.items()):
             total.update(name.encode())
-            total.update(self.tensor(name).contiguous().view(-1).view(torch.uint8).numpy().data)
+            total.update(read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
 
     @property
