@@ -167,7 +167,7 @@ def _report(
         )
     if len(results) < 2:
         return
-    (few, first), (many, last) = list(results.items())[0], list(results.items())[-1]
+    (few, first), *_, (many, last) = results.items()
     each = (last.cpu - first.cpu) / (many - few)
     growth = (last.anonymous - first.anonymous) / (many - few)
     cpu = last.cpu - base.cpu + (BLOCKS - many) * each
