@@ -20,7 +20,7 @@ from secateur.calibration.journal import Journal, StateStore
 from secateur.calibration.lm_head import LMHead
 from secateur.calibration.malloc import map_tensors, release_memory, reserve_heap
 from secateur.calibration.prefetch import on_demand, prefetch
-from secateur.calibration.routed import ExpertOutputs, StreamedExperts
+from secateur.calibration.routed import ExpertOutputs, ExpertVisits, RoutedExpert, RoutedInputs, StreamedExperts
 from secateur.calibration.shared_keys import key_sources, run_with_keys
 from secateur.calibration.statistics import StateStatistic, Statistic, join
 from secateur.errors import UserError
@@ -102,7 +102,7 @@ class BlockWalk:
         for index, layer in enumerate(self.layers if self.family.experts else ()):
             if checkpoint.shape.has_space("experts", index):
                 parent, _, name = self.family.experts.rpartition(".")
-                read = functools.partial(self._read_expert, index)
+                read = functools.partial(self.read_expert, index)
                 experts = StreamedExperts(layer.get_submodule(self.family.experts), read, self._to_device)
                 setattr(layer.get_submodule(parent), name, experts)
         self._padding: int | None = getattr(self.embedding, "padding_idx", None)  # its embedding has no gradient
@@ -179,6 +179,7 @@ class BlockWalk:
         state_kinds: Sequence[type[StateStatistic]] = (),
         *,
         experts: bool = False,
+        visits: ExpertVisits | None = None,
         replay: Callable[[Block], None] | None = None,
     ) -> Iterator[tuple[Block, dict[str, dict[type, Tensor]]]]:
         """Yield each unfinished block in order, with statistics of its activations; nothing for a complete journal.
@@ -189,13 +190,14 @@ class BlockWalk:
             kinds: site -> kinds of statistics to gather there.
             state_kinds: statistics of the states that enter and leave a block, yielded under the site ``states``.
             experts: whether to gather :class:`ExpertOutputs` of routed experts, yielded under the site ``experts``.
+            visits: what to do with each routed expert of a block before the block is yielded.
             replay: if the caller changes blocks, a function that makes the same change from the journal: in other
                 processes, and to blocks finished before a restart. Each block then runs again, so that the next block
                 sees its new outputs.
         """
         if self.journal.complete:
             return
-        runs = self.calibrated and bool(kinds or state_kinds or experts)
+        runs = self.calibrated and bool(kinds or state_kinds or experts or visits)
         finished = self.journal.finished_steps
         states = self.start() if runs else []
         stored = self._load_states(finished) if runs and finished else None
@@ -208,9 +210,14 @@ class BlockWalk:
             elif not is_finished:
                 stats: dict[str, dict[type, Tensor]] = {}
                 outputs: States = []
+                inputs = block.routed_inputs(states) if visits else None
                 if runs:
                     is_needed = replay is None and block.index + 1 < len(self.layers)
-                    stats, outputs = block.observe(states, kinds, state_kinds, experts=experts, keep=is_needed)
+                    stats, outputs = block.observe(
+                        states, kinds, state_kinds, experts=experts, inputs=inputs, keep=is_needed
+                    )
+                block.visit_experts(inputs, visits)
+                del inputs
                 yield from self.yield_on_main(block.index, (block, stats))
                 if runs and replay and not distributed.is_main():
                     replay(block)
@@ -274,7 +281,8 @@ class BlockWalk:
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
 
-    def _read_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+    def read_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """The tensors of a routed expert as stored, by their names within the module of experts: [1, ...]."""
         tensors = self.checkpoint.expert(layer, expert)
         for name, tensor in tensors.items():
             full_name = self.family.block_tensor(layer, f"{self.family.experts}.{name}")
@@ -393,6 +401,7 @@ class Block:
         state_kinds: Sequence[type[StateStatistic]] = (),
         *,
         experts: bool = False,
+        inputs: RoutedInputs | None = None,
         keep: bool = True,
     ) -> tuple[dict[str, dict[type, Tensor]], States]:
         """Run the block on all states and gather statistics.
@@ -402,6 +411,7 @@ class Block:
             kinds: site -> kinds of statistics to gather there.
             state_kinds: kinds of statistics of the inputs and outputs.
             experts: whether to gather :class:`ExpertOutputs` of the routed experts.
+            inputs: takes what enters the module of experts; None to leave that.
             keep: whether to return the outputs; otherwise each batch stops at the last site.
 
         Returns:
@@ -428,12 +438,14 @@ class Block:
                 )
                 hooks.callback(hook.remove)
             routed = hooks.enter_context(self._watch_experts(states)) if experts else None
+            if inputs is not None:
+                hooks.enter_context(self._record_inputs(inputs, None if keep or watch else pending))
             if keep or watch or routed:
                 outputs = self.run(states, key=self.index + 1, keep=keep, consume=keep, watch=watch)
             else:
                 hooks.enter_context(reserve_heap(self._activation(states)))
-                for number, batch in enumerate(states):
-                    pending.update(kinds)
+                for number, batch in enumerate(states if kinds or inputs is not None else ()):
+                    pending.update(kinds, () if inputs is None else ("experts",))
                     with contextlib.suppress(StopForward):
                         self.forward(batch, number)
         join([*itertools.chain(*gathered.values()), *watch], self.walk.device)
@@ -472,6 +484,86 @@ class Block:
             yield statistic
         finally:
             experts.watch = None
+
+    def keep_experts(self, keep: Tensor) -> None:
+        """Route tokens to these experts alone from now on, as the cut model will: cut the router's tensors in place.
+
+        Args:
+            keep: sorted indices of the experts, as many in each of the router's groups.
+        """
+        experts = self.experts
+        assert experts is not None
+        for name, axes in self.walk.checkpoint.shape.block_tensors(self.index).items():
+            if "experts" not in axes or name.startswith(f"{self.walk.family.experts}."):
+                continue
+            owner, _, attribute = name.rpartition(".")
+            module = self.module.get_submodule(owner)
+            tensor = getattr(module, attribute)
+            cut = tensor.detach().index_select(axes.index("experts"), keep.to(tensor.device))
+            setattr(module, attribute, nn.Parameter(cut, False) if isinstance(tensor, nn.Parameter) else cut)
+            if hasattr(module, "num_experts"):
+                module.num_experts = len(keep)  # type: ignore[assignment]
+        experts.numbers = keep
+
+    def routed_inputs(self, states: States) -> RoutedInputs | None:
+        """An empty record of what enters the block's module of experts; None without experts or calibration."""
+        if (experts := self.experts) is None or not self.walk.calibrated:
+            return None
+        return RoutedInputs(experts.count, states[0].shape[1] if states else 1, self.walk.store)
+
+    @contextlib.contextmanager
+    def _record_inputs(self, inputs: RoutedInputs, pending: set[str] | None) -> Iterator[None]:
+        """Record what enters the module of experts while the block runs.
+
+        Args:
+            pending: as in :class:`Observer`; outputs of experts are zero then, since nothing reads them.
+        """
+        experts = self.experts
+        assert experts is not None
+
+        def record(states: Tensor, index: Tensor) -> Tensor | None:
+            inputs.add(states, index)
+            if pending is None:
+                return None
+            pending.discard("experts")
+            if not pending:
+                raise StopForward
+            return torch.zeros_like(states)
+
+        experts.record = record
+        try:
+            yield
+        finally:
+            experts.record = None
+
+    @torch.no_grad()
+    def visit_experts(self, inputs: RoutedInputs | None, visits: ExpertVisits | None) -> None:
+        """Visit the block's routed experts with statistics of the tokens routed to each: a collective call.
+
+        Args:
+            inputs: what entered the module of experts; None without calibration.
+            visits: what to do with each; None to visit none.
+        """
+        if visits is None:
+            return
+        experts = self.experts
+        counts = inputs.counts() if inputs is not None else None
+        for number in range(experts.count) if experts is not None else ():
+            tensors = self.walk.read_expert(self.index, number)
+            expert = RoutedExpert(number, counts[number] if counts else 0, tensors)
+            if inputs is not None and expert.tokens >= visits.least:
+                assert experts is not None
+                gathered = [kind() for kind in visits.input], [kind() for kind in visits.hidden]
+                for states, windows, size in inputs.tokens(number):
+                    states = states.to(self.walk.device)
+                    values = (states, experts.hidden(tensors, states) if visits.hidden else states)
+                    for x, statistics in zip(values, gathered, strict=True):
+                        for statistic in statistics:
+                            statistic.update_routed(x, windows.to(x.device), size)
+                join(itertools.chain(*gathered), self.walk.device)
+                expert.input, expert.hidden = ({type(s): s.value() for s in group} for group in gathered)
+            if distributed.is_main():
+                visits.visit(self, expert)
 
     def _activation(self, states: States) -> int:
         """Bytes of the largest activation of a batch within the block."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from secateur.calibration.block_walk import Block, BlockWalk
     from secateur.calibration.gradients import Gradients
+    from secateur.calibration.routed import ExpertVisits
 
 __all__ = ["Place", "walk_places"]
 
@@ -29,7 +30,7 @@ class Place:
     A *unit* stays or is removed as a whole: a hidden or FFN channel, a KV head with its query heads, or a layer.
     """
 
-    space: str  #: ``hidden``, ``ffn``, ``kv`` or ``layer``
+    space: str  #: ``hidden``, ``ffn``, ``kv``, ``expert_ffn`` (of one expert) or ``layer``
     units: int
     shape: Shape
     layer: int  #: the block's index; -1 outside the blocks
@@ -80,7 +81,12 @@ class Place:
 
 
 def walk_places(
-    walk: BlockWalk, needs: Sequence[type], spaces: Sequence[str], *, replay: Callable[[Block], None] | None = None
+    walk: BlockWalk,
+    needs: Sequence[type],
+    spaces: Sequence[str],
+    *,
+    visits: ExpertVisits | None = None,
+    replay: Callable[[Block], None] | None = None,
 ) -> Iterator[tuple[Block | None, dict[str, list[Place]]]]:
     """Walk through the blocks and yield the places of each.
 
@@ -93,7 +99,7 @@ def walk_places(
     Args:
         needs: kinds of statistics: of activations, of states, or of gradients.
         spaces: spaces to yield places of: ``hidden``, ``ffn``, ``kv``, or ``layer``.
-        replay: as in :meth:`BlockWalk.observe`.
+        visits: as in :meth:`BlockWalk.observe`, as ``replay`` is.
     """
     if walk.journal.complete:
         return
@@ -109,8 +115,8 @@ def walk_places(
         return
     family = walk.family
     sites = {"hidden": family.hidden_sites, "ffn": (family.ffn_site,), "kv": (family.kv_site,)}
-    kinds = {site: activations for space in spaces if activations for site in sites[space]}
-    for block, stats in walk.observe(kinds, state_kinds, replay=replay):
+    kinds = {site: activations for space in spaces if activations for site in sites.get(space, ())}
+    for block, stats in walk.observe(kinds, state_kinds, visits=visits, replay=replay):
         yield block, _places(walk, block, spaces, stats, {})
     if not activations and "hidden" in spaces:
         yield from walk.yield_on_main(len(walk.layers), (None, _places(walk, None, spaces, {}, {})))
@@ -137,7 +143,7 @@ def _places(
     }
     places: dict[str, list[Place]] = {}
     for space in spaces:
-        if space != "layer" and not shape.has_space(space, block.index):
+        if space == "expert_ffn" or (space != "layer" and not shape.has_space(space, block.index)):
             continue
         if space == "hidden" and stats:
             places[space] = [

@@ -48,6 +48,16 @@ class Statistic(ABC):
     def update(self, x: Tensor) -> None:
         """Add one batch [windows, positions, channels]."""
 
+    def update_routed(self, x: Tensor, windows: Tensor, size: tuple[int, int]) -> None:
+        """Add the tokens of one batch that are routed to an expert.
+
+        Args:
+            x: [tokens, channels].
+            windows: the number of each token's window within the batch, [tokens].
+            size: windows of the batch, and positions of a window.
+        """
+        self.update(x[None])
+
     def value(self) -> Tensor:
         """The statistic over all batches so far, float32."""
         assert self.total is not None, "no batch was added"
@@ -65,7 +75,7 @@ class Statistic(ABC):
 
 def _pieces(x: Tensor, values: int = 2**18) -> Iterator[Tensor]:
     """Split a batch into float32 pieces [tokens, channels] of about ``values`` values, small enough for the cache."""
-    for piece in x.flatten(0, 1).split(max(values // x.shape[-1], 1)):
+    for piece in x.flatten(0, -2).split(max(values // x.shape[-1], 1)):
         yield piece.float()
 
 
@@ -134,7 +144,7 @@ class Gram(Statistic):
 
         if self.total is None:
             self.total = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float32)
-        for piece in x.flatten(0, 1).split(self.tokens):
+        for piece in x.flatten(0, -2).split(self.tokens) if x.numel() else ():
             tokens = piece.float()
             before, self.count = self.count, self.count + len(tokens)
             for rows in self._rows():
@@ -172,8 +182,20 @@ class WindowMagnitude(Statistic):
 
         for window in x:  # one by one, to bound the memory of the float32 copy
             norms = torch.linalg.vector_norm(window.float().unflatten(-1, (-1, self.width)), dim=-1)
-            magnitudes = torch.stack([norms.mean(dim=0), torch.linalg.vector_norm(norms, dim=0)]).double()
-            self._add(torch.stack([magnitudes, magnitudes.square()]), 1)
+            self._add_window(norms.mean(dim=0), norms)
+
+    def update_routed(self, x: Tensor, windows: Tensor, size: tuple[int, int]) -> None:
+        """Add the tokens of one batch that are routed to an expert; positions of others count as zero."""
+        for window in range(size[0]):
+            norms = x[windows == window].float().abs()
+            self._add_window(norms.sum(dim=0) / size[1], norms)
+
+    def _add_window(self, mean: Tensor, norms: Tensor) -> None:
+        """Add one window: the mean of its norms over positions [units], and the norms [positions, units]."""
+        import torch
+
+        magnitudes = torch.stack([mean, torch.linalg.vector_norm(norms, dim=0)]).double()
+        self._add(torch.stack([magnitudes, magnitudes.square()]), 1)
 
     def value(self) -> Tensor:
         import torch

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from secateur.evaluation.workload import Workload
 from secateur.memory import track_resources
 from secateur.model.checkpoint import Checkpoint, max_positions
+from secateur.model.expert_matrices import weight_matrices
+from secateur.model.families import Axis
 from secateur.progress import track
 from secateur.runtime import environment
 
@@ -157,11 +159,21 @@ def _synchronized_time(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-def pattern_of(masks: Mapping[str, Tensor]) -> str | None:
-    """``2:4`` if each mask keeps at most two of four weights in a row, else ``unstructured``; None without masks."""
+def pattern_of(masks: Mapping[str, Tensor], tensors: Mapping[str, tuple[Axis, ...]] | None = None) -> str | None:
+    """``2:4`` if each mask keeps at most two of four weights in a row, else ``unstructured``; None without masks.
+
+    Args:
+        tensors: name -> spaces, to find the rows in masks of routed experts.
+    """
     if not masks:
         return None
-    fits = all(m.shape[1] % 4 == 0 and int(m.reshape(-1, 4).sum(dim=1).max()) <= 2 for m in masks.values())
+    matrices = (
+        matrix
+        for name, mask in masks.items()
+        for part in (mask if mask.dim() == 3 else (mask,))
+        for matrix in (weight_matrices(part, (tensors or {})[name]) if mask.dim() == 3 else (part,))
+    )
+    fits = all(m.shape[1] % 4 == 0 and int(m.reshape(-1, 4).sum(dim=1).max()) <= 2 for m in matrices)
     return "2:4" if fits else "unstructured"
 
 
@@ -188,7 +200,7 @@ def _sparsity_gain(
         Pattern, share of zeros and a note; and the figures, if 2:4 kernels could be timed.
     """
     masks = checkpoint.masks
-    pattern = pattern_of(masks)
+    pattern = pattern_of(masks, checkpoint.tensors())
     if pattern is None:
         return {"pattern": None, "note": "no masks: the model is dense"}, []
     zeros = 1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())

@@ -25,11 +25,12 @@ class MinitronWidth(WidthMethod):
 
     Hidden channels are scored at the outputs of the norms before attention and FFN, summed over all norms; FFN channels
     at the input of the down-projection. A head's magnitude is the L2 norm of its output; a KV head has the sum over its
-    query heads.
+    query heads. The channels of a routed expert are scored on the tokens routed to it: other positions count as zero.
     """
 
     source = "arXiv:2407.14679"
     axes = ("hidden", "ffn")
+    scores = (*WidthMethod.scores, "expert_ffn")
     needs = (WindowMagnitude,)
     batch: Aggregate = "l2"  #: over windows
     sequence: Aggregate = "mean"  #: over the positions of a window

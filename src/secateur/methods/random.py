@@ -53,6 +53,7 @@ class RandomWidth(_Stochastic, WidthMethod):
     source = _NO_SOURCE
     calibrated = False
     axes = ("hidden", "ffn")
+    scores = (*WidthMethod.scores, "expert_ffn")
     seed: Seed = 42
 
     def score(self, place: Place) -> Tensor:

@@ -91,8 +91,12 @@ def _counts(marks: Tensor) -> Tensor:
 
 
 def keep_channels(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` units with the highest scores, as sorted indices (int64); on ties the lower index stays."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+    """The ``count`` units with the highest scores, as sorted indices (int64); on ties the lower index stays.
+
+    Args:
+        scores: [units], or [experts, units] to choose in each row.
+    """
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :count].sort().values
 
 
 def keep_globally(scores: Mapping[str, Tensor], costs: Mapping[str, int], remove: float) -> dict[str, Tensor]:

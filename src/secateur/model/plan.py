@@ -180,7 +180,7 @@ class Plan:
             spaces = {"ffn": self.keep_ffn, "kv": self.keep_kv}
             units = {space: len(keep[layer]) for space, keep in spaces.items() if self.before.has_space(space, layer)}
             if layer in self.keep_experts:
-                units["experts"] = len(self.keep_experts[layer])
+                units |= {"experts": len(self.keep_experts[layer]), "expert_ffn": self.keep_expert_ffn[layer].shape[1]}
             rows.append({"kept": True, **units, "sparsity": dropped})
         return rows
 

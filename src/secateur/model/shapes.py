@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from secateur.errors import UserError
+from secateur.model.expert_matrices import is_expert_weight, reads_hidden
 from secateur.model.families import FAMILIES, LLAMA, SPACE_OF, Axis, Family, Tensors, family_of, switched_on
 
 __all__ = [
@@ -162,14 +163,28 @@ class Shape:
         return {n: axes for n, axes in tensors.items() if n not in optional or optional[n] in self.switches}
 
     def linears(self, layer: int = 0) -> tuple[str, ...]:
-        """The weight matrices of a block that read a site, by their names within it: what sparse methods prune."""
+        """The weights that sparse methods prune, by their names within the block: matrices, and those of experts."""
+        return (*self.matrices(layer), *self.expert_weights(layer))
+
+    def matrices(self, layer: int = 0) -> tuple[str, ...]:
+        """The weight matrices of a block that read a site, by their names within it."""
         readers = {f"{reader}.weight" for site in self.family.sites.values() for reader in site.readers}
         return tuple(name for name in self.block_tensors(layer) if name in readers)
 
+    def expert_weights(self, layer: int = 0) -> dict[str, tuple[Axis, ...]]:
+        """The tensors that hold the weight matrices of a block's routed experts: name -> spaces."""
+        return {name: axes for name, axes in self.block_tensors(layer).items() if is_expert_weight(axes)}
+
     def linear_sizes(self) -> dict[str, tuple[int, ...]]:
-        """The sizes [out, in] of the weight matrices of all kinds of blocks, by their names within a block."""
+        """The sizes [out, in] of the weight matrices of all kinds of blocks, by the names of their tensors."""
         layers = {self.kind(layer): layer for layer in range(self.layers)}.values()
-        return {n: self.tensor_size(self.block_tensors(layer)[n]) for layer in layers for n in self.linears(layer)}
+        return {n: self._matrix_size(self.block_tensors(layer)[n]) for layer in layers for n in self.linears(layer)}
+
+    def _matrix_size(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+        """The size [out, in] of a matrix, or of each matrix in a tensor over all experts."""
+        if not is_expert_weight(axes):
+            return self.tensor_size(axes)
+        return (self.expert_ffn, self.hidden) if reads_hidden(axes) else (self.hidden, self.expert_ffn)
 
     def of_layers(self, layers: Sequence[int]) -> Shape:
         """The shape with these layers alone; other sizes stay."""
@@ -282,7 +297,7 @@ class Shape:
         full: dense kernels multiply their zeros. Of the routed experts those count that a token is routed to, and the
         router.
         """
-        weights = self.block_weights + self.vocabulary * self.hidden + self._sum_over_layers(self._routed_weights)
+        weights = self._sum_over_layers(self._active_weights) + self.vocabulary * self.hidden
         attention = 4 * self._sum_over_layers(self._attention_width) * (context + 1) / 2
         return 2.0 * weights + attention
 
@@ -297,22 +312,18 @@ class Shape:
         groups, groups_per_token = self.groups
         return self.active if groups == 1 else groups * max(2, math.ceil(self.active / groups_per_token))
 
-    def _expert_axes(self, layer: int) -> list[tuple[Axis, ...]]:
-        """The axes of the matrices that a block's routed experts have, one set for each matrix, without the experts."""
-        tensors = self.block_tensors(layer).values()
-        return [axes[1:] for axes in tensors if len(axes) == 3 and axes[0] == "experts"]
-
     def _idle_parameters(self, layer: int) -> int:
         """Parameters of a block's routed experts that a token is not routed to."""
         tensors = self.block_tensors(layer).items()
         each = sum(math.prod(self.tensor_size(a[1:])) for n, a in tensors if self.is_routed(n))
         return (self.experts - self.active) * each
 
-    def _routed_weights(self, layer: int) -> int:
-        """Weights of a block's router, and of the routed experts' matrices that one token uses."""
-        tensors = self.block_tensors(layer).values()
-        router = sum(math.prod(self.tensor_size(axes)) for axes in tensors if axes == _ROUTER)
-        return router + self.active * sum(math.prod(self.tensor_size(axes)) for axes in self._expert_axes(layer))
+    def _active_weights(self, layer: int) -> int:
+        """Weights of a block's linears and router that one token uses: of the routed experts, those it is routed to."""
+        tensors, experts = self.block_tensors(layer), self.expert_weights(layer).values()
+        dense = [tensors[name] for name in self.matrices(layer)] + [a for a in tensors.values() if a == _ROUTER]
+        each = sum(math.prod(self.tensor_size(axes[1:])) for axes in experts)
+        return sum(math.prod(self.tensor_size(axes)) for axes in dense) + self.active * each
 
     def _attention_width(self, layer: int) -> int:
         """Channels of the values that a block's heads put out; 0 for a block without attention over positions."""

@@ -144,8 +144,11 @@ def _prefer_blocks(
 def _steps(shape: Shape, spaces: Sequence[str], step: int | None) -> dict[str, int]:
     """The step in which each space is narrowed."""
     divisor = shape.heads if shape.family.heads_divide_hidden and "kv" not in spaces else 1
-    hidden = math.lcm(step, divisor) if step else multiple_of(shape.hidden, divisor)
-    steps = {"layers": 1, "hidden": hidden, "ffn": step or multiple_of(shape.ffn), "kv": 1}
+    # Transformers multiplies experts by grouped kernels, which need rows of whole 16 bytes: 8 weights of 16 bits.
+    least = 8 if shape.experts else 1
+    hidden = math.lcm(step, divisor) if step else math.lcm(multiple_of(shape.hidden, divisor), least)
+    steps = {"layers": 1, "hidden": hidden, "ffn": step or multiple_of(shape.ffn), "kv": 1, "experts": 1}
+    steps["expert_ffn"] = step or math.lcm(multiple_of(shape.expert_ffn), least)
     return {space: steps[space] for space in spaces}
 
 
@@ -159,6 +162,7 @@ def _most(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 def _reach(shares: NDArray[np.float64], ratio: float, steps: Mapping[str, int]) -> str:
     """What narrowing can remove, for an error; ``shares`` has each candidate's share, NaN where one is not legal."""
     units = {"layers": "layer", "hidden": "hidden channel", "ffn": "FFN channel", "kv": "KV head"}
+    units |= {"experts": "expert", "expert_ffn": "FFN channel of each expert"}
     named = ", ".join(f"{step} {units[space]}{'s' if step > 1 else ''}" for space, step in steps.items())
     legal = shares[shares > 0]
     if not legal.size:

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING
 
 from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.expert_matrices import is_expert_weight
 from secateur.model.families import Axis
 from secateur.model.plan import Plan
 from secateur.model.safetensors_io import Stored
@@ -57,7 +58,7 @@ def _cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None) -> I
             name = family.block_tensor(old, rest)
             dtype = checkpoint.dtype_of(name) if rest in stored else checkpoint.dtype
             if plan.after.is_routed(rest):
-                yield from _expert_tensors(checkpoint, plan, old, new, rest, axes)
+                yield from _expert_tensors(checkpoint, plan, old, new, rest, axes, zeros)
                 continue
             size = plan.after.tensor_size(axes)
             make = partial(_block_tensor, checkpoint, plan, old, new, rest, axes, zeros)
@@ -66,24 +67,31 @@ def _cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None) -> I
 
 
 def _expert_tensors(
-    checkpoint: Checkpoint, plan: Plan, old: int, new: int, rest: str, axes: tuple[Axis, ...]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    old: int,
+    new: int,
+    rest: str,
+    axes: tuple[Axis, ...],
+    zeros: ZeroCount | None,
 ) -> Iterator[Stored]:
     """Yield a tensor over the experts of a layer as the checkpoint's files spell it; one expert is read at a time."""
     family, keep = checkpoint.family, plan.keep_experts[old].tolist()
     name = family.block_tensor(old, rest)
+    expert_part = partial(_expert, checkpoint, plan, old, new, rest, axes, zeros)
     dtype, size = checkpoint.dtype_of(name), plan.after.tensor_size(axes)
     spelling = family.stored[rest] if name in checkpoint.spelled else (rest,)
     if "{expert}" not in spelling[0]:
 
         def experts() -> Iterator[Tensor]:
-            return (_expert(checkpoint, plan, old, rest, axes, expert)[None] for expert in keep)
+            return (expert_part(number)[None] for number in range(len(keep)))
 
         yield Stored(family.block_tensor(new, spelling[0]), dtype, size, experts)
         return
     rows = size[1] // len(spelling)
-    for number, expert in enumerate(keep):
+    for number in range(len(keep)):
         for part, template in enumerate(spelling):
-            make = partial(_expert, checkpoint, plan, old, rest, axes, expert, slice(part * rows, (part + 1) * rows))
+            make = partial(expert_part, number, slice(part * rows, (part + 1) * rows))
             full_name = family.block_tensor(new, template.format(expert=number))
             yield Stored(full_name, dtype, (rows, *size[2:]), lambda make=make: (make(),))
 
@@ -92,20 +100,44 @@ def _expert(
     checkpoint: Checkpoint,
     plan: Plan,
     layer: int,
+    new_layer: int,
     rest: str,
     axes: tuple[Axis, ...],
-    expert: int,
+    zeros: ZeroCount | None,
+    number: int,
     rows: slice = slice(None),
 ) -> Tensor:
-    """Some rows of one expert's tensor, as the plan cuts it."""
-    name = checkpoint.family.block_tensor(layer, rest)
+    """Some rows of the tensor of an expert, by its new number, as the plan cuts it."""
+    name, expert = checkpoint.family.block_tensor(layer, rest), int(plan.keep_experts[layer][number])
     tensor = checkpoint.rows(name, expert, expert + 1)[0]
     checkpoint.check_finite(name, tensor)
+    mask = _expert_mask(plan, checkpoint.family.block_tensor(new_layer, rest), number)
+    if zeros is not None and is_expert_weight(axes):
+        zero = tensor == 0
+        zeros.add(_slice_expert(zero, axes, plan, layer, expert)[rows], None if mask is None else mask[rows])
+        if not rows.start and name in checkpoint.masks:  # once for all rows
+            zeros.add_revived(zero, checkpoint.masks[name][expert])
+    if name in plan.weights:
+        tensor = plan.weights[name][expert]
+    tensor = _slice_expert(tensor, axes, plan, layer, expert)[rows]
+    return tensor if mask is None else tensor.masked_fill(~mask[rows], 0)
+
+
+def _slice_expert(tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int, expert: int) -> Tensor:
+    """Slice an expert's part of a tensor over all experts; ``axes`` are those of the whole tensor."""
     for dimension, axis in enumerate(axes[1:]):
         indices = plan.expert_indices(axis, layer, expert)
         if indices is not None:
             tensor = tensor.index_select(dimension, indices)
-    return tensor[rows]
+    return tensor
+
+
+def _expert_mask(plan: Plan, name: str, number: int) -> Tensor | None:
+    """The mask of one expert of the output in a tensor over all experts; None for no mask."""
+    if name not in plan.masks:
+        return None
+    masks = plan.masks
+    return masks.expert(name, number) if isinstance(masks, _CutMasks) else masks[name][number]
 
 
 def _outer_parts(checkpoint: Checkpoint, plan: Plan, name: str, axes: tuple[Axis, ...]) -> Iterator[Tensor]:
@@ -170,7 +202,15 @@ class _CutMasks(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         layer, old_name, axes = self._places[name]
+        if is_expert_weight(axes):
+            return torch.stack([self.expert(name, number) for number in range(len(self._plan.keep_experts[layer]))])
         return ~_slice(~self._masks[old_name], axes, self._plan, layer)
+
+    def expert(self, name: str, number: int) -> Tensor:
+        """The mask of one expert, by its new number, in a tensor over all experts."""
+        layer, old_name, axes = self._places[name]
+        expert = int(self._plan.keep_experts[layer][number])
+        return _slice_expert(self._masks[old_name][expert], axes, self._plan, layer, expert)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.block_walk import BlockWalk
+from secateur.calibration.block_walk import Block, BlockWalk
 from secateur.calibration.routed import ExpertOutputs
 from secateur.errors import UserError
 from secateur.formatting import plural
@@ -16,27 +16,44 @@ from secateur.methods.base import ExpertMethod, RoutedTokens
 from secateur.methods.selection import keep_experts
 from secateur.model.shapes import Shape
 from secateur.progress import notify
+from secateur.pruning.target import Propagate
 
-__all__ = ["decide_experts"]
+__all__ = ["FEW_TOKENS", "decide_experts", "few_tokens", "report_few_tokens"]
 
 FEW_TOKENS = 100  #: tokens below which an expert's score is said to rest on too few
 
 
-def decide_experts(method: ExpertMethod, walk: BlockWalk, after: Shape) -> dict[str, Any]:
-    """Score each layer's experts and keep the highest: fields of a plan."""
+def decide_experts(
+    method: ExpertMethod, walk: BlockWalk, after: Shape, *, propagate: Propagate = "unpruned"
+) -> dict[str, Any]:
+    """Score each layer's experts and keep the highest: fields of a plan.
+
+    Args:
+        propagate: ``pruned``: each block runs again with its kept experts alone before the next is scored.
+    """
     shape = walk.checkpoint.shape
     routed = shape.layers_with("experts")
     nothing = torch.zeros(3, 2, shape.experts, dtype=torch.float64)
-    for block, stats in walk.observe({}, experts=True):
+
+    def select(layer: int) -> Tensor:
+        return keep_experts(walk.journal[f"score.{layer}"], after.experts, shape.groups[0])
+
+    def cut(block: Block) -> None:
+        if block.index in routed:
+            block.keep_experts(select(block.index))
+
+    for block, stats in walk.observe({}, experts=True, replay=cut if propagate == "pruned" else None):
         if block.index in routed:
             sums = stats["experts"][ExpertOutputs].cpu() if method.calibrated else nothing
             entries = {f"routed.{block.index}": sums, f"score.{block.index}": method.score(_tokens(sums.sum(dim=1)))}
             walk.journal.put(block.index, entries)
+            if propagate == "pruned":
+                cut(block)
     scores = {layer: walk.journal[f"score.{layer}"] for layer in routed}
     for layer, score in scores.items():
         if not torch.isfinite(score).all():
             raise UserError(f"{walk.checkpoint.directory}: the scores of the experts of layer {layer} are not finite")
-    keep = {layer: keep_experts(score, after.experts, shape.groups[0]) for layer, score in scores.items()}
+    keep = {layer: select(layer) for layer in routed}
     kind = "in every layer" if len(routed) == shape.layers else f"in {plural(len(routed), 'layer')} of {shape.layers}"
     summary: dict[str, Any] = {"detail": f"routed experts {shape.experts} to {after.experts} {kind}"}
     if method.calibrated:
@@ -58,14 +75,37 @@ def _routing(method: ExpertMethod, sums: Mapping[int, Tensor]) -> dict[str, Any]
         sums: layer -> sums over the tokens of each half [3, 2, experts].
     """
     tokens = {layer: s[0].sum(dim=0) for layer, s in sums.items()}
-    few = {str(layer): (t < FEW_TOKENS).nonzero()[:, 0].tolist() for layer, t in tokens.items()}
     ranks = [_rank_agreement(*(method.score(_tokens(s[:, half])) for half in (0, 1))) for s in sums.values()]
     return {
-        "tokens": {str(layer): t.long().tolist() for layer, t in tokens.items()},
-        "few_tokens": FEW_TOKENS,
-        "few": {layer: experts for layer, experts in few.items() if experts},
+        **few_tokens({str(layer): t for layer, t in tokens.items()}, FEW_TOKENS),
         "rank_agreement": dict(zip(map(str, sums), ranks, strict=True)),
     }
+
+
+def few_tokens(tokens: Mapping[str, Tensor], least: int) -> dict[str, Any]:
+    """Describe how many tokens are routed to each expert, and list those with fewer than ``least``.
+
+    Args:
+        tokens: layer -> tokens of each expert.
+    """
+    few = {layer: (t < least).nonzero()[:, 0].tolist() for layer, t in tokens.items()}
+    return {
+        "tokens": {layer: t.long().tolist() for layer, t in tokens.items()},
+        "few_tokens": least,
+        "few": {layer: experts for layer, experts in few.items() if experts},
+    }
+
+
+def report_few_tokens(routing: Mapping[str, Any], consequence: str) -> None:
+    """List in a line the experts that few tokens reach, and what becomes of them."""
+    places = [f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in routing["few"].items()]
+    if places:
+        few, total = sum(map(len, routing["few"].values())), sum(map(len, routing["tokens"].values()))
+        more = f"; and {plural(len(places) - 8, 'more layer')}" if len(places) > 8 else ""
+        notify(
+            f"experts: {few} of {total} saw fewer than {routing['few_tokens']} tokens and {consequence} "
+            f"({'; '.join(places[:8])}{more}); calibrate on more text"
+        )
 
 
 def _rank_agreement(first: Tensor, second: Tensor) -> float | None:

@@ -268,7 +268,7 @@ def _multiply_gates(tensor: Tensor, name: str, shape: Shape, values: Mapping[str
     layer, module = int(number), rest.rpartition(".")[0]
     if rest == family.stream_scale and "layers" in values:
         return _scale(tensor, values["layers"][0, layer], -1.0)
-    linears = shape.linears(layer)
+    linears = shape.matrices(layer)
     if rest in linears:
         space = SPACE_OF.get(axis := str(shape.block_tensors(layer)[rest][1]), axis)
         if space in values:

@@ -82,6 +82,9 @@ def estimate_memory(
     if isinstance(method, WeightMethod):  # masks are in the journal and in the plan, a byte for each weight
         journal = shape.block_weights * (1 + (2 if method.updates else 0))
         output += shape.block_weights * len(outputs)
+    if shape.experts and (isinstance(method, WeightMethod) or any(a.expert_ffn != shape.expert_ffn for a in outputs)):
+        states *= 2  # what enters the experts of one block is kept for as long as they are visited
+        block += journal // shape.layers
     leaving = journal // shape.layers
     return MemoryEstimate(block, weights * dtype.itemsize, leaving, states, journal * len(outputs), output)
 

@@ -156,7 +156,7 @@ def _journal_key(method: Method, target: Target, before: Shape, after: Shape) ->
     if isinstance(method, RemovalMethod):
         return f"removal-{before.layers - after.layers if method.contiguous else 1}"
     if isinstance(method, ExpertMethod):
-        return "experts"
+        return "experts" if target.propagate == "unpruned" else f"experts-pruned-{after.experts}"
     if isinstance(method, WidthMethod):
         spaces = "-".join(target.spaces(method))
         if method.sequential and target.allocation == "uniform":

@@ -52,6 +52,8 @@ class PruneRequest:
         step: multiple that hidden and FFN sizes are rounded to; None for the default steps.
         keep_pattern: depth methods keep the period of the layer kinds that other runtimes take from a constant; None
             for yes, where the family has one and the model follows it.
+        propagate: methods that remove experts: a block is scored on what the blocks before it put out as they are
+            (``unpruned``), or with their kept experts alone (``pruned``).
         options: options of the method.
         calibration: a source of text (``text:PATH``, ``hf:NAME``, ``tokens:FILE.npy`` ...), ids [windows, positions],
             or an iterable of texts; for image-text models also ``images:FILE.jsonl``, or a list of what the processor
@@ -85,6 +87,7 @@ class PruneRequest:
     allocation: Literal["uniform", "global"] = "uniform"
     step: Positive | None = None
     keep_pattern: bool | None = None
+    propagate: Literal["unpruned", "pruned"] = "unpruned"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Any = None
     tokenizer: Any = None
@@ -131,7 +134,7 @@ class PruneRequest:
     @cached_property
     def targets(self) -> tuple[Target, ...]:
         """What pruning should reach, one target for each ratio."""
-        names = ("of", "shape", "pattern", "axes", "allocation", "step", "keep_pattern")
+        names = ("of", "shape", "pattern", "axes", "allocation", "step", "keep_pattern", "propagate")
         fields = {name: getattr(self, name) for name in names}
         return Target.parse_several(self.ratio, **fields)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,14 +17,15 @@ from secateur.evaluation.layer_removal import removal_accuracies
 from secateur.evaluation.lm_eval.tasks import Task
 from secateur.formatting import plural
 from secateur.methods.base import ExpertMethod, LayerMethod, RemovalMethod, WeightMethod, WidthMethod
-from secateur.methods.selection import Selector, keep_channels, keep_globally
-from secateur.model.checkpoint import is_finite
+from secateur.methods.selection import keep_channels, keep_globally
 from secateur.model.shapes import Shape
 from secateur.progress import notify
+from secateur.pruning.expert_channels import ExpertChannels
 from secateur.pruning.expert_scoring import decide_experts
 from secateur.pruning.layer_choice import LayerPattern, choose_run, choose_single_layers
 from secateur.pruning.projector import keep_projector
 from secateur.pruning.target import Target
+from secateur.pruning.weight_scoring import decide_weights
 
 __all__ = ["score_and_select"]
 
@@ -54,10 +53,10 @@ def score_and_select(
     if isinstance(method, LayerMethod):
         return _decide_layers(method, walk, after, pattern)
     if isinstance(method, ExpertMethod):
-        return decide_experts(method, walk, after)
+        return decide_experts(method, walk, after, propagate=target.propagate)
     if isinstance(method, WidthMethod):
         return _decide_width(method, walk, target, after)
-    return _decide_weights(method, walk, target)
+    return decide_weights(method, walk, target)
 
 
 def _decide_removals(
@@ -172,9 +171,12 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
             columns = removed.repeat_interleave(weight.shape[1] // len(score))
             block.set_weight(reader, weight * ~columns.to(walk.device))
 
-    for block, places in walk_places(walk, method.needs, spaces, replay=zero_removed_units if cutting else None):
+    experts = ExpertChannels(method, walk) if "expert_ffn" in spaces else None
+    visits, replay = experts.visits if experts else None, zero_removed_units if cutting else None
+    for block, places in walk_places(walk, method.needs, spaces, visits=visits, replay=replay):
         step = len(walk.layers) if block is None else block.index
-        walk.journal.put(step, _score_units(method, places, layered if block is not None else (), step))
+        entries = experts.entries(step) if experts else {}
+        walk.journal.put(step, entries | _score_units(method, places, layered if block is not None else (), step))
         del places
         if cutting:
             assert block is not None
@@ -191,7 +193,10 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
     if not uniform:
         after = _padded(walk.checkpoint.shape, keep, target.step or 1).openable(where="`axes`")
         after = after.switched_on(method.config_switches(after, spaces))
-    return _width_decision(method, walk, scores, keep, means, after)
+    decision = _width_decision(method, walk, scores, keep, means, after)
+    if experts and method.needs:
+        decision["summary"]["routing"] = experts.report()
+    return decision
 
 
 def _score_units(
@@ -255,7 +260,7 @@ def _width_decision(
     summary: dict[str, Any] = {
         "detail": ", ".join(
             _narrowed(space, before, after, keep)
-            for space in ("hidden", "ffn", "kv")
+            for space in ("hidden", "ffn", "kv", "expert_ffn")
             if any(name.partition(".")[0] == space for name in keep)
         ),
         "importance": {name: _curve(score) for name, score in scores.items()},
@@ -263,7 +268,7 @@ def _width_decision(
     }
     if method.bias != "none":
         summary["bias"] = {"compensated": sorted({name.split(".", 3)[-1] for name in biases}), "not": uncompensated}
-    ragged = {n: len(k) for n, k in keep.items() if n != "hidden" and len(k) < after.units(n.partition(".")[0])}
+    ragged = any(n.startswith(("ffn.", "kv.")) and len(k) < after.units(n.partition(".")[0]) for n, k in keep.items())
     if ragged:
         summary["units_kept"] = {name: len(indices) for name, indices in keep.items()}
         notify(
@@ -274,17 +279,17 @@ def _width_decision(
     if "hidden" in keep:
         fields["keep_hidden"] = keep["hidden"]
         fields |= keep_projector(walk.checkpoint, keep["hidden"], after.hidden, walk)
-    for space in ("ffn", "kv"):
+    for space in ("ffn", "kv", "expert_ffn"):
         layers = {int(n.partition(".")[2]): k for n, k in keep.items() if n.startswith(f"{space}.")}
         if layers:
-            everything = {layer: torch.arange(before.units(space)) for layer in range(before.layers)}
-            fields[f"keep_{space}"] = everything | layers
+            every_layer = range(before.layers) if space != "expert_ffn" else ()  # experts: all layers that have any
+            fields[f"keep_{space}"] = {layer: torch.arange(before.units(space)) for layer in every_layer} | layers
     return fields
 
 
 def _narrowed(space: str, before: Shape, after: Shape, keep: Mapping[str, Tensor]) -> str:
-    words = {"hidden": "hidden", "ffn": "FFN", "kv": "KV heads"}
-    counts = {len(indices) for name, indices in keep.items() if name.partition(".")[0] == space}
+    words = {"hidden": "hidden", "ffn": "FFN", "kv": "KV heads", "expert_ffn": "FFN of each expert"}
+    counts = {indices.shape[-1] for name, indices in keep.items() if name.partition(".")[0] == space}
     reached = f"{min(counts)}-{max(counts)}" if len(counts) > 1 else f"{max(counts)}"
     tail = f" (heads {before.heads} to {after.heads})" if space == "kv" and len(counts) == 1 else ""
     return f"{words[space]} {before.units(space)} to {reached}{' channels' if space != 'kv' else ''}{tail}"
@@ -292,7 +297,7 @@ def _narrowed(space: str, before: Shape, after: Shape, keep: Mapping[str, Tensor
 
 def _curve(scores: Tensor, points: int = 33) -> list[float]:
     """Scores from the highest to the lowest, at most ``points`` of them, both ends included."""
-    ranked = scores.sort(descending=True).values
+    ranked = scores.flatten().sort(descending=True).values
     if ranked.numel() <= points:
         return ranked.tolist()
     return ranked[torch.linspace(0, ranked.numel() - 1, points).round().long()].tolist()
@@ -301,7 +306,8 @@ def _curve(scores: Tensor, points: int = 33) -> list[float]:
 def _share(scores: Tensor, keep: Tensor) -> float | None:
     """The share of importance that stays; None with negative scores, which have no shares."""
     total = float(scores.sum())
-    return float(scores[keep.to(scores.device)].sum()) / total if total > 0 and float(scores.min()) >= 0 else None
+    stays = scores.gather(-1, keep.to(scores.device))
+    return float(stays.sum()) / total if total > 0 and float(scores.min()) >= 0 else None
 
 
 def _compensate(
@@ -326,81 +332,3 @@ def _compensate(
     if refused:
         notify(f"no bias compensation where the family has no bias: {'; '.join(refused.values())}")
     return biases, refused
-
-
-def _decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> Decision:
-    """Prune block after block; each block reads the outputs of the pruned blocks before it."""
-    family, shape = walk.family, walk.checkpoint.shape
-    select = Selector(target.sparsity, method.compare, target.pattern.group if target.pattern else None)
-    needs: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
-    masks, weights = walk.journal.with_prefix("mask."), walk.journal.with_prefix("weight.")
-
-    def restore(block: Block) -> None:
-        for linear in shape.linears(block.index):
-            name = family.block_tensor(block.index, linear)
-            block.set_weight(
-                linear, weights[name] if method.updates else block.weight(linear) * masks[name].to(walk.device)
-            )
-
-    for block, stats in walk.observe(needs, replay=restore):
-        walk.journal.put(block.index, _prune_block(method, block, stats, select, walk.checkpoint.masks))
-    zeros = {name: int(count) for name, count in walk.journal.with_prefix("zeros.").items()}
-    pruned, total = sum(zeros.values()), shape.block_weights
-    names = [
-        (family.block_tensor(layer, linear), math.prod(shape.tensor_size(shape.block_tensors(layer)[linear])))
-        for layer in range(shape.layers)
-        for linear in shape.linears(layer)
-    ]
-    earlier = sum(mask.numel() - int(mask.count_nonzero()) for mask in walk.checkpoint.masks.values())
-    summary = {
-        "detail": f"{pruned:,} of {plural(total, 'block weight')} zeroed ({100 * pruned / total:.1f}%)"
-        + (f", {earlier:,} of them by the masks of the checkpoint" if earlier else "")
-        + (f", pattern {target.pattern}" if target.pattern else ""),
-        "sparsity": {name: zeros[name] / size for name, size in names},
-    }
-    return {"masks": masks, "weights": weights, "zeroed": pruned, "summary": summary}
-
-
-def _prune_block(
-    method: WeightMethod,
-    block: Block,
-    stats: dict[str, dict[type, Tensor]],
-    select: Selector,
-    masks: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Prune a block's linears in place; return journal entries with masks, numbers of zeros, and changed weights.
-
-    Statistics are freed on the way, since some are matrices over all pairs of channels.
-
-    Args:
-        masks: of an earlier pruning of the checkpoint; what they drop stays pruned.
-    """
-    walk, entries = block.walk, dict[str, Tensor]()
-    by_site: dict[str, dict[str, str]] = {}
-    for linear in walk.checkpoint.shape.linears(block.index):
-        by_site.setdefault(walk.family.site_of(linear), {})[linear] = walk.family.block_tensor(block.index, linear)
-    for site, names in by_site.items():
-        statistics = stats.pop(site, {})
-        if not all(is_finite(value) for value in statistics.values()):
-            name = next(iter(names.values()))
-            raise UserError(
-                f"{walk.checkpoint.directory}: the input of {name} is too large: a sum of squares is infinite"
-            )
-        shared = method.prepare(statistics)
-        del statistics
-        for linear, name in names.items():
-            weight = block.weight(linear)
-            mask = masks[name].to(weight.device) if name in masks else None
-            weight, keep = method.prune(weight, shared, dataclasses.replace(select, mask=mask))
-            if mask is not None:  # a method may call the selector without saying which columns it scores
-                keep = keep & mask
-                weight = weight.masked_fill(~keep, 0)
-            if not is_finite(weight):
-                raise UserError(f"{walk.checkpoint.directory}: pruning {name} gives NaN or infinity")
-            if method.updates:  # in the stored dtype, so that the next block reads the weights that are written
-                weight = entries[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name))
-            block.set_weight(linear, weight)
-            entries[f"mask.{name}"] = keep
-            entries[f"zeros.{name}"] = keep.numel() - keep.count_nonzero()  # a sum of bool copies it to int64
-        del shared
-    return entries

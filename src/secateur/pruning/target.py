@@ -19,9 +19,10 @@ from secateur.model.solver import explicit, solve_depth, solve_experts, solve_wi
 if TYPE_CHECKING:
     from secateur.methods.base import Method, WeightMethod
 
-__all__ = ["Allocation", "Pattern", "Target", "describe_target"]
+__all__ = ["Allocation", "Pattern", "Propagate", "Target", "describe_target"]
 
 Allocation = Literal["uniform", "global"]
+Propagate = Literal["unpruned", "pruned"]  #: which outputs of a block the next one is scored on
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Target:
         step: hidden and FFN sizes are rounded to multiples of it; None for the default steps.
         keep_pattern: whether depth methods keep the period of the layer kinds; None for yes, where the family has one
             and the model follows it.
+        propagate: for methods that remove experts: whether a block is scored on the outputs of the blocks before it as
+            they are (``unpruned``), or with their kept experts alone (``pruned``).
 
     Raises:
         UserError: on a value out of range or a contradiction between fields. Messages call ``sizes`` ``shape``, the
@@ -87,6 +90,7 @@ class Target:
     allocation: Allocation = "uniform"
     step: int | None = None
     keep_pattern: bool | None = None
+    propagate: Propagate = "unpruned"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", dict(self.sizes))
@@ -96,6 +100,7 @@ class Target:
         for name, choice, choices in (
             ("of", self.of, (None, *get_args(Share))),
             ("allocation", self.allocation, get_args(Allocation)),
+            ("propagate", self.propagate, get_args(Propagate)),
         ):
             if choice not in choices:
                 raise UserError(f"`{name}`: {choice!r} is not known{did_you_mean(choice, filter(None, choices))}")
@@ -136,6 +141,7 @@ class Target:
         allocation: Allocation = "uniform",
         step: int | None = None,
         keep_pattern: bool | None = None,
+        propagate: Propagate = "unpruned",
     ) -> Target:
         """Read a target from the texts of a command line or a study file, or from plain values.
 
@@ -156,6 +162,7 @@ class Target:
             allocation,
             step,
             keep_pattern,
+            propagate,
         )
 
     @classmethod
@@ -175,9 +182,11 @@ class Target:
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values; part of the identity of a study's stages.
 
-        ``step`` and ``keep_pattern`` have no entry where they are None, as in older identities.
+        ``step``, ``keep_pattern`` and ``propagate`` have no entry where they have their defaults, as in older
+        identities.
         """
         late = {"step": self.step, "keep_pattern": self.keep_pattern}
+        late |= {"propagate": self.propagate if self.propagate != "unpruned" else None}
         return {
             "ratio": self.ratio,
             "of": self.of,
@@ -213,6 +222,10 @@ class Target:
             raise UserError(f"`ratio`: how much should {name} remove? Pass `ratio`, or {_ALTERNATIVES[kind]}")
         if self.keep_pattern is not None and kind != "depth":
             raise UserError(f"`keep_pattern`: goes with depth methods, and {name} is none; leave it out")
+        if self.propagate == "pruned" and not (kind == "experts" and method.calibrated):
+            raise UserError(
+                f"`propagate` pruned: goes with methods that score experts on text, and {name} is none; leave it out"
+            )
         self._check_width(method, name)
 
     def _check_width(self, method: Method, name: str) -> None:
@@ -235,7 +248,7 @@ class Target:
                 raise UserError(f"`shape`: {name} scores {', '.join(method.scores)}, so it cannot narrow {space}")
         if self.allocation == "global" and "layers" in method.scores:
             raise UserError(f"`allocation` global: {name} learns as many units in every layer; leave it out")
-        if self.allocation == "global" and (self.sizes or "hidden" in self.spaces(method)):
+        if self.allocation == "global" and (self.sizes or {"hidden", "expert_ffn"} & {*self.spaces(method)}):
             raise UserError("`allocation` global: needs a `ratio`, and `axes` of ffn and kv alone")
 
     def basis(self, method: Method) -> str:
@@ -261,6 +274,8 @@ class Target:
             record["step"] = self.step
         if self.keep_pattern is not None:
             record["keep_pattern"] = self.keep_pattern
+        if self.propagate != "unpruned":
+            record["propagate"] = self.propagate
         return record
 
     def spaces(self, method: Method) -> tuple[str, ...]:
@@ -409,7 +424,7 @@ def describe_target(target: Mapping[str, Any]) -> str:
         parts.append(f"{100 * target['ratio']:.4g}% of {_COUNTED[target['of']]}")
     if "shape" in target:
         parts.append(",".join(f"{name}={size}" for name, size in target["shape"].items()))
-    parts += [f"{key} {target[key]}" for key in ("pattern", "allocation", "step") if key in target]
+    parts += [f"{key} {target[key]}" for key in ("pattern", "allocation", "step", "propagate") if key in target]
     if "keep_pattern" in target:
         parts.append(f"keep_pattern {'on' if target['keep_pattern'] else 'off'}")
     if "axes" in target:

@@ -267,6 +267,7 @@ class MethodEntry:
     allocation: Literal["uniform", "global"] = "uniform"
     step: Annotated[Positive | None, IdentityKey(omit=None)] = None  #: multiple of hidden and FFN sizes
     keep_pattern: Annotated[bool | None, IdentityKey(omit=None)] = None  #: of the layer kinds, for depth methods
+    propagate: Annotated[Literal["unpruned", "pruned"], IdentityKey(omit="unpruned")] = "unpruned"  #: for experts
     options: Mapping[str, Any] = field(default_factory=dict)
     tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: retrain.tokens
     settings: Settings | None = None
@@ -291,7 +292,7 @@ class MethodEntry:
         keys = [key for key in ("ratios", "shapes", "pattern") if getattr(self, key)]
         if len(keys) > 1:
             raise UserError(f"{keys[0]} and {keys[1]} both say how much to remove; make two entries of them")
-        names = ("of", "axes", "allocation", "step", "keep_pattern")
+        names = ("of", "axes", "allocation", "step", "keep_pattern", "propagate")
         common: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.pattern:
             return {self.pattern: Target.parse(pattern=self.pattern, **common)}

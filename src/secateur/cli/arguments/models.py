@@ -126,6 +126,13 @@ def add_prune(verbs: Any) -> None:
         "families (default: where the family has one and the model follows it)",
     )
     add(
+        "--propagate",
+        choices=("unpruned", "pruned"),
+        default="unpruned",
+        help="methods that remove experts: score a block on what the blocks before it put out as they are, or with "
+        "their kept experts alone",
+    )
+    add(
         "--option",
         dest="options",
         metavar="KEY=VALUE",

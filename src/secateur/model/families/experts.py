@@ -66,6 +66,7 @@ def _sites(shared: str = "", dense: bool = True, ffn_norm: str = "post_attention
     """The sites of a block with two norms, whose FFN is dense in some layers, with a shared FFN beside the experts."""
     inputs = ("mlp.gate_proj", "mlp.up_proj") if dense else ()
     inputs += (f"mlp.{shared}.gate_proj", f"mlp.{shared}.up_proj") if shared else ()
+    inputs += ("mlp.experts",) if inputs else ()
     sites = {
         "attention_input": Site("input_layernorm", "hidden", output=True, readers=_QKV),
         "ffn_input": Site(ffn_norm, "hidden", output=True, readers=inputs),

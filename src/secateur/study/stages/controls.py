@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from secateur.model.expert_matrices import weight_matrices
+from secateur.model.families import Axis
 from secateur.pruning.target import Pattern
 
-__all__ = ["permuted_mask", "random_mask", "redrawn_linears", "shuffle_weights"]
+__all__ = ["each_matrix", "permuted_mask", "random_mask", "redrawn_linears", "shuffle_weights"]
 
 
 def permuted_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = None) -> Tensor:
@@ -45,10 +47,37 @@ def random_mask(mask: Tensor, name: str, seed: int, pattern: Pattern | None = No
     return torch.empty_like(counts).scatter_(1, noise.argsort(dim=1), counts).reshape(mask.shape)
 
 
+def each_matrix(
+    control: Callable[[Tensor, str, int, Pattern | None], Tensor],
+    masks: Mapping[str, Tensor],
+    tensors: Mapping[str, tuple[Axis, ...]],
+    seed: int,
+    pattern: Pattern | None,
+) -> dict[str, Tensor]:
+    """Apply :func:`permuted_mask` or :func:`random_mask` to each mask; of routed experts, to each of their matrices.
+
+    Args:
+        tensors: name -> spaces of its axes.
+    """
+    changed = {}
+    for name, mask in masks.items():
+        if mask.dim() == 2:
+            changed[name] = control(mask, name, seed, pattern)
+            continue
+        changed[name] = torch.empty_like(mask)
+        for expert, (before, after) in enumerate(zip(mask, changed[name], strict=True)):
+            views = zip(weight_matrices(before, tensors[name]), weight_matrices(after, tensors[name]), strict=True)
+            for place, (source, target) in enumerate(views):
+                target.copy_(control(source, f"{name}.{expert}.{place}", seed, pattern))
+    return changed
+
+
 def redrawn_linears(
     model: nn.Module, draw: Callable[[str], Tensor], stored: Callable[[str], Tensor]
 ) -> Callable[[str], Tensor]:
     """Draw the linears, the head among them, and take embeddings and norms as stored; a tied head is an embedding.
+
+    Routers and routed experts are linears as well.
 
     This is the from-scratch baseline of sparse models in the authors' code of arXiv:2606.14150 (``reinit.py``).
 
@@ -58,7 +87,8 @@ def redrawn_linears(
 
     def weight(name: str) -> Tensor:
         module = model.get_submodule(name.rpartition(".")[0])
-        return draw(name) if isinstance(module, nn.Linear) else stored(name)
+        is_linear = isinstance(module, nn.Linear) or hasattr(module, "num_experts")
+        return draw(name) if is_linear else stored(name)
 
     return weight
 

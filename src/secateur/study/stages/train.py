@@ -28,7 +28,7 @@ from secateur.progress import notify
 from secateur.pruning.target import Pattern
 from secateur.runtime import pick_device
 from secateur.study.stage import Stage
-from secateur.study.stages.controls import permuted_mask, random_mask, redrawn_linears, shuffle_weights
+from secateur.study.stages.controls import each_matrix, permuted_mask, random_mask, redrawn_linears, shuffle_weights
 from secateur.study.stages.inputs import check_parents, corpus_tokens, holdout_protocol, model_of
 from secateur.study.store import Store
 from secateur.training.batches import Slice
@@ -190,9 +190,9 @@ def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
         return Start(model, shuffle, masks, config=weights.raw_config, checkpoint=weights)
     pattern = _pattern(weights.directory)
     if init == "permuted":
-        masks = {name: permuted_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
+        masks = each_matrix(permuted_mask, masks, weights.tensors(), recipe.seed, pattern)
     elif init == "random-mask":
-        masks = {name: random_mask(mask, name, recipe.seed, pattern) for name, mask in masks.items()}
+        masks = each_matrix(random_mask, masks, weights.tensors(), recipe.seed, pattern)
     draw = fresh_weights(model, recipe.init, seed=recipe.seed)
     if init == "redrawn-linears":
         draw = redrawn_linears(model, draw, stored_weights(weights))
