@@ -18,6 +18,7 @@ from secateur.errors import UserError
 from secateur.model.checkpoint import Checkpoint
 from secateur.pruning.job import prune_directory
 from secateur.pruning.pipeline import make_plan, write_pruned
+from secateur.pruning.preview import ShapesRequest, preview_shapes
 from secateur.pruning.request import PruneRequest
 from secateur.pruning.target import Target
 
@@ -134,3 +135,36 @@ def test_mxfp4_without_matching_scales(packed: tuple[Path, dict[str, torch.Tenso
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="do not match"):
         Checkpoint(directory)
+
+
+def test_shapes_of_a_published_mixture(tmp_path: Path) -> None:
+    """Qwen3-30B-A3B has 30.5 billion parameters, 3.3 of them active."""
+    config = {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "intermediate_size": 6144,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "tie_word_embeddings": False,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    }
+    (path := tmp_path / "config.json").write_text(json.dumps(config))
+    half = preview_shapes(ShapesRequest(model=path, ratio=0.5, method="reap")).record()
+    assert half["before"]["parameters"]["total"] == 30_532_122_624
+    assert half["before"]["parameters"]["active"] == 3_353_032_704
+    assert (half["shape"]["experts"], half["of"], half["drift"]) == (64, "experts", 0)
+    removed = 48 * 64 * (3 * 2048 * 768 + 2048)  # each with its row of the router
+    assert half["parameters"]["total"] == 30_532_122_624 - removed
+    ways = preview_shapes(ShapesRequest(model=path, ratio=0.5)).record()["targets"]
+    assert ways["experts"]["shape"]["experts"] == 64
+    assert ways["width"]["shape"]["ffn"] == 6144  # no layer has a dense FFN
+    named = preview_shapes(ShapesRequest(model=path, shape="experts=96")).record()
+    assert named["shape"]["experts"] == 96
