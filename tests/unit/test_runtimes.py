@@ -131,6 +131,24 @@ def test_a_step_remedies_only_what_the_cut_did() -> None:
     assert support.quantisation == "none" and not support.remedy
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "kinds"),
+    [
+        ("olmo2", {"hidden": 1024}, ()),
+        ("qwen3", {"switches": ("attention_bias",)}, ()),
+        ("gemma3_text", {}, PERIOD[1:]),
+    ],
+)
+def test_an_option_remedies_only_what_the_cut_did(
+    model_type: str, changes: dict[str, Any], kinds: tuple[bool, ...]
+) -> None:
+    """A model that did not run before the cut gets the reason, and no option."""
+    odd = dataclasses.replace(BEFORE, family=family_of(model_type, where="test"), **changes)
+    cut = dataclasses.replace(odd, ffn=4096)
+    (support,) = [s for s in check_runtimes(Traits(cut, kinds, odd, False, kinds)) if s.runtime == "llama.cpp"]
+    assert support.runs == "no" and support.reason and not support.remedy
+
+
 def test_what_was_not_checked_is_never_a_yes() -> None:
     """A family, or a trait of one, that the table lacks."""
     stranger = dataclasses.replace(BEFORE, family=dataclasses.replace(BEFORE.family, name="stranger"))

@@ -332,3 +332,14 @@ def test_a_missing_projector_is_named(tmp_path: Path) -> None:
     save_file(rest, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks the tensor multi_modal_projector\.linear_2\.weight"):
         Checkpoint(directory)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "smolvlm", "mistral3"])
+def test_a_missing_vision_tower_is_named(tmp_path: Path, name: str) -> None:
+    """Transformers would fill it with random numbers."""
+    directory = tiny_wrapper(tmp_path, name)
+    tensors = load_file(directory / "model.safetensors")
+    rest = {key: value for key, value in tensors.items() if "vision" not in key}
+    save_file(rest, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks the vision tower of a {name} model; restore its weights"):
+        Checkpoint(directory)

@@ -67,11 +67,16 @@ def inspect_checkpoint(request: InspectRequest) -> Inspection:
         sparsity=sparsity(checkpoint),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         digest=checkpoint.digest,
-        runs_in=check_runtimes(
-            Traits(checkpoint.shape, layer_kinds(checkpoint.config), image_text=bool(checkpoint.whole))
-        ),
+        runs_in=check_runtimes(_traits(checkpoint)),
         image_text=_around(checkpoint),
     )
+
+
+def _traits(checkpoint: Checkpoint) -> Traits:
+    """What decides where a checkpoint runs; one that secateur did not write counts as uncut."""
+    kinds = layer_kinds(checkpoint.config)
+    before = None if checkpoint.provenance else checkpoint.shape
+    return Traits(checkpoint.shape, kinds, before, bool(checkpoint.whole), kinds)
 
 
 def _around(checkpoint: Checkpoint) -> dict[str, Any] | None:

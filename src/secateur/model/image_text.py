@@ -51,8 +51,14 @@ class ImageTextModel:
         if ignored:
             notify_once(f"{where}: left out, no model of transformers reads them: {ignored[0]} and what is beside it")
         outside = {name: file for name, file in files.items() if name not in inside and name not in ignored}
+        kind = whole.config.model_type
         if missing := whole.wrapper.missing(outside):
-            raise UserError(f"{where}: lacks the tensor {missing[0]} of a {whole.wrapper.model_types[0]} model")
+            raise UserError(f"{where}: lacks the tensor {missing[0]} of a {kind} model")
+        if not any("vis" in name and not whole.wrapper.axes(name) for name in outside):
+            raise UserError(
+                f"{where}: lacks the vision tower of a {kind} model; restore its weights, or save the language model "
+                "alone, with its own config.json"
+            )
         for name, file in outside.items():
             for dimension, axis in enumerate(whole.wrapper.axes(name) or ()):
                 size = file.size(name)

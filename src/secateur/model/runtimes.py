@@ -30,6 +30,7 @@ class Traits:
     Attributes:
         kinds: of its layers (:func:`secateur.model.layer_pattern.layer_kinds`).
         before: the shape that was cut; None where that is not known.
+        kinds_before: of the layers that were cut.
         image_text: whether it is the language model within an image-text model, which few runtimes were checked with.
     """
 
@@ -37,6 +38,12 @@ class Traits:
     kinds: Kinds = ()
     before: Shape | None = None
     image_text: bool = False
+    kinds_before: Kinds = ()
+
+    @property
+    def source(self) -> Traits | None:
+        """The traits of the model that was cut; None where they are not known."""
+        return Traits(self.before, self.kinds_before, self.before, self.image_text) if self.before else None
 
     @cached_property
     def unusual(self) -> frozenset[str]:
@@ -240,7 +247,8 @@ def _check(runtime: Runtime, traits: Traits) -> Support:
     name = traits.shape.family.name
     for rule in runtime.rules:
         if (not rule.families or name in rule.families) and rule.applies(traits):
-            return Support(runtime.name, runtime.version, "no", rule.reason, rule.remedy)
+            remedy = "" if traits.source and rule.applies(traits.source) else rule.remedy  # no option undoes the source
+            return Support(runtime.name, runtime.version, "no", rule.reason, remedy)
     checked = runtime.runs.get("*") if traits.image_text else runtime.runs.get(name, runtime.runs.get("*"))
     if checked is None or not (checked is ANY or traits.unusual <= checked):
         return Support(runtime.name, runtime.version, "not checked")

@@ -130,7 +130,9 @@ def _processor(directory: Path) -> Any:
         processor = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of files, packages and classes
         raise UserError(
-            f"`calibration`: {directory}: its processor cannot be loaded: {first_line(error)[:200]}"
+            f"`calibration`: {directory}: its processor cannot be loaded; its files (preprocessor_config.json "
+            "and others) belong beside config.json: "
+            f"{first_line(error)[:200]}"
         ) from None
     if not hasattr(processor, "image_processor"):
         raise UserError(f"`calibration`: {directory} has no processor of images (preprocessor_config.json)")

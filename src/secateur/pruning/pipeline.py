@@ -197,9 +197,9 @@ def removed_shares(plan: Plan) -> dict[str, Any]:
 
 def runtimes_of(checkpoint: Checkpoint, plan: Plan) -> tuple[Support, ...]:
     """Which runtimes compute what the plan makes of a checkpoint."""
-    kinds = layer_kinds(checkpoint.config)
-    kinds = tuple(kinds[layer] for layer in plan.keep_layers.tolist()) if kinds else ()
-    return check_runtimes(Traits(plan.after, kinds, plan.before, image_text=bool(checkpoint.whole)))
+    before = layer_kinds(checkpoint.config)
+    kinds = tuple(before[layer] for layer in plan.keep_layers.tolist()) if before else ()
+    return check_runtimes(Traits(plan.after, kinds, plan.before, bool(checkpoint.whole), before))
 
 
 def write_pruned(

@@ -325,9 +325,11 @@ class Target:
         field_name = "shape" if self.sizes else "axes"
         for axis in () if method.granularity == "sparse" else axes:
             if reason := before.family.uncut_reason(axis):
+                possible = [space for space in method.scores if space in before.family.axes]
+                remedy = f"; pass `axes` {','.join(possible)}" if possible and not self.sizes else ""
                 raise UserError(
                     f"`{field_name}`: {name} cuts {axis}, but of {before.family.name} only "
-                    f"{', '.join(before.family.axes)} can be cut: {reason}"
+                    f"{', '.join(before.family.axes)} can be cut: {reason}{remedy}"
                 )
             if axis not in ("layers", "hidden") and not before.layers_with(axis):
                 raise UserError(f"`{field_name}`: {name} cuts {axis}, but no layer of this model has any")
