@@ -71,6 +71,16 @@ def test_heads(name: str, method: str, mixture_zoo: Zoo) -> None:
         assert torch.equal(cut, whole[heads])
 
 
+def test_a_switch_brings_all_of_its_biases(mixture_zoo: Zoo) -> None:
+    """FLAP switches Ernie's biases on; shared experts have biases by that switch and another one."""
+    pruned = mixture_zoo.prune("ernie4_5_moe", "flap", Target(sizes={"heads": 4, "kv_heads": 2}))
+    bias = opened(pruned.out).get_parameter("model.layers.1.mlp.shared_experts.gate_proj.bias")
+    assert torch.count_nonzero(bias) == 0
+    config = json.loads((pruned.out / "config.json").read_text())
+    assert (config["use_bias"], config["moe_num_shared_experts"]) == (True, 1)
+    assert not [key for key in config if "&" in key]
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_all_axes_at_once(name: str, mixture_zoo: Zoo) -> None:
     shape = Checkpoint(mixture_zoo.directory(name)).shape

@@ -137,6 +137,11 @@ def test_mxfp4_without_matching_scales(packed: tuple[Path, dict[str, torch.Tenso
         Checkpoint(directory)
 
 
+def test_shapes_of_a_model_with_latent_heads(tmp_path: Path) -> None:
+    half = preview_shapes(ShapesRequest(model=tiny_mixture(tmp_path, "deepseek_v3"), ratio=0.5, method="reap")).record()
+    assert (half["shape"]["experts"], half["before"]["shape"]["experts"]) == (4, 8)
+
+
 def test_shapes_of_a_published_mixture(tmp_path: Path) -> None:
     """Qwen3-30B-A3B has 30.5 billion parameters, 3.3 of them active."""
     config = {

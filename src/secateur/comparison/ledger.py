@@ -44,7 +44,8 @@ FORMULA = (
     "adds its own forward FLOPs for each token. Forward FLOPs per token = 2 x (weights of the blocks' linears + "
     "vocabulary x hidden, the head) + 4 x layers x heads x head_dim x (sequence + 1) / 2, the attention over the "
     "positions that a causal window sees on average. Norms, activations and the embedding's look-up are left out; "
-    "zeroed weights count in full, since dense kernels multiply them."
+    "zeroed weights count in full, since dense kernels multiply them. Of routed experts those count that a token is "
+    "routed to."
 ).replace(" x ", f" {TIMES} ")
 
 Row = dict[str, Any]

@@ -203,12 +203,12 @@ def _is_complete(raw: dict[str, Any]) -> bool:
     if wrapper_of(raw["model_type"]):
         return False
     family = family_of(raw["model_type"], where="")
+    if family.kinds or family.derived:
+        return False
     numbers = {*family.config_keys.values(), "vocab_size", "max_position_embeddings"}
     if family.derives_head_dim:
         numbers -= {family.config_keys["head_dim"]} - raw.keys()
     numbers |= {key for factors in family.fixed.values() for key in factors if isinstance(key, str)}
-    if family.kinds or family.derived:
-        return False
     switches = (key for switch in family.optional.values() for key in switch.split("&"))
     flags = {*(key.removeprefix("!") for key in switches), "tie_word_embeddings"}
     flags |= {twin for twins in family.twin_keys.values() for twin in twins}

@@ -212,7 +212,9 @@ class Shape:
 
     def switched_on(self, keys: Sequence[str]) -> Shape:
         """The shape with optional tensors besides its own."""
-        return dataclasses.replace(self, switches=tuple(sorted({*self.switches, *keys})))
+        switches = {*self.switches, *keys}
+        switches |= {switch for switch in self.family.optional.values() if switches.issuperset(switch.split("&"))}
+        return dataclasses.replace(self, switches=tuple(sorted(switches)))
 
     @property
     def refused_by_config(self) -> bool:

@@ -161,9 +161,9 @@ def _most(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 def _reach(shares: NDArray[np.float64], ratio: float, steps: Mapping[str, int]) -> str:
     """What narrowing can remove, for an error; ``shares`` has each candidate's share, NaN where one is not legal."""
-    units = {"layers": "layer", "hidden": "hidden channel", "ffn": "FFN channel", "kv": "KV head"}
-    units |= {"experts": "expert", "expert_ffn": "FFN channel of each expert"}
-    named = ", ".join(f"{step} {units[space]}{'s' if step > 1 else ''}" for space, step in steps.items())
+    units = {"layers": "layer{s}", "hidden": "hidden channel{s}", "ffn": "FFN channel{s}", "kv": "KV head{s}"}
+    units |= {"experts": "expert{s}", "expert_ffn": "FFN channel{s} of each expert"}
+    named = ", ".join(f"{step} {units[space].format(s='s' if step > 1 else '')}" for space, step in steps.items())
     legal = shares[shares > 0]
     if not legal.size:
         return f"this model cannot be narrowed at all in steps of {named}"

@@ -279,7 +279,7 @@ def cut_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     other_family = plan.after.family != plan.before.family  # equal, not the same one, in another process
     config = _with_defaults(checkpoint) if other_family else dict(checkpoint.raw_config)
     family = plan.after.family
-    switches = set(plan.after.switches) - set(plan.before.switches)
+    switches = {switch for switch in plan.after.switches if switch not in plan.before.switches and "&" not in switch}
     twins = [twin for key in switches for twin in family.twin_keys.get(key, ())]
     changes: dict[str, Any] = plan.after.config_changes() | dict.fromkeys([*switches, *twins], True)
     changes |= {family.further_layers: 0} if family.further_layers else {}
