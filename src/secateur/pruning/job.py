@@ -50,7 +50,7 @@ class Pruned:
     """A pruned checkpoint. ``os.fspath`` gives its directory, so that it serves wherever a path does."""
 
     path: Path
-    plan: Plan  #: kept layers, channels and heads, masks and scores
+    plan: Plan = field(repr=False)  #: kept layers, channels and heads, masks and scores; too long to print
     fingerprint: str  #: of the plan
     use: ResourceUse = field(default_factory=ResourceUse)  #: time and memory of the whole run
     runs_in: tuple[Support, ...] = ()  #: what is known of each runtime and this checkpoint
