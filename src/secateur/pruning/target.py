@@ -322,7 +322,7 @@ class Target:
     def _check_family(self, before: Shape, method: Method, name: str) -> None:
         """Refuse to cut an axis that the family's row excludes, or that the model has nothing of."""
         axes = {"depth": ("layers",), "experts": ("experts",)}.get(method.granularity) or self.spaces(method)
-        field_name = "shape" if self.sizes else "axes"
+        field_name = "shape" if self.sizes else "method" if method.granularity == "experts" else "axes"
         for axis in () if method.granularity == "sparse" else axes:
             if reason := before.family.uncut_reason(axis):
                 possible = [space for space in method.scores if space in before.family.axes]

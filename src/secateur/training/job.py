@@ -41,7 +41,7 @@ from secateur.training.output import trained_card, write_trained
 from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
 from secateur.training.recipe import FEW_STEPS, Distill, few_steps
 from secateur.training.request import TrainRequest
-from secateur.training.routing import train_routers_alone
+from secateur.training.routing import balance_of, train_routers_alone
 from secateur.training.throughput import Meter, Peak, peak_of
 from secateur.training.watchdog import stop_on_signals
 
@@ -314,6 +314,9 @@ def _announce(
         f"{'' if origin.dtype_name == execution.dtype else f', stored in {origin.dtype_name}'}; "
         f"MFU is of {scientific(peak.flops * processes)} FLOPs a second ({peak.source})"
     )
+    balance = balance_of(origin.config) if origin.shape.layers_with("experts") else 0
+    if balance:
+        notify(f"loss: plus {balance:g} times the balance of the routers (router_aux_loss_coef in config.json)")
 
 
 def _warn_of_few_steps(data: Slice) -> None:
