@@ -17,7 +17,8 @@ import torch
 from test_study import study_file
 
 from secateur import progress
-from secateur.calibration.block_walk import Block, BlockWalk
+from secateur.calibration.block import Block
+from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.journal import Journal
 from secateur.study.planner import stages_of
 from secateur.study.resolve import resolve

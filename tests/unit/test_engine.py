@@ -10,7 +10,8 @@ from torch import Tensor
 
 from helpers import SCORED, VARIANTS, calibration, hf, logits, naive_loss, seen_at, tiny_llama, windows, without_layers
 from secateur.calibration import prefetch as weights
-from secateur.calibration.block_walk import Block, BlockWalk
+from secateur.calibration.block import Block
+from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.layer_removal import removal_losses
 from secateur.calibration.statistics import MeanCosine, MeanSquare, WindowMagnitude
 from secateur.errors import UserError
@@ -104,9 +105,9 @@ def test_scoring_flops_count_the_blocks_that_run(
     runs: list[float] = []
     forward: Callable[..., Tensor] = Block.forward
 
-    def counted(block: Block, batch: Tensor) -> Tensor:
+    def counted(block: Block, batch: Tensor, number: int = 0) -> Tensor:
         runs.append((3 if torch.is_grad_enabled() else 1) * len(batch))
-        return forward(block, batch)
+        return forward(block, batch, number)
 
     monkeypatch.setattr(Block, "forward", counted)
     checkpoint, found = Checkpoint(tiny_llama(tmp_path)), get_method(method)

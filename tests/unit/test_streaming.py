@@ -28,7 +28,8 @@ from secateur.calibration.malloc import reserve_heap
 from secateur.calibration.place import Place
 from secateur.cli import main, manual
 from secateur.methods.registry import get_method
-from secateur.model.checkpoint import Checkpoint, write_checkpoint
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.checkpoint_writing import write_checkpoint
 from secateur.model.safetensors_io import Stored, TensorFile, write_tensors
 from secateur.model.shapes import Shape
 from secateur.pruning.memory_estimate import estimate_memory

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from helpers import SIZES, model_tensors, naive_loss, randomise, tiny_family, windows
 from secateur.config import fingerprint, from_identity, identity, parse
 from secateur.errors import RunError, UserError
-from secateur.model.checkpoint import Checkpoint, skeleton, write_checkpoint
+from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.model.checkpoint_writing import write_checkpoint
 from secateur.model.shapes import Shape
 from secateur.training.batches import Slice
 from secateur.training.checkpoints import Saver

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur.calibration.block_walk import Block, BlockWalk, States
+from secateur.calibration.block import Block, States
+from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.statistics import GradientStatistic, join
 from secateur.errors import UserError
 from secateur.model.checkpoint import is_finite

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur import distributed
-from secateur.calibration.block_walk import BlockWalk, States
+from secateur.calibration.block import States
+from secateur.calibration.block_walk import BlockWalk
 from secateur.errors import UserError
 from secateur.losses.next_token import IGNORE_INDEX
 from secateur.model.checkpoint import Checkpoint

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from secateur import distributed
-from secateur.calibration.block_walk import BlockWalk, States
+from secateur.calibration.block import States
+from secateur.calibration.block_walk import BlockWalk
 
 __all__ = ["GROUP_BYTES", "removal_losses"]
 

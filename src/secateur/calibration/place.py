@@ -14,7 +14,8 @@ from secateur.model.shapes import Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from secateur.calibration.block_walk import Block, BlockWalk
+    from secateur.calibration.block import Block
+    from secateur.calibration.block_walk import BlockWalk
     from secateur.calibration.gradients import Gradients
     from secateur.calibration.routed import ExpertVisits
 

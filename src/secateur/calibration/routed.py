@@ -17,7 +17,7 @@ from secateur.calibration.journal import StateStore
 from secateur.calibration.statistics import Statistic
 
 if TYPE_CHECKING:
-    from secateur.calibration.block_walk import Block
+    from secateur.calibration.block import Block
 
 __all__ = ["ExpertOutputs", "ExpertVisits", "RoutedExpert", "RoutedInputs", "StreamedExperts"]
 

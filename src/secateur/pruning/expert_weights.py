@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.block_walk import Block, BlockWalk
+from secateur.calibration.block import Block
+from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.routed import ExpertVisits, RoutedExpert
 from secateur.calibration.statistics import Gram
 from secateur.methods.base import WeightMethod

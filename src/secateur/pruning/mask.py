@@ -19,7 +19,8 @@ from secateur.files import check_disk, read_json, require_new_directory, resumab
 from secateur.formatting import percent
 from secateur.hub import is_hub_name, local_checkpoint, repository_of
 from secateur.model.card import Ancestry, model_card, pruning_method
-from secateur.model.checkpoint import PROVENANCE, Checkpoint, read_config, write_checkpoint
+from secateur.model.checkpoint import Checkpoint, read_config
+from secateur.model.checkpoint_writing import PROVENANCE, write_checkpoint
 from secateur.model.companions import copy_companions, vocabulary_files
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, Plan, load_masks
 from secateur.model.runtimes import describe_runtimes

@@ -20,7 +20,8 @@ from secateur.formatting import count, percent, plural
 from secateur.methods.base import ExpertMethod, LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
 from secateur.methods.registry import get_method
 from secateur.model.card import Ancestry, family_change, model_card, short_source
-from secateur.model.checkpoint import Checkpoint, write_checkpoint
+from secateur.model.checkpoint import Checkpoint
+from secateur.model.checkpoint_writing import write_checkpoint
 from secateur.model.companions import copy_companions
 from secateur.model.layer_pattern import layer_kinds
 from secateur.model.plan import Plan

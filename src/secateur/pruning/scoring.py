@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.calibration.block_walk import Block, BlockWalk
+from secateur.calibration.block import Block
+from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.layer_removal import removal_losses
 from secateur.calibration.place import Place, walk_places
 from secateur.calibration.statistics import Mean

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.calibration.block_walk import Block, BlockWalk
+from secateur.calibration.block import Block
+from secateur.calibration.block_walk import BlockWalk
 from secateur.formatting import plural
 from secateur.methods.base import WeightMethod
 from secateur.methods.selection import Selector

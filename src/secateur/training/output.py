@@ -14,7 +14,7 @@ from secateur import distributed
 from secateur.errors import RunError
 from secateur.formatting import count, percent, plural, scientific
 from secateur.model.card import Ancestry, model_card, pruning_method
-from secateur.model.checkpoint import in_write_order, write_checkpoint
+from secateur.model.checkpoint_writing import in_write_order, write_checkpoint
 from secateur.model.expert_files import as_stored
 from secateur.model.image_text import ImageTextModel
 from secateur.model.safetensors_io import Stored
