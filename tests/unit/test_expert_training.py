@@ -185,7 +185,8 @@ def test_a_study_compares_a_pruned_mixture_with_its_twins_and_dense_models(tmp_p
     assert active.experts == total.experts == 0
     assert active.total == pytest.approx(pruned.active_parameters, rel=0.01)
     assert total.total == pytest.approx(pruned.total, rel=0.01)
-    assert "REAP" in study.report().read_text()
+    page = study.report().read_text()
+    assert "REAP" in page and "parameters of a token" in page and f"{pruned.active_parameters:,}" in page
 
 
 def stages(out: Path) -> list[Path]:

@@ -69,6 +69,7 @@ def _facts(cell: Cell, training: Sequence[StageNote]) -> dict[str, str]:
         "method": f"{method_name(cell.method)} {target_words(cell.target)}, of {cell.parent}",
         "shape": plain(cell.shape),
         "parameters": f"{cell.parameters:,}, {cell.non_embedding:,} outside the embeddings",
+        "parameters of a token": f"{active:,}" if (active := cell.shape.get("active_parameters")) else "",
         "first weights": _INIT[cell.init],
         "objective": cell.objective or "language-model loss",
         "tokens": f"{cell.training.tokens:,}",

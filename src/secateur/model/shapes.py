@@ -357,7 +357,7 @@ class Shape:
     def as_dict(self) -> dict[str, Any]:
         """The sizes as plain values."""
         names = ("hidden", "ffn", "layers", "heads", "kv_heads", "head_dim", "vocabulary", "tied")
-        expert_names = ("experts", "expert_ffn", "active") if self.experts else ()
+        expert_names = ("experts", "expert_ffn", "active", "active_parameters") if self.experts else ()
         return {name: getattr(self, name) for name in (*names, *expert_names)}
 
     def __str__(self) -> str:

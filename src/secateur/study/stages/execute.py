@@ -51,7 +51,7 @@ def _fetch(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     directory = local_checkpoint(stage.runtime["checkpoint"])
     checkpoint = Checkpoint(directory)
     sizes, expected = checkpoint.shape.as_dict(), stage.identity["shape"]
-    key = next((key for key, value in sizes.items() if expected[key] != value), None)
+    key = next((key for key, value in sizes.items() if expected.get(key, value) != value), None)
     if key:
         raise UserError(f"{directory}: has {key} {sizes[key]}, but the study file {expected[key]}")
     (work / "model").unlink(missing_ok=True)
