@@ -80,7 +80,7 @@ def test_inspect_and_shapes_agree(world: Path, capsys: pytest.CaptureFixture[str
     assert counted == {key: seen[key] for key in counted}
     assert set(seen) - set(counted) == {
         *("sparsity", "not_finite", "dtype", "digest", "provenance"),
-        *("runs_in", "image_text"),
+        *("runs_in", "image_text", "axes", "uncut"),
     }
     assert seen["flops_per_token"]["context"] == 64  # the model's positions
     assert call(capsys, "inspect", world / "model", "--context", 8)["flops_per_token"]["context"] == 8

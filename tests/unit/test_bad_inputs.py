@@ -258,7 +258,11 @@ MODELS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "AWQ in train": (lambda m: quantise(m, quant_method="awq", bits=4), TRAIN + "--tokens 1k", "quantized"),
     "encoder": (lambda m: edit(m, model_type="bert"), MAGNITUDE, "model_type 'bert' is not a known family"),
     "encoder and decoder": (lambda m: edit(m, model_type="t5"), "shapes {m} --ratio 0.5", "'t5' is not a known family"),
-    "mixture of experts": (lambda m: edit(m, model_type="mixtral"), "inspect {m}", "'mixtral' is not a known family"),
+    "dense weights of a mixture": (
+        lambda m: edit(m, model_type="mixtral"),
+        "inspect {m}",
+        "lacks the tensor model.layers.0",
+    ),
     "configuration a list": (lambda m: (m / "config.json").write_text("[]"), "eval {m} --data stdlib", "config.json"),
     "configuration empty": (lambda m: (m / "config.json").write_text(""), MAGNITUDE, "config.json: not valid JSON"),
     "configuration in YAML": (
@@ -340,7 +344,7 @@ STUDIES: dict[str, tuple[str, str]] = {
     "unknown key": (STUDY + "ratio: 0.5\n", "ratio: unknown key; did you mean 'ratios'"),
     "unknown key inside": (
         STUDY.replace("ffn: 64", "ffn: 64, head: 4"),
-        "parent.head: unknown key; did you mean 'heads'?",
+        "parent.head: unknown key; did you mean 'heads', ",
     ),
     "tab": (STUDY + "seeds:\n\t- 0\n", "line 10: not valid YAML: found character '\\t'"),
     "repeated key": (STUDY + "ratios: [0.7]\n", "line 9: not valid YAML: found duplicate key"),

@@ -15,7 +15,7 @@ import torch
 import secateur
 from helpers import SCORED, calibration, hf, tiny_llama, windows
 from secateur.errors import UserError
-from secateur.methods.base import LayerMethod, LearnedMethod, RemovalMethod, WeightMethod, WidthMethod
+from secateur.methods.base import ExpertMethod, LayerMethod, LearnedMethod, RemovalMethod, WeightMethod, WidthMethod
 from secateur.methods.registry import METHODS, get_method
 from secateur.model.checkpoint import Checkpoint
 from secateur.pruning.pipeline import make_plan
@@ -62,13 +62,15 @@ def test_the_engine_knows_no_method_by_name(file: Path) -> None:
 def test_what_a_method_says_of_itself(name: str) -> None:
     method = get_method(name)
     kinds = {LayerMethod: "depth", RemovalMethod: "depth", WidthMethod: "width", WeightMethod: "sparse"}
-    kinds[LearnedMethod] = "depth+width"
+    kinds |= {LearnedMethod: "depth+width", ExpertMethod: "experts"}
     assert [g for kind, g in kinds.items() if isinstance(method, kind)] == [method.granularity]
-    assert method.source.startswith("arXiv:") or (name.startswith("random-") and "control" in method.source)
+    assert method.source.startswith(("arXiv:", "a baseline")) or (
+        name.startswith("random-") and "control" in method.source
+    )
     assert method.calibrated or not method.needs
     assert (inspect.getdoc(type(method)) or "").strip()
     if isinstance(method, WidthMethod):
-        assert set(method.axes) <= set(method.scores) <= {"hidden", "ffn", "kv"}
+        assert set(method.axes) <= set(method.scores) <= {"hidden", "ffn", "kv", "expert_ffn"}
     if isinstance(method, LearnedMethod):
         assert set(method.axes) <= set(method.scores) <= {"layers", "hidden", "ffn", "kv"}
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -79,7 +81,7 @@ def test_what_a_method_says_of_itself(name: str) -> None:
 def test_a_row_agrees_with_its_class(name: str) -> None:
     info, method = METHODS[name], get_method(name)
     assert info.granularity == method.granularity
-    assert method.source.startswith(f"arXiv:{info.source}" if info.source else "a control")
+    assert method.source.startswith(f"arXiv:{info.source}" if info.source else ("a control", "a baseline"))
     assert [(o.name, o.default) for o in info.options] == [(f.name, f.default) for f in dataclasses.fields(method)]
     hints = get_type_hints(type(method))
     for option in info.options:
@@ -88,11 +90,14 @@ def test_a_row_agrees_with_its_class(name: str) -> None:
 
 
 def test_the_registry_lists_the_methods() -> None:
-    """Twelve published methods and three controls, each with its paper in the documentation."""
-    assert len(METHODS) == 15 and [name for name, info in METHODS.items() if not info.source] == [
+    """Thirteen published methods, each with its paper in the documentation; controls and baselines."""
+    assert len(METHODS) == 19 and [name for name, info in METHODS.items() if not info.source] == [
         "random-depth",
         "random-width",
         "random-weight",
+        "expert-frequency",
+        "expert-activation",
+        "random-expert",
     ]
     page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| `")]

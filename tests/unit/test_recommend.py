@@ -475,7 +475,7 @@ def test_a_config_gives_exact_flops(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--parent", "must-train"], "needs its tokens: --parent-tokens"),
         (["--children", "3"], "which is sunk unless --parent is must-train"),
-        (["--method", "minitron-dept"], "did you mean 'minitron-depth'?"),
+        (["--method", "minitron-dept"], "did you mean 'minitron-depth', "),
         (["--method", "wanda", "--granularity", "width"], "wanda is of granularity sparse, not width"),
         (["--cost-per-hour", "2"], "--flops-per-second: is missing"),
         (["--noise", "0"], "'0' is not a number above zero"),

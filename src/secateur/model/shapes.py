@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from secateur.errors import UserError
+from secateur.formatting import plural
 from secateur.model.expert_matrices import is_expert_weight, reads_hidden
 from secateur.model.families import FAMILIES, LLAMA, SPACE_OF, Axis, Family, Tensors, family_of, switched_on
 
@@ -85,7 +86,7 @@ class Shape:
         switches = tuple(sorted({key for key in family.optional.values() if switched_on(key, config)}))
         kinds = tuple(family.kinds_of(config)) if family.kinds else ()
         if kinds and len(kinds) != sizes["layers"]:
-            raise UserError(f"{where}: names the kinds of {len(kinds)} layers, but has {sizes['layers']}")
+            raise UserError(f"{where}: has {plural(sizes['layers'], 'layer')}, but kinds of {len(kinds)}")
         fixed = tuple((name, _product(name, factors, config, where)) for name, factors in family.fixed.items())
         return cls(
             **sizes,

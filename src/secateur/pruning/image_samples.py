@@ -114,7 +114,9 @@ def encoded_samples(checkpoint: Checkpoint, samples: Sequence[Mapping[str, Any]]
             raise UserError(f"{where} has ids up to {int(ids.max())}, but the model's vocabulary is {rows}")
         pieces += int(torch.isin(ids, image_token_ids(checkpoint)).sum())
     total = sum(sample["input_ids"].shape[1] for sample in samples)
-    notify(f"{source}: {plural(len(samples), 'conversation')}, {total:,} tokens, {pieces:,} of them pieces of images")
+    notify(
+        f"{source}: {plural(len(samples), 'conversation')}, {plural(total, 'token')}, of which images have {pieces:,}"
+    )
     return ImageSamples(tuple(samples), source)
 
 

@@ -79,8 +79,8 @@ def write_trained(
 
 def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The parameters, tied ones once, and the buffers that are stored with them."""
+    stored = model.state_dict().keys()  # first: FSDP shards what is gathered, and gathered parameters lose their values
     yield from model.named_parameters()
-    stored = model.state_dict().keys()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
 
 
