@@ -14,12 +14,9 @@ from helpers import VARIANTS, edit_config, files, hf, logits, model_tensors, tin
 from secateur.calibration.block_walk import BlockWalk
 from secateur.errors import UserError
 from secateur.files import resumable_directory
-from secateur.model.checkpoint import (
-    INDEX,
-    Checkpoint,
-    skeleton,
-    write_checkpoint,
-)
+from secateur.model.checkpoint import Checkpoint, skeleton
+from secateur.model.checkpoint_writing import write_checkpoint
+from secateur.model.weight_files import INDEX
 
 
 def edit_index(directory: Path, edit: Callable[[dict[str, str]], object]) -> None:

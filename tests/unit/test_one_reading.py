@@ -19,9 +19,10 @@ import secateur
 from helpers import edit_config, hf, logits, tiny_family, tiny_llama, windows
 from secateur.calibration.block_walk import BlockWalk
 from secateur.errors import UserError
-from secateur.model.checkpoint import INDEX, SINGLE, Checkpoint, skeleton
+from secateur.model.checkpoint import Checkpoint, skeleton
 from secateur.model.config_file import read_shape
 from secateur.model.live import LiveCheckpoint
+from secateur.model.weight_files import INDEX, SINGLE
 from secateur.training.init import stored_weights
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

@@ -20,7 +20,7 @@ from helpers import edit_config, files, tiny_llama
 from secateur.cli import main, manual
 from secateur.data.tokenizer import encode_documents, load_tokenizer, token_hash, train_tokenizer
 from secateur.methods.registry import METHODS, get_method
-from secateur.model.checkpoint import INDEX
+from secateur.model.weight_files import INDEX
 
 TEXT = "The gardener prunes the old tree, and the tree grows new leaves in spring.\n" * 40
 UNCALIBRATED = ("random-depth", "random-width", "magnitude", "random-weight")
