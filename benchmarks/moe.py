@@ -50,10 +50,10 @@ def make_checkpoints(folder: Path, counts: list[int]) -> dict[int, Path]:
     for count in counts:
         directory = directories[count] = folder / f"blocks-{count}"
         directory.mkdir()
-        chosen = ["outer.safetensors", *(f"block-{layer}.safetensors" for layer in range(count))]
-        for file in chosen:
+        names = ["outer.safetensors", *(f"block-{layer}.safetensors" for layer in range(count))]
+        for file in names:
             os.link(shared / file, directory / file)
-        index = {"metadata": {}, "weight_map": {name: file for file in chosen for name in files[file]}}
+        index = {"metadata": {}, "weight_map": {name: file for file in names for name in files[file]}}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
         config(count).save_pretrained(directory)
     return directories

@@ -46,7 +46,7 @@ class Routed:
 
     experts: nn.Module
     states: Tensor  #: [tokens, hidden]
-    chosen: Tensor  #: [tokens, k]
+    index: Tensor  #: [tokens, k]
     weights: Tensor  #: [tokens, k]
 
     @torch.no_grad()
@@ -67,8 +67,8 @@ def routed_experts(directory: Path, ids: Tensor) -> dict[int, Routed]:
             continue
 
         def hook(experts: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> None:
-            states, chosen, weights = (argument.detach().clone() for argument in args)
-            routed[layer] = Routed(experts, states, chosen, weights)
+            states, index, weights = (argument.detach().clone() for argument in args)
+            routed[layer] = Routed(experts, states, index, weights)
 
         module.register_forward_pre_hook(hook)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def routed_experts(directory: Path, ids: Tensor) -> dict[int, Routed]:
 def naive_scores(routed: Routed, experts: int) -> dict[str, Tensor]:
     """Method -> scores of a layer's experts, one token and one choice at a time."""
     tokens, norms, weighted = (torch.zeros(experts, dtype=torch.float64) for _ in range(3))
-    for token, row in enumerate(routed.chosen.tolist()):
+    for token, row in enumerate(routed.index.tolist()):
         for slot, expert in enumerate(row):
             norm = routed.norm(expert, token)
             tokens[expert] += 1

@@ -212,7 +212,7 @@ def channels(heads: Tensor, width: int) -> Tensor:
 
 
 def _fill(module: nn.Module, keep: Tensor, values: Tensor | None) -> None:
-    """Replace all but those channels of a module's input, by zero if nothing else is said."""
+    """Replace all but those channels of a module's input, by zero where `values` is None."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = torch.zeros_like(args[0]) if values is None else values.expand_as(args[0]).clone()

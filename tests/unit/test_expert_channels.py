@@ -107,16 +107,16 @@ def test_scores_are_those_of_a_loop(name: str, tmp_path: Path) -> None:
     for module_name, (states, index, _) in routed(model, IDS).items():
         module, layer = model.get_submodule(module_name), int(module_name.split(".")[2])
         for expert in range(8):
-            chosen = (index == expert).any(dim=1)
+            members = (index == expert).any(dim=1)
             scores = plan.scores[f"expert_ffn.{layer}"][expert]
-            if int(chosen.sum()) < FEW_TOKENS:
+            if int(members.sum()) < FEW_TOKENS:
                 few += 1
-                wanted = matrices(module, expert)[2].square().sum(dim=0).sqrt()
+                expected = matrices(module, expert)[2].square().sum(dim=0).sqrt()
             else:
-                active = hidden_of(module, expert, states).double().abs() * chosen[:, None]
-                wanted = active.reshape(*IDS.shape, -1).mean(dim=1).square().sum(dim=0).sqrt()
-            torch.testing.assert_close(scores.double(), wanted.double(), rtol=1e-4, atol=1e-6)
-            best = wanted.argsort(descending=True, stable=True)[: plan.after.expert_ffn]
+                active = hidden_of(module, expert, states).double().abs() * members[:, None]
+                expected = active.reshape(*IDS.shape, -1).mean(dim=1).square().sum(dim=0).sqrt()
+            torch.testing.assert_close(scores.double(), expected.double(), rtol=1e-4, atol=1e-6)
+            best = expected.argsort(descending=True, stable=True)[: plan.after.expert_ffn]
             assert {*plan.keep_expert_ffn[layer][expert].tolist()} == {*best.tolist()}
     assert few and sum(map(len, plan.summary["routing"]["few"].values())) == few
 

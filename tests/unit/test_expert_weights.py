@@ -108,8 +108,8 @@ def test_sparsegpt_solves_each_expert_by_itself(name: str, checkpoint: Any) -> N
         triples = zip(matrices(module, expert), results, masks, strict=True)
         for place, (weight, result, keep) in enumerate(triples):
             inputs = hidden_of(module, expert, x) if place == 2 else x
-            wanted = naive_obs(weight, inputs, follow(keep, 0.5, None), 16)
-            torch.testing.assert_close(result.double(), wanted, rtol=1e-3, atol=3e-4)
+            expected = naive_obs(weight, inputs, follow(keep, 0.5, None), 16)
+            torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=3e-4)
     assert solved >= 3
 
 

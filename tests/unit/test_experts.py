@@ -122,8 +122,8 @@ def weights_by_formula(name: str, router: dict[str, torch.Tensor], states: torch
     best_of_group = choice.view(len(states), groups, -1).topk(2).values.sum(dim=2)
     allowed = torch.zeros_like(best_of_group).scatter(1, best_of_group.topk(config.get("topk_group", 1)).indices, 1)
     choice = choice.masked_fill(allowed.repeat_interleave(8 // groups, dim=1) == 0, -torch.inf)
-    chosen = torch.zeros_like(choice).scatter(1, choice.topk(2).indices, 1)
-    weights = shares * chosen
+    choices = torch.zeros_like(choice).scatter(1, choice.topk(2).indices, 1)
+    weights = shares * choices
     normalised = config["norm_topk_prob"] or name.startswith(("mixtral", "granitemoe", "gpt_oss", "ernie"))
     weights = weights / weights.sum(dim=1, keepdim=True) if normalised else weights
     factor = {"glm4_moe": 1.0, "deepseek_v3": 2.5}.get(name.partition("-")[0], 1.0)
@@ -138,7 +138,7 @@ def test_the_weight_of_an_expert_is_the_formula_of_its_router(name: str, mixture
         module: Any = parent.router if hasattr(parent, "router") else parent.gate
         router = {n.rpartition(".")[2]: t.detach() for n, t in module.state_dict().items()}
         weights = weights_by_formula(name, router, of_layer.states)
-        observed = torch.zeros_like(weights).scatter(1, of_layer.chosen, of_layer.weights)
+        observed = torch.zeros_like(weights).scatter(1, of_layer.index, of_layer.weights)
         torch.testing.assert_close(observed, weights, rtol=1e-5, atol=1e-6)
 
 

@@ -64,8 +64,8 @@ def test_heads(name: str, method: str, mixture_zoo: Zoo) -> None:
     assert Checkpoint(pruned.out).shape.heads == 4
     same(pruned)
     if name.startswith("gpt_oss"):
-        kept = pruned.plan.keep_kv[0]
-        heads = (kept[:, None] * 2 + torch.arange(2)).flatten()
+        keep = pruned.plan.keep_kv[0]
+        heads = (keep[:, None] * 2 + torch.arange(2)).flatten()
         sinks = "model.layers.0.self_attn.sinks"
         whole, cut = hf(pruned.directory).get_parameter(sinks), opened(pruned.out).get_parameter(sinks)
         assert torch.equal(cut, whole[heads])

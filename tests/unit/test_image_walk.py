@@ -109,8 +109,8 @@ def test_the_cost_of_a_narrower_projector_is_printed(tmp_path: Path, capsys: pyt
     scores = outputs * linear.weight[result.plan.keep_hidden].detach().norm(dim=0)
     assert result.plan.keep_projector is not None
     assert result.plan.keep_projector.tolist() == sorted(scores.argsort(descending=True)[:32].tolist())
-    gone = torch.tensor(sorted(set(range(48)) - set(result.plan.keep_projector.tolist())))
-    linear.register_forward_pre_hook(lambda _, args: (args[0].index_fill(-1, gone, 0.0),))
+    silent = torch.tensor(sorted(set(range(48)) - set(result.plan.keep_projector.tolist())))
+    linear.register_forward_pre_hook(lambda _, args: (args[0].index_fill(-1, silent, 0.0),))
     after = naive_loss(model, samples)
     assert f"from {before:.4f} to {after:.4f} nats" in capsys.readouterr().err
 

@@ -97,8 +97,8 @@ def test_masked_steps_are_those_of_adam_on_masked_weights(pruned: secateur.Prune
             for name, parameter in reference.named_parameters():
                 if name in masks:
                     parameter[~masks[name]] = 0.0
-    for (name, parameter), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(parameter, wanted, atol=2e-5, rtol=1e-4, msg=name)
+    for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, atol=2e-5, rtol=1e-4, msg=name)
 
 
 def test_weights_that_the_masks_drop_are_zeroed_when_training_begins(

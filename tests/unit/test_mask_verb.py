@@ -53,9 +53,9 @@ def parameters(folder: Path) -> dict[str, Tensor]:
 
 def test_pruned_weights_are_zero_and_all_others_as_before(pruned: Path, merged: Path, tmp_path: Path) -> None:
     before, masks = parameters(merged), load_masks(pruned)
-    kept = files(merged)
+    merged_files = files(merged)
     result = secateur.mask(merged, pruned, tmp_path / "out")
-    assert files(merged) == kept
+    assert files(merged) == merged_files
     for name, tensor in parameters(result.path).items():
         assert torch.equal(tensor, before[name] * masks[name] if name in masks else before[name]), name
     dropped = torch.cat([before[name][~mask] for name, mask in masks.items()]).double()

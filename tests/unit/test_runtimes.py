@@ -31,13 +31,13 @@ def supports(model_type: str, kinds: tuple[bool, ...] = (), **changes: Any) -> d
 
 
 def test_a_plain_llama_runs_wherever_it_was_checked() -> None:
-    found = supports("llama")
-    assert list(found) == ["transformers", "llama.cpp", "mlx-lm", "vLLM", "ONNX Runtime", "CTranslate2"]
-    assert {name: support.runs for name, support in found.items()} == {
+    entries = supports("llama")
+    assert list(entries) == ["transformers", "llama.cpp", "mlx-lm", "vLLM", "ONNX Runtime", "CTranslate2"]
+    assert {name: support.runs for name, support in entries.items()} == {
         **dict.fromkeys(CHECKED, "yes"),
         "vLLM": "not checked",
     }
-    assert all(support.version for name, support in found.items() if name != "vLLM")
+    assert all(support.version for name, support in entries.items() if name != "vLLM")
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_a_plain_llama_runs_wherever_it_was_checked() -> None:
 def test_the_rules_on_shapes(
     model_type: str, changes: dict[str, Any], refusing: set[str], reason: str, remedy: str
 ) -> None:
-    found = supports(model_type, **changes)
-    refused = {name: s for name, s in found.items() if s.runs == "no" and s.reason != "the family is not known there"}
+    entries = supports(model_type, **changes)
+    refused = {name: s for name, s in entries.items() if s.runs == "no" and s.reason != "the family is not known there"}
     assert set(refused) == refusing
     assert all(reason in support.reason and remedy in support.remedy for support in refused.values())
 
@@ -152,8 +152,8 @@ def test_an_option_remedies_only_what_the_cut_did(
 def test_what_was_not_checked_is_never_a_yes() -> None:
     """A family, or a trait of one, that the table lacks."""
     stranger = dataclasses.replace(BEFORE, family=dataclasses.replace(BEFORE.family, name="stranger"))
-    found = {support.runtime: support.runs for support in check_runtimes(Traits(stranger))}
-    assert found.pop("transformers") == "yes" and set(found.values()) == {"not checked"}
+    entries = {support.runtime: support.runs for support in check_runtimes(Traits(stranger))}
+    assert entries.pop("transformers") == "yes" and set(entries.values()) == {"not checked"}
     biased = supports("phi3", switches=("attention_bias",))  # which no Phi-3 has
     assert biased["llama.cpp"].runs == biased["mlx-lm"].runs == "not checked"
 

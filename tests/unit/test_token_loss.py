@@ -354,9 +354,9 @@ def test_likelihoods_of_tasks_follow_scales_caps_and_biases(name: str, tmp_path:
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        found, greedy = _target_logprobs(model, states, ids[:, 1:].flatten())
+        logprobs, greedy = _target_logprobs(model, states, ids[:, 1:].flatten())
     expected = logits.log_softmax(1).gather(1, ids[:, 1:].reshape(-1, 1))[:, 0]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(greedy, logits.argmax(1) == ids[:, 1:].flatten())
 
 

@@ -92,12 +92,12 @@ def test_image_and_text_give_the_logits_of_the_silenced_whole(
 @torch.no_grad()
 def silenced_wrapper(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """The whole image-text model, with what the plan drops silenced."""
-    gone = sorted(set(range(plan.before.hidden)) - set(plan.keep_hidden.tolist()))
+    silent = sorted(set(range(plan.before.hidden)) - set(plan.keep_hidden.tolist()))
     decoder: nn.Module = model.get_decoder()
 
     def silence_images(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         def silence(states: Tensor) -> Tensor:
-            return states.index_fill(-1, torch.tensor(gone, dtype=torch.int64), 0.0)
+            return states.index_fill(-1, torch.tensor(silent, dtype=torch.int64), 0.0)
 
         features = kwargs.get("deepstack_visual_embeds")
         changes: dict[str, Any] = {"inputs_embeds": silence(kwargs["inputs_embeds"])}

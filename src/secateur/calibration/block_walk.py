@@ -35,7 +35,7 @@ _Item = TypeVar("_Item")
 
 
 def default_batch(family: Family, positions: int, device: str) -> int:
-    """The number of windows that go through a block at once, where nothing else is said.
+    """The number of windows that go through a block at once, unless the caller chooses.
 
     An expert sees a small share of the tokens, and its weights are read for each batch, so mixtures get more.
     """

@@ -86,9 +86,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], PreTrainedConfig, Shape, Wh
 def without_leftovers(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """A config.json without the keys that do not belong to a model with float weights; a notice names them."""
     dropped = leftovers(raw)
-    reported = {
-        key: reason for key, reason in dropped.items() if _brief(raw[key]) != "mxfp4"
-    }  # reported when it is read
+    # MXFP4 is reported when it is read.
+    reported = {key: reason for key, reason in dropped.items() if _brief(raw[key]) != "mxfp4"}
     if reported:
         names = ", ".join(f"{key} {_brief(raw[key])} ({reason})" for key, reason in reported.items())
         notify_once(f"{where}: left out: {names}")
@@ -259,10 +258,10 @@ class Checkpoint:
 
     def expert(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The tensors of one routed expert, by their names within the module of experts: [1, ...]."""
-        prefix = f"{self.family.experts}."
         names = [name for name in self.shape.block_tensors(layer) if self.shape.is_routed(name)]
         return {
-            n.removeprefix(prefix): self.rows(self.family.block_tensor(layer, n), expert, expert + 1) for n in names
+            self.family.within_experts(name): self.rows(self.family.block_tensor(layer, name), expert, expert + 1)
+            for name in names
         }
 
     @property
@@ -319,15 +318,22 @@ class Checkpoint:
         return self._check_masks(stored_masks(self.directory), self.directory / TENSOR_FILE)
 
     def _check_masks(self, masks: Mapping[str, Tensor], where: Path | str) -> Mapping[str, Tensor]:
+        if mismatch := self.mask_mismatch(masks):
+            name, size, tensor_size = mismatch
+            raise UserError(
+                f"{where}: has a mask of {name} of size {size}, but the model's tensor is {tensor_size or 'missing'}; "
+                "remove the masks if they belong to another model"
+            )
+        return masks
+
+    def mask_mismatch(self, masks: Mapping[str, Tensor]) -> tuple[str, tuple[int, ...], tuple[int, ...] | None] | None:
+        """The first mask that fits no tensor: its name and size, and the size of the tensor of that name if any."""
         tensors = self.tensors() if masks else {}
         for name, mask in masks.items():
             size = self.shape.tensor_size(tensors[name]) if name in tensors else None
             if tuple(mask.shape) != size:
-                raise UserError(
-                    f"{where}: has a mask of {name} of size {tuple(mask.shape)}, but the model's tensor is "
-                    f"{size or 'missing'}; remove the masks if they belong to another model"
-                )
-        return masks
+                return name, tuple(mask.shape), size
+        return None
 
     @property
     def provenance(self) -> dict[str, Any] | None:

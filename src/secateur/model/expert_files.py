@@ -150,9 +150,8 @@ def by_memory_name(places: Mapping[str, tuple[Any, str]], shape: Shape) -> tuple
 def _expert_tensors(shape: Shape) -> Iterator[str]:
     """Yield the names in memory of the matrices of all experts of a layer."""
     for layer in range(shape.layers):
-        for rest, axes in shape.block_tensors(layer).items():
-            if len(axes) == 3 and axes[0] == "experts":
-                yield shape.family.block_tensor(layer, rest)
+        for rest in shape.expert_weights(layer):
+            yield shape.family.block_tensor(layer, rest)
 
 
 def as_stored(tensors: Iterable[Stored], shape: Shape) -> list[Stored]:

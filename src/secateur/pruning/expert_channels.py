@@ -13,7 +13,7 @@ from secateur.calibration.place import Place
 from secateur.calibration.routed import ExpertVisits, RoutedExpert
 from secateur.methods.base import WidthMethod
 from secateur.model.expert_matrices import reads_hidden, weight_matrices
-from secateur.pruning.expert_scoring import FEW_TOKENS, few_tokens, report_few_tokens
+from secateur.pruning.expert_scoring import FEW_TOKENS, report_few_tokens
 
 __all__ = ["ExpertChannels"]
 
@@ -32,9 +32,9 @@ class ExpertChannels:
         self._tokens: list[int] = []  #: routed to each of them
 
     def _score(self, block: Block, expert: RoutedExpert) -> None:
-        shape, prefix = self.walk.checkpoint.shape, f"{self.walk.family.experts}."
+        shape, family = self.walk.checkpoint.shape, self.walk.family
         ((rest, axes),) = [item for item in shape.expert_weights(block.index).items() if not reads_hidden(item[1])]
-        stored = expert.tensors[rest.removeprefix(prefix)][0].to(self.walk.device, torch.float32)
+        stored = expert.tensors[family.within_experts(rest)][0].to(self.walk.device, torch.float32)
         (down,) = weight_matrices(stored, axes)
         if self.method.needs and expert.tokens < FEW_TOKENS:
             score = torch.linalg.vector_norm(down, dim=0)
@@ -52,7 +52,4 @@ class ExpertChannels:
 
     def report(self) -> dict[str, Any]:
         """Describe the tokens of each expert, and list in a line those that few tokens reach."""
-        tokens = self.walk.journal.with_prefix("routed.")
-        routing = few_tokens({layer: tokens[layer] for layer in sorted(tokens, key=int)}, FEW_TOKENS)
-        report_few_tokens(routing, "have their channels chosen by the norm of their weights")
-        return routing
+        return report_few_tokens(self.walk, FEW_TOKENS, "have their channels chosen by the norm of their weights")

@@ -19,9 +19,9 @@ from secateur.model.shapes import Shape
 from secateur.progress import notify
 from secateur.pruning.target import Propagate
 
-__all__ = ["FEW_TOKENS", "decide_experts", "few_tokens", "report_few_tokens"]
+__all__ = ["FEW_TOKENS", "decide_experts", "report_few_tokens"]
 
-FEW_TOKENS = 100  #: tokens below which an expert's score is said to rest on too few
+FEW_TOKENS = 100  #: fewer tokens are too few for the score of an expert
 
 
 def decide_experts(
@@ -78,12 +78,12 @@ def _routing(method: ExpertMethod, sums: Mapping[int, Tensor]) -> dict[str, Any]
     tokens = {layer: s[0].sum(dim=0) for layer, s in sums.items()}
     ranks = [_rank_agreement(*(method.score(_tokens(s[:, half])) for half in (0, 1))) for s in sums.values()]
     return {
-        **few_tokens({str(layer): t for layer, t in tokens.items()}, FEW_TOKENS),
+        **_few_tokens({str(layer): t for layer, t in tokens.items()}, FEW_TOKENS),
         "rank_agreement": dict(zip(map(str, sums), ranks, strict=True)),
     }
 
 
-def few_tokens(tokens: Mapping[str, Tensor], least: int) -> dict[str, Any]:
+def _few_tokens(tokens: Mapping[str, Tensor], least: int) -> dict[str, Any]:
     """Describe how many tokens are routed to each expert, and list those with fewer than ``least``.
 
     Args:
@@ -97,8 +97,15 @@ def few_tokens(tokens: Mapping[str, Tensor], least: int) -> dict[str, Any]:
     }
 
 
-def report_few_tokens(routing: Mapping[str, Any], consequence: str) -> None:
-    """List in a line the experts that few tokens reach, and what becomes of them."""
+def report_few_tokens(walk: BlockWalk, least: int, consequence: str) -> dict[str, Any]:
+    """Describe the tokens of each expert in a walk's journal, and list in a line the experts that few tokens reach.
+
+    Args:
+        least: fewer tokens are few.
+        consequence: what becomes of experts with few, as the end of "100 tokens and ...".
+    """
+    tokens = walk.journal.with_prefix("routed.")
+    routing = _few_tokens({layer: tokens[layer] for layer in sorted(tokens, key=int)}, least)
     places = [f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in routing["few"].items()]
     if places:
         few, total = sum(map(len, routing["few"].values())), sum(map(len, routing["tokens"].values()))
@@ -107,6 +114,7 @@ def report_few_tokens(routing: Mapping[str, Any], consequence: str) -> None:
             f"experts: {few} of {total} saw fewer than {routing['few_tokens']} tokens and {consequence} "
             f"({'; '.join(places[:8])}{more}); calibrate on more text"
         )
+    return routing
 
 
 def _rank_agreement(first: Tensor, second: Tensor) -> float | None:

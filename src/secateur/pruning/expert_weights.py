@@ -17,7 +17,7 @@ from secateur.calibration.statistics import Gram
 from secateur.methods.base import WeightMethod
 from secateur.methods.selection import Selector
 from secateur.model.expert_matrices import reads_hidden, weight_matrices
-from secateur.pruning.expert_scoring import FEW_TOKENS, few_tokens, report_few_tokens
+from secateur.pruning.expert_scoring import FEW_TOKENS, report_few_tokens
 from secateur.pruning.matrix_pruning import check_statistics, prune_matrix
 
 __all__ = ["ExpertPruner"]
@@ -44,7 +44,7 @@ class ExpertPruner:
         number, magnitude = expert.expert, bool(self.method.needs) and expert.tokens < self.least
         for rest, axes in self.shape.expert_weights(block.index).items():
             name = self.family.block_tensor(block.index, rest)
-            weight = expert.tensors[self._within(rest)][0].to(self.walk.device, torch.float32, copy=True)
+            weight = expert.tensors[self.family.within_experts(rest)][0].to(self.walk.device, torch.float32, copy=True)
             keep = torch.ones_like(weight, dtype=torch.bool)
             earlier = self.checkpoint.masks[name][number].to(keep.device) if name in self.checkpoint.masks else keep
             stats = expert.input if reads_hidden(axes) else expert.hidden
@@ -62,10 +62,6 @@ class ExpertPruner:
             if self.method.updates:
                 self._collect(f"weight.{name}", number, weight.to(self.checkpoint.dtype_of(name)))
         self._collect(f"routed.{block.index}", number, torch.tensor(expert.tokens))
-
-    def _within(self, rest: str) -> str:
-        """The name of a block's tensor within the module of experts."""
-        return rest.removeprefix(f"{self.family.experts}.")
 
     def _collect(self, entry: str, number: int, part: Tensor) -> None:
         """Put an expert's part into a tensor over all experts."""
@@ -90,7 +86,7 @@ class ExpertPruner:
     def _read_pruned(self, layer: int, number: int) -> Mapping[str, Tensor]:
         tensors = dict(self.walk.read_expert(layer, number))
         for rest in self.shape.expert_weights(layer):
-            name, within = self.family.block_tensor(layer, rest), self._within(rest)
+            name, within = self.family.block_tensor(layer, rest), self.family.within_experts(rest)
             if self.method.updates:
                 tensors[within] = self.walk.journal[f"weight.{name}"][number : number + 1]
             else:
@@ -99,8 +95,4 @@ class ExpertPruner:
 
     def report(self) -> dict[str, Any]:
         """Describe the tokens of each expert, and list in a line those that few tokens reach."""
-        prefix = self.walk.journal.with_prefix("routed.")
-        tokens = {layer: prefix[layer] for layer in sorted(prefix, key=int)}
-        routing = few_tokens(tokens, self.least)
-        report_few_tokens(routing, "are pruned by magnitude")
-        return routing
+        return report_few_tokens(self.walk, self.least, "are pruned by magnitude")

@@ -27,9 +27,8 @@ class LayerChoice:
     """The layers to remove."""
 
     layers: Sequence[int]
-    record: Mapping[str, Any] = field(
-        default_factory=dict
-    )  #: ``layer_pattern``: its period and price, where one is kept
+    #: ``layer_pattern``: the period and its price, where the choice keeps one
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -141,14 +141,12 @@ def _check_fit(checkpoint: Checkpoint, masks: Mapping[str, Tensor], plan_folder:
                 f"`plan`: the masks are of a {pruned.family.name} ({pruned}), but {checkpoint.directory} is a "
                 f"{shape.family.name} ({shape}); name the checkpoint that it was made from"
             )
-    tensors = checkpoint.tensors()
-    for name, mask in masks.items():
-        size = checkpoint.shape.tensor_size(tensors[name]) if name in tensors else None
-        if tuple(mask.shape) != size:
-            raise UserError(
-                f"`plan`: its mask of {name} has size {tuple(mask.shape)}, but in {checkpoint.directory} the tensor is "
-                f"{size or 'missing'}; name the checkpoint that it was made from"
-            )
+    if mismatch := checkpoint.mask_mismatch(masks):
+        name, size, tensor_size = mismatch
+        raise UserError(
+            f"`plan`: its mask of {name} has size {size}, but in {checkpoint.directory} the tensor is "
+            f"{tensor_size or 'missing'}; name the checkpoint that it was made from"
+        )
 
 
 def _count(checkpoint: Checkpoint, masks: Mapping[str, Tensor]) -> dict[str, Any]:

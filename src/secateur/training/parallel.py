@@ -83,8 +83,9 @@ class TrainModule(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective or LanguageModel()
+        routers = router_modules(model)
         #: of a mixture's routers; None for a dense model
-        self.balance = RouterBalance(model, balance_of(model.config)) if router_modules(model) else None
+        self.balance = RouterBalance(routers, balance_of(model.config)) if routers else None
         self.device = torch.device(device)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:

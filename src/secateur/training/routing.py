@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,13 +53,12 @@ class RouterBalance:
     It equals the number of experts of a token where all are chosen alike.
 
     Args:
-        model: a mixture; its routers get hooks.
+        routers: of a mixture (:func:`router_modules`); they get hooks.
         coefficient: of ``balance`` in the loss; 0 for figures alone.
     """
 
-    def __init__(self, model: PreTrainedModel, coefficient: float) -> None:
-        self.coefficient = coefficient
-        self.routers = router_modules(model)
+    def __init__(self, routers: Sequence[nn.Module], coefficient: float) -> None:
+        self.routers, self.coefficient = routers, coefficient
         self._outputs: list[tuple[Tensor, Tensor]] = []  # logits [tokens, experts] and chosen experts [tokens, k]
         self._figures: dict[str, float] = {}
         for router in self.routers:

@@ -6,6 +6,20 @@ import math
 from dataclasses import replace
 
 from secateur.model.families.family import Family, Site, Tensors
+from secateur.model.families.pieces import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    ATTENTION_SWITCH,
+    FFN,
+    FFN_BIASES,
+    HEAD_NORMS,
+    OUTPUTS,
+    POST_NORMS,
+    QKV,
+    QKV_BIASES,
+    TWO_NORMS,
+    pre_norm,
+)
 
 __all__ = [
     "APERTUS",
@@ -36,58 +50,14 @@ __all__ = [
     "SMOLLM3",
 ]
 
-_ATTENTION: Tensors = {
-    "self_attn.q_proj.weight": ("query", "hidden"),
-    "self_attn.k_proj.weight": ("kv", "hidden"),
-    "self_attn.v_proj.weight": ("kv", "hidden"),
-    "self_attn.o_proj.weight": ("hidden", "query"),
-}
-_QKV_BIASES: Tensors = {
-    "self_attn.q_proj.bias": ("query",),
-    "self_attn.k_proj.bias": ("kv",),
-    "self_attn.v_proj.bias": ("kv",),
-}
-_ATTENTION_BIASES: Tensors = {**_QKV_BIASES, "self_attn.o_proj.bias": ("hidden",)}
-_FFN: Tensors = {
-    "mlp.gate_proj.weight": ("ffn", "hidden"),
-    "mlp.up_proj.weight": ("ffn", "hidden"),
-    "mlp.down_proj.weight": ("hidden", "ffn"),
-}
-_FFN_BIASES: Tensors = {
-    "mlp.gate_proj.bias": ("ffn",),
-    "mlp.up_proj.bias": ("ffn",),
-    "mlp.down_proj.bias": ("hidden",),
-}
-_TWO_NORMS: Tensors = {"input_layernorm.weight": ("hidden",), "post_attention_layernorm.weight": ("hidden",)}
-_HEAD_NORMS: Tensors = {"self_attn.q_norm.weight": ("head",), "self_attn.k_norm.weight": ("head",)}
+_BIAS_SWITCHES = {**ATTENTION_SWITCH, **dict.fromkeys(FFN_BIASES, "mlp_bias")}
 
-_ATTENTION_SWITCH = dict.fromkeys(_ATTENTION_BIASES, "attention_bias")
-_BIAS_SWITCHES = {**_ATTENTION_SWITCH, **dict.fromkeys(_FFN_BIASES, "mlp_bias")}
-
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_OUTPUTS = {
-    "attention_output": Site("self_attn.o_proj", "query", readers=("self_attn.o_proj",)),
-    "ffn_hidden": Site("mlp.down_proj", "ffn", readers=("mlp.down_proj",)),
-}
-
-
-def _pre_norm(attention: tuple[str, ...], ffn: tuple[str, ...], ffn_norm: str) -> dict[str, Site]:
-    """The sites of a block whose norms stand before attention and FFN."""
-    return {
-        "attention_input": Site("input_layernorm", "hidden", output=True, readers=attention),
-        "ffn_input": Site(ffn_norm, "hidden", output=True, readers=ffn),
-        **_OUTPUTS,
-    }
-
-
-_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-
-_LLAMA_SITES = _pre_norm(_QKV, ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm")
+_LLAMA_SITES = pre_norm(QKV, ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm")
 
 LLAMA = Family(
     name="llama",
     model_types=("llama",),
-    block={**_TWO_NORMS, **_ATTENTION, **_ATTENTION_BIASES, **_FFN, **_FFN_BIASES},
+    block={**TWO_NORMS, **ATTENTION, **ATTENTION_BIASES, **FFN, **FFN_BIASES},
     optional=_BIAS_SWITCHES,
     sites=_LLAMA_SITES,
     heads_divide_hidden=True,
@@ -148,7 +118,7 @@ ARCEE = replace(
     model_types=("arcee",),
     block={name: axes for name, axes in LLAMA.block.items() if name not in _NO_GATE},
     optional={name: switch for name, switch in _BIAS_SWITCHES.items() if name not in _NO_GATE},
-    sites=_pre_norm(_QKV, ("mlp.up_proj",), "post_attention_layernorm"),
+    sites=pre_norm(QKV, ("mlp.up_proj",), "post_attention_layernorm"),
     relaxed=None,
 )
 
@@ -157,8 +127,8 @@ OLMO = replace(
     _LLAMA_LIKE,
     name="olmo",
     model_types=("olmo",),
-    block={**_ATTENTION, **_ATTENTION_BIASES, **_FFN},
-    optional=_ATTENTION_SWITCH,
+    block={**ATTENTION, **ATTENTION_BIASES, **FFN},
+    optional=ATTENTION_SWITCH,
     outer={"model.embed_tokens.weight": (None, "hidden"), "lm_head.weight": (None, "hidden")},
     norms_center=True,
 )
@@ -166,7 +136,7 @@ OLMO = replace(
 MISTRAL = Family(
     name="mistral",
     model_types=("mistral",),
-    block={**_TWO_NORMS, **_ATTENTION, **_FFN},
+    block={**TWO_NORMS, **ATTENTION, **FFN},
     sites=_LLAMA_SITES,
 )
 
@@ -178,7 +148,7 @@ MINISTRAL3 = replace(MISTRAL, name="ministral3", model_types=("ministral3",), de
 QWEN2 = Family(
     name="qwen2",
     model_types=("qwen2",),
-    block={**_TWO_NORMS, **_ATTENTION, **_QKV_BIASES, **_FFN},
+    block={**TWO_NORMS, **ATTENTION, **QKV_BIASES, **FFN},
     sites=_LLAMA_SITES,
 )
 
@@ -187,8 +157,8 @@ QWEN2_VL = replace(QWEN2, name="qwen2_vl", model_types=("qwen2_vl_text", "qwen2_
 QWEN3 = Family(
     name="qwen3",
     model_types=("qwen3", "qwen3_vl_text"),
-    block={**_TWO_NORMS, **_ATTENTION, **_HEAD_NORMS, **_ATTENTION_BIASES, **_FFN},
-    optional=_ATTENTION_SWITCH,
+    block={**TWO_NORMS, **ATTENTION, **HEAD_NORMS, **ATTENTION_BIASES, **FFN},
+    optional=ATTENTION_SWITCH,
     sites=_LLAMA_SITES,
     derives_head_dim=False,
 )
@@ -198,7 +168,7 @@ HUNYUAN = replace(
     name="hunyuan_v1_dense",
     model_types=("hunyuan_v1_dense",),
     block={
-        **{name: axes for name, axes in QWEN3.block.items() if name not in _HEAD_NORMS},
+        **{name: axes for name, axes in QWEN3.block.items() if name not in HEAD_NORMS},
         "self_attn.query_layernorm.weight": ("head",),
         "self_attn.key_layernorm.weight": ("head",),
     },
@@ -209,17 +179,17 @@ GEMMA3 = Family(
     name="gemma3",
     model_types=("gemma3_text",),
     block={
-        **_TWO_NORMS,
+        **TWO_NORMS,
         "pre_feedforward_layernorm.weight": ("hidden",),
         "post_feedforward_layernorm.weight": ("hidden",),
-        **_ATTENTION,
-        **_HEAD_NORMS,
-        **_ATTENTION_BIASES,
-        **_FFN,
+        **ATTENTION,
+        **HEAD_NORMS,
+        **ATTENTION_BIASES,
+        **FFN,
     },
-    optional=_ATTENTION_SWITCH,
-    sites=_pre_norm(_QKV, ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
-    writers=_POST_NORMS,
+    optional=ATTENTION_SWITCH,
+    sites=pre_norm(QKV, ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
+    writers=POST_NORMS,
     derives_head_dim=False,
     heads_divide_hidden=True,
     embedding_grows=True,
@@ -232,7 +202,7 @@ GEMMA2 = replace(
     GEMMA3,
     name="gemma2",
     model_types=("gemma2",),
-    block={name: axes for name, axes in GEMMA3.block.items() if name not in _HEAD_NORMS},
+    block={name: axes for name, axes in GEMMA3.block.items() if name not in HEAD_NORMS},
     pattern=2,
 )
 
@@ -240,7 +210,7 @@ GEMMA = replace(
     GEMMA2,
     name="gemma",
     model_types=("gemma",),
-    block={**_TWO_NORMS, **_ATTENTION, **_ATTENTION_BIASES, **_FFN},
+    block={**TWO_NORMS, **ATTENTION, **ATTENTION_BIASES, **FFN},
     sites=_LLAMA_SITES,
     writers=LLAMA.writers,
     heads_divide_hidden=False,
@@ -254,23 +224,23 @@ OLMO2 = Family(
     block={
         "post_attention_layernorm.weight": ("hidden",),
         "post_feedforward_layernorm.weight": ("hidden",),
-        **_ATTENTION,
+        **ATTENTION,
         "self_attn.q_norm.weight": ("query",),
         "self_attn.k_norm.weight": ("kv",),
-        **_ATTENTION_BIASES,
-        **_FFN,
+        **ATTENTION_BIASES,
+        **FFN,
     },
-    optional=_ATTENTION_SWITCH,
+    optional=ATTENTION_SWITCH,
     # Its norms stand behind attention and FFN; the linears read the residual stream itself.
     sites={
-        "attention_input": Site("self_attn.q_proj", "hidden", readers=_QKV),
+        "attention_input": Site("self_attn.q_proj", "hidden", readers=QKV),
         "ffn_input": Site("mlp.gate_proj", "hidden", readers=("mlp.gate_proj", "mlp.up_proj")),
         "attention_norm": Site("post_attention_layernorm", "hidden", output=True),
         "ffn_norm": Site("post_feedforward_layernorm", "hidden", output=True),
-        **_OUTPUTS,
+        **OUTPUTS,
     },
     hidden_sites=("attention_norm", "ffn_norm"),
-    writers=_POST_NORMS,
+    writers=POST_NORMS,
 )
 
 OLMO3 = replace(OLMO2, name="olmo3", model_types=("olmo3",), pattern=4)
@@ -280,7 +250,7 @@ EXAONE4 = replace(
     OLMO2,
     name="exaone4",
     model_types=("exaone4",),
-    block={n: axes for n, axes in OLMO2.block.items() if n not in _ATTENTION_BIASES} | _HEAD_NORMS,
+    block={**{n: axes for n, axes in OLMO2.block.items() if n not in ATTENTION_BIASES}, **HEAD_NORMS},
     optional={},
     pattern=4,
 )
@@ -289,19 +259,19 @@ PHI3 = Family(
     name="phi3",
     model_types=("phi3",),
     block={
-        **_TWO_NORMS,
+        **TWO_NORMS,
         "self_attn.qkv_proj.weight": (("query", "kv", "kv"), "hidden"),
         "self_attn.o_proj.weight": ("hidden", "query"),
         "mlp.gate_up_proj.weight": (("ffn", "ffn"), "hidden"),
         "mlp.down_proj.weight": ("hidden", "ffn"),
     },
-    sites=_pre_norm(("self_attn.qkv_proj",), ("mlp.gate_up_proj",), "post_attention_layernorm"),
+    sites=pre_norm(("self_attn.qkv_proj",), ("mlp.gate_up_proj",), "post_attention_layernorm"),
 )
 
 _GLM_BLOCK: Tensors = {
-    **_TWO_NORMS,
-    **_ATTENTION,
-    **_QKV_BIASES,
+    **TWO_NORMS,
+    **ATTENTION,
+    **QKV_BIASES,
     "mlp.gate_up_proj.weight": (("ffn", "ffn"), "hidden"),
     "mlp.down_proj.weight": ("hidden", "ffn"),
 }
@@ -310,8 +280,8 @@ GLM = Family(
     name="glm",
     model_types=("glm",),
     block=_GLM_BLOCK,
-    optional=dict.fromkeys(_QKV_BIASES, "attention_bias"),
-    sites=_pre_norm(_QKV, ("mlp.gate_up_proj",), "post_attention_layernorm"),
+    optional=dict.fromkeys(QKV_BIASES, "attention_bias"),
+    sites=pre_norm(QKV, ("mlp.gate_up_proj",), "post_attention_layernorm"),
     derives_head_dim=False,
 )
 
@@ -333,9 +303,9 @@ APERTUS = Family(
     block={
         "attention_layernorm.weight": ("hidden",),
         "feedforward_layernorm.weight": ("hidden",),
-        **_ATTENTION,
-        **_HEAD_NORMS,
-        **_ATTENTION_BIASES,
+        **ATTENTION,
+        **HEAD_NORMS,
+        **ATTENTION_BIASES,
         "mlp.up_proj.weight": ("ffn", "hidden"),
         "mlp.down_proj.weight": ("hidden", "ffn"),
         # of its activation: two trained and two constant numbers
@@ -346,11 +316,11 @@ APERTUS = Family(
     },
     buffers=("mlp.act_fn.beta", "mlp.act_fn.eps"),
     fixed={"one": (1,)},
-    optional=_ATTENTION_SWITCH,
+    optional=ATTENTION_SWITCH,
     sites={
-        "attention_input": Site("attention_layernorm", "hidden", output=True, readers=_QKV),
+        "attention_input": Site("attention_layernorm", "hidden", output=True, readers=QKV),
         "ffn_input": Site("feedforward_layernorm", "hidden", output=True, readers=("mlp.up_proj",)),
-        **_OUTPUTS,
+        **OUTPUTS,
     },
     first_values={  # softplus of them, the latter plus beta, is 0.8
         "mlp.act_fn.alpha_p": lambda value, _: value.fill_(math.log(math.expm1(0.8))),

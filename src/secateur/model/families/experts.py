@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.errors import UserError
-from secateur.model.families.dense import (
-    _ATTENTION,
-    _ATTENTION_BIASES,
-    _ATTENTION_SWITCH,
-    _FFN,
-    _FFN_BIASES,
-    _HEAD_NORMS,
-    _QKV,
-    _QKV_BIASES,
-    _TWO_NORMS,
-)
 from secateur.model.families.family import CONFIG_KEYS, OUTER, Family, Site, Tensors
+from secateur.model.families.pieces import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    ATTENTION_SWITCH,
+    FFN,
+    FFN_BIASES,
+    HEAD_NORMS,
+    QKV,
+    QKV_BIASES,
+    TWO_NORMS,
+)
 
 __all__ = [
     "DEEPSEEK_V3",
@@ -68,7 +68,7 @@ def _sites(shared: str = "", dense: bool = True, ffn_norm: str = "post_attention
     inputs += (f"mlp.{shared}.gate_proj", f"mlp.{shared}.up_proj") if shared else ()
     inputs += ("mlp.experts",) if inputs else ()
     sites = {
-        "attention_input": Site("input_layernorm", "hidden", output=True, readers=_QKV),
+        "attention_input": Site("input_layernorm", "hidden", output=True, readers=QKV),
         "ffn_input": Site(ffn_norm, "hidden", output=True, readers=inputs),
         "attention_output": Site("self_attn.o_proj", "query", readers=("self_attn.o_proj",)),
     }
@@ -135,11 +135,11 @@ def _ernie_kind_keys(kinds: Sequence[str]) -> Mapping[str, object]:
 QWEN3_MOE = Family(
     name="qwen3_moe",
     model_types=("qwen3_moe",),
-    block={**_TWO_NORMS, **_ATTENTION, **_HEAD_NORMS, **_ATTENTION_BIASES},
-    kinds={_DENSE: _FFN, _EXPERTS: _ROUTED},
+    block={**TWO_NORMS, **ATTENTION, **HEAD_NORMS, **ATTENTION_BIASES},
+    kinds={_DENSE: FFN, _EXPERTS: _ROUTED},
     kinds_of=_qwen_kinds,
     kind_keys=_qwen_kind_keys,
-    optional=_ATTENTION_SWITCH,
+    optional=ATTENTION_SWITCH,
     sites=_sites(),
     config_keys=_keys("num_experts"),
     unstated=("num_local_experts",),
@@ -151,14 +151,14 @@ QWEN3_MOE = Family(
 QWEN2_MOE = Family(
     name="qwen2_moe",
     model_types=("qwen2_moe",),
-    block={**_TWO_NORMS, **_ATTENTION, **_QKV_BIASES},
+    block={**TWO_NORMS, **ATTENTION, **QKV_BIASES},
     kinds={
-        _DENSE: _FFN,
+        _DENSE: FFN,
         _EXPERTS: {**_ROUTED, **_shared("shared_expert"), "mlp.shared_expert_gate.weight": ("unit", "hidden")},
     },
     kinds_of=_qwen_kinds,
     kind_keys=_qwen_kind_keys,
-    optional=dict.fromkeys(_QKV_BIASES, "qkv_bias"),
+    optional=dict.fromkeys(QKV_BIASES, "qkv_bias"),
     fixed={"shared_ffn": ("shared_expert_intermediate_size",), "unit": (1,)},
     sites=_sites("shared_expert"),
     config_keys=_keys("num_experts"),
@@ -171,14 +171,14 @@ OLMOE = Family(
     name="olmoe",
     model_types=("olmoe",),
     block={
-        **_TWO_NORMS,
-        **_ATTENTION,
-        **_ATTENTION_BIASES,
+        **TWO_NORMS,
+        **ATTENTION,
+        **ATTENTION_BIASES,
         "self_attn.q_norm.weight": ("query",),
         "self_attn.k_norm.weight": ("kv",),
         **_ROUTED,
     },
-    optional=_ATTENTION_SWITCH,
+    optional=ATTENTION_SWITCH,
     sites=_sites(dense=False),
     uncut=_NO_FFN,
     config_keys=_keys("num_experts", "intermediate_size"),
@@ -191,7 +191,7 @@ OLMOE = Family(
 MIXTRAL = Family(
     name="mixtral",
     model_types=("mixtral",),
-    block={**_TWO_NORMS, **_ATTENTION, **_ROUTED},
+    block={**TWO_NORMS, **ATTENTION, **_ROUTED},
     sites=_sites(dense=False),
     uncut=_NO_FFN,
     config_keys=_keys("num_local_experts", "intermediate_size"),
@@ -211,13 +211,13 @@ GRANITEMOE = Family(
     name="granitemoe",
     model_types=("granitemoe",),
     block={
-        **_TWO_NORMS,
-        **_ATTENTION,
-        **_ATTENTION_BIASES,
+        **TWO_NORMS,
+        **ATTENTION,
+        **ATTENTION_BIASES,
         "block_sparse_moe.router.weight": ("experts", "hidden"),
         **_experts("block_sparse_moe"),
     },
-    optional=_ATTENTION_SWITCH,
+    optional=ATTENTION_SWITCH,
     sites=_sites(dense=False),
     uncut=_NO_FFN,
     config_keys=_keys("num_local_experts", "intermediate_size"),
@@ -234,9 +234,9 @@ GPT_OSS = Family(
     name="gpt_oss",
     model_types=("gpt_oss",),
     block={
-        **_TWO_NORMS,
-        **_ATTENTION,
-        **_ATTENTION_BIASES,
+        **TWO_NORMS,
+        **ATTENTION,
+        **ATTENTION_BIASES,
         "self_attn.sinks": ("heads",),
         "mlp.router.weight": ("experts", "hidden"),
         "mlp.router.bias": ("experts",),
@@ -245,7 +245,7 @@ GPT_OSS = Family(
         "mlp.experts.down_proj": ("experts", "expert_ffn", "hidden"),
         "mlp.experts.down_proj_bias": ("experts", "hidden"),
     },
-    optional=_ATTENTION_SWITCH,
+    optional=ATTENTION_SWITCH,
     sites=_sites(dense=False),
     uncut=_NO_FFN,
     config_keys=_keys("num_local_experts", "intermediate_size"),
@@ -261,12 +261,12 @@ _CORRECTED: Tensors = {"mlp.gate.e_score_correction_bias": ("experts",)}
 GLM4_MOE = Family(
     name="glm4_moe",
     model_types=("glm4_moe",),
-    block={**_TWO_NORMS, **_ATTENTION, **_QKV_BIASES, **_HEAD_NORMS},
-    kinds={_DENSE: _FFN, _EXPERTS: {**_ROUTED, **_CORRECTED, **_shared("shared_experts")}},
+    block={**TWO_NORMS, **ATTENTION, **QKV_BIASES, **HEAD_NORMS},
+    kinds={_DENSE: FFN, _EXPERTS: {**_ROUTED, **_CORRECTED, **_shared("shared_experts")}},
     buffers=tuple(_CORRECTED),
     kinds_of=_leading_kinds,
     kind_keys=_leading_kind_keys,
-    optional={**dict.fromkeys(_QKV_BIASES, "attention_bias"), **dict.fromkeys(_HEAD_NORMS, "use_qk_norm")},
+    optional={**dict.fromkeys(QKV_BIASES, "attention_bias"), **dict.fromkeys(HEAD_NORMS, "use_qk_norm")},
     fixed=_SHARED_WIDTH,
     sites=_sites("shared_experts"),
     uncut=_ONE_SIZE,
@@ -282,7 +282,7 @@ DEEPSEEK_V3 = Family(
     name="deepseek_v3",
     model_types=("deepseek_v3",),
     block={
-        **_TWO_NORMS,
+        **TWO_NORMS,
         "self_attn.q_proj.weight": (("query_content", "query_position"), "hidden"),
         "self_attn.q_a_proj.weight": ("query_rank", "hidden"),
         "self_attn.q_a_proj.bias": ("query_rank",),
@@ -295,7 +295,7 @@ DEEPSEEK_V3 = Family(
         "self_attn.o_proj.weight": ("hidden", "values"),
         "self_attn.o_proj.bias": ("hidden",),
     },
-    kinds={_DENSE: _FFN, _EXPERTS: {**_ROUTED, **_CORRECTED, **_shared("shared_experts")}},
+    kinds={_DENSE: FFN, _EXPERTS: {**_ROUTED, **_CORRECTED, **_shared("shared_experts")}},
     buffers=tuple(_CORRECTED),
     kinds_of=_leading_kinds,
     kind_keys=_leading_kind_keys,
@@ -348,10 +348,10 @@ _SHARED_BIASES: Tensors = {
 ERNIE4_5_MOE = Family(
     name="ernie4_5_moe",
     model_types=("ernie4_5_moe",),
-    block={**_TWO_NORMS, **_ATTENTION, **_ATTENTION_BIASES},
+    block={**TWO_NORMS, **ATTENTION, **ATTENTION_BIASES},
     outer={**OUTER, "lm_head.bias": (None,)},
     kinds={
-        _DENSE: {**_FFN, **_FFN_BIASES},
+        _DENSE: {**FFN, **FFN_BIASES},
         _EXPERTS: {
             **_ROUTED,
             "mlp.gate.moe_statics.e_score_correction_bias": ("unit", "experts"),
@@ -362,7 +362,7 @@ ERNIE4_5_MOE = Family(
     kinds_of=_ernie_kinds,
     kind_keys=_ernie_kind_keys,
     optional={
-        **dict.fromkeys((*_ATTENTION_BIASES, *_FFN_BIASES, "lm_head.bias"), "use_bias"),
+        **dict.fromkeys((*ATTENTION_BIASES, *FFN_BIASES, "lm_head.bias"), "use_bias"),
         **dict.fromkeys(_shared("shared_experts"), "moe_num_shared_experts"),
         **dict.fromkeys(_SHARED_BIASES, "use_bias&moe_num_shared_experts"),
     },

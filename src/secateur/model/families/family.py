@@ -232,6 +232,10 @@ class Family:
         """The full name of a block's tensor."""
         return f"{self.layers}.{layer}.{name}"
 
+    def within_experts(self, name: str) -> str:
+        """The name of a block's tensor within the module of experts."""
+        return name.removeprefix(f"{self.experts}.")
+
     def site_of(self, linear: str) -> str:
         """The site whose values the linear ``linear`` (a tensor name) reads."""
         module = linear.removesuffix(".weight")

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from secateur.model.families.dense import (
-    _ATTENTION,
-    _ATTENTION_BIASES,
-    _ATTENTION_SWITCH,
-    _FFN,
-    _HEAD_NORMS,
-    _POST_NORMS,
-    _QKV,
-    _TWO_NORMS,
-    _pre_norm,
-)
 from secateur.model.families.family import Family, Site, Tensors
+from secateur.model.families.pieces import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    ATTENTION_SWITCH,
+    FFN,
+    HEAD_NORMS,
+    POST_NORMS,
+    QKV,
+    TWO_NORMS,
+    pre_norm,
+)
 
 __all__ = ["GEMMA4", "LFM2", "QWEN3_5"]
 
@@ -32,14 +32,14 @@ _LINEAR_INPUTS = tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b
 QWEN3_5 = Family(
     name="qwen3_5",
     model_types=("qwen3_5_text",),
-    block={**_TWO_NORMS, **_FFN},
+    block={**TWO_NORMS, **FFN},
     kinds={
         "full_attention": {
-            **_ATTENTION,
+            **ATTENTION,
             "self_attn.q_proj.weight": ("gated_query", "hidden"),
-            **_ATTENTION_BIASES,
+            **ATTENTION_BIASES,
             "self_attn.q_proj.bias": ("gated_query",),
-            **_HEAD_NORMS,
+            **HEAD_NORMS,
         },
         "linear_attention": {
             "linear_attn.in_proj_qkv.weight": (_LINEAR_QKV, "hidden"),
@@ -61,9 +61,9 @@ QWEN3_5 = Family(
         "kernel": ("linear_conv_kernel_dim",),
         "one": (1,),
     },
-    optional=_ATTENTION_SWITCH,
+    optional=ATTENTION_SWITCH,
     sites={
-        **_pre_norm((*_QKV, *_LINEAR_INPUTS), ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+        **pre_norm((*QKV, *_LINEAR_INPUTS), ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
         "linear_output": Site("linear_attn.out_proj", "linear_value", readers=("linear_attn.out_proj",)),
     },
     writers=("self_attn.o_proj", "linear_attn.out_proj", "mlp.down_proj"),
@@ -83,7 +83,7 @@ _FULL = {"query": "full_query", "kv": "full_kv", "head": "full_head"}
 
 
 def _gemma4_attention(*, full: bool, lacks: tuple[str, ...] = ()) -> Tensors:
-    tensors = {**_ATTENTION, **_ATTENTION_BIASES, **_HEAD_NORMS}
+    tensors = {**ATTENTION, **ATTENTION_BIASES, **HEAD_NORMS}
     return {
         name: tuple(_FULL.get(str(axis), axis) if full else axis for axis in axes)
         for name, axes in tensors.items()
@@ -127,11 +127,11 @@ GEMMA4 = Family(
     name="gemma4",
     model_types=("gemma4_unified_text",),
     block={
-        **_TWO_NORMS,
+        **TWO_NORMS,
         "pre_feedforward_layernorm.weight": ("hidden",),
         "post_feedforward_layernorm.weight": ("hidden",),
         "layer_scalar": ("one",),
-        **_FFN,
+        **FFN,
     },
     kinds={
         "sliding_attention": _gemma4_attention(full=False),
@@ -160,9 +160,9 @@ GEMMA4 = Family(
     uncut={"kv": "its full layers have heads of another size, and other KV heads, than its sliding layers"},
     embedding_grows=True,
     cached=("kv", "full_kv", "full_keys", "full_keys"),
-    optional=_ATTENTION_SWITCH,
-    sites=_pre_norm(_QKV, ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
-    writers=_POST_NORMS,
+    optional=ATTENTION_SWITCH,
+    sites=pre_norm(QKV, ("mlp.gate_proj", "mlp.up_proj"), "pre_feedforward_layernorm"),
+    writers=POST_NORMS,
     stream_scale="layer_scalar",
     derives_head_dim=False,
     logit_cap="final_logit_softcapping",
@@ -199,7 +199,7 @@ LFM2 = Family(
     },
     kinds={
         "full_attention": {
-            **{name: axes for name, axes in _ATTENTION.items() if "o_proj" not in name},
+            **{name: axes for name, axes in ATTENTION.items() if "o_proj" not in name},
             "self_attn.out_proj.weight": ("hidden", "query"),
             "self_attn.q_layernorm.weight": ("head",),
             "self_attn.k_layernorm.weight": ("head",),
@@ -224,7 +224,7 @@ LFM2 = Family(
     stated={"block_auto_adjust_ff_dim": False},
     old_keys={"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"},
     sites={
-        "operator_input": Site("operator_norm", "hidden", output=True, readers=(*_QKV, "conv.in_proj")),
+        "operator_input": Site("operator_norm", "hidden", output=True, readers=(*QKV, "conv.in_proj")),
         "ffn_input": Site("ffn_norm", "hidden", output=True, readers=("feed_forward.w1", "feed_forward.w3")),
         "attention_output": Site("self_attn.out_proj", "query", readers=("self_attn.out_proj",)),
         "conv_output": Site("conv.out_proj", "conv", readers=("conv.out_proj",)),
