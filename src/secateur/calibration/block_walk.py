@@ -162,9 +162,8 @@ class BlockWalk:
 
     def load_embeddings(self, ids: Tensor) -> Tensor:
         """Load only the embeddings of these tokens; return the indices [windows, positions] of their rows."""
-        table = self.checkpoint.tensor(self.family.embedding)
         tokens, indices = ids.unique(return_inverse=True)
-        rows = table[tokens]
+        rows = self.checkpoint.embeddings(tokens)
         self._place(self.family.embedding, rows.to(self.dtype))
         padding = (tokens == self._padding).nonzero() if self._padding is not None else tokens[:0]
         self.embedding.padding_idx = int(padding[0]) if padding.numel() else None  # type: ignore[assignment]
@@ -274,6 +273,23 @@ class BlockWalk:
                 module.to("meta")
                 release_memory()
                 progress.advance(1, f"block {index + 1} of {len(self.layers)}")
+
+    @contextlib.contextmanager
+    def block(self, index: int, dtype: torch.dtype | None = None) -> Iterator[Block]:
+        """One block with its weights loaded; they are freed at the end.
+
+        Args:
+            dtype: of its weights; None for that of the walk.
+        """
+        module = self.layers[index]
+        (tensors,) = on_demand([index], self._read_block, self.device, dtype or self.dtype)
+        module.load_state_dict(tensors, assign=True)
+        del tensors
+        try:
+            yield Block(self, index, module)
+        finally:
+            module.to("meta")
+            release_memory()
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)

@@ -238,6 +238,10 @@ class Checkpoint:
         file, stored = self._place(name)
         return file.rows(stored, start, stop)
 
+    def embeddings(self, tokens: Tensor) -> Tensor:
+        """The rows of the embedding for these tokens, as stored."""
+        return self.tensor(self.family.embedding)[tokens]
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The type that a tensor is stored in."""
         file, stored = self._place(name)

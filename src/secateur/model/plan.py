@@ -41,6 +41,8 @@ class Plan:
         keep_expert_ffn: likewise the kept FFN channels of each of its experts, [experts before, channels].
         masks: name of a tensor of the output -> bool of its size, True where kept; empty for a dense output.
         weights: tensor name -> new values of a weight, where a method updates those that stay; not saved with the plan.
+        tuned: name of a tensor of the output -> its final values, where they were tuned after the cut; not saved with
+            the plan.
         biases: tensor name -> what is added to a bias to make up for removed channels.
         scores: name -> float32 scores, as evidence: ``layers``, ``hidden``, ``ffn.<layer>``, ``kv.<layer>``.
         calibration: what the scores were computed on, with the hash of the token ids.
@@ -61,6 +63,7 @@ class Plan:
     keep_expert_ffn: dict[int, Tensor] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    tuned: Mapping[str, Tensor] = field(default_factory=dict)
     zeroed: int = 0  #: weights that the masks drop
     biases: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)

@@ -304,6 +304,21 @@ class Shape:
         attention = 4 * self._sum_over_layers(self._attention_width) * (context + 1) / 2
         return 2.0 * weights + attention
 
+    def block_flops(self, context: int) -> float:
+        """Those of :meth:`forward_flops` in the blocks: all but the head's."""
+        return self.forward_flops(context) - 2.0 * self.vocabulary * self.hidden
+
+    @property
+    def ffn_flops(self) -> float:
+        """Those of :meth:`block_flops` in dense FFNs."""
+        return 2.0 * self._sum_over_layers(self.ffn_weights)
+
+    def ffn_weights(self, layer: int = 0) -> int:
+        """Weights of the matrices of a block's dense FFN."""
+        tensors = self.block_tensors(layer)
+        sizes = {name: self.tensor_size(tensors[name]) for name in self.matrices(layer)}
+        return sum(math.prod(size) for name, size in sizes.items() if {"ffn", ("ffn", "ffn")} & {*tensors[name]})
+
     @property
     def active_parameters(self) -> int:
         """Parameters that one token uses: of the routed experts, those that it is routed to."""

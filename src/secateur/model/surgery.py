@@ -22,7 +22,7 @@ from secateur.model.safetensors_io import Stored
 from secateur.model.zeros import ZeroCount
 from secateur.progress import notify
 
-__all__ = ["carry_masks", "cut_config", "cut_tensors"]
+__all__ = ["carry_masks", "cut_config", "cut_tensors", "cut_tower"]
 
 _ROWS = 4096  # of the embedding or the head at once
 _PERIODS = ("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval")  # of config.json
@@ -36,13 +36,13 @@ def cut_tensors(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None = No
     Args:
         zeros: counts the zeros that stay in the output without a mask, and weights that the checkpoint's masks drop.
     """
-    tower = _cut_tower(checkpoint, plan, zeros)
+    tower = cut_tower(checkpoint, plan, zeros)
     around = checkpoint.image_text
     return around.tensors(tower, lambda axis: plan.indices(axis, -1)) if around else tower
 
 
-def _cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None) -> Iterator[Stored]:
-    """The tensors of the language model, cut."""
+def cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None = None) -> Iterator[Stored]:
+    """Yield the tensors of the language model, cut; arguments as for :func:`cut_tensors`."""
     family = checkpoint.family
     stored = checkpoint.outer_tensors()
     for name, axes in plan.after.outer_tensors().items():
@@ -63,6 +63,9 @@ def _cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None) -> I
             size = plan.after.tensor_size(axes)
             make = partial(_block_tensor, checkpoint, plan, old, new, rest, axes, zeros)
             written = family.stored[rest][0] if name in checkpoint.spelled else rest
+            new_name = family.block_tensor(new, rest)
+            if new_name in plan.tuned:
+                make = partial(plan.tuned.__getitem__, new_name)
             yield Stored(family.block_tensor(new, written), dtype, size, lambda make=make: (make(),))
 
 

@@ -6,7 +6,7 @@ from secateur.calibration.statistics import GradientStatistic
 from secateur.methods.base import LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
 from secateur.model.shapes import Shape
 
-__all__ = ["reads_text", "scoring_flops", "task_of"]
+__all__ = ["reads_text", "reconstruction_flops", "scoring_flops", "task_of"]
 
 
 def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, context: int) -> float:
@@ -30,6 +30,25 @@ def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, conte
     elif isinstance(method, WeightMethod) or (isinstance(method, WidthMethod) and method.sequential):
         passes += 1.0 - 1 / shape.layers  # nothing sees what the last block puts out
     return passes * tokens * shape.forward_flops(context)
+
+
+def reconstruction_flops(before: Shape, after: Shape, tokens: int, windows: int, context: int) -> float:
+    """FLOPs of tuning the blocks of a pruned model to those of the dense one.
+
+    With A and F, the FLOPs of a token forwards through attention and FFN of a pruned block (one layer after the other,
+    without the head), a step of attention costs 3 A for each token; a step of the FFN runs attention as well, without
+    a backward pass: A + 3 F. A block in one part costs 3 (A + F). Each token of the windows goes once through
+    every dense block, and once more through every tuned one. Measuring the errors is left out.
+
+    Args:
+        tokens: that the steps of one part read.
+        windows: tokens of all windows.
+        context: tokens in a window.
+    """
+    dense, block = before.block_flops(context), after.block_flops(context)
+    in_two_parts = "ffn_input" in after.family.sites
+    attention = block - after.ffn_flops if in_two_parts else 0.0
+    return tokens * (3.0 * block + attention) + windows * (dense + block)
 
 
 def reads_text(method: Method) -> bool:

@@ -13,6 +13,7 @@ import torch
 from secateur import distributed
 from secateur.calibration.block_walk import default_batch
 from secateur.calibration.journal import Workspace
+from secateur.config import identity as identity_of
 from secateur.data.tokenizer import id_bound, load_tokenizer
 from secateur.errors import UserError
 from secateur.evaluation.lm_eval.tasks import Task
@@ -30,11 +31,13 @@ from secateur.model.runtimes import Support
 from secateur.model.shapes import Shape
 from secateur.model.wrappers import tower_names
 from secateur.progress import notify
+from secateur.pruning.block_reconstruction import reconstruct_plan
 from secateur.pruning.calibration import Calibration, read_calibration, save_tokenizer
 from secateur.pruning.image_samples import IMAGES, ImageSamples
 from secateur.pruning.learned_job import prune_learned
-from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory
+from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory, with_reconstruction
 from secateur.pruning.pipeline import make_plan, removed_shares, runtimes_of, write_pruned
+from secateur.pruning.reconstruction import why_not_reconstructed
 from secateur.pruning.request import RESUME_LABELS, PruneRequest
 from secateur.pruning.target import Target
 from secateur.runtime import environment, pick_device, pick_dtype
@@ -127,6 +130,7 @@ def prune_model(request: PruneRequest) -> PreTrainedModel:
         raise UserError("`ratio`: a model in memory is cut to one ratio; name `out` for several")
     checkpoint = open_checkpoint(request.model)
     device = pick_device(request.device)
+    _check_reconstruction(request, checkpoint)
     calibration = _calibration(request, checkpoint)
     plan = _plan(request, checkpoint, target, calibration, device, pick_dtype(request.dtype, device))
     model: Any = cut_model(checkpoint, plan)
@@ -153,6 +157,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     out = Path(request.out)
     checkpoint = open_checkpoint(request.model)
     outputs = [target.shape(checkpoint.shape, request.prototype, request.method) for target in request.targets]
+    _check_reconstruction(request, checkpoint)
     require_new_directory(out)
     if out.resolve().is_relative_to(checkpoint.directory.resolve()):
         raise UserError(f"{out}: lies in the model's directory {checkpoint.directory}; name one outside it")
@@ -173,6 +178,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
         "options": dict(request.options),
         "targets": [target.record(request.prototype) for target in request.targets],
         "calibration": calibration.record() if calibration else None,
+        **({"reconstruct": identity_of(request.reconstruction)} if request.reconstruction else {}),
         "batch": request.batch,
         "device": device.partition(":")[0] if distributed.world_size() > 1 else device,
         "dtype": str(dtype),
@@ -213,7 +219,25 @@ def _plan(
     task = Task(request.task, data=request.tasks_data, limit=request.task_limit, few_shot=0) if request.task else None
     fields: dict[str, Any] = {"options": request.options, "task": task, "batch": request.batch}
     fields |= {"device": device, "dtype": dtype, "workspace": workspace}
-    return make_plan(checkpoint, request.method, target, calibration, **fields)
+    plan = make_plan(checkpoint, request.method, target, calibration, **fields)
+    if request.reconstruction is None:
+        return plan
+    assert isinstance(calibration, Calibration)
+    key = f"reconstruct-{request.targets.index(target)}"
+    workspace = workspace or Workspace()
+    execution = {"device": device, "dtype": dtype, "batch": request.batch}
+    execution |= {"store": workspace.store(key), "journal": workspace.journal(key)}
+    return reconstruct_plan(checkpoint, plan, calibration.windows, request.reconstruction, **execution)
+
+
+def _check_reconstruction(request: PruneRequest, checkpoint: Checkpoint) -> None:
+    """Refuse to tune the blocks of a mixture, or in several processes."""
+    if request.reconstruction is None:
+        return
+    if reason := why_not_reconstructed(request.prototype.granularity, checkpoint.shape.experts):
+        raise UserError(f"`reconstruct`: not of this model: {reason}")
+    if distributed.world_size() > 1:
+        raise UserError("`reconstruct`: blocks are tuned in one process; start it without torchrun")
 
 
 def _results(
@@ -263,6 +287,8 @@ def _calibration(request: PruneRequest, checkpoint: Checkpoint) -> Calibration |
     """The calibration windows; None where the method reads no text, with a notice about fields without effect."""
     if request.reads_text:
         calibration = read_calibration(request, checkpoint, request.windows)
+        if request.reconstruct and isinstance(calibration, ImageSamples):
+            raise UserError("`reconstruct`: blocks are tuned on text, and `calibration` holds images; name text")
         if checkpoint.whole and isinstance(calibration, Calibration):
             notify(
                 "`calibration`: text alone never shows the model an image, so that what images need may score low; "
@@ -299,6 +325,8 @@ def _estimate(
     batch = request.batch or default_batch(checkpoint.family, seqlen or 1, device)
     stored = max(checkpoint.stored_bytes, checkpoint.read_bytes)  # packed experts are written unpacked
     needs = estimate_memory(request.prototype, checkpoint.shape, windows, seqlen, batch, dtype, stored, outputs)
+    if request.reconstruct:
+        needs = with_reconstruction(needs, checkpoint.shape, outputs, windows, seqlen, batch, dtype)
     if isinstance(calibration, ImageSamples) and checkpoint.image_text:  # all of it at once, before the first block
         around = (checkpoint.image_text.parameters + checkpoint.shape.embedding) * dtype.itemsize
         needs = dataclasses.replace(needs, block=max(needs.block, around))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from secateur.methods.base import Method, RemovalMethod, WeightMethod
 from secateur.model.shapes import Shape
 from secateur.training.recipe import Recipe
 
-__all__ = ["MemoryEstimate", "estimate_memory", "estimate_training_memory"]
+__all__ = ["MemoryEstimate", "estimate_memory", "estimate_training_memory", "with_reconstruction"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,43 @@ def estimate_memory(
         block += journal // shape.layers
     leaving = journal // shape.layers
     return MemoryEstimate(block, weights * dtype.itemsize, leaving, states, journal * len(outputs), output)
+
+
+def with_reconstruction(
+    needs: MemoryEstimate,
+    shape: Shape,
+    outputs: Sequence[Shape],
+    windows: int,
+    seqlen: int,
+    batch: int,
+    dtype: torch.dtype,
+) -> MemoryEstimate:
+    """The needs of scoring and cutting, and those of tuning the blocks behind it (:func:`reconstruct`).
+
+    A block is in memory in float32, with the gradients and two moments of its attention or its FFN. Three sets of
+    states are between blocks: what enters the pruned block, and what leaves the dense one and its attention.
+    """
+    weights, tuned = max(_part_sizes(after) for after in outputs)
+    tokens = min(batch, windows) * seqlen
+    activations = tokens * (6 * shape.ffn + 16 * shape.hidden) * 4  # kept for the backward pass
+    block = 4 * weights + 12 * tuned + activations
+    states = 3 * windows * seqlen * shape.hidden * dtype.itemsize
+    journal = sum(after.layers * _part_sizes(after)[0] * 4 for after in outputs)
+    return dataclasses.replace(
+        needs,
+        block=max(needs.block, block),
+        states=max(needs.states, states),
+        journal=needs.journal + journal,
+    )
+
+
+def _part_sizes(shape: Shape) -> tuple[int, int]:
+    """Parameters of the largest block, and of the larger one of its two parts, attention and FFN."""
+    sizes = []
+    for layer in range(shape.layers if shape.kinds else 1):
+        total, ffn = sum(_resident_sizes(shape, layer)), shape.ffn_weights(layer)
+        sizes.append((total, max(ffn, total - ffn)))
+    return max(sizes)
 
 
 def _resident_sizes(shape: Shape, layer: int) -> list[int]:

@@ -34,6 +34,7 @@ from secateur.pruning.calibration import Calibration
 from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.image_samples import ImageSamples
 from secateur.pruning.layer_choice import pattern_to_keep
+from secateur.pruning.reconstruction import describe_reconstruction
 from secateur.pruning.scoring import score_and_select
 from secateur.pruning.target import Target, describe_target
 
@@ -233,6 +234,7 @@ def write_pruned(
             "plan": content["fingerprint"],
             "source": plan.source,
             "calibration": plan.calibration,
+            **({"reconstruction": tuning} if (tuning := plan.summary.get("reconstruction")) else {}),
         },
         card=model_card(
             f"{ancestry.subject(plan.before)}, pruned with {plan.method}",
@@ -280,6 +282,8 @@ def _describe_pruning(plan: Plan, share: dict[str, Any]) -> list[str]:
     text = "none, no text was read"
     if plan.calibration["source"]:
         text = f"{plural(plan.calibration['tokens'], 'token')} of {short_source(plan.calibration['source'])}"
+    if "reconstruction" in plan.summary:
+        lines.append(f"- reconstructed: {describe_reconstruction(plan.summary['reconstruction'])}")
     return [
         *lines,
         f"- shape: {plan.after}",

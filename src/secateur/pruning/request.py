@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from secateur.config import AnyPath, Positive, spec
 from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
 from secateur.hub import check_repository
 from secateur.pruning.cost import reads_text, task_of
+from secateur.pruning.reconstruction import Reconstruction, why_not_reconstructed
 from secateur.pruning.target import Target
 
 __all__ = ["RESUME_LABELS", "PruneRequest"]
@@ -26,6 +29,7 @@ RESUME_LABELS = {
     "method": "`method`",
     "options": "`options`",
     "targets": "`ratio`, `shape`, `pattern` or what goes with them",
+    "reconstruct": "`reconstruct` or `reconstruct_rate`",
     "calibration": "`calibration`, `windows` or `seqlen`",
     "batch": "`batch`",
     "device": "`device`",
@@ -54,6 +58,8 @@ class PruneRequest:
             for yes, where the family has one and the model follows it.
         propagate: methods that remove experts: a block is scored on what the blocks before it put out as they are
             (``unpruned``), or with their kept experts alone (``pruned``).
+        reconstruct: steps of AdamW that tune each part of a pruned block to the dense block's output; None for none.
+        reconstruct_rate: their peak learning rate; None for 0.001.
         options: options of the method.
         calibration: a source of text (``text:PATH``, ``hf:NAME``, ``tokens:FILE.npy`` ...), ids [windows, positions],
             or an iterable of texts; for image-text models also ``images:FILE.jsonl``, or a list of what the processor
@@ -88,6 +94,8 @@ class PruneRequest:
     step: Positive | None = None
     keep_pattern: bool | None = None
     propagate: Literal["unpruned", "pruned"] = "unpruned"
+    reconstruct: Positive | None = None
+    reconstruct_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Any = None
     tokenizer: Any = None
@@ -111,9 +119,14 @@ class PruneRequest:
             raise UserError(f"`push_to_hub`: {reason}")
         for target in self.targets:
             target.check(self.prototype, self.method)
+        if self.reconstruct is None and self.reconstruct_rate is not None:
+            raise UserError("`reconstruct_rate`: no block is tuned; give the steps with `reconstruct`")
+        if self.reconstruct and (reason := why_not_reconstructed(self.prototype.granularity, experts=0)):
+            raise UserError(f"`reconstruct`: does not go with {self.method}: {reason}")
         if self.reads_text and self.calibration is None:
+            reader = f"{self.method} is scored" if reads_text(self.prototype) else "blocks are tuned"
             raise UserError(
-                f"`calibration`: {self.method} is scored on text; name a source: "
+                f"`calibration`: {reader} on text; name a source: "
                 "stdlib, python, text:PATH, hf:NAME[:config] or tokens:FILE.npy"
             )
         if not self.task:
@@ -145,8 +158,14 @@ class PruneRequest:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the method scores on calibration text, and not on weights alone or by a task."""
-        return reads_text(self.prototype)
+        """Whether calibration text is read: the method scores on it, or blocks are tuned on it."""
+        return reads_text(self.prototype) or self.reconstruct is not None
+
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """How blocks are tuned; None where they are not."""
+        rate = {} if self.reconstruct_rate is None else {"rate": self.reconstruct_rate}
+        return None if self.reconstruct is None else Reconstruction(steps=self.reconstruct, **rate)
 
     @property
     def idle_fields(self) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from secateur import distributed
 from secateur.cli.verbs.answer import Answer, request_of
 from secateur.errors import UserError, spell
-from secateur.formatting import byte_size, percent, plural, points
+from secateur.formatting import byte_size, count, percent, plural, points
 from secateur.progress import clock_time
 from secateur.pruning.request import PruneRequest
 
@@ -91,8 +91,27 @@ def _describe(output: Pruned) -> list[str]:
     drift: Any = removed_shares(plan)["drift"]
     if drift is not None:
         lines.append(f"drift        {points(drift)} points from the ratio asked")
+    lines += _describe_reconstruction(plan.summary.get("reconstruction"))
     runs_in = describe_runtimes(output.runs_in, sparse=bool(plan.masks))
     return [*lines, f"calibration  {_describe_calibration(output)}", f"runs in      {runs_in}"]
+
+
+def _describe_reconstruction(record: Mapping[str, Any] | None) -> list[str]:
+    """How far tuning brought each block's output to the dense block's; empty without tuning."""
+    if record is None:
+        return []
+    held_out = f", {plural(record['held_out_windows'], 'window')} held out" if record["held_out_windows"] else ""
+    lines = [
+        f"tuned        {plural(record['steps'], 'step')} of attention and of FFN, {count(record['tokens'])} tokens of "
+        f"{plural(record['windows'], 'window')}{held_out}; error of each block's output:"
+    ]
+    for number, block in enumerate(record["blocks"]):
+        text = f"{percent(block['before'])} to {percent(block['after'])}"
+        if block["held_out_before"] is not None:
+            text += f"; held out {percent(block['held_out_before'])} to {percent(block['held_out_after'])}"
+        text += "" if block["tuned"] else "; keeps its weights from before"
+        lines.append(f"  block {number:<4} {text}")
+    return lines
 
 
 def _describe_calibration(output: Pruned) -> str:
