@@ -116,6 +116,12 @@ def tuning_rate(peak: float, step: int, steps: int) -> float:
     return peak * min((step + 1) / warm, (steps - step) / max(1, steps - warm + 1))
 
 
+def _root_mean_square(weights: Tensor, mask: Tensor | None) -> float:
+    """The root mean square of the weights that a mask keeps."""
+    count = weights.numel() if mask is None else int(mask.count_nonzero())
+    return float((weights.double().square().sum() / max(count, 1)).sqrt())
+
+
 def tune_part(
     block: Block,
     part: BlockPart,
@@ -136,10 +142,15 @@ def tune_part(
         states: inputs of the block, batch by batch.
         groups: the batches of each step.
         masks: parameter name -> bool, False for weights that stay zero.
-        rate: peak learning rate.
+        rate: peak learning rate, as a share of the root mean square of a tensor's weights (:func:`_root_mean_square`),
+            so that one rate serves models of all widths. A tensor of zeros stays zero.
         advance: called after each step.
     """
-    optimizer = torch.optim.AdamW(part.parameters.values(), lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
+    groups_of_parameters = [
+        {"params": [parameter], "scale": _root_mean_square(parameter.detach(), masks.get(name))}
+        for name, parameter in part.parameters.items()
+    ]
+    optimizer = torch.optim.AdamW(groups_of_parameters, lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
     drops = [(p, ~masks[n].to(p.device)) for n, p in part.parameters.items() if n in masks]
     block.module.requires_grad_(False)
     for parameter in part.parameters.values():
@@ -155,7 +166,7 @@ def tune_part(
             if parameter.grad is not None:
                 parameter.grad.masked_fill_(drop, 0)
         for group in optimizer.param_groups:
-            group["lr"] = tuning_rate(rate, step, steps)
+            group["lr"] = group["scale"] * tuning_rate(rate, step, steps)
         optimizer.step()
         for parameter, drop in drops:
             parameter.data.masked_fill_(drop, 0)

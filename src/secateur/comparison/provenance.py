@@ -16,6 +16,8 @@ __all__ = ["RunHistory", "runs_of", "spark"]
 
 _WIDTH, _HEIGHT = 240.0, 48.0  # of the line's box, in its own units
 
+_TRAINING = ("train", "select", "reconstruct")  #: kinds of stages that make a run
+
 _INIT = {
     "pruned": "the parent's, under the plan",
     "scratch": "new",
@@ -59,7 +61,7 @@ def runs_of(index: Index, model: Model) -> list[RunHistory]:
     for number, cell in enumerate(index.results.cells, 1):
         if group_of(cell).model == model:
             stages = tuple(notes[key] for key in cell.stages if key in notes)
-            facts = _facts(cell, [stage for stage in stages if stage.kind in ("train", "select")][-1:])
+            facts = _facts(cell, [stage for stage in stages if stage.kind in _TRAINING][-1:])
             histories.append(RunHistory(number, cell, facts, spark(cell.curve), _caption(cell.curve), stages))
     return histories
 

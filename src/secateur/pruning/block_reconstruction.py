@@ -33,7 +33,7 @@ from secateur.model.checkpoint import Checkpoint, is_finite
 from secateur.model.cut import CutCheckpoint
 from secateur.model.plan import Plan
 from secateur.progress import notify, track
-from secateur.pruning.reconstruction import Reconstruction, step_windows
+from secateur.pruning.reconstruction import Reconstruction, default_step_windows
 
 __all__ = ["Schedule", "reconstruct", "reconstruct_plan"]
 
@@ -60,18 +60,19 @@ class Schedule:
     measured: tuple[list[int], list[int]]
 
     @classmethod
-    def of(cls, windows: Tensor, steps: int, *, batch: int, held_out: int, seed: int = 0) -> Schedule:
+    def of(cls, windows: Tensor, steps: int, step_windows: int, *, batch: int, held_out: int, seed: int) -> Schedule:
         """Cut windows into batches and steps, in an order that the seed fixes; each pass has an order of its own.
 
         Args:
             windows: [windows, positions].
+            step_windows: windows of a step; all that are tuned on if these are fewer.
             batch: windows of a batch, at most; it only affects rounding.
             held_out: windows that are not tuned on.
         """
         generator = torch.Generator().manual_seed(seed)
         windows = windows[torch.randperm(len(windows), generator=generator)]
         count = len(windows) - held_out
-        size = min(step_windows(windows.shape[1]), count)
+        size = min(step_windows, count)
         micro = max(divisor for divisor in range(1, min(batch, size) + 1) if size % divisor == 0)
         batches: list[Tensor] = []
         groups: list[list[int]] = []
@@ -105,18 +106,24 @@ def _held_out_windows(windows: int) -> int:
 
 
 def reconstruct_plan(
-    checkpoint: Checkpoint, plan: Plan, windows: Tensor, how: Reconstruction, **execution: Any
+    checkpoint: Checkpoint,
+    plan: Plan,
+    windows: Tensor,
+    how: Reconstruction,
+    *,
+    held_out: int | None = None,
+    **execution: Any,
 ) -> Plan:
     """The plan with tuned weights: the blocks that it leaves are tuned to those of the checkpoint.
 
-    One window of eight is held out from the tuning, sixteen at most.
-
     Args:
         windows: token ids [windows, positions].
+        held_out: windows that are not tuned on; None for one of eight, sixteen at most.
         execution: how to compute, and where to keep results, as for :func:`reconstruct`.
     """
     hidden_cut = len(plan.keep_hidden) < plan.before.hidden
-    execution |= {"channels": plan.keep_hidden if hidden_cut else None, "held_out": _held_out_windows(len(windows))}
+    held_out = _held_out_windows(len(windows)) if held_out is None else held_out
+    execution |= {"channels": plan.keep_hidden if hidden_cut else None, "held_out": held_out}
     tuned, record = reconstruct(checkpoint, CutCheckpoint(checkpoint, plan), windows, how, **execution)
     record["hash"] = token_hash(windows.numpy())
     request = {**plan.request, "reconstruct": identity(how)}
@@ -130,6 +137,7 @@ def reconstruct(
     how: Reconstruction,
     *,
     channels: Tensor | None = None,
+    step_windows: int | None = None,
     held_out: int = 0,
     seed: int = 0,
     device: str = "cpu",
@@ -147,6 +155,7 @@ def reconstruct(
     Args:
         windows: token ids [windows, positions], int64.
         channels: the hidden channels of ``dense`` that ``pruned`` has; None for all.
+        step_windows: windows of a step; None for 4,096 tokens.
         held_out: windows that are not tuned on; the error on them decides where there are any.
         dtype: of matrix products and states; parameters, moments and norms are float32.
         batch: windows at once; None for what suits the device.
@@ -158,7 +167,8 @@ def reconstruct(
         ``held_out_after`` (None without any), and whether it was ``tuned``.
     """
     batch = batch or default_batch(pruned.family, windows.shape[1], device)
-    schedule = Schedule.of(windows, how.steps, batch=batch, held_out=held_out, seed=seed)
+    size = step_windows or default_step_windows(windows.shape[1])
+    schedule = Schedule.of(windows, how.steps, size, batch=batch, held_out=held_out, seed=seed)
     execution: dict[str, Any] = {"device": device, "dtype": dtype, "store": store}
     walks = BlockWalk(dense, None, **execution), BlockWalk(pruned, None, journal=journal, **execution)
     tuner = _Tuner(*walks, how, schedule, channels)

@@ -10,9 +10,9 @@ from pydantic import Field
 from secateur.config import Positive, spec
 from secateur.formatting import percent, plural
 
-__all__ = ["RATE", "Reconstruction", "describe_reconstruction", "step_windows", "why_not_reconstructed"]
+__all__ = ["RATE", "Reconstruction", "default_step_windows", "describe_reconstruction", "why_not_reconstructed"]
 
-RATE = 1e-3  #: default peak learning rate, by measurement (docs/methods.md)
+RATE = 0.02  #: default, by measurement (docs/methods.md)
 _TOKENS_PER_STEP = 4096
 
 
@@ -21,7 +21,7 @@ class Reconstruction:
     """How blocks are tuned."""
 
     steps: Positive  #: of AdamW, for each part of a block
-    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = RATE  #: peak learning rate
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = RATE  #: peak learning rate over a tensor's RMS
 
 
 def describe_reconstruction(record: Mapping[str, Any]) -> str:
@@ -41,7 +41,7 @@ def describe_reconstruction(record: Mapping[str, Any]) -> str:
     )
 
 
-def step_windows(seqlen: int) -> int:
+def default_step_windows(seqlen: int) -> int:
     """Windows of ``seqlen`` tokens in a step of AdamW: 4,096 tokens, or one window if that is longer."""
     return max(1, _TOKENS_PER_STEP // seqlen)
 

@@ -12,6 +12,7 @@ from secateur.methods.base import LearnedMethod, Method
 from secateur.methods.registry import get_method
 from secateur.model.shapes import Shape
 from secateur.pruning.cost import reads_text
+from secateur.pruning.reconstruction import why_not_reconstructed
 from secateur.pruning.target import Target
 from secateur.study.sections import (
     ControlKind,
@@ -24,7 +25,7 @@ from secateur.study.sections import (
 from secateur.study.settings import SettingKind
 from secateur.study.spec import StudySpec
 
-__all__ = ["PlannedComparison", "Pruning", "comparisons", "prunings", "seed_shift"]
+__all__ = ["PlannedComparison", "Pruning", "comparisons", "left_out", "prunings", "seed_shift"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Pruning:
     method: Method
     before: Shape
     after: Shape
+    step_tokens: int  #: of a step that tunes a block
     seed: int | None = None  #: None: shared by all seeds
 
     @property
@@ -47,7 +49,19 @@ class Pruning:
 
     def training_tokens(self, sequence: int) -> int:
         """Tokens that pruning itself trains on, with windows of ``sequence`` tokens; from-scratch twins get as many."""
-        return self.method.tokens(sequence) if isinstance(self.method, LearnedMethod) else 0
+        if isinstance(self.method, LearnedMethod):
+            return self.method.tokens(sequence)
+        return (self.entry.reconstruct or 0) * self.step_tokens
+
+    @property
+    def learns(self) -> bool:
+        """Whether the method learns in training what to cut."""
+        return isinstance(self.method, LearnedMethod)
+
+    @property
+    def not_reconstructed(self) -> str:
+        """Why its blocks cannot be tuned; empty where they can."""
+        return why_not_reconstructed(self.method.granularity, self.before.experts)
 
     @property
     def granularity(self) -> str:
@@ -86,7 +100,11 @@ def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
             except UserError as error:
                 where = f"methods[{number}] ({entry.label} at {name})"
                 raise UserError(f"{where}: {spell(str(error), str)}") from None
-            models.append(Pruning(entry, parent, name, target, method, shapes[parent], after))
+            shape = shapes[parent]
+            model = Pruning(entry, parent, name, target, method, shape, after, study.recipe.tokens_per_step)
+            if entry.reconstruct and model.not_reconstructed:
+                raise UserError(f"methods[{number}].reconstruct: {entry.label}: {model.not_reconstructed}")
+            models.append(model)
     return models
 
 
@@ -98,6 +116,8 @@ def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedCompariso
     objectives = _default(entry.objective, study.retrain.objective)
     for tokens in _default(entry.tokens, study.retrain.tokens):
         for objective in objectives:
+            if objective.kind == "reconstruct" and pruning.not_reconstructed:
+                continue
             for seed in _default(entry.seeds, study.seeds.values) or (None,):
                 cell: dict[str, Any] = {
                     "method": entry.label,
@@ -117,6 +137,16 @@ def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedCompariso
                 inits = [] if objective.label else inits  # controls concern shape and weights, not the objective
                 inits = tuple(init for init in inits if not _is_excluded(study, {**cell, "control": init}))
                 yield PlannedComparison(_seeded(study, pruning, cell["seed"]), tokens, objective, seed, kinds, inits)
+
+
+def left_out(study: StudySpec, shapes: dict[str, Shape]) -> list[str]:
+    """Say which cells are left out because their blocks cannot be reconstructed, one sentence for each entry."""
+    reasons: dict[str, str] = {}
+    for pruning in prunings(study, shapes):
+        objectives = _default(pruning.entry.objective, study.retrain.objective)
+        if pruning.not_reconstructed and any(objective.kind == "reconstruct" for objective in objectives):
+            reasons[pruning.entry.label] = pruning.not_reconstructed
+    return [f"{label}: no run with objective reconstruct; {reason}." for label, reason in reasons.items()]
 
 
 def seed_shift(study: StudySpec, seed: int | None) -> int:

@@ -170,10 +170,11 @@ class StudyPlan:
     def _table(self) -> list[str]:
         listed = [stage for stage in self.stages if stage.kind not in _COUNTED]
         width = max(len(stage.name) for stage in listed)
-        lines = [f"{'kind':6}  {'stage':{width}}  {'tokens':>10}  {'FLOPs':>10}"]
+        kinds = max(6, *(len(stage.kind) for stage in listed))
+        lines = [f"{'kind':{kinds}}  {'stage':{width}}  {'tokens':>10}  {'FLOPs':>10}"]
         for stage in listed:
             tokens, flops = (count(stage.tokens), f"{stage.flops:.2e}") if stage.tokens else ("-", "-")
-            lines.append(f"{stage.kind:6}  {stage.name:{width}}  {tokens:>10}  {flops:>10}")
+            lines.append(f"{stage.kind:{kinds}}  {stage.name:{width}}  {tokens:>10}  {flops:>10}")
         counts = {words: sum(stage.kind == kind for stage in self.stages) for kind, words in _COUNTED.items()}
         return [*lines, "and " + ", ".join(plural(number, *words) for words, number in counts.items() if number)]
 

@@ -17,7 +17,8 @@ from secateur.errors import UserError
 from secateur.model.families import LLAMA
 from secateur.model.shapes import Shape
 from secateur.model.solver import solve_width
-from secateur.pruning.cost import scoring_flops
+from secateur.pruning.cost import reconstruction_flops, scoring_flops
+from secateur.pruning.reconstruction import RATE
 from secateur.study.grid import PlannedComparison, Pruning, comparisons, prunings, seed_shift
 from secateur.study.resolve import ResolvedStudy, split_paths
 from secateur.study.sections import CalibrationSpec, ControlKind
@@ -116,10 +117,15 @@ class _Builder(TrainingRuns):
         return max((self._scored(pruning) for pruning in slices), default=0)
 
     def _scored(self, pruning: Pruning) -> int:
-        """Tokens that a method scores or trains on."""
+        """Tokens that a method scores or trains on; the larger number, where the same slice serves both."""
+        scored = self._calibrated(pruning)
+        learned = pruning.training_tokens(self.sequence)
+        return learned if pruning.learns else max(learned, scored)
+
+    def _calibrated(self, pruning: Pruning) -> int:
+        """Tokens that a method scores on."""
         calibration = self._calibration(pruning)
-        scored = calibration.windows * (calibration.seqlen or self.sequence) if pruning.method.calibrated else 0
-        return pruning.training_tokens(self.sequence) or scored
+        return calibration.windows * (calibration.seqlen or self.sequence) if pruning.method.calibrated else 0
 
     def _calibration(self, pruning: Pruning) -> CalibrationSpec:
         return self.study.calibration_of(pruning.entry)
@@ -173,25 +179,34 @@ class _Builder(TrainingRuns):
 
     def _pruned(self, pruning: Pruning, measure: bool) -> Stage:
         """Add a pruned model; ``measure``: also what it costs to run, which is the same for all seeds."""
-        study, tokens = self.study, self._scored(pruning)
-        learned, calibration = pruning.training_tokens(self.sequence), self._calibration(pruning)
-        seqlen = self.sequence if learned else calibration.seqlen or self.sequence
+        study, calibration = self.study, self._calibration(pruning)
+        learned = pruning.training_tokens(self.sequence)
+        seqlen = self.sequence if pruning.learns else calibration.seqlen or self.sequence
         reading: dict[str, Any] = {"slice": list(self._learning(pruning)), "dtype": study.compute.dtype}
         content = {
             "method": pruning.entry.method,
             "options": identity(pruning.method),
             "target": pruning.target.as_dict(),
             "seqlen": seqlen,
-            **(reading if learned else self._reading(pruning)),
+            **(reading if pruning.learns else self._reading(pruning)),
         }
+        if pruning.entry.reconstruct:
+            tuning = self._tuning(
+                self._learning(pruning), RATE, study.recipe.data_seed if pruning.seed is None else pruning.seed
+            )
+            content["reconstruct"] = {"seqlen": self.sequence, **tuning}
         if pruning.before.family.pattern and pruning.method.granularity == "depth":
             content["layer_pattern"] = pruning.before.family.pattern  # decides which layers go, unless turned off
         facts = {**self._facts(pruning), "path": "pruned", "shape": pruning.after, "seed": pruning.seed}
         facts |= {"training_tokens": learned}
+        tokens = learned if pruning.learns else self._calibrated(pruning)
         flops = scoring_flops(pruning.before, pruning.after, pruning.method, tokens, seqlen)
         inputs = {"corpus": self.corpus, "model": self._parent_of(pruning)}
         name = _seed_name(pruning.label, pruning.seed)
         runtime = {**self.runtime(), "calibration": calibration.source}
+        if pruning.entry.reconstruct:
+            tokens, flops = tokens + learned, flops + self._reconstruction_flops(pruning, learned)
+            runtime["processes"] = 1
         stage = self.add(Stage("prune", name, content, inputs, tokens, flops, runtime, facts))
         self.evaluate(stage, cost=measure)
         return stage
@@ -216,6 +231,8 @@ class _Builder(TrainingRuns):
         """The retraining of a pruned model, P-R."""
         pruning, objective = comparison.pruning, comparison.objective
         tokens = self._retrained(comparison)
+        if objective.kind == "reconstruct":
+            return self._reconstructed_run(comparison, pruned, tokens)
         recipe = self._retraining_recipe(comparison)
         inputs: dict[str, Stage] = {"model": pruned}
         if objective.distill:
@@ -226,6 +243,35 @@ class _Builder(TrainingRuns):
         self.evaluate(run)
         return run
 
+    def _reconstructed_run(self, comparison: PlannedComparison, pruned: Stage, tokens: int) -> Stage:
+        """The reconstruction of a pruned model's blocks, each token of the slice read once by each part of a block."""
+        pruning, rate = comparison.pruning, comparison.objective.reconstruction_rate
+        if tokens % self.sequence:
+            raise UserError(
+                f"retrain.tokens: reconstruction reads whole windows, and {tokens:,} is no multiple of recipe.sequence "
+                f"{self.sequence}"
+            )
+        flops = self._reconstruction_flops(pruning, tokens)
+        facts = {**self._facts(pruning), **self._compared(comparison, "P-R", "pruned", "P-R"), "pruning": pruned}
+        facts |= {"shape": pruning.after, "cost": (tokens, flops), "before": (), "peak_rate": rate}
+        first = self._learning(pruning)[1]
+        seed = self.recipe_of(comparison).data_seed
+        content = {"seqlen": self.sequence, "dtype": self.study.compute.dtype}
+        content |= self._tuning((first, first + tokens), rate, seed)
+        inputs = {"corpus": self.corpus, "model": pruned, "dense": self._parent_of(pruning)}
+        runtime = {**self.runtime(), "processes": 1}
+        name = self.name_of(comparison, "P-R")
+        run = self.add(Stage("reconstruct", name, content, inputs, tokens, flops, runtime, facts))
+        self.evaluate(run)
+        return run
+
+    def _tuning(self, span: tuple[int, int], rate: float, seed: int) -> dict[str, Any]:
+        """The identity of a reconstruction: its slice, in steps of the recipe's size, in an order that a seed fixes."""
+        return {"slice": list(span), "tokens_per_step": self.study.recipe.tokens_per_step, "rate": rate, "seed": seed}
+
+    def _reconstruction_flops(self, pruning: Pruning, tokens: int) -> float:
+        return reconstruction_flops(pruning.before, pruning.after, tokens, tokens, self.sequence)
+
     def _retraining_recipe(self, comparison: PlannedComparison) -> Recipe:
         """The recipe of pruned runs, which have a peak rate of their own."""
         peak_rate = self.study.retrain.peak_rate or self.study.recipe.peak_rate
@@ -234,9 +280,11 @@ class _Builder(TrainingRuns):
     def _retrained(self, comparison: PlannedComparison) -> int:
         """The tokens of a pruned run: R, or fewer if the teacher's FLOPs count against those of R tokens."""
         objective, pruning = comparison.objective, comparison.pruning
-        if objective.distill is None or objective.equal == "tokens":
+        if objective.kind == "language-model" or objective.equal == "tokens":
             return comparison.tokens
         alone = 3 * pruning.after.forward_flops(self.sequence)
+        if objective.kind == "reconstruct":
+            return self._whole(comparison.tokens * alone / self._reconstruction_flops(pruning, 1))
         return self._whole(comparison.tokens * alone / (alone + pruning.before.forward_flops(self.sequence)))
 
     def _twin(self, comparison: PlannedComparison, setting: SettingKind, pruned: Stage, run: Stage) -> None:
@@ -331,6 +379,6 @@ def _seed_name(name: str, seed: int | None) -> str:
 
 def trunk_savings(stages: Sequence[Stage]) -> tuple[int, int]:
     """Training tokens of a study's runs, and their number if no run shared a trunk."""
-    trained = [stage for stage in unique(stages) if stage.kind == "train"]
+    trained = [stage for stage in unique(stages) if stage.kind in ("train", "reconstruct")]
     alone = sum(stage.facts["cost"][0] for stage in trained if stage.facts["path"] != "trunk")
     return sum(stage.tokens for stage in trained), alone

@@ -15,6 +15,7 @@ from secateur.evaluation.suite import Suite
 from secateur.methods.registry import known_methods
 from secateur.model.families.experts import MIXTRAL
 from secateur.model.shapes import Shape
+from secateur.pruning.reconstruction import RATE
 from secateur.pruning.target import Target
 from secateur.study.settings import SettingKind
 from secateur.training.recipe import Distill
@@ -154,15 +155,26 @@ class ParentSpec:
 
 @spec
 class ObjectiveSpec(Distill):
-    """The loss of a pruned model's retraining: the language-model loss, or the divergence from its parent."""
+    """What the budget of a pruned model's recovery is spent on.
 
-    kind: Literal["language-model", "distill"]  # type: ignore[assignment]
+    Training on the language-model loss, or on the divergence from the parent; or the reconstruction of its blocks.
+    """
+
+    kind: Literal["language-model", "distill", "reconstruct"]  # type: ignore[assignment]
     name: Label | None = None  #: in records and reports; default: the kind
     teacher: Literal["parent"] = "parent"
     equal: Literal["tokens", "flops"] = (
         "tokens"  #: the quantity it shares with the language-model run of the same budget
     )
     settings: Annotated[tuple[SettingKind, ...] | None, listed()] = None  #: default: the study's
+    rate: Annotated[Rate | None, IdentityKey(omit=None)] = None  #: of ``reconstruct``: peak learning rate
+
+    def __post_init__(self) -> None:
+        if self.kind != "reconstruct" and self.rate is not None:
+            raise UserError("retrain.objective.rate: goes with kind: reconstruct; others have retrain.peak_rate")
+        defaults = Distill(temperature=self.temperature, alpha=self.alpha, top_k=self.top_k)
+        if self.kind == "reconstruct" and defaults != Distill():
+            raise UserError("retrain.objective: temperature, alpha and top_k go with kind: distill; leave them out")
 
     @property
     def label(self) -> str:
@@ -170,9 +182,14 @@ class ObjectiveSpec(Distill):
         return self.name or ("" if self.kind == "language-model" else self.kind)
 
     @property
+    def reconstruction_rate(self) -> float:
+        """The peak rate of the reconstruction of blocks."""
+        return RATE if self.rate is None else self.rate
+
+    @property
     def distill(self) -> Distill | None:
-        """The distillation; None for the language-model loss."""
-        if self.kind == "language-model":
+        """The distillation; None for what has no teacher."""
+        if self.kind != "distill":
             return None
         return Distill(temperature=self.temperature, alpha=self.alpha, top_k=self.top_k)
 
@@ -268,6 +285,7 @@ class MethodEntry:
     step: Annotated[Positive | None, IdentityKey(omit=None)] = None  #: multiple of hidden and FFN sizes
     keep_pattern: Annotated[bool | None, IdentityKey(omit=None)] = None  #: of the layer kinds, for depth methods
     propagate: Annotated[Literal["unpruned", "pruned"], IdentityKey(omit="unpruned")] = "unpruned"  #: for experts
+    reconstruct: Annotated[Positive | None, IdentityKey(omit=None)] = None  #: steps that tune each pruned block
     options: Mapping[str, Any] = field(default_factory=dict)
     tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: retrain.tokens
     settings: Settings | None = None

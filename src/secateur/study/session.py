@@ -15,6 +15,7 @@ from secateur.formatting import plural
 from secateur.progress import notify
 from secateur.study.declarations import count_finished, read_declarations, record_question
 from secateur.study.explain import Explanation, explain_stage
+from secateur.study.grid import left_out
 from secateur.study.pace import measure_pace
 from secateur.study.parents import check_positions, check_tokenizers, clip_sequence
 from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study, step_warnings
@@ -106,10 +107,11 @@ class Study:
                 spec, note = clip_sequence(spec, resolved.parents)
             check_positions(spec, resolved.parents)
             stages = stages_of(spec, resolved)
+            omissions = left_out(spec, {name: parent.shape for name, parent in resolved.parents.items()})
             question = resolve_question(spec.question, stages) if spec.question else None
         except UserError as error:
             raise UserError(f"{file}: {spell(str(error), str)}") from None
-        return cls(file, spec, stages, Store(folder), question, (note,) if note else ())
+        return cls(file, spec, stages, Store(folder), question, (*([note] if note else []), *omissions))
 
     @property
     def out(self) -> Path:
@@ -172,7 +174,7 @@ class Study:
         self._check_tokenizers()
         for note in (*self.notes, *step_warnings(stages)):
             notify(note)
-        runs = sum(stage.kind == "train" for stage in stages)
+        runs = sum(stage.kind in ("train", "reconstruct") for stage in stages)
         notify(f"{self.spec.name}: {plural(len(stages), 'stage')} ({plural(runs, 'training run')}) in {self.out}")
         record_question(self.store, self.question, self.stages)
         outcome = self._launch(stages, jobs, device or self.spec.compute.device, keep_going, slurm)

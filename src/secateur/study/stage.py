@@ -11,7 +11,7 @@ from secateur.config import fingerprint
 
 __all__ = ["VERSIONS", "Stage", "StageKind", "unique", "with_inputs"]
 
-StageKind = Literal["corpus", "fetch", "train", "select", "prune", "evaluate", "cost"]
+StageKind = Literal["corpus", "fetch", "train", "select", "prune", "reconstruct", "evaluate", "cost"]
 
 #: Increased when the same identity would give other results.
 VERSIONS: dict[StageKind, int] = {
@@ -20,6 +20,7 @@ VERSIONS: dict[StageKind, int] = {
     "train": 5,
     "select": 3,
     "prune": 4,
+    "reconstruct": 1,
     "evaluate": 4,
     "cost": 1,
 }

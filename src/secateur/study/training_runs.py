@@ -58,7 +58,7 @@ class TrainingRuns:
         ladder: bool = True,
     ) -> Stage:
         """Add the stages of one trained model: sweep and run, or a branch of the ladder's trunk."""
-        name = self._name(comparison, facts["name"])
+        name = self.name_of(comparison, facts["name"])
         span = (first, first + tokens)
         if self.study.retrain.trunk == "shared" and ladder:
             return self._branch(name, comparison, facts, shape, span, init, recipe, inputs, objective)
@@ -66,7 +66,8 @@ class TrainingRuns:
         key = (entry.label, comparison.pruning.name, facts["name"], comparison.tokens, comparison.objective.label)
         return self.run_at_best(key, rates, name, shape, span, init, recipe, facts, inputs, objective)
 
-    def _name(self, comparison: PlannedComparison, path: str) -> str:
+    def name_of(self, comparison: PlannedComparison, path: str) -> str:
+        """The name of a comparison's run, such as ``wanda-0.5/P-R@400k+distill~s1``."""
         entry, pruning = comparison.pruning.entry, comparison.pruning
         shared = path == "parent-continued" and not pruning.training_tokens(self.sequence)  # by methods of one parent
         parts = [f"{pruning.parent if shared else pruning.label}/{path}"]

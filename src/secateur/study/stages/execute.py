@@ -20,6 +20,7 @@ from secateur.study.resolve import SHARDS
 from secateur.study.stage import Stage
 from secateur.study.stages.evaluate import cost_stage, evaluate_stage
 from secateur.study.stages.prune import prune_stage
+from secateur.study.stages.reconstruct import reconstruct_stage
 from secateur.study.stages.select import select_stage
 from secateur.study.stages.train import train_stage
 from secateur.study.store import Store
@@ -63,6 +64,7 @@ _KINDS: dict[str, Callable[[Stage, Store, Path], dict[str, Any]]] = {
     "corpus": _corpus,
     "fetch": _fetch,
     "prune": prune_stage,
+    "reconstruct": reconstruct_stage,
     "train": train_stage,
     "select": select_stage,
     "evaluate": evaluate_stage,

@@ -15,6 +15,7 @@ from secateur.evaluation.token_windows import calibration_windows, document_wind
 from secateur.methods.base import LearnedMethod
 from secateur.methods.registry import get_method
 from secateur.model.checkpoint import Checkpoint
+from secateur.pruning.block_reconstruction import reconstruct_plan
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.learned_job import LearningData, learn_and_cut, learning_options
 from secateur.pruning.pipeline import make_plan, scores_identity, write_pruned
@@ -22,6 +23,7 @@ from secateur.pruning.target import Target
 from secateur.runtime import pick_batch, pick_device
 from secateur.study.stage import Stage
 from secateur.study.stages.inputs import check_parents, corpus_tokens, model_of
+from secateur.study.stages.reconstruct import tuning_arguments
 from secateur.study.store import Store
 from secateur.training.parallel import Execution
 from secateur.training.watchdog import stop_on_signals
@@ -54,6 +56,10 @@ def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
         scores = scores_identity(*arguments, **device) if distributed.world_size() == 1 else None
         with store.scores(stage, scores) if scores else nullcontext(work / "checkpoints") as journals:
             plan = make_plan(*arguments, **device, workspace=Workspace(journals))
+            if "reconstruct" in identity:
+                settings = identity["reconstruct"]
+                windows, how, more = tuning_arguments(stage, store, work, settings, settings["seqlen"], "float32")
+                plan = reconstruct_plan(checkpoint, plan, windows, how, **more, held_out=0)
             content = write_pruned(checkpoint, plan, work / "model") if distributed.is_main() else {}
     if not distributed.is_main():
         return {}
