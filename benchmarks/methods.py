@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py MODEL --calibration SOURCE --data SOURCE
 
-Prints a Markdown table. A random control is drawn with several seeds and over the same spaces; its mean (geometric, as
+Prints a Markdown table. A random control has several seeds and the same spaces; its mean (geometric, as
 perplexities are exponentials) is what a method has to beat, and the best and worst draw are shown.
 """
 
@@ -26,7 +26,7 @@ from secateur.pruning.pipeline import make_plan, write_pruned
 from secateur.pruning.target import Pattern, Target
 from secateur.runtime import quiet_libraries
 
-#: title -> method, options, and what is said of the target besides the ratio
+#: title -> method, options, and fields of the target besides the ratio
 Row = tuple[str, dict[str, Any], dict[str, Any]]
 HEADS = {"axes": ("kv", "ffn")}
 CHANNELS = {"axes": ("hidden", "ffn")}
@@ -38,6 +38,7 @@ GROUPS: dict[str, tuple[Row, dict[str, Row]]] = {
             "minitron-depth": ("minitron-depth", {}, {}),
             "shortened-llama": ("shortened-llama", {}, {}),
             "shortened-llama-ppl": ("shortened-llama-ppl", {}, {}),
+            "sleb": ("sleb", {}, {}),
         },
     ),
     "width, heads and FFN": (
@@ -63,7 +64,7 @@ GROUPS: dict[str, tuple[Row, dict[str, Row]]] = {
     ),
     "sparse": (
         ("random-weight", {}, {}),
-        {name: (name, {}, {}) for name in ("magnitude", "wanda", "sparsegpt")},
+        {name: (name, {}, {}) for name in ("magnitude", "wanda", "ria", "sparsegpt", "alps")},
     ),
 }
 PATTERNS = ("4:8", "2:4")
@@ -81,39 +82,42 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=5, help="draws of each random control")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5, 0.7])
-    asked = parser.parse_args()
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    arguments = parser.parse_args()
     quiet_libraries()
-    checkpoint = Checkpoint(asked.model)
-    length = asked.seqlen
-    seen = _ids(checkpoint, asked.calibration, asked.windows * length)
+    checkpoint = Checkpoint(arguments.model)
+    length = arguments.seqlen
+    seen = _ids(checkpoint, arguments.calibration, arguments.windows * length)
     calibration = Calibration(torch.from_numpy(seen[: len(seen) // length * length].reshape(-1, length)), "calibration")
-    held_out = _ids(checkpoint, asked.data, asked.skip + asked.held_out * length)[asked.skip :]
-    protocol = Protocol.of_stream(held_out, length, asked.data)
+    held_out = _ids(checkpoint, arguments.data, arguments.skip + arguments.held_out * length)[arguments.skip :]
+    protocol = Protocol.of_stream(held_out, length, arguments.data)
 
     def perplexity(row: Row, **target: Any) -> float:
-        method, options, besides = row
-        plan = make_plan(checkpoint, method, Target(**besides, **target), calibration, options=options)
+        method, options, fields = row
+        plan = make_plan(checkpoint, method, Target(**fields, **target), calibration, options=options)
         with tempfile.TemporaryDirectory() as out:
             write_pruned(checkpoint, plan, Path(out))
             return float(window_losses(Checkpoint(out).load(), protocol).summary()["perplexity"])
 
     dense = window_losses(checkpoint.load(), protocol).summary()["perplexity"]
     print(f"dense: {dense:.3f}; calibration {calibration.record()['hash'][:12]}, {protocol.tokens:,} held-out tokens\n")
-    print("| granularity | method | " + " | ".join(f"{ratio:g}" for ratio in asked.ratios) + " |")
-    print("|---|---|" + "---|" * len(asked.ratios))
-    for group, (control, rows) in GROUPS.items():
-        drawn = {ratio: _draws(perplexity, control, asked.seeds, ratio=ratio) for ratio in asked.ratios}
-        cells = [f"{mean:.2f} ({low:.2f}-{high:.2f})" for mean, low, high in drawn.values()]
-        print(f"| {group} | {control[0]}, {asked.seeds} draws | " + " | ".join(cells) + " |", flush=True)
+    print("| granularity | method | " + " | ".join(f"{ratio:g}" for ratio in arguments.ratios) + " |")
+    print("|---|---|" + "---|" * len(arguments.ratios))
+    for group, (control, rows) in ((name, GROUPS[name]) for name in arguments.groups):
+        controls = {ratio: _draws(perplexity, control, arguments.seeds, ratio=ratio) for ratio in arguments.ratios}
+        cells = [f"{mean:.2f} ({low:.2f}-{high:.2f})" for mean, low, high in controls.values()]
+        print(f"| {group} | {control[0]}, {arguments.seeds} draws | " + " | ".join(cells) + " |", flush=True)
         for title, row in rows.items():
             cells = []
-            for ratio in asked.ratios:
+            for ratio in arguments.ratios:
                 try:
                     value = perplexity(row, ratio=ratio)
-                    cells.append(f"{value:.2f}" + ("" if value < drawn[ratio][0] else " (not below random)"))
+                    cells.append(f"{value:.2f}" + ("" if value < controls[ratio][0] else " (not below random)"))
                 except UserError as error:
                     cells.append(f"refused: {error}")
             print(f"| {group} | {title} | " + " | ".join(cells) + " |", flush=True)
+    if "sparse" not in arguments.groups:
+        return
     print("\n| pattern | " + " | ".join(PATTERNS) + " |\n|---|" + "---|" * len(PATTERNS))
     control, rows = GROUPS["sparse"]
     for title, row in {"random-weight": control, **rows}.items():
@@ -128,8 +132,8 @@ def main() -> None:
 
 def _draws(perplexity: Any, control: Row, seeds: int, **target: Any) -> tuple[float, float, float]:
     """Geometric mean, lowest and highest of the control's perplexities."""
-    method, options, besides = control
-    values = [perplexity((method, {**options, "seed": seed}, besides), **target) for seed in range(seeds)]
+    method, options, fields = control
+    values = [perplexity((method, {**options, "seed": seed}, fields), **target) for seed in range(seeds)]
     return math.exp(sum(map(math.log, values)) / seeds), min(values), max(values)
 
 

@@ -258,7 +258,7 @@ def test_more_sparsity_prunes_more_of_the_same(method: str, llama: Subject) -> N
             assert not (some & ~most).any() and not (few & ~some).any()
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "random-weight"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "alps", "random-weight"])
 def test_a_pattern_that_keeps_all_is_the_identity(method: str, llama: Subject) -> None:
     plan = plan_of(llama, method, Target(pattern=Pattern(8, 8)))
     assert all(mask.all() for mask in plan.masks.values())

@@ -25,7 +25,7 @@ from secateur.pruning.target import Target
 IDS = windows()
 WIDTH = ("llm-pruner", "minitron-width", "wanda-sp", "flap", "random-width")
 DEPTH = ("shortgpt", "minitron-depth", "shortened-llama", "shortened-llama-ppl", "random-depth")
-SPARSE = ("magnitude", "wanda", "sparsegpt", "random-weight")
+SPARSE = ("magnitude", "wanda", "ria", "sparsegpt", "alps", "random-weight")
 RECIPE = {"sequence": 16, "tokens_per_step": 256, "peak_rate": 1e-2}
 
 

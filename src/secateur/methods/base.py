@@ -67,7 +67,12 @@ class RemovalMethod(Method):
 
     granularity = "depth"
     contiguous: ClassVar[bool]  #: whether a candidate is one run of all the layers to remove, or a single layer
+    greedy: ClassVar[bool] = False  #: whether single layers go one by one, and the others are scored again each time
     task: str = ""  #: lm-eval task to measure; empty for the calibration loss
+
+    def spared(self, layers: int) -> frozenset[int]:
+        """The layers, of ``layers``, that always stay."""
+        return frozenset()
 
     @abstractmethod
     def score(self, full: float, pruned: Tensor) -> Tensor:

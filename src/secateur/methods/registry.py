@@ -46,7 +46,7 @@ class MethodInfo:
     class_path: str  #: ``module:Class``
     granularity: Granularity
     title: str  #: the authors' spelling of the name
-    source: str  #: arXiv number of the paper; empty for a random control
+    source: str  #: arXiv number of the paper; empty without one
     summary: str  #: what it removes, in a line
     options: tuple[Option, ...] = ()
 
@@ -74,6 +74,14 @@ METHODS: dict[str, MethodInfo] = {
     "shortened-llama-ppl": MethodInfo(
         "secateur.methods.shortened_llama:ShortenedLlamaPerplexity", "depth", "Shortened LLaMA (PPL)", "2402.02834",
         "layers whose removal, each alone, raises perplexity least",
+    ),
+    "sleb": MethodInfo(
+        "secateur.methods.sleb:SLEB", "depth", "SLEB", "2402.09025",
+        "layers one by one, each time the one whose removal raises the loss least",
+        (
+            Option("keep_first", 1, "layers at the start that always stay"),
+            Option("keep_last", 1, "layers at the end that always stay"),
+        ),
     ),
     "random-depth": MethodInfo(
         "secateur.methods.random:RandomDepth", "depth", "random-depth", "", "layers at random", (_SEED,)
@@ -130,12 +138,27 @@ METHODS: dict[str, MethodInfo] = {
         "secateur.methods.wanda:Wanda", "sparse", "Wanda", "2306.11695",
         "weights by magnitude times the norm of their input, within each row",
     ),
+    "ria": MethodInfo(
+        "secateur.methods.ria:RIA", "sparse", "RIA", "",
+        "weights by their share of their row and column times the norm of their input",
+        (Option("exponent", 0.5, "power of the input's norm"),),
+    ),
     "sparsegpt": MethodInfo(
         "secateur.methods.sparsegpt:SparseGPT", "sparse", "SparseGPT", "2301.00774",
         "weights whose removal the others can best make up for",
         (
             Option("block", 128, "columns in a block"),
             Option("damping", 0.01, "added to the Hessian's diagonal, as a share of its mean"),
+        ),
+    ),
+    "alps": MethodInfo(
+        "secateur.methods.alps:ALPS", "sparse", "ALPS", "2406.07831",
+        "weights and mask found together by ADMM, then refined by conjugate gradients",
+        (
+            Option("damping", 0.01, "added to the Hessian's diagonal, as a share of its mean"),
+            Option("rho", 0.1, "penalty of the split at the start"),
+            Option("steps", 300, "ADMM steps, at most"),
+            Option("refinement", 10, "steps of conjugate gradients under the mask"),
         ),
     ),
     "random-weight": MethodInfo(

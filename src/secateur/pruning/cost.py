@@ -23,8 +23,10 @@ def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, conte
     if isinstance(method, LearnedMethod):
         passes += 2.0 if method.rate > 0 else 1.0
     elif isinstance(method, RemovalMethod):
-        length = shape.layers - after.layers if method.contiguous else 1
-        passes += sum(range(shape.layers - length + 1)) / shape.layers
+        count = shape.layers - after.layers
+        length, rounds = (count, 1) if method.contiguous else (1, count if method.greedy else 1)
+        passes += sum(sum(range(shape.layers - length + 1 - n)) - n for n in range(rounds)) / shape.layers
+        passes += rounds - 1
     elif any(issubclass(kind, GradientStatistic) for kind in method.needs):
         passes += 3.0
     elif isinstance(method, WeightMethod) or (isinstance(method, WidthMethod) and method.sequential):

@@ -156,7 +156,8 @@ def _journal_key(method: Method, target: Target, before: Shape, after: Shape) ->
     if isinstance(method, WeightMethod):
         return f"weights-{target.pattern or target.ratio}".replace(":", "of")
     if isinstance(method, RemovalMethod):
-        return f"removal-{before.layers - after.layers if method.contiguous else 1}"
+        count = before.layers - after.layers
+        return f"greedy-{count}" if method.greedy else f"removal-{count if method.contiguous else 1}"
     if isinstance(method, ExpertMethod):
         return "experts" if target.propagate == "unpruned" else f"experts-pruned-{after.experts}"
     if isinstance(method, WidthMethod):

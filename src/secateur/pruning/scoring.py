@@ -10,20 +10,18 @@ from torch import Tensor
 
 from secateur.calibration.block import Block
 from secateur.calibration.block_walk import BlockWalk
-from secateur.calibration.layer_removal import removal_losses
 from secateur.calibration.place import Place, walk_places
 from secateur.calibration.statistics import Mean
 from secateur.errors import UserError
-from secateur.evaluation.layer_removal import removal_accuracies
 from secateur.evaluation.lm_eval.tasks import Task
-from secateur.formatting import plural
 from secateur.methods.base import ExpertMethod, LayerMethod, RemovalMethod, WeightMethod, WidthMethod
 from secateur.methods.selection import keep_channels, keep_globally
 from secateur.model.shapes import Shape
 from secateur.progress import notify
 from secateur.pruning.expert_channels import ExpertChannels
 from secateur.pruning.expert_scoring import decide_experts
-from secateur.pruning.layer_choice import LayerPattern, choose_run, choose_single_layers
+from secateur.pruning.layer_choice import LayerPattern
+from secateur.pruning.layer_scoring import check_scores, decide_layers, decide_removals
 from secateur.pruning.projector import keep_projector
 from secateur.pruning.target import Target
 from secateur.pruning.weight_scoring import decide_weights
@@ -50,108 +48,14 @@ def score_and_select(
         pattern: of the layer kinds, which depth methods keep; None for no constraint.
     """
     if isinstance(method, RemovalMethod):
-        return _decide_removals(method, walk, after, task, batch, pattern)
+        return decide_removals(method, walk, after, task, batch, pattern)
     if isinstance(method, LayerMethod):
-        return _decide_layers(method, walk, after, pattern)
+        return decide_layers(method, walk, after, pattern)
     if isinstance(method, ExpertMethod):
         return decide_experts(method, walk, after, propagate=target.propagate)
     if isinstance(method, WidthMethod):
         return _decide_width(method, walk, target, after)
     return decide_weights(method, walk, target)
-
-
-def _decide_removals(
-    method: RemovalMethod,
-    walk: BlockWalk,
-    after: Shape,
-    task: Task | None,
-    batch: int | None,
-    pattern: LayerPattern | None,
-) -> Decision:
-    """Measure the model without each candidate; remove the run, or the layers, with the lowest scores."""
-    layers = walk.checkpoint.shape.layers
-    count = layers - after.layers
-    length = count if method.contiguous else 1
-    if task:
-        full, without = removal_accuracies(walk.checkpoint, length, task, device=walk.device, batch=batch)
-    else:
-        full, without = removal_losses(walk, length)  # reads finished candidates from the journal
-    scores = method.score(full, torch.tensor(without, dtype=torch.float64))
-    _check_finite(walk, {"layers": scores})
-    free = _removable(walk, len(scores), length, 1 if method.contiguous else count)
-    measured = "accuracy" if task else "loss"
-    if method.contiguous:
-        choice = choose_run(scores, free, length, pattern, measured, without)
-    else:
-        spared = torch.ones(layers, dtype=torch.bool)
-        spared[free] = False
-        choice = choose_single_layers(scores.masked_fill(spared, torch.inf), count, pattern)
-    keep = _complement(layers, set(choice.layers))
-    candidates = [{"first": i, "last": i + length - 1, measured: value} for i, value in enumerate(without)]
-    summary = {"detail": _removed_layers(layers, keep), f"{measured}_full": full, "candidates": candidates}
-    summary |= choice.record
-    if task:
-        summary["task"] = task.record()
-    return {"keep_layers": keep, "scores": {"layers": scores}, "summary": summary}
-
-
-def _removable(walk: BlockWalk, candidates: int, length: int, choices: int) -> list[int]:
-    """The candidates, runs of ``length`` layers by their first, that hold no layer which has to stay.
-
-    Raises:
-        UserError: if they are fewer than ``choices``.
-    """
-    pinned = walk.checkpoint.pinned_layers
-    free = [first for first in range(candidates) if pinned.isdisjoint(range(first, first + length))]
-    if choices > len(free):
-        raise UserError(
-            f"{plural(choices * length, 'layer')} to remove, but too few may go: this model cannot do without "
-            f"{plural(len(pinned), 'layer')} (docs/families.md, pinned); remove less"
-        )
-    return free
-
-
-def _decide_layers(method: LayerMethod, walk: BlockWalk, after: Shape, pattern: LayerPattern | None) -> Decision:
-    """Score the layers one by one; remove those with the lowest scores."""
-    layers = walk.checkpoint.shape.layers
-    for block, places in walk_places(walk, method.needs, ("layer",)):
-        assert block is not None
-        walk.journal.put(block.index, {f"score.{block.index}": method.score(places["layer"][0]).cpu()})
-        del places
-    scores = torch.stack([walk.journal[f"score.{layer}"] for layer in range(layers)])
-    _check_finite(walk, {"layers": scores[scores != torch.inf]})  # infinity spares a layer
-    scores[sorted(walk.checkpoint.pinned_layers)] = torch.inf
-    removable, count = torch.isfinite(scores), layers - after.layers
-    if count > int(removable.sum()):
-        raise UserError(
-            f"{plural(count, 'layer')} to remove, but all but {int(removable.sum())} are spared, by the method "
-            "or because the model cannot do without them (docs/families.md, pinned); spare fewer or remove less"
-        )
-    choice = choose_single_layers(scores, count, pattern)
-    keep = _complement(layers, set(choice.layers))
-    candidates = [{"first": i, "last": i, "score": s if removable[i] else None} for i, s in enumerate(scores.tolist())]
-    summary = {"detail": _removed_layers(layers, keep), "candidates": candidates, **choice.record}
-    return {"keep_layers": keep, "scores": {"layers": scores}, "summary": summary}
-
-
-def _check_finite(walk: BlockWalk, scores: Mapping[str, Tensor]) -> None:
-    for name, score in scores.items():
-        if not torch.isfinite(score).all():
-            raise UserError(f"{walk.checkpoint.directory}: the scores of {name} are NaN or infinite")
-
-
-def _complement(layers: int, removed: set[int]) -> Tensor:
-    return torch.tensor([layer for layer in range(layers) if layer not in removed])
-
-
-def _removed_layers(layers: int, keep: Tensor) -> str:
-    """Describe the removed layers in words."""
-    removed = sorted(set(range(layers)) - set(keep.tolist()))
-    if len(removed) == 1:
-        return f"layer {removed[0]} of 0-{layers - 1} removed"
-    contiguous = removed == list(range(removed[0], removed[-1] + 1))
-    numbers = f"{removed[0]}-{removed[-1]}" if contiguous else ", ".join(map(str, removed))
-    return f"layers {numbers} of 0-{layers - 1} removed"
 
 
 def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: Shape) -> Decision:
@@ -188,7 +92,7 @@ def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: S
     ]:
         scores["hidden"] = torch.stack(hidden).sum(dim=0)
     means = walk.journal.with_prefix("mean.")
-    _check_finite(walk, scores)
+    check_scores(walk, scores)
     scores = dict(sorted(scores.items(), key=_by_layer))  # gradients come from the last block to the first
     keep = _keep_units(walk.checkpoint.shape, scores, target, after)
     if not uniform:
