@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.version import __version__
 
 if TYPE_CHECKING:
-    from secateur.api import build_corpus, compare, evaluate, inspect, mask, prune, recommend, shapes, train
+    from secateur.api import build_corpus, compare, evaluate, inspect, mask, prune, recommend, shapes, teach, train
     from secateur.comparison.items import Comparisons
     from secateur.data.job import Corpus
     from secateur.errors import RunError, UserError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.training.job import Trained
     from secateur.training.keep_masks import KeepMasks
     from secateur.training.recipe import Recipe
+    from secateur.training.teach import SavedLogits
 
 __all__ = [
     "Comparisons",
@@ -31,6 +32,7 @@ __all__ = [
     "Pruned",
     "Recipe",
     "RunError",
+    "SavedLogits",
     "Study",
     "Trained",
     "UserError",
@@ -43,6 +45,7 @@ __all__ = [
     "prune",
     "recommend",
     "shapes",
+    "teach",
     "train",
 ]
 
@@ -55,6 +58,7 @@ _HOMES = {
     "Pruned": "pruning.job",
     "Recipe": "training.recipe",
     "RunError": "errors",
+    "SavedLogits": "training.teach",
     "Study": "study.session",
     "Trained": "training.job",
     "UserError": "errors",

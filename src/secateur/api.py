@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from secateur.forecast.request import RecommendRequest
     from secateur.pruning.mask import Masked
     from secateur.training.job import Trained
+    from secateur.training.teach import SavedLogits
 
 __all__ = [
     "build_corpus",
@@ -33,6 +34,7 @@ __all__ = [
     "prune",
     "recommend",
     "shapes",
+    "teach",
     "train",
 ]
 
@@ -98,7 +100,7 @@ def train(out: Any, *, init: Any, tokens: int | str, data: Any, **fields: Any) -
         tokens: the budget: ``50_000_000``, ``"50M"`` ...
         data: ``"shards:DIR"``, or the result of :func:`build_corpus`.
         fields: further fields of :class:`~secateur.training.request.TrainRequest`: ``recipe`` (a ``Recipe``, a mapping
-            or a YAML file), ``teacher``, ``device``, and others.
+            or a YAML file), ``teacher`` (a checkpoint, or the result of :func:`teach`), ``device``, and others.
 
     Returns:
         A :class:`~secateur.training.job.Trained`: ``path``, ``curve``, ``heldout_loss`` (nats per token), ``flops``.
@@ -113,6 +115,30 @@ def train(out: Any, *, init: Any, tokens: int | str, data: Any, **fields: Any) -
     from secateur.training import job
 
     return job.train(request)
+
+
+def teach(teacher: Any, data: Any, out: Any, **fields: Any) -> SavedLogits:
+    """Save a teacher's likeliest next ids on a slice of tokens, so that students train on them without it.
+
+    Args:
+        teacher: a checkpoint directory, a Hub name, or an earlier result.
+        data: ``"shards:DIR"``, the folder, or the result of :func:`build_corpus`.
+        out: new directory to write; an interrupted run there is resumed.
+        fields: further fields of :class:`~secateur.training.teach_request.TeachRequest`: ``tokens``, ``skip``,
+            ``top_k``, ``sequence``, ``device``, and others.
+
+    Returns:
+        A :class:`~secateur.training.teach.SavedLogits`, which :func:`train` takes as ``teacher``.
+
+    Raises:
+        UserError: on a field out of range, too little data, or a teacher that does not fit the data.
+    """
+    from secateur.training.teach_request import TeachRequest
+
+    request = _request(TeachRequest, teacher=teacher, data=data, out=out, **fields)
+    from secateur.training import teach as job
+
+    return job.teach(request)
 
 
 def evaluate(models: Any, *, data: Any = None, **fields: Any) -> list[EvaluationResults]:

@@ -13,9 +13,12 @@ from secateur import distributed
 from secateur.cli import manual
 from secateur.cli.arguments import parser
 from secateur.errors import RunError, UserError, disk_full, first_line, out_of_memory, spell
+from secateur.formatting import join_words
 from secateur.progress import set_spelling
 
 __all__ = ["main"]
+
+_PARALLEL = ("prune", "teach", "train", "eval")  #: verbs that take several processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.process_group():
             arguments = parser().parse_args(argv)
             set_spelling(arguments.spelling)
-            several = arguments.verb in ("prune", "train", "eval") or getattr(arguments, "action", "") == "stage"
+            several = (
+                arguments.verb in ("prune", "teach", "train", "eval") or getattr(arguments, "action", "") == "stage"
+            )
             if distributed.world_size() > 1 and not several:
                 raise UserError(
-                    f"{arguments.verb}: runs in one process; of all verbs only prune, train and eval take several"
+                    f"{arguments.verb}: runs in one process; of all verbs only {join_words(_PARALLEL)} take several"
                 )
             # Imported late: --help must not wait for torch.
             from secateur.cli.verbs import function_of

@@ -19,6 +19,7 @@ __all__ = [
     "SHAPES_EPILOG",
     "SOURCES",
     "STUDY_EPILOGS",
+    "TEACH_EPILOG",
     "TRAIN_EPILOG",
     "memory_hint",
     "prune_epilog",
@@ -27,6 +28,7 @@ __all__ = [
 #: verb -> options that need less memory when lowered, and options that need less memory when set
 _MEMORY = {
     "prune": (("--batch", "--windows"), ("--states disk", "--dtype bfloat16")),
+    "teach": (("--batch",), ("--dtype bfloat16",)),
     "train": (("--micro-batch",), ("--recompute", "--dtype bfloat16")),
 }
 
@@ -51,6 +53,7 @@ examples:
   secateur data text:FOLDER OUT --tokenizer DIR  documents as token shards, to train on
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
   secateur train OUT --init DIR --tokens 1B --data shards:DIR     retrain it, or train from scratch
+  secateur teach DIR CORPUS OUT --tokens 1B      a teacher's log-probabilities, to distil without it
   secateur mask MERGED --plan PRUNED             set the zeros of a sparse model again, after a LoRA merge
   secateur eval OUT --data text:FILE             held-out loss and perplexity
   secateur eval A B --suite zero-shot --out DIR  accuracy on the eight tasks of the study, side by side
@@ -208,6 +211,21 @@ A trainer that changes all weights keeps the zeros while it trains with the call
 `secateur train` keeps them by itself. docs/next-steps.md has both, with Trainer, TRL, PEFT and Axolotl.
 """
 
+TEACH_EPILOG = """\
+examples:
+  secateur teach PARENT CORPUS LOGITS --tokens 50M --skip 200M --sequence 8192
+  secateur train OUT --init PRUNED --teacher logits:LOGITS --tokens 50M --skip 200M --data shards:CORPUS
+  secateur teach PARENT CORPUS LOGITS --top-k 32 --temperature 2 --sequence 2048
+  torchrun --nproc-per-node 8 -m secateur teach PARENT CORPUS LOGITS --tokens 1B --dtype bfloat16 --replicas 8
+
+A distribution depends on the window that the teacher reads. Training must have the same --sequence and attention, and
+begin at one of the windows; it may read them in any order (data_seed) and stop earlier. It is refused otherwise, and so
+are other token shards, another vocabulary or temperature, and a --top-k above the one that was saved.
+
+The size is printed before anything is computed: for N ids about 4 N + 6 bytes a token, or 6 N + 6 where the vocabulary
+has more than 65,536 ids. Files have hashes, which training checks before its first step.
+"""
+
 TRAIN_EPILOG = """\
 keys of the recipe (--recipe FILE, --set KEY=VALUE), with their defaults:
   sequence=8192            tokens in a window           tokens_per_step=4194304  a multiple of sequence
@@ -227,12 +245,14 @@ examples:
   secateur train OUT --init PRUNED --tokens 1B --data shards:CORPUS --set peak_rate=1e-4
   secateur train OUT --init scratch --like PRUNED --tokens 1B --data shards:CORPUS    its twin, masks kept
   secateur train OUT --init PRUNED --teacher DIR --alpha 0.5 --tokens 1B --data shards:CORPUS    distil from DIR
+  secateur train OUT --init PRUNED --teacher logits:DIR --tokens 1B --data shards:CORPUS   from what a teacher has saved
   torchrun --nproc-per-node 8 -m secateur train OUT --init DIR --tokens 50e9 --data shards:CORPUS --dtype bfloat16
 
 Fewer than 50 optimizer steps are warned of: 50M tokens are 12 steps of the default tokens_per_step, 191 of 262144.
 
 With --teacher, a token's loss is alpha T^2 KL(teacher || student) + (1 - alpha) times the usual loss, both at
-temperature T within the KL; held-out losses are the usual loss. The teacher's forward passes count as FLOPs.
+temperature T within the KL; held-out losses are the usual loss. The teacher's forward passes count as FLOPs, unless
+`secateur teach` has made them before.
 
 Zeros are kept by masks alone (plan.safetensors beside DIR). A sparse checkpoint of another tool has none: --keep-zeros
 makes them of its zeros. OUT is stored in the types of --init DIR, unless --save-dtype chooses another.

@@ -16,6 +16,8 @@ Memory besides the gradients, for each chunk token and id: 12 bytes; in bfloat16
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,14 @@ from secateur.losses.next_token import (
     softcap_backward,
     to_compute_dtype,
 )
+from secateur.losses.top_k import TopK, log_softmax_, merge_tail_, split_tail_
 
 __all__ = ["summed_divergence"]
 
 
 def summed_divergence(
     student: Readout,
-    teacher: Readout,
+    teacher: Readout | TopK,
     targets: Tensor,
     *,
     temperature: float = 1.0,
@@ -49,11 +52,12 @@ def summed_divergence(
 
     Args:
         student: with the same tokens and vocabulary as the teacher.
-        teacher: gets no gradient.
+        teacher: factors of its logits, which get no gradient; or its likeliest ids at this temperature.
         targets: int64 [tokens], the next ids; ``IGNORE_INDEX`` for no loss.
         temperature: divides the logits of both.
         alpha: weight of the divergence, above 0; the rest is the cross-entropy of the targets.
-        top_k: number of the teacher's likeliest ids that are separate categories; None for all.
+        top_k: number of the teacher's likeliest ids that are separate categories; None for all, of a :class:`TopK`
+            for all that it has.
         chunk: tokens in a chunk; None to suit the device.
 
     Returns:
@@ -64,46 +68,57 @@ def summed_divergence(
         ValueError: if the shapes do not fit, or the chunk is not positive.
         RuntimeError: in a second backward pass, or in one with ``create_graph``.
     """
-    if len(teacher.weight) != len(student.weight):
+    if isinstance(teacher, Readout) and len(teacher.weight) != len(student.weight):
         raise ValueError(f"vocabularies of {len(student.weight)} and {len(teacher.weight)} ids do not fit")
-    if not len(teacher.hidden) == len(student.hidden) == len(targets):
-        raise ValueError(f"{len(student.hidden)} and {len(teacher.hidden)} states and {len(targets)} targets")
+    length = len(teacher) if isinstance(teacher, TopK) else len(teacher.hidden)
+    if not length == len(student.hidden) == len(targets):
+        raise ValueError(f"{len(student.hidden)} and {length} states and {len(targets)} targets")
     mask = targets != IGNORE_INDEX
     safe_targets = targets.where(mask, 0)
-    states, head = to_compute_dtype(teacher.hidden.detach()), to_compute_dtype(teacher.weight.detach())
-    top_k = top_k if top_k is not None and top_k < len(head) else None  # with all ids nothing remains to merge
+    if isinstance(teacher, TopK):
+        distribution = _saved_distribution(teacher if top_k is None else teacher.first(top_k))
+    else:
+        distribution = _live_distribution(teacher, temperature, top_k)
 
     def logit_gradient(part: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        teacher_logits = make_logits(states[part], head, states.new_empty(logits.shape))
-        t, _ = softcap(teacher_logits.float(), teacher.cap)
         s, tanh = softcap(logits.float(), student.cap)
-        for z in (s, t):
-            _log_softmax_(z, temperature)
-        if top_k is not None:
-            _merge_tail(t, s, top_k)
-        losses = _kl_gradient(s, t, safe_targets[part], temperature, alpha)
+        log_softmax_(s, temperature)
+        losses = _kl_gradient(s, distribution(part, s), safe_targets[part], temperature, alpha)
         return losses, softcap_backward(s, tanh), torch.ones_like(losses)[:, None]
 
     return chunked_sum(student.hidden, student.weight, mask, logit_gradient, chunk=chunk)
 
 
-def _log_softmax_(z: Tensor, temperature: float) -> None:
-    """Turn logits [tokens, vocabulary] into log-softmax at a temperature, in place."""
-    if temperature != 1:
-        z.div_(temperature)
-    z.sub_(z.logsumexp(dim=1, keepdim=True))
+#: function of a slice of the tokens and of the student's log-probabilities [tokens, vocabulary], which are the same
+#: afterwards; returns the teacher's, which may be overwritten
+Distribution = Callable[[slice, Tensor], Tensor]
 
 
-def _merge_tail(log_p: Tensor, log_q: Tensor, top_k: int) -> None:
-    """Give all but the teacher's ``top_k`` likeliest ids the student's proportions, their sum unchanged, in place."""
-    top = log_p.topk(top_k, dim=1)
-    top_log_q = log_q.gather(1, top.indices)
-    for z in (log_p, log_q):
-        z.scatter_(1, top.indices, -torch.inf)
-    rest = log_p.logsumexp(dim=1, keepdim=True) - log_q.logsumexp(dim=1, keepdim=True)
-    log_q.scatter_(1, top.indices, top_log_q)
-    torch.add(log_q, rest, out=log_p)
-    log_p.scatter_(1, top.indices, top.values)
+def _live_distribution(teacher: Readout, temperature: float, top_k: int | None) -> Distribution:
+    """The distribution of a teacher whose logits are computed chunk by chunk."""
+    states, head = to_compute_dtype(teacher.hidden.detach()), to_compute_dtype(teacher.weight.detach())
+    top_k = top_k if top_k is not None and top_k < len(head) else None  # with all ids nothing remains to merge
+
+    def log_p(part: slice, log_q: Tensor) -> Tensor:
+        logits = make_logits(states[part], head, states.new_empty(log_q.shape))
+        t, _ = softcap(logits.float(), teacher.cap)
+        log_softmax_(t, temperature)
+        if top_k is not None:
+            merge_tail_(log_q, split_tail_(t, top_k), t)
+        return t
+
+    return log_p
+
+
+def _saved_distribution(top: TopK) -> Distribution:
+    """The distribution of a teacher of which the likeliest ids are there."""
+
+    def log_p(part: slice, log_q: Tensor) -> Tensor:
+        t = torch.empty_like(log_q)
+        merge_tail_(log_q, top[part], t)
+        return t
+
+    return log_p
 
 
 def _kl_gradient(log_q: Tensor, log_p: Tensor, targets: Tensor, temperature: float, alpha: float) -> Tensor:

@@ -26,7 +26,16 @@ from secateur.model.families import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["IGNORE_INDEX", "Readout", "chunked_sum", "head_factors", "model_loss", "readout", "summed_loss"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Readout",
+    "chunked_sum",
+    "head_factors",
+    "model_loss",
+    "readout",
+    "summed_loss",
+    "token_chunks",
+]
 
 IGNORE_INDEX = -100  #: target of a token without loss
 
@@ -165,6 +174,11 @@ def chunked_sum(
     # Inside an autograd function gradients are always disabled, so this must be asked here.
     needs_gradient = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
     return _SummedLoss.apply(hidden, weight, mask, logit_gradient, chunk, needs_gradient)
+
+
+def token_chunks(tokens: int, vocabulary: int, device: str) -> Iterator[slice]:
+    """Slices of the tokens whose logits are computed at once, to suit the type of device; the first is the largest."""
+    return _slices(tokens, _pick_chunk(tokens, vocabulary, device))
 
 
 def _pick_chunk(tokens: int, vocabulary: int, device: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.losses.next_token import IGNORE_INDEX
+from secateur.losses.top_k import TopK
 from secateur.training.recipe import Recipe
 
-__all__ = ["Batch", "Data", "Slice", "Span", "Tokens", "WindowTokens", "document_names", "micro_batches", "read_batch"]
+__all__ = [
+    "Batch",
+    "Data",
+    "Slice",
+    "Span",
+    "TeacherRows",
+    "Tokens",
+    "WindowTokens",
+    "document_names",
+    "micro_batches",
+    "read_batch",
+]
 
 Span = tuple[int, int]  #: the tokens [start, stop) of a split
 
@@ -39,11 +52,20 @@ class Batch:
     ids: Tensor  #: int64 [windows, positions]
     positions: Tensor | None = None  #: int64 of the same size
     targets: Tensor | None = None  #: int64 [windows, positions - 1]; None for the tokens that follow
+    teacher: TopK | None = None  #: a teacher's distribution at all positions but each window's last, [tokens, ...]
 
     @classmethod
     def empty(cls) -> Batch:
         """A batch without a loss, for a process without windows: it must take part in all collectives."""
         return cls(torch.zeros(1, 2, dtype=torch.int64), None, torch.full((1, 1), IGNORE_INDEX))
+
+
+class TeacherRows(Protocol):
+    """A teacher's saved log-probabilities by window."""
+
+    def read(self, spans: Sequence[Span]) -> TopK: ...
+
+    def empty(self) -> TopK: ...
 
 
 class Data(Protocol):
@@ -78,6 +100,7 @@ class Slice:
     start: int
     stop: int
     recipe: Recipe
+    teacher: TeacherRows | None = None  #: a teacher's log-probabilities of these tokens, which each batch gets
 
     @property
     def tokens(self) -> int:
@@ -108,7 +131,10 @@ class Slice:
 
     def batch(self, spans: Sequence[Span]) -> Batch:
         """Read windows of one length; none give the empty batch."""
-        return read_batch(self.store, self.recipe, spans)
+        batch = read_batch(self.store, self.recipe, spans)
+        if self.teacher is None:
+            return batch
+        return dataclasses.replace(batch, teacher=self.teacher.read(spans) if spans else self.teacher.empty())
 
     def state(self) -> None:
         """None: the windows of a step follow from its number."""

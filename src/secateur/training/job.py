@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +31,20 @@ from secateur.progress import notify
 from secateur.runtime import environment, pick_device, pick_dtype
 from secateur.training.batches import Data, Slice
 from secateur.training.checkpoints import FINISHED
-from secateur.training.distill import Distillation, check_teacher
+from secateur.training.distill import Distillation, LogitsDistillation, check_logits, check_teacher
 from secateur.training.heldout import heldout_loss
 from secateur.training.init import stored_weights
 from secateur.training.loop import RunOptions, train_loop
 from secateur.training.masks import Masks
 from secateur.training.metrics import Metrics, check_trackers, open_trackers
+from secateur.training.objective import Objective
 from secateur.training.origin import Origin, Start, open_origin
 from secateur.training.output import trained_card, write_trained
 from secateur.training.parallel import Execution, TrainModule, place_model, place_teacher
 from secateur.training.recipe import FEW_STEPS, Distill, few_steps
 from secateur.training.request import TrainRequest
 from secateur.training.routing import balance_of, train_routers_alone
+from secateur.training.teacher_logits import TeacherLogits, open_logits
 from secateur.training.throughput import Meter, Peak, peak_of
 from secateur.training.watchdog import stop_on_signals
 
@@ -109,7 +112,7 @@ def train_model(
     data: Data,
     *,
     execution: Execution,
-    objective: Distillation | None,
+    objective: Objective | None,
     protocol: Protocol | None,
     points: int,
     options: RunOptions,
@@ -117,7 +120,7 @@ def train_model(
     """Place a model and train it on every token of ``data``; all processes together.
 
     Args:
-        objective: the teacher in its place; None for the language-model loss.
+        objective: of distillation, the teacher in its place; None for the language-model loss.
         protocol: the windows of the held-out loss; None without one.
         points: measurements of it after the start.
 
@@ -164,12 +167,17 @@ def train(request: TrainRequest) -> Trained:
     data = _slice(request, store, origin)
     if request.only == "router" and not origin.shape.experts:
         raise UserError(f"`only`: router: {origin.directory} is no mixture of experts; leave it out")
-    teacher = _open_teacher(request, origin)
+    logits = open_logits(request.teacher)
+    teacher = None if logits else _open_teacher(request, origin)
+    if logits:
+        check_logits(logits, request.distill, data, store.fingerprint, origin.shape, origin.directory)
+        data = dataclasses.replace(data, teacher=logits)
     protocol = _heldout_protocol(store, request.heldout_windows, recipe.sequence)
     require_new_directory(out)
     _check_outside(out, store.folder, *(c.directory for c in (origin.checkpoint, teacher) if c))
+    _check_outside(out, *([logits.folder] if logits else []))
     check_trackers(request.track)
-    objective = {**identity(request.distill), "teacher": teacher.digest} if teacher else None
+    objective = _objective_identity(request.distill, teacher, logits)
     run_identity = {
         **origin.identity,
         "data": store.fingerprint,
@@ -184,7 +192,7 @@ def train(request: TrainRequest) -> Trained:
     peak = peak_of(device, dtype)
     teaching = teacher_flops(teacher.shape, data.tokens, recipe.sequence) if teacher else None
     flops = train_flops(origin.shape, data.tokens, recipe.sequence) + (teaching or 0.0)
-    _announce(data, origin, teacher, flops, execution, peak)
+    _announce(data, origin, teacher or logits, flops, execution, peak)
     _warn_of_few_steps(data)
     create_repository(request.push_to_hub)
     directories = shared_directory(
@@ -215,7 +223,7 @@ def train(request: TrainRequest) -> Trained:
                 start,
                 data,
                 execution=execution,
-                objective=distillation(request.distill, teacher, execution) if teacher else None,
+                objective=_objective(request.distill, teacher, logits, execution),
                 protocol=protocol,
                 points=request.points,
                 options=options,
@@ -232,6 +240,24 @@ def train(request: TrainRequest) -> Trained:
                 shutil.move(work / name, fresh / name)
     upload(out, request.push_to_hub, without=request.track)  # a tracker's files name the machine
     return Trained(out, result, flops, teaching, meter, peak, use)
+
+
+def _objective_identity(
+    spec: Distill, teacher: Checkpoint | None, logits: TeacherLogits | None
+) -> dict[str, Any] | None:
+    """What a run learns from besides the tokens; None for the language-model loss."""
+    if logits:
+        return {**identity(spec), "teacher": logits.manifest.teacher, "logits": logits.fingerprint}
+    return {**identity(spec), "teacher": teacher.digest} if teacher else None
+
+
+def _objective(
+    spec: Distill, teacher: Checkpoint | None, logits: TeacherLogits | None, execution: Execution
+) -> Objective | None:
+    """The loss with its teacher in place; None for the language-model loss."""
+    if logits:
+        return LogitsDistillation(spec)
+    return distillation(spec, teacher, execution) if teacher else None
 
 
 #: fields of a request by the keys that identify an unfinished run
@@ -302,10 +328,17 @@ def _heldout_protocol(store: TokenStore, windows: int, seqlen: int) -> Protocol 
 
 
 def _announce(
-    data: Slice, origin: Origin, teacher: Checkpoint | None, flops: float, execution: Execution, peak: Peak
+    data: Slice,
+    origin: Origin,
+    teacher: Checkpoint | TeacherLogits | None,
+    flops: float,
+    execution: Execution,
+    peak: Peak,
 ) -> None:
     sparse = f", {plural(len(origin.masks), 'masked matrix', 'masked matrices')}" if origin.masks else ""
-    distilled = f", distilled from {count(teacher.shape.total)}" if teacher else ""
+    source = f"the likeliest {teacher.manifest.top_k} ids" if isinstance(teacher, TeacherLogits) else ""
+    source = count(teacher.shape.total) if isinstance(teacher, Checkpoint) else source
+    distilled = f", distilled from {source}" if source else ""
     processes = distributed.world_size()
     notify(
         f"{count(origin.shape.total)} parameters{sparse}{distilled}, {plural(data.tokens, 'token')} in "

@@ -181,7 +181,7 @@ def _accumulate_gradients(
     groups = micro_batches(spans, data.recipe.micro_batch, rank=distributed.rank(), world=distributed.world_size())
     for group in groups:
         batch = data.batch(group)
-        total, each, once = module(batch.ids, batch.positions, batch.targets)
+        total, each, once = module(batch.ids, batch.positions, batch.targets, batch.teacher)
         loss = total * (distributed.world_size() / max(targets, 1))  # sharding takes the mean over the processes
         (loss if once is None else loss + once / len(groups)).backward()
         pending.append((torch.tensor([index[span] for span in group], dtype=torch.int64), each.sum(dim=1)))

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from secateur import distributed
 from secateur.errors import UserError
+from secateur.losses.top_k import TopK
 from secateur.model.families import family_of
 from secateur.training.dropout import disable_dropout
 from secateur.training.objective import BatchLosses, LanguageModel, Objective
@@ -93,18 +94,26 @@ class TrainModule(nn.Module):
         parameters = {name.removeprefix("model."): parameter for name, parameter in self.named_parameters()}
         return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, targets: Tensor | None = None) -> BatchLosses:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        targets: Tensor | None = None,
+        teacher: TopK | None = None,
+    ) -> BatchLosses:
         """The losses of a batch.
 
         Args:
             ids: int64 [windows, positions].
             positions: of each token in its document, int64 of the same size; attention stays within documents then.
             targets: int64 [windows, positions - 1]; None for the token that follows.
+            teacher: a teacher's distribution at the positions of the targets, for an objective that takes it.
         """
         tensors = [None if t is None else t.to(self.device, non_blocking=True) for t in (ids, positions, targets)]
         if self.balance is not None:
             self.balance.begin()
-        losses = self.objective(self.model, cast(Tensor, tensors[0]), tensors[1], tensors[2])
+        more = () if teacher is None else (teacher.to(self.device),)
+        losses = self.objective(self.model, cast(Tensor, tensors[0]), tensors[1], tensors[2], *more)
         if self.balance is not None and self.training:
             losses = losses._replace(total=losses.total + losses.each.numel() * self.balance.loss())
         return losses

@@ -34,10 +34,11 @@ class TrainRequest:
         only: the part that is trained, ``router``: the routers of a mixture, all else staying as it is. None for all.
         skip: tokens of the data to leave out before the first.
         recipe: a :class:`Recipe`, a mapping of its fields, or a YAML file.
-        teacher: checkpoint to distil from, of the model's vocabulary.
+        teacher: checkpoint to distil from, of the model's vocabulary; or ``logits:DIR``, what ``secateur teach`` has
+            saved of one.
         temperature: softens both distributions; with a teacher. None for 1.
         alpha: share of the divergence from the teacher in the loss. None for 1.
-        top_k: compare the teacher's likeliest ids, all others as one. None for all.
+        top_k: compare the teacher's likeliest ids, all others as one. None for all, or for all that are saved.
         points: measurements of the held-out loss along the run.
         heldout_windows: windows that it is measured on, at most.
         device: ``auto``, ``cpu`` or ``cuda``.

@@ -13,6 +13,7 @@ from secateur.cli.arguments.models import (
     add_mask,
     add_prune,
     add_shapes,
+    add_teach,
     add_train,
 )
 from secateur.cli.arguments.studies import add_demo, add_recommend, add_study
@@ -26,6 +27,7 @@ _VERBS = (
     add_shapes,
     add_data,
     add_prune,
+    add_teach,
     add_train,
     add_mask,
     add_evaluate,

@@ -24,7 +24,17 @@ from secateur.cli.arguments.common import (
     zero_or_more,
 )
 
-__all__ = ["add_compare", "add_data", "add_evaluate", "add_inspect", "add_mask", "add_prune", "add_shapes", "add_train"]
+__all__ = [
+    "add_compare",
+    "add_data",
+    "add_evaluate",
+    "add_inspect",
+    "add_mask",
+    "add_prune",
+    "add_shapes",
+    "add_teach",
+    "add_train",
+]
 
 
 def _context(parser: argparse.ArgumentParser) -> None:
@@ -220,7 +230,11 @@ def add_train(verbs: Any) -> None:
     train.setting_keys = _recipe_keys
     add("--recipe", metavar="FILE", help="YAML with the keys below")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable")
-    add("--teacher", metavar="DIR", help="checkpoint to distil from, of the model's vocabulary")
+    add(
+        "--teacher",
+        metavar="DIR|logits:DIR",
+        help="checkpoint to distil from, of the model's vocabulary, or what `secateur teach` has saved of one",
+    )
     for name, convert, meaning in (
         ("--temperature", float, "softens both distributions (default: 1)"),
         ("--alpha", share, "share of the divergence from the teacher; the rest is the usual loss (default: 1)"),
@@ -245,6 +259,32 @@ def add_train(verbs: Any) -> None:
     add("--keep", type=positive, default=2, metavar="N", help="checkpoints of the run to keep")
     add("--track", action="append", choices=("tensorboard", "wandb"), help="also send the metrics to this tracker")
     push_to_hub(train)
+
+
+def add_teach(verbs: Any) -> None:
+    """``secateur teach``."""
+    teach = add_verb(
+        verbs,
+        "teach",
+        "save a teacher's likeliest next tokens, to distil without it",
+        "At each position of a slice it saves the ids that the teacher finds likeliest, their log-probabilities, and "
+        "the remaining mass as one number. `secateur train --teacher logits:OUT` reads them, for any student. "
+        "After a kill, the same command resumes at its last shard.",
+        manual.TEACH_EPILOG,
+    )
+    add = teach.add_argument
+    add("teacher", metavar="TEACHER", help="checkpoint directory, or Hub name (org/name[@revision])")
+    add("data", metavar="CORPUS", help="what `secateur data` has written")
+    add("out", metavar="OUT", help="new directory to write")
+    add("--tokens", type=token_count, help="tokens to read: 700k, 7e5, 50B ... (default: all behind --skip)")
+    add("--skip", type=count_or_none, default=0, metavar="TOKENS", help="tokens to leave out before the first")
+    add("--top-k", type=positive, default=64, metavar="N", help="ids to save at each position")
+    add("--temperature", type=above_zero, default=1.0, metavar="X", help="of the distribution; training uses the same")
+    add("--sequence", type=positive, default=8192, metavar="N", help="tokens in a window, as in the recipe of training")
+    add("--attention", choices=("window", "document"), default="window", help="as in the recipe of training")
+    computing(teach)
+    dtype(teach, "of the forward pass; probabilities are float32")
+    add("--replicas", type=positive, default=1, help="groups of processes that each hold the teacher")
 
 
 def add_evaluate(verbs: Any) -> None:

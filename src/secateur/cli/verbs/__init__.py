@@ -23,6 +23,7 @@ _MODULES = {
     "recommend": "recommend",
     "shapes": "describe",
     "study": "studies",
+    "teach": "training",
     "train": "training",
 }
 

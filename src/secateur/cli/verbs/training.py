@@ -1,4 +1,4 @@
-"""train: a model on an exact number of tokens, from fresh weights or a checkpoint's."""
+"""train: a model on an exact number of tokens. teach: save a teacher's log-probabilities to train on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from secateur.cli.verbs.answer import Answer, request_of
 from secateur.formatting import byte_size, fixed, plural, scientific
 from secateur.progress import clock_time
 from secateur.training.request import TrainRequest, read_recipe
+from secateur.training.teach_request import TeachRequest
 
-__all__ = ["train"]
+__all__ = ["teach", "train"]
 
 
 def train(arguments: Namespace) -> Answer:
@@ -37,3 +38,25 @@ def train(arguments: Namespace) -> Answer:
     sizes += [f"{byte_size(use.device)} on the device"] if use.device else []
     lines.append(f"took           {', '.join([clock_time(use.seconds), *sizes])}")
     return trained.record(), "\n".join(lines), 0
+
+
+def teach(arguments: Namespace) -> Answer:
+    """``secateur teach TEACHER CORPUS OUT``."""
+    request = request_of(TeachRequest, arguments)
+    from secateur.training import teach as job
+
+    saved = job.teach(request)
+    if not distributed.is_main():
+        return {}, "", 0
+    answer = saved.record()
+    speed = f", {saved.speed:,.0f} tokens/s" if saved.speed else ""
+    lines = [
+        f"{saved.path}: the likeliest {answer['top_k']} ids at {plural(answer['predicted'], 'position')} of "
+        f"{plural(answer['tokens'], 'token')}",
+        f"size   {byte_size(answer['bytes'])} in {plural(answer['shards'], 'shard')}, "
+        f"{answer['bytes_per_token']:.0f} bytes a token",
+        f"FLOPs  {scientific(saved.flops)}",
+        f"took   {clock_time(saved.seconds)}{speed}",
+        f"next   secateur train OUT --teacher {saved} ...",
+    ]
+    return answer, "\n".join(lines), 0
