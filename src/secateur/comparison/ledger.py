@@ -12,7 +12,7 @@ from secateur.comparison.naming import group_name, model_name
 from secateur.comparison.records import Cell, Cost
 from secateur.comparison.sweeps import sweep_subject, unique_sweeps
 from secateur.comparison.twins import SCRATCH, Paired, mean_difference, pair_cells
-from secateur.formatting import TIMES, count
+from secateur.formatting import TIMES, byte_size, count, plural
 
 __all__ = [
     "ACCOUNTS",
@@ -41,7 +41,8 @@ ACCOUNTS: dict[Account, str] = {
 
 FORMULA = (
     "FLOPs of training = 3 x tokens x forward FLOPs per token (the backward pass costs two forward passes); a teacher "
-    "adds its own forward FLOPs for each token. Forward FLOPs per token = 2 x (weights of the blocks' linears + "
+    "adds its own forward FLOPs for each token, or has spent them before where its predictions were saved: each run "
+    "that learns from those is charged for them in full. Forward FLOPs per token = 2 x (weights of the blocks' linears + "
     "vocabulary x hidden, the head) + 4 x layers x heads x head_dim x (sequence + 1) / 2, the attention over the "
     "positions that a causal window sees on average. Norms, activations and the embedding's look-up are left out; "
     "zeroed weights count in full, since dense kernels multiply them. Of routed experts those count that a token is "
@@ -57,11 +58,11 @@ def rests_on_parent(cell: Cell) -> bool:
 
 
 def own_cost(cell: Cell) -> Cost | None:
-    """Training, the scoring that it rests on, and the sweep that chose its rate; None where the scoring is unknown."""
+    """Training, with the scoring, saved teacher and sweep that it rests on; None where the scoring is unknown."""
     if cell.path == "pruned" and cell.pruning is None:
         return None
     cost = cell.training
-    for part in (cell.pruning, cell.sweep):
+    for part in (cell.pruning, cell.teaching.cost if cell.teaching else None, cell.sweep):
         cost = cost + part if part else cost
     return cost
 
@@ -168,6 +169,12 @@ def pieces(index: Index) -> list[Row]:
         name = model_name(Model(pruned.parent, pruned.method, pruned.target), index.models)
         work = "learning what to cut" if pruned.training_tokens else "scoring"
         rows.append({"what": work, "of": name + _of_seed(pruned.seed), "cost": pruned.cost})
+    teachings = {cell.teaching.stage: cell.teaching for cell in index.results.cells if cell.teaching}
+    for teaching in teachings.values():
+        runs = sum(cell.teaching == teaching for cell in index.results.cells)
+        size = f", {byte_size(teaching.size)} on disk" if teaching.size else ""
+        subject = f"{teaching.parent}: the likeliest {teaching.top_k} ids{size}; shared by {plural(runs, 'run')}"
+        rows.append({"what": "saving a teacher's predictions", "of": subject, "cost": teaching.cost})
     whats = {"pruned": "retraining", "scratch": "training from scratch", "control": "training a control"}
     shared: set[object] = set()
     for cell in index.results.cells:

@@ -44,7 +44,7 @@ def objective_rows(index: Index) -> tuple[ObjectiveRow, ...]:
         seeds = [seed for seed in first_runs if seed in second_runs]
         if not seeds:
             continue
-        first_flops, second_flops = (runs[seeds[0]].training.flops for runs in (first_runs, second_runs))
+        first_flops, second_flops = (_flops(runs[seeds[0]]) for runs in (first_runs, second_runs))
         ratio = second_flops / first_flops if first_flops else None
         same_flops = ratio is not None and abs(ratio - 1) <= _SAME_FLOPS
         pairs = [pair_cells(second_runs[seed], first_runs[seed], PRUNED, PRUNED) for seed in seeds]
@@ -68,6 +68,11 @@ def _pairs(index: Index) -> Iterator[tuple[Group, Group]]:
         for first, second in itertools.combinations(groups, 2):
             if first.objective != second.objective:
                 yield first, second
+
+
+def _flops(cell: Cell) -> float:
+    """FLOPs of a run with those of its teacher, which were spent before where its predictions were saved."""
+    return cell.training.flops + (cell.teaching.cost.flops if cell.teaching else 0.0)
 
 
 def _runs(index: Index, group: Group) -> dict[int | None, Cell]:

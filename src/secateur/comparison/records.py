@@ -200,6 +200,17 @@ class PrunedModel:
 
 
 @dataclass(frozen=True)
+class Teaching:
+    """The work of saving a teacher's log-probabilities of a slice, which several runs may learn from."""
+
+    parent: str
+    top_k: int
+    cost: Cost
+    size: int | None  #: bytes on disk; None: not saved yet
+    stage: str  #: fingerprint: runs that share the work have the same
+
+
+@dataclass(frozen=True)
 class Cell:
     """One trained model: a path under a budget.
 
@@ -228,6 +239,7 @@ class Cell:
     evaluation: Evaluation | None  #: at the end; None: not measured, or failed
     shape: dict[str, Any]  #: as of :class:`Parent`
     stages: tuple[str, ...]  #: fingerprints of all that it is made from, each after its inputs, and of what measured it
+    teaching: Teaching | None = None  #: of the saved teacher that it learns from; None without one
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from secateur.comparison.records import (
     Running,
     StageNote,
     StudyResults,
+    Teaching,
 )
 from secateur.config import fingerprint
 from secateur.errors import UserError
@@ -216,7 +217,13 @@ class _Records:
             evaluation=self.evaluation(stage),
             shape=shape.as_dict(),
             stages=tuple(part.fingerprint for part in self.provenance(stage)),
+            teaching=self.teaching(facts["teaching"]) if "teaching" in facts else None,
         )
+
+    def teaching(self, stage: Stage) -> Teaching:
+        record, facts = self.records[stage.fingerprint], stage.facts
+        size = record["bytes"] if record else None
+        return Teaching(facts["parent"], stage.identity["top_k"], self.cost([stage]), size, stage.fingerprint)
 
     def provenance(self, stage: Stage) -> list[Stage]:
         """The inputs of a run, each after its own inputs, then the run and its measurements."""

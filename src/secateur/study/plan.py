@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.comparison.regime import PUBLISHED, RateSweeps, TokenShare
-from secateur.formatting import count, duration, join_words, plural, scientific
+from secateur.formatting import byte_size, count, duration, join_words, plural, scientific
 from secateur.report.regime_prose import REGIME_TITLE, share_json, sweeps_sentence, tokens_sentence
 from secateur.runtime import has_accelerator
 from secateur.study.pace import Pace
@@ -33,6 +33,7 @@ _PURPOSES = {
     "parent": "parents",
     "pruned": "pruning",
     "P-R": "retraining",
+    "teach": "saved teachers",
     "scratch": "from scratch",
     "control": "controls",
     "trunk": "trunks",
@@ -206,6 +207,7 @@ def plan_study(
             *notes,
             *_seed_notes(stages),
             *_learning_notes(stages),
+            *_teaching_notes(stages),
             *_control_notes(stages),
             *step_warnings(stages),
         ),
@@ -313,3 +315,12 @@ def _learning_notes(stages: Sequence[Stage]) -> list[str]:
         for name, learned in tokens.items()
         if learned
     ]
+
+
+def _teaching_notes(stages: Sequence[Stage]) -> list[str]:
+    """The disk space of saved teachers, in one sentence; empty without one."""
+    sizes = [stage.facts["bytes"] for stage in stages if stage.kind == "teach"]
+    if not sizes:
+        return []
+    slices = plural(len(sizes), "slice")
+    return [f"Saved teachers: log-probabilities of {slices} take {byte_size(sum(sizes))} of disk; runs share them."]

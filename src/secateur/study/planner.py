@@ -235,10 +235,14 @@ class _Builder(TrainingRuns):
             return self._reconstructed_run(comparison, pruned, tokens)
         recipe = self._retraining_recipe(comparison)
         inputs: dict[str, Stage] = {"model": pruned}
+        first = self._learning(pruning)[1]
+        facts = {**self._facts(pruning), **self._compared(comparison, "P-R", "pruned", "P-R"), "pruning": pruned}
         if objective.distill:
             inputs["teacher"] = self._parent_of(pruning)
-        facts = {**self._facts(pruning), **self._compared(comparison, "P-R", "pruned", "P-R"), "pruning": pruned}
-        first = self._learning(pruning)[1]
+        if objective.teacher == "saved":
+            inputs["teacher"] = facts["teaching"] = self.teaching(
+                inputs["teacher"], (first, first + tokens), recipe, objective
+            )
         run = self.run(comparison, facts, pruning.after, first, tokens, "pruned", recipe, inputs, objective)
         self.evaluate(run)
         return run
@@ -303,6 +307,7 @@ class _Builder(TrainingRuns):
             tokens += retraining - first
         else:
             spent = run.facts["cost"][1] + pruned.flops
+            spent += run.facts["teaching"].flops if "teaching" in run.facts else 0.0
             spent += self._parent_of(pruning).facts["cost"][1] if setting == "equal_total_flops" else 0.0
             tokens = self._whole(spent / (3 * pruning.after.forward_flops(self.sequence)))
         if (pruning.entry.data or self.study.data).twin == "own-start":

@@ -52,6 +52,8 @@ ControlKind = Literal[
 #: The first weights of a sparse model's twin, under the parent's mask: all of them new, or those of linears alone.
 TwinInit = Literal["redrawn", "redrawn-linears"]
 
+SAVED_TOP_K = 64  #: default of ``top_k`` where the teacher is saved
+
 Rate = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]*$")]
@@ -162,7 +164,8 @@ class ObjectiveSpec(Distill):
 
     kind: Literal["language-model", "distill", "reconstruct"]  # type: ignore[assignment]
     name: Label | None = None  #: in records and reports; default: the kind
-    teacher: Literal["parent"] = "parent"
+    #: parent: beside the student; saved: its likeliest ``top_k`` ids of the slice, saved once for all runs
+    teacher: Literal["parent", "saved"] = "parent"
     equal: Literal["tokens", "flops"] = (
         "tokens"  #: the quantity it shares with the language-model run of the same budget
     )
@@ -172,6 +175,8 @@ class ObjectiveSpec(Distill):
     def __post_init__(self) -> None:
         if self.kind != "reconstruct" and self.rate is not None:
             raise UserError("retrain.objective.rate: goes with kind: reconstruct; others have retrain.peak_rate")
+        if self.kind != "distill" and self.teacher != "parent":
+            raise UserError(f"retrain.objective.teacher: {self.teacher} goes with kind: distill; leave it out")
         defaults = Distill(temperature=self.temperature, alpha=self.alpha, top_k=self.top_k)
         if self.kind == "reconstruct" and defaults != Distill():
             raise UserError("retrain.objective: temperature, alpha and top_k go with kind: distill; leave them out")
@@ -191,7 +196,8 @@ class ObjectiveSpec(Distill):
         """The distillation; None for what has no teacher."""
         if self.kind != "distill":
             return None
-        return Distill(temperature=self.temperature, alpha=self.alpha, top_k=self.top_k)
+        top_k = SAVED_TOP_K if self.teacher == "saved" and self.top_k is None else self.top_k
+        return Distill(temperature=self.temperature, alpha=self.alpha, top_k=top_k)
 
 
 @spec

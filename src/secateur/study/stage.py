@@ -11,7 +11,7 @@ from secateur.config import fingerprint
 
 __all__ = ["VERSIONS", "Stage", "StageKind", "unique", "with_inputs"]
 
-StageKind = Literal["corpus", "fetch", "train", "select", "prune", "reconstruct", "evaluate", "cost"]
+StageKind = Literal["corpus", "fetch", "train", "select", "prune", "reconstruct", "evaluate", "cost", "teach"]
 
 #: Increased when the same identity would give other results.
 VERSIONS: dict[StageKind, int] = {
@@ -23,6 +23,7 @@ VERSIONS: dict[StageKind, int] = {
     "reconstruct": 1,
     "evaluate": 4,
     "cost": 1,
+    "teach": 1,
 }
 
 

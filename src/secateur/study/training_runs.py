@@ -8,12 +8,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from secateur.config import identity
+from secateur.errors import UserError
 from secateur.evaluation.workload import Workload
 from secateur.model.shapes import Shape, teacher_flops, train_flops
 from secateur.study.grid import PlannedComparison
 from secateur.study.sections import ObjectiveSpec
 from secateur.study.spec import StudySpec
 from secateur.study.stage import Stage
+from secateur.training.logits_size import logits_size
 from secateur.training.recipe import Recipe
 
 __all__ = ["Inputs", "TrainingRuns", "sizes_of"]
@@ -231,7 +233,7 @@ class TrainingRuns:
         tokens = span[1] - span[0]
         distill = objective.distill if objective else None
         flops = train_flops(shape, tokens, self.sequence)
-        if distill:
+        if distill and inputs["teacher"].kind != "teach":
             flops += teacher_flops(inputs["teacher"].facts["shape"], tokens, self.sequence)
         content = {
             "init": "scratch" if fresh else init,
@@ -252,6 +254,33 @@ class TrainingRuns:
         facts = {**facts, "shape": shape, "cost": cost, "before": before, "peak_rate": rate}
         inputs = {"corpus": self.corpus, **inputs}
         return self.add(Stage("train", name, content, inputs, tokens, flops, runtime, facts))
+
+    def teaching(self, parent: Stage, span: tuple[int, int], recipe: Recipe, objective: ObjectiveSpec) -> Stage:
+        """Add the stage that saves a parent's log-probabilities of a slice; runs on the same slice share it.
+
+        Raises:
+            UserError: if ``top_k`` is more than the parent's vocabulary.
+        """
+        shape, spec = parent.facts["shape"], objective.distill
+        assert spec and spec.top_k
+        if spec.top_k > shape.vocabulary:
+            raise UserError(
+                f"retrain.objective.top_k: {spec.top_k} is more than the parent's vocabulary of {shape.vocabulary}"
+            )
+        tokens = span[1] - span[0]
+        content = {
+            "slice": list(span),
+            "sequence": recipe.sequence,
+            "attention": recipe.attention,
+            "top_k": spec.top_k,
+            "temperature": spec.temperature,
+            "dtype": self.study.compute.dtype,
+        }
+        facts = {"path": "teach", "shape": shape, "parent": parent.facts["parent"]}
+        facts["bytes"] = logits_size(tokens, recipe.sequence, spec.top_k, shape.vocabulary)
+        flops, inputs = teacher_flops(shape, tokens, self.sequence), {"corpus": self.corpus, "model": parent}
+        name = f"{parent.name}/teach@{_short(tokens)}"
+        return self.add(Stage("teach", name, content, inputs, tokens, flops, self.runtime(), facts))
 
     def runtime(self) -> dict[str, Any]:
         compute = self.study.compute

@@ -42,6 +42,7 @@ from secateur.runtime import environment, pick_batch, pick_device, pick_dtype
 from secateur.training.batches import Batch, Slice, Span
 from secateur.training.distill import frozen_readout, tokens_hash
 from secateur.training.init import stored_weights
+from secateur.training.logits_size import count_windows, logits_size, windows_per_shard
 from secateur.training.parallel import Execution, place_teacher
 from secateur.training.recipe import Recipe
 from secateur.training.teach_request import TeachRequest
@@ -50,14 +51,11 @@ from secateur.training.teacher_logits import (
     Columns,
     LogitsManifest,
     LogitsShard,
-    bytes_per_row,
-    count_windows,
     encode,
-    windows_per_shard,
 )
 from secateur.version import __version__
 
-__all__ = ["SavedLogits", "logits_size", "save_logits", "teach"]
+__all__ = ["SavedLogits", "save_logits", "teach", "windows_recipe"]
 
 
 @dataclass(frozen=True)
@@ -163,11 +161,6 @@ _RESUME_LABELS = {
 }
 
 
-def logits_size(tokens: int, sequence: int, top_k: int, vocabulary: int) -> int:
-    """Bytes of the rows of a slice; headers and the manifest are less than 1% besides."""
-    return (tokens - count_windows(tokens, sequence)) * bytes_per_row(top_k, vocabulary)
-
-
 def _slice(request: TeachRequest, store: TokenStore, teacher: Checkpoint) -> Slice:
     """The windows that the teacher reads.
 
@@ -189,10 +182,10 @@ def _slice(request: TeachRequest, store: TokenStore, teacher: Checkpoint) -> Sli
     limit = max_positions(teacher.config)
     if limit and request.sequence > limit:
         raise UserError(f"`sequence`: {request.sequence} is more than the teacher's {limit} positions; set {limit}")
-    return Slice(store, first, last, _recipe(request.sequence, request.attention))
+    return Slice(store, first, last, windows_recipe(request.sequence, request.attention))
 
 
-def _recipe(sequence: int, attention: Any) -> Recipe:
+def windows_recipe(sequence: int, attention: Any) -> Recipe:
     """The keys of a recipe that decide what windows are."""
     return Recipe(sequence=sequence, tokens_per_step=sequence, attention=attention)
 

@@ -41,20 +41,14 @@ __all__ = [
     "LogitsManifest",
     "LogitsShard",
     "TeacherLogits",
-    "bytes_per_row",
-    "count_windows",
     "decode",
     "encode",
     "open_logits",
-    "windows_per_shard",
 ]
 
 FORMAT = 1  #: version of the folder's format; other versions are refused
 MANIFEST = "manifest.json"
 
-_SHARDS = 64  #: shards of a slice, so that some processes have equal shares
-_MOST_TOKENS = 2**20  #: tokens of a shard
-_FEWEST_WINDOWS = 8  #: windows of a shard, unless that is too many tokens
 _OPEN_FILES = 128
 _FLOOR = -1e4  #: log-probabilities below it, as of ids that a model masks, are raised to it
 
@@ -95,22 +89,6 @@ class LogitsManifest:
     def bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.bytes for shard in self.shards)
-
-
-def count_windows(tokens: int, sequence: int) -> int:
-    """Number of windows that predict a token: a last window of one token has no row."""
-    return -(-(tokens - 1) // sequence)
-
-
-def windows_per_shard(tokens: int, sequence: int) -> int:
-    """Windows in each shard but the last; a function of the slice alone, whoever computes it."""
-    windows = max(_FEWEST_WINDOWS, -(-count_windows(tokens, sequence) // _SHARDS))
-    return max(1, min(windows, _MOST_TOKENS // sequence))
-
-
-def bytes_per_row(top_k: int, vocabulary: int) -> int:
-    """Bytes of a predicted token."""
-    return top_k * np.dtype(smallest_dtype(vocabulary)).itemsize + 2 * (top_k - 1) + 4 + 4
 
 
 def encode(top: TopK, vocabulary: int) -> Columns:

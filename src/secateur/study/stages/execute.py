@@ -22,6 +22,7 @@ from secateur.study.stages.evaluate import cost_stage, evaluate_stage
 from secateur.study.stages.prune import prune_stage
 from secateur.study.stages.reconstruct import reconstruct_stage
 from secateur.study.stages.select import select_stage
+from secateur.study.stages.teach import teach_stage
 from secateur.study.stages.train import train_stage
 from secateur.study.store import Store
 
@@ -65,6 +66,7 @@ _KINDS: dict[str, Callable[[Stage, Store, Path], dict[str, Any]]] = {
     "fetch": _fetch,
     "prune": prune_stage,
     "reconstruct": reconstruct_stage,
+    "teach": teach_stage,
     "train": train_stage,
     "select": select_stage,
     "evaluate": evaluate_stage,

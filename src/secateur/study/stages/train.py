@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import CONFIG_MAPPING
 
 from secateur import distributed
 from secateur.config import from_identity, parse
+from secateur.data.shards import TokenStore
 from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import DivergenceError
 from secateur.files import read_json
@@ -30,16 +32,19 @@ from secateur.runtime import pick_device
 from secateur.study.stage import Stage
 from secateur.study.stages.controls import each_matrix, permuted_mask, random_mask, redrawn_linears, shuffle_weights
 from secateur.study.stages.inputs import check_parents, corpus_tokens, holdout_protocol, model_of
+from secateur.study.stages.teach import LOGITS
 from secateur.study.store import Store
 from secateur.training.batches import Slice
-from secateur.training.distill import Distillation, check_teacher
+from secateur.training.distill import LogitsDistillation, check_logits, check_teacher
 from secateur.training.init import fresh_config, fresh_weights, stored_weights
 from secateur.training.job import distillation, train_model
 from secateur.training.loop import RunOptions
+from secateur.training.objective import Objective
 from secateur.training.origin import Start
 from secateur.training.output import trained_card, write_trained
 from secateur.training.parallel import Execution
 from secateur.training.recipe import Distill, Recipe
+from secateur.training.teacher_logits import TeacherLogits
 from secateur.training.watchdog import stop_on_signals
 
 __all__ = ["train_stage"]
@@ -74,11 +79,13 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     start, stop = identity["slice"]
     evaluation = identity["evaluation"]
     execution = _execution(stage)
-    begin, objective = _start(stage, store, recipe), _objective(stage, store, recipe, execution)
+    data = Slice(tokens, start, stop, recipe)
+    begin = _start(stage, store, recipe)
+    objective, logits = _objective(stage, store, data, execution)
     with stop_on_signals() as signal:
         module, result = train_model(
             begin,
-            Slice(tokens, start, stop, recipe),
+            dataclasses.replace(data, teacher=logits),
             execution=execution,
             objective=objective,
             protocol=holdout_protocol(tokens, evaluation["windows"], recipe.sequence, evaluation["skip"]),
@@ -161,15 +168,21 @@ def _keep_state(work: Path) -> None:
     shutil.copytree(last, work / STATE, copy_function=os.link)
 
 
-def _objective(stage: Stage, store: Store, recipe: Recipe, execution: Execution) -> Distillation | None:
-    """The teacher in its place; None for the language-model loss."""
+def _objective(
+    stage: Stage, store: Store, data: Slice, execution: Execution
+) -> tuple[Objective | None, TeacherLogits | None]:
+    """The loss, None for the language-model loss; and the teacher's log-probabilities if they are saved."""
     if "objective" not in stage.identity:
-        return None
+        return None, None
     spec = parse(Distill, stage.identity["objective"], origin="objective")
+    corpus, student = store.folder(stage.inputs["corpus"]), stage.facts["shape"]
+    if stage.inputs["teacher"].kind == "teach":
+        logits = TeacherLogits(store.folder(stage.inputs["teacher"]) / LOGITS)
+        check_logits(logits, spec, data, TokenStore(corpus).fingerprint, student, corpus / "tokenizer")
+        return LogitsDistillation(spec), logits
     teacher = Checkpoint(model_of(stage, store, "teacher"))
-    student = stage.facts["shape"]
-    check_teacher(teacher, student, store.folder(stage.inputs["corpus"]) / "tokenizer", recipe.sequence)
-    return distillation(spec, teacher, execution)
+    check_teacher(teacher, student, corpus / "tokenizer", data.recipe.sequence)
+    return distillation(spec, teacher, execution), None
 
 
 def _start(stage: Stage, store: Store, recipe: Recipe) -> Start:
