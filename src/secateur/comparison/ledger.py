@@ -42,8 +42,8 @@ ACCOUNTS: dict[Account, str] = {
 FORMULA = (
     "FLOPs of training = 3 x tokens x forward FLOPs per token (the backward pass costs two forward passes); a teacher "
     "adds its own forward FLOPs for each token, or has spent them before where its predictions were saved: each run "
-    "that learns from those is charged for them in full. Forward FLOPs per token = 2 x (weights of the blocks' linears + "
-    "vocabulary x hidden, the head) + 4 x layers x heads x head_dim x (sequence + 1) / 2, the attention over the "
+    "that learns from those is charged for them in full. Forward FLOPs per token = 2 x (weights of the blocks' linears "
+    "+ vocabulary x hidden, the head) + 4 x layers x heads x head_dim x (sequence + 1) / 2, the attention over the "
     "positions that a causal window sees on average. Norms, activations and the embedding's look-up are left out; "
     "zeroed weights count in full, since dense kernels multiply them. Of routed experts those count that a token is "
     "routed to."

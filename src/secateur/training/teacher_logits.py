@@ -36,7 +36,6 @@ from secateur.progress import track
 from secateur.training.batches import Span
 
 __all__ = [
-    "FORMAT",
     "MANIFEST",
     "LogitsManifest",
     "LogitsShard",
