@@ -24,6 +24,7 @@ from secateur.study.sections import (
 )
 from secateur.study.settings import SettingKind
 from secateur.study.spec import StudySpec
+from secateur.training.adapter import adapted_linears
 
 __all__ = ["PlannedComparison", "Pruning", "comparisons", "left_out", "prunings", "seed_shift"]
 
@@ -113,7 +114,7 @@ def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedCompariso
     entry = pruning.entry
     settings = _default(entry.settings, study.settings)
     controls = _default(entry.controls, study.controls)
-    objectives = _default(entry.objective, study.retrain.objective)
+    objectives = study.retrain.objectives(entry.objective)
     for tokens in _default(entry.tokens, study.retrain.tokens):
         for objective in objectives:
             if objective.kind == "reconstruct" and pruning.not_reconstructed:
@@ -128,6 +129,7 @@ def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedCompariso
                 }
                 if _is_excluded(study, cell):
                     continue
+                _check_adapter(objective, pruning)
                 kinds = (
                     [s.kind for s in settings if _at(s, tokens)] if objective.settings is None else objective.settings
                 )
@@ -143,10 +145,24 @@ def left_out(study: StudySpec, shapes: dict[str, Shape]) -> list[str]:
     """Say which cells are left out because their blocks cannot be reconstructed, one sentence for each entry."""
     reasons: dict[str, str] = {}
     for pruning in prunings(study, shapes):
-        objectives = _default(pruning.entry.objective, study.retrain.objective)
+        objectives = study.retrain.objectives(pruning.entry.objective)
         if pruning.not_reconstructed and any(objective.kind == "reconstruct" for objective in objectives):
             reasons[pruning.entry.label] = pruning.not_reconstructed
     return [f"{label}: no run with objective reconstruct; {reason}." for label, reason in reasons.items()]
+
+
+def _check_adapter(objective: ObjectiveSpec, pruning: Pruning) -> None:
+    """Check that an objective's adapter, if it has one, fits the pruned model.
+
+    Raises:
+        UserError: naming the model, and the target or the linear at fault.
+    """
+    if objective.adapter is None:
+        return
+    try:
+        adapted_linears(objective.adapter, pruning.after)
+    except UserError as error:
+        raise UserError(f"retrain.objective ({objective.label} of {pruning.label}): {spell(str(error), str)}") from None
 
 
 def seed_shift(study: StudySpec, seed: int | None) -> int:

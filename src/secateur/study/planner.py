@@ -277,8 +277,10 @@ class _Builder(TrainingRuns):
         return reconstruction_flops(pruning.before, pruning.after, tokens, tokens, self.sequence)
 
     def _retraining_recipe(self, comparison: PlannedComparison) -> Recipe:
-        """The recipe of pruned runs, which have a peak rate of their own."""
-        peak_rate = self.study.retrain.peak_rate or self.study.recipe.peak_rate
+        """The recipe of pruned runs, which have a peak rate of their own, and so has an adapter."""
+        adapter = comparison.objective.adapter
+        rates = (adapter.peak_rate if adapter else None, self.study.retrain.peak_rate, self.study.recipe.peak_rate)
+        peak_rate = next(rate for rate in rates if rate)
         return dataclasses.replace(self.recipe_of(comparison), peak_rate=peak_rate)
 
     def _retrained(self, comparison: PlannedComparison) -> int:

@@ -18,6 +18,7 @@ from secateur.model.shapes import Shape
 from secateur.pruning.reconstruction import RATE
 from secateur.pruning.target import Target
 from secateur.study.settings import SettingKind
+from secateur.training.adapter import Adapter
 from secateur.training.recipe import Distill
 
 __all__ = [
@@ -171,6 +172,7 @@ class ObjectiveSpec(Distill):
     )
     settings: Annotated[tuple[SettingKind, ...] | None, listed()] = None  #: default: the study's
     rate: Annotated[Rate | None, IdentityKey(omit=None)] = None  #: of ``reconstruct``: peak learning rate
+    adapter: Adapter | None = None  #: trained in place of the weights, and merged into them; default: none
 
     def __post_init__(self) -> None:
         if self.kind != "reconstruct" and self.rate is not None:
@@ -180,11 +182,23 @@ class ObjectiveSpec(Distill):
         defaults = Distill(temperature=self.temperature, alpha=self.alpha, top_k=self.top_k)
         if self.kind == "reconstruct" and defaults != Distill():
             raise UserError("retrain.objective: temperature, alpha and top_k go with kind: distill; leave them out")
+        if self.kind == "reconstruct" and self.adapter:
+            raise UserError("retrain.objective.adapter: reconstruction tunes the weights themselves; leave it out")
+        if self.adapter and self.equal == "flops":
+            raise UserError("retrain.objective.equal: runs with an adapter share tokens alone; leave equal: flops out")
 
     @property
     def label(self) -> str:
-        """Name in records and reports; empty for the language-model loss."""
-        return self.name or ("" if self.kind == "language-model" else self.kind)
+        """Name in records and reports; empty for the language-model loss of full training."""
+        return self.name or self._with_adapter("" if self.kind == "language-model" else self.kind)
+
+    def _with_adapter(self, name: str) -> str:
+        return "-".join(part for part in (name, self.adapter.label if self.adapter else "") if part)
+
+    def adapted(self, adapter: Adapter | None) -> ObjectiveSpec:
+        """The objective with an adapter, whose label is added to its name."""
+        objective = replace(self, adapter=adapter)
+        return replace(objective, name=objective._with_adapter(self.name)) if self.name else objective
 
     @property
     def reconstruction_rate(self) -> float:
@@ -209,8 +223,28 @@ class RetrainSpec:
     objective: Annotated[tuple[ObjectiveSpec, ...], listed("kind"), Field(min_length=1)] = (
         ObjectiveSpec(kind="language-model"),
     )
+    #: multiplies the objectives but ``reconstruct``: each trains with every adapter, and all weights for ``none``
+    adapter: Annotated[tuple[Adapter | Literal["none"], ...], listed(), Field(min_length=1)] = ("none",)
     #: shared: the budgets of a ladder share one trunk and differ in their decays
     trunk: Literal["own", "shared"] = "own"
+
+    def objectives(self, entries: tuple[ObjectiveSpec, ...] | None = None) -> tuple[ObjectiveSpec, ...]:
+        """The objectives of all runs, each with every adapter.
+
+        Args:
+            entries: of a method; None for the study's.
+        """
+        entries, adapters = entries or self.objective, [None if a == "none" else a for a in self.adapter]
+        if adapters == [None]:
+            return entries
+        for entry in entries:
+            if entry.adapter:
+                raise UserError("retrain.adapter: an objective has an adapter already; give adapters in one place")
+        return tuple(
+            entry.adapted(adapter)
+            for entry in entries
+            for adapter in (adapters if entry.kind != "reconstruct" else [None])
+        )
 
 
 @spec

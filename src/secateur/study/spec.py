@@ -79,6 +79,7 @@ class StudySpec:
         if self.sweep and self.retrain.trunk == "shared":
             raise UserError("sweep: does not go with a shared trunk; leave out retrain.trunk")
         self._check_entries()
+        self._check_adapters()
         for name in self.all_parents:
             self._check_calibration(name, self.calibration, "calibration")
         for number, entry in enumerate(self.methods):
@@ -118,6 +119,23 @@ class StudySpec:
         for label, target in targets:
             if targets.count((label, target)) > 1:
                 raise UserError(f"methods: an entry appears twice: {label} at {target}; give one of them another name")
+
+    def _check_adapters(self) -> None:
+        """Refuse adapters that cannot be told apart or that contradict the study."""
+        for entry in self.methods:
+            objectives = self.retrain.objectives(entry.objective)
+            adapters = [objective.adapter for objective in objectives if objective.adapter]
+            labels = [objective.label for objective in objectives if objective.adapter]
+            for label in labels:
+                if labels.count(label) > 1:
+                    raise UserError(
+                        f"retrain.adapter: two adapters are called {label}; list them in retrain.objective, each with "
+                        "a name"
+                    )
+            if adapters and self.retrain.trunk == "shared":
+                raise UserError("retrain.trunk: a shared trunk needs full training; leave it out, or the adapters")
+            if self.sweep and any(adapter.peak_rate for adapter in adapters):
+                raise UserError("retrain.adapter.peak_rate: the sweep chooses the rate; leave one of the two out")
 
     @property
     def all_parents(self) -> Mapping[str, ParentSpec]:

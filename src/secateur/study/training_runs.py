@@ -15,6 +15,7 @@ from secateur.study.grid import PlannedComparison
 from secateur.study.sections import ObjectiveSpec
 from secateur.study.spec import StudySpec
 from secateur.study.stage import Stage
+from secateur.training.adapter import adapter_flops
 from secateur.training.logits_size import logits_size
 from secateur.training.recipe import Recipe
 
@@ -225,14 +226,15 @@ class TrainingRuns:
             "shuffled-weights",
             "parent-continued",
         ):  # no random weights, so their settings have no effect
-            unused = ("init_std",) if init == "shuffled-weights" else ("init_std", "seed")
+            adapter = objective.adapter if objective else None  # whose first weights are drawn
+            unused = ("init_std",) if init == "shuffled-weights" or adapter else ("init_std", "seed")
             settings = {key: value for key, value in settings.items() if key not in unused}
         if "rate" in inputs:
             settings["peak_rate"] = None
         points = study.evaluation.points if facts["path"] != "trunk" else 1
         tokens = span[1] - span[0]
         distill = objective.distill if objective else None
-        flops = train_flops(shape, tokens, self.sequence)
+        flops = self._training_flops(shape, tokens, recipe, facts, objective)
         if distill and inputs["teacher"].kind != "teach":
             flops += teacher_flops(inputs["teacher"].facts["shape"], tokens, self.sequence)
         content = {
@@ -245,6 +247,7 @@ class TrainingRuns:
             "evaluation": {"skip": 0, "windows": study.evaluation.windows, "points": points},
             **({"config": identity(facts["config"])} if fresh and facts["config"] else {}),
             **({"objective": identity(distill)} if distill else {}),
+            **({"adapter": identity(objective.adapter)} if objective and objective.adapter else {}),
             **({"keep": "state"} if facts["path"] == "trunk" else {}),
             **({"trial": True} if facts["path"] == "trial" else {}),
         }
@@ -281,6 +284,15 @@ class TrainingRuns:
         flops, inputs = teacher_flops(shape, tokens, self.sequence), {"corpus": self.corpus, "model": parent}
         name = f"{parent.name}/teach@{_short(tokens)}"
         return self.add(Stage("teach", name, content, inputs, tokens, flops, self.runtime(), facts))
+
+    def _training_flops(
+        self, shape: Shape, tokens: int, recipe: Recipe, facts: Mapping[str, Any], objective: ObjectiveSpec | None
+    ) -> float:
+        """FLOPs of the training itself, without a teacher's."""
+        if objective is None or objective.adapter is None:
+            return train_flops(shape, tokens, self.sequence)
+        sparse, batch = facts.get("granularity") == "sparse", recipe.micro_batch * self.sequence
+        return adapter_flops(objective.adapter, shape, tokens, self.sequence, sparse=sparse, batch=batch)
 
     def runtime(self) -> dict[str, Any]:
         compute = self.study.compute

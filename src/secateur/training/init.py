@@ -17,7 +17,7 @@ from secateur.model.families import LLAMA, family_of
 from secateur.model.shapes import Shape
 from secateur.training.recipe import InitSpec
 
-__all__ = ["fresh_config", "fresh_weights", "stored_weights"]
+__all__ = ["fresh_config", "fresh_weights", "generator_of", "stored_weights"]
 
 
 def fresh_config(
@@ -83,8 +83,7 @@ def fresh_weights(model: PreTrainedModel, init: InitSpec, *, seed: int) -> Calla
         if name in buffers:  # such as a router's correction of scores, which begins at zero
             return buffers[name]
         value = torch.empty(model.get_parameter(name).shape)
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        generator = generator_of(seed, name)
         rest = name.removeprefix(f"{family.layers}.").partition(".")[2]
         if rest in family.first_values:
             return family.first_values[rest](value, generator)
@@ -96,6 +95,12 @@ def fresh_weights(model: PreTrainedModel, init: InitSpec, *, seed: int) -> Calla
         return value.fill_(0.0 if name.endswith("bias") else norm)
 
     return draw
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The random numbers of a parameter, which depend on the seed and its name alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def _fan_in_scale(name: str, shape: Shape, init: InitSpec) -> float | Tensor:

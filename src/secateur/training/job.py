@@ -29,6 +29,7 @@ from secateur.model.plan import JSON_FILE, TENSOR_FILE
 from secateur.model.shapes import teacher_flops, train_flops
 from secateur.progress import notify
 from secateur.runtime import environment, pick_device, pick_dtype
+from secateur.training.adapter import adapted_linears, adapter_flops, announce_adapter
 from secateur.training.batches import Data, Slice
 from secateur.training.checkpoints import FINISHED
 from secateur.training.distill import Distillation, LogitsDistillation, check_logits, check_teacher
@@ -165,6 +166,7 @@ def train(request: TrainRequest) -> Trained:
     store = open_shards(request.data, "data")
     origin = open_origin(request, dtype)
     data = _slice(request, store, origin)
+    _check_adapter(request, origin)
     if request.only == "router" and not origin.shape.experts:
         raise UserError(f"`only`: router: {origin.directory} is no mixture of experts; leave it out")
     logits = open_logits(request.teacher)
@@ -188,11 +190,13 @@ def train(request: TrainRequest) -> Trained:
         **({"objective": objective} if objective else {}),
         **({"keep_zeros": True} if request.keep_zeros else {}),
         **({"only": request.only} if request.only else {}),
+        **({"adapter": identity(request.adapter)} if request.adapter else {}),
     }
     peak = peak_of(device, dtype)
     teaching = teacher_flops(teacher.shape, data.tokens, recipe.sequence) if teacher else None
-    flops = train_flops(origin.shape, data.tokens, recipe.sequence) + (teaching or 0.0)
+    flops = _training_flops(request, origin, data) + (teaching or 0.0)
     _announce(data, origin, teacher or logits, flops, execution, peak)
+    announce_adapter(request.adapter, origin.shape, sparse=bool(origin.masks) or request.keep_zeros)
     _warn_of_few_steps(data)
     create_repository(request.push_to_hub)
     directories = shared_directory(
@@ -219,6 +223,10 @@ def train(request: TrainRequest) -> Trained:
             start = origin.start(recipe)
             if request.only == "router":
                 train_routers_alone(start.model)
+            if request.adapter:
+                from secateur.training.lora import add_adapter  # imported late: PEFT takes long to import
+
+                start = add_adapter(start, request.adapter, seed=recipe.seed)
             module, result = train_model(
                 start,
                 data,
@@ -234,7 +242,7 @@ def train(request: TrainRequest) -> Trained:
         facts = {"asked": run_identity, "result": result, "flops": flops}
         facts |= {"protocol": run_identity["evaluation"]["protocol"]}
         facts |= {} if teaching is None else {"teacher_flops": teaching}
-        _write(fresh, origin, module, facts, request.push_to_hub)
+        _write(fresh, origin, module, facts, request)
         for name in ("metrics.jsonl", *request.track) if distributed.is_main() else ():
             if (work / name).exists():
                 shutil.move(work / name, fresh / name)
@@ -272,8 +280,31 @@ _RESUME_LABELS = {
     "evaluation": "`points` or `heldout_windows`",
     "keep_zeros": "`keep_zeros`",
     "only": "`only`",
+    "adapter": "`adapter`",
     "objective": "`teacher`, `temperature`, `alpha` or `top_k`",
 }
+
+
+def _check_adapter(request: TrainRequest, origin: Origin) -> None:
+    """Check that the adapter of the request, if it has one, fits the model.
+
+    Raises:
+        UserError: naming the target or the linear at fault.
+    """
+    if request.adapter is None:
+        return
+    if origin.checkpoint and origin.checkpoint.whole:
+        raise UserError("`adapter`: image-text models get none; leave it out, and the language model is trained whole")
+    adapted_linears(request.adapter, origin.shape)
+
+
+def _training_flops(request: TrainRequest, origin: Origin, data: Slice) -> float:
+    """FLOPs of the training itself, without a teacher's."""
+    recipe, size = data.recipe, (origin.shape, data.tokens, data.recipe.sequence)
+    if request.adapter is None:
+        return train_flops(*size)
+    sparse, batch = bool(origin.masks) or request.keep_zeros, recipe.micro_batch * recipe.sequence
+    return adapter_flops(request.adapter, *size, sparse=sparse, batch=batch)
 
 
 def _check_outside(out: Path, *folders: Path) -> None:
@@ -365,31 +396,44 @@ def _warn_of_few_steps(data: Slice) -> None:
     )
 
 
-def _write(out: Path, origin: Origin, module: TrainModule, facts: dict[str, Any], repository: str | None) -> None:
-    """Write the trained model as a checkpoint; all processes give their parts, the first one writes."""
-    result, objective = facts["result"], facts["asked"].get("objective")
+def _write(out: Path, origin: Origin, module: TrainModule, facts: dict[str, Any], request: TrainRequest) -> None:
+    """Write the trained model as a checkpoint, or its adapter; all processes give their parts, the first one writes."""
+    result, objective, adapter = facts["result"], facts["asked"].get("objective"), request.adapter
     provenance = origin.provenance
+    history = {
+        "init": origin.kind,
+        **{k: v for k, v in result.items() if k != "curve"},
+        **({"objective": objective} if objective else {}),
+        **({"adapter": identity(adapter)} if adapter else {}),
+        **({"origin": provenance} if provenance else {}),
+    }
+    ancestry = Ancestry.read(origin.directory, origin.repository) if origin.checkpoint else None
+    if adapter:
+        from secateur.training.adapter_output import write_adapter  # imported late: PEFT takes long to import
+
+        base = origin.repository or str(origin.directory.resolve())
+        folder = out / "adapter" if request.merge else out
+        write_adapter(folder, module.model, adapter, base, ancestry, history, result, masks=bool(origin.masks))
+    if adapter and not request.merge:
+        if distributed.is_main():
+            write_json(out / "train.json", {**facts, "versions": environment()})
+        return
     write_trained(
         out,
         module,
         with_dtype(origin.raw_config, origin.dtype_name),
         origin.dtype_of,
-        provenance={
-            "kind": "trained",
-            "init": origin.kind,
-            **{k: v for k, v in result.items() if k != "curve"},
-            **({"objective": objective} if objective else {}),
-            **({"origin": provenance} if provenance else {}),
-        },
+        provenance={"kind": "trained", **history},
         card=trained_card(
             origin.shape,
             result,
             flops=facts["flops"],
-            ancestry=Ancestry.read(origin.directory, origin.repository) if origin.checkpoint else None,
+            ancestry=ancestry,
             provenance=provenance,
             masks=origin.masks,
             objective=objective,
-            repository=repository,
+            adapter=adapter,
+            repository=request.push_to_hub,
             image_text=bool(origin.checkpoint and origin.checkpoint.whole),
         ),
         image_text=origin.checkpoint.image_text if origin.checkpoint else None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secateur import distributed
 from secateur.formatting import plural
+from secateur.training.adapter import plain_name
 from secateur.training.parallel import local_part, part_like
 
 __all__ = ["Masks"]
@@ -30,6 +31,7 @@ class Masks:
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameters = dict(model.named_parameters())
+        parameters |= {plain_name(name): parameter for name, parameter in parameters.items()}
         self._masks = [(name, parameters[name], part_like(parameters[name], masks[name]).clone()) for name in masks]
 
     @torch.no_grad()

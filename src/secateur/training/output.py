@@ -19,6 +19,7 @@ from secateur.model.expert_files import as_stored
 from secateur.model.image_text import ImageTextModel
 from secateur.model.safetensors_io import Stored
 from secateur.model.shapes import Shape
+from secateur.training.adapter import Adapter, is_adapter_part, plain_name
 from secateur.training.parallel import TrainModule, full_tensor
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def write_trained(
     change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
     remedy: str = "start from a checkpoint that is stored in bfloat16 or float32",
 ) -> None:
-    """Write a model tensor by tensor: all processes send their parts, the first one writes.
+    """Write a model tensor by tensor, its adapter merged: all processes send their parts, the first one writes.
 
     Args:
         dtype: name of a parameter -> the dtype to store.
@@ -53,9 +54,10 @@ def write_trained(
         RunError: in all processes, if a value is beyond the range of the type to store.
     """
     tensors = dict(_stored_tensors(module.model))
+    merge = _merging(module.model)
 
     def value(name: str) -> Tensor:
-        whole = change(name, full_tensor(tensors[name].detach()))
+        whole = change(name, merge(name, full_tensor(tensors[name].detach())))
         if problem := overflow(name, whole, dtype(name)):
             raise RunError(f"{problem}; {remedy}")
         return whole.to(dtype(name))
@@ -77,10 +79,21 @@ def write_trained(
         list(tensor.parts())
 
 
+def _merging(model: PreTrainedModel) -> Callable[[str, Tensor], Tensor]:
+    """A function from a weight's name and frozen value to its value with the adapter, if the model has one."""
+    if not any(is_adapter_part(name) for name, _ in model.named_parameters()):
+        return lambda _, tensor: tensor
+    from secateur.training.lora import merge_into  # imported late: PEFT takes long to import
+
+    return merge_into(model)
+
+
 def _stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The parameters, tied ones once, and the buffers that are stored with them."""
+    """The parameters, tied ones once, and the buffers that are stored with them; without the parts of an adapter."""
     stored = model.state_dict().keys()  # first: FSDP shards what is gathered, and gathered parameters lose their values
-    yield from model.named_parameters()
+    for name, parameter in model.named_parameters():
+        if not is_adapter_part(name):
+            yield plain_name(name), parameter
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in stored)
 
 
@@ -103,6 +116,7 @@ def trained_card(
     provenance: Mapping[str, Any] | None,
     masks: Mapping[str, Tensor],
     objective: Mapping[str, Any] | None,
+    adapter: Adapter | None = None,
     flops: float | None = None,
     stage: str | None = None,
     repository: str | None = None,
@@ -116,6 +130,7 @@ def trained_card(
         provenance: the content of its ``secateur.json``; None if it has none.
         masks: those that held in training.
         objective: of distillation; None without a teacher.
+        adapter: that was trained and merged; None where all weights were trained.
         stage: name of the stage of a study that trained it; None outside one.
         repository: where the model will be on the Hub; None if it stays on disk.
         image_text: whether the model reads images as well.
@@ -129,6 +144,8 @@ def trained_card(
     lines = [f"Trained by secateur on {tokens}, beginning with {source}.", ""]
     if objective:
         lines.append(f"- distilled at temperature {objective.get('temperature', 1):g}")
+    if adapter:
+        lines.append(f"- {adapter}, merged into the weights{'; its update was masked, so zeros stayed' * bool(masks)}")
     if curve[-1]["loss"] is not None:
         lines.append(
             f"- held-out loss: {curve[0]['loss']:.4f} before, {curve[-1]['loss']:.4f} after, in nats per token of "

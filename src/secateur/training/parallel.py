@@ -193,7 +193,8 @@ def _fill(module: nn.Module, prefix: str, weights: Callable[[str], Tensor], devi
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta:
             owner, _, leaf = name.rpartition(".")
-            value = weights(prefix + name).to(device, dtype, copy=True)  # the stored tensor must not change
+            kind = dtype if parameter.is_floating_point() else parameter.dtype  # an adapter's mask is of bools
+            value = weights(prefix + name).to(device, kind, copy=True)  # the stored tensor must not change
             new = nn.Parameter(value, requires_grad=parameter.requires_grad)
             module.get_submodule(owner)._parameters[leaf] = new
     for path, part in module.named_modules():

@@ -13,6 +13,7 @@ from pydantic import Field
 from secateur.config import AnyPath, Count, Positive, load_yaml, parse, parse_count, parse_value, spec
 from secateur.errors import UserError
 from secateur.hub import check_repository
+from secateur.training.adapter import read_adapter
 from secateur.training.recipe import Recipe
 
 __all__ = ["TrainRequest", "read_recipe"]
@@ -31,6 +32,10 @@ class TrainRequest:
         data: ``shards:DIR``, as ``secateur data`` writes it.
         like: checkpoint or config.json of the shape, for ``scratch``.
         keep_zeros: mask the weights of the block linears that are zero in ``init``, so that they stay zero.
+        adapter: train an adapter (LoRA) and freeze the weights: an :class:`Adapter`, a mapping of its fields, or text
+            such as ``rank=16,alpha=32,targets=all``. Of a sparse model its update is masked.
+        merge: write the weights with the adapter in them, and the adapter in ``adapter/``. Without it the adapter alone
+            is written.
         only: the part that is trained, ``router``: the routers of a mixture, all else staying as it is. None for all.
         skip: tokens of the data to leave out before the first.
         recipe: a :class:`Recipe`, a mapping of its fields, or a YAML file.
@@ -65,6 +70,8 @@ class TrainRequest:
     data: str
     like: Any = None
     keep_zeros: bool = False
+    adapter: Any = None
+    merge: bool = False
     only: Literal["router"] | None = None
     skip: Annotated[int, Field(ge=0)] = 0
     recipe: Any = dataclasses.field(default_factory=Recipe)
@@ -105,10 +112,26 @@ class TrainRequest:
             raise UserError("`keep_zeros`: fresh weights have no zeros to keep; name a checkpoint with `init`")
         if self.from_scratch and self.only:
             raise UserError(f"`only`: {self.only}: all else would stay random; name a checkpoint with `init`")
+        self._check_adapter()
         if self.teacher is None and self._distilling:
             name = next(iter(self._distilling))
             raise UserError(f"`{name}`: says how to distil; name a teacher to distil from with `teacher`")
         _ = self.distill
+
+    def _check_adapter(self) -> None:
+        """Read the adapter, and refuse what contradicts it."""
+        if self.adapter is None:
+            if self.merge:
+                raise UserError("`merge`: merges an adapter into the weights; describe one with `adapter`")
+            return
+        adapter = read_adapter(self.adapter)
+        object.__setattr__(self, "adapter", adapter)
+        if adapter.peak_rate:
+            object.__setattr__(self, "recipe", dataclasses.replace(self.recipe, peak_rate=adapter.peak_rate))
+        if self.from_scratch:
+            raise UserError("`adapter`: fresh weights would stay random; name a checkpoint with `init`")
+        if self.only:
+            raise UserError(f"`only`: {self.only}: an adapter freezes the {self.only}; leave one of the two out")
 
     @property
     def from_scratch(self) -> bool:

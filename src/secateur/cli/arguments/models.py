@@ -226,7 +226,7 @@ def add_train(verbs: Any) -> None:
         metavar="TOKENS",
         help="tokens of the data to leave out before the first",
     )
-    train.spellings = {"recipe": "--recipe or --set"}
+    train.spellings = {"recipe": "--recipe or --set", "adapter": "--lora"}
     train.setting_keys = _recipe_keys
     add("--recipe", metavar="FILE", help="YAML with the keys below")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable")
@@ -241,6 +241,13 @@ def add_train(verbs: Any) -> None:
         ("--top-k", positive, "compare the teacher's likeliest N ids, all others as one (default: all apart)"),
     ):
         add(name, type=convert, metavar="N" if convert is positive else "X", help=f"with --teacher: {meaning}")
+    add(
+        "--lora",
+        dest="adapter",
+        metavar="KEY=VALUE,...",
+        help="train an adapter alone: rank=16,alpha=32,targets=all (see below)",
+    )
+    add("--merge", action="store_true", help="with --lora: write merged weights, and the adapter in OUT/adapter")
     add("--points", type=positive, default=8, help="measurements of the held-out loss along the run")
     add("--heldout-windows", type=positive, default=256, help="windows that it is measured on, at most")
     add("--device", default="auto", help="auto, cpu or cuda")

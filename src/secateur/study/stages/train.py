@@ -34,6 +34,7 @@ from secateur.study.stages.controls import each_matrix, permuted_mask, random_ma
 from secateur.study.stages.inputs import check_parents, corpus_tokens, holdout_protocol, model_of
 from secateur.study.stages.teach import LOGITS
 from secateur.study.store import Store
+from secateur.training.adapter import Adapter
 from secateur.training.batches import Slice
 from secateur.training.distill import LogitsDistillation, check_logits, check_teacher
 from secateur.training.init import fresh_config, fresh_weights, stored_weights
@@ -82,6 +83,11 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     data = Slice(tokens, start, stop, recipe)
     begin = _start(stage, store, recipe)
     objective, logits = _objective(stage, store, data, execution)
+    adapter = parse(Adapter, identity["adapter"], origin="adapter") if "adapter" in identity else None
+    if adapter:
+        from secateur.training.lora import add_adapter  # imported late: PEFT takes long to import
+
+        begin = add_adapter(begin, adapter, seed=recipe.seed)
     with stop_on_signals() as signal:
         module, result = train_model(
             begin,
@@ -116,6 +122,7 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
             "init": identity["init"],
             "tokens": result["tokens"],
             "stage": stage.fingerprint,
+            **({"adapter": identity["adapter"]} if adapter else {}),
             **({"origin": provenance} if provenance else {}),
         },
         card=trained_card(
@@ -125,6 +132,7 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
             provenance=provenance,
             masks=begin.masks,
             objective=stage.identity.get("objective"),
+            adapter=adapter,
             stage=stage.name,
             image_text=bool(origin and origin.whole),
         ),
