@@ -130,7 +130,7 @@ def comparisons(study: StudySpec, pruning: Pruning) -> Iterator[PlannedCompariso
                 if _is_excluded(study, cell):
                     continue
                 _check_adapter(objective, pruning)
-                kinds = (
+                kinds: Any = (
                     [s.kind for s in settings if _at(s, tokens)] if objective.settings is None else objective.settings
                 )
                 kinds = tuple(kind for kind in kinds if not _is_excluded(study, {**cell, "setting": kind}))

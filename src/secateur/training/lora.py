@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -29,16 +29,12 @@ _MASK = ".lora_mask"
 
 
 class MaskedLinear(Linear):
-    """A linear with the weight ``W + s M * (B A)``; without a mask, PEFT's own."""
+    """A linear with the weight ``W + s M * (B A)``."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.register_parameter("lora_mask", None)  #: bool [out, in], a parameter so that FSDP shards it
+    lora_mask: nn.Parameter  #: ``M``, bool [out, in]; a parameter, so that FSDP shards it
 
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """``x`` times the transposed masked weight, plus the bias."""
-        if self.lora_mask is None:
-            return super().forward(x, *arguments, **options)
         base: Any = self.get_base_layer()
         a, b = self.lora_A[_NAME].weight, self.lora_B[_NAME].weight
         result = _MaskedProduct.apply(x, base.weight, self.lora_mask, a, b, self.scaling[_NAME])
@@ -90,14 +86,13 @@ def add_adapter(start: Start, adapter: Adapter, *, seed: int) -> Start:
     model, masks = start.model, start.masks
     names = adapted_linears(adapter, Shape.of_config(model.config, where="the model"))
     config = peft_config(adapter, list(names))
-    if masks:
-        config._register_custom_module({nn.Linear: MaskedLinear})
     model.requires_grad_(False)
-    inject_adapter_in_model(config, model, adapter_name=_NAME, low_cpu_mem_usage=True)
-    for name, module in _adapted(model):
-        if f"{name}.weight" in masks:
-            size = cast(Any, module.get_base_layer()).weight.shape
-            module.lora_mask = nn.Parameter(torch.empty(size, dtype=torch.bool, device="meta"), requires_grad=False)
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        with torch.device("meta"):
+            setattr(
+                model.get_submodule(owner), leaf, _adapt(model.get_submodule(name), config, f"{name}.weight" in masks)
+            )
     stored = start.weights
 
     def value(name: str) -> Tensor:
@@ -112,6 +107,19 @@ def add_adapter(start: Start, adapter: Adapter, *, seed: int) -> Start:
         return stored(plain_name(name))
 
     return dataclasses.replace(start, weights=value)
+
+
+def _adapt(base: Any, config: LoraConfig, masked: bool) -> Linear:
+    """PEFT's layer around a linear, with a place for a mask.
+
+    It is made here, not by ``inject_adapter_in_model``, which takes the FFN linears of a mixture for its experts.
+    """
+    factors = {"r": config.r, "lora_alpha": config.lora_alpha}
+    if not masked:
+        return Linear(base, _NAME, config=config, **factors)
+    layer = MaskedLinear(base, _NAME, config=config, **factors)
+    layer.lora_mask = nn.Parameter(torch.empty(base.weight.shape, dtype=torch.bool), requires_grad=False)
+    return layer
 
 
 def merge_into(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
