@@ -84,7 +84,7 @@ def test_runs_are_compared_as_any_other(text: Path, tmp_path: Path) -> None:
     assert pruned.evaluation and run.evaluation.loss != pruned.evaluation.loss
     rows = {(row.name, row.second.objective): row for row in objective_rows(Index(results))}
     assert len(rows) == 2 and all(row.equal == "tokens" and row.mean for row in rows.values())
-    assert "reconstruct on 1.02 k tokens" in objective_sentence(next(iter(rows.values())))
+    assert ": reconstruct on 1.02\xa0k tokens against" in objective_sentence(next(iter(rows.values())))
     (folder,) = (tmp_path / "out").glob("stages/reconstruct-wanda-0.5-P-R+reconstruct-*")
     record = json.loads((folder / "record.json").read_text())["result"]
     assert record["reconstruction"]["tokens"] == 1024 and record["reconstruction"]["steps"] == 16
