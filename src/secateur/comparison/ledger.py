@@ -42,9 +42,11 @@ ACCOUNTS: dict[Account, str] = {
 FORMULA = (
     "FLOPs of training = 3 x tokens x forward FLOPs per token (the backward pass costs two forward passes); a teacher "
     "adds its own forward FLOPs for each token, or has spent them before where its predictions were saved: each run "
-    "that learns from those is charged for them in full. Forward FLOPs per token = 2 x (weights of the blocks' linears "
-    "+ vocabulary x hidden, the head) + 4 x layers x heads x head_dim x (sequence + 1) / 2, the attention over the "
-    "positions that a causal window sees on average. Norms, activations and the embedding's look-up are left out; "
+    "that learns from those is charged for them in full. Block reconstruction costs 3 x the blocks' forward FLOPs, "
+    "attention's once more, and a pass through the blocks of both models. Forward FLOPs per token = 2 x (weights of "
+    "the blocks' linears + vocabulary x hidden, the head) + 4 x layers x heads x head_dim x (sequence + 1) / 2, the "
+    "attention over the positions that a causal window sees on average. Norms, activations and the embedding's look-up "
+    "are left out; "
     "zeroed weights count in full, since dense kernels multiply them. Of routed experts those count that a token is "
     "routed to."
 ).replace(" x ", f" {TIMES} ")
@@ -167,7 +169,8 @@ def pieces(index: Index) -> list[Row]:
         rows.append({"what": work + _of_seed(parent.seed), "cost": parent.cost})
     for pruned in index.results.pruned:
         name = model_name(Model(pruned.parent, pruned.method, pruned.target), index.models)
-        work = "learning what to cut" if pruned.training_tokens else "scoring"
+        learning = "scoring, and tuning blocks" if pruned.tuned else "learning what to cut"
+        work = learning if pruned.training_tokens else "scoring"
         rows.append({"what": work, "of": name + _of_seed(pruned.seed), "cost": pruned.cost})
     teachings = {cell.teaching.stage: cell.teaching for cell in index.results.cells if cell.teaching}
     for teaching in teachings.values():

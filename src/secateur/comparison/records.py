@@ -197,6 +197,7 @@ class PrunedModel:
     running: Running | None = None  #: of all that is trained of it, and of its twins; measured of the first seed
     seed: int | None = None  #: None: shared by all seeds
     training_tokens: int = 0  #: L, tokens that pruning itself trained on; its twins train on as many more
+    tuned: bool = False  #: whether those tokens tuned its blocks, after the cut
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -65,8 +65,15 @@ def cut_tower(checkpoint: Checkpoint, plan: Plan, zeros: ZeroCount | None = None
             written = family.stored[rest][0] if name in checkpoint.spelled else rest
             new_name = family.block_tensor(new, rest)
             if new_name in plan.tuned:
-                make = partial(plan.tuned.__getitem__, new_name)
+                make = partial(_tuned, plan, new_name, make if zeros is not None else None)
             yield Stored(family.block_tensor(new, written), dtype, size, lambda make=make: (make(),))
+
+
+def _tuned(plan: Plan, name: str, cut: Callable[[], Tensor] | None) -> Tensor:
+    """A tensor that was tuned after the cut; ``cut`` reads what was cut, so that its zeros are counted."""
+    if cut is not None:
+        cut()
+    return plan.tuned[name]
 
 
 def _expert_tensors(

@@ -33,9 +33,9 @@ def describe_reconstruction(record: Mapping[str, Any]) -> str:
     side = "held_out_" if record["held_out_windows"] else ""
     before, after = (sum(block[f"{side}{when}"] for block in blocks) / len(blocks) for when in ("before", "after"))
     unchanged = sum(not block["tuned"] for block in blocks)
+    read = f"{plural(record['steps'], 'step')} of attention and of FFN on {plural(record['tokens'], 'token')}"
     return (
-        f"{plural(record['steps'], 'step')} of attention and of FFN, block by block, on {plural(record['tokens'], 'token')}; "
-        f"the error of the blocks' outputs fell from {percent(before)} to {percent(after)} "
+        f"{read}, block by block; the error of the blocks' outputs fell from {percent(before)} to {percent(after)} "
         f"(mean{', held-out windows' if side else ''})"
         + (f"; {plural(unchanged, 'block')} without tuned weights, since the error grew" if unchanged else "")
     )

@@ -59,7 +59,8 @@ class PruneRequest:
         propagate: methods that remove experts: a block is scored on what the blocks before it put out as they are
             (``unpruned``), or with their kept experts alone (``pruned``).
         reconstruct: steps of AdamW that tune each part of a pruned block to the dense block's output; None for none.
-        reconstruct_rate: their peak learning rate; None for 0.001.
+        reconstruct_rate: their peak learning rate, as a share of the root mean square of a tensor's weights; None for
+            0.02.
         options: options of the method.
         calibration: a source of text (``text:PATH``, ``hf:NAME``, ``tokens:FILE.npy`` ...), ids [windows, positions],
             or an iterable of texts; for image-text models also ``images:FILE.jsonl``, or a list of what the processor

@@ -197,6 +197,7 @@ class _Records:
             running=self.running(stage),
             seed=facts["seed"],
             training_tokens=facts["training_tokens"],
+            tuned="reconstruct" in stage.identity,
         )
 
     def cell(self, stage: Stage) -> Cell:

@@ -42,8 +42,8 @@ _PURPOSES = {
 _FORMULA = (
     "FLOPs of a token forwards: 2 for each weight of the blocks' linears and of the head, and 4 x heads x head_dim for "
     "each layer and attended position, of which there are (sequence + 1) / 2 on average. Training: three times that. A "
-    "teacher, and scoring: by the passes they take. Zeros of sparse weights count in full, and of routed experts "
-    "those that a token is routed to."
+    "teacher, scoring, and the reconstruction of blocks: by the passes they take. Zeros of sparse weights count in "
+    "full, and of routed experts those that a token is routed to."
 )
 
 

@@ -157,7 +157,12 @@ def add_prune(verbs: Any) -> None:
         help="sparse and width methods: afterwards tune each block, attention and then FFN for so many steps of AdamW, "
         "to put out what the dense block puts out; memory holds one block, and zeros stay (default: none)",
     )
-    add("--reconstruct-rate", metavar="RATE", type=float, help="their peak learning rate (default: 0.001)")
+    add(
+        "--reconstruct-rate",
+        metavar="RATE",
+        type=float,
+        help="peak rate of these steps over the root mean square of a tensor's weights (default: 0.02)",
+    )
     add("--tasks-data", metavar="DIR", help="minitron-depth: folder of the task's data")
     add("--task-limit", metavar="N", type=positive, help="minitron-depth: examples of the task at most")
     more_sources = "for sheared also shards:DIR; for image-text models also images:FILE.jsonl"
