@@ -44,12 +44,13 @@ def decide_experts(
             block.keep_experts(select(block.index))
 
     for block, stats in walk.observe({}, experts=True, replay=cut if propagate == "pruned" else None):
+        entries: dict[str, Tensor] = {}  # a dense block has none, and is a finished step of the journal all the same
         if block.index in routed:
             sums = stats["experts"][ExpertOutputs].cpu() if method.calibrated else nothing
             entries = {f"routed.{block.index}": sums, f"score.{block.index}": method.score(_tokens(sums.sum(dim=1)))}
-            walk.journal.put(block.index, entries)
-            if propagate == "pruned":
-                cut(block)
+        walk.journal.put(block.index, entries)
+        if propagate == "pruned":
+            cut(block)
     scores = {layer: walk.journal[f"score.{layer}"] for layer in routed}
     for layer, score in scores.items():
         if not torch.isfinite(score).all():
