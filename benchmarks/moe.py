@@ -1,6 +1,6 @@
-"""What pruning experts costs: REAP at a half on blocks of Qwen3-30B-A3B, under a limit on memory.
+"""What pruning experts costs: a half of them, or of their weights, on blocks of Qwen3-30B-A3B, under a limit on memory.
 
-    python benchmarks/moe.py [--blocks 2,4] [--windows 8] [--seqlen 512] [--limit 4]
+    python benchmarks/moe.py [--methods reap] [--blocks 2,4] [--windows 8] [--seqlen 512] [--limit 4]
 
 Writes random checkpoints of few such blocks (128 experts of 768 channels, hidden size 2048, 32 heads and 4 KV heads of
 128 channels, bfloat16; 1.2 GB a block), block by block, and prunes each in a process of its own whose writable private
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -120,6 +121,7 @@ def _shards(blocks: int, folder: Path, generator: torch.Generator) -> Iterator[t
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="reap", help="methods, e.g. reap,wanda,sparsegpt")
     parser.add_argument("--blocks", default="2,4", help="numbers of blocks, two of them for a line")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=512)
@@ -132,13 +134,17 @@ def main() -> None:
         directories = make_checkpoints(folder, counts)
         base = _run([sys.executable, "-c", IMPORTS], request)
         tokens = make_tokens(folder / "tokens.npy", VOCABULARY, request.windows, request.seqlen)
-        results = {}
-        for count, directory in directories.items():
-            out = str(folder / f"out-{count}")
-            options = ["--method", "reap", "--ratio", "0.5", "--calibration", f"tokens:{tokens}", "--device", "cpu"]
-            command = [sys.executable, "-m", "secateur", "prune", str(directory), out, *options]
-            results[count] = _run(command, request)
-        _report(results, base, request, directories)
+        print(f"{request.windows * request.seqlen:,} tokens, limit {request.limit:g} GB, {request.threads} thread")
+        print(f"imports {base.wall:.1f} s, {base.anonymous / 1e6:,.0f} MB")
+        for method in request.methods.split(","):
+            results = {}
+            for count, directory in directories.items():
+                out = folder / f"out-{count}"
+                options = ["--method", method, "--ratio", "0.5", "--calibration", f"tokens:{tokens}", "--device", "cpu"]
+                command = [sys.executable, "-m", "secateur", "prune", str(directory), str(out), *options]
+                results[count] = _run(command, request)
+                shutil.rmtree(out)
+            _report(method, results, base, request, directories)
 
 
 def _run(command: list[str], request: argparse.Namespace) -> Measured:
@@ -152,10 +158,14 @@ def _run(command: list[str], request: argparse.Namespace) -> Measured:
 
 
 def _report(
-    results: dict[int, Measured], base: Measured, request: argparse.Namespace, directories: dict[int, Path]
+    method: str,
+    results: dict[int, Measured],
+    base: Measured,
+    request: argparse.Namespace,
+    directories: dict[int, Path],
 ) -> None:
     tokens = request.windows * request.seqlen
-    print(f"{tokens:,} tokens, limit {request.limit:g} GB, {request.threads} thread; imports {base.wall:.1f} s")
+    print(f"\n## {method}")
     print("\n| blocks | checkpoint, GB | wall, s | CPU, s | tokens per CPU-second | anonymous, MB | estimate, MB |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for count, result in results.items():
@@ -163,7 +173,7 @@ def _report(
         peak, cpu = result.anonymous - base.anonymous, result.cpu - base.cpu
         print(
             f"| {count} | {stored / 1e9:.2f} | {result.wall - base.wall:.1f} | {cpu:.1f} | {tokens / cpu:,.0f} "
-            f"| {peak / 1e6:,.0f} | {_estimate(count, stored, request) / 1e6:,.0f} |"
+            f"| {peak / 1e6:,.0f} | {_estimate(method, count, stored, request) / 1e6:,.0f} |"
         )
     if len(results) < 2:
         return
@@ -176,19 +186,19 @@ def _report(
     print(
         f"\n{each:.1f} CPU s and {growth / 1e6:+,.1f} MB for each further block; all {BLOCKS} blocks by this line: "
         f"{cpu / 60:.0f} CPU minutes, {tokens / cpu:,.1f} tokens per CPU-second, {peak / 1e6:,.0f} MB; estimate "
-        f"{_estimate(BLOCKS, stored, request) / 1e6:,.0f} MB"
+        f"{_estimate(method, BLOCKS, stored, request) / 1e6:,.0f} MB"
     )
 
 
-def _estimate(blocks: int, stored: int, request: argparse.Namespace) -> int:
+def _estimate(method: str, blocks: int, stored: int, request: argparse.Namespace) -> int:
     """What secateur says before it starts, in bytes above the program's own memory."""
     with tempfile.TemporaryDirectory() as scratch:
         config(blocks).save_pretrained(scratch)
         shape, _ = read_shape(Path(scratch) / "config.json")
-    method = get_method("reap")
-    after = Target(ratio=0.5).shape(shape, method, "reap")
+    prototype = get_method(method)
+    after = Target(ratio=0.5).shape(shape, prototype, method)
     batch = default_batch(shape.family, request.seqlen, "cpu")
-    needs = estimate_memory(method, shape, request.windows, request.seqlen, batch, torch.float32, stored, [after])
+    needs = estimate_memory(prototype, shape, request.windows, request.seqlen, batch, torch.float32, stored, [after])
     return needs.host("cpu", "ram")
 
 

@@ -14,6 +14,7 @@ from secateur.model.shapes import Shape
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 START, END = "<!-- tables: written by `make families` -->\n", "<!-- end of the tables -->\n"
 PROOFS = ("family", "layers", "FFN", "KV heads", "hidden (masked norm)", "zeros", "FLAP's biases", "real ratios")
+MIXTURES = ("family", "layers", "experts", "FFN of experts", "KV heads", "hidden (masked norm)", "zeros")
 FACTS = ("family", "`model_type`", "sizes with real ratios", "period", "notes")
 ROUNDING = 1e-6  #: differences up to this are rounding, which differs between CPUs
 
@@ -21,10 +22,11 @@ Row = tuple[str, ...]
 
 
 class FamilyPage:
-    """The two tables of the page, by the name of the family.
+    """The tables of the page, by the name of the family.
 
     Attributes:
         proofs: largest differences of logits, or why an axis is not cut.
+        mixtures: the same of families with routed experts.
         facts: what sets a family apart.
     """
 
@@ -33,11 +35,13 @@ class FamilyPage:
         tables, _, self.tail = rest.partition(END)
         rows = [tuple(cell.strip() for cell in line.strip("|\n").split(" | ")) for line in tables.splitlines()]
         self.proofs = {row[0]: row for row in rows if len(row) == len(PROOFS)}
+        self.mixtures = {row[0]: row for row in rows if len(row) == len(MIXTURES)}
         self.facts = {row[0]: row for row in rows if len(row) == len(FACTS)}
 
     def text(self, order: list[str]) -> str:
         """The page with the rows in this order."""
-        tables = [*_table(PROOFS, self.proofs, order), "", *_table(FACTS, self.facts, order)]
+        tables = [*_table(PROOFS, self.proofs, order), "", *_table(MIXTURES, self.mixtures, order), ""]
+        tables += _table(FACTS, self.facts, order)
         return self.head + START + "\n" + "\n".join(tables) + "\n\n" + END + self.tail
 
 
@@ -60,10 +64,19 @@ def proof_row(family: Family, tiny: Mapping[str, Proof], realistic: Mapping[str,
     )
 
 
-def _axis_cell(family: Family, tiny: Mapping[str, Proof], axis: str) -> str:
+def mixture_row(family: Family, tiny: Mapping[str, Proof]) -> Row:
+    """What was measured for a mixture, in the order of ``MIXTURES``."""
+    axes = ("layers", "experts", "expert_ffn", "kv", "hidden")
+    joint = " (with hidden)" if family.heads_span_hidden else ""
+    cells = {axis: _axis_cell(family, tiny, axis, masked=False) for axis in axes}
+    cells["kv"] += joint
+    return (family.name, *cells.values(), magnitude(tiny["sparse"].difference))
+
+
+def _axis_cell(family: Family, tiny: Mapping[str, Proof], axis: str, *, masked: bool = True) -> str:
     if reason := family.uncut.get(axis):
         return f"not cut: {reason}"
-    masked = axis == "kv" and not tiny[axis].exact
+    masked = masked and axis == "kv" and not tiny[axis].exact
     return magnitude(tiny[axis].difference) + (" (masked norm)" if masked else "")
 
 

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from expert_configs import MIXTURES as EXPERT_CONFIGS
 from family_configs import FAMILIES, REALISTIC
-from family_page import PAGE, FamilyPage, disagreements, fact_row, proof_row
+from family_page import PAGE, FamilyPage, disagreements, fact_row, mixture_row, proof_row
 from helpers import random_model
+from mixture_proofs import MixtureProver
 from proofs import SCORERS, PlainTransformers, Prover
 from reference import Pruned, Zoo
 from secateur.model.checkpoint import Checkpoint
@@ -25,6 +27,7 @@ from secateur.model.families import FAMILIES as TABLE
 EXACT = 1e-5  #: limit of the difference from the whole model
 MASKED = 5e-5  #: limit of the difference from a model changed in memory, which rounds otherwise
 UPDATE = "UPDATE_FAMILIES" in os.environ
+MIXTURES = [name for name in EXPERT_CONFIGS if "-" not in name]  #: families with routed experts
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +64,30 @@ def test_every_kind_of_pruning(name: str, zoo: Zoo, plain: PlainTransformers, pa
         assert disagreements((*page.proofs[name], *page.facts[name]), (*rows[0], *rows[1])) == [], "make families"
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_every_kind_of_pruning_of_a_mixture(name: str, zoo: Zoo, plain: PlainTransformers, page: FamilyPage) -> None:
+    prover = MixtureProver(zoo, plain, name)
+    proofs = prover.each_kind()
+    for kind, proof in proofs.items():
+        assert proof.difference <= (EXACT if proof.exact else MASKED), (name, kind)
+    assert set(proofs) == {"sparse", *prover.axes} - {"ffn"}
+    row = mixture_row(prover.checkpoint.family, proofs)
+    if UPDATE:
+        page.mixtures[name] = row
+    else:
+        assert disagreements(page.mixtures[name], row) == [], "make families"
+
+
 def test_the_page_and_the_tests_have_every_family() -> None:
     alone = [row for row in TABLE if not set(row.model_types).isdisjoint(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
-    # The rest only exist within image-text models; mixtures have tests of their own.
+    # The rest only exist within image-text models.
     names = [row.name for row in alone if not row.experts]
     assert set(names) == set(FAMILIES) == set(REALISTIC) & set(names)
+    mixtures = [row.name for row in alone if row.experts]
+    assert set(mixtures) == set(MIXTURES)
     text = PAGE.read_text(encoding="utf-8")
-    assert UPDATE or text == FamilyPage(text).text(names), "make families"
+    page = FamilyPage(text)
+    assert UPDATE or (text == page.text([*names, *mixtures]) and set(page.mixtures) == set(MIXTURES)), "make families"
 
 
 INDEX_LISTS = ("mlp_only_layers", "full_attn_idxs")

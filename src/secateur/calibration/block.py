@@ -180,7 +180,7 @@ class Block:
         positions = states[0].shape[1] if states else 1
 
         def update(expert: int, tokens: Tensor, weights: Tensor, outputs: Tensor) -> None:
-            window = self.windows + tokens // positions
+            window = self.walk.first_window + self.windows + tokens // positions
             statistic.update(expert, window % 2 == 1, weights, outputs)
 
         experts.watch = update

@@ -81,6 +81,7 @@ class BlockWalk:
         self.batches: list[Tensor] = []  #: batches of this process
         self.main_batches: list[Tensor] = []  #: batches of the main process; no process has more, and one may have none
         self.targets = 0  #: tokens with a loss, over all processes: all but each window's first
+        self.first_window = 0  #: number of this process's first window, among those of all processes
         if windows is not None:
             batch = batch or default_batch(self.family, windows.shape[1], device)
             self.batches, self.main_batches = (
@@ -88,6 +89,7 @@ class BlockWalk:
                 _batches(distributed.shard(windows, 0), batch),
             )
             self.targets = windows.shape[0] * (windows.shape[1] - 1)
+            self.first_window = sum(len(distributed.shard(windows, rank)) for rank in range(distributed.rank()))
         self.device, self.dtype = device, dtype
         self.key_sources = key_sources(checkpoint.config)  #: their keys and values lie behind the hidden channels
         self.label = label

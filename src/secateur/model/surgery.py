@@ -98,10 +98,18 @@ def _expert_tensors(
 
         yield Stored(family.block_tensor(new, spelling[0]), dtype, size, experts)
         return
-    rows = size[1] // len(spelling)
+    rows, pending = size[1] // len(spelling), dict[int, tuple[Tensor, int]]()
+
+    def part_of(number: int, part: int) -> Tensor:
+        """A part of an expert's tensor, which is cut once and stays until all of its parts are written."""
+        whole, remaining = pending.pop(number, None) or (expert_part(number), len(spelling))
+        if remaining > 1:
+            pending[number] = whole, remaining - 1
+        return whole[part * rows : (part + 1) * rows]
+
     for number in range(len(keep)):
         for part, template in enumerate(spelling):
-            make = partial(expert_part, number, slice(part * rows, (part + 1) * rows))
+            make = partial(part_of, number, part)
             full_name = family.block_tensor(new, template.format(expert=number))
             yield Stored(full_name, dtype, (rows, *size[2:]), lambda make=make: (make(),))
 
@@ -115,22 +123,21 @@ def _expert(
     axes: tuple[Axis, ...],
     zeros: ZeroCount | None,
     number: int,
-    rows: slice = slice(None),
 ) -> Tensor:
-    """Some rows of the tensor of an expert, by its new number, as the plan cuts it."""
+    """The tensor of an expert, by its new number, as the plan cuts it."""
     name, expert = checkpoint.family.block_tensor(layer, rest), int(plan.keep_experts[layer][number])
     tensor = checkpoint.rows(name, expert, expert + 1)[0]
     checkpoint.check_finite(name, tensor)
     mask = _expert_mask(plan, checkpoint.family.block_tensor(new_layer, rest), number)
     if zeros is not None and is_expert_weight(axes):
         zero = tensor == 0
-        zeros.add(_slice_expert(zero, axes, plan, layer, expert)[rows], None if mask is None else mask[rows])
-        if not rows.start and name in checkpoint.masks:  # once for all rows
+        zeros.add(_slice_expert(zero, axes, plan, layer, expert), mask)
+        if name in checkpoint.masks:
             zeros.add_revived(zero, checkpoint.masks[name][expert])
     if name in plan.weights:
         tensor = plan.weights[name][expert]
-    tensor = _slice_expert(tensor, axes, plan, layer, expert)[rows]
-    return tensor if mask is None else tensor.masked_fill(~mask[rows], 0)
+    tensor = _slice_expert(tensor, axes, plan, layer, expert)
+    return tensor if mask is None else tensor.masked_fill(~mask, 0)
 
 
 def _slice_expert(tensor: Tensor, axes: tuple[Axis, ...], plan: Plan, layer: int, expert: int) -> Tensor:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from secateur.calibration.statistics import GradientStatistic
-from secateur.methods.base import LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
+from secateur.methods.base import ExpertMethod, LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
 from secateur.model.shapes import Shape
+from secateur.pruning.target import Propagate
 
 __all__ = ["reads_text", "reconstruction_flops", "scoring_flops", "task_of"]
 
 
-def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, context: int) -> float:
+def scoring_flops(
+    shape: Shape, after: Shape, method: Method, tokens: int, context: int, *, propagate: Propagate = "unpruned"
+) -> float:
     """FLOPs of scoring: forward passes over the calibration tokens, in whole models' worth.
 
     A width method takes one pass, or two where each block runs before and after its own pruning, as it does for sparse
-    methods. Where scores are of gradients, a backward pass counts as two more, and one again for the second forward
-    pass that it needs. Removals take one pass and, for each candidate, the blocks behind it. Learning is training: a
-    backward pass counts as two more, or as one where the weights stay as they are.
+    methods, and for methods that remove experts with ``propagate`` pruned. Where scores are of gradients, a backward
+    pass counts as two more, and one again for the second forward pass that it needs. Removals take one pass and, for
+    each candidate, the blocks behind it. Learning is training: a backward pass counts as two more, or as one where the
+    weights stay as they are.
     """
     if not method.calibrated:
         return 0.0
@@ -29,7 +33,11 @@ def scoring_flops(shape: Shape, after: Shape, method: Method, tokens: int, conte
         passes += rounds - 1
     elif any(issubclass(kind, GradientStatistic) for kind in method.needs):
         passes += 3.0
-    elif isinstance(method, WeightMethod) or (isinstance(method, WidthMethod) and method.sequential):
+    elif (
+        isinstance(method, WeightMethod)
+        or (isinstance(method, WidthMethod) and method.sequential)
+        or (isinstance(method, ExpertMethod) and propagate == "pruned")
+    ):
         passes += 1.0 - 1 / shape.layers  # nothing sees what the last block puts out
     return passes * tokens * shape.forward_flops(context)
 

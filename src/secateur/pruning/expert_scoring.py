@@ -19,7 +19,7 @@ from secateur.model.shapes import Shape
 from secateur.progress import notify
 from secateur.pruning.target import Propagate
 
-__all__ = ["FEW_TOKENS", "decide_experts", "report_few_tokens"]
+__all__ = ["FEW_TOKENS", "decide_experts", "describe_routing", "report_few_tokens"]
 
 FEW_TOKENS = 100  #: fewer tokens are too few for the score of an expert
 
@@ -44,12 +44,13 @@ def decide_experts(
             block.keep_experts(select(block.index))
 
     for block, stats in walk.observe({}, experts=True, replay=cut if propagate == "pruned" else None):
+        entries: dict[str, Tensor] = {}  # a dense block has none, and is a finished step of the journal all the same
         if block.index in routed:
             sums = stats["experts"][ExpertOutputs].cpu() if method.calibrated else nothing
             entries = {f"routed.{block.index}": sums, f"score.{block.index}": method.score(_tokens(sums.sum(dim=1)))}
-            walk.journal.put(block.index, entries)
-            if propagate == "pruned":
-                cut(block)
+        walk.journal.put(block.index, entries)
+        if propagate == "pruned":
+            cut(block)
     scores = {layer: walk.journal[f"score.{layer}"] for layer in routed}
     for layer, score in scores.items():
         if not torch.isfinite(score).all():
@@ -59,7 +60,7 @@ def decide_experts(
     summary: dict[str, Any] = {"detail": f"routed experts {shape.experts} to {after.experts} {kind}"}
     if method.calibrated:
         summary["routing"] = _routing(method, {layer: walk.journal[f"routed.{layer}"] for layer in routed})
-        _report(summary["routing"], shape)
+        _report(summary["routing"])
     evidence = {f"experts.{layer}": score for layer, score in scores.items()}
     return {"keep_experts": keep, "scores": evidence, "summary": summary}
 
@@ -124,18 +125,35 @@ def _rank_agreement(first: Tensor, second: Tensor) -> float | None:
     return None if constant else float(torch.corrcoef(ranks)[0, 1])
 
 
-def _report(routing: Mapping[str, Any], shape: Shape) -> None:
+def _report(routing: Mapping[str, Any]) -> None:
     """Say in a line or two how far the calibration text supports the choice."""
+    ranks = _ranks(routing)
+    advice = "; calibrate on more text if that is low" if ranks and min(ranks) < _LOW_AGREEMENT else ""
+    notify(f"experts: {describe_routing(routing)}{advice}")
+
+
+def describe_routing(routing: Mapping[str, Any]) -> str:
+    """Describe in words how the calibration text was routed.
+
+    Args:
+        routing: ``summary.routing`` of a plan.
+    """
     counts = [count for layer in routing["tokens"].values() for count in layer]
     few = sum(map(len, routing["few"].values()))
-    ranks = [rank for rank in routing["rank_agreement"].values() if rank is not None]
-    agreement = f"{min(ranks):.2f} to {max(ranks):.2f}" if ranks else "not measured"
-    notify(
-        f"experts: {min(counts):,} to {max(counts):,} tokens routed to each; "
-        f"{few} of {plural(len(counts), 'expert')} saw fewer than {FEW_TOKENS}; "
-        f"rank agreement of scores from two halves of the text: {agreement}"
-        + ("; calibrate on more text if that is low" if ranks and min(ranks) < _LOW_AGREEMENT else "")
+    text = (
+        f"{min(counts):,} to {max(counts):,} tokens routed to each; "
+        f"{few} of {plural(len(counts), 'expert')} saw fewer than {routing['few_tokens']}"
     )
+    if "rank_agreement" not in routing:  # methods that prune inside experts rank none
+        return text
+    ranks = _ranks(routing)
+    agreement = f"{min(ranks):.2f} to {max(ranks):.2f}" if ranks else "not measured"
+    return f"{text}; rank agreement of scores from two halves of the text: {agreement}"
+
+
+def _ranks(routing: Mapping[str, Any]) -> list[float]:
+    """The rank agreements that were measured, layer by layer."""
+    return [rank for rank in routing.get("rank_agreement", {}).values() if rank is not None]
 
 
 _LOW_AGREEMENT = 0.8  #: Spearman's correlation below which more text is advised

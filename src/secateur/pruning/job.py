@@ -33,6 +33,7 @@ from secateur.model.wrappers import tower_names
 from secateur.progress import notify
 from secateur.pruning.block_reconstruction import reconstruct_plan
 from secateur.pruning.calibration import Calibration, read_calibration, save_tokenizer
+from secateur.pruning.default_axes import with_default_axes
 from secateur.pruning.image_samples import IMAGES, ImageSamples
 from secateur.pruning.learned_job import prune_learned
 from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory, with_reconstruction
@@ -156,7 +157,10 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
         raise UserError("`states`: device: blocks are computed on the CPU here; its memory is ram")
     out = Path(request.out)
     checkpoint = open_checkpoint(request.model)
-    outputs = [target.shape(checkpoint.shape, request.prototype, request.method) for target in request.targets]
+    targets = [
+        with_default_axes(target, checkpoint.shape, request.prototype, request.method) for target in request.targets
+    ]
+    outputs = [target.shape(checkpoint.shape, request.prototype, request.method) for target in targets]
     _check_reconstruction(request, checkpoint)
     require_new_directory(out)
     if out.resolve().is_relative_to(checkpoint.directory.resolve()):
@@ -176,7 +180,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
         "model": checkpoint.digest,
         "method": request.method,
         "options": dict(request.options),
-        "targets": [target.record(request.prototype) for target in request.targets],
+        "targets": [target.record(request.prototype) for target in targets],
         "calibration": calibration.record() if calibration else None,
         **({"reconstruct": identity_of(request.reconstruction)} if request.reconstruction else {}),
         "batch": request.batch,
@@ -194,11 +198,11 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with track_resources(device) as use, directories as (fresh, work):
         workspace = Workspace(work, states)
-        for target in request.targets:
+        for target in targets:
             plan = _plan(request, checkpoint, target, calibration, device, dtype, workspace)
             if not distributed.is_main():
                 continue
-            name = "" if len(request.targets) == 1 else f"ratio-{target.ratio:g}"
+            name = "" if len(targets) == 1 else f"ratio-{target.ratio:g}"
             (fresh / name).mkdir(exist_ok=True)
             content = write_pruned(checkpoint, plan, fresh / name, ancestry=ancestry, repository=request.push_to_hub)
             save_tokenizer(request, fresh / name)

@@ -32,6 +32,8 @@ from secateur.model.zeros import UNMASKED, ZeroCount
 from secateur.progress import notify
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.cost import reads_text, task_of
+from secateur.pruning.default_axes import with_default_axes
+from secateur.pruning.expert_scoring import describe_routing
 from secateur.pruning.image_samples import ImageSamples
 from secateur.pruning.layer_choice import pattern_to_keep
 from secateur.pruning.reconstruction import describe_reconstruction
@@ -76,6 +78,7 @@ def make_plan(
         raise UserError(
             f"{method}: learns what to cut in training and has no scores beforehand; use secateur.prune with `out`"
         )
+    target = with_default_axes(target, checkpoint.shape, prototype, method)
     after = target.shape(checkpoint.shape, prototype, method)
     check_config(checkpoint, after)
     pattern = pattern_to_keep(checkpoint, target, prototype, after.layers)
@@ -136,6 +139,7 @@ def scores_identity(
     prototype = get_method(method, options)
     if isinstance(prototype, WeightMethod) or task_of(prototype):
         return None
+    target = with_default_axes(target, checkpoint.shape, prototype, method)
     windows = calibration.windows if calibration and reads_text(prototype) else None
     if windows is not None:
         batch = batch or default_batch(checkpoint.family, windows.shape[1], device)
@@ -278,6 +282,13 @@ def _describe_pruning(plan: Plan, share: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"- size: {count(plan.after.total)} parameters instead of {count(plan.before.total)}")
+    if plan.after.experts:
+        active = count(plan.after.active_parameters)
+        change = f" instead of {count(plan.before.active_parameters)}"
+        changes = plan.after.active_parameters != plan.before.active_parameters
+        lines.append(f"- active: a token uses {active} parameters{change if changes else ', as many as before'}")
+    if "routing" in plan.summary:
+        lines.append(f"- routing of the calibration text, by expert: {describe_routing(plan.summary['routing'])}")
     if plan.masks and not sparse:
         lines.append("- the masks of the model that was cut are kept in `plan.safetensors`, as far as it was kept")
     text = "none, no text was read"

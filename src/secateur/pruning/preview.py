@@ -15,6 +15,7 @@ from secateur.model.config_file import read_shape
 from secateur.model.description import describe_shape, flops_context
 from secateur.model.shapes import SPACES, Shape, removed
 from secateur.model.solver import solve_depth, solve_experts, solve_width
+from secateur.pruning.default_axes import with_default_axes
 from secateur.pruning.target import Target
 
 __all__ = ["Preview", "ShapesRequest", "preview_shapes"]
@@ -122,6 +123,7 @@ def _preview(
 
 def _single(before: Shape, target: Target, request: ShapesRequest, context: int) -> dict[str, Any]:
     if (method := request.prototype) is not None:
+        target = with_default_axes(target, before, method, str(request.method))
         after = target.shape(before, method, str(request.method))
         sparse = method.granularity == "sparse"
         if sparse:

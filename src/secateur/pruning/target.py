@@ -317,6 +317,8 @@ class Target:
             assert self.ratio is not None
             after = solve_width(before, self.ratio, self.spaces(method), self.of or "non_embedding", self.step)
             after = after.openable(where="`axes`")
+        if after.layers < before.layers:
+            _check_kinds(before, after.layers, method, name)
         return after.switched_on(method.config_switches(after, self.spaces(method)))
 
     def _check_family(self, before: Shape, method: Method, name: str) -> None:
@@ -378,6 +380,21 @@ class Target:
                 f"`ratio` {self.ratio:g}: removes nothing: {name} compares {largest:,} weights at a time; "
                 f"the smallest ratio is {smallest_ratio:g}"
             )
+
+
+def _check_kinds(before: Shape, layers: int, method: Method, name: str) -> None:
+    """Refuse numbers of layers whose choice may leave kinds of layers that config.json cannot describe.
+
+    Ernie 4.5 MoE says by an interval which layers have experts.
+    """
+    if not before.family.kind_keys:
+        return
+    length = before.layers - layers if getattr(method, "contiguous", False) else 1
+    for first in range(before.layers - length + 1):
+        try:
+            before.family.kind_keys([*before.kinds[:first], *before.kinds[first + length :]])
+        except UserError as error:
+            raise UserError(f"`method`: {name} may remove layers {first} to {first + length - 1}: {error}") from None
 
 
 _UNITS = {"depth": "layers", "experts": "experts"}

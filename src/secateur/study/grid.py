@@ -12,6 +12,7 @@ from secateur.methods.base import LearnedMethod, Method
 from secateur.methods.registry import get_method
 from secateur.model.shapes import Shape
 from secateur.pruning.cost import reads_text
+from secateur.pruning.default_axes import with_default_axes
 from secateur.pruning.reconstruction import why_not_reconstructed
 from secateur.pruning.target import Target
 from secateur.study.sections import (
@@ -97,6 +98,7 @@ def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
         method, parent = get_method(entry.method, entry.options), study.parent_of(entry)
         for name, target in entry.targets(study.ratios).items():
             try:
+                target = with_default_axes(target, shapes[parent], method, entry.method)
                 after = target.shape(shapes[parent], method, entry.method)
             except UserError as error:
                 where = f"methods[{number}] ({entry.label} at {name})"

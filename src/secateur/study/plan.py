@@ -16,7 +16,15 @@ from secateur.study.stage import Stage, unique
 from secateur.study.sweeps import choice_of, is_run
 from secateur.training.recipe import FEW_STEPS, few_steps
 
-__all__ = ["FLOPS_PER_SECOND", "PlannedStage", "PlannedTrials", "StudyPlan", "plan_study", "step_warnings"]
+__all__ = [
+    "FLOPS_PER_SECOND",
+    "PlannedStage",
+    "PlannedTrials",
+    "StudyPlan",
+    "plan_study",
+    "shared_controls",
+    "step_warnings",
+]
 
 FLOPS_PER_SECOND = 4e14  #: of the reference device: an H100 at about 40% of its bfloat16 peak
 _CPU_FLOPS_PER_SECOND = 1e10  # of one core in training, roughly
@@ -188,6 +196,7 @@ def plan_study(
     notes: Sequence[str] = (),
 ) -> StudyPlan:
     """Sum up the tokens and FLOPs of a study's stages; ``notes`` come before those on the stages."""
+    shared = shared_controls(stages)
     stages = unique(stages)
     trained, alone = trunk_savings(stages)
     return StudyPlan(
@@ -209,6 +218,7 @@ def plan_study(
             *_learning_notes(stages),
             *_teaching_notes(stages),
             *_control_notes(stages),
+            *shared,
             *step_warnings(stages),
         ),
     )
@@ -304,6 +314,26 @@ def _control_notes(stages: Sequence[Stage]) -> list[str]:
     return [
         f"{subject}, which the study does not pretrain: the control parent-continued, not in this study, trains the "
         "parent on the R tokens too, and tells what pruning costs from what the corpus gives."
+    ]
+
+
+def shared_controls(stages: Sequence[Stage]) -> list[str]:
+    """The cells whose two dense controls are one model, in one sentence; empty if there are none.
+
+    Args:
+        stages: of all cells, each of which lists a stage that it shares.
+    """
+    inits: dict[tuple[str, str], set[str]] = {}
+    for stage in stages:
+        if stage.facts.get("init") in ("dense-active", "dense-total"):
+            cell = f"{stage.facts['method']} at {stage.facts['target']}"
+            inits.setdefault((cell, stage.fingerprint), set()).add(stage.facts["init"])
+    cells = list(dict.fromkeys(cell for (cell, _), kinds in inits.items() if len(kinds) > 1))
+    if not cells:
+        return []
+    return [
+        f"{join_words(cells)}: every expert that stays is active for every token, so dense-active and dense-total are "
+        "the same model; it is trained once."
     ]
 
 

@@ -200,7 +200,8 @@ class _Builder(TrainingRuns):
         facts = {**self._facts(pruning), "path": "pruned", "shape": pruning.after, "seed": pruning.seed}
         facts |= {"training_tokens": learned}
         tokens = learned if pruning.learns else self._calibrated(pruning)
-        flops = scoring_flops(pruning.before, pruning.after, pruning.method, tokens, seqlen)
+        propagate = pruning.target.propagate
+        flops = scoring_flops(pruning.before, pruning.after, pruning.method, tokens, seqlen, propagate=propagate)
         inputs = {"corpus": self.corpus, "model": self._parent_of(pruning)}
         name = _seed_name(pruning.label, pruning.seed)
         runtime = {**self.runtime(), "calibration": calibration.source}

@@ -18,7 +18,7 @@ from secateur.study.explain import Explanation, explain_stage
 from secateur.study.grid import left_out
 from secateur.study.pace import measure_pace
 from secateur.study.parents import check_positions, check_tokenizers, clip_sequence
-from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study, step_warnings
+from secateur.study.plan import FLOPS_PER_SECOND, StudyPlan, plan_study, shared_controls, step_warnings
 from secateur.study.planner import stages_of
 from secateur.study.question import count_together, resolve_question
 from secateur.study.resolve import resolve
@@ -172,7 +172,7 @@ class Study:
 
             import_harness("lm_eval")  # a missing package is reported now, not after hours of training
         self._check_tokenizers()
-        for note in (*self.notes, *step_warnings(stages)):
+        for note in (*self.notes, *shared_controls(self.stages), *step_warnings(stages)):
             notify(note)
         runs = sum(stage.kind in ("train", "reconstruct") for stage in stages)
         notify(f"{self.spec.name}: {plural(len(stages), 'stage')} ({plural(runs, 'training run')}) in {self.out}")

@@ -89,7 +89,10 @@ def _section(before: Mapping[str, Any], target: Target, output: Mapping[str, Any
 def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Descriptions side by side, aligned."""
     rows: list[list[str]] = [["", *columns]] if any(columns) else []
-    labels = {**_ROWS, **_EXPERT_ROWS} if any("experts" in column["shape"] for column in columns.values()) else _ROWS
+    shapes = [column["shape"] for column in columns.values()]
+    labels = {**_ROWS, **_EXPERT_ROWS} if any("experts" in shape for shape in shapes) else _ROWS
+    if not any(shape["ffn"] for shape in shapes):  # every layer has experts
+        labels = {label: text for label, text in labels.items() if label != "FFN"}
     rows += [[label, *(text(column) for column in columns.values())] for label, text in labels.items()]
     if any("removed" in column for column in columns.values()):
         shares = [column.get("removed") for column in columns.values()]

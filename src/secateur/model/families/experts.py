@@ -128,7 +128,7 @@ def _ernie_kind_keys(kinds: Sequence[str]) -> Mapping[str, object]:
             return {"moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": every}
     raise UserError(
         f"layers {', '.join(map(str, routed))} of {len(kinds)} would have experts, and no moe_layer_interval of "
-        "config.json says that; remove other layers, or a multiple of the interval"
+        "config.json says that; remove a multiple of the interval with a method of contiguous runs, e.g. minitron-depth"
     )
 
 
