@@ -136,14 +136,14 @@ def test_a_json_file_may_be_one_object(tmp_path: Path):
         (
             "a.jsonl",
             b'{"text": [{"role": "user", "content": "a"}]}',
-            "a.jsonl:1: chat data (a list in the field 'text')",
+            "a.jsonl:1: the field 'text' is chat data (a list of objects), not text: set `format` to messages",
         ),
         (
             "a.jsonl",
             b'{"messages": [], "id": 1}',
-            "chat data (field 'messages') is not supported yet; the fields are mess",
+            "no field 'text'; 'messages' is chat data: set `format` to messages to read it",
         ),
-        ("a.csv", b"conversations,n\n[],1\n", "a.csv: chat data (column 'conversations') is not supported yet"),
+        ("a.csv", b"conversations,n\n[],1\n", "a.csv: no column 'text'; 'conversations' is chat data: set `format`"),
         ("a.csv", b"\0,b\nc,d\n", "a.csv: no column 'text'; the columns are ?, b"),
     ],
 )
@@ -262,7 +262,9 @@ def test_a_saved_dataset(tmp_path: Path):
     dataset.select([0, 1]).save_to_disk(tmp_path / "saved")
     assert open_source(source).digest() != digest
     save(tmp_path / "chat", [{"role": "user", "content": "a"}], field="messages")
-    assert "hf:chat: chat data (column 'messages') is not supported yet" in failure(f"hf:{tmp_path / 'chat'}")
+    assert "hf:chat: no column 'text'; 'messages' is chat data: set `format` to messages" in failure(
+        f"hf:{tmp_path / 'chat'}"
+    )
     datasets.DatasetDict({"test": dataset, "valid": dataset}).save_to_disk(tmp_path / "splits")
     message = failure(f"hf:{tmp_path / 'splits'}")
     assert "no split 'train'; the splits are test, valid; name the folder of one, e.g. hf:" in message

@@ -44,6 +44,9 @@ class Store:
         self.reads: list[tuple[str, int, int]] = []
         self.fail_at = fail_at
 
+    def targets(self, split: str, start: int, stop: int) -> None:
+        return None
+
     def positions(self, split: str, start: int, stop: int) -> np.ndarray:
         return np.arange(start, stop) % DOCUMENT  # every document has as many tokens
 

@@ -58,6 +58,9 @@ class Documents:
     def read(self, split: str, start: int, stop: int) -> np.ndarray:
         return self.ids[start:stop]
 
+    def targets(self, split: str, start: int, stop: int) -> None:
+        return None
+
     def positions(self, split: str, start: int, stop: int) -> np.ndarray:
         at = np.arange(start, stop)
         return at - np.maximum(self.starts[np.searchsorted(self.starts, at, side="right") - 1], start)

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +109,7 @@ def write_splits(
         UserError: if the source cannot be read, or a split is empty.
     """
     work.mkdir(parents=True, exist_ok=True)
-    runs = SortedRuns(work, encoder.dtype)
+    runs = SortedRuns(work, encoder.block_dtype)
     if not runs.complete:
         _encode(source, encoder, runs, documents, workers)
     return _write(runs, out, holdout, shard_tokens)
@@ -124,6 +125,11 @@ def _encode(source: Source, encoder: Encoder, runs: SortedRuns, limit: int | Non
         for block in encode_in_workers(batch_documents(stream), encoder, workers):
             runs.add(block)
         runs.finish()
+    skipped = runs.skipped
+    if skipped.first and skipped.reasons.total() == runs.documents:
+        raise UserError(f"{source.name}: holds no conversation that can be encoded; {skipped}")
+    if skipped.first:
+        progress.notify(f"{source.name}: {skipped}")
 
 
 def track_documents(
@@ -167,10 +173,12 @@ def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> 
     sides = [TRAIN, *([HELDOUT] if holdout.share else [])]
     counts = {side: np.zeros((len(domains), 3), dtype=np.int64) for side in sides}
     with ExitStack() as stack, progress.track("sort and write", runs.tokens) as task:
-        dtype = "uint16" if runs.dtype.itemsize == 2 else "uint32"
+        id_type: np.dtype[Any] = runs.dtype.fields["id"][0] if runs.dtype.fields else runs.dtype
+        dtype = "uint16" if id_type.itemsize == 2 else "uint32"
         writers = {}
         for side in sides:
-            writers[side] = ShardWriter(out, side, dtype, shard_tokens, domains=len(domains) > 1)
+            options = {"domains": len(domains) > 1, "targets": runs.dtype.names is not None}
+            writers[side] = ShardWriter(out, side, dtype, shard_tokens, **options)
             stack.callback(writers[side].abandon)
         read = 0
         for bucket in runs.buckets():
@@ -184,14 +192,16 @@ def _write(runs: SortedRuns, out: Path, holdout: Holdout, shard_tokens: int) -> 
             if not writer.documents:
                 raise holdout.empty(side, read)
         splits = {side: writer.close() for side, writer in writers.items()}
-    return BuildResult(splits, domains if len(domains) > 1 else [], runs.documents - read, counts)
+    duplicates = runs.documents - runs.skipped.reasons.total() - read
+    return BuildResult(splits, domains if len(domains) > 1 else [], duplicates, counts)
 
 
 def _write_documents(writer: ShardWriter, bucket: Bucket, mask: NDArray[np.bool_], counts: NDArray[np.int64]) -> None:
     """Write the masked documents of a bucket, and count them by domain."""
     rows = bucket.rows[mask]
     ids = bucket.ids if mask.all() else bucket.ids[np.repeat(mask, bucket.rows["tokens"].astype(np.int64))]
-    writer.extend(ids, rows["tokens"].astype(np.int64), rows["hash"], rows["domain"])
+    ids, targets = (ids["id"], ids["target"]) if ids.dtype.names else (ids, None)
+    writer.extend(ids, rows["tokens"].astype(np.int64), rows["hash"], rows["domain"], targets)
     np.add.at(counts[:, 0], rows["domain"], 1)
     np.add.at(counts[:, 1], rows["domain"], rows["tokens"].astype(np.int64))
     np.add.at(counts[:, 2], rows["domain"], rows["bytes"].astype(np.int64))

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.data.conversations import COMPLETION, PROMPT, TOOLS, RowFormat, conversation_text
 from secateur.errors import UserError
 from secateur.formatting import plural
 from secateur.progress import notify
@@ -22,6 +23,7 @@ __all__ = [
     "Fields",
     "OnBadRow",
     "select_documents",
+    "skip_summary",
     "text_of",
 ]
 
@@ -30,6 +32,7 @@ OnBadRow = Literal["error", "skip"]
 #: reasons of a ``BadRow``, as the count of skipped documents names them; the first two never raise
 NULL, EMPTY = "null", "empty"
 MISSING, WRONG_TYPE, MALFORMED, INVALID_UTF8 = "without the field", "not text", "malformed", "not UTF-8"
+NOT_CHAT = "not a conversation"
 
 _CHAT_FIELDS = ("messages", "conversations", "conversation")
 _COLUMNS, _LETTERS = 30, 40  # of a list of columns in a message: at most so many names, each so long
@@ -37,12 +40,13 @@ _COLUMNS, _LETTERS = 30, 40  # of a list of columns in a message: at most so man
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or token ids."""
+    """A text, a conversation, or token ids."""
 
     id: str  #: position in the source: file, file and line, or row
-    text: str  #: empty for a document of ids
+    text: str  #: empty for a document of ids; JSON for a conversation (:mod:`secateur.data.conversations`)
     domain: str = ""
     ids: NDArray[np.integer] | None = None  #: [tokens]
+    format: RowFormat = "text"
 
 
 class BadRow(UserError):
@@ -65,11 +69,17 @@ class Fields:
     domain: str | None = None  #: None if records do not name their domain
     blank: bool = False  #: whether to include texts of white space only
     on_bad_row: OnBadRow = "error"  #: null and empty texts are skipped in both cases
+    format: RowFormat = "text"  #: of a record; ``text`` names the field of messages, or of prompts, in other formats
 
     @property
     def names(self) -> list[str]:
-        """The fields that are read."""
-        return [self.text] if self.domain in (None, self.text) else [self.text, self.domain]
+        """The fields that a record must have."""
+        pair = [COMPLETION] if self.format == "prompt-completion" else []
+        return [*dict.fromkeys([self.text, *pair, *([self.domain] if self.domain is not None else [])])]
+
+    def columns(self, names: Collection[str]) -> list[str]:
+        """The columns to read of a table with columns ``names``."""
+        return [*self.names, *([TOOLS] if self.format != "text" and TOOLS in names else [])]
 
     def require(self, names: Collection[str], at: str, kind: Literal["field", "column"] = "field") -> None:
         """Check that a record or a table at position ``at`` has the fields.
@@ -82,13 +92,19 @@ class Fields:
             if kind == "column" and list(names).count(field) > 1:
                 raise UserError(f"{at}: several columns have the name {field!r}; rename all but one")
             if field not in names:
-                chat = next((name for name in _CHAT_FIELDS if field == self.text and name in names), None)
                 listing = f"the {kind}s are {_list(names)}"
-                if chat:
-                    message = f"{at}: chat data ({kind} {chat!r}) is not supported yet; {listing}: name one of strings"
-                else:
-                    message = f"{at}: no {kind} {field!r}; {listing}: name one of them"
-                raise BadRow(MISSING, message)
+                remedy = self._chat_remedy(names) or f"{listing}: name one of them"
+                raise BadRow(MISSING, f"{at}: no {kind} {field!r}; {remedy}")
+
+    def _chat_remedy(self, names: Collection[str]) -> str:
+        """What to do about records of chat data that are read as text; empty if they are not."""
+        if self.format != "text":
+            return ""
+        if chat := next((name for name in _CHAT_FIELDS if name in names), None):
+            field = f" and `field` to {chat}" if chat != "messages" else ""
+            return f"{chat!r} is chat data: set `format` to messages{field} to read it"
+        pair = PROMPT in names and COMPLETION in names
+        return f"{PROMPT!r} and {COMPLETION!r} are chat data: set `format` to prompt-completion" if pair else ""
 
     def document(self, row: object, where: str, at: str, domain: str) -> Document | BadRow:
         """Make a document of a record.
@@ -100,15 +116,32 @@ class Fields:
         try:
             if isinstance(row, dict):
                 self.require(row, at)
-            text = text_of(row, self.text, at)
+            text = text_of(row, self.text, at) if self.format == "text" else self._conversation(row, at)
         except BadRow as error:
             return error
         if not text.strip() and not self.blank:
             return BadRow(EMPTY, f"{at}: the field {self.text!r} is empty")
         try:
-            return Document(where, text, domain if self.domain is None else text_of(row, self.domain, at))
+            label = domain if self.domain is None else text_of(row, self.domain, at)
         except BadRow as error:
             return BadRow(WRONG_TYPE, str(error))  # a domain that is null is no empty text
+        return Document(where, text, label, format=self.format)
+
+    def _conversation(self, row: object, at: str) -> str:
+        """The JSON text of a record of chat data.
+
+        Raises:
+            BadRow: if the record holds no conversation.
+        """
+        if not isinstance(row, dict):
+            message = f"{at}: expected an object with the field {self.text!r}, got {type(row).__name__}"
+            raise BadRow(MALFORMED, message)
+        if row[self.text] is None:
+            raise BadRow(NULL, f"{at}: the field {self.text!r} is null")
+        try:
+            return conversation_text(row, self.text, self.format)
+        except ValueError as error:
+            raise BadRow(NOT_CHAT, f"{at}: {error}; fix or remove the row") from None
 
 
 def select_documents(rows: Iterable[Document | BadRow], name: str, fields: Fields, remedy: str) -> Iterator[Document]:
@@ -138,13 +171,14 @@ def select_documents(rows: Iterable[Document | BadRow], name: str, fields: Field
                 yield row
     finally:
         if skipped:
-            notify(f"{name}: {_summary(skipped)}")
+            notify(f"{name}: {skip_summary(skipped)}")
     if empty:
-        reason = f"{_summary(skipped)}, the first: {first}" if first else remedy
+        reason = f"{skip_summary(skipped)}, the first: {first}" if first else remedy
         raise UserError(f"{name}: holds no text; {reason}")
 
 
-def _summary(skipped: Counter[str]) -> str:
+def skip_summary(skipped: Counter[str]) -> str:
+    """E.g. ``3 documents skipped (2 null, 1 malformed)``, from the number of each reason."""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
     return f"{plural(skipped.total(), 'document')} skipped ({reasons})"
 
@@ -166,8 +200,8 @@ def text_of(row: object, field: str, where: str) -> str:
     if isinstance(text, list) and text and isinstance(text[0], dict):
         raise BadRow(
             WRONG_TYPE,
-            f"{where}: chat data (a list in the field {field!r}) is not supported yet; the fields are {_list(row)}: "
-            "name one of strings",
+            f"{where}: the field {field!r} is chat data (a list of objects), not text: set `format` to messages to "
+            "read it",
         )
     if not isinstance(text, str):
         kind = type(text).__name__

@@ -21,7 +21,8 @@ def document_stream(store: TokenStore, split: str, start: int, stop: int) -> Str
     lengths = np.diff(np.maximum(store.offsets(split, within), start), append=stop)
     domains = store.domains or ("",)
     names = tuple(domains[domain] for domain in store.domains_of(split, within).tolist())
-    return Stream(store.read(split, start, stop), np.repeat(np.arange(len(names)), lengths), names)
+    numbers = np.repeat(np.arange(len(names)), lengths)
+    return Stream(store.read(split, start, stop), numbers, names, store.targets(split, start, stop))
 
 
 def evenly_spaced(count: int, of: int) -> NDArray[np.int64]:
@@ -48,7 +49,13 @@ def window_stream(store: TokenStore, split: str, windows: NDArray[np.integer], l
         for part, first in zip(parts, first_documents, strict=True)
         for n, name in enumerate(part.domains)
     }
-    return Stream(np.concatenate([part.ids for part in parts]), documents, tuple(domains[n] for n in unique.tolist()))
+    masks = [part.targets for part in parts if part.targets is not None]
+    return Stream(
+        np.concatenate([part.ids for part in parts]),
+        documents,
+        tuple(domains[n] for n in unique.tolist()),
+        np.concatenate(masks) if masks else None,
+    )
 
 
 def heldout_stream(store: TokenStore, windows: int, length: int, skip: int = 0) -> Stream:
@@ -121,14 +128,33 @@ class DomainTokens:
             UserError: if an id is not in the vocabulary.
             ValueError: if not ``0 <= start <= stop <= tokens``, or for another split.
         """
+        pieces = [self.store.read(split, *piece) for piece in self._pieces(split, start, stop)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+
+    def targets(self, split: str, start: int, stop: int) -> NDArray[np.bool_] | None:
+        """Which of the tokens ``[start, stop)`` are targets: bool [stop - start]; None where all are.
+
+        Raises:
+            ValueError: if not ``0 <= start <= stop <= tokens``, or for another split.
+        """
+        if self.store.targets(split, 0, 0) is None:
+            return None
+        pieces = [self.store.targets(split, *piece) for piece in self._pieces(split, start, stop)]
+        return np.concatenate([np.empty(0, dtype=bool), *(piece for piece in pieces if piece is not None)])
+
+    def stream(self, split: str, start: int, stop: int) -> Stream:
+        """The tokens ``[start, stop)`` with their documents, whose domains are left out, and their targets."""
+        numbers = np.cumsum(self.positions(split, start, stop) == 0) - 1
+        names = ("",) * (int(numbers[-1]) + 1 if len(numbers) else 0)
+        return Stream(self.read(split, start, stop), numbers, names, self.targets(split, start, stop))
+
+    def _pieces(self, split: str, start: int, stop: int) -> list[tuple[int, int]]:
+        """Where the tokens ``[start, stop)`` of the new order lie in the split, document by document."""
         within = self.documents_in(split, start, stop)
         starts = self._starts[within.start : within.stop + 1]
         begins, ends = np.maximum(starts[:-1], start), np.minimum(starts[1:], stop)
         moved = self._sources[within.start : within.stop] - starts[:-1]
-        pieces = [np.empty(0, dtype=np.int64)]
-        for begin, end in zip((begins + moved).tolist(), (ends + moved).tolist(), strict=True):
-            pieces.append(self.store.read(split, begin, end))
-        return np.concatenate(pieces)
+        return list(zip((begins + moved).tolist(), (ends + moved).tolist(), strict=True))
 
     def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]:
         """Position of each token in its document: int64 [stop - start].

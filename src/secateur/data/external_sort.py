@@ -13,15 +13,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from secateur.data.encode import ROW, EncodedBlock
+from secateur.data.encode import ROW, EncodedBlock, Skipped
 from secateur.errors import UserError
 from secateur.files import read_json, sync_tree, write_json
 
@@ -39,7 +40,7 @@ class Bucket:
     """Distinct documents in order: ``rows`` of dtype ROW, and their concatenated ``ids``."""
 
     rows: NDArray[np.void]
-    ids: NDArray[np.unsignedinteger]
+    ids: NDArray[Any]
 
 
 class SortedRuns:
@@ -47,13 +48,14 @@ class SortedRuns:
 
     Args:
         folder: used by nothing else.
+        dtype: of the blocks' ids.
 
     Attributes:
-        documents: number of documents stored in finished runs.
+        documents: number of documents of the source that finished runs account for, skipped ones included.
         complete: whether the source has been read completely.
     """
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: DTypeLike) -> None:
         self.folder, self.dtype = folder, np.dtype(dtype).newbyteorder("<")
         for half in folder.glob("*.half"):
             shutil.rmtree(half)
@@ -63,12 +65,21 @@ class SortedRuns:
         self._tokens = sum(run["tokens"] for run in self._metadata)
         self._blocks: list[EncodedBlock] = []
         self._bytes = 0
+        self._pending = Skipped()  # of the blocks
         self._names: dict[str, int] = {name: i for i, name in enumerate(self.domains)}
 
     @property
     def tokens(self) -> int:
         """Tokens added so far, including those of duplicates."""
         return self._tokens
+
+    @property
+    def skipped(self) -> Skipped:
+        """The documents of finished runs that were not encoded."""
+        total = Skipped()
+        for run in self._metadata:
+            total.update(Skipped(Counter(run.get("skipped", {})), run.get("first_skipped", "")))
+        return total
 
     @property
     def domains(self) -> list[str]:
@@ -83,7 +94,8 @@ class SortedRuns:
         """
         rows = block.rows.copy()
         rows["place"] = self._position + np.arange(len(rows))
-        self._position += len(rows)
+        self._position += len(rows) + block.skipped.reasons.total()
+        self._pending.update(block.skipped)
         self._tokens += len(block.ids)
         for name in block.domains:
             self._names.setdefault(name, len(self._names))
@@ -125,10 +137,11 @@ class SortedRuns:
         name = f"run-{len(self._metadata):06}"
         metadata = {
             "name": name,
-            "documents": len(run.rows),
+            "documents": len(run.rows) + self._pending.reasons.total(),
             "tokens": len(run.ids),
             "bytes": run.rows.nbytes + run.ids.nbytes,
             "domains": names,
+            **({"skipped": self._pending.reasons, "first_skipped": self._pending.first} if self._pending.first else {}),
         }
         half = self.folder / f"{name}.half"
         half.mkdir()
@@ -143,8 +156,8 @@ class SortedRuns:
         sync_tree(half)
         os.rename(half, self.folder / name)
         self._metadata.append(metadata)
-        self.documents += len(run.rows)
-        self._blocks, self._bytes = [], 0
+        self.documents += metadata["documents"]
+        self._blocks, self._bytes, self._pending = [], 0, Skipped()
 
 
 class _Run:
@@ -154,7 +167,7 @@ class _Run:
         self.folder, self.dtype = folder, dtype
         self.domains = np.array([index[name] for name in metadata["domains"]], dtype="<u2")
 
-    def read(self, first: int, last: int) -> tuple[NDArray[np.void], NDArray[np.unsignedinteger]]:
+    def read(self, first: int, last: int) -> tuple[NDArray[np.void], NDArray[Any]]:
         """The rows between two fences, and their ids."""
         fences = self._part("fences", _FENCE, 2 * first, 2 * (last + 1)).reshape(-1, 2)
         (row, token), (row_end, token_end) = fences[0].tolist(), fences[-1].tolist()
@@ -170,7 +183,7 @@ class _Run:
         return values
 
 
-def _sorted(parts: Iterable[tuple[NDArray[np.void], NDArray[np.unsignedinteger]]], *, distinct: bool = True) -> Bucket:
+def _sorted(parts: Iterable[tuple[NDArray[np.void], NDArray[Any]]], *, distinct: bool = True) -> Bucket:
     """Merge rows and their ids in order; ``distinct`` drops duplicates but for the first."""
     rows, ids = map(list, zip(*parts, strict=True))
     merged, flat = np.concatenate(rows), np.concatenate(ids)

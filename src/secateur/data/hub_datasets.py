@@ -160,7 +160,7 @@ class SavedDataset:
         except Exception as error:  # of any class, as its files are damaged
             raise UserError(f"{self.folder}: not a readable dataset: {first_line(error)}; save it again") from None
         self.fields.require(dataset.column_names, self.name, "column")
-        dataset = dataset.select_columns(self.fields.names)  # images need not be decoded
+        dataset = dataset.select_columns(self.fields.columns(dataset.column_names))  # images need not be decoded
         number = 0
         while number < len(dataset):
             try:

@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from secateur.data.build import BuildResult, Holdout, hash_splits, write_splits
+from secateur.data.chat import check_format
+from secateur.data.conversations import field_name
 from secateur.data.encode import Encoder
 from secateur.data.manifest import FORMAT, smallest_dtype, write_manifest
 from secateur.data.request import CorpusRequest
@@ -57,6 +59,7 @@ _LABELS = {
         key: f"`{key}`"
         for key in ("source", "field", "on_bad_row", "split", "domain", "documents", "holdout", "seed", "shard_tokens")
     },
+    "rows": "`format`",
 }
 
 
@@ -71,11 +74,14 @@ def build(request: CorpusRequest) -> Corpus:
     out = Path(request.out)
     require_new_directory(out)
     tokenizer = load_tokenizer(local_checkpoint(request.tokenizer, weights=False))
+    if _is_chat(request):
+        check_format(tokenizer, request.format)
     source = _open_source(request, out)
     identity = _identity(request, source, tokenizer)
     configure_threads(threads=1)  # a worker is a process; threads inside would only fight the other workers
     vocabulary = id_bound(tokenizer)
-    encoder = Encoder(tokenizer, vocabulary, smallest_dtype(vocabulary), request.seed)
+    chat, on_bad_row = _is_chat(request), request.on_bad_row or "error"
+    encoder = Encoder(tokenizer, vocabulary, smallest_dtype(vocabulary), request.seed, chat, on_bad_row)
     with _report_full_disk(out), resumable_directory(out, identity, resume=True, labels=_LABELS) as (fresh, work):
         tokenizer.save_pretrained(fresh / "tokenizer")
         built = write_splits(
@@ -101,7 +107,8 @@ def _open_source(request: CorpusRequest, out: Path) -> Source:
     """Open the source, and report fields that have no effect on it."""
     name, field, split, domain = request.source, request.field, request.split, request.domain
     scheme, _, rest = name.partition(":")
-    idle = [("field", field), ("on_bad_row", request.on_bad_row)] if is_tokenized(name) else []
+    texts = [("field", field), ("format", request.format), ("on_bad_row", request.on_bad_row)]
+    idle = texts if is_tokenized(name) else []
     idle += [("split", split)] if scheme not in ("hf", "arrow") else []
     for option, value in idle:
         if value is not None:
@@ -114,6 +121,7 @@ def _open_source(request: CorpusRequest, out: Path) -> Source:
             field=field,
             split=split or "train",
             domain=domain,
+            format=request.format,
             on_bad_row=request.on_bad_row,
             besides=TOKEN_SOURCE_FORMS,
         )
@@ -121,6 +129,11 @@ def _open_source(request: CorpusRequest, out: Path) -> Source:
     if rest and folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{out}: lies inside the source; name a directory elsewhere")
     return source
+
+
+def _is_chat(request: CorpusRequest) -> bool:
+    """Whether the source's records are conversations or pairs."""
+    return request.format not in (None, "text") and not is_tokenized(request.source)
 
 
 def _identity(request: CorpusRequest, source: Source, tokenizer: Any) -> dict[str, Any]:
@@ -132,8 +145,9 @@ def _identity(request: CorpusRequest, source: Source, tokenizer: Any) -> dict[st
         "format": FORMAT,
         "source": source.name,
         "source_sha256": source.digest(),
-        "field": request.field or "text",
-        # The default has no key, so that it leaves older unfinished runs their identity.
+        "field": request.field or field_name(request.format or "text"),
+        # Defaults have no key, so that they leave older unfinished runs their identity.
+        **({"rows": request.format} if _is_chat(request) else {}),
         **({"on_bad_row": "skip"} if request.on_bad_row == "skip" else {}),
         "split": request.split or "train",
         "domain": request.domain,
@@ -175,12 +189,15 @@ def _record(
 ) -> dict[str, Any]:
     store = TokenStore(out)
     tokens = {split: entry.tokens for split, entry in built.splits.items()}
+    targets = {split: entry.targets for split, entry in built.splits.items()}
     return {
         "out": str(out),
         **{key: identity[key] for key in ("source", "source_sha256")},
         "documents": {split: entry.documents for split, entry in built.splits.items()},
         "duplicates": built.duplicates,
         "tokens": tokens,
+        # Tokens that the loss is on, where these are not all.
+        **({"targets": targets} if any(targets.values()) else {}),
         "bytes": built.bytes,
         # None, not 0, where the documents came as ids: their text is unknown.
         "bytes_per_token": {split: size / tokens[split] if size else None for split, size in built.bytes.items()},

@@ -9,12 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import NonNegativeInt
 
-from secateur.config import RUNTIME, Positive, spec
+from secateur.config import RUNTIME, IdentityKey, Positive, spec
 from secateur.files import sha256_tree, write_json
 
 __all__ = ["FORMAT", "Column", "Manifest", "Shard", "Split", "smallest_dtype", "write_manifest"]
 
 FORMAT = 2  #: version of the folder's format; other versions are refused
+
+
+@spec
+class Column:
+    """A file with one number for each document, or for each token of a shard."""
+
+    file: str
+    sha256: str
 
 
 @spec
@@ -24,14 +32,7 @@ class Shard:
     file: str
     tokens: Positive
     sha256: str
-
-
-@spec
-class Column:
-    """A file with one number per document."""
-
-    file: str
-    sha256: str
+    targets: Annotated[Column | None, IdentityKey(omit=None)] = None  #: bool; None where every token is a target
 
 
 @spec
@@ -47,6 +48,8 @@ class Split:
     #: of all tokens; a tokenizer may have more ids than its model has rows. It follows from the shards; older manifests
     #: lack it
     largest_id: Annotated[NonNegativeInt | None, RUNTIME] = None
+    #: tokens that are targets; None where all are. It follows from the shards
+    targets: Annotated[NonNegativeInt | None, RUNTIME] = None
 
 
 @spec

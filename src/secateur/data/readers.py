@@ -56,6 +56,8 @@ def read_plain(path: Path, where: str, fields: Fields, domain: str = "") -> Iter
         data = file.read()
     if b"\0" in data:
         raise UserError(f"{path}: a binary file; name UTF-8 text, {FORMATS.removeprefix('.txt, ')}")
+    if fields.format != "text":
+        raise UserError(f"{path}: plain text has no {fields.format}; name files with fields, such as .jsonl")
     if fields.domain is not None:
         raise UserError(f"{path}: plain text has no field {fields.domain!r} for a domain; name files with fields")
     try:
@@ -161,8 +163,9 @@ def read_csv(path: Path, where: str, fields: Fields, domain: str = "") -> Iterat
 
 def _checked(row: object, fields: Fields, at: str) -> BadRow | None:
     """A record with bytes that are not UTF-8, as "surrogateescape" decodes them."""
-    values = [row.get(name) for name in fields.names] if isinstance(row, dict) else []
-    if any(isinstance(value, str) and _UNDECODED.search(value) for value in values):
+    values = [row.get(name) for name in fields.columns(row)] if isinstance(row, dict) else []
+    texts = (json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for value in values)
+    if any(isinstance(text, str) and _UNDECODED.search(text) for text in texts):
         return BadRow(INVALID_UTF8, f"{at}: not UTF-8; convert the file")
     return None
 
@@ -179,7 +182,7 @@ def read_parquet(path: Path, where: str, fields: Fields, domain: str = "") -> It
         with pq.ParquetFile(path) as file:
             fields.require(file.schema_arrow.names, str(path), "column")
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=fields.names):
+            for batch in file.iter_batches(batch_size=1024, columns=fields.columns(file.schema_arrow.names)):
                 for row in _rows(batch):
                     at = f"{path}: row {number}"
                     if row is None:
@@ -215,7 +218,8 @@ def parquet_bytes(path: Path, column: str) -> int:
     except (pa.ArrowException, OSError):
         return 0  # reading the file raises the error
     chunks = (group.column(c) for group in groups for c in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+    # Columns of lists and objects have their parts below them.
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
 
 
 def text_bytes(path: Path, column: str) -> int | None:

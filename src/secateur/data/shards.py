@@ -3,6 +3,7 @@
 A folder contains ``manifest.json`` and for each split ``<split>-00000.npy``, ... (the ids), ``documents.<split>.npy``
 (int64 offset of each document's first token), ``hashes.<split>.npy`` (uint64, the first eight bytes of each document's
 SHA-256) and, if documents have several domains, ``domains.<split>.npy`` (uint16 index into the manifest's names).
+Beside the ids of conversations lie ``targets.<split>-00000.npy``, ... (bool, true for what the assistant says).
 The tokenizer is in ``tokenizer/``. The manifest is written last: a folder without it is not a store.
 """
 
@@ -36,6 +37,8 @@ class ShardWriter:
 
     Args:
         shard_tokens: tokens in each file except the last.
+        domains: whether documents have several domains.
+        targets: whether some tokens are no targets, so that each shard has a file that marks those that are.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class ShardWriter:
         shard_tokens: int = SHARD_TOKENS,
         *,
         domains: bool = False,
+        targets: bool = False,
     ) -> None:
         if shard_tokens < 1:
             raise ValueError(f"a shard holds at least one token, not {shard_tokens}")
@@ -54,6 +58,8 @@ class ShardWriter:
         kinds = {"documents": "i8", "hashes": "u8", **({"domains": "u2"} if domains else {})}
         self._columns = {kind: ColumnWriter(folder / f"{kind}.{split}.npy", size) for kind, size in kinds.items()}
         self._shard: ColumnWriter | None = None  # current, not full
+        self._mask: ColumnWriter | None = None  # of its targets
+        self.targets: int | None = 0 if targets else None
         self._shards: list[Shard] = []
 
     def append(self, ids: NDArray[np.integer], *, digest: bytes | None = None, domain: int = 0) -> None:
@@ -77,6 +83,7 @@ class ShardWriter:
         lengths: Sequence[int] | NDArray[np.integer],
         hashes: NDArray[np.uint64],
         domains: Sequence[int] | NDArray[np.integer],
+        targets: NDArray[np.bool_] | None = None,
     ) -> None:
         """Add documents whose concatenated ``ids`` have the dtype of the split.
 
@@ -85,6 +92,7 @@ class ShardWriter:
             lengths: tokens of each document, of shape [documents].
             hashes: first eight bytes of each document's SHA-256, of shape [documents].
             domains: index of each document's domain, of shape [documents]; ignored without that column.
+            targets: of shape [tokens], for a split with targets.
         """
         ends = self.tokens + np.cumsum(np.asarray(lengths, dtype=np.int64))
         self._columns["documents"].write(ends - lengths)
@@ -94,10 +102,17 @@ class ShardWriter:
         self.tokens += len(ids)
         self.documents += len(ends)
         self.largest_id = max(self.largest_id, int(ids.max(initial=0)))
+        if targets is not None and self.targets is not None:
+            self.targets += int(targets.sum())
         while len(ids):
             self._shard = self._shard or ColumnWriter(self._path(), self.dtype)
-            part, ids = np.split(ids, [self.shard_tokens - self._shard.length])
+            room = self.shard_tokens - self._shard.length
+            part, ids = np.split(ids, [room])
             self._shard.write(part)
+            if targets is not None and self.targets is not None:
+                self._mask = self._mask or ColumnWriter(self._path("targets."), np.bool_)
+                part, targets = np.split(targets, [room])
+                self._mask.write(part)
             if self._shard.length == self.shard_tokens:
                 self._finish_shard()
 
@@ -121,21 +136,23 @@ class ShardWriter:
             domains=columns.get("domains"),
             shards=tuple(self._shards),
             largest_id=self.largest_id,
+            targets=self.targets,
         )
 
     def abandon(self) -> None:
         """Close the files as they are, e.g. after an error."""
-        for column in [*self._columns.values(), *([self._shard] if self._shard else [])]:
+        for column in [*self._columns.values(), *filter(None, (self._shard, self._mask))]:
             column.abandon()
 
-    def _path(self) -> Path:
-        return self.folder / f"{self.split}-{len(self._shards):05}.npy"
+    def _path(self, prefix: str = "") -> Path:
+        return self.folder / f"{prefix}{self.split}-{len(self._shards):05}.npy"
 
     def _finish_shard(self) -> None:
         assert self._shard is not None
         tokens, name = self._shard.length, self._shard.path.name
-        self._shards.append(Shard(file=name, tokens=tokens, sha256=self._shard.close()))
-        self._shard = None
+        targets = Column(file=self._mask.path.name, sha256=self._mask.close()) if self._mask else None
+        self._shards.append(Shard(file=name, tokens=tokens, sha256=self._shard.close(), targets=targets))
+        self._shard = self._mask = None
 
 
 class TokenStore:
@@ -234,22 +251,42 @@ class TokenStore:
             ValueError: if not ``0 <= start <= stop``.
         """
         self._check_slice(split, start, stop)
-        out, filled = np.empty(stop - start, dtype=np.int64), 0
-        bounds, shards = self._bounds[split], self.manifest.splits[split].shards
-        at = int(np.searchsorted(bounds, start, side="right")) - 1
-        while filled < len(out):
-            shard = self._map(shards[at].file, self.manifest.dtype, shards[at].tokens)
-            first = start + filled - int(bounds[at])
-            part = shard[first : first + len(out) - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-            at += 1
+        out = np.empty(stop - start, dtype=np.int64)
+        self._fill(out, split, start, [shard.file for shard in self.manifest.splits[split].shards], self.manifest.dtype)
         if len(out) and out.max() >= self.vocabulary:
             raise UserError(
                 f"{self.folder}: an id of {int(out.max())} among tokens {start} to {stop} of {split!r}, beyond the "
                 f"vocabulary of {self.vocabulary}: the files are damaged; build the data again"
             )
         return out
+
+    def targets(self, split: str, start: int, stop: int) -> NDArray[np.bool_] | None:
+        """Which of the tokens ``[start, stop)`` are targets of a loss: bool [stop - start]; None where all are.
+
+        Raises:
+            UserError: if the split has fewer than ``stop`` tokens.
+            ValueError: if not ``0 <= start <= stop``.
+        """
+        self._check_slice(split, start, stop)
+        files = [shard.targets.file for shard in self.manifest.splits[split].shards if shard.targets]
+        if not files:
+            return None
+        out = np.empty(stop - start, dtype=bool)
+        self._fill(out, split, start, files, "bool")
+        return out
+
+    def _fill(self, out: NDArray[Any], split: str, start: int, files: Sequence[str], dtype: str) -> None:
+        """Copy values from ``start`` on out of the files of a split's shards."""
+        bounds, shards = self._bounds[split], self.manifest.splits[split].shards
+        at = int(np.searchsorted(bounds, start, side="right")) - 1
+        filled = 0
+        while filled < len(out):
+            values = self._map(files[at], dtype, shards[at].tokens)
+            first = start + filled - int(bounds[at])
+            part = values[first : first + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            at += 1
 
     def chunks(self, split: str, tokens: int = 2**20) -> Iterator[NDArray[np.int64]]:
         """Iterate over the ids of a split, ``tokens`` at a time."""
@@ -309,8 +346,8 @@ class TokenStore:
             UserError: at the first file that has changed.
         """
         for split in self.manifest.splits.values():
-            columns = [column for column in (split.offsets, split.hashes, split.domains) if column]
-            for entry in [*split.shards, *columns]:
+            columns = [split.offsets, split.hashes, split.domains, *(shard.targets for shard in split.shards)]
+            for entry in [*split.shards, *filter(None, columns)]:
                 if sha256_file(self.folder / entry.file) != entry.sha256:
                     self._changed(entry.file)
         if self.manifest.tokenizer_sha256 not in (None, sha256_tree(self.tokenizer)):
@@ -346,8 +383,12 @@ class TokenStore:
         self._open(split.hashes.file, "uint64", split.documents)
         if split.domains is not None:
             self._open(split.domains.file, "uint16", split.documents)
+        if len({shard.targets is None for shard in split.shards}) > 1:
+            raise UserError(f"{self.folder}: some shards of {name!r} have targets, others none; build the data again")
         for shard in split.shards:
             self._open(shard.file, self.manifest.dtype, shard.tokens)
+            if shard.targets is not None:
+                self._open(shard.targets.file, "bool", shard.tokens)
 
     def _open(self, name: str, dtype: str, length: int) -> NDArray:
         if Path(name).name != name or name == "..":

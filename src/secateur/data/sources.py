@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from secateur.data.conversations import RowFormat, field_name
 from secateur.data.documents import BadRow, Document, Fields, OnBadRow
 from secateur.data.hub_datasets import HubSource, SavedDataset, is_saved
 from secateur.data.installed_code import FOREIGN, PACKAGES, package_source
@@ -52,6 +53,7 @@ def open_source(
     *,
     field: str | None = None,
     default_field: str = "text",
+    format: RowFormat | None = None,
     split: str = "train",
     domain: str | None = None,
     blank: bool = False,
@@ -66,8 +68,10 @@ def open_source(
         source: ``stdlib`` (Python's standard library), ``python`` (the same plus the packages that secateur needs),
             ``text:PATH`` (a file, or a folder of files of ``TEXT_EXTENSIONS``) or ``hf:NAME[:config]`` (a dataset of
             the Hugging Face Hub, or a local folder of one).
-        field: the key or column with the text, where records have keys; None for ``default_field``.
-        default_field: as ``field``, and ignored where records have no keys.
+        field: the key or column with the text, or with the messages, where records have keys; None for
+            ``default_field``, or ``messages``.
+        default_field: as ``field``, for text, and ignored where records have no keys.
+        format: of the records: ``text`` (also for None), ``messages``, or ``prompt-completion``.
         domain: the key or column that names a document's domain; None for the first subfolder, see
             ``folder_domain``.
         blank: whether to include documents of white space only, e.g. the empty lines of a text.
@@ -76,7 +80,7 @@ def open_source(
         besides: further forms that the caller accepts, e.g. ``tokens:FILE.npy``, for error messages.
 
     Raises:
-        UserError: for an unknown scheme, a missing path, or a ``field`` of a source without fields.
+        UserError: for an unknown scheme, a missing path, or a ``field`` or ``format`` of a source without fields.
     """
     scheme, _, rest = source.partition(":")
     if scheme not in _SCHEMES or bool(rest) == (scheme in _BUILT_IN):
@@ -92,15 +96,16 @@ def open_source(
         else:
             hint = did_you_mean(scheme, [form.partition(":")[0] for form in forms])
         raise UserError(f"{source!r} is not a source, which is {', '.join(forms[:-1])} or {forms[-1]}{hint}")
-    opened = _SCHEMES[scheme](
-        rest, Fields(default_field if field is None else field, domain, blank, on_bad_row or "error"), split
-    )
-    if (
-        field not in (None, "text")
-        and isinstance(opened, FileSource)
-        and not any(map(has_fields, opened.files.values()))
-    ):
-        raise UserError(f"`field`: {source} is plain text, which has no field {field!r}; leave it out")
+    format = format or "text"
+    if format == "prompt-completion" and field not in (None, "prompt"):
+        raise UserError(f"`field`: {format} reads the fields prompt and completion, not {field!r}; leave it out")
+    name = field_name(format, default_field) if field is None else field
+    opened = _SCHEMES[scheme](rest, Fields(name, domain, blank, on_bad_row or "error", format), split)
+    if isinstance(opened, FileSource) and not any(map(has_fields, opened.files.values())):
+        if format != "text":
+            raise UserError(f"`format`: {source} is plain text, which has no {format}; name a .jsonl or .parquet file")
+        if field not in (None, "text"):
+            raise UserError(f"`field`: {source} is plain text, which has no field {field!r}; leave it out")
     return opened
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur import progress
-from secateur.data.documents import Document
-from secateur.data.encode import encode_texts
+from secateur.data.documents import Document, OnBadRow
+from secateur.data.encode import Skipped, encode_rows
 from secateur.errors import UserError
 from secateur.files import refuse_pointer
 from secateur.formatting import plural
@@ -168,32 +168,49 @@ class Stream:
     ids: NDArray[np.int64]  #: [tokens]
     documents: NDArray[np.int64]  #: index of each token's document, [tokens]
     domains: tuple[str, ...]  #: of each document
+    targets: NDArray[np.bool_] | None = None  #: whether each token is a target of a loss, [tokens]; None where all are
 
 
 def encode_documents(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    *,
+    on_bad_row: OnBadRow | None = None,
+    targets: bool = True,
 ) -> Stream:
     """Encode documents, reading no more than necessary.
 
     Args:
         limit: maximal number of tokens; None for all.
+        on_bad_row: what becomes of a conversation that cannot be encoded; None for ``error``.
+        targets: whether to mark the targets of conversations, which they must have then.
+
+    Raises:
+        UserError: for a conversation that cannot be encoded, unless it is skipped.
     """
     parts: list[NDArray[np.int64]] = []
+    masks: list[NDArray[np.bool_]] = []
+    skipped = Skipped()
     domains: list[str] = []
     total = 0
     with progress.track("tokenize", limit or 1) as task:
         for batch in batches(documents, 16):
-            rows = encode_texts(tokenizer, [document.text for document in batch])
-            parts += rows
-            domains += [document.domain for document in batch]
-            size = sum(map(len, rows))
+            pairs, bad = encode_rows(tokenizer, batch, on_bad_row=on_bad_row or "error", targets=targets)
+            skipped.update(bad)
+            parts += [row.ids for _, row in pairs]
+            masks += [row.targets for _, row in pairs if row.targets is not None]
+            domains += [document.domain for document, _ in pairs]
+            size = sum(len(row.ids) for _, row in pairs)
             total += size
             task.advance(size if limit else 0, plural(total, "token"))
             if limit is not None and total >= limit:
                 break
+    if skipped.first:
+        progress.notify(f"chat data: {skipped}")
     ids = np.concatenate([np.zeros(0, dtype=np.int64), *parts])[:limit]
     numbers = np.repeat(np.arange(len(parts)), [len(part) for part in parts])[:limit]
-    return Stream(ids, numbers, tuple(domains))
+    return Stream(ids, numbers, tuple(domains), np.concatenate(masks)[:limit] if masks else None)
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -168,8 +168,20 @@ def _protocols(request: EvaluateRequest, checkpoint: Checkpoint) -> dict[str, Pr
     cut["on_bad_row"] = request.on_bad_row
     protocols = {}
     if request.data:
-        protocols[LOSS] = heldout_protocol(checkpoint, request.data, field=request.field, **cut)
+        fields = {"field": request.field, "format": request.format}
+        protocols[LOSS] = heldout_protocol(checkpoint, request.data, **fields, **cut)
+        _report_targets(protocols[LOSS])
     return protocols | text_protocols(checkpoint, request.measured.texts, data=request.text_data, **cut)
+
+
+def _report_targets(protocol: Protocol) -> None:
+    """Print how much of chat data the loss is on."""
+    if protocol.targets:
+        total = sum(part.numel() for part in protocol.windows)
+        notify(
+            f"{protocol.source}: the loss is on {plural(protocol.tokens, 'target')} of {plural(total, 'token')}, those "
+            "of the assistant; attention stays within conversations"
+        )
 
 
 def _output_files(request: EvaluateRequest, names: Sequence[str]) -> list[Path | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from secateur.data.tokenizer import Stream, token_hash
 from secateur.errors import UserError
 from secateur.evaluation.results import Measurement
 from secateur.formatting import plural
-from secateur.losses.next_token import model_loss
+from secateur.losses.next_token import IGNORE_INDEX, model_loss
 from secateur.runtime import pick_batch
 
 __all__ = ["Losses", "Protocol", "measure_loss", "token_losses", "window_losses"]
@@ -30,7 +30,7 @@ class Protocol:
     """The windows that a loss is measured on. Losses of different fingerprints are never compared.
 
     Every window is read on its own. Its first tokens are context only: one token, or, where windows overlap, those that
-    the window before predicts.
+    the window before predicts. Of chat data the loss is on targets alone, and attention stays within conversations.
     """
 
     windows: tuple[Tensor, ...]  #: int64 ids, [windows, positions] each; several parts if sizes or contexts differ
@@ -40,6 +40,9 @@ class Protocol:
         Tensor, ...
     ] = ()  #: document number of each token, shaped like ``windows``; empty where documents are not known
     domains: tuple[str, ...] = ()  #: of each document, by its number
+    targets: tuple[
+        Tensor, ...
+    ] = ()  #: bool, whether each token is predicted, shaped like ``windows``, false in contexts; empty where all are
     name: str = ""  #: of a named protocol, e.g. ``heldout/c4``
     split: str | None = None  #: of the dataset
     stride: int | None = None  #: tokens from the start of a window to that of the next; None for the window's length
@@ -67,7 +70,7 @@ class Protocol:
             whole: leave out a shorter last window.
 
         Raises:
-            UserError: if there are fewer than two tokens, or, with ``whole``, no whole window.
+            UserError: if there are fewer than two tokens, or, with ``whole``, no whole window; or if none is a target.
         """
         ids = stream.ids if isinstance(stream, Stream) else stream
         if ids.size < 2:
@@ -96,16 +99,37 @@ class Protocol:
             fields["contexts"] = tuple(context for _, context, _ in groups)
         if isinstance(stream, Stream):
             fields |= {"documents": cut(stream.documents), "domains": stream.domains}
+        if isinstance(stream, Stream) and stream.targets is not None:
+            fields["targets"] = cut(stream.targets)
+            for mask, (_, context, _) in zip(fields["targets"], groups, strict=True):
+                mask[:, :context] = False
+            if not any(mask.any() for mask in fields["targets"]):
+                raise UserError(f"{source}: no token is the assistant's; there is nothing to predict")
         return cls(cut(ids), source, **fields)
 
     @property
     def tokens(self) -> int:
         """Number of predicted tokens."""
+        if self.targets:
+            return sum(int(mask.sum()) for mask in self.targets)
         return sum(part.shape[0] * (part.shape[1] - context) for part, context in self.parts())
 
     def parts(self) -> list[tuple[Tensor, int]]:
         """Windows of one size, [windows, positions], each part with its number of context tokens in a window."""
         return list(zip(self.windows, self.contexts or (1,) * len(self.windows), strict=True))
+
+    def batch(self, number: int, rows: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Windows of a part by their rows, as the model reads them.
+
+        Returns:
+            ids [windows, positions]; the place of each token in its conversation, of the same size, and the targets
+            [windows, positions - 1] with ``IGNORE_INDEX`` where there is none, both None where all tokens are targets.
+        """
+        ids = self.windows[number][rows]
+        if not self.targets:
+            return ids, None, None
+        targets = ids[:, 1:].where(self.targets[number][rows][:, 1:], IGNORE_INDEX)
+        return ids, _places(self.documents[number][rows]), targets
 
     def record(self) -> dict[str, Any]:
         """The identity of the protocol, its fingerprint and its descriptions."""
@@ -118,16 +142,37 @@ class Protocol:
         }
         if self.stride is not None:
             content["stride"] = self.stride
+        if self.targets:
+            places = [_places(part).numpy().reshape(-1) for part in self.documents]
+            content["targets"] = token_hash(np.concatenate([mask.numpy().reshape(-1) for mask in self.targets]))
+            content["places"] = token_hash(np.concatenate(places))
         # The same ids under another path are the same measurement.
         identity = fingerprint({k: v for k, v in content.items() if k != "source"})
         descriptions = {"name": self.name or None, "split": self.split, "bos": self.bos, "note": self.note}
         return {**{k: v for k, v in descriptions.items() if v is not None}, **content, "fingerprint": identity}
 
 
+def _places(documents: Tensor) -> Tensor:
+    """The place of each token in its document, or in the window where that began before: int64 [windows, positions].
+
+    Args:
+        documents: number of each token's document, of the same size.
+    """
+    at = torch.arange(documents.shape[1]).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return at - at.where(begins, 0).cummax(dim=1).values
+
+
 @torch.no_grad()
-def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Next-token losses (nats): ids [windows, positions] -> float32 [windows, positions - 1], without gradients."""
-    return model_loss(model, ids)[1]
+def token_losses(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor | None = None, targets: Tensor | None = None
+) -> Tensor:
+    """Next-token losses (nats): ids [windows, positions] -> float32 [windows, positions - 1], without gradients.
+
+    For ``positions`` and ``targets`` see :func:`secateur.losses.next_token.model_loss`.
+    """
+    return model_loss(model, ids, position_ids=positions, targets=targets)[1]
 
 
 @dataclass(frozen=True)
@@ -135,15 +180,25 @@ class Losses:
     """The loss of every predicted token under a protocol."""
 
     protocol: Protocol
-    losses: tuple[Tensor, ...]  #: float32 [windows, positions - 1] for each part; those of context tokens do not count
+    #: float32 [windows, positions - 1] for each part; those of context tokens do not count, and others that are no
+    #: targets are zero
+    losses: tuple[Tensor, ...]
 
     def windows(self) -> list[tuple[int, float]]:
         """The number of predicted tokens and their summed loss (nats) of each window."""
         return [
-            (part.shape[1] - context, total)
-            for (part, context), losses in zip(self.protocol.parts(), self.losses, strict=True)
-            for total in losses[:, context - 1 :].double().sum(dim=1).tolist()
+            (count, total)
+            for (part, context), losses, mask in zip(self.protocol.parts(), self.losses, self._masks(), strict=True)
+            for count, total in zip(
+                [part.shape[1] - context] * len(part) if mask is None else mask.sum(dim=1).tolist(),
+                losses[:, context - 1 :].double().sum(dim=1).tolist(),
+                strict=True,
+            )
         ]
+
+    def _masks(self) -> Sequence[Tensor | None]:
+        """The targets of each part; None where all tokens are."""
+        return self.protocol.targets or (None,) * len(self.losses)
 
     def documents(self) -> dict[int, tuple[int, float]]:
         """The number of predicted tokens and their summed loss (nats) of each document with any, by its number.
@@ -155,10 +210,11 @@ class Losses:
             return {}
         width = len(self.protocol.domains)
         counts, sums = np.zeros(width, dtype=np.int64), np.zeros(width)
-        parts = zip(self.protocol.parts(), self.losses, self.protocol.documents, strict=True)
-        for (_, context), losses, documents in parts:
+        parts = zip(self.protocol.parts(), self.losses, self.protocol.documents, self._masks(), strict=True)
+        for (_, context), losses, documents, mask in parts:
             numbers = documents[:, context:].numpy().reshape(-1)
-            counts += np.bincount(numbers, minlength=width)
+            predicted = numbers if mask is None else numbers[mask[:, context:].numpy().reshape(-1)]
+            counts += np.bincount(predicted, minlength=width)
             sums += np.bincount(numbers, losses[:, context - 1 :].double().numpy().reshape(-1), minlength=width)
         return {n: (int(counts[n]), float(sums[n])) for n in np.flatnonzero(counts).tolist()}
 
@@ -174,12 +230,12 @@ class Losses:
         return [{"domain": d, "tokens": n, "loss": total / n} for d, (n, total) in sorted(totals.items())]
 
     def positions(self) -> list[dict[str, Any]]:
-        """The mean loss by the number of tokens before the predicted one: 1, 2 to 3, 4 to 7 and so on."""
+        """The mean loss by the number of tokens before the predicted one in its window: 1, 2 to 3, 4 to 7 and so on."""
         width = max(part.shape[1] for part in self.protocol.windows)
         sums, counts = torch.zeros(width, dtype=torch.float64), torch.zeros(width, dtype=torch.int64)
-        for (part, context), losses in zip(self.protocol.parts(), self.losses, strict=True):
+        for (part, context), losses, mask in zip(self.protocol.parts(), self.losses, self._masks(), strict=True):
             sums[context : part.shape[1]] += losses[:, context - 1 :].double().sum(dim=0)
-            counts[context : part.shape[1]] += part.shape[0]
+            counts[context : part.shape[1]] += part.shape[0] if mask is None else mask[:, context:].sum(dim=0)
         buckets, start = [], 1
         while start < width:
             stop = min(2 * start, width)
@@ -205,20 +261,22 @@ class Losses:
     def summary(self) -> dict[str, Any]:
         """``loss`` (nats per predicted token), ``perplexity``, ``tokens``, and the loss by window and by document.
 
-        ``windows`` is each window's mean loss. ``documents`` is three lists of one length: each document's ``number``
-        in the protocol, its predicted ``tokens`` and their summed loss ``loss_sum`` (nats); empty where documents are
-        not known.
+        ``windows`` is each window's mean loss; of chat data windows without targets are left out, and
+        ``window_tokens`` has the number of targets of the others. ``documents`` is three lists of one length: each
+        document's ``number`` in the protocol, its predicted ``tokens`` and their summed loss ``loss_sum`` (nats); empty
+        where documents are not known.
 
         Raises:
             UserError: if the loss is not finite.
         """
-        loss, means = self.mean(), [total / count for count, total in self.windows()]
+        loss, windows = self.mean(), [window for window in self.windows() if window[0]]
         documents = self.documents()
         return {
             "loss": loss,
             "perplexity": perplexity(loss),
             "tokens": self.protocol.tokens,
-            "windows": means,
+            "windows": [total / count for count, total in windows],
+            **({"window_tokens": [count for count, _ in windows]} if self.protocol.targets else {}),
             "documents": {
                 "number": list(documents),
                 "tokens": [count for count, _ in documents.values()],
@@ -245,11 +303,12 @@ def window_losses(
     was_training = model.training
     model.eval()
     parts = []
-    for part in protocol.windows:
+    for number, part in enumerate(protocol.windows):
         losses = torch.zeros(part.shape[0], part.shape[1] - 1)
         batches = torch.arange(part.shape[0]).split(batch or pick_batch(part.shape[1], str(model.device)))
         for rows in batches[distributed.rank() :: distributed.world_size()]:
-            losses[rows] = token_losses(model, part[rows].to(model.device)).float().cpu()
+            inputs = [None if value is None else value.to(model.device) for value in protocol.batch(number, rows)]
+            losses[rows] = token_losses(model, *inputs).float().cpu()  # type: ignore[arg-type]
             if advance:
                 advance(part[rows].numel() * distributed.world_size())
         parts.append(distributed.all_reduce(losses))
@@ -265,7 +324,7 @@ def measure_loss(losses: Losses, name: str) -> Measurement:
     """
     loss = losses.mean()
     documents = losses.documents()
-    parts = documents or dict(enumerate(losses.windows()))
+    parts = documents or {number: window for number, window in enumerate(losses.windows()) if window[0]}
     items: list[dict[str, Any]] = [{"value": total / count, "tokens": count} for count, total in parts.values()]
     details: dict[str, Any] = {"perplexity": perplexity(loss), "tokens": losses.protocol.tokens}
     details |= {"by_position": losses.positions()}

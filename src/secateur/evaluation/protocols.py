@@ -7,7 +7,7 @@ figures; WikiText-103's train split is also that study's calibration text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.data.chat import begins_with_bos
 from secateur.data.documents import Document, OnBadRow
 from secateur.data.encode import encode_texts
 from secateur.data.readers import FORMATS, TEXT_EXTENSIONS
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from secateur.evaluation.loss import Protocol
 
-__all__ = ["PROTOCOLS", "SEQLEN", "WINDOWS", "Text", "begins_with_bos", "text_protocol", "text_source"]
+__all__ = ["PROTOCOLS", "SEQLEN", "WINDOWS", "Text", "text_protocol", "text_source"]
 
 WINDOWS = 256  #: the most in a protocol
 SEQLEN = 8192  #: tokens in a window, unless the model has fewer positions
@@ -121,12 +122,6 @@ def text_protocol(
         bos=begins_with_bos(tokenizer),
         note=text.note,
     )
-
-
-def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer begins each text with BOS."""
-    ids: Sequence[int] = tokenizer("a")["input_ids"]
-    return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 def _joined(rows: Iterator[Document], join: str, tokenizer: PreTrainedTokenizerBase, limit: int) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from secateur.config import AnyPath, Positive, spec
+from secateur.data.conversations import RowFormat
 from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
 from secateur.evaluation.names import check_names
@@ -31,7 +32,9 @@ class EvaluateRequest:
         few_shot: examples in each prompt of a task; None for as many as the task says.
         text_data: folder with c4.jsonl ...; None for the Hugging Face Hub.
         protocol: of the perplexities: ``heldout`` or ``paper-train-split``.
-        field: the field of the text where records have fields; None for ``text``.
+        field: the field of the text, or of the messages, where records have fields; None for ``text`` or ``messages``.
+        format: of the records of ``data``: ``text`` (also for None), ``messages`` or ``prompt-completion``. The loss of
+            the last two is on what the assistant says alone.
         on_bad_row: what becomes of a record that is malformed or not text: ``error`` (also for None) or ``skip``.
         windows: windows at most.
         seqlen: tokens in a window.
@@ -55,6 +58,7 @@ class EvaluateRequest:
     text_data: str | None = None
     protocol: str = "heldout"
     field: str | None = None
+    format: RowFormat | None = None
     on_bad_row: OnBadRow | None = None
     windows: Positive | None = None
     seqlen: Positive | None = None

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from secateur.data.chat import begins_with_bos, check_format
+from secateur.data.conversations import RowFormat
 from secateur.data.documents import Document, OnBadRow
 from secateur.data.domains import document_stream, heldout_stream
-from secateur.data.encode import encode_texts
+from secateur.data.encode import encode_rows
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.token_files import is_token_file, read_token_file
@@ -20,7 +22,6 @@ from secateur.data.tokenizer import Stream, batches, check_ids, encode_documents
 from secateur.data.tokenizer_match import check_encoded_for
 from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol
-from secateur.evaluation.protocols import begins_with_bos
 from secateur.formatting import every, plural
 from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import Checkpoint, max_positions
@@ -50,6 +51,7 @@ def calibration_windows(
     source: str | Iterable[str],
     *,
     field: str | None = None,
+    format: RowFormat | None = None,
     on_bad_row: OnBadRow | None = None,
     windows: int | None = None,
     seqlen: int | None = None,
@@ -57,10 +59,14 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Cut calibration text into windows: int64 ids [windows, positions].
 
+    Conversations lie end to end, as other documents do, and all of their tokens count. One that ends with the user's
+    turn gets the prompt that asks for an answer.
+
     Args:
         checkpoint: the model whose vocabulary and positions apply.
         source: a source of text, ``tokens:FILE.npy``, or texts.
-        field: the text's field where records have fields; None for ``text``.
+        field: the text's field where records have fields; None for ``text``, or ``messages``.
+        format: of the records, see :func:`secateur.data.sources.open_source`.
         on_bad_row: what becomes of a record that is malformed or not text; None for ``error``.
         windows: the most windows; None for :data:`CALIBRATION_WINDOWS`.
         seqlen: tokens in a window; None for :data:`SEQLEN`.
@@ -69,11 +75,12 @@ def calibration_windows(
     Raises:
         UserError: if the source cannot be read, does not fit the model, or is shorter than one window.
     """
+    fields: dict[str, Any] = {"field": field, "format": format, "on_bad_row": on_bad_row}
     if isinstance(source, str) and is_token_file(source):
-        return torch.from_numpy(_read_file(checkpoint, source, windows, seqlen, field=field, on_bad_row=on_bad_row))
+        return torch.from_numpy(_read_file(checkpoint, source, windows, seqlen, **fields))
     limit = windows or CALIBRATION_WINDOWS
     tokens = limit * window_length(checkpoint, seqlen)
-    stream, length, _ = _encode(checkpoint, source, tokens, seqlen, tokenizer, field=field, on_bad_row=on_bad_row)
+    stream, length, _ = _encode(checkpoint, source, tokens, seqlen, tokenizer, targets=False, **fields)
     ids = stream.ids
     cut = ids[: ids.size // length * length].reshape(-1, length)
     if not len(cut):
@@ -91,6 +98,7 @@ def document_windows(
     source: str,
     *,
     field: str | None,
+    format: RowFormat | None = None,
     on_bad_row: OnBadRow | None = None,
     windows: int,
     seqlen: int,
@@ -106,9 +114,11 @@ def document_windows(
     """
     length, generator = clipped_length(checkpoint, seqlen), np.random.default_rng(seed)
     tokenizer = load_tokenizer(checkpoint.directory)
+    check_format(tokenizer, format)
     rows: list[NDArray[np.int64]] = []
-    for batch in batches(open_source(source, field=field, on_bad_row=on_bad_row).documents(), 16):
-        for ids in encode_texts(tokenizer, [document.text for document in batch]):
+    for batch in batches(open_source(source, field=field, format=format, on_bad_row=on_bad_row).documents(), 16):
+        for _, document in encode_rows(tokenizer, batch, on_bad_row=on_bad_row or "error", targets=False)[0]:
+            ids = document.ids
             if len(ids) > length and len(rows) < windows:
                 start = int(generator.integers(len(ids) - length))
                 rows.append(ids[start : start + length])
@@ -127,6 +137,7 @@ def heldout_protocol(
     source: str,
     *,
     field: str | None = None,
+    format: RowFormat | None = None,
     on_bad_row: OnBadRow | None = None,
     windows: int | None = None,
     seqlen: int | None = None,
@@ -137,16 +148,14 @@ def heldout_protocol(
     Raises:
         UserError: if the source cannot be read, does not fit the model, or has nothing to predict.
     """
+    fields: dict[str, Any] = {"field": field, "format": format, "on_bad_row": on_bad_row}
     if is_token_file(source):
-        return Protocol(
-            (torch.from_numpy(_read_file(checkpoint, source, windows, seqlen, field=field, on_bad_row=on_bad_row)),),
-            source,
-        )
+        return Protocol((torch.from_numpy(_read_file(checkpoint, source, windows, seqlen, **fields)),), source)
     length = window_length(checkpoint, seqlen)
     step = min(stride or length, length)
     limit = length + (windows - 1) * step if windows else None
     if source.startswith("shards:"):
-        report_idle_fields(source, field=field, on_bad_row=on_bad_row)
+        report_idle_fields(source, **fields)
         store = open_shards(source, "data", checkpoint.shape.vocabulary)
         check_encoded_for(checkpoint.directory, store.tokenizer, source, "`data`")
         clipped_length(checkpoint, seqlen)
@@ -158,7 +167,7 @@ def heldout_protocol(
             tokens = store.tokens("heldout")
             stream = document_stream(store, "heldout", 0, min(limit or tokens, tokens))
         return Protocol.of_stream(stream, length, source, stride=step, split="heldout")
-    stream, _, tokenizer = _encode(checkpoint, source, limit, seqlen, None, field=field, on_bad_row=on_bad_row)
+    stream, _, tokenizer = _encode(checkpoint, source, limit, seqlen, None, **fields)
     return Protocol.of_stream(stream, length, source, stride=step, bos=begins_with_bos(tokenizer))
 
 
@@ -217,9 +226,16 @@ def _encode(
     limit: int | None,
     seqlen: int | None,
     tokenizer: Any,
+    *,
+    targets: bool = True,
     **fields: Any,
 ) -> tuple[Stream, int, PreTrainedTokenizerBase]:
-    """Encode at most ``limit`` tokens of text; return the stream, the window length and the tokenizer."""
+    """Encode at most ``limit`` tokens of text; return the stream, the window length and the tokenizer.
+
+    Args:
+        targets: whether to mark the targets of conversations.
+        fields: ``field``, ``format`` and ``on_bad_row`` of a source.
+    """
     length = seqlen or SEQLEN
     if length < 2:
         raise UserError("`seqlen`: a window needs two tokens or more, one to see and one to predict")
@@ -229,7 +245,8 @@ def _encode(
         else (Document(f"text {number}", text) for number, text in enumerate(source))
     )
     tokenizer = tokenizer or load_tokenizer(local_checkpoint(checkpoint.directory, weights=False))
-    stream = encode_documents(documents, tokenizer, limit)
+    check_format(tokenizer, fields["format"])
+    stream = encode_documents(documents, tokenizer, limit, on_bad_row=fields["on_bad_row"], targets=targets)
     check_ids(stream.ids, checkpoint.shape.vocabulary, tokenizer, str(checkpoint.directory))
     return stream, clipped_length(checkpoint, seqlen), tokenizer
 

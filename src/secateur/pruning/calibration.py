@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from secateur.calibration.image_walk import Sample
+from secateur.data.conversations import RowFormat
 from secateur.data.documents import OnBadRow
 from secateur.data.token_files import is_token_file
 from secateur.data.tokenizer import load_tokenizer, token_hash
@@ -58,6 +59,7 @@ class Calibration:
         source: Calibration | ImageSamples | Tensor | str | Iterable[str] | Iterable[Sample],
         *,
         field: str | None = None,
+        format: RowFormat | None = None,
         on_bad_row: OnBadRow | None = None,
         windows: int | None = None,
         seqlen: int | None = None,
@@ -75,7 +77,8 @@ class Calibration:
             return source
         is_mapping = isinstance(source, Sequence) and bool(source) and isinstance(source[0], Mapping)
         if is_mapping or (isinstance(source, str) and source.startswith(IMAGES)):
-            idle = {"field": field, "on_bad_row": on_bad_row, "seqlen": seqlen, "tokenizer": tokenizer}
+            idle = {"field": field, "format": format, "on_bad_row": on_bad_row}
+            idle |= {"seqlen": seqlen, "tokenizer": tokenizer}
             if names := [f"`{name}`" for name, value in idle.items() if value is not None]:
                 notify(f"images with text: {', '.join(names)} does not apply; conversations stay whole")
             count = windows or CALIBRATION_WINDOWS
@@ -90,7 +93,7 @@ class Calibration:
             raise UserError(f"`calibration`: {kind} is no source; give 'text:PATH', ids [windows, positions] or texts")
         texts = source if isinstance(source, str) else _checked_texts(source)
         options: dict[str, Any] = {"windows": windows, "seqlen": seqlen, "tokenizer": tokenizer}
-        options |= {"field": field, "on_bad_row": on_bad_row}
+        options |= {"field": field, "format": format, "on_bad_row": on_bad_row}
         try:
             cut = calibration_windows(checkpoint, texts, **options)
         except UserError as error:  # a fault of the source is one of this field
@@ -127,7 +130,7 @@ def _checked_ids(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
 def read_calibration(request: PruneRequest, checkpoint: Checkpoint, windows: int | None) -> Calibration | ImageSamples:
     """Read at most ``windows`` calibration windows, or conversations with images, of a request."""
     tokenizer = load_request_tokenizer(request)
-    fields: dict[str, Any] = {"field": request.field, "on_bad_row": request.on_bad_row}
+    fields: dict[str, Any] = {name: getattr(request, name) for name in ("field", "format", "on_bad_row")}
     fields |= {"windows": windows, "seqlen": request.seqlen}
     return Calibration.of(checkpoint, request.calibration, tokenizer=tokenizer, **fields)
 

@@ -242,7 +242,7 @@ def _learning_data(request: PruneRequest, checkpoint: Checkpoint) -> LearningDat
             raise UserError(f"`calibration`: {request.method} trains on text alone; name a source of text")
         tokens = WindowTokens(calibration.windows)
         return LearningData(tokens, {"": (0, tokens.tokens)}, calibration.record(), calibration.windows.shape[1])
-    report_idle_fields(source, field=request.field, on_bad_row=request.on_bad_row)
+    report_idle_fields(source, **{name: getattr(request, name) for name in ("field", "format", "on_bad_row")})
     store = open_shards(source, "calibration", checkpoint.shape.vocabulary)
     tokenizer = load_request_tokenizer(request) or checkpoint.directory
     check_encoded_for(tokenizer, store.tokenizer, source, "`calibration`", name=str(checkpoint.directory))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from secateur.config import AnyPath, Positive, spec
+from secateur.data.conversations import RowFormat
 from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
 from secateur.hub import check_repository
@@ -20,7 +21,7 @@ from secateur.pruning.target import Target
 __all__ = ["RESUME_LABELS", "PruneRequest"]
 
 #: fields of text windows, which a method that reads no text ignores
-_TEXT_FIELDS = ("windows", "seqlen", "field", "on_bad_row")
+_TEXT_FIELDS = ("windows", "seqlen", "field", "format", "on_bad_row")
 
 #: fields of a request by the keys that identify an unfinished run
 RESUME_LABELS = {
@@ -65,7 +66,9 @@ class PruneRequest:
             or an iterable of texts; for image-text models also ``images:FILE.jsonl``, or a list of what the processor
             returns for each conversation.
         tokenizer: for texts; None for the model's own.
-        field: the field of the text where records have fields; None for ``text``.
+        field: the field of the text, or of the messages, where records have fields; None for ``text`` or ``messages``.
+        format: of the records: ``text`` (also for None), or ``messages`` or ``prompt-completion``, which go through the
+            chat template.
         on_bad_row: what becomes of a record that is malformed or not text: ``error`` (also for None) or ``skip``.
         windows: calibration windows, at most.
         seqlen: tokens in a window.
@@ -100,6 +103,7 @@ class PruneRequest:
     calibration: Any = None
     tokenizer: Any = None
     field: str | None = None
+    format: RowFormat | None = None
     on_bad_row: OnBadRow | None = None
     windows: Positive | None = None
     seqlen: Positive | None = None

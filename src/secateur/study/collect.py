@@ -115,7 +115,7 @@ class _Records:
             measured=measured,
             documents=documents,
             window_documents=() if documents else self.window_documents.of(evaluation, record),
-            window_tokens=(*(size,) * (len(record["windows"]) - 1), last),
+            window_tokens=tuple(record.get("window_tokens", (*(size,) * (len(record["windows"]) - 1), last))),
         )
 
     def running(self, stage: Stage) -> Running | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.config import fingerprint
+from secateur.data.chat import check_format
+from secateur.data.corpus import open_corpus
 from secateur.data.shards import TokenStore
 from secateur.data.sources import open_source
 from secateur.data.tokenizer import id_bound, load_tokenizer
@@ -59,7 +61,7 @@ def _calibration(study: StudySpec) -> dict[tuple[str, str | None], str]:
     """The digests of the texts, besides the corpus, that methods are scored on."""
     specs = [study.calibration_of(entry) for entry in study.methods]
     return {
-        (spec.source, spec.field): open_source(spec.source, field=spec.field).digest()
+        (spec.source, spec.field): open_source(spec.source, field=spec.field, format=spec.format).digest()
         for spec in specs
         if spec.source is not None
     }
@@ -135,13 +137,15 @@ def _corpus(study: StudySpec, parents: Mapping[str, ResolvedParent]) -> str:
                 f"set corpus.vocabulary to {largest + 1} or more, or name other shards"
             )
         return tokens.fingerprint
-    digest = open_source(spec.source, field=spec.field, split=spec.split).digest()
+    digest = open_corpus(spec).digest()
     if spec.tokenizer is None or is_hub_name(spec.tokenizer):
         return digest
     from secateur.model.companions import tokenizer_files
 
     folder = Path(spec.tokenizer)
-    bound = id_bound(load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    check_format(tokenizer, spec.format)
+    bound = id_bound(tokenizer)
     if bound > rows and any(parent.checkpoint is None for parent in study.all_parents.values()):
         raise UserError(
             f"corpus.tokenizer: {folder} has ids up to {bound - 1}, but the parent's embedding has {rows} rows; "

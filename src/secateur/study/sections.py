@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from secateur.config import RUNTIME, Count, Fraction, IdentityKey, Positive, listed, spec
+from secateur.data.conversations import RowFormat
 from secateur.data.documents import OnBadRow
 from secateur.errors import UserError, did_you_mean
 from secateur.evaluation.suite import Suite
@@ -298,13 +299,14 @@ class CalibrationSpec:
     seed: int = 42  #: chooses the windows of the slice, or of ``documents`` the places
     source: Annotated[str | None, IdentityKey(omit=None)] = None  #: other text: ``text:PATH``, ``hf:NAME[:config]``
     field: Annotated[str | None, IdentityKey(omit=None)] = None  #: key or column of the text; default: ``text``
+    format: Annotated[RowFormat, IdentityKey(omit="text")] = "text"  #: of the records; chat data has its own
     on_bad_row: Annotated[OnBadRow, IdentityKey(omit="error")] = "error"  #: a record that is malformed or not text
     seqlen: Annotated[Positive | None, IdentityKey(omit=None)] = None  #: tokens in a window; default: recipe.sequence
     #: of ``source``: its first tokens, document after document; or a window of each document longer than a window
     protocol: Annotated[Literal["stream", "documents"], IdentityKey(omit="stream")] = "stream"
 
     def __post_init__(self) -> None:
-        for key, default in (("field", None), ("on_bad_row", "error"), ("protocol", "stream")):
+        for key, default in (("field", None), ("format", "text"), ("on_bad_row", "error"), ("protocol", "stream")):
             if self.source is None and getattr(self, key) != default:
                 raise UserError(f"calibration.{key}: goes with calibration.source, which is not given")
 

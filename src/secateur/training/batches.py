@@ -13,8 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from secateur.errors import UserError
+from secateur.formatting import plural
 from secateur.losses.next_token import IGNORE_INDEX
 from secateur.losses.top_k import TopK
+from secateur.progress import notify
 from secateur.training.recipe import Recipe
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "TeacherRows",
     "Tokens",
     "WindowTokens",
+    "count_targets",
     "document_names",
     "micro_batches",
     "read_batch",
@@ -39,6 +43,8 @@ class Tokens(Protocol):
     def read(self, split: str, start: int, stop: int) -> NDArray[np.int64]: ...
 
     def positions(self, split: str, start: int, stop: int) -> NDArray[np.int64]: ...
+
+    def targets(self, split: str, start: int, stop: int) -> NDArray[np.bool_] | None: ...
 
     def documents_in(self, split: str, start: int, stop: int) -> range: ...
 
@@ -83,6 +89,8 @@ class Data(Protocol):
     def spans(self, step: int) -> list[Span]: ...
 
     def batch(self, spans: Sequence[Span]) -> Batch: ...
+
+    def targets(self, spans: Sequence[Span]) -> int: ...
 
     def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]: ...
 
@@ -136,6 +144,32 @@ class Slice:
             return batch
         return dataclasses.replace(batch, teacher=self.teacher.read(spans) if spans else self.teacher.empty())
 
+    def targets(self, spans: Sequence[Span]) -> int:
+        """Number of tokens that windows predict."""
+        return count_targets(self.store, spans)
+
+    def report_targets(self) -> None:
+        """Print which tokens of chat data the loss is on; nothing where it is on all.
+
+        Raises:
+            UserError: if it is on none.
+        """
+        if self.store.targets("train", self.start, self.start) is None:
+            return
+        total = sum(self.targets(self.spans(step)) for step in range(self.steps))
+        if not total:
+            raise UserError("`data`: no token of the slice is the assistant's; name other chat data, or a longer slice")
+        attention = "attention stays within conversations"
+        if self.recipe.attention == "window":
+            attention = (
+                "conversations in one window read each other (attention=window); set attention=document in `recipe` to "
+                "keep them apart"
+            )
+        notify(
+            f"chat data: the loss is on {plural(total, 'target')} of {plural(self.tokens, 'token')}, those of the "
+            f"assistant; {attention}"
+        )
+
     def state(self) -> None:
         """None: the windows of a step follow from its number."""
 
@@ -173,6 +207,9 @@ class WindowTokens:
         at = np.arange(start, stop, dtype=np.int64)
         return at - np.maximum(at // self.length * self.length, start)
 
+    def targets(self, split: str, start: int, stop: int) -> None:
+        """None: every token is a target."""
+
     def documents_in(self, split: str, start: int, stop: int) -> range:
         """The windows that have tokens between ``start`` and ``stop``."""
         self._check(start, stop)
@@ -188,13 +225,27 @@ class WindowTokens:
 
 
 def read_batch(store: Tokens, recipe: Recipe, spans: Sequence[Span]) -> Batch:
-    """Read windows of one length, with positions where attention stays within documents; none give the empty batch."""
+    """Read windows of one length, with positions where attention stays within documents; none give the empty batch.
+
+    Tokens of chat data that the assistant does not say have no loss.
+    """
     if not spans:
         return Batch.empty()
     ids = torch.from_numpy(np.stack([store.read("train", *span) for span in spans]))
+    masks = [mask for span in spans if (mask := store.targets("train", *span)) is not None]
+    targets = ids[:, 1:].where(torch.from_numpy(np.stack(masks))[:, 1:], IGNORE_INDEX) if masks else None
     if recipe.attention == "window":
-        return Batch(ids)
-    return Batch(ids, torch.from_numpy(np.stack([store.positions("train", *span) for span in spans])))
+        return Batch(ids, None, targets)
+    return Batch(ids, torch.from_numpy(np.stack([store.positions("train", *span) for span in spans])), targets)
+
+
+def count_targets(store: Tokens, spans: Sequence[Span]) -> int:
+    """Number of tokens that windows predict: all but each window's first, or those of them that are targets."""
+    total = 0
+    for start, stop in spans:
+        mask = store.targets("train", start, stop)
+        total += stop - start - 1 if mask is None else int(mask[1:].sum())
+    return total
 
 
 def document_names(store: Tokens, spans: Sequence[Span], most: int) -> list[str]:

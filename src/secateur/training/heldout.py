@@ -30,14 +30,14 @@ def heldout_loss(module: TrainModule, protocol: Protocol, batch: int) -> float:
     """
     module.eval()
     sums: list[float] = []
-    for part in protocol.windows:
+    for number, part in enumerate(protocol.windows):
         shares = [range(len(part))[i :: distributed.world_size()] for i in range(distributed.world_size())]
         share = list(shares[distributed.rank()])
         window_losses = torch.zeros(len(part), dtype=torch.float64)
         for start in range(0, len(shares[0]), batch):  # the first process has the most
             rows = share[start : start + batch]
-            windows = Batch(part[rows]) if rows else Batch.empty()
-            each = module(windows.ids, None, windows.targets)[1]
+            windows = Batch(*protocol.batch(number, rows)) if rows else Batch.empty()
+            each = module(windows.ids, windows.positions, windows.targets)[1]
             window_losses[rows] = each.double().sum(dim=1)[: len(rows)].cpu()
         sums += distributed.all_reduce(window_losses).tolist()
     module.train()
@@ -67,7 +67,13 @@ def domain_protocols(store: TokenStore, sequence: int, most: int) -> dict[str, P
     protocols = {}
     for name, (start, stop) in view.ranges.items():
         windows = min(most, (stop - start) // sequence)
-        ids = torch.from_numpy(view.read(split, start, start + windows * sequence))
         source = f"held-out documents of domain {name}" if name else "held-out documents"
+        stop = start + windows * sequence
+        mask = view.targets(split, start, stop)
+        if mask is not None:
+            if mask.reshape(windows, sequence)[:, 1:].any():
+                protocols[name] = Protocol.of_stream(view.stream(split, start, stop), sequence, source)
+            continue
+        ids = torch.from_numpy(view.read(split, start, stop))
         protocols[name] = Protocol((ids.reshape(windows, sequence),), source)
     return protocols

@@ -12,6 +12,7 @@ import torch
 
 from secateur import distributed
 from secateur.config import fingerprint, identity
+from secateur.data.domains import document_stream
 from secateur.data.shards import TokenStore
 from secateur.data.tokenizer_match import check_encoded_for
 from secateur.errors import RunError, UserError
@@ -197,6 +198,7 @@ def train(request: TrainRequest) -> Trained:
     flops = _training_flops(request, origin, data) + (teaching or 0.0)
     _announce(data, origin, teacher or logits, flops, execution, peak)
     announce_adapter(request.adapter, origin.shape, sparse=bool(origin.masks) or request.keep_zeros)
+    data.report_targets()
     _warn_of_few_steps(data)
     create_repository(request.push_to_hub)
     directories = shared_directory(
@@ -356,8 +358,10 @@ def _heldout_protocol(store: TokenStore, windows: int, seqlen: int) -> Protocol 
     if "heldout" not in store.manifest.splits:
         notify("the data has no held-out split: no held-out loss is measured")
         return None
-    ids = store.read("heldout", 0, min(windows * seqlen, store.tokens("heldout")))
-    return Protocol.of_stream(ids, seqlen, "held-out documents")
+    stop = min(windows * seqlen, store.tokens("heldout"))
+    if store.targets("heldout", 0, 0) is not None:  # attention stays within conversations, so these must be known
+        return Protocol.of_stream(document_stream(store, "heldout", 0, stop), seqlen, "held-out documents")
+    return Protocol.of_stream(store.read("heldout", 0, stop), seqlen, "held-out documents")
 
 
 def _announce(

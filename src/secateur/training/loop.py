@@ -66,7 +66,7 @@ def train_loop(
     Args:
         module: the model with float32 parameters, and the objective to minimise.
         data: the exact tokens, and the recipe; a window's first token is context, so a window of T tokens gives T - 1
-            targets.
+            targets, or fewer of chat data.
         masks: parameter name -> bool, True where kept; empty for a dense model.
         measure: computes the held-out loss; returns None without held-out text.
         points: number of measurements after the start, evenly spread over the steps.
@@ -109,7 +109,7 @@ def train_loop(
             torch.manual_seed(recipe.seed + step)  # for models with dropout: nothing else draws numbers
             objective.begin(step, steps)
             spans = data.spans(step)
-            targets = sum(stop - start - 1 for start, stop in spans)
+            targets = data.targets(spans)
             losses, (stopping, due) = _accumulate_gradients(module, data, spans, targets, (is_stopped, is_due))
             if recipe.mask == "before-clip":
                 model_masks.apply_to_gradients()

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from secateur.errors import RunError, UserError
-from secateur.training.batches import Batch, Span, Tokens, document_names, read_batch
+from secateur.training.batches import Batch, Span, Tokens, count_targets, document_names, read_batch
 from secateur.training.recipe import Recipe
 
 __all__ = ["Mixture"]
@@ -140,6 +140,10 @@ class Mixture:
     def batch(self, spans: Sequence[Span]) -> Batch:
         """Read windows; none give the empty batch."""
         return read_batch(self.store, self.recipe, spans)
+
+    def targets(self, spans: Sequence[Span]) -> int:
+        """Number of tokens that windows predict."""
+        return count_targets(self.store, spans)
 
     def documents(self, spans: Sequence[Span], most: int = 1000) -> list[str]:
         """The names of the documents, at most so many, that the windows lie in."""

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from secateur import distributed
 from secateur.errors import UserError
+from secateur.losses.next_token import IGNORE_INDEX
 from secateur.losses.top_k import TopK
 from secateur.model.families import family_of
 from secateur.training.dropout import disable_dropout
@@ -115,7 +116,8 @@ class TrainModule(nn.Module):
         more = () if teacher is None else (teacher.to(self.device),)
         losses = self.objective(self.model, cast(Tensor, tensors[0]), tensors[1], tensors[2], *more)
         if self.balance is not None and self.training:
-            losses = losses._replace(total=losses.total + losses.each.numel() * self.balance.loss())
+            weight = losses.each.numel() if tensors[2] is None else (tensors[2] != IGNORE_INDEX).sum()
+            losses = losses._replace(total=losses.total + weight * self.balance.loss())
         return losses
 
     def figures(self) -> dict[str, float]:

@@ -151,12 +151,21 @@ def windows(parser: argparse.ArgumentParser, most: str, seqlen: str = "2048") ->
 
 
 def text_fields(parser: argparse.ArgumentParser) -> None:
-    """Add which field of a record is its text, and what becomes of a record without."""
-    parser.add_argument("--field", help="field that holds the text, in all but .txt files (default: text)")
+    """Add which field of a record is its text, what it holds, and what becomes of a record without."""
+    parser.add_argument(
+        "--field",
+        help="field that holds the text, in all but .txt files (default: text; messages with --format messages)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("text", "messages", "prompt-completion"),
+        help="what a record holds: text, a conversation, or a pair of a prompt and its completion; the last two go "
+        "through the tokenizer's chat template (default: text)",
+    )
     parser.add_argument(
         "--on-bad-row",
         choices=("error", "skip"),
-        help="a record that is malformed or not text: stop, or skip and count it, as null is (default: error)",
+        help="a record that is malformed or not of the format: stop, or skip and count it, as null is (default: error)",
     )
 
 

@@ -31,6 +31,9 @@ def _lines(answer: dict[str, Any]) -> list[str]:
     for split, tokens in answer["tokens"].items():
         rate = answer["bytes_per_token"][split]
         text = f", {rate:.3f} bytes of text a token" if rate else ""
+        if "targets" in answer:
+            share = answer["targets"][split] / tokens
+            text += f", of which {plural(answer['targets'][split], 'target')} ({percent(share)})"
         digest = answer["sha256"][split][:16]
         documents = plural(answer["documents"][split], "document")
         lines.append(f"{split:12} {documents}, {plural(tokens, 'token')}{text}, hash {digest}")

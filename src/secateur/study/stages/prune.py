@@ -72,7 +72,7 @@ def _calibration(stage: Stage, store: Store, checkpoint: Checkpoint) -> Calibrat
     if "source" not in settings:
         return Calibration(_calibration_windows(stage, store, checkpoint.shape.vocabulary), _SOURCE)
     name = source if source.startswith("hf:") else source.partition(":")[0]  # paths are no part of a record
-    options = {key: settings.get(key) for key in ("field", "on_bad_row", "windows")}
+    options = {key: settings.get(key) for key in ("field", "format", "on_bad_row", "windows")}
     options["seqlen"] = stage.identity["seqlen"]
     if settings.get("protocol") == "documents":
         return Calibration(document_windows(checkpoint, source, seed=settings["seed"], **options), name)

@@ -81,6 +81,7 @@ def _train(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     evaluation = identity["evaluation"]
     execution = _execution(stage)
     data = Slice(tokens, start, stop, recipe)
+    data.report_targets()
     begin = _start(stage, store, recipe)
     objective, logits = _objective(stage, store, data, execution)
     adapter = parse(Adapter, identity["adapter"], origin="adapter") if "adapter" in identity else None
