@@ -197,6 +197,11 @@ class PrunedModel:
     running: Running | None = None  #: of all that is trained of it, and of its twins; measured of the first seed
     seed: int | None = None  #: None: shared by all seeds
     training_tokens: int = 0  #: L, tokens that pruning itself trained on; its twins train on as many more
+    steps: tuple[
+        float, ...
+    ] = ()  #: the ratio after each step, where recoveries lie between several; empty for one step
+    schedule: str = ""  #: how the ratio grows from step to step; empty for one step
+    series: str = ""  #: equal for models of one target that differ in their steps alone; empty: not recorded
 
 
 @dataclass(frozen=True)

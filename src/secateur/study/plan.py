@@ -32,7 +32,9 @@ _COUNTED = {
 _PURPOSES = {
     "parent": "parents",
     "pruned": "pruning",
+    "pruning-step": "pruning",
     "P-R": "retraining",
+    "recovery": "retraining",
     "scratch": "from scratch",
     "control": "controls",
     "trunk": "trunks",
@@ -206,6 +208,7 @@ def plan_study(
             *notes,
             *_seed_notes(stages),
             *_learning_notes(stages),
+            *_iteration_notes(stages),
             *_control_notes(stages),
             *step_warnings(stages),
         ),
@@ -313,3 +316,15 @@ def _learning_notes(stages: Sequence[Stage]) -> list[str]:
         for name, learned in tokens.items()
         if learned
     ]
+
+
+def _iteration_notes(stages: Sequence[Stage]) -> list[str]:
+    """The steps of prunings that have several, one sentence for each entry and target."""
+    notes: dict[str, None] = {}
+    for run in stages:
+        if run.facts.get("path") == "P-R" and (before := run.facts["pruning"].facts["before"]):
+            tokens = [stage.tokens for stage in (*run.facts["before"], run)]
+            parts = f"{tokens[0]:,}" + (f", in the end {tokens[-1]:,}" if tokens[-1] != tokens[0] else "")
+            name = f"{run.facts['method']} at {run.facts['target']}"
+            notes[f"{name} prunes in {len(before) + 1} steps, each followed by a recovery on {parts} tokens."] = None
+    return list(notes)
