@@ -55,8 +55,8 @@ def split_tokens(tokens: int, iterations: int, tokens_per_step: int) -> tuple[in
     if iterations > 1 and not part:
         steps = plural(tokens // tokens_per_step, "whole optimizer step")
         raise UserError(
-            f"`iterations`: {tokens:,} tokens are {steps} of {tokens_per_step:,}, too few for {iterations} recoveries; "
-            "use fewer iterations, more tokens or a smaller tokens_per_step"
+            f"`iterations`: {plural(tokens, 'token')} give {steps} of {tokens_per_step:,}, too few for {iterations} "
+            "recoveries; use fewer iterations, more tokens or a smaller tokens_per_step"
         )
     return (*[part] * (iterations - 1), tokens - part * (iterations - 1))
 

@@ -25,6 +25,7 @@ from secateur.errors import UserError
 from secateur.evaluation.results import LOSS, Measurement
 from secateur.evaluation.results import EvaluationResults as MeasuredResults
 from secateur.files import read_json
+from secateur.formatting import plural
 from secateur.model.shapes import removed, train_flops
 from secateur.runtime import environment
 from secateur.study.spec import StudySpec
@@ -209,7 +210,9 @@ class _Records:
         if record is None:
             return "not pruned yet"
         detail = record["summary"]["detail"]
-        return detail if len(steps) == 1 else f"in {len(steps)} steps with recovery between, the last: {detail}"
+        return (
+            detail if len(steps) == 1 else f"in {plural(len(steps), 'step')} with recovery between, the last: {detail}"
+        )
 
     def _layers(self, steps: Sequence[Stage]) -> tuple[dict[str, Any], ...]:
         """What each layer of the parent keeps after all steps; empty where one is not finished."""
