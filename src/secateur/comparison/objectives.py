@@ -13,7 +13,7 @@ from secateur.comparison.naming import model_name
 from secateur.comparison.records import Cell
 from secateur.comparison.twins import Paired, mean_difference, pair_cells
 
-__all__ = ["ObjectiveRow", "objective_rows"]
+__all__ = ["ObjectiveRow", "compare_pruned_runs", "objective_rows"]
 
 _SAME_FLOPS = 0.01  # relative difference of two runs' training FLOPs that still counts as none
 
@@ -40,25 +40,40 @@ def objective_rows(index: Index) -> tuple[ObjectiveRow, ...]:
     models = index.models
     rows: list[ObjectiveRow] = []
     for first, second in _pairs(index):
-        first_runs, second_runs = _runs(index, first), _runs(index, second)
-        seeds = [seed for seed in first_runs if seed in second_runs]
-        if not seeds:
+        difference = compare_pruned_runs(index, first, second)
+        if difference is None:
             continue
-        first_flops, second_flops = (_flops(runs[seeds[0]]) for runs in (first_runs, second_runs))
-        ratio = second_flops / first_flops if first_flops else None
+        *_, ratio = difference
         same_flops = ratio is not None and abs(ratio - 1) <= _SAME_FLOPS
-        pairs = [pair_cells(second_runs[seed], first_runs[seed], PRUNED, PRUNED) for seed in seeds]
-        mean = mean_difference([pair for pair in pairs if isinstance(pair, Paired)])
-        losses = mean_loss(first_runs[seed] for seed in seeds), mean_loss(second_runs[seed] for seed in seeds)
         kinds: dict[Literal["tokens", "FLOPs"], bool] = {
             "tokens": first.retrain_tokens == second.retrain_tokens,
             "FLOPs": same_flops,
         }
         name = model_name(first.model, models)
-        rest = (first, second, *losses, mean, ratio)
+        rest = (first, second, *difference)
         rows += [ObjectiveRow(name, kind, *rest) for kind, equal in kinds.items() if equal]
     corrected = iter(adjust([row.mean for row in rows if row.mean]))
     return tuple(replace(row, mean=next(corrected)) if row.mean else row for row in rows)
+
+
+def compare_pruned_runs(
+    index: Index, first: Group, second: Group
+) -> tuple[float | None, float | None, Decision | None, float | None] | None:
+    """Compare the pruned runs of two comparisons over the seeds that both have; None where they share none.
+
+    Returns:
+        The mean loss of each; loss(first) - loss(second), None where it is not measured; and the training FLOPs of the
+        second over those of the first.
+    """
+    first_runs, second_runs = _runs(index, first), _runs(index, second)
+    seeds = [seed for seed in first_runs if seed in second_runs]
+    if not seeds:
+        return None
+    first_flops, second_flops = (_flops(runs[seeds[0]]) for runs in (first_runs, second_runs))
+    pairs = [pair_cells(second_runs[seed], first_runs[seed], PRUNED, PRUNED) for seed in seeds]
+    mean = mean_difference([pair for pair in pairs if isinstance(pair, Paired)])
+    losses = mean_loss(first_runs[seed] for seed in seeds), mean_loss(second_runs[seed] for seed in seeds)
+    return *losses, mean, second_flops / first_flops if first_flops else None
 
 
 def _pairs(index: Index) -> Iterator[tuple[Group, Group]]:

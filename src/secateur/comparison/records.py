@@ -198,6 +198,9 @@ class PrunedModel:
     seed: int | None = None  #: None: shared by all seeds
     training_tokens: int = 0  #: L, tokens that pruning itself trained on; its twins train on as many more
     tuned: bool = False  #: whether those tokens tuned its blocks, after the cut
+    steps: tuple[float, ...] = ()  #: the ratio after each of several steps; empty for one step
+    schedule: str = ""  #: how the ratio grows from step to step; empty for one step
+    series: str = ""  #: equal for models of one target that differ in their steps alone; empty: not recorded
 
 
 @dataclass(frozen=True)

@@ -117,14 +117,19 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 class Checkpoint:
     """A checkpoint directory whose tensors are read on demand.
 
+    Args:
+        plan: directory of the plan that has the masks of a sparse model; None for the checkpoint's own.
+
     Raises:
         UserError: when opened, if the directory is no checkpoint of a known family, its index points outside it, a
             shard is missing or truncated, or a tensor that its configuration promises is absent, of another size, or
             of a type that is not read here.
     """
 
-    def __init__(self, directory: Path | str) -> None:
-        self.directory = Path(directory)
+    plan: Path | None = None
+
+    def __init__(self, directory: Path | str, plan: Path | None = None) -> None:
+        self.directory, self.plan = Path(directory), plan
         if not self.directory.is_dir():
             raise UserError(f"{directory}: no such directory; name a Hugging Face checkpoint directory")
         if (self.directory / _ADAPTER).is_file():
@@ -306,7 +311,7 @@ class Checkpoint:
     @property
     def masks_digest(self) -> str:
         """SHA-256 of the masks, which the ``digest`` of the weights leaves out; empty without masks."""
-        return str(read_json(self.directory / JSON_FILE)["tensors"]) if self.masks else ""
+        return str(read_json((self.plan or self.directory) / JSON_FILE)["tensors"]) if self.masks else ""
 
     @property
     def masks_identity(self) -> dict[str, str]:
@@ -320,7 +325,8 @@ class Checkpoint:
         Raises:
             UserError: if they are damaged, or belong to another model.
         """
-        return self._check_masks(stored_masks(self.directory), self.directory / TENSOR_FILE)
+        folder = self.plan or self.directory
+        return self._check_masks(stored_masks(folder), folder / TENSOR_FILE)
 
     def _check_masks(self, masks: Mapping[str, Tensor], where: Path | str) -> Mapping[str, Tensor]:
         if mismatch := self.mask_mismatch(masks):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from secateur.errors import UserError, did_you_mean
 from secateur.formatting import plural
 from secateur.model.shapes import BLOCK, SIZES, Shape, Share, removed
 
-__all__ = ["explicit", "multiple_of", "solve_depth", "solve_experts", "solve_width"]
+__all__ = ["explicit", "multiple_of", "solve_between", "solve_depth", "solve_experts", "solve_width"]
 
 MOST_UNLIKE = 1.25  #: largest quotient of the shares that two spaces keep, where ``BLOCK`` decides
 
@@ -115,6 +115,58 @@ def solve_width(
     narrow = shape
     for space, sizes, at in zip(spaces, grid, np.unravel_index(best, removal.shape), strict=True):
         narrow = narrow.narrowed(space, int(sizes.flat[at]))
+    return narrow
+
+
+def solve_between(
+    shape: Shape,
+    most: Shape,
+    least: Shape,
+    ratio: float,
+    spaces: Sequence[str],
+    of: Share | Literal["experts"] = "non_embedding",
+    step: int | None = None,
+) -> Shape | None:
+    """The legal shape nearest to a ratio that is smaller than ``most`` and larger than ``least``.
+
+    Of the shapes that come within a hundredth (or of the nearest ones), it is the one whose spaces are equally far on
+    their way from ``shape`` to ``least``.
+
+    Args:
+        shape: what the ratio is a share of.
+        spaces: those in which ``shape`` and ``least`` differ; no space is wider than ``most`` has it.
+        of: what the ratio counts; ``experts`` for routed experts.
+        step: as for :func:`solve_width`.
+
+    Returns:
+        None where there is no such shape.
+    """
+    steps = _steps(shape, spaces, step) | ({"experts": shape.groups[0]} if "experts" in spaces else {})
+    ends = {space: (least.units(space), most.units(space)) for space in spaces}
+    sizes = [
+        np.unique(np.array([*range(low - low % -steps[space], high, steps[space]), low, high]))
+        for space, (low, high) in ends.items()
+    ]
+    grid = np.ix_(*sizes)
+    every: Any = shape
+    for space, each in zip(spaces, grid, strict=True):
+        every = every.narrowed(space, each)
+    counted = (every.experts, shape.experts) if of == "experts" else (_counted(every, of), _counted(shape, of))
+    drift = np.abs(1 - counted[0] / counted[1] - ratio)
+    legal = np.broadcast_to(~np.asarray(every.refused_by_config), drift.shape).copy()
+    legal.flat[[0, -1]] = False  # ``least`` and ``most`` themselves
+    if not legal.any():
+        return None
+    ways = [
+        np.log(shape.units(n) / each) / math.log(shape.units(n) / ends[n][0])
+        for n, each in zip(spaces, grid, strict=True)
+    ]
+    unlike = np.broadcast_to(_most(ways) + _most([-way for way in ways]), drift.shape)
+    near = np.flatnonzero(legal & (drift <= max(float(drift[legal].min()), min(0.01, min(ratio, 1 - ratio) / 10))))
+    best = min(near, key=lambda i: (round(float(unlike.flat[i]), 9), float(drift.flat[i])))
+    narrow = shape
+    for space, each, at in zip(spaces, sizes, np.unravel_index(best, drift.shape), strict=True):
+        narrow = narrow.narrowed(space, int(each[at]))
     return narrow
 
 

@@ -251,7 +251,7 @@ class Target:
         if self.allocation == "global" and (self.sizes or {"hidden", "expert_ffn"} & {*self.spaces(method)}):
             raise UserError("`allocation` global: needs a `ratio`, and `axes` of ffn and kv alone")
 
-    def basis(self, method: Method) -> str:
+    def basis(self, method: Method) -> Any:
         """What the ratio is a share of: ``non_embedding`` or ``total`` parameters, ``block_weights`` or ``experts``."""
         counted = {"sparse": "block_weights", "experts": "experts"}
         return counted.get(method.granularity, self.of or "non_embedding")

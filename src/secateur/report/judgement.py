@@ -17,6 +17,7 @@ from secateur.comparison.quality import QualityRow, contradicting, quality_rows
 from secateur.comparison.question import decisive, margin_of
 from secateur.comparison.records import StudyResults
 from secateur.comparison.regime import Regime, regimes
+from secateur.comparison.steps import steps_rows
 from secateur.comparison.sweeps import sweep_rows
 from secateur.comparison.twins import Setting, Verdict, adjust_verdicts, compare_twins, settings_of
 from secateur.forecast.ladder import Forecasts, forecast
@@ -27,6 +28,7 @@ from secateur.report.prose import (
     finding_sentence,
     headline,
     objective_sentence,
+    steps_sentence,
     study_answer,
     verdict_sentence,
 )
@@ -176,6 +178,15 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
                 "sentence": objective_sentence(row),
             }
             for row in objective_rows(judgement.index)
+        ],
+        "steps": [
+            {
+                "first": {**dataclasses.asdict(row.first), "steps": row.first_steps},
+                "second": {**dataclasses.asdict(row.second), "steps": row.second_steps},
+                **_mean_json(row.mean),
+                "sentence": steps_sentence(row),
+            }
+            for row in steps_rows(judgement.index)
         ],
         **forecasts_json(judgement.forecasts),
         "across_ratios": laws_json(judgement.laws),

@@ -19,6 +19,7 @@ from secateur.comparison.provenance import runs_of
 from secateur.comparison.quality import measurement_rows
 from secateur.comparison.records import PrunedModel
 from secateur.comparison.serving_cost import running_rows
+from secateur.comparison.steps import steps_rows
 from secateur.comparison.sweeps import sweep_rows, sweep_subject
 from secateur.comparison.twins import SCRATCH
 from secateur.files import write_text
@@ -175,6 +176,7 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         ],
         "figures": {kind: [pair for pair in figures if pair[0].kind == kind] for kind in KINDS},
         "objectives": objective_rows(index),
+        "steps": steps_rows(index),
         "quality": [(row, group_name(row.group, index.comparisons, target=True)) for row in judgement.quality],
         "running": running_rows(index),
         "forecasts": judgement.forecasts,

@@ -12,6 +12,7 @@ from secateur.comparison.naming import BUDGETS, group_name
 from secateur.comparison.objectives import ObjectiveRow
 from secateur.comparison.quality import QualityRow
 from secateur.comparison.records import Init, SeedsVary
+from secateur.comparison.steps import StepsRow
 from secateur.comparison.twins import Setting, Verdict, Winner
 from secateur.formatting import count, decimals, join_words, number, plural, points, spelled
 
@@ -24,6 +25,7 @@ __all__ = [
     "interval",
     "objective_sentence",
     "part_sentence",
+    "steps_sentence",
     "study_answer",
     "verdict_sentence",
 ]
@@ -183,7 +185,19 @@ def objective_sentence(row: ObjectiveRow) -> str:
         f"{group.objective or 'the language-model loss'} on {count(group.retrain_tokens)} tokens"
         for group in (row.first, row.second)
     )
-    start, mean = f"{row.name}, at equal {row.equal}: {second}", row.mean
+    return _difference_sentence(f"{row.name}, at equal {row.equal}", first, second, row.mean)
+
+
+def steps_sentence(row: StepsRow) -> str:
+    """Compare prunings of one model to one target in different numbers of steps."""
+    start = f"{row.name}, pruned and recovered on {count(row.first.retrain_tokens)} tokens"
+    start += f" ({row.first.objective})" if row.first.objective else ""
+    return _difference_sentence(start, f"in {row.first_steps}", f"in {row.second_steps}", row.mean)
+
+
+def _difference_sentence(start: str, first: str, second: str, mean: Decision | None) -> str:
+    """Which of two runs ends lower, or that it is equal, undecided or not measured."""
+    start = f"{start}: {second}"
     if mean is None or mean.value is None:
         return f"{start} against {first} is not measured."
     runs = ", in one pair of runs" if mean.seeds == 1 else f", over {spelled(mean.seeds)} seeds"

@@ -12,12 +12,20 @@ from secateur.comparison.ledger import ACCOUNTS, run_subject
 from secateur.comparison.naming import BUDGETS, group_name, target_words
 from secateur.comparison.objectives import objective_rows
 from secateur.comparison.records import Cell, Parent, PrunedModel
+from secateur.comparison.steps import steps_rows
 from secateur.comparison.twins import SCRATCH, Setting, Winner
 from secateur.formatting import MINUS, TIMES, count, join_words, loss, plural
 from secateur.report.forecast_prose import further_sentence, next_sentence, outlook_sentence
 from secateur.report.judgement import Judgement
 from secateur.report.learning_prose import learning_notes
-from secateur.report.prose import coverage_note, drop_setting, finding_sentence, objective_sentence, part_sentence
+from secateur.report.prose import (
+    coverage_note,
+    drop_setting,
+    finding_sentence,
+    objective_sentence,
+    part_sentence,
+    steps_sentence,
+)
 from secateur.report.question_prose import EXPLORATORY
 from secateur.report.regime_prose import REGIME_TITLE, regime_sentences
 from secateur.report.studies import StudyComparison
@@ -61,7 +69,7 @@ def text_table(judgement: Judgement) -> str:
         ["", *_wrapped(coverage_note(judgement.verdicts, judgement.results.seeds_vary))] if judgement.verdicts else []
     )
     lines += _sweeps(index)
-    lines += _findings(judgement) + _controls(judgement) + _objectives(index) + _forecasts(judgement)
+    lines += _findings(judgement) + _controls(judgement) + _objectives(index) + _steps(index) + _forecasts(judgement)
     if len(index.pools) > len(index.models) or index.several_seeds or len(index.parents) > 1:
         lines += _ranking(judgement)
     lines += _regime(judgement)
@@ -274,6 +282,14 @@ def _objectives(index: Index) -> list[str]:
     lines = ["", "Training objectives compared, P-R only"] if rows else []
     for row in rows[:_MOST_SENTENCES]:
         lines += _wrapped(objective_sentence(row), indent="  ")
+    return lines + ([f"  and {len(rows) - _MOST_SENTENCES} more, on the page"] if len(rows) > _MOST_SENTENCES else [])
+
+
+def _steps(index: Index) -> list[str]:
+    rows = steps_rows(index)
+    lines = ["", "Pruning in steps with recovery between, at equal tokens, P-R only"] if rows else []
+    for row in rows[:_MOST_SENTENCES]:
+        lines += _wrapped(steps_sentence(row), indent="  ")
     return lines + ([f"  and {len(rows) - _MOST_SENTENCES} more, on the page"] if len(rows) > _MOST_SENTENCES else [])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from secateur.errors import UserError
 from secateur.evaluation.results import LOSS, Measurement
 from secateur.evaluation.results import EvaluationResults as MeasuredResults
 from secateur.files import read_json
+from secateur.formatting import plural
 from secateur.model.shapes import removed, train_flops
 from secateur.runtime import environment
 from secateur.study.spec import StudySpec
@@ -53,7 +54,7 @@ def collect(study: StudySpec, stages: list[Stage], store: Store, study_yaml: str
         title=study.title or study.name,
         fingerprint=fingerprint(study),
         parents=tuple(records.parent(stage) for stage in stages if stage.facts.get("path") == "parent"),
-        pruned=tuple(records.pruned(stage) for stage in stages if stage.kind == "prune"),
+        pruned=tuple(map(records.pruned, _pruned_models(stages))),
         cells=tuple(records.cell(stage) for stage in stages if stage.facts.get("path") in _CELLS),
         corpus=corpus,
         protocol=records.protocol(),
@@ -90,7 +91,7 @@ class _Records:
         self.seconds = {stage.fingerprint: _seconds(store.runtime(stage)) for stage in self.stages}
         self.evaluations = {stage.facts["of"]: stage for stage in stages if stage.kind == "evaluate"}
         self.timings = {stage.facts["of"]: stage for stage in stages if stage.kind == "cost"}
-        self.prunings = [stage for stage in stages if stage.kind == "prune"]
+        self.prunings = _pruned_models(stages)
 
     def protocol(self) -> dict[str, Any]:
         records = (self.records[stage.fingerprint] for stage in self.evaluations.values())
@@ -177,28 +178,54 @@ class _Records:
 
     def children(self, parent: Stage) -> int:
         """The number of models that are pruned from a parent; prunings that differ in their seed alone count as one."""
-        seeds = {stage.fingerprint: stage.facts["seed"] for stage in self.prunings if stage.inputs["model"] is parent}
+        pruned = [stage for stage in self.prunings if _steps(stage)[0].inputs["model"] is parent]
+        seeds = {stage.fingerprint: stage.facts["seed"] for stage in pruned}
         models = Counter(seeds.values())
         return models.pop(None, 0) + max(models.values(), default=0)
 
     def pruned(self, stage: Stage) -> PrunedModel:
-        record, facts = self.records[stage.fingerprint], stage.facts
-        parent = stage.inputs["model"].facts["shape"]
-        share = record["ratio"] if record else removed(parent, facts["shape"])
+        record, facts, steps = self.records[stage.fingerprint], stage.facts, _steps(stage)
+        parent = steps[0].inputs["model"].facts["shape"]
+        share = record["ratio"] if record and _of_parent(stage) else removed(parent, facts["shape"])
+        several = len(steps) > 1
         return PrunedModel(
             **{key: facts[key] for key in _MODEL},
             ratio_total=share["total"],
             ratio_non_embedding=share["non_embedding"],
             shape=facts["shape"].as_dict(),
-            cost=self.cost([stage]),
-            detail=record["summary"]["detail"] if record else "not pruned yet",
+            cost=self.cost(steps),
+            detail=self._detail(steps),
             evaluation=self.evaluation(stage),
-            layers=tuple(record["layers"]) if record else (),
+            layers=self._layers(steps),
             running=self.running(stage),
             seed=facts["seed"],
             training_tokens=facts["training_tokens"],
             tuned="reconstruct" in stage.identity,
+            steps=facts["steps"] if several else (),
+            schedule=facts["schedule"] if several else "",
+            series=facts["series"],
         )
+
+    def _detail(self, steps: Sequence[Stage]) -> str:
+        """What a pruning removed; of several steps, the last."""
+        record = self.records[steps[-1].fingerprint]
+        if record is None:
+            return "not pruned yet"
+        detail = record["summary"]["detail"]
+        return (
+            detail if len(steps) == 1 else f"in {plural(len(steps), 'step')} with recovery between, the last: {detail}"
+        )
+
+    def _layers(self, steps: Sequence[Stage]) -> tuple[dict[str, Any], ...]:
+        """What each layer of the parent keeps after all steps; empty where one is not finished."""
+        layers: list[dict[str, Any]] = []
+        for number, stage in enumerate(steps):
+            record = self.records[stage.fingerprint]
+            if record is None:
+                return ()
+            rows = iter(record["layers"])
+            layers = [next(rows) if row["kept"] else row for row in layers] if number else record["layers"]
+        return tuple(layers)
 
     def cell(self, stage: Stage) -> Cell:
         shape, facts = stage.facts["shape"], stage.facts
@@ -211,7 +238,7 @@ class _Records:
             parameters=shape.total,
             non_embedding=self._remaining(shape, pruning),
             training=self.cost((*facts["before"], stage)),
-            pruning=self.cost([pruning]) if pruning else None,
+            pruning=self.cost(_steps(pruning)) if pruning else None,
             sweep=self.sweep(stage),
             peak_rate=record["peak_rate"] if record else facts["peak_rate"],
             curve=self.curve(stage),
@@ -238,6 +265,25 @@ class _Records:
         if record is None:
             return shape.non_embedding - round(pruning.facts["ratio"] * shape.block_weights)
         return round(shape.non_embedding * (1 - record["ratio"]["non_embedding"]))
+
+
+def _pruned_models(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages that end in a pruned model: of a pruning in steps, the last, and of several budgets, the first."""
+    models: dict[tuple[Any, ...], Stage] = {}
+    for stage in stages:
+        if stage.kind == "prune" and stage.facts["path"] == "pruned":
+            models.setdefault((*(stage.facts[key] for key in _MODEL), stage.facts["seed"]), stage)
+    return list(models.values())
+
+
+def _steps(pruned: Stage) -> tuple[Stage, ...]:
+    """The steps of a pruning, the last of which is ``pruned``."""
+    return (*pruned.facts["before"], pruned)
+
+
+def _of_parent(pruned: Stage) -> bool:
+    """Whether the shares in a pruning's record are of the parent: a cut in steps has those of its last step."""
+    return not pruned.facts["before"] or pruned.facts["granularity"] == "sparse"
 
 
 def _measurements(path: Path) -> tuple[Measurement, ...]:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.config import fingerprint
 from secateur.errors import UserError, spell
 from secateur.methods.base import LearnedMethod, Method
 from secateur.methods.registry import get_method
 from secateur.model.shapes import Shape
 from secateur.pruning.cost import reads_text
 from secateur.pruning.default_axes import with_default_axes
+from secateur.pruning.iterations import PruningStep, pruning_steps
 from secateur.pruning.reconstruction import why_not_reconstructed
 from secateur.pruning.target import Target
 from secateur.study.sections import (
@@ -42,6 +44,7 @@ class Pruning:
     before: Shape
     after: Shape
     step_tokens: int  #: of a step that tunes a block
+    steps: tuple[PruningStep, ...]  #: one, or as many as the entry has iterations
     seed: int | None = None  #: None: shared by all seeds
 
     @property
@@ -64,6 +67,13 @@ class Pruning:
     def not_reconstructed(self) -> str:
         """Why its blocks cannot be tuned; empty where they can."""
         return why_not_reconstructed(self.method.granularity, self.before.experts)
+
+    @property
+    def series(self) -> str:
+        """A digest that is equal for prunings of one target that differ in their steps alone."""
+        keys = ("options", "calibration", "axes", "allocation", "of", "step", "keep_pattern", "propagate")
+        content = {key: getattr(self.entry, key) for key in keys}
+        return fingerprint([self.parent, self.entry.method, content, self.target.as_dict()])
 
     @property
     def granularity(self) -> str:
@@ -97,14 +107,15 @@ def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
     for number, entry in enumerate(study.methods):
         method, parent = get_method(entry.method, entry.options), study.parent_of(entry)
         for name, target in entry.targets(study.ratios).items():
+            plan = (entry.iterations, entry.iteration_schedule)
             try:
                 target = with_default_axes(target, shapes[parent], method, entry.method)
-                after = target.shape(shapes[parent], method, entry.method)
+                steps = pruning_steps(target, method, entry.method, shapes[parent], *plan)
             except UserError as error:
                 where = f"methods[{number}] ({entry.label} at {name})"
                 raise UserError(f"{where}: {spell(str(error), str)}") from None
-            shape = shapes[parent]
-            model = Pruning(entry, parent, name, target, method, shape, after, study.recipe.tokens_per_step)
+            before, step_tokens = shapes[parent], study.recipe.tokens_per_step
+            model = Pruning(entry, parent, name, target, method, before, steps[-1].after, step_tokens, steps)
             if entry.reconstruct and model.not_reconstructed:
                 raise UserError(f"methods[{number}].reconstruct: {entry.label}: {model.not_reconstructed}")
             models.append(model)

@@ -40,8 +40,10 @@ _COUNTED = {
 _PURPOSES = {
     "parent": "parents",
     "pruned": "pruning",
+    "pruning-step": "pruning",
     "P-R": "retraining",
     "teach": "saved teachers",
+    "recovery": "retraining",
     "scratch": "from scratch",
     "control": "controls",
     "trunk": "trunks",
@@ -217,6 +219,7 @@ def plan_study(
             *_seed_notes(stages),
             *_learning_notes(stages),
             *_teaching_notes(stages),
+            *_iteration_notes(stages),
             *_control_notes(stages),
             *shared,
             *step_warnings(stages),
@@ -354,3 +357,15 @@ def _teaching_notes(stages: Sequence[Stage]) -> list[str]:
         return []
     slices = plural(len(sizes), "slice")
     return [f"Saved teachers: log-probabilities of {slices} take {byte_size(sum(sizes))} of disk; runs share them."]
+
+
+def _iteration_notes(stages: Sequence[Stage]) -> list[str]:
+    """The steps of prunings that have several, one sentence for each entry and target."""
+    notes: dict[str, None] = {}
+    for run in stages:
+        if run.facts.get("path") == "P-R" and (before := run.facts["pruning"].facts["before"]):
+            tokens = [stage.tokens for stage in (*run.facts["before"], run)]
+            parts = f"{tokens[0]:,}" + (f", in the end {tokens[-1]:,}" if tokens[-1] != tokens[0] else "")
+            name = f"{run.facts['method']} at {run.facts['target']}"
+            notes[f"{name} prunes in {len(before) + 1} steps, each followed by a recovery on {parts} tokens."] = None
+    return list(notes)

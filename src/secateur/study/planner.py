@@ -9,7 +9,7 @@ three parts; with ``data.twin: own-start`` each trains on as many tokens from th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.config import identity
@@ -18,6 +18,7 @@ from secateur.model.families import LLAMA
 from secateur.model.shapes import Shape
 from secateur.model.solver import solve_width
 from secateur.pruning.cost import reconstruction_flops, scoring_flops
+from secateur.pruning.iterations import PruningStep, split_tokens
 from secateur.pruning.reconstruction import RATE
 from secateur.study.grid import PlannedComparison, Pruning, comparisons, prunings, seed_shift
 from secateur.study.resolve import ResolvedStudy, split_paths
@@ -76,10 +77,14 @@ class _Builder(TrainingRuns):
 
     def build(self) -> list[Stage]:
         for (_, cells), models in zip(self.cells, self.models, strict=True):
-            stages = {pruning.seed: self._pruned(pruning, measure=pruning is models[0]) for pruning in models}
+            in_steps = len(models[0].steps) > 1
+            stages = {p.seed: self._pruned(p, measure=p is models[0]) for p in (() if in_steps else models)}
             for comparison in cells:
-                pruned = stages[comparison.pruning.seed]
-                run = self._pruned_run(comparison, pruned)
+                if in_steps:
+                    pruned, run = self._pruned_in_steps(comparison, measure=comparison is cells[0])
+                else:
+                    pruned = stages[comparison.pruning.seed]
+                    run = self._pruned_run(comparison, pruned)
                 for setting in comparison.settings:
                     self._twin(comparison, setting, pruned, run)
                 for control in comparison.controls:
@@ -179,6 +184,19 @@ class _Builder(TrainingRuns):
 
     def _pruned(self, pruning: Pruning, measure: bool) -> Stage:
         """Add a pruned model; ``measure``: also what it costs to run, which is the same for all seeds."""
+        (step,), facts = pruning.steps, {"path": "pruned", "seed": pruning.seed, "before": ()}
+        name = _seed_name(pruning.label, pruning.seed)
+        stage = self._prune(name, pruning, step, {"model": self._parent_of(pruning)}, facts)
+        self.evaluate(stage, cost=measure)
+        return stage
+
+    def _prune(self, name: str, pruning: Pruning, step: PruningStep, inputs: Inputs, more: Mapping[str, Any]) -> Stage:
+        """Add a step of a pruning, which may be its only one.
+
+        Args:
+            inputs: the model and, if a step went before, the pruned model that has its masks.
+            more: facts about the stage.
+        """
         study, calibration = self.study, self._calibration(pruning)
         learned = pruning.training_tokens(self.sequence)
         seqlen = self.sequence if pruning.learns else calibration.seqlen or self.sequence
@@ -186,7 +204,7 @@ class _Builder(TrainingRuns):
         content = {
             "method": pruning.entry.method,
             "options": identity(pruning.method),
-            "target": pruning.target.as_dict(),
+            "target": step.target.as_dict(),
             "seqlen": seqlen,
             **(reading if pruning.learns else self._reading(pruning)),
         }
@@ -195,22 +213,17 @@ class _Builder(TrainingRuns):
                 self._learning(pruning), RATE, study.recipe.data_seed if pruning.seed is None else pruning.seed
             )
             content["reconstruct"] = {"seqlen": self.sequence, **tuning}
-        if pruning.before.family.pattern and pruning.method.granularity == "depth":
-            content["layer_pattern"] = pruning.before.family.pattern  # decides which layers go, unless turned off
-        facts = {**self._facts(pruning), "path": "pruned", "shape": pruning.after, "seed": pruning.seed}
-        facts |= {"training_tokens": learned}
+        if step.before.family.pattern and pruning.method.granularity == "depth":
+            content["layer_pattern"] = step.before.family.pattern  # decides which layers go, unless turned off
+        facts = {**self._facts(pruning), "shape": step.after, "training_tokens": learned, **more}
         tokens = learned if pruning.learns else self._calibrated(pruning)
-        propagate = pruning.target.propagate
-        flops = scoring_flops(pruning.before, pruning.after, pruning.method, tokens, seqlen, propagate=propagate)
-        inputs = {"corpus": self.corpus, "model": self._parent_of(pruning)}
-        name = _seed_name(pruning.label, pruning.seed)
+        propagate = step.target.propagate
+        flops = scoring_flops(step.before, step.after, pruning.method, tokens, seqlen, propagate=propagate)
         runtime = {**self.runtime(), "calibration": calibration.source}
         if pruning.entry.reconstruct:
             tokens, flops = tokens + learned, flops + self._reconstruction_flops(pruning, learned)
             runtime["processes"] = 1
-        stage = self.add(Stage("prune", name, content, inputs, tokens, flops, runtime, facts))
-        self.evaluate(stage, cost=measure)
-        return stage
+        return self.add(Stage("prune", name, content, {"corpus": self.corpus, **inputs}, tokens, flops, runtime, facts))
 
     def _facts(self, pruning: Pruning) -> dict[str, Any]:
         if pruning.method.granularity == "sparse":
@@ -224,6 +237,9 @@ class _Builder(TrainingRuns):
             "granularity": pruning.granularity,
             "target": pruning.name,
             "ratio": ratio,
+            "series": pruning.series,
+            "steps": tuple(step.ratio for step in pruning.steps),
+            "schedule": pruning.entry.iteration_schedule,
         }
 
     # --- cells ------------------------------------------------------------------------------------------------------
@@ -235,15 +251,11 @@ class _Builder(TrainingRuns):
         if objective.kind == "reconstruct":
             return self._reconstructed_run(comparison, pruned, tokens)
         recipe = self._retraining_recipe(comparison)
-        inputs: dict[str, Stage] = {"model": pruned}
         first = self._learning(pruning)[1]
+        teacher = self._teacher(comparison, (first, first + tokens), recipe)
+        inputs = {"model": pruned, **teacher}
         facts = {**self._facts(pruning), **self._compared(comparison, "P-R", "pruned", "P-R"), "pruning": pruned}
-        if objective.distill:
-            inputs["teacher"] = self._parent_of(pruning)
-        if objective.teacher == "saved":
-            inputs["teacher"] = facts["teaching"] = self.teaching(
-                inputs["teacher"], (first, first + tokens), recipe, objective
-            )
+        facts |= {"teaching": teacher["teacher"]} if objective.teacher == "saved" else {}
         run = self.run(comparison, facts, pruning.after, first, tokens, "pruned", recipe, inputs, objective)
         self.evaluate(run)
         return run
@@ -277,6 +289,54 @@ class _Builder(TrainingRuns):
     def _reconstruction_flops(self, pruning: Pruning, tokens: int) -> float:
         return reconstruction_flops(pruning.before, pruning.after, tokens, tokens, self.sequence)
 
+    def _pruned_in_steps(self, comparison: PlannedComparison, measure: bool) -> tuple[Stage, Stage]:
+        """Add prunings and recoveries by turns: the last pruned model, and the last recovery, which is the run P-R.
+
+        The recoveries read the tokens of a retraining one after the other, each with the whole schedule of the recipe.
+        """
+        pruning, recipe, objective = comparison.pruning, self._retraining_recipe(comparison), comparison.objective
+        parts = self._recoveries(comparison)
+        seeds = len(self.study.seeds_of(pruning.entry)) > 1
+        compared = self._compared(comparison, "P-R", "pruned", "P-R")
+        seed, first = compared["seed"] if seeds else pruning.seed, self._learning(pruning)[1]
+        teacher = self._teacher(comparison, (first, first + sum(parts)), recipe)
+        inputs: dict[str, Stage] = {"model": self._parent_of(pruning)}
+        prunings, runs = list[Stage](), list[Stage]()
+        for number, (step, tokens) in enumerate(zip(pruning.steps, parts, strict=True), start=1):
+            last, name = number == len(parts), self.name_of(comparison, f"step-{number}")
+            facts: dict[str, Any] = {"path": "pruned" if last else "pruning-step", "seed": seed}
+            pruned = self._prune(name, pruning, step, inputs, {**facts, "before": tuple(prunings)})
+            facts = {**self._facts(pruning), **compared, "pruning": pruned} if last else {"path": "recovery"}
+            facts |= {"teaching": teacher["teacher"]} if last and objective.teacher == "saved" else {}
+            facts["config"] = self._facts(pruning)["config"]
+            name = self.name_of(comparison, "P-R") if last else name
+            span, start = (first, first + tokens), {"model": pruned, **teacher}
+            run = self.train(
+                name, step.after, span, "pruned", recipe, facts, start, objective, before=tuple(runs) if last else ()
+            )
+            prunings.append(pruned)
+            runs.append(run)
+            inputs, first = {"model": run, "masks": pruned}, first + tokens
+        self.evaluate(prunings[-1], cost=measure)
+        self.evaluate(runs[-1])
+        return prunings[-1], runs[-1]
+
+    def _recoveries(self, comparison: PlannedComparison) -> tuple[int, ...]:
+        """The tokens of each recovery."""
+        tokens, iterations = self._retrained(comparison), len(comparison.pruning.steps)
+        try:
+            return split_tokens(tokens, iterations, self.study.recipe.tokens_per_step)
+        except UserError as error:
+            raise UserError(f"methods ({comparison.pruning.label}): {error}") from None
+
+    def _teacher(self, comparison: PlannedComparison, span: tuple[int, int], recipe: Recipe) -> dict[str, Stage]:
+        """The input that a run on the tokens ``span`` is distilled from; none for the language-model loss."""
+        objective = comparison.objective
+        if objective.distill is None:
+            return {}
+        parent = self._parent_of(comparison.pruning)
+        return {"teacher": self.teaching(parent, span, recipe, objective) if objective.teacher == "saved" else parent}
+
     def _retraining_recipe(self, comparison: PlannedComparison) -> Recipe:
         """The recipe of pruned runs, which have a peak rate of their own, and so has an adapter."""
         adapter = comparison.objective.adapter
@@ -289,7 +349,7 @@ class _Builder(TrainingRuns):
         objective, pruning = comparison.objective, comparison.pruning
         if objective.kind == "language-model" or objective.equal == "tokens":
             return comparison.tokens
-        alone = 3 * pruning.after.forward_flops(self.sequence)
+        alone = 3 * sum(step.after.forward_flops(self.sequence) for step in pruning.steps) / len(pruning.steps)
         if objective.kind == "reconstruct":
             return self._whole(comparison.tokens * alone / self._reconstruction_flops(pruning, 1))
         return self._whole(comparison.tokens * alone / (alone + pruning.before.forward_flops(self.sequence)))
@@ -309,7 +369,7 @@ class _Builder(TrainingRuns):
         if setting in ("equal_training_tokens", "equal_total_tokens"):
             tokens += retraining - first
         else:
-            spent = run.facts["cost"][1] + pruned.flops
+            spent = run.facts["cost"][1] + pruned.flops + sum(stage.flops for stage in pruned.facts["before"])
             spent += run.facts["teaching"].flops if "teaching" in run.facts else 0.0
             spent += self._parent_of(pruning).facts["cost"][1] if setting == "equal_total_flops" else 0.0
             tokens = self._whole(spent / (3 * pruning.after.forward_flops(self.sequence)))
@@ -388,5 +448,5 @@ def _seed_name(name: str, seed: int | None) -> str:
 def trunk_savings(stages: Sequence[Stage]) -> tuple[int, int]:
     """Training tokens of a study's runs, and their number if no run shared a trunk."""
     trained = [stage for stage in unique(stages) if stage.kind in ("train", "reconstruct")]
-    alone = sum(stage.facts["cost"][0] for stage in trained if stage.facts["path"] != "trunk")
+    alone = sum(stage.facts["cost"][0] for stage in trained if stage.facts["path"] not in ("trunk", "recovery"))
     return sum(stage.tokens for stage in trained), alone

@@ -16,6 +16,7 @@ from secateur.evaluation.suite import Suite
 from secateur.methods.registry import known_methods
 from secateur.model.families.experts import MIXTRAL
 from secateur.model.shapes import Shape
+from secateur.pruning.iterations import IterationSchedule
 from secateur.pruning.reconstruction import RATE
 from secateur.pruning.target import Target
 from secateur.study.settings import SettingKind
@@ -329,6 +330,8 @@ class MethodEntry:
     propagate: Annotated[Literal["unpruned", "pruned"], IdentityKey(omit="unpruned")] = "unpruned"  #: for experts
     reconstruct: Annotated[Positive | None, IdentityKey(omit=None)] = None  #: steps that tune each pruned block
     options: Mapping[str, Any] = field(default_factory=dict)
+    iterations: Annotated[Positive, IdentityKey(omit=1)] = 1  #: steps of pruning, each followed by a part of retraining
+    iteration_schedule: Annotated[IterationSchedule, IdentityKey(omit="linear")] = "linear"  #: of the ratio
     tokens: Annotated[tuple[Count, ...] | None, listed()] = None  #: retrain.tokens
     settings: Settings | None = None
     seeds: Annotated[tuple[Seed, ...] | None, listed()] = None

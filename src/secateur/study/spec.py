@@ -108,6 +108,7 @@ class StudySpec:
                 targets += [(entry.label, target) for target in entry.targets(self.ratios)]
             except UserError as error:
                 raise UserError(spell(str(error), f"{where}.{{}}".format)) from None
+            self._check_iterations(entry, where)
             if entry.parent is not None and entry.parent not in self.all_parents:
                 raise UserError(
                     f"{where}.parent: {entry.parent!r} is not a parent{did_you_mean(entry.parent, self.all_parents)}"
@@ -136,6 +137,24 @@ class StudySpec:
                 raise UserError("retrain.trunk: a shared trunk needs full training; leave it out, or the adapters")
             if self.sweep and any(adapter.peak_rate for adapter in adapters):
                 raise UserError("retrain.adapter.peak_rate: the sweep chooses the rate; leave one of the two out")
+
+    def _check_iterations(self, entry: MethodEntry, where: str) -> None:
+        """Refuse steps of pruning beside what divides or repeats the retraining in another way."""
+        if entry.iterations == 1 and entry.iteration_schedule != "linear":
+            raise UserError(f"{where}.iteration_schedule: goes with iterations of 2 or more; leave it out")
+        if entry.iterations > 1 and self.retrain.trunk == "shared":
+            raise UserError(f"{where}.iterations: does not go with a shared trunk; leave out retrain.trunk")
+        if entry.iterations > 1 and entry.reconstruct:
+            raise UserError(
+                f"{where}.iterations: does not go with reconstruct, whose tokens have one place; leave one out"
+            )
+        objectives = self.retrain.objective if entry.objective is None else entry.objective
+        if entry.iterations > 1 and any(objective.kind == "reconstruct" for objective in objectives):
+            raise UserError(
+                f"{where}.iterations: recoveries train, and the objective reconstruct does not; leave one out"
+            )
+        if entry.iterations > 1 and self.sweep:
+            raise UserError(f"{where}.iterations: its recoveries have no rates to sweep; leave out iterations or sweep")
 
     @property
     def all_parents(self) -> Mapping[str, ParentSpec]:

@@ -231,7 +231,7 @@ class TrainingRuns:
             settings = {key: value for key, value in settings.items() if key not in unused}
         if "rate" in inputs:
             settings["peak_rate"] = None
-        points = study.evaluation.points if facts["path"] != "trunk" else 1
+        points = study.evaluation.points if facts["path"] not in ("trunk", "recovery") else 1
         tokens = span[1] - span[0]
         distill = objective.distill if objective else None
         flops = self._training_flops(shape, tokens, recipe, facts, objective)

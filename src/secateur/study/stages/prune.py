@@ -44,7 +44,10 @@ def prune_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     identity, target = stage.identity, Target.from_dict(stage.identity["target"])
     check_parents(stage, store, identity["seqlen"])
     method = get_method(identity["method"], identity["options"])
-    checkpoint = Checkpoint(model_of(stage, store))
+    # The masks of a retrained model are in the plan that it began with.
+    checkpoint = Checkpoint(
+        model_of(stage, store), model_of(stage, store, "masks") if "masks" in stage.inputs else None
+    )
     if distributed.is_main():
         (work / "model").mkdir(exist_ok=True)
     if isinstance(method, LearnedMethod):
