@@ -315,7 +315,6 @@ def test_an_adapter_is_read_as_text_or_mapping() -> None:
         ({"lora": None, "more": ["--merge"]}, "--merge: merges an adapter into the weights"),
         ({"more": ["--init", "scratch", "--like", "{dense}"]}, "--lora: fresh weights would stay random"),
         ({"more": ["--only", "router"]}, "--only: router: an adapter freezes the router"),
-        ({"lora": "rank=2,base=4bit"}, "--lora: base=4bit"),
     ],
     ids=str,
 )

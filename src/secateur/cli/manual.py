@@ -245,6 +245,7 @@ examples:
   secateur train OUT --init PRUNED --tokens 50M --data shards:CORPUS --skip 200M --set tokens_per_step=262144
   secateur train OUT --init PRUNED --tokens 1B --data shards:CORPUS --set peak_rate=1e-4
   secateur train OUT --init scratch --like PRUNED --tokens 1B --data shards:CORPUS    its twin, masks kept
+  secateur train OUT --init PRUNED --lora rank=16,alpha=32,targets=all --merge --tokens 50M --data shards:CORPUS
   secateur train OUT --init PRUNED --teacher DIR --alpha 0.5 --tokens 1B --data shards:CORPUS    distil from DIR
   secateur train OUT --init PRUNED --teacher logits:DIR --tokens 1B --data shards:CORPUS   from what a teacher has saved
   torchrun --nproc-per-node 8 -m secateur train OUT --init DIR --tokens 50e9 --data shards:CORPUS --dtype bfloat16
@@ -254,6 +255,10 @@ Fewer than 50 optimizer steps are warned of: 50M tokens are 12 steps of the defa
 With --teacher, a token's loss is alpha T^2 KL(teacher || student) + (1 - alpha) times the usual loss, both at
 temperature T within the KL; held-out losses are the usual loss. The teacher's forward passes count as FLOPs, unless
 `secateur teach` has made them before.
+
+--lora trains a low-rank adapter and freezes the weights. Keys: rank=16, alpha (default: twice the rank), targets=all,
+attention, ffn or names of linears joined by + (q_proj+v_proj), peak_rate (default: the recipe's). Of a sparse model
+the update is masked in each forward pass, so zeros stay. Without --merge, OUT is the adapter alone, in PEFT's format.
 
 Zeros are kept by masks alone (plan.safetensors beside DIR). A sparse checkpoint of another tool has none: --keep-zeros
 makes them of its zeros. OUT is stored in the types of --init DIR, unless --save-dtype chooses another.

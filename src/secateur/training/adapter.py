@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from secateur.config import RUNTIME, IdentityKey, Positive, listed, parse, parse_value, spec
+from secateur.config import RUNTIME, Positive, listed, parse, parse_value, spec
 from secateur.errors import UserError, did_you_mean
 from secateur.formatting import plural
 from secateur.model.shapes import Shape
@@ -43,7 +43,6 @@ class Adapter:
     targets: Annotated[tuple[str, ...], listed(), Field(min_length=1)] = ("all",)
     #: of A and B; None for the run's. The identity has it as the recipe's
     peak_rate: Annotated[float | None, Field(gt=0), RUNTIME] = None
-    base: Annotated[Literal["full", "4bit"], IdentityKey(omit="full")] = "full"  #: how the frozen weights are held
 
     def __post_init__(self) -> None:
         if self.alpha is None:
@@ -60,11 +59,10 @@ class Adapter:
     def label(self) -> str:
         """Name in records and reports: ``lora-16``, with a group of linears ``lora-16-attention``."""
         groups = [target for target in self.targets if target in _GROUPS[1:]]
-        return "-".join([f"lora-{self.rank}", *groups, *(["4bit"] if self.base == "4bit" else [])])
+        return "-".join([f"lora-{self.rank}", *groups])
 
     def __str__(self) -> str:
-        base = ", base in 4 bits" if self.base == "4bit" else ""
-        return f"LoRA of rank {self.rank}, alpha {self.alpha:g}, on {', '.join(self.targets)}{base}"
+        return f"LoRA of rank {self.rank}, alpha {self.alpha:g}, on {', '.join(self.targets)}"
 
 
 def read_adapter(value: Any) -> Adapter:
@@ -86,8 +84,8 @@ def _pair(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (equals and key.strip() and value.strip()):
         raise UserError(f"`adapter`: {text!r} should be KEY=VALUE, as in rank=16,alpha=32,targets=q_proj+v_proj")
-    if key.strip() in ("targets", "base"):
-        return key.strip(), value.strip().split("+") if key.strip() == "targets" else value.strip()
+    if key.strip() == "targets":
+        return "targets", value.strip().split("+")
     return key.strip(), parse_value(value)
 
 

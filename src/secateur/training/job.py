@@ -298,8 +298,6 @@ def _check_adapter(request: TrainRequest, origin: Origin) -> None:
     if origin.checkpoint and origin.checkpoint.whole:
         raise UserError("`adapter`: image-text models get none; leave it out, and the language model is trained whole")
     adapted_linears(request.adapter, origin.shape)
-    if request.adapter.base == "4bit":
-        raise UserError("`adapter`: base=4bit needs a CUDA device and bitsandbytes; leave base out")
 
 
 def _training_flops(request: TrainRequest, origin: Origin, data: Slice) -> float:

@@ -114,7 +114,7 @@ def _adapt(base: Any, config: LoraConfig, masked: bool) -> Linear:
 
     It is made here, not by ``inject_adapter_in_model``, which takes the FFN linears of a mixture for its experts.
     """
-    factors = {"r": config.r, "lora_alpha": config.lora_alpha}
+    factors: dict[str, Any] = {"r": config.r, "lora_alpha": config.lora_alpha}
     if not masked:
         return Linear(base, _NAME, config=config, **factors)
     layer = MaskedLinear(base, _NAME, config=config, **factors)
