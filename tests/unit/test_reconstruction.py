@@ -56,10 +56,10 @@ def naive_reconstruction(
     target, states = dense.model.embed_tokens(ids).detach(), pruned.model.embed_tokens(ids).detach()
     rotary, cut_rotary = dense.model.rotary_emb(target, places), pruned.model.rotary_emb(states, places)
 
-    def attention(layer: nn.Module, x: Tensor, angles: Any) -> Tensor:
+    def attention(layer: Any, x: Tensor, angles: Any) -> Tensor:
         return x + layer.self_attn(layer.input_layernorm(x), position_embeddings=angles, attention_mask=None)[0]
 
-    def whole(layer: nn.Module, x: Tensor, angles: Any) -> Tensor:
+    def whole(layer: Any, x: Tensor, angles: Any) -> Tensor:
         x = attention(layer, x, angles)
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
@@ -175,12 +175,12 @@ def test_the_loss_of_a_trained_model_falls(tmp_path: Path) -> None:
     with torch.no_grad():
         dense = float(loss_of(trained, test))
         assert dense < 1.6  # against log 31 = 3.4
-        for target in ({"method": "wanda", "ratio": 0.7}, {"method": "minitron-width", "ratio": 0.4}):
+        for method, ratio in (("wanda", 0.7), ("minitron-width", 0.4)):
+            common: Any = {"method": method, "ratio": ratio, "calibration": tuning}
             losses = [
-                float(loss_of(secateur.prune(trained, calibration=tuning, **target, **more), test))
-                for more in ({}, {"reconstruct": 20})
+                float(loss_of(secateur.prune(trained, **common, **more), test)) for more in ({}, {"reconstruct": 20})
             ]
-            assert dense < losses[0] and losses[1] < losses[0] - 0.3 * (losses[0] - dense), (target, dense, losses)
+            assert dense < losses[0] and losses[1] < losses[0] - 0.3 * (losses[0] - dense), (method, dense, losses)
 
 
 def test_it_resumes_to_the_same_weights(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
