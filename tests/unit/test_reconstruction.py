@@ -177,9 +177,8 @@ def test_the_loss_of_a_trained_model_falls(tmp_path: Path) -> None:
         assert dense < 1.6  # against log 31 = 3.4
         for method, ratio in (("wanda", 0.7), ("minitron-width", 0.4)):
             common: Any = {"method": method, "ratio": ratio, "calibration": tuning}
-            losses = [
-                float(loss_of(secateur.prune(trained, **common, **more), test)) for more in ({}, {"reconstruct": 20})
-            ]
+            variants: tuple[dict[str, Any], ...] = ({}, {"reconstruct": 20})
+            losses = [float(loss_of(secateur.prune(trained, **common, **more), test)) for more in variants]
             assert dense < losses[0] and losses[1] < losses[0] - 0.3 * (losses[0] - dense), (method, dense, losses)
 
 
