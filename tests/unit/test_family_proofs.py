@@ -87,7 +87,9 @@ def test_the_page_and_the_tests_have_every_family() -> None:
     assert set(mixtures) == set(MIXTURES)
     text = PAGE.read_text(encoding="utf-8")
     page = FamilyPage(text)
-    assert UPDATE or (text == page.text([*names, *mixtures]) and set(page.mixtures) == set(MIXTURES)), "make families"
+    assert UPDATE or (text == page.text([*names, *mixtures]) and set(page.mixtures) - {"family"} == set(MIXTURES)), (
+        "make families"
+    )
 
 
 INDEX_LISTS = ("mlp_only_layers", "full_attn_idxs")

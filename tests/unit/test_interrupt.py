@@ -154,6 +154,9 @@ def run(folder: Path, model: Any, **settings: Any) -> list[str]:
     ids = torch.randint(2, 61, (320,), generator=torch.Generator().manual_seed(1)).numpy()
 
     class Store:
+        def targets(self, split: str, start: int, stop: int) -> None:
+            return None
+
         def read(self, split: str, start: int, stop: int) -> Any:
             return ids[start:stop]
 

@@ -237,7 +237,7 @@ def test_pruning_by_a_task(
         return 0.9, [0.2, 0.8, 0.3, 0.1]
 
     monkeypatch.setattr("secateur.pruning.job.Task", Told)
-    monkeypatch.setattr("secateur.pruning.scoring.removal_accuracies", accuracies)
+    monkeypatch.setattr("secateur.pruning.layer_scoring.removal_accuracies", accuracies)
     line = "--method minitron-depth --ratio 0.4 --option task=winogrande --tasks-data {w} --task-limit 7"
     found = call(PRUNE + line + TEXT_AT)
     assert "text.txt is not read, since minitron-depth goes by the task winogrande" in found.err
@@ -597,7 +597,7 @@ def test_examples_of_the_manual_are_read(capsys: pytest.CaptureFixture[str], tmp
         for line in (manual.prune_epilog() + manual.SHAPES_EPILOG).splitlines()
         if line.startswith("  secateur ")
     ]
-    assert len(examples) == 14
+    assert len(examples) == 15
     for line in examples:
         parts = line.partition("   ")[0].split()[1:]
         missing = [str(tmp_path / "none") if part in ("DIR", "config.json") else part for part in parts]

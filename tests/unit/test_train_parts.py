@@ -134,7 +134,7 @@ def test_models_are_placed_as_they_are_stored(family: str, tmp_path: Path) -> No
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     assert [n for n, _ in placed.model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(placed.model.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(placed.model.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=5e-4)
 
 
 def test_dropout_is_off_in_training_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

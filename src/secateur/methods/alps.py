@@ -66,6 +66,9 @@ class ALPS(WeightMethod):
 
     def prune(self, weight: Tensor, stats: _Problem, select: Selector) -> tuple[Tensor, Tensor]:
         dense = weight * stats.scale
+        mask = select(dense.square())
+        if mask.all():  # nothing goes, so nothing has to make up for it
+            return weight.clone(), mask
         weight, mask = self._split(dense, stats, select)
         return self._refine(dense, weight, mask, stats).div_(stats.scale), mask
 

@@ -135,7 +135,7 @@ class Checkpoint:
         if (self.directory / _ADAPTER).is_file():
             raise UserError(
                 f"{directory}: holds an adapter ({_ADAPTER}), which changes the model's weights; merge it into them "
-                f"(merge_and_unload of peft, or train it with `secateur train --merge`), or remove {_ADAPTER} if they "
+                f"(merge_and_unload of peft, or train it with `merge`), or remove {_ADAPTER} if they "
                 "are merged"
             )
         self.raw_config, self.config, self.shape, self.whole = read_config(self.directory / "config.json")
