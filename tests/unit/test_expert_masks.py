@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import secateur
 from expert_models import tiny_mixture
@@ -75,7 +75,7 @@ def test_another_trainer_keeps_them_with_the_callback(name: str, pruned: Any, tm
         disable_tqdm=True, use_cpu=True, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
     model = hf(source.path)
-    callbacks = [secateur.KeepMasks(source)]
+    callbacks: list[TrainerCallback] = [secateur.KeepMasks(source)]
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks).train()
     assert not dropped(model, masks).any()
     plain = hf(source.path)

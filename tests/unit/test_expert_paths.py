@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,8 @@ def test_three_processes_prune_as_one_does(models: Path, tmp_path: Path) -> None
 def test_checkpoints_in_bfloat16_in_both_spellings(name: str, models: Path, tmp_path: Path) -> None:
     """The decisions are those for a float32 file of the same values, and the outputs of both spellings are equal."""
     family, options = JOBS[name]
-    model = random_mixture(family).to(torch.bfloat16)
+    model: Any = random_mixture(family)
+    model.to(torch.bfloat16)
     outs = {}
     for label, dtype, fused in (
         ("full", torch.float32, False),

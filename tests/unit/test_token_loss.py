@@ -342,7 +342,7 @@ def test_every_family_against_its_own_logits(name: str, tmp_path: Path) -> None:
     for parameter, gradient in reference.items():
         assert gradient is not None
         if float(gradient.abs().max()) > 1e-6:  # a bias of keys without RoPE has no gradient but rounding
-            near(model.get_parameter(parameter).grad, gradient.double(), 2e-5)
+            near(model.get_parameter(parameter).grad, gradient.double(), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["granite", "gemma2", "gemma3-untied", "cohere2", "phi"])
