@@ -214,8 +214,8 @@ A trainer that changes all weights keeps the zeros while it trains with the call
 
 TEACH_EPILOG = """\
 examples:
-  secateur teach PARENT CORPUS LOGITS --tokens 50M --skip 200M --sequence 8192
-  secateur train OUT --init PRUNED --teacher logits:LOGITS --tokens 50M --skip 200M --data shards:CORPUS
+  secateur teach PARENT CORPUS LOGITS --tokens 1B --skip 200M --sequence 8192
+  secateur train OUT --init PRUNED --teacher logits:LOGITS --tokens 1B --skip 200M --data shards:CORPUS
   secateur teach PARENT CORPUS LOGITS --top-k 32 --temperature 2 --sequence 2048
   torchrun --nproc-per-node 8 -m secateur teach PARENT CORPUS LOGITS --tokens 1B --dtype bfloat16 --replicas 8
 
@@ -245,7 +245,7 @@ examples:
   secateur train OUT --init PRUNED --tokens 50M --data shards:CORPUS --skip 200M --set tokens_per_step=262144
   secateur train OUT --init PRUNED --tokens 1B --data shards:CORPUS --set peak_rate=1e-4
   secateur train OUT --init scratch --like PRUNED --tokens 1B --data shards:CORPUS    its twin, masks kept
-  secateur train OUT --init PRUNED --lora rank=16,alpha=32,targets=all --merge --tokens 50M --data shards:CORPUS
+  secateur train OUT --init PRUNED --lora rank=16,alpha=32,targets=all --merge --tokens 1B --data shards:CORPUS
   secateur train OUT --init PRUNED --teacher DIR --alpha 0.5 --tokens 1B --data shards:CORPUS    distil from DIR
   secateur train OUT --init PRUNED --teacher logits:DIR --tokens 1B --data shards:CORPUS   from what a teacher has saved
   torchrun --nproc-per-node 8 -m secateur train OUT --init DIR --tokens 50e9 --data shards:CORPUS --dtype bfloat16
