@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from family_configs import FAMILY_CONFIGS, FAMILY_SIZES, FILE_CHANGES
+from secateur.calibration.journal import Journal
 from secateur.data.manifest import Split, write_manifest
 from secateur.data.shards import ShardWriter
 from secateur.methods.base import ExpertMethod, LearnedMethod
@@ -215,6 +217,21 @@ def learned(
         measure=measure,
         out=folder / "trained",
     )
+
+
+@contextmanager
+def killed_behind(monkeypatch: pytest.MonkeyPatch, step: int) -> Iterator[None]:
+    """Interrupt a walk once its journal has finished this step."""
+    finish = Journal.finish
+
+    def interrupt(self: Journal, number: int) -> None:
+        finish(self, number)
+        if number == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", interrupt)
+        yield
 
 
 def token_corpus(folder: Path, *, tokens: int, vocabulary: int, seed: int = 0, domains: int = 0) -> Path:

@@ -255,17 +255,17 @@ def test_text_has_no_targets_and_its_identity_stays(tmp_path: Path) -> None:
 
 def naive_losses(network: Any, documents: list[tuple[list[int], list[int]]], length: int) -> list[float]:
     """Loss of each target, one document's part of one window at a time."""
-    at, found = 0, []
+    at, losses = 0, []
     for ids, labels in documents:
         begin = 0
         while begin < len(ids):
             end = min(len(ids), begin + length - (at + begin) % length)
             scores = logits(network, torch.tensor([ids[begin:end]]))[0].double().log_softmax(dim=1)
             places = [i for i in range(begin + 1, end) if labels[i] != IGNORE_INDEX]
-            found += [-float(scores[i - begin - 1, ids[i]]) for i in places]
+            losses += [-float(scores[i - begin - 1, ids[i]]) for i in places]
             begin = end
         at += len(ids)
-    return found
+    return losses
 
 
 def test_evaluation_measures_targets_within_conversations(store: TokenStore, model: Path) -> None:
@@ -376,13 +376,13 @@ def test_a_slice_without_targets_is_refused(tmp_path: Path, model: Path) -> None
 def test_calibration_renders_conversations(model: Path, tmp_path: Path) -> None:
     """With the assistant's answers, or with the prompt that asks for one."""
     tokenizer = chat_tokenizer("chatml")
-    asked = [turns("Who?"), turns("Why?", "So.", "And?")]
-    source = write_rows(tmp_path / "rows.jsonl", [{"messages": m} for m in [*CONVERSATIONS, *asked]])
+    prompts = [turns("Who?"), turns("Why?", "So.", "And?")]
+    source = write_rows(tmp_path / "rows.jsonl", [{"messages": m} for m in [*CONVERSATIONS, *prompts]])
     windows = calibration_windows(Checkpoint(model), source, format="messages", seqlen=32)
     expected: list[int] = []
     for messages in CONVERSATIONS:
         expected += tokenizer.apply_chat_template(messages)["input_ids"]
-    for messages in asked:
+    for messages in prompts:
         expected += tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert windows.flatten().tolist() == expected[: len(expected) // 32 * 32]
     fields: dict[str, Any] = {"method": "wanda", "ratio": 0.5, "seqlen": 32}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from expert_models import random_mixture, tiny_mixture
-from helpers import files, hf, logits, windows
+from helpers import files, hf, killed_behind, logits, windows
 from processes import together
 from reference import opened
 from secateur.calibration.journal import Journal
@@ -56,16 +56,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     name: str, states: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(line(models, tmp_path / "whole", name)) == 0
-    finish = Journal.finish
-
-    def killed(self: Journal, step: int) -> None:
-        finish(self, step)
-        if step == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "finish", killed)
+    with killed_behind(monkeypatch, 1):
         assert main(line(models, tmp_path / "out", name, "--states", states)) == 130
+    finish = Journal.finish
     visits: list[int] = []
     monkeypatch.setattr(Journal, "finish", lambda self, step: (visits.append(step), finish(self, step))[1])
     assert main(line(models, tmp_path / "out", name, "--states", states, "--resume")) == 0

@@ -72,8 +72,8 @@ def naive_reconstruction(
         ):
             tuned = {n: p for n, p in cut.named_parameters() if any(p is q for m in modules for q in m.parameters())}
             optimizer = torch.optim.AdamW([{"params": [p]} for p in tuned.values()], weight_decay=0.0)
-            kept = {n: masks.get(f"model.layers.{number}.{n}", torch.ones_like(p)).bool() for n, p in tuned.items()}
-            scales = [float(p.detach()[kept[n]].double().square().mean().sqrt()) for n, p in tuned.items()]
+            keep = {n: masks.get(f"model.layers.{number}.{n}", torch.ones_like(p)).bool() for n, p in tuned.items()}
+            scales = [float(p.detach()[keep[n]].double().square().mean().sqrt()) for n, p in tuned.items()]
             for step in range(steps):
                 loss = nn.functional.mse_loss(run(cut, states, cut_rotary), goal[..., channels])
                 gradients = torch.autograd.grad(loss, list(tuned.values()))
@@ -82,11 +82,11 @@ def naive_reconstruction(
                 for (name, parameter), gradient, group, scale in zip(
                     tuned.items(), gradients, optimizer.param_groups, scales, strict=True
                 ):
-                    parameter.grad = gradient * kept[name]
+                    parameter.grad = gradient * keep[name]
                     group["lr"] = 0.02 * scale * share
                 optimizer.step()
                 for name, parameter in tuned.items():
-                    parameter.data *= kept[name]
+                    parameter.data *= keep[name]
         with torch.no_grad():
             states, target = whole(cut, states, cut_rotary), output
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import files, tiny_family, tiny_llama, windows
+from helpers import files, killed_behind, tiny_family, tiny_llama, windows
 from secateur.calibration import place as evidence
 from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.checksum import SIZE, checksum
@@ -154,15 +154,7 @@ def test_a_run_does_not_go_on_with_what_is_damaged(
     damage: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert prune(world, tmp_path / "whole", "wanda") == 0
-    finish = Journal.finish
-
-    def killed(self: Journal, step: int) -> None:
-        finish(self, step)
-        if step == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "finish", killed)
+    with killed_behind(monkeypatch, 1):
         assert prune(world, tmp_path / "out", "wanda", "--states", "disk") == 130
     pattern, damaging = DAMAGE[damage]
     damaging(next((tmp_path / "out.partial" / "work").glob(pattern)))
@@ -237,15 +229,7 @@ def test_a_killed_run_that_draws_draws_the_same_again(
 ) -> None:
     line = ["prune", str(world / "model"), "--method", method, "--ratio", "0.5"]
     assert main([*line, str(tmp_path / "whole")]) == 0
-    finish = Journal.finish
-
-    def killed(self: Journal, step: int) -> None:
-        finish(self, step)
-        if step == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "finish", killed)
+    with killed_behind(monkeypatch, 1):
         assert main([*line, str(tmp_path / "out")]) != 0
     assert main([*line, str(tmp_path / "out"), "--resume"]) == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")

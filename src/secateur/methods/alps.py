@@ -69,17 +69,17 @@ class ALPS(WeightMethod):
         mask = select(dense.square())
         if mask.all():  # nothing goes, so nothing has to make up for it
             return weight.clone(), mask
-        weight, mask = self._split(dense, stats, select)
+        weight, mask = self._split(dense, mask, stats, select)
         return self._refine(dense, weight, mask, stats).div_(stats.scale), mask
 
-    def _split(self, dense: Tensor, problem: _Problem, select: Selector) -> tuple[Tensor, Tensor]:
-        """Find weights and their mask by ADMM, from the scaled weights; all [out, in]."""
+    def _split(self, dense: Tensor, mask: Tensor, problem: _Problem, select: Selector) -> tuple[Tensor, Tensor]:
+        """Find weights and their mask by ADMM, from the scaled weights and the mask of the largest; all [out, in]."""
         import torch
 
         target, rho, has_grown = dense @ problem.hessian, self.rho, False
         free, multiplier = dense, torch.zeros_like(dense)
-        last = mask = select(dense.square())
-        sparse = dense.masked_fill(~mask, 0)
+        last, start = mask, dense.masked_fill(~mask, 0)
+        sparse = start
         for step in range(1, self.steps + 1):
             free = ((target - multiplier + rho * sparse) @ problem.vectors / (problem.values + rho)) @ problem.vectors.T
             sum_ = free + multiplier / rho
@@ -99,7 +99,7 @@ class ALPS(WeightMethod):
             rho /= 5  # too stiff from the start: again from the dense weights where the mask moved at all
             if change:
                 free, multiplier = dense, torch.zeros_like(dense)
-                sparse = dense.masked_fill(~select(dense.square()), 0)
+                sparse = start
         mask = select(free.square())
         return free.masked_fill(~mask, 0), mask
 

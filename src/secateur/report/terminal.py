@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from secateur.comparison.ablation import CONTINUED, continued_parents
@@ -278,19 +278,22 @@ def _controls(judgement: Judgement) -> list[str]:
 
 
 def _objectives(index: Index) -> list[str]:
-    rows = objective_rows(index)
-    lines = ["", "Training objectives compared, P-R only"] if rows else []
-    for row in rows[:_MOST_SENTENCES]:
-        lines += _wrapped(objective_sentence(row), indent="  ")
-    return lines + ([f"  and {len(rows) - _MOST_SENTENCES} more, on the page"] if len(rows) > _MOST_SENTENCES else [])
+    return _sentences("Training objectives compared, P-R only", map(objective_sentence, objective_rows(index)))
 
 
 def _steps(index: Index) -> list[str]:
-    rows = steps_rows(index)
-    lines = ["", "Pruning in steps with recovery between, at equal tokens, P-R only"] if rows else []
-    for row in rows[:_MOST_SENTENCES]:
-        lines += _wrapped(steps_sentence(row), indent="  ")
-    return lines + ([f"  and {len(rows) - _MOST_SENTENCES} more, on the page"] if len(rows) > _MOST_SENTENCES else [])
+    title = "Pruning in steps with recovery between, at equal tokens, P-R only"
+    return _sentences(title, map(steps_sentence, steps_rows(index)))
+
+
+def _sentences(title: str, sentences: Iterable[str]) -> list[str]:
+    """A title with the first sentences below it, and the number of the others; nothing without any."""
+    sentences = list(sentences)
+    lines = ["", title] if sentences else []
+    for sentence in sentences[:_MOST_SENTENCES]:
+        lines += _wrapped(sentence, indent="  ")
+    more = len(sentences) - _MOST_SENTENCES
+    return lines + ([f"  and {more} more, on the page"] if more > 0 else [])
 
 
 def _forecasts(judgement: Judgement) -> list[str]:

@@ -10,12 +10,12 @@ from typing import Any
 from secateur.config import identity
 from secateur.errors import UserError
 from secateur.evaluation.workload import Workload
-from secateur.model.shapes import Shape, teacher_flops, train_flops
+from secateur.model.shapes import Shape, teacher_flops
 from secateur.study.grid import PlannedComparison
 from secateur.study.sections import ObjectiveSpec
 from secateur.study.spec import StudySpec
 from secateur.study.stage import Stage
-from secateur.training.adapter import adapter_flops
+from secateur.training.adapter import training_flops
 from secateur.training.logits_size import logits_size
 from secateur.training.recipe import Recipe
 
@@ -234,7 +234,8 @@ class TrainingRuns:
         points = study.evaluation.points if facts["path"] not in ("trunk", "recovery") else 1
         tokens = span[1] - span[0]
         distill = objective.distill if objective else None
-        flops = self._training_flops(shape, tokens, recipe, facts, objective)
+        adapter, sparse = objective.adapter if objective else None, facts.get("granularity") == "sparse"
+        flops = training_flops(adapter, shape, tokens, recipe, sparse=sparse)
         if distill and inputs["teacher"].kind != "teach":
             flops += teacher_flops(inputs["teacher"].facts["shape"], tokens, self.sequence)
         content = {
@@ -284,15 +285,6 @@ class TrainingRuns:
         flops, inputs = teacher_flops(shape, tokens, self.sequence), {"corpus": self.corpus, "model": parent}
         name = f"{parent.name}/teach@{_short(tokens)}"
         return self.add(Stage("teach", name, content, inputs, tokens, flops, self.runtime(), facts))
-
-    def _training_flops(
-        self, shape: Shape, tokens: int, recipe: Recipe, facts: Mapping[str, Any], objective: ObjectiveSpec | None
-    ) -> float:
-        """FLOPs of the training itself, without a teacher's."""
-        if objective is None or objective.adapter is None:
-            return train_flops(shape, tokens, self.sequence)
-        sparse, batch = facts.get("granularity") == "sparse", recipe.micro_batch * self.sequence
-        return adapter_flops(objective.adapter, shape, tokens, self.sequence, sparse=sparse, batch=batch)
 
     def runtime(self) -> dict[str, Any]:
         compute = self.study.compute

@@ -16,8 +16,9 @@ from pydantic import Field
 from secateur.config import RUNTIME, Positive, listed, parse, parse_value, spec
 from secateur.errors import UserError, did_you_mean
 from secateur.formatting import plural
-from secateur.model.shapes import Shape
+from secateur.model.shapes import Shape, train_flops
 from secateur.progress import notify
+from secateur.training.recipe import Recipe
 
 __all__ = [
     "Adapter",
@@ -28,6 +29,7 @@ __all__ = [
     "is_adapter_part",
     "plain_name",
     "read_adapter",
+    "training_flops",
 ]
 
 _GROUPS = ("all", "attention", "ffn")
@@ -151,6 +153,14 @@ def adapter_flops(adapter: Adapter, shape: Shape, tokens: int, context: int, *, 
         return tokens * per_token
     weights = sum(rows * columns for rows, columns in linears.values())
     return tokens * (per_token + 2.0 * weights) + tokens / batch * 8.0 * adapter.rank * weights
+
+
+def training_flops(adapter: Adapter | None, shape: Shape, tokens: int, recipe: Recipe, *, sparse: bool) -> float:
+    """FLOPs of training all weights on ``tokens`` or, where there is one, an adapter; without a teacher's."""
+    if adapter is None:
+        return train_flops(shape, tokens, recipe.sequence)
+    batch = recipe.micro_batch * recipe.sequence
+    return adapter_flops(adapter, shape, tokens, recipe.sequence, sparse=sparse, batch=batch)
 
 
 def announce_adapter(adapter: Adapter | None, shape: Shape, *, sparse: bool) -> None:

@@ -27,10 +27,10 @@ from secateur.model.checkpoint import Checkpoint, max_positions, skeleton
 from secateur.model.companions import copy_companions
 from secateur.model.config_spelling import with_dtype
 from secateur.model.plan import JSON_FILE, TENSOR_FILE
-from secateur.model.shapes import teacher_flops, train_flops
+from secateur.model.shapes import teacher_flops
 from secateur.progress import notify
 from secateur.runtime import environment, pick_device, pick_dtype
-from secateur.training.adapter import adapted_linears, adapter_flops, announce_adapter
+from secateur.training.adapter import adapted_linears, announce_adapter, training_flops
 from secateur.training.batches import Data, Slice
 from secateur.training.checkpoints import FINISHED
 from secateur.training.distill import Distillation, LogitsDistillation, check_logits, check_teacher
@@ -195,9 +195,10 @@ def train(request: TrainRequest) -> Trained:
     }
     peak = peak_of(device, dtype)
     teaching = teacher_flops(teacher.shape, data.tokens, recipe.sequence) if teacher else None
-    flops = _training_flops(request, origin, data) + (teaching or 0.0)
+    sparse = bool(origin.masks) or request.keep_zeros
+    flops = training_flops(request.adapter, origin.shape, data.tokens, recipe, sparse=sparse) + (teaching or 0.0)
     _announce(data, origin, teacher or logits, flops, execution, peak)
-    announce_adapter(request.adapter, origin.shape, sparse=bool(origin.masks) or request.keep_zeros)
+    announce_adapter(request.adapter, origin.shape, sparse=sparse)
     data.report_targets()
     _warn_of_few_steps(data)
     create_repository(request.push_to_hub)
@@ -298,15 +299,6 @@ def _check_adapter(request: TrainRequest, origin: Origin) -> None:
     if origin.checkpoint and origin.checkpoint.whole:
         raise UserError("`adapter`: image-text models get none; leave it out, and the language model is trained whole")
     adapted_linears(request.adapter, origin.shape)
-
-
-def _training_flops(request: TrainRequest, origin: Origin, data: Slice) -> float:
-    """FLOPs of the training itself, without a teacher's."""
-    recipe, size = data.recipe, (origin.shape, data.tokens, data.recipe.sequence)
-    if request.adapter is None:
-        return train_flops(*size)
-    sparse, batch = bool(origin.masks) or request.keep_zeros, recipe.micro_batch * recipe.sequence
-    return adapter_flops(request.adapter, *size, sparse=sparse, batch=batch)
 
 
 def _check_outside(out: Path, *folders: Path) -> None:

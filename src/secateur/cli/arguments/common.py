@@ -38,7 +38,8 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, with the nearest name."""
 
     write_epilog: Callable[[], str] | None = None  #: for an epilog that it takes a moment to write
-    spellings: Mapping[str, str] = MappingProxyType({})  #: fields that several options stand for
+    #: fields that several options, or an option of another verb, stand for
+    spellings: Mapping[str, str] = MappingProxyType({"merge": "secateur train --merge"})
     setting_keys: Callable[[], Sequence[str]] | None = None  #: the keys of ``--set``, where the verb has that option
 
     def format_help(self) -> str:
@@ -55,11 +56,11 @@ class Parser(argparse.ArgumentParser):
 
     def spelling(self, field: str) -> str | None:
         """The option or metavar that stands for a field of a request; None where the verb has none."""
+        if field in self.spellings:
+            return self.spellings[field]
         action = next((action for action in self._actions if action.dest == field), None)
         if action is None:
             return None
-        if field in self.spellings:
-            return self.spellings[field]
         if isinstance(action, argparse.BooleanOptionalAction):
             return action.option_strings[0]  # the last says no
         return action.option_strings[-1] if action.option_strings else str(action.metavar or action.dest.upper())
