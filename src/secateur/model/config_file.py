@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.errors import UserError
 from secateur.files import read_json
+from secateur.model.attention_windows import states_windows
 from secateur.model.families import family_of
 from secateur.model.shapes import Shape
 from secateur.model.weight_files import describe_block, holds_own_head, other_format
@@ -203,7 +204,7 @@ def _is_complete(raw: dict[str, Any]) -> bool:
     if wrapper_of(raw["model_type"]):
         return False
     family = family_of(raw["model_type"], where="")
-    if family.kinds or family.derived:
+    if family.kinds or family.derived or not states_windows(raw):
         return False
     numbers = {*family.config_keys.values(), "vocab_size", "max_position_embeddings"}
     if family.derives_head_dim:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from secateur.errors import UserError
 from secateur.formatting import plural
+from secateur.model.attention_windows import attention_windows
+from secateur.model.config_sizes import check_sizes, groups_of, product_of
 from secateur.model.expert_matrices import is_expert_weight, reads_hidden
 from secateur.model.families import FAMILIES, LLAMA, SPACE_OF, Axis, Family, Tensors, family_of, switched_on
 
@@ -59,6 +61,9 @@ class Shape:
     active: int = 0  #: experts that a token is routed to
     groups: tuple[int, int] = (1, 1)  #: groups of neighbouring experts, and those that one token's experts come from
     fixed: tuple[tuple[str, int], ...] = ()  #: spaces of the family's own that are never cut, with their sizes
+    #: positions that each layer attends to at most, None for all; empty where all layers attend to all
+    windows: tuple[int | None, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    positions: int | None = dataclasses.field(default=None, repr=False, compare=False)  #: longest context
     family: Family = dataclasses.field(default=LLAMA, repr=False)
 
     @classmethod
@@ -78,8 +83,8 @@ class Shape:
             sizes["kv_heads"] = sizes["heads"]
         if sizes.get("head_dim") is None:
             sizes["head_dim"] = sizes["hidden"] // max(sizes["heads"], 1)
-        _check_sizes({key: sizes[name] for name, key in family.config_keys.items()}, where)
-        _check_sizes({"vocab_size": config.vocab_size}, where)
+        check_sizes({key: sizes[name] for name, key in family.config_keys.items()}, where)
+        check_sizes({"vocab_size": config.vocab_size}, where)
         if sizes["heads"] % sizes["kv_heads"]:
             raise UserError(f"{where}: {sizes['heads']} query heads cannot share {sizes['kv_heads']} KV heads evenly")
         sizes = {"ffn": 0} | sizes  # families whose every layer has experts have no other
@@ -87,15 +92,17 @@ class Shape:
         kinds = tuple(family.kinds_of(config)) if family.kinds else ()
         if kinds and len(kinds) != sizes["layers"]:
             raise UserError(f"{where}: has {plural(sizes['layers'], 'layer')}, but kinds of {len(kinds)}")
-        fixed = tuple((name, _product(name, factors, config, where)) for name, factors in family.fixed.items())
+        fixed = tuple((name, product_of(name, factors, config, where)) for name, factors in family.fixed.items())
         return cls(
             **sizes,
             vocabulary=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
             switches=switches,
             kinds=kinds,
-            groups=_groups(family, config),
+            groups=groups_of(family, config),
             fixed=fixed,
+            windows=attention_windows(config, sizes["layers"]),
+            positions=getattr(config, "max_position_embeddings", None),
             family=family,
         )
 
@@ -179,9 +186,9 @@ class Shape:
     def linear_sizes(self) -> dict[str, tuple[int, ...]]:
         """The sizes [out, in] of the weight matrices of all kinds of blocks, by the names of their tensors."""
         layers = {self.kind(layer): layer for layer in range(self.layers)}.values()
-        return {n: self._matrix_size(self.block_tensors(layer)[n]) for layer in layers for n in self.linears(layer)}
+        return {n: self.matrix_size(self.block_tensors(layer)[n]) for layer in layers for n in self.linears(layer)}
 
-    def _matrix_size(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
+    def matrix_size(self, axes: tuple[Axis, ...]) -> tuple[int, ...]:
         """The size [out, in] of a matrix, or of each matrix in a tensor over all experts."""
         if not is_expert_weight(axes):
             return self.tensor_size(axes)
@@ -190,9 +197,10 @@ class Shape:
     def of_layers(self, layers: Sequence[int]) -> Shape:
         """The shape with these layers alone; other sizes stay."""
         kinds = tuple(self.kinds[layer] for layer in layers) if self.kinds else ()
-        return dataclasses.replace(self, layers=len(layers), kinds=kinds)
+        windows = tuple(self.windows[layer] for layer in layers) if self.windows else ()
+        return dataclasses.replace(self, layers=len(layers), kinds=kinds, windows=windows)
 
-    def _sum_over_layers(self, figure: Callable[[int], Any]) -> Any:
+    def sum_over_layers(self, figure: Callable[[int], Any]) -> Any:
         """Sum a figure of a block over all layers.
 
         Where a shape has fewer layers than kinds, since nothing has chosen the layers yet, it is the expected sum.
@@ -209,7 +217,7 @@ class Shape:
     @property
     def block_weights(self) -> int:
         """The weights of the blocks' linears, which sparse methods prune."""
-        return self._sum_over_layers(self.linear_parameters)
+        return self.sum_over_layers(self.linear_parameters)
 
     def switched_on(self, keys: Sequence[str]) -> Shape:
         """The shape with optional tensors besides its own."""
@@ -284,7 +292,7 @@ class Shape:
     def non_embedding(self) -> int:
         """Parameters outside the embedding and the head."""
         outer = sum(math.prod(self.tensor_size(axes)) for axes in self.outer_tensors().values() if None not in axes)
-        return self._sum_over_layers(self.block_parameters) + outer
+        return self.sum_over_layers(self.block_parameters) + outer
 
     @property
     def total(self) -> int:
@@ -300,8 +308,8 @@ class Shape:
         full: dense kernels multiply their zeros. Of the routed experts those count that a token is routed to, and the
         router.
         """
-        weights = self._sum_over_layers(self._active_weights) + self.vocabulary * self.hidden
-        attention = 4 * self._sum_over_layers(self._attention_width) * (context + 1) / 2
+        weights = self.sum_over_layers(self._active_weights) + self.vocabulary * self.hidden
+        attention = 4 * self.sum_over_layers(self._attention_width) * (context + 1) / 2
         return 2.0 * weights + attention
 
     def block_flops(self, context: int) -> float:
@@ -311,7 +319,7 @@ class Shape:
     @property
     def ffn_flops(self) -> float:
         """Those of :meth:`block_flops` in dense FFNs."""
-        return 2.0 * self._sum_over_layers(self.ffn_weights)
+        return 2.0 * self.sum_over_layers(self.ffn_weights)
 
     def ffn_weights(self, layer: int = 0) -> int:
         """Weights of the matrices of a block's dense FFN."""
@@ -322,7 +330,7 @@ class Shape:
     @property
     def active_parameters(self) -> int:
         """Parameters that one token uses: of the routed experts, those that it is routed to."""
-        return self.total - self._sum_over_layers(self._idle_parameters)
+        return self.total - self.sum_over_layers(self._idle_parameters)
 
     @property
     def least_experts(self) -> int:
@@ -356,7 +364,22 @@ class Shape:
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of KV cache for each token at 16 bits."""
-        return self._sum_over_layers(lambda layer: 2 * self._cached_channels(layer))
+        return self.sum_over_layers(lambda layer: 2 * self._cached_channels(layer))
+
+    def cached_values(self, context: int) -> Any:
+        """Keys and values that the cache holds after ``context`` tokens of one sequence.
+
+        A layer with a window keeps one position less than it, as the cache of transformers does. Where a shape has
+        fewer layers than windows, since nothing has chosen the layers yet, it is the expected number.
+        """
+        windows = self.windows or (None,)
+        positions = [context if window is None else min(context, window - 1) for window in windows]
+        if len(set(positions)) == 1:
+            return positions[0] * self.sum_over_layers(self._cached_channels)
+        total = sum(tokens * self._cached_channels(layer) for layer, tokens in enumerate(positions))
+        if isinstance(self.layers, int) and self.layers == len(positions):
+            return total
+        return total * self.layers / len(positions)
 
     def _cached_channels(self, layer: int) -> int:
         """Channels of keys and values that a block adds to the cache for each token."""
@@ -395,35 +418,3 @@ def teacher_flops(teacher: Shape, tokens: int, context: int) -> float:
 def removed(before: Shape, after: Shape) -> dict[str, float]:
     """The share of parameters that ``after`` lacks: ``total`` and ``non_embedding``."""
     return {"total": 1 - after.total / before.total, "non_embedding": 1 - after.non_embedding / before.non_embedding}
-
-
-def _check_sizes(sizes: Mapping[str, Any], where: str) -> None:
-    for key, size in sizes.items():
-        if not isinstance(size, int) or not 1 <= size < 2**24:
-            raise UserError(f"{where}: {key} should be a whole number above zero and below {2**24:,}, not {size!r}")
-
-
-def _product(name: str, factors: Sequence[str | int | Callable[[Any], int]], config: Any, where: str) -> int:
-    """The size of a space from its factors; see :attr:`Family.fixed`."""
-    sizes: dict[str, Any] = {}
-    for factor in factors:
-        if isinstance(factor, str):
-            values = [_read(config, key) for key in factor.split("|")]
-            sizes[factor] = next(filter(None, values), values[-1])
-        else:
-            sizes[f"{name} ({len(sizes)})"] = factor if isinstance(factor, int) else factor(config)
-    _check_sizes(sizes, where)
-    return math.prod(sizes.values())
-
-
-def _read(config: Any, key: str) -> Any:
-    """The value of a config key; of a number, the number."""
-    return int(key) if key.isdigit() else getattr(config, key, None)
-
-
-def _groups(family: Family, config: Any) -> tuple[int, int]:
-    """The number of groups that a router chooses experts in, and of those that a token's experts come from."""
-    if family.expert_groups is None:
-        return 1, 1
-    groups, groups_per_token = (getattr(config, key, None) or 1 for key in family.expert_groups)
-    return int(groups), int(groups_per_token)

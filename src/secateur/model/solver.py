@@ -14,7 +14,17 @@ from secateur.errors import UserError, did_you_mean
 from secateur.formatting import plural
 from secateur.model.shapes import BLOCK, SIZES, Shape, Share, removed
 
-__all__ = ["explicit", "multiple_of", "solve_between", "solve_depth", "solve_experts", "solve_width"]
+__all__ = [
+    "explicit",
+    "largest",
+    "multiple_of",
+    "prefer_blocks",
+    "solve_between",
+    "solve_depth",
+    "solve_experts",
+    "solve_width",
+    "steps_of",
+]
 
 MOST_UNLIKE = 1.25  #: largest quotient of the shares that two spaces keep, where ``BLOCK`` decides
 
@@ -84,7 +94,7 @@ def solve_width(
     the steps allow: of the shapes that come within a hundredth of all parameters, and within a tenth of those that are
     to go or to stay (or, failing that, of the nearest ones), the one whose spaces keep the most similar shares.
     Shapes whose hidden and FFN sizes are multiples of 256, which K-quants of llama.cpp need, go first
-    (:func:`_prefer_blocks`).
+    (:func:`prefer_blocks`).
 
     Args:
         spaces: which of ``layers``, ``hidden``, ``ffn`` and ``kv`` may shrink.
@@ -93,7 +103,7 @@ def solve_width(
     Raises:
         UserError: if no legal shape comes within five hundredths, or half of what is to go or to stay.
     """
-    steps = _steps(shape, spaces, step)
+    steps = steps_of(shape, spaces, step)
     grid = np.ix_(*(np.arange(steps[space], shape.units(space) + 1, steps[space]) for space in spaces))
     every: Any = shape  # all candidates at once: counts are sums of products, so that sizes may as well be arrays
     for space, sizes in zip(spaces, grid, strict=True):
@@ -105,11 +115,11 @@ def solve_width(
     if least > min(0.05, room / 2):
         raise UserError(f"`ratio` {ratio:g}: {_reach(removal, ratio, steps)}")
     shares = [np.log(sizes / shape.units(space)) for space, sizes in zip(spaces, grid, strict=True)]
-    unlike = np.broadcast_to(_most(shares) + _most([-part for part in shares]), removal.shape)
+    unlike = np.broadcast_to(largest(shares) + largest([-part for part in shares]), removal.shape)
     drift = np.abs(removal - ratio)
     near = np.flatnonzero(drift <= max(least, min(0.01, room / 10)))
     if step is None:
-        near = _prefer_blocks(shape, spaces, grid, near, unlike)
+        near = prefer_blocks(shape, spaces, grid, near, unlike)
     # Least unlike, then nearest; rounded, so that the last bits of a logarithm decide nothing.
     best = min(near, key=lambda i: (round(float(unlike.flat[i]), 9), float(drift.flat[i])))
     narrow = shape
@@ -141,7 +151,7 @@ def solve_between(
     Returns:
         None where there is no such shape.
     """
-    steps = _steps(shape, spaces, step) | ({"experts": shape.groups[0]} if "experts" in spaces else {})
+    steps = steps_of(shape, spaces, step) | ({"experts": shape.groups[0]} if "experts" in spaces else {})
     ends = {space: (least.units(space), most.units(space)) for space in spaces}
     sizes = [
         np.unique(np.array([*range(low - low % -steps[space], high, steps[space]), low, high]))
@@ -161,7 +171,7 @@ def solve_between(
         np.log(shape.units(n) / each) / math.log(shape.units(n) / ends[n][0])
         for n, each in zip(spaces, grid, strict=True)
     ]
-    unlike = np.broadcast_to(_most(ways) + _most([-way for way in ways]), drift.shape)
+    unlike = np.broadcast_to(largest(ways) + largest([-way for way in ways]), drift.shape)
     near = np.flatnonzero(legal & (drift <= max(float(drift[legal].min()), min(0.01, min(ratio, 1 - ratio) / 10))))
     best = min(near, key=lambda i: (round(float(unlike.flat[i]), 9), float(drift.flat[i])))
     narrow = shape
@@ -170,7 +180,7 @@ def solve_between(
     return narrow
 
 
-def _prefer_blocks(
+def prefer_blocks(
     shape: Shape,
     spaces: Sequence[str],
     grid: Sequence[NDArray[np.int64]],
@@ -193,7 +203,7 @@ def _prefer_blocks(
     return blocks if blocks.size else near
 
 
-def _steps(shape: Shape, spaces: Sequence[str], step: int | None) -> dict[str, int]:
+def steps_of(shape: Shape, spaces: Sequence[str], step: int | None) -> dict[str, int]:
     """The step in which each space is narrowed."""
     divisor = shape.heads if shape.family.heads_divide_hidden and "kv" not in spaces else 1
     # Transformers multiplies experts by grouped kernels, which need rows of whole 16 bytes: 8 weights of 16 bits.
@@ -204,11 +214,12 @@ def _steps(shape: Shape, spaces: Sequence[str], step: int | None) -> dict[str, i
     return {space: steps[space] for space in spaces}
 
 
-def _most(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    most = arrays[0]
+def largest(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The largest of several arrays, value by value; they broadcast."""
+    result = arrays[0]
     for array in arrays[1:]:
-        most = np.maximum(most, array)
-    return most
+        result = np.maximum(result, array)
+    return result
 
 
 def _reach(shares: NDArray[np.float64], ratio: float, steps: Mapping[str, int]) -> str:
