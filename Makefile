@@ -69,5 +69,5 @@ constraints: $(STAMP)
 	$(BIN)/pip install -qq uv
 	grep '^torch==' constraints.txt > .venv/torch.txt
 	env -u UV_FIND_LINKS $(BIN)/uv pip compile -q --universal --python-version 3.11 --upgrade pyproject.toml \
-		--extra dev --extra tasks --extra slurm --extra handoff -c .venv/torch.txt --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o .venv/resolved.txt
+		--extra dev --extra tasks --extra slurm --extra handoff --extra quantisation -c .venv/torch.txt --no-annotate --no-header --no-emit-index-url --no-emit-find-links -o .venv/resolved.txt
 	grep -vE '^(nvidia-|cuda-|triton)' .venv/resolved.txt > constraints.txt

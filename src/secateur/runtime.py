@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import re
@@ -44,13 +45,15 @@ def configure_threads(threads: int) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and notices of transformers off the terminal, without importing transformers."""
+    """Keep the progress bars and notices of libraries off the terminal, without importing them."""
     os.environ.update({"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
+    for name in ("torchao", "torch.utils._pytree"):  # kernels for other devices, reported when transformers is imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     if "transformers" in sys.modules:  # which reads the variables only when it is imported
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
 
 
 def pick_device(name: str) -> str:

@@ -98,6 +98,7 @@ class Evaluation:
     documents: tuple[DocumentLoss, ...] = ()  #: empty in records of older versions
     window_documents: tuple[int, ...] = ()  #: cluster of each window, where only windows were recorded; empty: unknown
     window_tokens: tuple[int, ...] = ()  #: predicted tokens of each window; empty for the same in each
+    bytes: int | None = None  #: of the weights as served; None for the stored ones
 
     def units(self) -> Units:
         """The units to pair: documents; where they were not recorded, windows."""
@@ -244,6 +245,8 @@ class Cell:
     shape: dict[str, Any]  #: as of :class:`Parent`
     stages: tuple[str, ...]  #: fingerprints of all that it is made from, each after its inputs, and of what measured it
     teaching: Teaching | None = None  #: of the saved teacher that it learns from; None without one
+    #: held-out loss with the weights in each form that the study serves; None: not measured, or failed
+    served: Mapping[str, Evaluation | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

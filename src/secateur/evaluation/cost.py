@@ -23,12 +23,14 @@ from secateur.memory import track_resources
 from secateur.model.checkpoint import Checkpoint, max_positions
 from secateur.model.expert_matrices import weight_matrices
 from secateur.model.families import Axis
+from secateur.model.quantisation import ServedWeights
 from secateur.progress import track
 from secateur.runtime import environment
 
 __all__ = ["Figure", "measure_cost", "pattern_of", "sparsity"]
 
 DENSE, SEMI_STRUCTURED = "dense", "2:4 kernels"
+UNTIMED = "not timed: the speed of such weights depends on the kernels of the server"
 NEEDS = "not measured: needs a GPU of compute capability 8.0 or newer"
 
 
@@ -50,41 +52,51 @@ class Figure:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
-def measure_cost(checkpoint: Checkpoint, model: PreTrainedModel, workload: Workload | None = None) -> dict[str, Any]:
+def measure_cost(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    workload: Workload | None = None,
+    served: ServedWeights | None = None,
+) -> dict[str, Any]:
     """Measure the cost of running a model on its device and in its dtype.
 
     Args:
         model: in evaluation mode.
         workload: sizes of the timed runs, shortened to the model's positions; None for the defaults.
+        served: what became of the weights; sizes alone are then given. None for the stored ones.
 
     Returns:
-        ``figures``, each with its unit; the ``workload`` that was run; ``device``, ``dtype``, ``threads`` and versions;
-        and the gain from ``sparsity``, or the reason why it was not measured.
+        ``figures``, each with its unit; the ``workload`` that was run, None if none was; ``device``, ``dtype``,
+        ``threads`` and versions; and the gain from ``sparsity``, or the reason why it was not measured.
     """
     workload = (workload or Workload()).within(max_positions(checkpoint.config))
     device = str(model.device)
-    figures = _sizes(checkpoint, model)
-    rounds = len(workload.batches) * (workload.warm_up + workload.repeats)
-    with track("measure the cost", rounds) as progress:
-        figures += _speeds(model, workload, DENSE, progress.advance)
-    sparsity, more = _sparsity_gain(checkpoint, model, workload)
+    figures = _sizes(checkpoint, model, served)
+    sparsity, more = {"pattern": None, "note": UNTIMED}, ()
+    if served is None:
+        rounds = len(workload.batches) * (workload.warm_up + workload.repeats)
+        with track("measure the cost", rounds) as progress:
+            figures += _speeds(model, workload, DENSE, progress.advance)
+        sparsity, more = _sparsity_gain(checkpoint, model, workload)
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "environment": environment(),
-        "workload": {**vars(workload), "batches": list(workload.batches)},
+        "workload": {**vars(workload), "batches": list(workload.batches)} if served is None else None,
         "figures": [figure.record() for figure in (*figures, *more)],
         "sparsity": sparsity,
     }
 
 
-def _sizes(checkpoint: Checkpoint, model: PreTrainedModel) -> list[Figure]:
+def _sizes(checkpoint: Checkpoint, model: PreTrainedModel, served: ServedWeights | None) -> list[Figure]:
     sizes = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}  # tied weights once
     return [
         Figure("parameters", sum(p.numel() for p in model.parameters()), "parameters"),
         Figure("checkpoint on disk", checkpoint.stored_bytes, "bytes"),
-        Figure("weights in memory", sum(sizes.values()), "bytes"),
+        Figure(f"weights in {served.weights}", served.bytes, "bytes")
+        if served
+        else Figure("weights in memory", sum(sizes.values()), "bytes"),
     ]
 
 

@@ -19,13 +19,21 @@ from secateur.evaluation.loss import Protocol
 from secateur.evaluation.measure import measure, text_protocols
 from secateur.evaluation.names import distinct_names
 from secateur.evaluation.request import EvaluateRequest
-from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, check_same_protocols, items_file
+from secateur.evaluation.results import (
+    LOSS,
+    EvaluationResults,
+    Measurement,
+    check_same_protocols,
+    items_file,
+    served_protocol,
+)
 from secateur.evaluation.token_windows import heldout_protocol, window_length
 from secateur.evaluation.workload import Workload
 from secateur.files import require_writable
 from secateur.formatting import plural
 from secateur.hub import local_checkpoint
 from secateur.model.checkpoint import Checkpoint, max_positions
+from secateur.model.quantisation import WeightKind, require_quantiser, serve
 from secateur.progress import notify
 from secateur.runtime import environment, pick_device, pick_dtype
 
@@ -41,10 +49,19 @@ class ResumableResults:
         path: the results file; None to keep measurements in memory.
         empty: results of the model without measurements, with everything that the file's figures have in common.
         first: measurements that stand first in the file and are made by the caller.
+        weights: that the model is served with; None for the stored ones.
     """
 
-    def __init__(self, path: Path | None, empty: EvaluationResults, first: Sequence[Measurement] = ()) -> None:
-        self.path, self.empty, self.first = path, empty, list(first)
+    def __init__(
+        self,
+        path: Path | None,
+        empty: EvaluationResults,
+        first: Sequence[Measurement] = (),
+        weights: WeightKind | None = None,
+    ) -> None:
+        self.path, self.empty = path, empty
+        self.weights: WeightKind | None = weights
+        self.first = [self._served(measurement) for measurement in first]
 
     def measure(
         self,
@@ -65,19 +82,23 @@ class ResumableResults:
             batch: windows at once; None for what suits the device.
             of: the name that progress shows; None for the default.
         """
-        prints = {name: protocol.record()["fingerprint"] for name, protocol in protocols.items()}
-        prints |= {task.name: task.requests.protocol()["fingerprint"] for task in tasks}
+        records = {name: protocol.record() for name, protocol in protocols.items()}
+        records |= {task.name: task.requests.protocol() for task in tasks}
+        prints = {name: served_protocol(record, self.weights)["fingerprint"] for name, record in records.items()}
         measurements = self._load(prints)
         done, label = measurements.keys(), {} if of is None else {"of": of}
         self._save(list(measurements.values()))
         for measurement in measure(checkpoint, model, protocols, tasks, batch=batch, done=done, **label):
-            measurements[measurement.name] = measurement
+            measurements[measurement.name] = self._served(measurement)
             self._save(list(measurements.values()))
         results = [measurements[name] for name in prints]
         if groups:
-            results += measure_groups(groups, results)
+            results += map(self._served, measure_groups(groups, results))
             self._save(results)
         return results
+
+    def _served(self, measurement: Measurement) -> Measurement:
+        return replace(measurement, protocol=served_protocol(measurement.protocol, self.weights))
 
     def _save(self, measurements: Sequence[Measurement]) -> None:
         if self.path and distributed.is_main() and (measurements or self.first):
@@ -117,9 +138,12 @@ def evaluate(request: EvaluateRequest) -> tuple[list[EvaluationResults], list[st
     suite = request.measured
     if suite.cost and distributed.world_size() > 1:
         raise UserError("`suite`: cost is measured in one process; run it without torchrun")
+    require_quantiser(request.weights)
     device = pick_device(request.device)
     checkpoints = [Checkpoint(local_checkpoint(model)) for model in request.models]
     names = request.names or distinct_names(request.models)
+    if request.weights and not request.names:
+        names = [f"{name}-{request.weights}" for name in names]
     outputs = _output_files(request, names)
     task_list = suite.task_list()
     data = request.tasks_data, request.task_limit, request.few_shot
@@ -141,15 +165,18 @@ def evaluate(request: EvaluateRequest) -> tuple[list[EvaluationResults], list[st
     results, notes, partials = [], [], []
     for checkpoint, by_name, name, path in zip(checkpoints, protocols, names, outputs, strict=True):
         model: Any = checkpoint.load_language_model(pick_dtype(request.dtype, device)).to(device)  # type: ignore[arg-type]
-        about = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
+        about: dict[str, Any] = {"device": device.partition(":")[0], "dtype": str(model.dtype).removeprefix("torch.")}
+        served = serve(checkpoint, model, request.weights) if request.weights else None
+        if served:
+            about["served"] = served.record()
         if on_ids and (digest := tokenizer_hash(checkpoint.directory)):
             about["tokenizer"] = digest
         if path is not None:
             about |= {"digest": checkpoint.digest, "environment": environment()}
         empty = EvaluationResults(str(checkpoint.directory), about=about, name=name)
-        partial = ResumableResults(path and path.with_name(f"{name}.partial.json"), empty)
+        partial = ResumableResults(path and path.with_name(f"{name}.partial.json"), empty, weights=request.weights)
         measurements = partial.measure(checkpoint, model, by_name, tasks, task_list.groups, batch=request.batch)
-        cost = measure_cost(checkpoint, model, workload) if suite.cost else None
+        cost = measure_cost(checkpoint, model, workload, served) if suite.cost else None
         del model  # before the next one is loaded
         results.append(replace(empty, measurements=measurements, cost=cost))
         notes += _notes(request, checkpoint, by_name)

@@ -12,6 +12,7 @@ from secateur.data.conversations import RowFormat
 from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
 from secateur.evaluation.names import check_names
+from secateur.model.quantisation import WeightKind
 
 if TYPE_CHECKING:
     from secateur.evaluation.suite import Suite
@@ -44,6 +45,8 @@ class EvaluateRequest:
         device: ``auto``, ``cpu`` or ``cuda``.
         batch: windows at once.
         dtype: of weights and products.
+        weights: ``bf16``, ``int8`` or ``int4``: measure the models as they would be served with such weights
+            (:mod:`secateur.model.quantisation`); None for the stored ones.
 
     Raises:
         UserError: if a field is out of range, or a field is set that no figure of the request reads.
@@ -68,6 +71,7 @@ class EvaluateRequest:
     device: str = "auto"
     batch: Positive | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: WeightKind | None = None
 
     def __post_init__(self) -> None:
         if self.names is not None:

@@ -15,11 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from secateur.config import fingerprint
 from secateur.errors import UserError
 from secateur.files import read_json, write_bytes, write_json
+from secateur.model.quantisation import WEIGHT_FORMATS, WeightKind
 from secateur.version import __version__
 
-__all__ = ["LOSS", "EvaluationResults", "Measurement", "MeasurementKind", "check_same_protocols", "items_file"]
+__all__ = [
+    "LOSS",
+    "EvaluationResults",
+    "Measurement",
+    "MeasurementKind",
+    "check_same_protocols",
+    "items_file",
+    "served_protocol",
+]
 
 #: a score is any other metric of a task, mostly the higher the better
 MeasurementKind = Literal["loss", "accuracy", "score"]
@@ -152,6 +162,14 @@ class EvaluationResults:
         own_fields = ("secateur", "model", "name", "measurements", "cost", "items")
         about = {key: value for key, value in content.items() if key not in own_fields}
         return cls(content["model"], measurements, content.get("cost"), about, content.get("name", ""))
+
+
+def served_protocol(protocol: Mapping[str, Any], weights: WeightKind | None) -> Mapping[str, Any]:
+    """The protocol of a figure of a model with such weights, whose form enters the fingerprint; None: unchanged."""
+    if weights is None:
+        return protocol
+    form = f"{weights}, {WEIGHT_FORMATS[weights]}"
+    return {**protocol, "weights": form, "fingerprint": fingerprint([protocol["fingerprint"], form])}
 
 
 def items_file(path: Path) -> Path:

@@ -17,6 +17,7 @@ from secateur.comparison.quality import QualityRow, contradicting, quality_rows
 from secateur.comparison.question import decisive, margin_of
 from secateur.comparison.records import StudyResults
 from secateur.comparison.regime import Regime, regimes
+from secateur.comparison.served import ServedVerdict, served_verdicts
 from secateur.comparison.steps import steps_rows
 from secateur.comparison.sweeps import sweep_rows
 from secateur.comparison.twins import Setting, Verdict, adjust_verdicts, compare_twins, settings_of
@@ -52,6 +53,7 @@ class Judgement:
     findings: tuple[Finding, ...]
     quality: tuple[QualityRow, ...]  #: perplexities, tasks and losses by domain
     contradictions: tuple[str, ...]  #: comparisons where tasks and held-out loss disagree
+    served: tuple[ServedVerdict, ...] = ()  #: with the weights in each form that the study serves; empty without any
 
     @property
     def results(self) -> StudyResults:
@@ -125,6 +127,7 @@ def judge(results: StudyResults) -> Judgement:
         contradictions=tuple(
             contradiction_sentence(*pair, index.comparisons) for pair in contradicting(verdicts, quality)
         ),
+        served=served_verdicts(index, verdicts, margin, named),
     )
 
 
@@ -140,7 +143,7 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
         "question": question_json(judgement.results, judgement.question),
         "caution": judgement.caution or None,
         "regime": [regime_json(regime) for regime in judgement.regimes],
-        "verdicts": [_verdict_json(judgement.index, verdict, text) for verdict, text in pairs],
+        "verdicts": [{**_verdict_json(judgement.index, verdict), "sentence": text} for verdict, text in pairs],
         "findings": [
             {
                 "finding": finding.key,
@@ -164,6 +167,10 @@ def answer_json(judgement: Judgement) -> dict[str, Any]:
             for row in judgement.quality
         ],
         "contradictions": list(judgement.contradictions),
+        "served": [
+            {"weights": row.weights, "bytes": row.bytes, **_verdict_json(judgement.index, row.verdict)}
+            for row in judgement.served
+        ],
         "inherited": [
             {**dataclasses.asdict(group), "without": part.against, "with": part.of, **_mean_json(part.mean)}
             for group in judgement.index.comparisons
@@ -200,7 +207,7 @@ def _mean_json(mean: Decision | None) -> dict[str, Any]:
     return {"verdict": decision.verdict, **decision_record(decision)}
 
 
-def _verdict_json(index: Index, verdict: Verdict, text: str) -> dict[str, Any]:
+def _verdict_json(index: Index, verdict: Verdict) -> dict[str, Any]:
     return {
         "setting": verdict.setting,
         **dataclasses.asdict(verdict.group),
@@ -210,5 +217,4 @@ def _verdict_json(index: Index, verdict: Verdict, text: str) -> dict[str, Any]:
         "unit": verdict.unit,
         "seeds": verdict.seeds,
         "flop_ratio": verdict.flop_ratio,
-        "sentence": text,
     }

@@ -40,6 +40,7 @@ from secateur.report.learning_prose import learning_notes
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, part_sentence, verdict_sentence
 from secateur.report.question_prose import EXPLORATORY
 from secateur.report.regime_prose import regime_rows, regime_sentences
+from secateur.report.served_prose import served_sentences
 from secateur.report.studies import StudyComparison
 from secateur.report.sweep_prose import edge_sentences, sweep_sentences
 from secateur.report.tables import (
@@ -179,6 +180,8 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "steps": steps_rows(index),
         "quality": [(row, group_name(row.group, index.comparisons, target=True)) for row in judgement.quality],
         "running": running_rows(index),
+        "served": [(row, group_name(row.verdict.group, index.comparisons, target=True)) for row in judgement.served],
+        "served_sentences": served_sentences(judgement.served),
         "forecasts": judgement.forecasts,
         "reach": REACH,
         "forecast_texts": [_forecast_texts(forecast) for forecast in judgement.forecasts.fitted],

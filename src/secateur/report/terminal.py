@@ -28,6 +28,7 @@ from secateur.report.prose import (
 )
 from secateur.report.question_prose import EXPLORATORY
 from secateur.report.regime_prose import REGIME_TITLE, regime_sentences
+from secateur.report.served_prose import SERVED_TITLE, served_sentences
 from secateur.report.studies import StudyComparison
 from secateur.report.sweep_prose import SWEEPS_TITLE, edge_sentences, sweep_sentences
 from secateur.report.tables import cell_rows
@@ -68,7 +69,7 @@ def text_table(judgement: Judgement) -> str:
     lines += (
         ["", *_wrapped(coverage_note(judgement.verdicts, judgement.results.seeds_vary))] if judgement.verdicts else []
     )
-    lines += _sweeps(index)
+    lines += _sentences(SERVED_TITLE, served_sentences(judgement.served)) + _sweeps(index)
     lines += _findings(judgement) + _controls(judgement) + _objectives(index) + _steps(index) + _forecasts(judgement)
     if len(index.pools) > len(index.models) or index.several_seeds or len(index.parents) > 1:
         lines += _ranking(judgement)

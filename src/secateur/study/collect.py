@@ -89,7 +89,15 @@ class _Records:
         self.window_documents = WindowDocuments(store)
         self.records = {stage.fingerprint: store.record(stage) for stage in self.stages}
         self.seconds = {stage.fingerprint: _seconds(store.runtime(stage)) for stage in self.stages}
-        self.evaluations = {stage.facts["of"]: stage for stage in stages if stage.kind == "evaluate"}
+        self.evaluations = {
+            stage.facts["of"]: stage for stage in stages if "of" in stage.facts and stage.kind == "evaluate"
+        }
+        self.served: dict[
+            str, dict[str, Stage]
+        ] = {}  #: fingerprint of a model -> form of its weights -> its evaluation
+        for stage in stages:
+            if "served" in stage.facts:
+                self.served.setdefault(stage.facts["served"], {})[stage.facts["weights"]] = stage
         self.timings = {stage.facts["of"]: stage for stage in stages if stage.kind == "cost"}
         self.prunings = _pruned_models(stages)
 
@@ -98,7 +106,9 @@ class _Records:
         return next((record["protocol"] for record in records if record), {})
 
     def evaluation(self, stage: Stage) -> Evaluation | None:
-        evaluation = self.evaluations.get(stage.fingerprint)
+        return self._evaluation(self.evaluations.get(stage.fingerprint))
+
+    def _evaluation(self, evaluation: Stage | None) -> Evaluation | None:
         record = self.records[evaluation.fingerprint] if evaluation else None
         if evaluation is None or record is None:
             return None
@@ -117,6 +127,7 @@ class _Records:
             documents=documents,
             window_documents=() if documents else self.window_documents.of(evaluation, record),
             window_tokens=tuple(record.get("window_tokens", (*(size,) * (len(record["windows"]) - 1), last))),
+            bytes=record["served"]["bytes"] if "served" in record else None,
         )
 
     def running(self, stage: Stage) -> Running | None:
@@ -246,6 +257,7 @@ class _Records:
             shape=shape.as_dict(),
             stages=tuple(part.fingerprint for part in self.provenance(stage)),
             teaching=self.teaching(facts["teaching"]) if "teaching" in facts else None,
+            served={form: self._evaluation(s) for form, s in self.served.get(stage.fingerprint, {}).items()},
         )
 
     def teaching(self, stage: Stage) -> Teaching:
@@ -255,7 +267,10 @@ class _Records:
 
     def provenance(self, stage: Stage) -> list[Stage]:
         """The inputs of a run, each after its own inputs, then the run and its measurements."""
-        return [*with_inputs([stage]), *(s for s in self.stages if s.facts.get("of") == stage.fingerprint)]
+        return [
+            *with_inputs([stage]),
+            *(s for s in self.stages if stage.fingerprint in (s.facts.get("of"), s.facts.get("served"))),
+        ]
 
     def _remaining(self, shape: Any, pruning: Stage | None) -> int:
         """Parameters outside the embeddings that the mask keeps."""

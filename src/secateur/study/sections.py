@@ -15,6 +15,7 @@ from secateur.errors import UserError, did_you_mean
 from secateur.evaluation.suite import Suite
 from secateur.methods.registry import known_methods
 from secateur.model.families.experts import MIXTRAL
+from secateur.model.quantisation import WeightKind
 from secateur.model.shapes import Shape
 from secateur.pruning.iterations import IterationSchedule
 from secateur.pruning.reconstruction import RATE
@@ -376,8 +377,11 @@ class EvaluationSpec:
     tasks_data: Annotated[str | None, RUNTIME] = None  #: folder of the tasks' documents; default: the Hub
     task_limit: Positive | None = None  #: documents of each task; default: all
     few_shot: Annotated[int, Field(ge=0)] | None = None  #: examples in each prompt; default: the task's own
+    #: forms of weights in which the held-out loss of the trained models is measured besides
+    weights: Annotated[tuple[WeightKind, ...], listed(), IdentityKey(omit=())] = ()
 
     def __post_init__(self) -> None:
+        check_unique("evaluation.weights", self.weights)
         suite = self.measurements
         readers = [
             ("text_data", suite.texts),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.errors import REQUEUE, RunError, UserError, did_you_mean, refuse_unknown, spell
 from secateur.files import refuse_file
 from secateur.formatting import plural
+from secateur.model.quantisation import require_quantiser
 from secateur.progress import notify
 from secateur.study.declarations import count_finished, read_declarations, record_question
 from secateur.study.explain import Explanation, explain_stage
@@ -171,6 +172,8 @@ class Study:
             from secateur.evaluation.lm_eval.harness import import_harness
 
             import_harness("lm_eval")  # a missing package is reported now, not after hours of training
+        for weights in self.spec.evaluation.weights:
+            require_quantiser(weights)
         self._check_tokenizers()
         for note in (*self.notes, *shared_controls(self.stages), *step_warnings(stages)):
             notify(note)

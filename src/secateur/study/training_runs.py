@@ -10,6 +10,7 @@ from typing import Any
 from secateur.config import identity
 from secateur.errors import UserError
 from secateur.evaluation.workload import Workload
+from secateur.model.quantisation import WEIGHT_FORMATS
 from secateur.model.shapes import Shape, teacher_flops
 from secateur.study.grid import PlannedComparison
 from secateur.study.sections import ObjectiveSpec
@@ -292,7 +293,9 @@ class TrainingRuns:
         return {key: getattr(compute, key) for key in keys}
 
     def evaluate(self, model: Stage, cost: bool = False) -> None:
-        """Add the evaluation of a model and, with ``cost``, the measurement of its serving cost.
+        """Add the evaluation of a model, that with its weights as served, and, with ``cost``, its serving cost.
+
+        What is served are retrained models and their twins, whose comparison may turn out otherwise.
 
         The cost is measured of one parent of a name and of one pruned model of a target. Those of other seeds, the
         retrained model and its twin have the same shape and number of zeros, and so the same cost.
@@ -303,8 +306,13 @@ class TrainingRuns:
         content |= {"suite": self.suite} if self.suite else {}
         content |= {"dtype": self.study.compute.dtype} if self.study.compute.dtype != "float32" else {}
         runtime = {"device": device, "text_data": evaluation.text_data, "tasks_data": evaluation.tasks_data}
-        facts = {"of": model.fingerprint}
-        self.add(Stage("evaluate", name, content, {"corpus": self.corpus, "model": model}, 0, 0.0, runtime, facts))
+        facts, inputs = {"of": model.fingerprint}, {"corpus": self.corpus, "model": model}
+        self.add(Stage("evaluate", name, content, inputs, 0, 0.0, runtime, facts))
+        loss_alone = {key: value for key, value in content.items() if key != "suite"}
+        for weights in evaluation.weights if model.facts["path"] in ("P-R", "scratch") else ():
+            served = {**loss_alone, "weights": weights, "form": str(WEIGHT_FORMATS[weights])}
+            served_facts = {"served": model.fingerprint, "weights": weights}
+            self.add(Stage("evaluate", f"{name}/{weights}", served, inputs, 0, 0.0, {"device": device}, served_facts))
         if cost and evaluation.measurements.cost:
             content = {"workload": identity(Workload())}
             self.add(Stage("cost", name, content, {"model": model}, 0, 0.0, {"device": device}, facts))

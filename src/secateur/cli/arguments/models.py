@@ -337,6 +337,12 @@ def add_evaluate(verbs: Any) -> None:
     )
     computing(evaluate)
     dtype(evaluate, "of weights and products; losses are summed in float64")
+    add(
+        "--weights",
+        choices=("bf16", "int8", "int4"),
+        help="measure the model as it would be served with such weights: rounded, weight-only; int8 and int4 are of "
+        "the blocks' matrices and need the extra quantisation (default: the stored weights)",
+    )
 
 
 def add_compare(verbs: Any) -> None:

@@ -37,8 +37,11 @@ def results_table(results: Sequence[EvaluationResults]) -> str:
     rows += _costs(results)
     lines = _aligned([["", *(r.name for r in results)], *rows])
     lines += [f"{name}: {_protocol(measured)}" for name, measured in firsts.items()]
-    lines += [_workload(results[0].cost)] if results[0].cost else []
-    lines += [f"{r.name}: sparsity: {r.cost['sparsity']['note']}" for r in results if r.cost]
+    lines += [f"{r.name}: weights: {_served(r.about['served'])}" for r in results if "served" in r.about]
+    if results[0].cost:
+        timed = results[0].cost["workload"]
+        lines += [_workload(results[0].cost)] if timed else []
+        lines += [f"{r.name}: {'sparsity: ' if timed else ''}{r.cost['sparsity']['note']}" for r in results if r.cost]
     return "\n".join(lines)
 
 
@@ -116,6 +119,13 @@ def _cost(figure: dict[str, Any] | None) -> str:
         return _ABSENT
     value = _number(figure["value"])
     return f"{value} ({_number(figure['low'])} to {_number(figure['high'])})" if "low" in figure else value
+
+
+def _served(served: Any) -> str:
+    """How the weights of a model are served, and which are not."""
+    rest = f"; {len(served['as_stored'])} matrices of the blocks as stored" if served["as_stored"] else ""
+    others = "" if served["weights"] == "bf16" else "; embeddings, head and norms as stored"
+    return f"{served['weights']}, {served['form']}{others}{rest}; {served['bytes']:,} bytes in all"
 
 
 def _number(value: float) -> str:

@@ -12,10 +12,11 @@ from secateur.evaluation.lm_eval.tasks import Task
 from secateur.evaluation.loss import measure_loss, window_losses
 from secateur.evaluation.measure import text_protocols
 from secateur.evaluation.protocols import PROTOCOLS
-from secateur.evaluation.results import LOSS, EvaluationResults, Measurement
+from secateur.evaluation.results import LOSS, EvaluationResults, Measurement, served_protocol
 from secateur.evaluation.workload import Workload
 from secateur.files import write_json
 from secateur.model.checkpoint import Checkpoint
+from secateur.model.quantisation import serve
 from secateur.progress import track
 from secateur.runtime import pick_device, pick_dtype
 from secateur.study.stage import Stage
@@ -36,7 +37,8 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     Returns:
         Of the held-out loss ``loss`` (nats per predicted token), ``perplexity``, ``tokens``, ``windows`` (the mean loss
         of each), ``documents`` (of each its number, tokens and summed loss), ``by_position``, ``by_domain`` where there
-        are several, and its ``protocol``; ``sparsity``; and ``suite``, the figures of the suite.
+        are several, and its ``protocol``; ``sparsity``; ``suite``, the figures of the suite; and, of weights in another
+        form than the stored one, ``served``.
     """
     identity = stage.identity
     check_parents(stage, store, identity["seqlen"])
@@ -45,6 +47,8 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
     protocol = holdout_protocol(tokens, identity["windows"], identity["seqlen"])
     device = pick_device(stage.runtime.get("device", "auto"))
     model: Any = checkpoint.load_language_model(pick_dtype(identity.get("dtype", "float32"), device)).to(device)  # type: ignore[arg-type]
+    weights = identity.get("weights")
+    served = serve(checkpoint, model, weights) if weights else None
     with track(f"evaluate {stage.name}", sum(part.numel() for part in protocol.windows)) as progress:
         losses = window_losses(model, protocol, advance=progress.advance)
     loss = measure_loss(losses, LOSS)
@@ -53,8 +57,9 @@ def evaluate_stage(stage: Stage, store: Store, work: Path) -> dict[str, Any]:
         **loss.details,
         **losses.summary(),
         "sparsity": sparsity(checkpoint),
-        "protocol": protocol.record(),
+        "protocol": served_protocol(protocol.record(), weights),
         "suite": [measurement.record() for measurement in suite],
+        **({"served": served.record()} if served else {}),
     }
 
 
@@ -72,7 +77,7 @@ def _measure_suite(
     ]
     if groups:
         check_groups(groups, tasks)
-    results = ResumableResults(path, EvaluationResults(stage.name), [loss])
+    results = ResumableResults(path, EvaluationResults(stage.name), [loss], stage.identity.get("weights"))
     return results.measure(checkpoint, model, protocols, tasks, groups, of=stage.name)
 
 
