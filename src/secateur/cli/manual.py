@@ -257,8 +257,9 @@ temperature T within the KL; held-out losses are the usual loss. The teacher's f
 `secateur teach` has made them before.
 
 --lora trains a low-rank adapter and freezes the weights. Keys: rank=16, alpha (default: twice the rank), targets=all,
-attention, ffn or names of linears joined by + (q_proj+v_proj), peak_rate (default: the recipe's). Of a sparse model
-the update is masked in each forward pass, so zeros stay. Without --merge, OUT is the adapter alone, in PEFT's format.
+attention, ffn or names of linears joined by + (q_proj+v_proj), peak_rate (default: the recipe's), base=4bit (QLoRA:
+frozen weights in 4 bits; needs bitsandbytes). Of a sparse model the update is masked in each forward pass, so zeros
+stay. Without --merge, OUT is the adapter alone, in PEFT's format.
 
 Zeros are kept by masks alone (plan.safetensors beside DIR). A sparse checkpoint of another tool has none: --keep-zeros
 makes them of its zeros. OUT is stored in the types of --init DIR, unless --save-dtype chooses another.

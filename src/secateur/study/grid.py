@@ -27,7 +27,7 @@ from secateur.study.sections import (
 )
 from secateur.study.settings import SettingKind
 from secateur.study.spec import StudySpec
-from secateur.training.adapter import adapted_linears
+from secateur.training.adapter import check_adapter
 
 __all__ = ["PlannedComparison", "Pruning", "comparisons", "left_out", "prunings", "seed_shift"]
 
@@ -173,7 +173,7 @@ def _check_adapter(objective: ObjectiveSpec, pruning: Pruning) -> None:
     if objective.adapter is None:
         return
     try:
-        adapted_linears(objective.adapter, pruning.after)
+        check_adapter(objective.adapter, pruning.after)
     except UserError as error:
         raise UserError(f"retrain.objective ({objective.label} of {pruning.label}): {spell(str(error), str)}") from None
 

@@ -7,13 +7,14 @@ and ``B`` are trained, all else is frozen. Of a sparse model it becomes ``W + s 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from secateur.config import RUNTIME, Positive, listed, parse, parse_value, spec
+from secateur.config import RUNTIME, IdentityKey, Positive, listed, parse, parse_value, spec
 from secateur.errors import UserError, did_you_mean
 from secateur.formatting import plural
 from secateur.model.shapes import Shape, train_flops
@@ -21,11 +22,14 @@ from secateur.progress import notify
 from secateur.training.recipe import Recipe
 
 __all__ = [
+    "FOUR_BIT_BLOCK",
     "Adapter",
     "adapted_linears",
     "adapter_flops",
     "adapter_parameters",
     "announce_adapter",
+    "check_adapter",
+    "four_bit_linears",
     "is_adapter_part",
     "plain_name",
     "read_adapter",
@@ -33,6 +37,7 @@ __all__ = [
 ]
 
 _GROUPS = ("all", "attention", "ffn")
+FOUR_BIT_BLOCK = 64  #: weights in a row that share a scale, of a base in four bits
 
 
 @spec
@@ -43,6 +48,8 @@ class Adapter:
     alpha: Annotated[float | None, Field(gt=0)] = None  #: the update counts ``alpha / rank``; None for twice the rank
     #: ``all`` linears of the blocks, those of ``attention`` or ``ffn``, or names: ``q_proj``, ``layers.3.mlp.up_proj``
     targets: Annotated[tuple[str, ...], listed(), Field(min_length=1)] = ("all",)
+    #: frozen weights of the adapted linears: as ``stored``, or in four bits (NF4 of QLoRA, arXiv:2305.14314)
+    base: Annotated[Literal["stored", "4bit"], IdentityKey(omit="stored")] = "stored"
     #: of A and B; None for the run's. The identity has it as the recipe's
     peak_rate: Annotated[float | None, Field(gt=0), RUNTIME] = None
 
@@ -61,10 +68,11 @@ class Adapter:
     def label(self) -> str:
         """Name in records and reports: ``lora-16``, with a group of linears ``lora-16-attention``."""
         groups = [target for target in self.targets if target in _GROUPS[1:]]
-        return "-".join([f"lora-{self.rank}", *groups])
+        return "-".join([f"{'lora' if self.base == 'stored' else 'qlora'}-{self.rank}", *groups])
 
     def __str__(self) -> str:
-        return f"LoRA of rank {self.rank}, alpha {self.alpha:g}, on {', '.join(self.targets)}"
+        base = ", over weights in 4 bits" if self.base == "4bit" else ""
+        return f"LoRA of rank {self.rank}, alpha {self.alpha:g}, on {', '.join(self.targets)}{base}"
 
 
 def read_adapter(value: Any) -> Adapter:
@@ -120,6 +128,31 @@ def adapted_linears(adapter: Adapter, shape: Shape) -> dict[str, tuple[int, int]
     return {name: linears[name] for name in linears if name in matches}
 
 
+def four_bit_linears(adapter: Adapter, shape: Shape) -> list[str]:
+    """Names of the linears whose frozen weights are in four bits: adapted ones with whole blocks in each row."""
+    if adapter.base == "stored":
+        return []
+    sizes = adapted_linears(adapter, shape)
+    return [name for name, (_, columns) in sizes.items() if columns % FOUR_BIT_BLOCK == 0]
+
+
+def check_adapter(adapter: Adapter, shape: Shape) -> None:
+    """Check that an adapter fits a model, and that its base can be in four bits, where it should.
+
+    Raises:
+        UserError: naming the target or the linear at fault, or what is not installed.
+    """
+    adapted_linears(adapter, shape)
+    if adapter.base == "stored":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("`adapter`: base=4bit needs bitsandbytes; pip install 'secateur[qlora]', or leave it out")
+    if not four_bit_linears(adapter, shape):
+        raise UserError(
+            f"`adapter`: base=4bit: no adapted linear has a multiple of {FOUR_BIT_BLOCK} inputs; leave it out"
+        )
+
+
 def adapter_parameters(adapter: Adapter, shape: Shape) -> int:
     """The number of parameters that are trained."""
     return sum(adapter.rank * (rows + columns) for rows, columns in adapted_linears(adapter, shape).values())
@@ -173,6 +206,13 @@ def announce_adapter(adapter: Adapter | None, shape: Shape, *, sparse: bool) -> 
         f"adapter: {adapter}: {plural(len(linears), 'linear')}, {parameters:,} trained parameters "
         f"({parameters / shape.total:.2%} of the model's){masked}; all else is frozen"
     )
+    if adapter.base == "4bit":
+        packed = four_bit_linears(adapter, shape)
+        rest = f"; the other {len(linears) - len(packed)} stay as they are: their inputs are no multiple of "
+        notify(
+            f"adapter: frozen weights of {plural(len(packed), 'linear')} are rounded to 4 bits, which changes the model"
+            f"{f'{rest}{FOUR_BIT_BLOCK}' if len(packed) < len(linears) else ''}"
+        )
     if shape.layers_with("experts"):
         notify("adapter: routed experts and routers get none, and stay as they are")
 

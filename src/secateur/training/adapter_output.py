@@ -66,6 +66,12 @@ _UNMASKED = (
 )
 
 
+_FOUR_BIT = (
+    "The base was in 4 bits (NF4, blocks of 64) in training: load it with `BitsAndBytesConfig(load_in_4bit=True, "
+    'bnb_4bit_quant_type="nf4")` for the losses of the training'
+)
+
+
 def _peft_tensors(model: nn.Module) -> dict[str, Any]:
     """The factors under PEFT's names, on the CPU; all processes together."""
     return {
@@ -108,6 +114,8 @@ def _card(adapter: Adapter, base: str, ancestry: Ancestry | None, result: Mappin
         ]
     if masks:
         lines += ["", f"The base is sparse, and the update was masked in training. {_UNMASKED}."]
+    if adapter.base == "4bit":
+        lines += ["", f"{_FOUR_BIT}."]
     usage = [
         "```python",
         "from peft import PeftModel",

@@ -30,7 +30,7 @@ from secateur.model.plan import JSON_FILE, TENSOR_FILE
 from secateur.model.shapes import teacher_flops
 from secateur.progress import notify
 from secateur.runtime import environment, pick_device, pick_dtype
-from secateur.training.adapter import adapted_linears, announce_adapter, training_flops
+from secateur.training.adapter import announce_adapter, check_adapter, training_flops
 from secateur.training.batches import Data, Slice
 from secateur.training.checkpoints import FINISHED
 from secateur.training.distill import Distillation, LogitsDistillation, check_logits, check_teacher
@@ -298,7 +298,7 @@ def _check_adapter(request: TrainRequest, origin: Origin) -> None:
         return
     if origin.checkpoint and origin.checkpoint.whole:
         raise UserError("`adapter`: image-text models get none; leave it out, and the language model is trained whole")
-    adapted_linears(request.adapter, origin.shape)
+    check_adapter(request.adapter, origin.shape)
 
 
 def _check_outside(out: Path, *folders: Path) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from secateur.model.shapes import Shape
-from secateur.training.adapter import Adapter, adapted_linears, plain_name
+from secateur.training.adapter import Adapter, adapted_linears, four_bit_linears, plain_name
+from secateur.training.four_bit import FourBitLinear, pack, plain_weight
 from secateur.training.init import generator_of
 from secateur.training.origin import Start
 from secateur.training.parallel import full_tensor
@@ -48,7 +49,7 @@ class _MaskedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, weight, mask, a, b)
         ctx.scale = scale
-        return linear(x, _masked_sum(weight, mask, a, b, scale))
+        return linear(x, _masked_sum(plain_weight(weight, x.dtype), mask, a, b, scale))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,7 +57,7 @@ class _MaskedProduct(torch.autograd.Function):
         x, weight, mask, a, b = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = gradient @ _masked_sum(weight, mask, a, b, ctx.scale)
+            grad_x = gradient @ _masked_sum(plain_weight(weight, x.dtype), mask, a, b, ctx.scale)
         grad_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
         grad_weight.mul_(mask).mul_(ctx.scale)
         return grad_x, None, None, b.T @ grad_weight, grad_weight @ a.T, None
@@ -84,15 +85,17 @@ def add_adapter(start: Start, adapter: Adapter, *, seed: int) -> Start:
         UserError: if a target matches no linear, or the rank is larger than a side of one.
     """
     model, masks = start.model, start.masks
-    names = adapted_linears(adapter, Shape.of_config(model.config, where="the model"))
+    shape = Shape.of_config(model.config, where="the model")
+    names = adapted_linears(adapter, shape)
+    packed = {f"{name}.weight" for name in four_bit_linears(adapter, shape)}
     config = peft_config(adapter, list(names))
     model.requires_grad_(False)
     for name in names:
-        owner, _, leaf = name.rpartition(".")
+        (owner, _, leaf), weight = name.rpartition("."), f"{name}.weight"
         with torch.device("meta"):
-            setattr(
-                model.get_submodule(owner), leaf, _adapt(model.get_submodule(name), config, f"{name}.weight" in masks)
-            )
+            base = model.get_submodule(name)
+            adapted = _adapt(FourBitLinear(base) if weight in packed else base, config, weight in masks)
+        setattr(model.get_submodule(owner), leaf, adapted)
     stored = start.weights
 
     def value(name: str) -> Tensor:
@@ -104,7 +107,8 @@ def add_adapter(start: Start, adapter: Adapter, *, seed: int) -> Start:
             return torch.zeros(model.get_parameter(name).shape)
         if name.endswith(_MASK):
             return masks[f"{name.removesuffix(_MASK)}.weight"]
-        return stored(plain_name(name))
+        plain = plain_name(name)
+        return pack(stored(plain)) if plain in packed else stored(plain)
 
     return dataclasses.replace(start, weights=value)
 
@@ -118,7 +122,8 @@ def _adapt(base: Any, config: LoraConfig, masked: bool) -> Linear:
     if not masked:
         return Linear(base, _NAME, config=config, **factors)
     layer = MaskedLinear(base, _NAME, config=config, **factors)
-    layer.lora_mask = nn.Parameter(torch.empty(base.weight.shape, dtype=torch.bool), requires_grad=False)
+    size = base.out_features, base.in_features
+    layer.lora_mask = nn.Parameter(torch.empty(size, dtype=torch.bool), requires_grad=False)
     return layer
 
 
@@ -132,7 +137,7 @@ def merge_into(model: nn.Module) -> Callable[[str, Tensor], Tensor]:
     def merged(name: str, whole: Tensor) -> Tensor:
         if name not in modules:
             return whole
-        module = modules[name]
+        module, whole = modules[name], plain_weight(whole, torch.float32)
         a, b = _factors(module)
         mask = getattr(module, "lora_mask", None)
         if mask is None:

@@ -32,7 +32,11 @@ class Masks:
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameters = dict(model.named_parameters())
         parameters |= {plain_name(name): parameter for name, parameter in parameters.items()}
-        self._masks = [(name, parameters[name], part_like(parameters[name], masks[name]).clone()) for name in masks]
+        self._masks = [  # without frozen weights in four bits: an adapter masks its sum with them in each forward pass
+            (name, parameters[name], part_like(parameters[name], mask).clone())
+            for name, mask in masks.items()
+            if parameters[name].is_floating_point()
+        ]
 
     @torch.no_grad()
     def apply(self) -> None:

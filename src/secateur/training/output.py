@@ -20,6 +20,7 @@ from secateur.model.image_text import ImageTextModel
 from secateur.model.safetensors_io import Stored
 from secateur.model.shapes import Shape
 from secateur.training.adapter import Adapter, is_adapter_part, plain_name
+from secateur.training.four_bit import plain_size
 from secateur.training.parallel import TrainModule, full_tensor
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def write_trained(
 
     def stored(name: str, tensor: Tensor) -> Stored:
         read = recent_value if tensor.dim() == _EXPERT_AXES else value
-        return Stored(name, dtype(name), tuple(tensor.shape), lambda: (read(name),))
+        return Stored(name, dtype(name), tuple(plain_size(tensor)), lambda: (read(name),))
 
     shape = Shape.of_config(module.model.config, where="the model")
     stored_tensors = as_stored([stored(name, tensor) for name, tensor in tensors.items()], shape)
