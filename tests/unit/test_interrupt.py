@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from helpers import hf, tiny_llama, token_corpus
+from processes import Processes, run_all
 from secateur import distributed
 from secateur.training.batches import Slice
 from secateur.training.loop import RunOptions, train_loop
@@ -27,13 +28,13 @@ from secateur.training.watchdog import stop_on_signals
 WAIT = 200.0
 
 
-def start(folder: Path, *command: object, processes: int = 1) -> subprocess.Popen[str]:
-    run = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+def torchrun(folder: Path, *command: object) -> subprocess.Popen[str]:
+    """Start a command in two processes, by torchrun itself."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateur"]
     return subprocess.Popen(
-        [sys.executable, "-m", *run, "secateur", *map(str, command)],
-        env=environment,
+        [sys.executable, "-m", *launcher, *map(str, command)],
+        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -41,14 +42,15 @@ def start(folder: Path, *command: object, processes: int = 1) -> subprocess.Pope
     )
 
 
-def interrupt(process: subprocess.Popen[str], ready: Callable[[], bool]) -> str:
-    """Send Ctrl-C's signal once ``ready``; return standard error."""
+def start(folder: Path, *command: object) -> Processes:
+    return Processes(folder, run_all, [[str(word) for word in command]], environment={"CUDA_VISIBLE_DEVICES": ""})
+
+
+def wait_until(ready: Callable[[], bool], alive: Callable[[], bool]) -> None:
     end = time.monotonic() + WAIT
-    while not ready() and process.poll() is None and time.monotonic() < end:
+    while not ready() and alive() and time.monotonic() < end:
         time.sleep(0.02)
-    assert process.poll() is None, process.communicate()[1][-4000:]
-    process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=WAIT)[1]
+    assert alive(), "the run ended by itself"
 
 
 def test_the_first_interrupt_stops_and_the_second_ends(capfd: pytest.CaptureFixture[str]) -> None:
@@ -91,28 +93,50 @@ def steps(work: Path) -> int:
     return metrics.read_text().count('"learning_rate"') if metrics.exists() else 0
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_ctrl_c_saves_and_the_same_command_goes_on(processes: int, corpus: Path, tmp_path: Path) -> None:
-    out, model, work = tmp_path / "out", tiny_llama(tmp_path), tmp_path / "out.partial" / "work"
-    command = job(out, model, corpus, 120_000, "--save-every", 100_000)
+def check_saved(work: Path, errors: str) -> int:
+    """Check that an interrupted run has saved its last step; return the number of that step."""
+    saved, done = max((work / "checkpoints").glob("step-*")), steps(work)
+    assert saved.name == f"step-{done:08}"
+    assert errors.count(f"stopped by a signal, saved {saved}; run the same command to resume") == 1
+    assert "interrupted: finishing the step and saving" in errors
+    return done
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(corpus: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.partial" / "work"
+    command = job(out, tiny_llama(tmp_path), corpus, 120_000, "--save-every", 100_000)
     done = 0
     for _ in range(2):
-        process = start(tmp_path, *command, processes=processes)
-        stderr = interrupt(process, lambda: steps(work) > done)  # noqa: B023
-        assert process.returncode == (75 if processes == 1 else 1), stderr
-        saved = max((work / "checkpoints").glob("step-*"))
-        assert int(saved.name.removeprefix("step-")) > done
-        done = steps(work)
-        assert saved.name == f"step-{done:08}"
-        assert stderr.count(f"stopped by a signal, saved {saved}; run the same command to resume") == 1
-        assert "interrupted: finishing the step and saving" in stderr
-        assert processes > 1 or "Traceback" not in stderr
+        process = start(tmp_path, *command)
+        wait_until(lambda: steps(work) > done, lambda: process.alive)  # noqa: B023
+        process.send(signal.SIGINT)
+        assert process.join() == [75], process.errors
+        assert "Traceback" not in process.errors
+        before, done = done, check_saved(work, process.errors)
+        assert done > before
+
+
+@pytest.mark.slow
+def test_ctrl_c_for_torchrun_saves_as_well(corpus: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.partial" / "work"
+    command = job(out, tiny_llama(tmp_path), corpus, 120_000, "--save-every", 100_000)
+    process = torchrun(tmp_path, *command)
+    wait_until(lambda: steps(work) > 0, lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=WAIT)[1]
+    assert process.returncode == 1, errors
+    done = check_saved(work, errors)
+    pair = Processes(tmp_path, run_all, [[str(word) for word in command]], count=2)
+    wait_until(lambda: steps(work) > done, lambda: pair.alive)
+    pair.send(signal.SIGINT)
+    assert pair.join() == [75, 75], pair.errors
+    assert check_saved(work, pair.errors) > done
 
 
 STUDY = """
 name: interrupted
 corpus: {source: "text:TEXT", holdout: 0.2, vocabulary: 280}
-parent: {tokens: 40k, hidden: 16, ffn: 48, layers: 4, heads: 4, kv_heads: 2}
+parent: {tokens: 20k, hidden: 16, ffn: 48, layers: 4, heads: 4, kv_heads: 2}
 methods: [magnitude]
 ratios: [0.5]
 settings: []
@@ -133,18 +157,19 @@ def test_ctrl_c_in_a_study_saves_what_is_trained(tmp_path: Path) -> None:
     parent = "stages/train-parent-*.partial-*"
 
     process = start(tmp_path, *command)
-    stderr = interrupt(process, lambda: bool(list(out.glob(f"{parent}/progress.json"))))
-    assert process.returncode == 75, stderr
+    wait_until(lambda: bool(list(out.glob(f"{parent}/progress.json"))), lambda: process.alive)
+    process.send(signal.SIGINT)
+    assert process.join() == [75], process.errors
+    stderr = process.errors
     assert "interrupted: training runs finish their steps and save" in stderr
     assert "stopped by a signal" in stderr and "run the same command to resume" in stderr and "Traceback" not in stderr
     saved = [
         int(state.parent.name.removeprefix("step-")) for state in out.glob(f"{parent}/checkpoints/step-*/state.json")
     ]
-    assert saved and 0 < max(saved) < 625
+    assert saved and 0 < max(saved) < 312
     assert not list(out.glob("stages/prune-*"))
     process = start(tmp_path, *command, "--only", "parent")
-    stderr = process.communicate(timeout=WAIT)[1]
-    assert process.returncode == 0, stderr
+    assert process.join() == [0], process.errors
     (runtime,) = out.glob("stages/train-parent-*/runtime.json")
     assert json.loads(runtime.read_text())["attempts"] == 2
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import files, tiny_llama, windows
+from processes import Processes, run_all
 from secateur import distributed
+from secateur.calibration import statistics
+from secateur.calibration.block_walk import Block
+from secateur.calibration.journal import Journal
 from secateur.cli import main
 from secateur.errors import UserError
 from secateur.runtime import pick_device
@@ -34,57 +37,52 @@ METHODS = {
     "shortened-llama": [],
 }
 
-# Every process merges statistics, prunes one job after the other, and then does what is to go wrong.
-DRIVER = """
-import json, os, signal, sys
-import torch
-from secateur import distributed
-from secateur.calibration import block_walk as engine
-from secateur.calibration import statistics as stats
-from secateur.calibration.journal import Journal
-from secateur.cli import main
-from secateur.errors import UserError
 
-def value(statistic, samples):
-    for sample in samples:
-        statistic.update(*sample)
-    return statistic
-
-def check_statistics(windows):
+def check_statistics(count: int) -> None:
+    """Statistics of the windows of each process, joined, are those of all windows."""
     torch.manual_seed(0)
-    x, gradients = 3 + torch.randn(windows, 6, 8), torch.randn(windows, 5, 4)
-    states = [(x[i : i + 1], x[i : i + 1] + torch.randn(1, 6, 8)) for i in range(windows)]
-    mine = distributed.shard(torch.arange(windows)).tolist()
-    cases = [(kind, (2,), [(x[i : i + 1],) for i in range(windows)])
-             for kind in (stats.Mean, stats.MeanSquare, stats.Variance, stats.Gram, stats.WindowMagnitude)]
-    cases += [(kind, (), [(g,) for g in gradients]) for kind in (stats.MeanGradient, stats.MeanSquareGradient)]
-    for kind, arguments, samples in [*cases, (stats.MeanCosine, (), states)]:
-        whole, part = value(kind(*arguments), samples), value(kind(*arguments), [samples[i] for i in mine])
-        stats.join([part], "cpu")
-        torch.testing.assert_close(part.value(), whole.value(), rtol=1e-5, atol=1e-6, msg=lambda m: f"{kind}: {m}")
+    x, gradients = 3 + torch.randn(count, 6, 8), torch.randn(count, 5, 4)
+    states = [(x[i : i + 1], x[i : i + 1] + torch.randn(1, 6, 8)) for i in range(count)]
+    mine = distributed.shard(torch.arange(count)).tolist()
+    activations = [(x[i : i + 1],) for i in range(count)]
+    kinds = (statistics.Mean, statistics.MeanSquare, statistics.Variance, statistics.Gram, statistics.WindowMagnitude)
+    cases: list[tuple[Any, tuple[int, ...], list[Any]]] = [(kind, (2,), activations) for kind in kinds]
+    cases += [
+        (kind, (), [(g,) for g in gradients]) for kind in (statistics.MeanGradient, statistics.MeanSquareGradient)
+    ]
+    for kind, arguments, samples in [*cases, (statistics.MeanCosine, (), states)]:
+        whole, part = kind(*arguments), kind(*arguments)
+        for sample in samples:
+            whole.update(*sample)
+        for number in mine:
+            part.update(*samples[number])
+        statistics.join([part], "cpu")
+        torch.testing.assert_close(part.value(), whole.value(), rtol=1e-5, atol=1e-6, msg=lambda m, k=kind: f"{k}: {m}")
 
-def kill_the_first(self, step, real=Journal.finish):
+
+def kill_the_first(self: Journal, step: int, real: Any = Journal.finish) -> None:
     real(self, step)
     if step == 1 and distributed.is_main():
         os.kill(os.getpid(), signal.SIGKILL)
 
-def fail_in_the_second(self, *arguments, real=engine.Block.run, **options):
+
+def fail_in_the_second(self: Any, *arguments: Any, real: Any = Block.run, **options: Any) -> Any:
     if distributed.rank() == 1 and self.index == 2:
         raise UserError("these windows alone")
     return real(self, *arguments, **options)
 
-jobs = json.load(open(sys.argv[1]))
-with distributed.process_group():
-    check_statistics(7)
-    check_statistics(2)
-    for job in jobs["prune"]:
-        assert main(job) == 0
-    if jobs["then"] == "kill":
-        Journal.finish = kill_the_first
-    if jobs["then"] == "fail":
-        engine.Block.run = fail_in_the_second
-    main(jobs["last"])
-"""
+
+def drive(jobs: list[list[str]], fault: str, last: list[str]) -> int:
+    """Merge statistics, prune one job after the other, and then do what is to go wrong."""
+    with distributed.process_group():
+        check_statistics(7)
+        check_statistics(2)
+        assert run_all(jobs) == 0
+        if fault == "kill":
+            Journal.finish = kill_the_first
+        if fault == "fail":
+            Block.run = fail_in_the_second
+        return main(last)
 
 
 @pytest.fixture
@@ -98,20 +96,6 @@ def world(tmp_path: Path) -> Path:
 def line(world: Path, out: str, method: str, count: int = 5, *more: str) -> list[str]:
     calibration = ["--calibration", f"tokens:{world / f'ids-{count}.npy'}", "--batch", "2", "--json"]
     return ["prune", str(world / "model"), str(world / out), "--method", method, "--ratio", "0.5", *calibration, *more]
-
-
-def torchrun(world: Path, processes: int, **jobs: Any) -> subprocess.CompletedProcess[str]:
-    (world / "jobs.json").write_text(json.dumps(jobs))
-    (world / "driver.py").write_text(DRIVER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*command, str(world / "driver.py"), str(world / "jobs.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def assert_alike(found: Path, wanted: Path) -> None:
@@ -137,9 +121,10 @@ def test_three_processes_prune_as_one_does(world: Path, capfd: pytest.CaptureFix
     assert all(main(each) == 0 for each in lines.values())
     jobs = [line(world, f"three/{name}", m, c, *METHODS[m]) for name, (m, c) in cases.items()]
     killed = line(world, "out", "wanda", 5, "--states", "disk")
-    done = torchrun(world, 3, prune=jobs, then="kill", last=killed)
-    assert "SIGKILL" in done.stderr
-    answers = [json.loads(each) for each in done.stdout.splitlines()]
+    three = Processes(world, drive, jobs, "kill", killed, count=3)
+    codes = three.join()
+    assert codes[0] == -signal.SIGKILL and all(codes), three.errors
+    answers = [json.loads(each) for each in three.output.splitlines()]
     assert [Path(each["out"]).name for each in answers] == list(cases)  # each once
     for name in cases:
         assert_alike(world / "three" / name, world / "one" / name)
@@ -149,10 +134,11 @@ def test_three_processes_prune_as_one_does(world: Path, capfd: pytest.CaptureFix
     assert main([*killed, "--resume"]) == 2
     assert "another number of processes" in capfd.readouterr().err
     last = line(world, "failed", "flap", 5)
-    done = torchrun(world, 3, prune=[[*killed, "--resume"]], then="fail", last=last)
+    three = Processes(world, drive, [[*killed, "--resume"]], "fail", last, count=3)
+    assert all(three.join())
     assert files(world / "out") == files(world / "three" / "wanda-5") and not (world / "out.partial").exists()
-    errors = [each for each in done.stderr.splitlines() if each.startswith("secateur: ")]
-    assert errors == ["secateur: error: these windows alone"] and done.returncode != 0
+    errors = [each for each in three.errors.splitlines() if each.startswith("secateur: ")]
+    assert errors == ["secateur: error: these windows alone"]
     assert not (world / "failed").exists()
 
 
@@ -161,12 +147,12 @@ def test_two_processes_prune_and_complain_once(world: Path) -> None:
     two = line(world, "two", "minitron-width", 5, "--states", "disk")
     two[two.index("0.5")] = "0.25,0.5"
     assert main([str(each).replace(str(world / "two"), str(world / "one")) for each in two]) == 0
-    done = torchrun(world, 2, prune=[two], then="", last=line(world, "bad", "no-such-method"))
+    processes = Processes(world, drive, [two], "", line(world, "bad", "no-such-method"), count=2)
+    assert processes.join() == [2, 2]
     for ratio in ("0.25", "0.5"):
         assert_alike(world / "two" / f"ratio-{ratio}", world / "one" / f"ratio-{ratio}")
-    errors = [each for each in done.stderr.splitlines() if each.startswith("secateur: ")]
-    assert len(errors) == 1 and "no-such-method" in errors[0]
-    assert "exitcode  : 2" in done.stderr and not (world / "bad.partial").exists()
+    errors = [each for each in processes.errors.splitlines() if each.startswith("secateur: ")]
+    assert len(errors) == 1 and "no-such-method" in errors[0] and not (world / "bad.partial").exists()
 
 
 def be(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 
 import secateur
 from helpers import files, hf, tiny_llama, token_corpus
+from processes import together
 from secateur.data.shards import TokenStore
 from secateur.errors import UserError
 from secateur.losses.top_k import TopK
@@ -114,11 +113,9 @@ def test_a_killed_run_resumes_at_its_last_shard_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(home: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateur"]
     line = ["teach", home / "llama-0", home / "corpus", tmp_path / "out", "--tokens", TOKENS, "--skip", 64]
     line += ["--sequence", SEQUENCE, "--device", "cpu"]
-    run = subprocess.run([*command, *map(str, line)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
+    together(2, [[str(word) for word in line]], tmp_path)
     assert files(tmp_path / "out") == files(home / "logits")
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import files, tiny_family, tiny_llama, token_corpus
-from processes import together
+from processes import Processes, run_all, together
 from secateur.cli import main
 
 RECIPE = ["--set", "sequence=16", "--set", "tokens_per_step=256", "--set", "peak_rate=3e-3", "--micro-batch", "5"]
@@ -53,10 +54,6 @@ MODELS: dict[str, dict[str, Any]] = {"plain": {}, "tied": {"tie_word_embeddings"
 def job(out: Path, corpus: Path, *options: str) -> list[str]:
     data = ["--data", f"shards:{corpus}", "--tokens", str(TOKENS), "--points", "3", "--heldout-windows", "7"]
     return ["train", str(out), *data, *RECIPE, *options]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
 
 
 def losses(out: Path) -> list[float]:
@@ -181,31 +178,29 @@ def test_masks_hold_in_every_process(corpus: Path, models: dict[str, Path], tmp_
     )
 
 
-def start(processes: int, command: list[str], folder: Path) -> subprocess.Popen[str]:
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "secateur"]
-    prefix = [sys.executable, "-m", "secateur"] if processes == 1 else [sys.executable, *run]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*prefix, *command], env=environment(folder), **pipes)
+def wait_for_checkpoint(partial: Path, alive: Callable[[], bool]) -> None:
+    """Wait until a run has written another checkpoint."""
 
+    def names() -> set[str]:
+        return {path.parent.name for path in (partial / "work" / "checkpoints").glob("step-*/state.json")}
 
-def kill_after(process: subprocess.Popen[str], partial: Path, checkpoints: int, number: int = signal.SIGKILL) -> str:
-    """End a run once it has so many checkpoints; return what it said on standard error."""
-    over = time.monotonic() + 200
-    steps = partial / "work" / "checkpoints"
-    seen: set[str] = set()
-    while len(seen) < checkpoints and process.poll() is None and time.monotonic() < over:
-        seen |= {p.parent.name for p in steps.glob("step-*/state.json")}
+    before, end = names(), time.monotonic() + 200
+    while names() <= before and alive() and time.monotonic() < end:
         time.sleep(0.005)
-    assert process.poll() is None, process.communicate()[1][-4000:]
-    if number == signal.SIGKILL:
-        process.kill()  # at once: a run alone may end while the processes of the machine are listed
-        for found in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's workers are in sessions of their own
+    assert alive(), "the run ended by itself"
+
+
+def kill_torchrun(command: list[str], folder: Path, partial: Path) -> None:
+    """Begin a run in two processes by torchrun itself, and kill all three once it has a checkpoint."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "secateur"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    with subprocess.Popen([sys.executable, "-m", *launcher, *command], env=environment) as process:
+        wait_for_checkpoint(partial, lambda: process.poll() is None)
+        process.kill()
+        for path in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's workers are in sessions of their own
             with contextlib.suppress(OSError):
-                if str(partial.with_suffix("")).encode() in found.read_bytes().split(b"\0"):
-                    os.kill(int(found.parent.name), number)
-    else:
-        process.send_signal(number)
-    return process.communicate(timeout=100)[1]
+                if str(partial.with_suffix("")).encode() in path.read_bytes().split(b"\0"):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -215,9 +210,11 @@ def test_a_run_changes_hands(corpus: Path, models: dict[str, Path], tmp_path: Pa
     assert main(job(tmp_path / "whole", corpus, *sparse)) == 0
     out, partial = tmp_path / "cut", tmp_path / "cut.partial"
     command = job(out, corpus, *sparse)
-    kill_after(start(2, command, tmp_path), partial, 2)
-    kill_after(start(1, command, tmp_path), partial, 4)
-    assert not out.exists()
+    kill_torchrun(command, tmp_path, partial)
+    alone = Processes(tmp_path, run_all, [command])
+    wait_for_checkpoint(partial, lambda: alone.alive)
+    alone.send(signal.SIGKILL)
+    assert alone.join() == [-signal.SIGKILL] and not out.exists()
     together(2, [command], tmp_path)
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     for tensor, value in weights(tmp_path / "whole").items():
@@ -232,11 +229,12 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_at_the_same_bits(
     plain = ["--init", str(models["plain"]), "--save-every", "4"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(job(whole, corpus, *plain)) == 0
-    process = start(1, job(cut, corpus, *plain), tmp_path)
-    told = kill_after(process, tmp_path / "cut.partial", 1, signal.SIGTERM)
-    assert process.returncode == 75 and "run the same command to resume" in told and "Traceback" not in told
-    done = start(1, job(cut, corpus, *plain), tmp_path)
-    assert done.communicate(timeout=200) and done.returncode == 0
+    process = Processes(tmp_path, run_all, [job(cut, corpus, *plain)])
+    wait_for_checkpoint(tmp_path / "cut.partial", lambda: process.alive)
+    process.send(signal.SIGTERM)
+    assert process.join() == [75]
+    assert "run the same command to resume" in process.errors and "Traceback" not in process.errors
+    assert Processes(tmp_path, run_all, [job(cut, corpus, *plain)]).join() == [0]
     assert losses(cut) == losses(whole)
     for name, content in files(whole).items():
         if name not in ("metrics.jsonl", "README.md"):  # times of steps; the directory's name
