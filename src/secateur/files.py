@@ -39,7 +39,7 @@ __all__ = [
 
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-FINISHED_BLOCKS = "*/finished"  #: files of a work directory that show that a block has been pruned
+FINISHED_BLOCKS = "**/finished"  #: files of a work directory that show that a block has been pruned
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -121,6 +121,9 @@ def test_what_reads_text_alone_refuses_images(tmp_path: Path) -> None:
     for method in ("llm-pruner", "sheared"):
         with pytest.raises(UserError, match="on text alone"):
             prune(directory, tmp_path / method, method=method, ratio=0.3, calibration=samples)
+    with pytest.raises(UserError, match=r"^`reconstruct`: blocks are tuned on text.*; name text$"):
+        prune(directory, tmp_path / "out", method="wanda", ratio=0.3, calibration=samples, reconstruct=2)
+    assert not list(tmp_path.glob("out*"))
 
 
 TEMPLATE = (

@@ -350,13 +350,19 @@ def test_bad_requests(fields: dict[str, Any], message: str, model: Path) -> None
 
 
 def test_a_mixture_and_several_processes_are_refused(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mixture = tiny_mixture(tmp_path, "mixtral")
-    common: Any = {"method": "magnitude", "ratio": 0.5, "calibration": windows(2), "reconstruct": 2}
-    with pytest.raises(UserError, match=r"`reconstruct`: not of this model.*mixture"):
-        secateur.prune(mixture, tmp_path / "out", **common)
+    mixture, ids, out = tiny_mixture(tmp_path, "mixtral"), tmp_path / "ids.npy", tmp_path / "out"
+    np.save(ids, windows(2).numpy())
+    common = ["--method", "magnitude", "--ratio", "0.5", "--calibration", f"tokens:{ids}", "--reconstruct", "2"]
+
+    def refusal(directory: Path) -> str:
+        assert main(["prune", str(directory), str(out), *common]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert not list(tmp_path.glob("out*"))
+        return line
+
+    capsys.readouterr()
+    assert "--reconstruct: not of this model: it needs whole blocks in memory" in refusal(mixture)
     monkeypatch.setattr("secateur.distributed.world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"`reconstruct`: blocks are tuned in one process"):
-        secateur.prune(model, tmp_path / "out", **common)
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    assert "--reconstruct: blocks are tuned in one process; start it without torchrun" in refusal(model)

@@ -143,6 +143,7 @@ examples:
   secateur prune DIR OUT --method sparsegpt --ratio 0.5 --calibration text:FILE --states disk --resume
   secateur prune DIR OUT --method magnitude --ratio 0.5
   secateur prune DIR OUT --method wanda --pattern 2:4 --calibration text:FILE --reconstruct 100    tunes what stays
+  secateur prune DIR OUT --method wanda --ratio 0.7 --calibration text:FILE --iterations 4 --reconstruct 200
   secateur prune DIR OUT --method sheared --shape layers=24,hidden=2048,ffn=5504 --calibration shards:DIR
   secateur prune DIR OUT --method sheared --ratio 0.5 --axes layers,hidden,ffn,kv --calibration text:FILE
   torchrun --nproc-per-node 8 -m secateur prune DIR OUT --method wanda --ratio 0.5 --calibration text:FILE

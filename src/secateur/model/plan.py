@@ -187,6 +187,75 @@ class Plan:
             rows.append({"kept": True, **units, "sparsity": dropped})
         return rows
 
+    def then(self, later: Plan) -> Plan:
+        """The plan that cuts at once what this one and a plan for its output cut one after the other.
+
+        Everything but the selection, the biases, the model before and its digest is the later plan's. Its scores have
+        the numbering of the model that it was made for. Neither plan may be padded.
+        """
+        pairs = [(int(self.keep_layers[new]), new) for new in later.keep_layers.tolist()]
+
+        def through(first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> dict[int, Tensor]:
+            return {old: first[old][second[new]] for old, new in pairs if old in first}
+
+        expert_ffn = {}
+        for old, new in pairs if self.keep_expert_ffn else ():
+            channels, experts = self.keep_expert_ffn[old], self.keep_experts[old]
+            expert_ffn[old] = channels[:, : later.keep_expert_ffn[new].shape[1]].clone()
+            expert_ffn[old][experts] = channels[experts].gather(1, later.keep_expert_ffn[new])
+        biases = dict(self.biases)
+        for name, bias in later.biases.items():
+            total = biases.get(name, bias.new_zeros(self.before.hidden))
+            biases[name] = total.index_add(0, self.keep_hidden, bias.to(total.dtype))
+        projector = (self.keep_projector, later.keep_projector)
+        return dataclasses.replace(
+            later,
+            before=self.before,
+            keep_layers=self.keep_layers[later.keep_layers],
+            keep_hidden=self.keep_hidden[later.keep_hidden],
+            keep_ffn=through(self.keep_ffn, later.keep_ffn),
+            keep_kv=through(self.keep_kv, later.keep_kv),
+            keep_projector=None if projector[0] is None or projector[1] is None else projector[0][projector[1]],
+            keep_experts=through(self.keep_experts, later.keep_experts),
+            keep_expert_ffn=expert_ffn,
+            biases=biases,
+            source=self.source,
+        )
+
+    @classmethod
+    def load_selection(cls, directory: Path, before: Shape, after: Shape) -> Plan:
+        """Read a saved plan without its masks and scores.
+
+        Args:
+            before: the shape of the model that it was made for.
+            after: the shape of its output.
+        """
+        content, file = read_json(directory / JSON_FILE), TensorFile(directory / TENSOR_FILE)
+        tensors = {name: file.tensor(name) for name in file.names if name.startswith(("keep.", "bias."))}
+        everything = cls.keeping_all("", "width", {}, before)
+
+        def by_layer(space: str, default: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: tensors.get(f"keep.{space}.{layer}", whole) for layer, whole in default.items()}
+
+        return cls.keeping_all(
+            content["method"],
+            content["granularity"],
+            content["asked"],
+            before,
+            after=after,
+            keep_layers=tensors["keep.layers"],
+            keep_hidden=tensors["keep.hidden"],
+            keep_ffn=by_layer("ffn", everything.keep_ffn),
+            keep_kv=by_layer("kv", everything.keep_kv),
+            keep_projector=tensors.get("keep.projector"),
+            keep_experts=by_layer("experts", everything.keep_experts),
+            keep_expert_ffn=by_layer("expert_ffn", everything.keep_expert_ffn),
+            biases={name.removeprefix("bias."): tensors[name] for name in tensors if name.startswith("bias.")},
+            calibration=content["calibration"],
+            summary=content["summary"],
+            source=content["source"],
+        )
+
     def _linear(self, layer: int) -> Callable[[str], str]:
         return lambda linear: self.before.family.block_tensor(layer, linear)
 

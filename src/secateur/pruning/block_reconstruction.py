@@ -60,7 +60,9 @@ class Schedule:
     measured: tuple[list[int], list[int]]
 
     @classmethod
-    def of(cls, windows: Tensor, steps: int, step_windows: int, *, batch: int, held_out: int, seed: int) -> Schedule:
+    def of(
+        cls, windows: Tensor, steps: int, step_windows: int, *, batch: int, held_out: int, seed: int, skip: int = 0
+    ) -> Schedule:
         """Cut windows into batches and steps, in an order that the seed fixes; each pass has an order of its own.
 
         Args:
@@ -68,6 +70,7 @@ class Schedule:
             step_windows: windows of a step; all that are tuned on if these are fewer.
             batch: windows of a batch, at most; it only affects rounding.
             held_out: windows that are not tuned on.
+            skip: steps of the order that come before the first one.
         """
         generator = torch.Generator().manual_seed(seed)
         windows = windows[torch.randperm(len(windows), generator=generator)]
@@ -83,11 +86,11 @@ class Schedule:
         first = len(batches)
         batches += list(windows[count:].split(micro)) if held_out else []
         order: list[int] = []
-        while len(order) < steps:
+        while len(order) < skip + steps:
             order += torch.randperm(len(groups), generator=generator).tolist()
         most = max(1, _MEASURED // micro)
         measured = (list(range(first))[:most], list(range(first, len(batches)))[:most])
-        return cls(batches, groups, order[:steps], measured)
+        return cls(batches, groups, order[skip : skip + steps], measured)
 
     @property
     def tokens(self) -> int:
@@ -112,6 +115,8 @@ def reconstruct_plan(
     how: Reconstruction,
     *,
     held_out: int | None = None,
+    dense: Checkpoint | None = None,
+    channels: Tensor | None = None,
     **execution: Any,
 ) -> Plan:
     """The plan with tuned weights: the blocks that it leaves are tuned to those of the checkpoint.
@@ -119,12 +124,15 @@ def reconstruct_plan(
     Args:
         windows: token ids [windows, positions].
         held_out: windows that are not tuned on; None for one of eight, sixteen at most.
+        dense: the model whose blocks are the targets; None for the checkpoint.
+        channels: the hidden channels of ``dense`` that the checkpoint has; None for all.
         execution: how to compute, and where to keep results, as for :func:`reconstruct`.
     """
-    hidden_cut = len(plan.keep_hidden) < plan.before.hidden
+    dense = dense or checkpoint
+    channels = plan.keep_hidden if channels is None else channels[plan.keep_hidden]
     held_out = _held_out_windows(len(windows)) if held_out is None else held_out
-    execution |= {"channels": plan.keep_hidden if hidden_cut else None, "held_out": held_out}
-    tuned, record = reconstruct(checkpoint, CutCheckpoint(checkpoint, plan), windows, how, **execution)
+    execution |= {"channels": channels if len(channels) < dense.shape.hidden else None, "held_out": held_out}
+    tuned, record = reconstruct(dense, CutCheckpoint(checkpoint, plan), windows, how, **execution)
     record["hash"] = token_hash(windows.numpy())
     request = {**plan.request, "reconstruct": identity(how)}
     return dataclasses.replace(plan, tuned=tuned, request=request, summary={**plan.summary, "reconstruction": record})
@@ -140,6 +148,7 @@ def reconstruct(
     step_windows: int | None = None,
     held_out: int = 0,
     seed: int = 0,
+    skip: int = 0,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch: int | None = None,
@@ -157,6 +166,7 @@ def reconstruct(
         channels: the hidden channels of ``dense`` that ``pruned`` has; None for all.
         step_windows: windows of a step; None for 4,096 tokens.
         held_out: windows that are not tuned on; the error on them decides where there are any.
+        skip: steps of the seed's order that an earlier reconstruction has taken.
         dtype: of matrix products and states; parameters, moments and norms are float32.
         batch: windows at once; None for what suits the device.
 
@@ -168,7 +178,7 @@ def reconstruct(
     """
     batch = batch or default_batch(pruned.family, windows.shape[1], device)
     size = step_windows or default_step_windows(windows.shape[1])
-    schedule = Schedule.of(windows, how.steps, size, batch=batch, held_out=held_out, seed=seed)
+    schedule = Schedule.of(windows, how.steps, size, batch=batch, held_out=held_out, seed=seed, skip=skip)
     execution: dict[str, Any] = {"device": device, "dtype": dtype, "store": store}
     walks = BlockWalk(dense, None, **execution), BlockWalk(pruned, None, journal=journal, **execution)
     tuner = _Tuner(*walks, how, schedule, channels)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from secateur.errors import UserError
-from secateur.formatting import plural
+from secateur.formatting import percent, plural
 from secateur.methods.base import LearnedMethod, Method, WeightMethod
 from secateur.methods.selection import count_pruned
 from secateur.model.shapes import SPACES, Shape, removed
 from secateur.model.solver import solve_between
 from secateur.pruning.target import Pattern, Target
 
-__all__ = ["IterationSchedule", "PruningStep", "pruning_steps", "shares_removed", "split_tokens"]
+__all__ = [
+    "IterationSchedule",
+    "PruningStep",
+    "describe_steps",
+    "pruning_steps",
+    "shares_removed",
+    "split_steps",
+    "split_tokens",
+]
 
 #: how the share removed grows from step to step
 IterationSchedule = Literal["linear", "cubic"]
@@ -51,14 +59,32 @@ def split_tokens(tokens: int, iterations: int, tokens_per_step: int) -> tuple[in
     Raises:
         UserError: if there are fewer optimizer steps than recoveries.
     """
-    part = tokens // (iterations * tokens_per_step) * tokens_per_step
-    if iterations > 1 and not part:
-        steps = plural(tokens // tokens_per_step, "whole optimizer step")
+    steps = split_steps(tokens // tokens_per_step, iterations)
+    if iterations > 1 and not steps[0]:
+        whole = plural(tokens // tokens_per_step, "whole optimizer step")
         raise UserError(
-            f"`iterations`: {plural(tokens, 'token')} give {steps} of {tokens_per_step:,}, too few for {iterations} "
+            f"`iterations`: {plural(tokens, 'token')} give {whole} of {tokens_per_step:,}, too few for {iterations} "
             "recoveries; use fewer iterations, more tokens or a smaller tokens_per_step"
         )
-    return (*[part] * (iterations - 1), tokens - part * (iterations - 1))
+    parts = [size * tokens_per_step for size in steps[:-1]]
+    return (*parts, tokens - sum(parts))
+
+
+def split_steps(steps: int, iterations: int) -> tuple[int, ...]:
+    """The optimizer steps of each recovery: equal parts, and the last one with what is left over."""
+    part = steps // iterations
+    return (*[part] * (iterations - 1), steps - part * (iterations - 1))
+
+
+def describe_steps(request: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """Describe the steps of a plan in a line: the share that is gone after each, and the recovery between them."""
+    records = summary["iterations"]
+    shares = ", ".join(percent(record["ratio"]) for record in records)
+    text = f"{len(records)} ({request['iteration_schedule']}), with {shares} gone after each"
+    if "reconstruct" not in request:
+        return f"{text}; no recovery between them"
+    tuning = " + ".join(str(record["reconstruction"]["steps"]) for record in records)
+    return f"{text}; {tuning} steps of reconstruction"
 
 
 def pruning_steps(

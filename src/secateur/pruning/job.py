@@ -16,7 +16,6 @@ from secateur.calibration.journal import Workspace
 from secateur.config import identity as identity_of
 from secateur.data.tokenizer import id_bound, load_tokenizer
 from secateur.errors import UserError
-from secateur.evaluation.lm_eval.tasks import Task
 from secateur.files import FINISHED_BLOCKS, check_disk, partial_directories, require_new_directory, shared_directory
 from secateur.formatting import byte_size
 from secateur.hub import check_token, create_repository, is_hub_name, local_checkpoint, repository_of, upload
@@ -31,13 +30,14 @@ from secateur.model.runtimes import Support
 from secateur.model.shapes import Shape
 from secateur.model.wrappers import tower_names
 from secateur.progress import notify
-from secateur.pruning.block_reconstruction import reconstruct_plan
 from secateur.pruning.calibration import Calibration, read_calibration, save_tokenizer
 from secateur.pruning.default_axes import with_default_axes
 from secateur.pruning.image_samples import IMAGES, ImageSamples
+from secateur.pruning.iterations import PruningStep, pruning_steps
 from secateur.pruning.learned_job import prune_learned
 from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory, with_reconstruction
-from secateur.pruning.pipeline import make_plan, removed_shares, runtimes_of, write_pruned
+from secateur.pruning.pipeline import removed_shares, runtimes_of, write_pruned
+from secateur.pruning.pruner import Pruner
 from secateur.pruning.reconstruction import why_not_reconstructed
 from secateur.pruning.request import RESUME_LABELS, PruneRequest
 from secateur.pruning.target import Target
@@ -133,7 +133,7 @@ def prune_model(request: PruneRequest) -> PreTrainedModel:
     device = pick_device(request.device)
     _check_reconstruction(request, checkpoint)
     calibration = _calibration(request, checkpoint)
-    plan = _plan(request, checkpoint, target, calibration, device, pick_dtype(request.dtype, device))
+    plan = Pruner(request, checkpoint, calibration, device, pick_dtype(request.dtype, device)).plan(target, Workspace())
     model: Any = cut_model(checkpoint, plan)
     if isinstance(checkpoint, LiveCheckpoint):
         model = model.to(checkpoint.model.device)
@@ -160,7 +160,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     targets = [
         with_default_axes(target, checkpoint.shape, request.prototype, request.method) for target in request.targets
     ]
-    outputs = [target.shape(checkpoint.shape, request.prototype, request.method) for target in targets]
+    steps = _steps(request, checkpoint, targets)
     _check_reconstruction(request, checkpoint)
     require_new_directory(out)
     if out.resolve().is_relative_to(checkpoint.directory.resolve()):
@@ -170,18 +170,20 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     ancestry = Ancestry.read(checkpoint.directory, repository_of(request.model, checkpoint.directory))
     _check_tokenizer(checkpoint, request)
     if isinstance(request.prototype, LearnedMethod):
+        outputs = [last.after for *_, last in steps]
         results = _results(checkpoint, *prune_learned(request, checkpoint, ancestry, outputs, device))
         upload(out, request.push_to_hub)
         return results
     calibration = _calibration(request, checkpoint)
     dtype = pick_dtype(request.dtype, device)
-    states = _estimate(request, checkpoint, calibration, outputs, device, dtype)
+    states = _estimate(request, checkpoint, calibration, [first.after for first, *_ in steps], device, dtype)
     identity = {
         "model": checkpoint.digest,
         "method": request.method,
         "options": dict(request.options),
         "targets": [target.record(request.prototype) for target in targets],
         "calibration": calibration.record() if calibration else None,
+        **({"iterations": [request.iterations, request.iteration_schedule]} if request.iterations > 1 else {}),
         **({"reconstruct": identity_of(request.reconstruction)} if request.reconstruction else {}),
         "batch": request.batch,
         "device": device.partition(":")[0] if distributed.world_size() > 1 else device,
@@ -197,41 +199,34 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     directories = shared_directory(out, identity, "what to prune, and how", resume=request.resume, labels=RESUME_LABELS)
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with track_resources(device) as use, directories as (fresh, work):
-        workspace = Workspace(work, states)
-        for target in targets:
-            plan = _plan(request, checkpoint, target, calibration, device, dtype, workspace)
+        workspace, pruner = Workspace(work, states), Pruner(request, checkpoint, calibration, device, dtype)
+        for target, parts in zip(targets, steps, strict=True):
+            name, last = "" if len(targets) == 1 else f"ratio-{target.ratio:g}", None
+            if len(parts) == 1:
+                plan = pruner.plan(target, workspace)
+            else:
+                plan, last = pruner.plan_in_steps(target, parts, work / name, states)
             if not distributed.is_main():
                 continue
-            name = "" if len(targets) == 1 else f"ratio-{target.ratio:g}"
             (fresh / name).mkdir(exist_ok=True)
-            content = write_pruned(checkpoint, plan, fresh / name, ancestry=ancestry, repository=request.push_to_hub)
+            card = {"ancestry": ancestry, "repository": request.push_to_hub}
+            content = write_pruned(checkpoint, plan, fresh / name, **card, last=last)
             save_tokenizer(request, fresh / name)
             done.append((out / name, plan, content))
     upload(out, request.push_to_hub)
     return _results(checkpoint, done, use)
 
 
-def _plan(
-    request: PruneRequest,
-    checkpoint: Checkpoint,
-    target: Target,
-    calibration: Calibration | ImageSamples | None,
-    device: str,
-    dtype: torch.dtype,
-    workspace: Workspace | None = None,
-) -> Plan:
-    task = Task(request.task, data=request.tasks_data, limit=request.task_limit, few_shot=0) if request.task else None
-    fields: dict[str, Any] = {"options": request.options, "task": task, "batch": request.batch}
-    fields |= {"device": device, "dtype": dtype, "workspace": workspace}
-    plan = make_plan(checkpoint, request.method, target, calibration, **fields)
-    if request.reconstruction is None:
-        return plan
-    assert isinstance(calibration, Calibration)
-    key = f"reconstruct-{request.targets.index(target)}"
-    workspace = workspace or Workspace()
-    execution = {"device": device, "dtype": dtype, "batch": request.batch}
-    execution |= {"store": workspace.store(key), "journal": workspace.journal(key)}
-    return reconstruct_plan(checkpoint, plan, calibration.windows, request.reconstruction, **execution)
+def _steps(request: PruneRequest, checkpoint: Checkpoint, targets: Sequence[Target]) -> list[tuple[PruningStep, ...]]:
+    """The steps to each target; several without recovery between them get a notice."""
+    how = (request.prototype, request.method, checkpoint.shape, request.iterations, request.iteration_schedule)
+    steps = [pruning_steps(target, *how) for target in targets]
+    if request.iterations > 1 and request.reconstruct is None:
+        notify(
+            "`iterations`: no recovery between the steps; each scores what the one before left. `reconstruct` tunes "
+            "sparse and narrow models between them, and a study trains"
+        )
+    return steps
 
 
 def _check_reconstruction(request: PruneRequest, checkpoint: Checkpoint) -> None:
@@ -331,6 +326,9 @@ def _estimate(
     needs = estimate_memory(request.prototype, checkpoint.shape, windows, seqlen, batch, dtype, stored, outputs)
     if request.reconstruct:
         needs = with_reconstruction(needs, checkpoint.shape, outputs, windows, seqlen, batch, dtype)
+    if request.iterations > 1:  # a model that the step before left, and one that is being written
+        masks = checkpoint.shape.block_weights if request.prototype.granularity == "sparse" else 0
+        needs = dataclasses.replace(needs, output=needs.output + 2 * (stored + masks))
     if isinstance(calibration, ImageSamples) and checkpoint.image_text:  # all of it at once, before the first block
         around = (checkpoint.image_text.parameters + checkpoint.shape.embedding) * dtype.itemsize
         needs = dataclasses.replace(needs, block=max(needs.block, around))

@@ -35,6 +35,7 @@ from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.default_axes import with_default_axes
 from secateur.pruning.expert_scoring import describe_routing
 from secateur.pruning.image_samples import ImageSamples
+from secateur.pruning.iterations import describe_steps
 from secateur.pruning.layer_choice import pattern_to_keep
 from secateur.pruning.reconstruction import describe_reconstruction
 from secateur.pruning.scoring import score_and_select
@@ -210,7 +211,13 @@ def runtimes_of(checkpoint: Checkpoint, plan: Plan) -> tuple[Support, ...]:
 
 
 def write_pruned(
-    checkpoint: Checkpoint, plan: Plan, out: Path, *, ancestry: Ancestry | None = None, repository: str | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    *,
+    ancestry: Ancestry | None = None,
+    repository: str | None = None,
+    last: tuple[Checkpoint, Plan] | None = None,
 ) -> dict[str, Any]:
     """Cut the checkpoint to the plan and write it, the plan, the files beside the weights and a card into ``out``.
 
@@ -218,6 +225,7 @@ def write_pruned(
         out: an existing directory.
         ancestry: of the model that was pruned; None for what the checkpoint's own files say.
         repository: where it will be on the Hub; None if it stays on disk.
+        last: what the weights come from, after several steps: the model before the last one, and the plan of that step.
 
     Returns:
         The content of ``plan.json``.
@@ -228,10 +236,11 @@ def write_pruned(
     change = family_change(plan.before, plan.after)
     if change:
         notify(f"{plan.method}: {change}")
+    last = last or (checkpoint, plan)
     write_checkpoint(
         out,
-        cut_config(checkpoint, plan),
-        cut_tensors(checkpoint, plan, zeros),
+        cut_config(*last),
+        cut_tensors(*last, zeros),
         provenance={
             "kind": "pruned",
             "method": plan.method,
@@ -239,7 +248,7 @@ def write_pruned(
             "plan": content["fingerprint"],
             "source": plan.source,
             "calibration": plan.calibration,
-            **({"reconstruction": tuning} if (tuning := plan.summary.get("reconstruction")) else {}),
+            **{key: plan.summary[key] for key in ("reconstruction", "iterations") if key in plan.summary},
         },
         card=model_card(
             f"{ancestry.subject(plan.before)}, pruned with {plan.method}",
@@ -294,6 +303,8 @@ def _describe_pruning(plan: Plan, share: dict[str, Any]) -> list[str]:
     text = "none, no text was read"
     if plan.calibration["source"]:
         text = f"{plural(plan.calibration['tokens'], 'token')} of {short_source(plan.calibration['source'])}"
+    if "iterations" in plan.summary:
+        lines.append(f"- steps: {describe_steps(plan.request, plan.summary)}")
     if "reconstruction" in plan.summary:
         lines.append(f"- reconstructed: {describe_reconstruction(plan.summary['reconstruction'])}")
     return [

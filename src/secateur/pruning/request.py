@@ -15,6 +15,7 @@ from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
 from secateur.hub import check_repository
 from secateur.pruning.cost import reads_text, task_of
+from secateur.pruning.iterations import IterationSchedule
 from secateur.pruning.reconstruction import Reconstruction, why_not_reconstructed
 from secateur.pruning.target import Target
 
@@ -30,6 +31,7 @@ RESUME_LABELS = {
     "method": "`method`",
     "options": "`options`",
     "targets": "`ratio`, `shape`, `pattern` or what goes with them",
+    "iterations": "`iterations` or `iteration_schedule`",
     "reconstruct": "`reconstruct` or `reconstruct_rate`",
     "calibration": "`calibration`, `windows` or `seqlen`",
     "batch": "`batch`",
@@ -59,6 +61,8 @@ class PruneRequest:
             for yes, where the family has one and the model follows it.
         propagate: methods that remove experts: a block is scored on what the blocks before it put out as they are
             (``unpruned``), or with their kept experts alone (``pruned``).
+        iterations: steps in which the model is pruned; ``reconstruct`` is divided among them.
+        iteration_schedule: how the share removed grows from step to step: ``linear``, or ``cubic``, fast at first.
         reconstruct: steps of AdamW that tune each part of a pruned block to the dense block's output; None for none.
         reconstruct_rate: their peak learning rate, as a share of the root mean square of a tensor's weights; None for
             0.02.
@@ -98,6 +102,8 @@ class PruneRequest:
     step: Positive | None = None
     keep_pattern: bool | None = None
     propagate: Literal["unpruned", "pruned"] = "unpruned"
+    iterations: Positive = 1
+    iteration_schedule: IterationSchedule = "linear"
     reconstruct: Positive | None = None
     reconstruct_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -128,8 +134,9 @@ class PruneRequest:
             raise UserError("`reconstruct_rate`: no block is tuned; give the steps with `reconstruct`")
         if self.reconstruct and (reason := why_not_reconstructed(self.prototype.granularity, experts=0)):
             raise UserError(f"`reconstruct`: does not go with {self.method}: {reason}")
+        self._check_iterations()
         if self.reads_text and self.calibration is None:
-            reader = f"{self.method} is scored" if reads_text(self.prototype) else "blocks are tuned"
+            reader = f"{self.method} is scored" if self.scores_text else "blocks are tuned"
             raise UserError(
                 f"`calibration`: {reader} on text; name a source: "
                 "stdlib, python, text:PATH, hf:NAME[:config] or tokens:FILE.npy"
@@ -141,6 +148,18 @@ class PruneRequest:
                         f"`{name}`: no task is measured; it goes with the method minitron-depth and its option "
                         "task=winogrande"
                     )
+
+    def _check_iterations(self) -> None:
+        """Refuse what does not go with pruning in several steps."""
+        if self.iterations == 1 and self.iteration_schedule != "linear":
+            raise UserError("`iteration_schedule`: goes with `iterations` of 2 or more; leave it out")
+        if self.iterations > 1 and self.out is None:
+            raise UserError("`iterations`: the models between steps need a directory; name `out`")
+        if self.reconstruct and self.reconstruct < self.iterations:
+            raise UserError(
+                f"`reconstruct`: {self.reconstruct} steps, too few for {self.iterations} `iterations`, which share "
+                "them; give one to each at least"
+            )
 
     @cached_property
     def prototype(self) -> Any:
@@ -162,9 +181,14 @@ class PruneRequest:
         return task_of(self.prototype)
 
     @property
+    def scores_text(self) -> bool:
+        """Whether the method scores on calibration text."""
+        return reads_text(self.prototype)
+
+    @property
     def reads_text(self) -> bool:
         """Whether calibration text is read: the method scores on it, or blocks are tuned on it."""
-        return reads_text(self.prototype) or self.reconstruct is not None
+        return self.scores_text or self.reconstruct is not None
 
     @property
     def reconstruction(self) -> Reconstruction | None:

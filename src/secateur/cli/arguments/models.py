@@ -151,6 +151,20 @@ def add_prune(verbs: Any) -> None:
         help="an option of the method; may be repeated",
     )
     add(
+        "--iterations",
+        metavar="N",
+        type=positive,
+        default=1,
+        help="prune in N steps, each scored on what the one before left; --reconstruct is divided among them. To train "
+        "between steps, give the method iterations: N in a study",
+    )
+    add(
+        "--iteration-schedule",
+        choices=("linear", "cubic"),
+        default="linear",
+        help="the share of the removal that is done after step t of N: t / N, or 1 - (1 - t / N)^3, fast at first",
+    )
+    add(
         "--reconstruct",
         metavar="STEPS",
         type=positive,

@@ -11,6 +11,7 @@ from secateur.cli.verbs.answer import Answer, request_of
 from secateur.errors import UserError, spell
 from secateur.formatting import byte_size, count, percent, plural, points
 from secateur.progress import clock_time
+from secateur.pruning.iterations import describe_steps
 from secateur.pruning.request import PruneRequest
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ def _describe(output: Pruned) -> list[str]:
     drift: Any = removed_shares(plan)["drift"]
     if drift is not None:
         lines.append(f"drift        {points(drift)} points from the ratio asked")
+    if "iterations" in plan.summary:
+        lines.append(f"steps        {describe_steps(plan.request, plan.summary)}")
     lines += _describe_reconstruction(plan.summary.get("reconstruction"))
     runs_in = describe_runtimes(output.runs_in, sparse=bool(plan.masks))
     return [*lines, f"calibration  {_describe_calibration(output)}", f"runs in      {runs_in}"]
