@@ -123,7 +123,8 @@ def _cost(figure: dict[str, Any] | None) -> str:
 
 def _served(served: Any) -> str:
     """How the weights of a model are served, and which are not."""
-    rest = f"; {len(served['as_stored'])} matrices of the blocks as stored" if served["as_stored"] else ""
+    stored = plural(len(served["as_stored"]), "matrix", "matrices")
+    rest = f"; {stored} of the blocks as stored" if served["as_stored"] else ""
     others = "" if served["weights"] == "bf16" else "; embeddings, head and norms as stored"
     return f"{served['weights']}, {served['form']}{others}{rest}; {served['bytes']:,} bytes in all"
 
