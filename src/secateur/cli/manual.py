@@ -318,6 +318,7 @@ examples:
   secateur eval DIR --suite mmlu,gsm8k --few-shot 5
   secateur eval PRUNED SCRATCH --suite perplexity,arc_easy --text-data texts --tasks-data tasks --out results
   secateur eval PARENT PRUNED --suite cost --device cuda
+  secateur eval PRUNED SCRATCH --data shards:CORPUS --weights int4   as served with 4 bits a weight
   torchrun --nproc-per-node 8 -m secateur eval DIR --suite paper --data shards:CORPUS
 
 With --out, DIR/<model>.json has all figures and DIR/<model>.jsonl.gz every item; after a kill, the same command
