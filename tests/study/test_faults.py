@@ -17,7 +17,7 @@ from test_study import records, run, study_file
 
 from secateur.model.safetensors_io import Stored, write_tensors
 
-KILLS = 10
+KILLS = 6
 
 #: A study's process and its worker; both hold the pipe that is read here.
 HELD = """

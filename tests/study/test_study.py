@@ -166,7 +166,9 @@ def test_second_run_redoes_nothing(whole: tuple[Path, Path, dict[str, Any]]) -> 
 
 
 def test_a_failed_stage_is_told_and_never_zero(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = study_file(tmp_path, text, methods=["minitron-depth"], retrain={"tokens": "900k"})  # more than there is
+    small = {"tokens": 1000, "hidden": 16, "ffn": 48, "layers": 2, "heads": 4, "kv_heads": 2}
+    retrain = {"tokens": "900k"}  # more than there is
+    file = study_file(tmp_path, text, methods=["minitron-depth"], parent=small, retrain=retrain)
     arguments = ["study", "run", str(file), "--out", str(tmp_path / "out"), "--jobs", "1", "--json"]
     assert main(arguments) == 1
     answer = json.loads(capsys.readouterr().out)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ import pytest
 import torch
 
 from helpers import files, tiny_llama, windows
+from processes import Processes
 from secateur.calibration import journal as journals
 from secateur.calibration.block_walk import BlockWalk
 from secateur.calibration.journal import Journal, StateStore, Workspace
@@ -136,47 +135,46 @@ def test_what_is_refused_on_the_way_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-# Each run is a process of its own, which kills itself when the thread has come to a certain point; then one goes on.
-DRIVER = """
-import json, os, pathlib, signal, sys, time
-import accelerate, secateur.cli.verbs.pruning
-import transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
-from secateur.calibration import journal
-from secateur.cli import main
-
-def run(line, last=None):
-    child = os.fork()
-    if child:
+def prune_until(line: list[str], last: int | None) -> int:
+    """Fork a run that kills itself at point ``last`` of its thread, or never; return what ``waitpid`` does."""
+    if child := os.fork():
         return os.waitpid(child, 0)[1]
     passed = 0
-    def point():
+
+    def point() -> None:
         nonlocal passed
         if passed == last:
             os.kill(os.getpid(), signal.SIGKILL)
         passed += 1
-    def watched(do):
-        def doing(*arguments):
+
+    def watched(write: Any) -> Any:
+        def watched_write(*arguments: Any) -> None:
             time.sleep(0.01)  # the computation gets as far ahead as it may
             point()
-            do(*arguments)
+            write(*arguments)
             point()
-        return doing
-    journal.is_worthwhile = lambda device: True
-    journal.write_tensors, journal.write_text = watched(journal.write_tensors), watched(journal.write_text)
+
+        return watched_write
+
+    journals.is_worthwhile = lambda device: True
+    journals.write_tensors, journals.write_text = watched(journals.write_tensors), watched(journals.write_text)
     os._exit(main(line))
 
-for line, last in json.load(open(sys.argv[1])):
-    killed = run(line, last)
-    assert os.WIFSIGNALED(killed) and os.WTERMSIG(killed) == signal.SIGKILL, (line, last, killed)
-    more = ["--resume"] if list(pathlib.Path(line[2] + ".partial").glob("work/*/finished")) else []
-    assert run([*line, *more]) == 0, (line, last)
-"""
+
+def kill_and_resume(jobs: list[tuple[list[str], int]]) -> int:
+    """Run each job until it kills itself at its point, and then to its end."""
+    for line, last in jobs:
+        status = prune_until(line, last)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (line, last, status)
+        more = ["--resume"] if list(Path(line[2] + ".partial").glob("work/*/finished")) else []
+        assert prune_until([*line, *more], None) == 0, (line, last)
+    return 0
 
 
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(world: Path, tmp_path: Path) -> None:
     """Each block has four points: before and after its file is written, before and after it is noted as finished."""
-    cases = [("wanda", "disk", range(1, 20, 3)), ("minitron-width", "disk", range(2, 20, 4)),
-             ("sparsegpt", "ram", range(4, 14, 5)), ("shortgpt", "disk", range(3, 20, 5))]  # fmt: skip
+    cases = [("wanda", "disk", range(1, 20, 5)), ("minitron-width", "disk", range(2, 20, 7)),
+             ("sparsegpt", "ram", range(4, 14, 5)), ("shortgpt", "disk", range(3, 20, 9))]  # fmt: skip
     jobs, wanted = [], {}
     for method, states, points in cases:
         assert main(line(world, tmp_path / method, method)) == 0
@@ -184,15 +182,8 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(world: Path, tmp_p
             out = tmp_path / f"{method}-{point}"
             wanted[out] = files(tmp_path / method)
             jobs.append((line(world, out, method, "--states", states), point))
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "jobs.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = Processes(tmp_path, kill_and_resume, jobs)
+    assert process.join() == [0], process.errors[-2000:]
     for out, content in wanted.items():
         assert files(out) == content, out
 

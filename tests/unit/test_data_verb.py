@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -21,12 +21,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from processes import Processes
 from secateur.cli import main
+from secateur.data import build
 from secateur.data import external_sort as runs
 from secateur.data.build import Holdout, write_splits
 from secateur.data.documents import Document
 from secateur.data.encode import Encoder, encode_texts
-from secateur.data.shards import TokenStore
+from secateur.data.shards import ShardWriter, TokenStore
 from secateur.data.sources import open_source
 from secateur.data.tokenizer import load_tokenizer, token_hash, train_tokenizer
 
@@ -164,38 +166,30 @@ def test_the_seed_changes_the_order_and_nothing_else(
     assert TokenStore(whole).fingerprint != TokenStore(tmp_path / "other").fingerprint
 
 
-# Counts calls of a function down, then dies as by kill -9; runs are small, so that there are many such moments.
-DEADLY = """
-import os, signal, sys
-import multiprocessing
-from secateur.data import build, shards
-from secateur.data import external_sort as runs
-from secateur.cli import main
-runs.BYTES, build._BATCH_DOCUMENTS = int(sys.argv[1]), 10
-owner = {"runs": runs, "os": os, "Runs": runs.SortedRuns, "ShardWriter": shards.ShardWriter}[sys.argv[2]]
-name, left = sys.argv[3], [int(sys.argv[4])]
-real = getattr(owner, name)
-def deadly(*given, **named):
-    left[0] -= 1
-    if left[0] < 0:
-        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*given, **named)
-setattr(owner, name, deadly)
-main(sys.argv[5:])
-"""
+def run_until(owner: str, name: str, calls: int, line: list[str]) -> int:
+    """Run a command line that dies as by kill -9 once a function has been called so often, and is called once more."""
+    runs.BYTES, build._BATCH_DOCUMENTS = SMALL, 10  # small runs: many such moments
+    target = {"runs": runs, "os": os, "Runs": runs.SortedRuns, "ShardWriter": ShardWriter}[owner]
+    real, left = getattr(target, name), calls
+
+    def deadly(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+
+    setattr(target, name, deadly)
+    return main(line)
 
 
 def killed(world: Path, out: Path, owner: str, name: str, calls: int, *options: object) -> list[int]:
-    """Run until a function has been called so often, and is called once more; returns the workers' process ids."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = [str(SMALL), owner, name, str(calls), *command(world, out, *options)]
-    done = subprocess.run(
-        [sys.executable, "-c", DEADLY, *arguments], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    """Kill a run at such a moment; return the workers' process ids."""
+    process = Processes(out.parent, run_until, owner, name, calls, command(world, out, *options))
+    assert process.join() == [-signal.SIGKILL], process.errors
     assert not out.exists()
-    return [int(pid) for pid in done.stdout.split()]
+    return [int(pid) for pid in process.output.split()]
 
 
 def gone(pid: int) -> bool:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,18 @@ for _name in ("internvl", "llava", "llava_next"):
     _FOLLOWERS[_name] += ("linear_1.bias", "linear_2.bias")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cut:
     """A wrapper and what pruning made of it."""
 
     name: str
     source: Path
     result: Pruned
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The pruned model's, of the family's image and text."""
+        return image_logits(opened_wrapper(self.result.path), image_inputs(self.name))
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +89,9 @@ def test_image_and_text_give_the_logits_of_the_silenced_whole(
     cuts: dict[tuple[str, str], Cut], name: str, kind: str
 ) -> None:
     cut = cuts[name, kind]
-    inputs = image_inputs(name)
-    expected = image_logits(silenced_wrapper(opened_wrapper(cut.source), cut.result.plan), inputs)
+    expected = image_logits(silenced_wrapper(opened_wrapper(cut.source), cut.result.plan), image_inputs(name))
     assert float(expected.std()) > 0.1
-    torch.testing.assert_close(image_logits(opened_wrapper(cut.result.path), inputs), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cut.logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -135,8 +140,7 @@ def test_a_fresh_process_opens_each_by_its_own_class(cuts: dict[tuple[str, str],
     """Without secateur, from config.json alone, and with the logits that this process computes."""
     rows = {}
     for (name, kind), cut in cuts.items():
-        inputs = image_inputs(name)
-        inputs["logits"] = image_logits(opened_wrapper(cut.result.path), inputs)
+        inputs = {**image_inputs(name), "logits": cut.logits}
         torch.save(inputs, tmp_path / f"{name}-{kind}.pt")
         rows[f"{name}-{kind}"] = str(cut.result.path)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
