@@ -22,8 +22,9 @@ from secateur.errors import UserError
 from secateur.evaluation.loss import Protocol, window_losses
 from secateur.model.checkpoint import Checkpoint
 from secateur.pruning.calibration import Calibration
+from secateur.pruning.pattern import Pattern
 from secateur.pruning.pipeline import make_plan, write_pruned
-from secateur.pruning.target import Pattern, Target
+from secateur.pruning.target import Target
 from secateur.runtime import quiet_libraries
 
 #: title -> method, options, and fields of the target besides the ratio

@@ -50,9 +50,10 @@ def prune(model: Any, out: Any = None, *, method: str, **fields: Any) -> Any:
             unchanged.
         out: new directory to write; None to get the cut model in memory.
         method: a pruning method, e.g. ``"wanda"``; ``secateur prune --help`` lists them.
-        fields: further fields of :class:`~secateur.pruning.request.PruneRequest`: ``ratio`` (one or several), ``shape``
-            or ``pattern``; ``calibration`` (a source of text, ids [windows, positions], or texts); ``reconstruct``
-            (steps that tune each pruned block), ``iterations`` (steps of pruning), and others.
+        fields: further fields of :class:`~secateur.pruning.request.PruneRequest`: ``ratio`` (one or several),
+            ``shape``, ``pattern``, ``params``, ``memory`` or ``latency``; ``calibration`` (a source of text, ids
+            [windows, positions], or texts); ``reconstruct`` (steps that tune each pruned block), ``iterations`` (steps
+            of pruning), and others.
 
     Returns:
         With ``out``, a :class:`~secateur.pruning.job.Pruned` (a list of them for several ratios): ``path``, ``plan``,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from secateur.cli import main
 from secateur.config import dump_yaml
 from secateur.model.plan import JSON_FILE, TENSOR_FILE, load_masks
-from secateur.pruning.target import Pattern
+from secateur.pruning.pattern import Pattern
 from secateur.study.resolve import resolve
 from secateur.study.spec import load_study
 from secateur.study.stages.controls import permuted_mask

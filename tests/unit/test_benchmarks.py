@@ -16,8 +16,9 @@ from benchmarks.reference.sparsegpt import prune as sparsegpt
 from helpers import calibration, hf, tiny_llama, windows
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
+from secateur.pruning.pattern import Pattern
 from secateur.pruning.pipeline import make_plan
-from secateur.pruning.target import Pattern, Target
+from secateur.pruning.target import Target
 
 RATIO = Target(ratio=0.5)
 GROUPS = Target(sizes={"kv_heads": 1, "ffn": 24})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from secateur.pruning.target import Pattern
+from secateur.pruning.pattern import Pattern
 from secateur.study.stages.controls import permuted_mask, random_mask, shuffle_weights
 
 MASK = torch.rand(24, 32, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 0.9, 32)

@@ -20,8 +20,9 @@ from secateur.evaluation.cost import pattern_of
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import load_masks
 from secateur.pruning.expert_scoring import FEW_TOKENS
+from secateur.pruning.pattern import Pattern
 from secateur.pruning.pipeline import make_plan, write_pruned
-from secateur.pruning.target import Pattern, Target
+from secateur.pruning.target import Target
 from secateur.study.stages.controls import each_matrix, permuted_mask, random_mask
 from secateur.training.masks import Masks
 

@@ -25,8 +25,9 @@ from secateur.methods.sparsegpt import SparseGPT
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
 from secateur.pruning.calibration import Calibration
+from secateur.pruning.pattern import Pattern
 from secateur.pruning.pipeline import make_plan, write_pruned
-from secateur.pruning.target import Pattern, Target
+from secateur.pruning.target import Target
 
 WIDTH = ("llm-pruner", "minitron-width", "wanda-sp", "flap", "random-width")
 RANDOM = ("random-depth", "random-width", "random-weight", "random-expert")

@@ -597,7 +597,7 @@ def test_examples_of_the_manual_are_read(capsys: pytest.CaptureFixture[str], tmp
         for line in (manual.prune_epilog() + manual.SHAPES_EPILOG).splitlines()
         if line.startswith("  secateur ")
     ]
-    assert len(examples) == 16
+    assert len(examples) == 21
     for line in examples:
         parts = line.partition("   ")[0].split()[1:]
         missing = [str(tmp_path / "none") if part in ("DIR", "config.json") else part for part in parts]

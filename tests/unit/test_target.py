@@ -13,7 +13,8 @@ from secateur.methods.registry import METHODS, get_method
 from secateur.model.families import FAMILIES
 from secateur.model.families.dense import MISTRAL, PHI3
 from secateur.model.shapes import Shape
-from secateur.pruning.target import Pattern, Target
+from secateur.pruning.pattern import Pattern
+from secateur.pruning.target import Target
 
 PARENT = Shape(hidden=4096, ffn=14336, layers=32, heads=32, kv_heads=8, head_dim=128, vocabulary=128_256)
 

@@ -20,8 +20,9 @@ from secateur.methods.sparsegpt import SparseGPT
 from secateur.methods.wanda import Wanda
 from secateur.model.checkpoint import Checkpoint
 from secateur.model.plan import Plan
+from secateur.pruning.pattern import Pattern
 from secateur.pruning.pipeline import make_plan, write_pruned
-from secateur.pruning.target import Pattern, Target
+from secateur.pruning.target import Target
 
 HALF, THIRD, TWO_FOUR, FOUR_EIGHT = (
     Target(ratio=0.5), Target(ratio=0.33), Target(pattern=Pattern(2, 4)), Target(pattern=Pattern(4, 8)),

@@ -136,6 +136,9 @@ exit code 1 if its gates do not reach the shape.
 examples:
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
   secateur prune DIR OUT --method minitron-width --shape hidden=3072,ffn=9216 --calibration text:FILE
+  secateur prune DIR OUT --method minitron-width --params 4B --axes hidden,ffn,kv --calibration text:FILE
+  secateur prune DIR OUT --method minitron-width --memory 8GiB --context 8192 --weights int4 --calibration text:FILE
+  secateur prune DIR OUT --method minitron-width --latency 0.7x --latency-of prefill --calibration text:FILE
   secateur prune DIR OUT --method minitron-depth --ratio 0.25 --option task=winogrande --tasks-data DIR
   secateur prune DIR OUT --method flap --ratio 0.2 --axes ffn --allocation global --calibration stdlib
   secateur prune DIR OUT --method wanda --pattern 2:4 --calibration tokens:ids.npy
@@ -159,6 +162,8 @@ examples:
   secateur shapes DIR --ratio 0.5                          fewer layers, narrower, or fewer heads: side by side
   secateur shapes DIR --ratio 0.5 --of total --axes kv,ffn
   secateur shapes DIR --shape layers=16,ffn=9216           any shape, before any method is chosen
+  secateur shapes DIR --params 4B                          the same for a number of parameters
+  secateur shapes DIR --memory 8GiB --context 8192 --weights int4 --method minitron-width
 """
 
 

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.errors import UserError
-from secateur.formatting import join_words
+from secateur.formatting import count, join_words
 from secateur.model.goal import TOLERANCE, Goal
 from secateur.model.shapes import Shape
 from secateur.model.solver import largest, prefer_blocks, steps_of
 from secateur.progress import notify_once
 
-__all__ = ["Candidate", "frontier"]
+__all__ = ["Candidate", "check_reachable", "frontier"]
 
 _MOST_SHAPES = 2_000_000  #: combinations of sizes that are counted
 _MOST_NARROW = 2.5  #: largest logarithm of a share that a space loses, over that of the balanced shape
@@ -34,6 +34,10 @@ class Candidate:
     def axes(self) -> str:
         """The sizes in one line."""
         return ",".join(f"{name}={size}" for name, size in self.sizes.items())
+
+    def record(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"sizes": dict(self.sizes), "parameters": self.shape.total, "amount": self.amount}
 
 
 def frontier(
@@ -63,8 +67,7 @@ def frontier(
         UserError: if the goal lies above the model's own, below what it cannot lose, or between two steps.
     """
     amounts = amounts or goal.amount_of
-    own = float(amounts(shape))
-    _check_reachable(shape, goal, own)
+    check_reachable(shape, goal)
     steps = steps_of(shape, spaces, step)
     sizes = _coarse([_units(shape, space, steps[space], (smallest or {}).get(space, 1)) for space in spaces], spaces)
     grid = np.ix_(*sizes)
@@ -79,23 +82,44 @@ def frontier(
     least = float(np.min(drift, initial=np.inf, where=fits))
     tolerance = TOLERANCE[goal.kind]
     if least > tolerance:
-        raise UserError(f"`{goal.kind}`: {_nearest(goal, amount[legal], spaces, steps)}")
+        embedding = ""
+        if goal.kind in ("params", "active_params") and goal.amount <= shape.embedding:
+            embedding = f" (the embeddings have {count(shape.embedding)} of the model's parameters)"
+        raise UserError(f"`{goal.kind}`: {_nearest(goal, amount[legal], spaces, steps)}{embedding}")
     near = np.flatnonzero(fits & (drift <= max(least, tolerance / 2)))
     logs = [np.log(each / shape.units(space)) for space, each in zip(spaces, grid, strict=True)]
     unlike = np.broadcast_to(largest(logs) + largest([-part for part in logs]), amount.shape)
     preferred = prefer_blocks(shape, spaces, grid, near, unlike) if step is None else near
     best = min(preferred, key=lambda i: (round(float(unlike.flat[i]), 9), float(drift.flat[i])))
     shares = np.stack([np.broadcast_to(part, amount.shape).reshape(-1)[near] for part in logs], axis=1)
-    chosen = near[_spread(shares, int(np.flatnonzero(near == best)[0]), several)]
-    return [_candidate(shape, spaces, sizes, amount, int(index)) for index in chosen]
+    indices = near[_spread(shares, int(np.flatnonzero(near == best)[0]), several)]
+    return [_candidate(shape, spaces, sizes, amount, int(index)) for index in indices]
 
 
-def _check_reachable(shape: Shape, goal: Goal, own: float) -> None:
-    if goal.kind != "latency" and goal.amount >= own:
-        raise UserError(f"`{goal.kind}`: {goal.text(goal.amount)}: the model has {goal.text(own)}, nothing is to go")
+def check_reachable(shape: Shape, goal: Goal) -> None:
+    """Refuse a goal that no cut of a model comes to, and say what is assumed of a context.
+
+    Raises:
+        UserError: if the goal lies above the model's own, or what it counts is not in the model.
+    """
+    whole = float("inf") if goal.kind == "latency" else float(goal.amount_of(shape))
+    if goal.amount >= whole:
+        raise UserError(f"`{goal.kind}`: {goal.text(goal.amount)}: the model has {goal.text(whole)}, nothing is to go")
     if goal.kind in ("params", "active_params") and goal.amount <= shape.embedding // shape.hidden:
-        raise UserError(f"`{goal.kind}`: {goal.text(goal.amount)}: less than an embedding of one hidden channel")
-    if goal.kind == "memory" and goal.memory_of(shape).serving.context and shape.carries_state:
+        raise UserError(
+            f"`{goal.kind}`: {goal.text(goal.amount)}: less than an embedding with one hidden channel; the model's has "
+            f"{count(shape.embedding)} parameters"
+        )
+    if goal.kind == "active_params" and not shape.experts:
+        raise UserError("`active_params`: this model has no routed experts, so a token uses all; use `params`")
+    if goal.kind != "memory":
+        return
+    context, limit = goal.memory_of(shape).serving.context, shape.positions
+    if goal.context is None:
+        notify_once(f"`context`: none is named; memory is that of {context:,} tokens of each sequence")
+    elif limit and context > limit:
+        notify_once(f"`context`: the model has {limit:,} positions; memory is that of {context:,} tokens all the same")
+    if shape.carries_state:
         raise UserError(
             "`memory`: some layers of this model carry a state along the text, whose size is not computed; use `params`"
         )

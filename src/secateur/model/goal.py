@@ -41,6 +41,7 @@ class Goal:
         sequences: sequences served at once.
         weights: the type of stored weights; None for bf16, and for a latency the type that the device computes in.
         phase: what a latency is of: ``decode`` or ``prefill``.
+        predicted: of a latency, the share that was predicted of the shape that reaches it; None before there is one.
     """
 
     kind: GoalKind
@@ -49,6 +50,7 @@ class Goal:
     sequences: int = 1
     weights: Weights | None = None
     phase: Phase = "decode"
+    predicted: float | None = None
 
     @classmethod
     def parse(
@@ -126,7 +128,8 @@ class Goal:
         fields = asdict(self)
         served = ("context", "sequences", "weights") if self.kind in ("memory", "latency") else ()
         names = ("kind", "amount", *served, *(("phase",) if self.kind == "latency" else ()))
-        return {name: fields[name] for name in names}
+        predicted = {} if self.predicted is None else {"predicted": self.predicted}
+        return {name: fields[name] for name in names} | predicted
 
     @property
     def description(self) -> str:

@@ -13,7 +13,8 @@ from secateur.methods.base import LearnedMethod, Method, WeightMethod
 from secateur.methods.selection import count_pruned
 from secateur.model.shapes import SPACES, Shape, removed
 from secateur.model.solver import solve_between
-from secateur.pruning.target import Pattern, Target
+from secateur.pruning.pattern import Pattern
+from secateur.pruning.target import Target
 
 __all__ = [
     "IterationSchedule",

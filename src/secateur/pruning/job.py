@@ -31,9 +31,10 @@ from secateur.model.shapes import Shape
 from secateur.model.wrappers import tower_names
 from secateur.progress import notify
 from secateur.pruning.calibration import Calibration, read_calibration, save_tokenizer
-from secateur.pruning.default_axes import with_default_axes
+from secateur.pruning.goals import reached
 from secateur.pruning.image_samples import IMAGES, ImageSamples
 from secateur.pruning.iterations import PruningStep, pruning_steps
+from secateur.pruning.latency import latency_target, measure_latency, save_latency_target
 from secateur.pruning.learned_job import prune_learned
 from secateur.pruning.memory_estimate import MemoryEstimate, estimate_memory, with_reconstruction
 from secateur.pruning.pipeline import removed_shares, runtimes_of, write_pruned
@@ -58,6 +59,7 @@ class Pruned:
     fingerprint: str  #: of the plan
     use: ResourceUse = field(default_factory=ResourceUse)  #: time and memory of the whole run
     runs_in: tuple[Support, ...] = ()  #: what is known of each runtime and this checkpoint
+    goal: dict[str, Any] | None = None  #: parameters, memory or latency to reach, and what was reached; None without
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -85,7 +87,8 @@ class Pruned:
 
     def record(self) -> dict[str, Any]:
         """Plain values, as ``secateur prune --json`` prints them."""
-        return {"out": str(self.path), **_report(self.plan, self.runs_in), "plan": self.fingerprint}
+        goal = {"goal": self.goal} if self.goal else {}
+        return {"out": str(self.path), **_report(self.plan, self.runs_in), **goal, "plan": self.fingerprint}
 
     @property
     def family_change(self) -> str | None:
@@ -132,6 +135,7 @@ def prune_model(request: PruneRequest) -> PreTrainedModel:
     checkpoint = open_checkpoint(request.model)
     device = pick_device(request.device)
     _check_reconstruction(request, checkpoint)
+    target = latency_target(checkpoint, target, request.prototype, request.method, device)
     calibration = _calibration(request, checkpoint)
     plan = Pruner(request, checkpoint, calibration, device, pick_dtype(request.dtype, device)).plan(target, Workspace())
     model: Any = cut_model(checkpoint, plan)
@@ -157,8 +161,10 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
         raise UserError("`states`: device: blocks are computed on the CPU here; its memory is ram")
     out = Path(request.out)
     checkpoint = open_checkpoint(request.model)
+    work = partial_directories(out)[1]
     targets = [
-        with_default_axes(target, checkpoint.shape, request.prototype, request.method) for target in request.targets
+        latency_target(checkpoint, target, request.prototype, request.method, device, work if request.resume else None)
+        for target in request.targets
     ]
     steps = _steps(request, checkpoint, targets)
     _check_reconstruction(request, checkpoint)
@@ -171,7 +177,7 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     _check_tokenizer(checkpoint, request)
     if isinstance(request.prototype, LearnedMethod):
         outputs = [last.after for *_, last in steps]
-        results = _results(checkpoint, *prune_learned(request, checkpoint, ancestry, outputs, device))
+        results = _results(checkpoint, *prune_learned(request, checkpoint, ancestry, targets, outputs, device))
         upload(out, request.push_to_hub)
         return results
     calibration = _calibration(request, checkpoint)
@@ -192,7 +198,6 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
         "versions": environment(),
         **checkpoint.masks_identity,
     }
-    work = partial_directories(out)[1]
     if request.resume and not any(work.glob(FINISHED_BLOCKS)):
         notify(f"`resume`: there is no unfinished run in {work.parent}; this one starts from the beginning")
     create_repository(request.push_to_hub)
@@ -200,6 +205,9 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with track_resources(device) as use, directories as (fresh, work):
         workspace, pruner = Workspace(work, states), Pruner(request, checkpoint, calibration, device, dtype)
+        if distributed.is_main():
+            for target, sized in zip(request.targets, targets, strict=True):
+                save_latency_target(checkpoint, target, sized, device, work)
         for target, parts in zip(targets, steps, strict=True):
             name, last = "" if len(targets) == 1 else f"ratio-{target.ratio:g}", None
             if len(parts) == 1:
@@ -209,12 +217,17 @@ def prune_directory(request: PruneRequest) -> list[Pruned]:
             if not distributed.is_main():
                 continue
             (fresh / name).mkdir(exist_ok=True)
-            card = {"ancestry": ancestry, "repository": request.push_to_hub}
+            measured = measure_latency(checkpoint, plan, device) if _has_latency(plan) else None
+            card: dict[str, Any] = {"ancestry": ancestry, "repository": request.push_to_hub, "measured": measured}
             content = write_pruned(checkpoint, plan, fresh / name, **card, last=last)
             save_tokenizer(request, fresh / name)
-            done.append((out / name, plan, content))
+            done.append((out / name, plan, {**content, "goal": reached(plan, measured)}))
     upload(out, request.push_to_hub)
     return _results(checkpoint, done, use)
+
+
+def _has_latency(plan: Plan) -> bool:
+    return plan.request.get("goal", {}).get("kind") == "latency"
 
 
 def _steps(request: PruneRequest, checkpoint: Checkpoint, targets: Sequence[Target]) -> list[tuple[PruningStep, ...]]:
@@ -246,7 +259,8 @@ def _results(
     for path, plan, content in done:
         masks = load_masks(path) if plan.masks else {}  # the journal that the plan's masks were views of is gone
         plan = dataclasses.replace(plan, masks=masks, weights={})
-        results.append(Pruned(path, plan, content["fingerprint"], use, runtimes_of(checkpoint, plan)))
+        runs_in, goal = runtimes_of(checkpoint, plan), content.get("goal", reached(plan))
+        results.append(Pruned(path, plan, content["fingerprint"], use, runs_in, goal))
     return results
 
 

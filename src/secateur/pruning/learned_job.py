@@ -149,7 +149,12 @@ def learning_options(
 
 
 def prune_learned(
-    request: PruneRequest, checkpoint: Checkpoint, ancestry: Ancestry, outputs: Sequence[Shape], device: str
+    request: PruneRequest,
+    checkpoint: Checkpoint,
+    ancestry: Ancestry,
+    targets: Sequence[Target],
+    outputs: Sequence[Shape],
+    device: str,
 ) -> tuple[list[tuple[Path, Plan, dict[str, Any]]], ResourceUse]:
     """Learn, cut and write one model for each target.
 
@@ -172,7 +177,7 @@ def prune_learned(
         "model": checkpoint.digest,
         "method": request.method,
         "options": identity(method),
-        "targets": [target.record(method) for target in request.targets],
+        "targets": [target.record(method) for target in targets],
         "calibration": data.record,
         "dtype": dtype,
         **checkpoint.masks_identity,
@@ -188,8 +193,8 @@ def prune_learned(
     )
     done: list[tuple[Path, Plan, dict[str, Any]]] = []
     with stop_on_signals() as stop, track_resources(device) as use, directories as (fresh, work):
-        for target, after in zip(request.targets, outputs, strict=True):
-            name = "" if len(request.targets) == 1 else f"ratio-{target.ratio:g}"
+        for target, after in zip(targets, outputs, strict=True):
+            name = "" if len(targets) == 1 else f"ratio-{target.ratio:g}"
             tokens = method.tokens(data.sequence)
             flops = scoring_flops(checkpoint.shape, after, method, tokens, data.sequence)
             metrics = work / name / "metrics.jsonl"

@@ -32,14 +32,15 @@ from secateur.model.zeros import UNMASKED, ZeroCount
 from secateur.progress import notify
 from secateur.pruning.calibration import Calibration
 from secateur.pruning.cost import reads_text, task_of
-from secateur.pruning.default_axes import with_default_axes
 from secateur.pruning.expert_scoring import describe_routing
+from secateur.pruning.goals import complete_target, describe_reached, reached
 from secateur.pruning.image_samples import ImageSamples
 from secateur.pruning.iterations import describe_steps
 from secateur.pruning.layer_choice import pattern_to_keep
 from secateur.pruning.reconstruction import describe_reconstruction
 from secateur.pruning.scoring import score_and_select
-from secateur.pruning.target import Target, describe_target
+from secateur.pruning.target import Target
+from secateur.pruning.target_text import describe_target
 
 __all__ = ["check_config", "make_plan", "removed_shares", "runtimes_of", "scores_identity", "write_pruned"]
 
@@ -79,7 +80,7 @@ def make_plan(
         raise UserError(
             f"{method}: learns what to cut in training and has no scores beforehand; use secateur.prune with `out`"
         )
-    target = with_default_axes(target, checkpoint.shape, prototype, method)
+    target = complete_target(target, checkpoint.shape, prototype, method)
     after = target.shape(checkpoint.shape, prototype, method)
     check_config(checkpoint, after)
     pattern = pattern_to_keep(checkpoint, target, prototype, after.layers)
@@ -140,7 +141,7 @@ def scores_identity(
     prototype = get_method(method, options)
     if isinstance(prototype, WeightMethod) or task_of(prototype):
         return None
-    target = with_default_axes(target, checkpoint.shape, prototype, method)
+    target = complete_target(target, checkpoint.shape, prototype, method)
     windows = calibration.windows if calibration and reads_text(prototype) else None
     if windows is not None:
         batch = batch or default_batch(checkpoint.family, windows.shape[1], device)
@@ -218,6 +219,7 @@ def write_pruned(
     ancestry: Ancestry | None = None,
     repository: str | None = None,
     last: tuple[Checkpoint, Plan] | None = None,
+    measured: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Cut the checkpoint to the plan and write it, the plan, the files beside the weights and a card into ``out``.
 
@@ -226,10 +228,12 @@ def write_pruned(
         ancestry: of the model that was pruned; None for what the checkpoint's own files say.
         repository: where it will be on the Hub; None if it stays on disk.
         last: what the weights come from, after several steps: the model before the last one, and the plan of that step.
+        measured: of a latency goal, what :func:`secateur.pruning.latency.measure_latency` returns.
 
     Returns:
         The content of ``plan.json``.
     """
+    goal = reached(plan, measured)
     content, zeros = plan.save(out), ZeroCount()
     share = removed_shares(plan)
     ancestry = ancestry or Ancestry.read(checkpoint.directory)
@@ -249,12 +253,14 @@ def write_pruned(
             "source": plan.source,
             "calibration": plan.calibration,
             **{key: plan.summary[key] for key in ("reconstruction", "iterations") if key in plan.summary},
+            **({"goal": goal} if goal else {}),
         },
         card=model_card(
             f"{ancestry.subject(plan.before)}, pruned with {plan.method}",
             ancestry,
             [
                 *_describe_pruning(plan, share),
+                *([f"- reached: {describe_reached(goal)}"] if goal else []),
                 *([f"- family: {change}"] if change else []),
                 f"- runs in: {describe_runtimes(runtimes_of(checkpoint, plan), sparse=bool(plan.masks))}",
             ],

@@ -14,6 +14,7 @@ from secateur.data.conversations import RowFormat
 from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
 from secateur.hub import check_repository
+from secateur.model.goal import Goal
 from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.iterations import IterationSchedule
 from secateur.pruning.reconstruction import Reconstruction, why_not_reconstructed
@@ -30,7 +31,7 @@ RESUME_LABELS = {
     "masks": "the masks of `model`",
     "method": "`method`",
     "options": "`options`",
-    "targets": "`ratio`, `shape`, `pattern` or what goes with them",
+    "targets": "`ratio`, `shape`, `pattern`, another goal or what goes with them",
     "iterations": "`iterations` or `iteration_schedule`",
     "reconstruct": "`reconstruct` or `reconstruct_rate`",
     "calibration": "`calibration`, `windows` or `seqlen`",
@@ -63,6 +64,16 @@ class PruneRequest:
             (``unpruned``), or with their kept experts alone (``pruned``).
         iterations: steps in which the model is pruned; ``reconstruct`` is divided among them.
         iteration_schedule: how the share removed grows from step to step: ``linear``, or ``cubic``, fast at first.
+        params: all parameters to reach, e.g. ``"4B"``, instead of a ratio.
+        active_params: parameters of a mixture that a token uses, likewise.
+        memory: bytes to serve the model in, never exceeded: ``"8GiB"``; weights, KV cache and activations.
+        latency: share of the model's own latency to reach, measured on ``device``: ``"0.7x"``.
+        context: tokens of a sequence, for ``memory`` (None: 2048, or the model's positions if less) and ``latency``
+            (None: 512, likewise).
+        sequences: sequences served at once, for both; None for 1.
+        weights: type of the stored weights, for both: bf16, float32, int8 or int4; None for bf16, and for a latency the
+            type that the device computes in.
+        latency_of: ``decode`` (also for None) or ``prefill``.
         reconstruct: steps of AdamW that tune each part of a pruned block to the dense block's output; None for none.
         reconstruct_rate: their peak learning rate, as a share of the root mean square of a tensor's weights; None for
             0.02.
@@ -104,6 +115,14 @@ class PruneRequest:
     propagate: Literal["unpruned", "pruned"] = "unpruned"
     iterations: Positive = 1
     iteration_schedule: IterationSchedule = "linear"
+    params: Any = None  # read by Goal, as the next three
+    active_params: Any = None
+    memory: Any = None
+    latency: Any = None
+    context: Positive | None = None
+    sequences: Positive | None = None
+    weights: str | None = None
+    latency_of: str | None = None
     reconstruct: Positive | None = None
     reconstruct_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -130,6 +149,8 @@ class PruneRequest:
             raise UserError(f"`push_to_hub`: {reason}")
         for target in self.targets:
             target.check(self.prototype, self.method)
+        if self.context is not None and self.memory is None and self.latency is None:
+            raise UserError("`context`: goes with `memory` or `latency`; leave it out")
         if self.reconstruct is None and self.reconstruct_rate is not None:
             raise UserError("`reconstruct_rate`: no block is tuned; give the steps with `reconstruct`")
         if self.reconstruct and (reason := why_not_reconstructed(self.prototype.granularity, experts=0)):
@@ -173,7 +194,13 @@ class PruneRequest:
         """What pruning should reach, one target for each ratio."""
         names = ("of", "shape", "pattern", "axes", "allocation", "step", "keep_pattern", "propagate")
         fields = {name: getattr(self, name) for name in names}
-        return Target.parse_several(self.ratio, **fields)
+        return Target.parse_several(self.ratio, goal=self.goal, **fields)
+
+    @cached_property
+    def goal(self) -> Goal | None:
+        """Parameters, memory or latency to reach; None where the request names none."""
+        names = ("params", "active_params", "memory", "latency", "context", "sequences", "weights", "latency_of")
+        return Goal.parse(**{name: getattr(self, name) for name in names})
 
     @property
     def task(self) -> str:

@@ -1,4 +1,4 @@
-"""The target of pruning: a share of the parameters, a shape, or an N:M pattern of zeros."""
+"""The target of pruning: a share of the parameters, a shape, an N:M pattern of zeros, or a goal."""
 
 from __future__ import annotations
 
@@ -13,55 +13,23 @@ from secateur.calibration.statistics import GradientStatistic
 from secateur.config import as_share
 from secateur.errors import UserError, did_you_mean
 from secateur.methods.selection import count_pruned
+from secateur.model.goal import Goal
 from secateur.model.shapes import SIZES, SPACES, Shape, Share
 from secateur.model.solver import explicit, solve_depth, solve_experts, solve_width
+from secateur.pruning.pattern import Pattern
 
 if TYPE_CHECKING:
     from secateur.methods.base import Method, WeightMethod
 
-__all__ = ["Allocation", "Pattern", "Propagate", "Target", "describe_target"]
+__all__ = ["Allocation", "Propagate", "Target"]
 
 Allocation = Literal["uniform", "global"]
 Propagate = Literal["unpruned", "pruned"]  #: which outputs of a block the next one is scored on
 
 
 @dataclass(frozen=True)
-class Pattern:
-    """An N:M pattern, as in 2:4: each group of M consecutive weights of a row keeps N.
-
-    Attributes:
-        keep: N, weights that stay.
-        group: M, weights in a group.
-    """
-
-    keep: int
-    group: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.keep <= self.group:
-            raise UserError(f"`pattern`: {self} must keep at least 1 weight, and at most all {self.group}")
-
-    @classmethod
-    def parse(cls, text: str) -> Pattern | None:
-        """Read ``N:M``; ``unstructured`` is None.
-
-        Raises:
-            UserError: on any other text, or N that is not above 0 and below M.
-        """
-        if text == "unstructured":
-            return None
-        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text, re.ASCII)
-        if not match or not 1 <= int(match[1]) < int(match[2]):
-            raise UserError(f"`pattern`: {text!r} is neither unstructured nor N:M, e.g. 2:4 (2 of each 4 weights stay)")
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"{self.keep}:{self.group}"
-
-
-@dataclass(frozen=True)
 class Target:
-    """How much to prune: a ratio, sizes, or a pattern.
+    """How much to prune: a ratio, sizes, a pattern, or a goal.
 
     Attributes:
         ratio: share to remove, in (0, 1): of parameters for depth and width, of the block linears' weights for sparse
@@ -76,6 +44,8 @@ class Target:
             and the model follows it.
         propagate: for methods that remove experts: whether a block is scored on the outputs of the blocks before it as
             they are (``unpruned``), or with their kept experts alone (``pruned``).
+        goal: parameters, memory or latency to reach; with ``sizes``, those that it came to for a model
+            (:func:`secateur.pruning.goals.complete_target`).
 
     Raises:
         UserError: on a value out of range or a contradiction between fields. Messages call ``sizes`` ``shape``, the
@@ -91,6 +61,7 @@ class Target:
     step: int | None = None
     keep_pattern: bool | None = None
     propagate: Propagate = "unpruned"
+    goal: Goal | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", dict(self.sizes))
@@ -120,13 +91,16 @@ class Target:
             raise UserError(
                 f"`ratio` {self.ratio:g}: `pattern` {self.pattern} removes {self.sparsity:g}; leave one out"
             )
+        for name, value in (("ratio", self.ratio), ("pattern", self.pattern)):
+            if self.goal and value is not None:
+                raise UserError(f"`{self.goal.kind}` and `{name}` both say how much to remove; leave one out")
         if self.of and self.ratio is None:
             raise UserError("`of` says what a `ratio` counts, and there is no ratio; leave it out")
         if self.axes and self.sizes:
             raise UserError("`axes`: `shape` already says what to narrow; leave it out")
         if self.step is not None and self.step < 1:
             raise UserError(f"`step` must be a whole number above zero, got {self.step}")
-        if self.step and self.ratio is None:
+        if self.step and self.ratio is None and self.goal is None:
             raise UserError("`step` rounds the sizes that a `ratio` comes to, and there is no ratio; leave it out")
 
     @classmethod
@@ -142,6 +116,7 @@ class Target:
         step: int | None = None,
         keep_pattern: bool | None = None,
         propagate: Propagate = "unpruned",
+        goal: Goal | None = None,
     ) -> Target:
         """Read a target from the texts of a command line or a study file, or from plain values.
 
@@ -153,6 +128,8 @@ class Target:
         Raises:
             UserError: if a field cannot be read, or contradicts another one.
         """
+        if goal and shape:
+            raise UserError(f"`{goal.kind}` and `shape` both say how much to remove; leave one out")
         return cls(
             ratio,
             cast("Share | None", of and of.replace("-", "_")),
@@ -163,6 +140,7 @@ class Target:
             step,
             keep_pattern,
             propagate,
+            goal,
         )
 
     @classmethod
@@ -182,10 +160,11 @@ class Target:
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values; part of the identity of a study's stages.
 
-        ``step``, ``keep_pattern`` and ``propagate`` have no entry where they have their defaults, as in older
+        ``step``, ``keep_pattern``, ``propagate`` and ``goal`` have no entry where they have their defaults, as in older
         identities.
         """
         late = {"step": self.step, "keep_pattern": self.keep_pattern}
+        late |= {"goal": self.goal.record() if self.goal else None}
         late |= {"propagate": self.propagate if self.propagate != "unpruned" else None}
         return {
             "ratio": self.ratio,
@@ -201,7 +180,8 @@ class Target:
     def from_dict(cls, fields: Mapping[str, Any]) -> Target:
         """Rebuild the target that :meth:`as_dict` describes."""
         pattern = Pattern.parse(fields["pattern"]) if fields["pattern"] else None
-        return cls(**{**fields, "pattern": pattern})
+        goal = {"goal": Goal(**fields["goal"])} if fields.get("goal") else {}
+        return cls(**{**fields, "pattern": pattern, **goal})
 
     def check(self, method: Method, name: str) -> None:
         """Refuse a target that does not suit the method.
@@ -216,9 +196,18 @@ class Target:
             raise UserError(f"`shape`: {name} zeroes single weights and keeps the shape; pass `ratio` or `pattern`")
         if sparse and self.of:
             raise UserError(f"`of`: a ratio for {name} always counts the weights of the blocks' linears; leave it out")
+        if sparse and self.goal:
+            raise UserError(
+                f"`{self.goal.kind}`: {name} zeroes single weights, which are stored and computed all the same; use a "
+                "method that removes layers, channels or experts, or pass `ratio`"
+            )
+        if self.goal and self.allocation == "global":
+            raise UserError(
+                f"`allocation` global: pads layers with zeros, which count in `{self.goal.kind}`; leave it out"
+            )
         if self.pattern and not sparse:
             raise UserError(f"`pattern`: {name} removes {_UNITS.get(kind, 'channels')}, not weights")
-        if self.ratio is None and not self.sizes and not self.pattern:
+        if self.ratio is None and not self.sizes and not self.pattern and not self.goal:
             raise UserError(f"`ratio`: how much should {name} remove? Pass `ratio`, or {_ALTERNATIVES[kind]}")
         if self.keep_pattern is not None and kind != "depth":
             raise UserError(f"`keep_pattern`: goes with depth methods, and {name} is none; leave it out")
@@ -262,6 +251,8 @@ class Target:
         if self.ratio is not None:
             record["ratio"] = self.ratio
             record["of"] = self.basis(method)
+        if self.goal:
+            record["goal"] = self.goal.record()
         if self.sizes:
             record["shape"] = dict(self.sizes)
         if self.pattern:
@@ -301,7 +292,7 @@ class Target:
             UserError: if the target does not suit the method, or the model has no such shape.
         """
         self.check(method, name)
-        self._check_family(before, method, name)
+        self.check_family(before, method, name)
         if method.granularity == "sparse":
             self._check_groups(before, cast("WeightMethod", method), name)
             return before
@@ -321,7 +312,7 @@ class Target:
             _check_kinds(before, after.layers, method, name)
         return after.switched_on(method.config_switches(after, self.spaces(method)))
 
-    def _check_family(self, before: Shape, method: Method, name: str) -> None:
+    def check_family(self, before: Shape, method: Method, name: str) -> None:
         """Refuse to cut an axis that the family's row excludes, or that the model has nothing of."""
         axes = {"depth": ("layers",), "experts": ("experts",)}.get(method.granularity) or self.spaces(method)
         field_name = "shape" if self.sizes else "method" if method.granularity == "experts" else "axes"
@@ -434,26 +425,3 @@ def _check_axes(axes: tuple[str, ...]) -> None:
             raise UserError(f"`axes`: {axis!r} is not one of {', '.join(SPACES)} (kv: KV heads with their query heads)")
     if len(set(axes)) < len(axes):
         raise UserError(f"`axes`: {','.join(axes)} names an axis twice")
-
-
-def describe_target(target: Mapping[str, Any]) -> str:
-    """Describe a target (:meth:`Target.record`) in words."""
-    parts = []
-    if "ratio" in target:
-        parts.append(f"{100 * target['ratio']:.4g}% of {_COUNTED[target['of']]}")
-    if "shape" in target:
-        parts.append(",".join(f"{name}={size}" for name, size in target["shape"].items()))
-    parts += [f"{key} {target[key]}" for key in ("pattern", "allocation", "step", "propagate") if key in target]
-    if "keep_pattern" in target:
-        parts.append(f"keep_pattern {'on' if target['keep_pattern'] else 'off'}")
-    if "axes" in target:
-        parts.append(f"axes {','.join(target['axes'])}")
-    return ", ".join(parts)
-
-
-_COUNTED = {
-    "total": "all parameters",
-    "non_embedding": "the parameters outside the embeddings",
-    "block_weights": "the weights of the blocks' linears",
-    "experts": "the routed experts",
-}

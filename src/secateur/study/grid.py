@@ -13,7 +13,7 @@ from secateur.methods.base import LearnedMethod, Method
 from secateur.methods.registry import get_method
 from secateur.model.shapes import Shape
 from secateur.pruning.cost import reads_text
-from secateur.pruning.default_axes import with_default_axes
+from secateur.pruning.goals import complete_target
 from secateur.pruning.iterations import PruningStep, pruning_steps
 from secateur.pruning.reconstruction import why_not_reconstructed
 from secateur.pruning.target import Target
@@ -109,7 +109,7 @@ def prunings(study: StudySpec, shapes: dict[str, Shape]) -> list[Pruning]:
         for name, target in entry.targets(study.ratios).items():
             plan = (entry.iterations, entry.iteration_schedule)
             try:
-                target = with_default_axes(target, shapes[parent], method, entry.method)
+                target = complete_target(target, shapes[parent], method, entry.method)
                 steps = pruning_steps(target, method, entry.method, shapes[parent], *plan)
             except UserError as error:
                 where = f"methods[{number}] ({entry.label} at {name})"

@@ -20,6 +20,7 @@ __all__ = [
     "computing",
     "count_or_none",
     "dtype",
+    "goals",
     "holdout",
     "positive",
     "push_to_hub",
@@ -198,6 +199,40 @@ def amount(parser: argparse.ArgumentParser, several: str) -> None:
         help="round hidden and FFN sizes to multiples of N (default: of a power of two up to 128, or of 256, which "
         "llama.cpp's K-quants need, where such a shape lies within 1%% of the ratio)",
     )
+
+
+def goals(parser: argparse.ArgumentParser, *, latency: bool) -> None:
+    """Add parameters, memory and, where something is run, latency to reach."""
+    add = parser.add_argument
+    add("--params", metavar="N", help="parameters to reach instead of a ratio, all of them: 4B, 350M")
+    add("--active-params", metavar="N", help="parameters of a mixture that a token uses, likewise")
+    add(
+        "--memory",
+        metavar="SIZE",
+        help="memory to serve the model in, never exceeded: 8GiB, 500MB; weights, KV cache and activations",
+    )
+    serves = "--memory and --latency" if latency else "--memory"
+    add("--sequences", type=positive, metavar="N", help=f"for {serves}: sequences served at once (default: 1)")
+    add(
+        "--weights",
+        metavar="TYPE",
+        help=f"for {serves}: type of the stored weights: bf16, float32, int8 or int4 (default: bf16"
+        + ("; for --latency that of the device, and never int8 or int4)" if latency else ")"),
+    )
+    if latency:
+        add(
+            "--context",
+            type=positive,
+            metavar="N",
+            help="for --memory and --latency: tokens of each sequence (default: 2048 and 512, or the model's limit if "
+            "less)",
+        )
+        add(
+            "--latency",
+            metavar="SHARE",
+            help="share of the model's own latency to reach: 0.7x; blocks are timed on --device, the result is checked",
+        )
+        add("--latency-of", metavar="PHASE", help="decode or prefill (default: decode)")
 
 
 def positive(text: str) -> int:

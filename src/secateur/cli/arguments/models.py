@@ -13,6 +13,7 @@ from secateur.cli.arguments.common import (
     computing,
     count_or_none,
     dtype,
+    goals,
     holdout,
     positive,
     push_to_hub,
@@ -37,11 +38,11 @@ __all__ = [
 ]
 
 
-def _context(parser: argparse.ArgumentParser) -> None:
+def _context(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument(
         "--context",
         type=positive,
-        help="window that FLOPs per token are averaged over (default: 2048, or the model's limit if less)",
+        help=f"window that FLOPs per token are averaged over{more} (default: 2048, or the model's limit if less)",
     )
 
 
@@ -69,8 +70,9 @@ def add_shapes(verbs: Any) -> None:
     )
     shapes.add_argument("model", metavar="CONFIG_OR_DIR", help="config.json, a directory that has one, or a Hub name")
     amount(shapes, "are listed one after the other")
+    goals(shapes, latency=False)
     shapes.add_argument("--method", help="the shape that this method would reach")
-    _context(shapes)
+    _context(shapes, "; with --memory also the tokens of each sequence")
 
 
 def add_data(verbs: Any) -> None:
@@ -118,6 +120,7 @@ def add_prune(verbs: Any) -> None:
     add("out", help="new directory to write")
     add("--method", required=True, help="one of the methods below")
     amount(prune, "give one checkpoint each, OUT/ratio-R, scored once where the scores do not depend on it")
+    goals(prune, latency=True)
     add(
         "--pattern",
         metavar="N:M",

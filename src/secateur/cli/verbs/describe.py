@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.cli.verbs.answer import Answer, request_of
-from secateur.formatting import count, percent, plain, points, scientific
+from secateur.formatting import byte_size, count, percent, plain, points, scientific
 from secateur.model.families import Family
 from secateur.pruning.preview import ShapesRequest, preview_shapes
-from secateur.pruning.target import Target, describe_target
+from secateur.pruning.target import Target
+from secateur.pruning.target_text import describe_target
 
 __all__ = ["inspect", "shapes"]
 
@@ -79,10 +80,14 @@ def shapes(arguments: Namespace) -> Answer:
 def _section(before: Mapping[str, Any], target: Target, output: Mapping[str, Any]) -> list[str]:
     """One target, or each way to it where several are open."""
     if "targets" not in output:
-        return [*_table({"before": before, "after": output}), "", *_footer([output], target)]
+        table = _table({"before": before, "after": output})
+        return [*table, "", *_footer([output], target), *output.get("text", [])]
     ways = output["targets"]
     columns = {"own": before} | {way: result for way, result in ways.items() if "error" not in result}
     lines = [*_table(columns), "", *_footer(list(columns.values())[1:], target)]
+    for way, result in columns.items():
+        first, *rest = result.get("text", [""])
+        lines += [f"{way}: {first}", *rest] if first else []
     return lines + [f"{way}: {result['error']}" for way, result in ways.items() if "error" in result]
 
 
@@ -94,6 +99,9 @@ def _table(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if not any(shape["ffn"] for shape in shapes):  # every layer has experts
         labels = {label: text for label, text in labels.items() if label != "FFN"}
     rows += [[label, *(text(column) for column in columns.values())] for label, text in labels.items()]
+    if any("memory" in column for column in columns.values()):
+        totals = [column.get("memory") for column in columns.values()]
+        rows.append(["memory to serve it", *("" if m is None else byte_size(m["total"]) for m in totals)])
     if any("removed" in column for column in columns.values()):
         shares = [column.get("removed") for column in columns.values()]
         rows.append(["removed of all", *("" if s is None else percent(s["total"]) for s in shares)])
@@ -132,6 +140,7 @@ _EXPERT_ROWS = {  # of mixtures
 def _footer(results: Sequence[Mapping[str, Any]], target: Target) -> list[str]:
     """The request, and the notes on the results."""
     fields: dict[str, Any] = {"ratio": target.ratio, "of": results[0]["of"]} if target.ratio is not None else {}
+    fields |= {"goal": target.goal.record()} if target.goal else {}
     fields |= ({"shape": target.sizes} if target.sizes else {}) | ({"axes": target.axes} if target.axes else {})
     notes = dict.fromkeys(result["note"] for result in results)
     return [f"asked: {describe_target(fields)}", *(f"note: {text}" for text in notes if text)]

@@ -74,8 +74,9 @@ def _read_options(pairs: Sequence[str]) -> dict[str, str]:
 def _describe(output: Pruned) -> list[str]:
     """The lines about one output."""
     from secateur.model.runtimes import describe_runtimes
+    from secateur.pruning.goals import describe_reached
     from secateur.pruning.pipeline import removed_shares
-    from secateur.pruning.target import describe_target
+    from secateur.pruning.target_text import describe_target
 
     plan, removed = output.plan, output.removed
     shares = f"{percent(removed['total'])} of all parameters, {percent(removed['non_embedding'])} of those outside"
@@ -87,6 +88,8 @@ def _describe(output: Pruned) -> list[str]:
         f"asked        {describe_target(plan.request)}",
         f"removed      {shares}",
     ]
+    if output.goal:
+        lines.insert(2, f"reached      {describe_reached(output.goal)}")
     if output.family_change:
         lines.append(f"family       {output.family_change}")
     drift: Any = removed_shares(plan)["drift"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.model.expert_matrices import weight_matrices
 from secateur.model.families import Axis
-from secateur.pruning.target import Pattern
+from secateur.pruning.pattern import Pattern
 
 __all__ = ["each_matrix", "permuted_mask", "random_mask", "redrawn_linears", "shuffle_weights"]
 

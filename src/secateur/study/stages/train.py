@@ -27,7 +27,7 @@ from secateur.model.plan import JSON_FILE, Plan, load_masks
 from secateur.model.shapes import Shape
 from secateur.model.surgery import cut_config
 from secateur.progress import notify
-from secateur.pruning.target import Pattern
+from secateur.pruning.pattern import Pattern
 from secateur.runtime import pick_device
 from secateur.study.stage import Stage
 from secateur.study.stages.controls import each_matrix, permuted_mask, random_mask, redrawn_linears, shuffle_weights
