@@ -107,6 +107,8 @@ def pruning_steps(
         return (PruningStep(target, before, after, _whole_ratio(target, method, before, after)),)
     if isinstance(method, LearnedMethod):
         raise UserError(f"`iterations`: {name} learns what to cut in one training run; leave it out")
+    if target.allocation != "uniform" and method.granularity == "sparse":
+        raise UserError(f"`iterations`: zeros are allocated in one step; leave out `allocation` {target.allocation}")
     if target.allocation == "global":
         raise UserError("`iterations`: layers of different width cannot be cut in steps; leave out `allocation` global")
     shares = shares_removed(iterations, schedule)

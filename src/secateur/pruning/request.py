@@ -17,7 +17,7 @@ from secateur.hub import check_repository
 from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.iterations import IterationSchedule
 from secateur.pruning.reconstruction import Reconstruction, why_not_reconstructed
-from secateur.pruning.target import Target
+from secateur.pruning.target import Allocation, Target
 
 __all__ = ["RESUME_LABELS", "PruneRequest"]
 
@@ -55,7 +55,8 @@ class PruneRequest:
         shape: sizes to reach instead of a ratio: ``"hidden=3072,ffn=9216"`` or a mapping.
         pattern: ``"N:M"`` zeros for sparse methods.
         axes: spaces that a width method narrows: ``"kv,ffn"`` or a sequence.
-        allocation: ``uniform``: every layer keeps as many channels; ``global``: layers compete.
+        allocation: ``uniform``: every layer keeps as many channels or zeros; ``global``: layers compete; for sparse
+            methods also ``owl``, ``alpha`` and ``evolve``.
         step: multiple that hidden and FFN sizes are rounded to; None for the default steps.
         keep_pattern: depth methods keep the period of the layer kinds that other runtimes take from a constant; None
             for yes, where the family has one and the model follows it.
@@ -98,7 +99,7 @@ class PruneRequest:
     shape: str | Mapping[str, int] | None = None
     pattern: str | None = None
     axes: str | tuple[str, ...] | None = None
-    allocation: Literal["uniform", "global"] = "uniform"
+    allocation: Allocation = "uniform"
     step: Positive | None = None
     keep_pattern: bool | None = None
     propagate: Literal["unpruned", "pruned"] = "unpruned"

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Allocation", "Pattern", "Propagate", "Target", "describe_target"]
 
-Allocation = Literal["uniform", "global"]
+#: how channels, or the zeros of sparse methods, are distributed over layers
+Allocation = Literal["uniform", "global", "owl", "alpha", "evolve"]
 Propagate = Literal["unpruned", "pruned"]  #: which outputs of a block the next one is scored on
 
 
@@ -70,7 +71,8 @@ class Target:
         sizes: sizes of the shape to reach, e.g. ``{"hidden": 3072}``.
         pattern: of the zeros, for sparse methods; it implies the ratio.
         axes: spaces to shrink, for methods that score several; empty for the method's default.
-        allocation: ``uniform``: every layer keeps as many units; ``global``: layers compete.
+        allocation: ``uniform``: every layer keeps as many units; ``global``: layers compete. For sparse methods also
+            ``owl``, ``alpha`` and ``evolve`` (:mod:`secateur.pruning.allocation`).
         step: hidden and FFN sizes are rounded to multiples of it; None for the default steps.
         keep_pattern: whether depth methods keep the period of the layer kinds; None for yes, where the family has one
             and the model follows it.
@@ -226,12 +228,14 @@ class Target:
             raise UserError(
                 f"`propagate` pruned: goes with methods that score experts on text, and {name} is none; leave it out"
             )
+        self._check_allocation(cast("WeightMethod", method), name)
         self._check_width(method, name)
 
     def _check_width(self, method: Method, name: str) -> None:
         """Check the fields that concern channels."""
         if not method.scores:
-            fields = {"axes": self.axes, "allocation": self.allocation != "uniform", "step": self.step}
+            fields = {"axes": self.axes, "step": self.step}
+            fields |= {"allocation": self.allocation != "uniform" and method.granularity != "sparse"}
             for field_name, is_set in fields.items():
                 if is_set:
                     raise UserError(f"`{field_name}`: {name} prunes no channels; leave it out")
@@ -248,8 +252,31 @@ class Target:
                 raise UserError(f"`shape`: {name} scores {', '.join(method.scores)}, so it cannot narrow {space}")
         if self.allocation == "global" and "layers" in method.scores:
             raise UserError(f"`allocation` global: {name} learns as many units in every layer; leave it out")
-        if self.allocation == "global" and (self.sizes or {"hidden", "expert_ffn"} & {*self.spaces(method)}):
+        wide = bool(self.sizes or {"hidden", "expert_ffn"} & {*self.spaces(method)})
+        if self.allocation == "global" and method.granularity != "sparse" and wide:
             raise UserError("`allocation` global: needs a `ratio`, and `axes` of ffn and kv alone")
+
+    def _check_allocation(self, method: WeightMethod, name: str) -> None:
+        """Refuse an allocation of zeros that does not suit the pattern or the method."""
+        where, sparse = f"`allocation` {self.allocation}", method.granularity == "sparse"
+        if self.allocation in ("owl", "alpha", "evolve") and not sparse:
+            raise UserError(f"{where}: goes with sparse methods, and {name} is none; leave it out")
+        if self.allocation == "uniform" or not sparse:
+            return
+        if self.pattern:
+            raise UserError(f"{where}: `pattern` {self.pattern} fixes the zeros of every group; leave one out")
+        if self.allocation == "global" and (method.updates or method.stochastic):
+            reason = "changes the weights that stay" if method.updates else "draws its scores"
+            raise UserError(
+                f"{where}: needs scores that all linears share, and {name} {reason}; use owl, alpha or evolve"
+            )
+        if self.allocation in ("owl", "evolve") and not method.calibrated:
+            raise UserError(f"{where}: reads text, and {name} reads none; use alpha or global, or wanda")
+
+    @property
+    def allocates(self) -> bool:
+        """Whether layers of a sparse model differ in their zeros."""
+        return self.allocation != "uniform"
 
     def basis(self, method: Method) -> Any:
         """What the ratio is a share of: ``non_embedding`` or ``total`` parameters, ``block_weights`` or ``experts``."""
@@ -303,6 +330,8 @@ class Target:
         self.check(method, name)
         self._check_family(before, method, name)
         if method.granularity == "sparse":
+            if self.allocation != "uniform" and before.layers_with("experts"):
+                raise UserError(f"`allocation` {self.allocation}: not of mixtures of experts; leave it out")
             self._check_groups(before, cast("WeightMethod", method), name)
             return before
         if self.sizes:

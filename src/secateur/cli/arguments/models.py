@@ -125,9 +125,10 @@ def add_prune(verbs: Any) -> None:
     )
     add(
         "--allocation",
-        choices=("uniform", "global"),
+        choices=("uniform", "global", "owl", "alpha", "evolve"),
         default="uniform",
-        help="width methods: every layer keeps as many channels, or layers compete",
+        help="width methods: every layer keeps as many channels, or layers compete (global); sparse methods: a "
+        "layer's zeros are as many, or by one threshold (global), outliers (owl), spectra (alpha) or a search (evolve)",
     )
     add(
         "--keep-pattern",
