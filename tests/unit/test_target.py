@@ -115,7 +115,11 @@ def test_a_shape_that_the_family_refuses_goes_to_its_sibling() -> None:
         ("wanda", {"shape": "layers=3"}, "`shape`: wanda zeroes single weights"),
         ("wanda", {"ratio": 0.5, "of": "total"}, "`of`: a ratio for wanda always counts the weights"),
         ("wanda", {"ratio": 0.5, "axes": "ffn"}, "`axes`: wanda prunes no channels"),
-        ("wanda", {"ratio": 0.5, "allocation": "global"}, "`allocation`: wanda prunes no channels"),
+        (
+            "sparsegpt",
+            {"ratio": 0.5, "allocation": "global"},
+            "`allocation` global: needs scores that all",
+        ),
         ("wanda", {"ratio": 0.3, "pattern": "2:4"}, "`ratio` 0.3: `pattern` 2:4 removes 0.5; leave one out"),
         ("shortgpt", {"pattern": "2:4"}, "`pattern`: shortgpt removes layers, not weights"),
         ("flap", {"pattern": "2:4"}, "`pattern`: flap removes channels, not weights"),

@@ -24,12 +24,17 @@ class Selector:
         span: M of an N:M pattern: M consecutive weights of a row are a group. None without a pattern.
         mask: of an earlier pruning of the linear, bool [out, in]: weights where it is False are pruned first, and stay
             pruned where they are more than the share. None for a dense linear.
+        zeros: weights to prune in the whole linear, in place of ``sparsity``; None for a share. Rows lose as many each,
+            and the first ones one more where that leaves a rest; columns lose theirs in proportion.
+        width: columns of the linear; required with ``zeros``.
     """
 
     sparsity: float
     within: str = "row"
     span: int | None = None
     mask: Tensor | None = None
+    zeros: int | None = None
+    width: int | None = None
 
     def __call__(self, scores: Tensor, columns: slice = slice(None)) -> Tensor:
         """Mark the weights that stay: scores [out, columns] -> bool; on ties the lower index is pruned.
@@ -37,28 +42,49 @@ class Selector:
         Args:
             columns: those of the linear that ``scores`` are of.
         """
+        if self.zeros is not None:
+            return self._select_zeros(scores, columns, self.zeros)
         if self.mask is None:
             return self._select(scores)
         mask = self.mask[:, columns]
         return self._select(scores.masked_fill(~mask, -math.inf)).logical_and_(mask)
 
-    def _select(self, scores: Tensor) -> Tensor:
+    def _select_zeros(self, scores: Tensor, columns: slice, zeros: int) -> Tensor:
+        """Mark the weights that stay where a number of zeros is given for the linear."""
         import torch
 
+        assert self.width is not None
+        start, stop, _ = columns.indices(self.width)
+        if stop - start == scores.shape[1]:
+            count = zeros * stop // self.width - zeros * start // self.width
+        else:  # of unnamed columns
+            count = zeros * scores.shape[1] // self.width
+        if self.within == "linear":
+            return _keep_highest(scores.reshape(1, -1), count).reshape(scores.shape)
+        each, more = divmod(count, len(scores))
+        return torch.cat([_keep_highest(scores[:more], each + 1), _keep_highest(scores[more:], each)])
+
+    def _select(self, scores: Tensor) -> Tensor:
         groups = scores.reshape(-1, self.span) if self.span else scores
         groups = groups.reshape(1, -1) if self.within == "linear" and not self.span else groups
-        prune = count_pruned(groups.shape[1], self.sparsity)
-        if not prune:
-            return torch.ones_like(scores, dtype=torch.bool)
-        threshold = _lowest(groups, prune)
-        pruned = groups <= threshold
-        if pruned.count_nonzero() > prune * len(groups):  # the last of the scores equal to a threshold stay
-            surplus = _counts(pruned) - prune
-            tied = surplus.flatten() > 0
-            equal = groups[tied] == threshold[tied]
-            rank = equal.cumsum(dim=1, dtype=torch.int32)
-            pruned[tied] &= ~(equal & (rank > rank[:, -1:] - surplus[tied]))
-        return pruned.logical_not_().reshape(scores.shape)
+        return _keep_highest(groups, count_pruned(groups.shape[1], self.sparsity)).reshape(scores.shape)
+
+
+def _keep_highest(groups: Tensor, prune: int) -> Tensor:
+    """Mark all but the ``prune`` lowest scores of each group: [groups, members] -> bool."""
+    import torch
+
+    if not prune or not len(groups):
+        return torch.ones_like(groups, dtype=torch.bool)
+    threshold = _lowest(groups, prune)
+    pruned = groups <= threshold
+    if pruned.count_nonzero() > prune * len(groups):  # the last of the scores equal to a threshold stay
+        surplus = _counts(pruned) - prune
+        tied = surplus.flatten() > 0
+        equal = groups[tied] == threshold[tied]
+        rank = equal.cumsum(dim=1, dtype=torch.int32)
+        pruned[tied] &= ~(equal & (rank > rank[:, -1:] - surplus[tied]))
+    return pruned.logical_not_()
 
 
 def count_pruned(size: int, sparsity: float) -> int:

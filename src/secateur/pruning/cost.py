@@ -5,13 +5,21 @@ from __future__ import annotations
 from secateur.calibration.statistics import GradientStatistic
 from secateur.methods.base import ExpertMethod, LearnedMethod, Method, RemovalMethod, WeightMethod, WidthMethod
 from secateur.model.shapes import Shape
-from secateur.pruning.target import Propagate
+from secateur.pruning.allocation.evolve import EvolveSettings
+from secateur.pruning.target import Allocation, Propagate
 
-__all__ = ["reads_text", "reconstruction_flops", "scoring_flops", "task_of"]
+__all__ = ["allocation_flops", "reads_text", "reconstruction_flops", "scoring_flops", "task_of"]
 
 
 def scoring_flops(
-    shape: Shape, after: Shape, method: Method, tokens: int, context: int, *, propagate: Propagate = "unpruned"
+    shape: Shape,
+    after: Shape,
+    method: Method,
+    tokens: int,
+    context: int,
+    *,
+    propagate: Propagate = "unpruned",
+    allocation: Allocation = "uniform",
 ) -> float:
     """FLOPs of scoring: forward passes over the calibration tokens, in whole models' worth.
 
@@ -19,7 +27,8 @@ def scoring_flops(
     methods, and for methods that remove experts with ``propagate`` pruned. Where scores are of gradients, a backward
     pass counts as two more, and one again for the second forward pass that it needs. Removals take one pass and, for
     each candidate, the blocks behind it. Learning is training: a backward pass counts as two more, or as one where the
-    weights stay as they are.
+    weights stay as they are. Of allocations of zeros, ``owl`` and ``global`` take one pass more, and ``evolve`` two,
+    and those of the candidates.
     """
     if not method.calibrated:
         return 0.0
@@ -39,6 +48,17 @@ def scoring_flops(
         or (isinstance(method, ExpertMethod) and propagate == "pruned")
     ):
         passes += 1.0 - 1 / shape.layers  # nothing sees what the last block puts out
+    return passes * tokens * shape.forward_flops(context) + allocation_flops(shape, method, tokens, context, allocation)
+
+
+def allocation_flops(shape: Shape, method: Method, tokens: int, context: int, allocation: Allocation) -> float:
+    """FLOPs of allocating the zeros of a sparse method: forward passes of the dense model and of candidates."""
+    if not isinstance(method, WeightMethod) or not method.calibrated or allocation in ("uniform", "alpha"):
+        return 0.0
+    passes = 1.0
+    if allocation == "evolve":
+        windows = tokens // context
+        passes += 1.0 + EvolveSettings().evaluations(windows) / max(1, windows)
     return passes * tokens * shape.forward_flops(context)
 
 

@@ -108,6 +108,8 @@ def pruning_steps(
         return (PruningStep(target, before, after, _whole_ratio(target, method, before, after)),)
     if isinstance(method, LearnedMethod):
         raise UserError(f"`iterations`: {name} learns what to cut in one training run; leave it out")
+    if target.allocates and method.granularity == "sparse":
+        raise UserError(f"`iterations`: zeros are allocated ({target.allocation_name}) in one step; leave one out")
     if target.allocation == "global":
         raise UserError("`iterations`: layers of different width cannot be cut in steps; leave out `allocation` global")
     shares = shares_removed(iterations, schedule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from secateur.model.shapes import Shape
 from secateur.model.surgery import carry_masks, cut_config, cut_tensors
 from secateur.model.zeros import UNMASKED, ZeroCount
 from secateur.progress import notify
+from secateur.pruning.allocation.allocate import allocate_zeros, ratios_by_layer
 from secateur.pruning.calibration import Calibration
-from secateur.pruning.cost import reads_text, task_of
+from secateur.pruning.cost import allocation_flops, reads_text, task_of
 from secateur.pruning.expert_scoring import describe_routing
 from secateur.pruning.goals import complete_target, describe_reached, reached
 from secateur.pruning.image_samples import ImageSamples
@@ -104,8 +105,10 @@ def make_plan(
         walk = BlockWalk(checkpoint, inputs and inputs.windows, batch=1 if by_window else batch, **execution)
     if prototype.stochastic:
         walk.journal.finished_steps = 0  # the first random numbers belong to the first block
+    zeros, allocated = _allocate(prototype, checkpoint, target, inputs, batch, device, dtype, workspace, key)
     with walk.journal.async_writes(device):
-        decision = score_and_select(prototype, walk, target, after, task, batch, pattern)
+        decision = score_and_select(prototype, walk, target, after, task, batch, pattern, zeros)
+    decision.get("summary", {}).update(allocated)
     walk.journal.close()
     record: dict[str, Any] = inputs.record() if inputs else {"source": None}
     if inputs and dtype != torch.float32:
@@ -116,6 +119,44 @@ def make_plan(
         method, prototype.granularity, request, checkpoint.shape, source=checkpoint.digest, **fields
     )
     return plan if prototype.granularity == "sparse" else carry_masks(plan, checkpoint.masks)
+
+
+def _allocate(
+    method: Method,
+    checkpoint: Checkpoint,
+    target: Target,
+    inputs: Calibration | ImageSamples | None,
+    batch: int | None,
+    device: str,
+    dtype: torch.dtype,
+    workspace: Workspace,
+    key: str,
+) -> tuple[dict[str, int] | None, dict[str, Any]]:
+    """Allocate the zeros of a sparse method, with a walk of its own; return them and what the summary says of them."""
+    if not isinstance(method, WeightMethod) or not target.allocates:
+        return None, {}
+    where = "`ratios_by_layer`" if target.layer_ratios else f"`allocation` {target.allocation}"
+    if checkpoint.masks:
+        raise UserError(f"{where}: {checkpoint.directory} has masks already; prune the parent")
+    if isinstance(inputs, ImageSamples):
+        raise UserError(f"{where}: reads text alone; name text as `calibration`")
+    place = {"store": workspace.store(f"{key}-allocation"), "journal": workspace.journal(f"{key}-allocation")}
+    windows = inputs and inputs.windows
+    walk = BlockWalk(checkpoint, windows, batch=batch, device=device, dtype=dtype, label="allocate zeros", **place)
+    zeros = allocate_zeros(method, walk, target)
+    ratios = ratios_by_layer(walk, zeros)
+    notify(f"{where}: zeros by layer, in percent: {describe_ratios(ratios)}")
+    summary: dict[str, Any] = {"name": target.allocation_name, "ratios": ratios}
+    if windows is not None:
+        shape, context = checkpoint.shape, windows.shape[1]
+        summary["flops"] = allocation_flops(shape, method, windows.numel(), context, target.allocation)
+        summary["tokens"] = round(summary["flops"] / shape.forward_flops(context))
+    return zeros, {"allocation": summary}
+
+
+def describe_ratios(ratios: Sequence[float]) -> str:
+    """Ratios of the layers in percent, from the first to the last."""
+    return " ".join(f"{100 * ratio:.1f}" for ratio in ratios)
 
 
 def scores_identity(
@@ -160,7 +201,8 @@ def scores_identity(
 def _journal_key(method: Method, target: Target, before: Shape, after: Shape) -> str:
     """Name the journal of a scoring: equal for targets that share all scores."""
     if isinstance(method, WeightMethod):
-        return f"weights-{target.pattern or target.ratio}".replace(":", "of")
+        tail = f"-{target.allocation_name}" if target.allocates else ""
+        return f"weights-{target.pattern or target.ratio}{tail}".replace(":", "of").replace(" ", "-")
     if isinstance(method, RemovalMethod):
         count = before.layers - after.layers
         return f"greedy-{count}" if method.greedy else f"removal-{count if method.contiguous else 1}"
@@ -252,7 +294,7 @@ def write_pruned(
             "plan": content["fingerprint"],
             "source": plan.source,
             "calibration": plan.calibration,
-            **{key: plan.summary[key] for key in ("reconstruction", "iterations") if key in plan.summary},
+            **{key: plan.summary[key] for key in ("allocation", "reconstruction", "iterations") if key in plan.summary},
             **({"goal": goal} if goal else {}),
         },
         card=model_card(
@@ -291,6 +333,10 @@ def _describe_pruning(plan: Plan, share: dict[str, Any]) -> list[str]:
             f"- sparsity: {percent(share['block_weights'])} of the weights of the blocks' linears; zeros are stored as "
             "any other weight, so the file is as large as before; `plan.safetensors` holds the masks"
         )
+        if "allocation" in plan.summary:
+            allocation = plan.summary["allocation"]
+            ratios = describe_ratios(allocation["ratios"])
+            lines.append(f"- allocation: {allocation['name']}; zeros by layer, in percent: {ratios}")
     elif plan.padded:
         lines.append(
             "- layers keep different numbers of units: zeros fill them up to the widest, and take memory as well"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from secateur.config import AnyPath, Positive, spec
+from secateur.config import AnyPath, Positive, load_yaml, spec
 from secateur.data.conversations import RowFormat
 from secateur.data.documents import OnBadRow
 from secateur.errors import UserError
@@ -18,7 +19,7 @@ from secateur.model.goal import Goal
 from secateur.pruning.cost import reads_text, task_of
 from secateur.pruning.iterations import IterationSchedule
 from secateur.pruning.reconstruction import Reconstruction, why_not_reconstructed
-from secateur.pruning.target import Target
+from secateur.pruning.target import Allocation, Target
 
 __all__ = ["RESUME_LABELS", "PruneRequest"]
 
@@ -31,7 +32,7 @@ RESUME_LABELS = {
     "masks": "the masks of `model`",
     "method": "`method`",
     "options": "`options`",
-    "targets": "`ratio`, `shape`, `pattern`, another goal or what goes with them",
+    "targets": "`ratio`, `shape`, `pattern`, `ratios_by_layer`, another goal or what goes with them",
     "iterations": "`iterations` or `iteration_schedule`",
     "reconstruct": "`reconstruct` or `reconstruct_rate`",
     "calibration": "`calibration`, `windows` or `seqlen`",
@@ -56,7 +57,10 @@ class PruneRequest:
         shape: sizes to reach instead of a ratio: ``"hidden=3072,ffn=9216"`` or a mapping.
         pattern: ``"N:M"`` zeros for sparse methods.
         axes: spaces that a width method narrows: ``"kv,ffn"`` or a sequence.
-        allocation: ``uniform``: every layer keeps as many channels; ``global``: layers compete.
+        allocation: ``uniform``: every layer keeps as many channels or zeros; ``global``: layers compete; for sparse
+            methods also ``owl``, ``alpha`` and ``evolve``.
+        ratios_by_layer: share of zeros of each layer, for sparse methods, instead of a ratio: a list, or a JSON or YAML
+            file that holds one.
         step: multiple that hidden and FFN sizes are rounded to; None for the default steps.
         keep_pattern: depth methods keep the period of the layer kinds that other runtimes take from a constant; None
             for yes, where the family has one and the model follows it.
@@ -109,7 +113,8 @@ class PruneRequest:
     shape: str | Mapping[str, int] | None = None
     pattern: str | None = None
     axes: str | tuple[str, ...] | None = None
-    allocation: Literal["uniform", "global"] = "uniform"
+    allocation: Allocation = "uniform"
+    ratios_by_layer: Any = None
     step: Positive | None = None
     keep_pattern: bool | None = None
     propagate: Literal["unpruned", "pruned"] = "unpruned"
@@ -194,6 +199,7 @@ class PruneRequest:
         """What pruning should reach, one target for each ratio."""
         names = ("of", "shape", "pattern", "axes", "allocation", "step", "keep_pattern", "propagate")
         fields = {name: getattr(self, name) for name in names}
+        fields["layer_ratios"] = _read_ratios(self.ratios_by_layer)
         return Target.parse_several(self.ratio, goal=self.goal, **fields)
 
     @cached_property
@@ -234,3 +240,17 @@ class PruneRequest:
         if self.calibration is None:  # else they go with it
             fields |= {name: getattr(self, name) is not None for name in _TEXT_FIELDS}
         return [name for name, is_set in fields.items() if is_set]
+
+
+def _read_ratios(source: Any) -> tuple[Any, ...]:
+    """The ratios of the layers: a list, or a file of one.
+
+    Raises:
+        UserError: if there is no list.
+    """
+    if source is None:
+        return ()
+    ratios = load_yaml(Path(source)) if isinstance(source, str | Path) else source
+    if not isinstance(ratios, list | tuple) or not ratios:
+        raise UserError("`ratios_by_layer`: should be a list with a share for each layer, as in [0.4, 0.5, 0.6]")
+    return tuple(ratios)

@@ -39,6 +39,7 @@ def score_and_select(
     task: Task | None,
     batch: int | None,
     pattern: LayerPattern | None = None,
+    zeros: Mapping[str, int] | None = None,
 ) -> Decision:
     """Score the units of a model and select those to keep.
 
@@ -46,6 +47,7 @@ def score_and_select(
         task: measures removals by accuracy; None for the loss.
         batch: examples of the task at once.
         pattern: of the layer kinds, which depth methods keep; None for no constraint.
+        zeros: weights to prune in each linear, for sparse methods; None for the same share of each.
     """
     if isinstance(method, RemovalMethod):
         return decide_removals(method, walk, after, task, batch, pattern)
@@ -55,7 +57,7 @@ def score_and_select(
         return decide_experts(method, walk, after, propagate=target.propagate)
     if isinstance(method, WidthMethod):
         return _decide_width(method, walk, target, after)
-    return decide_weights(method, walk, target)
+    return decide_weights(method, walk, target, zeros)
 
 
 def _decide_width(method: WidthMethod, walk: BlockWalk, target: Target, after: Shape) -> Decision:

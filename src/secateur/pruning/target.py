@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from secateur.calibration.statistics import GradientStatistic
 from secateur.config import as_share
 from secateur.errors import UserError, did_you_mean
+from secateur.formatting import plural
 from secateur.methods.selection import count_pruned
 from secateur.model.goal import Goal
 from secateur.model.shapes import SIZES, SPACES, Shape, Share
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Allocation", "Propagate", "Target"]
 
-Allocation = Literal["uniform", "global"]
+#: how channels, or the zeros of sparse methods, are distributed over layers
+Allocation = Literal["uniform", "global", "owl", "alpha", "evolve"]
 Propagate = Literal["unpruned", "pruned"]  #: which outputs of a block the next one is scored on
 
 
@@ -38,12 +40,15 @@ class Target:
         sizes: sizes of the shape to reach, e.g. ``{"hidden": 3072}``.
         pattern: of the zeros, for sparse methods; it implies the ratio.
         axes: spaces to shrink, for methods that score several; empty for the method's default.
-        allocation: ``uniform``: every layer keeps as many units; ``global``: layers compete.
+        allocation: ``uniform``: every layer keeps as many units; ``global``: layers compete. For sparse methods also
+            ``owl``, ``alpha`` and ``evolve`` (:mod:`secateur.pruning.allocation`).
         step: hidden and FFN sizes are rounded to multiples of it; None for the default steps.
         keep_pattern: whether depth methods keep the period of the layer kinds; None for yes, where the family has one
             and the model follows it.
         propagate: for methods that remove experts: whether a block is scored on the outputs of the blocks before it as
             they are (``unpruned``), or with their kept experts alone (``pruned``).
+        layer_ratios: share of zeros of each layer, for sparse methods, in place of a ratio; empty for none. Messages
+            call it ``ratios_by_layer``.
         goal: parameters, memory or latency to reach; with ``sizes``, those that it came to for a model
             (:func:`secateur.pruning.goals.complete_target`).
 
@@ -62,10 +67,12 @@ class Target:
     keep_pattern: bool | None = None
     propagate: Propagate = "unpruned"
     goal: Goal | None = None
+    layer_ratios: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", dict(self.sizes))
         object.__setattr__(self, "axes", tuple(self.axes))
+        object.__setattr__(self, "layer_ratios", tuple(self.layer_ratios))
         if self.ratio is not None and not (isinstance(self.ratio, Real) and 0 < self.ratio < 1):
             raise UserError(f"`ratio` must be between 0 and 1, got {self.ratio!r}")
         for name, choice, choices in (
@@ -91,6 +98,8 @@ class Target:
             raise UserError(
                 f"`ratio` {self.ratio:g}: `pattern` {self.pattern} removes {self.sparsity:g}; leave one out"
             )
+        if self.layer_ratios:
+            self._check_layer_ratios()
         for name, value in (("ratio", self.ratio), ("pattern", self.pattern)):
             if self.goal and value is not None:
                 raise UserError(f"`{self.goal.kind}` and `{name}` both say how much to remove; leave one out")
@@ -102,6 +111,21 @@ class Target:
             raise UserError(f"`step` must be a whole number above zero, got {self.step}")
         if self.step and self.ratio is None and self.goal is None:
             raise UserError("`step` rounds the sizes that a `ratio` comes to, and there is no ratio; leave it out")
+
+    def _check_layer_ratios(self) -> None:
+        """Refuse ratios of layers that are out of range, or beside another amount."""
+        others = {"ratio": self.ratio, "shape": self.sizes, "pattern": self.pattern, "goal": self.goal}
+        for name, value in others.items():
+            if value:
+                name = self.goal.kind if self.goal and name == "goal" else name
+                raise UserError(f"`ratios_by_layer` and `{name}` both say how much to remove; leave one out")
+        if self.allocation != "uniform":
+            raise UserError(f"`allocation` {self.allocation}: `ratios_by_layer` allocates the zeros; leave one out")
+        for ratio in self.layer_ratios:
+            if not (isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 <= ratio < 1):
+                raise UserError(f"`ratios_by_layer`: {ratio!r} is not a share of at least 0 and below 1")
+        if not any(self.layer_ratios):
+            raise UserError("`ratios_by_layer`: all are 0, so nothing would go")
 
     @classmethod
     def parse(
@@ -117,6 +141,7 @@ class Target:
         keep_pattern: bool | None = None,
         propagate: Propagate = "unpruned",
         goal: Goal | None = None,
+        layer_ratios: Sequence[float] = (),
     ) -> Target:
         """Read a target from the texts of a command line or a study file, or from plain values.
 
@@ -141,6 +166,7 @@ class Target:
             keep_pattern,
             propagate,
             goal,
+            tuple(layer_ratios),
         )
 
     @classmethod
@@ -165,6 +191,7 @@ class Target:
         """
         late = {"step": self.step, "keep_pattern": self.keep_pattern}
         late |= {"goal": self.goal.record() if self.goal else None}
+        late |= {"layer_ratios": list(self.layer_ratios) or None}
         late |= {"propagate": self.propagate if self.propagate != "unpruned" else None}
         return {
             "ratio": self.ratio,
@@ -207,7 +234,9 @@ class Target:
             )
         if self.pattern and not sparse:
             raise UserError(f"`pattern`: {name} removes {_UNITS.get(kind, 'channels')}, not weights")
-        if self.ratio is None and not self.sizes and not self.pattern and not self.goal:
+        if self.layer_ratios and not sparse:
+            raise UserError(f"`ratios_by_layer`: goes with sparse methods, and {name} is none; leave it out")
+        if self.ratio is None and not (self.sizes or self.pattern or self.goal or self.layer_ratios):
             raise UserError(f"`ratio`: how much should {name} remove? Pass `ratio`, or {_ALTERNATIVES[kind]}")
         if self.keep_pattern is not None and kind != "depth":
             raise UserError(f"`keep_pattern`: goes with depth methods, and {name} is none; leave it out")
@@ -215,12 +244,14 @@ class Target:
             raise UserError(
                 f"`propagate` pruned: goes with methods that score experts on text, and {name} is none; leave it out"
             )
+        self._check_allocation(cast("WeightMethod", method), name)
         self._check_width(method, name)
 
     def _check_width(self, method: Method, name: str) -> None:
         """Check the fields that concern channels."""
         if not method.scores:
-            fields = {"axes": self.axes, "allocation": self.allocation != "uniform", "step": self.step}
+            fields = {"axes": self.axes, "step": self.step}
+            fields |= {"allocation": self.allocation != "uniform" and method.granularity != "sparse"}
             for field_name, is_set in fields.items():
                 if is_set:
                     raise UserError(f"`{field_name}`: {name} prunes no channels; leave it out")
@@ -237,8 +268,36 @@ class Target:
                 raise UserError(f"`shape`: {name} scores {', '.join(method.scores)}, so it cannot narrow {space}")
         if self.allocation == "global" and "layers" in method.scores:
             raise UserError(f"`allocation` global: {name} learns as many units in every layer; leave it out")
-        if self.allocation == "global" and (self.sizes or {"hidden", "expert_ffn"} & {*self.spaces(method)}):
+        wide = bool(self.sizes or {"hidden", "expert_ffn"} & {*self.spaces(method)})
+        if self.allocation == "global" and method.granularity != "sparse" and wide:
             raise UserError("`allocation` global: needs a `ratio`, and `axes` of ffn and kv alone")
+
+    def _check_allocation(self, method: WeightMethod, name: str) -> None:
+        """Refuse an allocation of zeros that does not suit the pattern or the method."""
+        where, sparse = f"`allocation` {self.allocation}", method.granularity == "sparse"
+        if self.allocation in ("owl", "alpha", "evolve") and not sparse:
+            raise UserError(f"{where}: goes with sparse methods, and {name} is none; leave it out")
+        if self.allocation == "uniform" or not sparse:
+            return
+        if self.pattern:
+            raise UserError(f"{where}: `pattern` {self.pattern} fixes the zeros of every group; leave one out")
+        if self.allocation == "global" and (method.updates or method.stochastic):
+            reason = "changes the weights that stay" if method.updates else "draws its scores"
+            raise UserError(
+                f"{where}: needs scores that all linears share, and {name} {reason}; use owl, alpha or evolve"
+            )
+        if self.allocation in ("owl", "evolve") and not method.calibrated:
+            raise UserError(f"{where}: reads text, and {name} reads none; use alpha or global, or wanda")
+
+    @property
+    def allocates(self) -> bool:
+        """Whether layers of a sparse model differ in their zeros."""
+        return self.allocation != "uniform" or bool(self.layer_ratios)
+
+    @property
+    def allocation_name(self) -> str:
+        """The allocation in words."""
+        return "by layer" if self.layer_ratios else self.allocation
 
     def basis(self, method: Method) -> Any:
         """What the ratio is a share of: ``non_embedding`` or ``total`` parameters, ``block_weights`` or ``experts``."""
@@ -253,6 +312,8 @@ class Target:
             record["of"] = self.basis(method)
         if self.goal:
             record["goal"] = self.goal.record()
+        if self.layer_ratios:
+            record["layer_ratios"] = list(self.layer_ratios)
         if self.sizes:
             record["shape"] = dict(self.sizes)
         if self.pattern:
@@ -282,6 +343,8 @@ class Target:
         """The share of zeros that a sparse method makes."""
         if self.pattern:
             return 1 - self.pattern.keep / self.pattern.group
+        if self.layer_ratios:
+            return sum(self.layer_ratios) / len(self.layer_ratios)
         assert self.ratio is not None
         return self.ratio
 
@@ -294,6 +357,14 @@ class Target:
         self.check(method, name)
         self.check_family(before, method, name)
         if method.granularity == "sparse":
+            if self.allocates and before.layers_with("experts"):
+                field_name = "`ratios_by_layer`" if self.layer_ratios else f"`allocation` {self.allocation}"
+                raise UserError(f"{field_name}: not of mixtures of experts; leave it out")
+            if self.layer_ratios and len(self.layer_ratios) != before.layers:
+                raise UserError(
+                    f"`ratios_by_layer`: has {plural(len(self.layer_ratios), 'ratio')}, and the model has "
+                    f"{plural(before.layers, 'layer')}; name one for each"
+                )
             self._check_groups(before, cast("WeightMethod", method), name)
             return before
         if self.sizes:

@@ -17,6 +17,8 @@ def describe_target(target: Mapping[str, Any]) -> str:
         parts.append(f"{100 * target['ratio']:.4g}% of {_COUNTED[target['of']]}")
     if "shape" in target:
         parts.append(",".join(f"{name}={size}" for name, size in target["shape"].items()))
+    if "layer_ratios" in target:
+        parts.append(f"{100 * sum(target['layer_ratios']) / len(target['layer_ratios']):.4g}% of the weights, by layer")
     parts += [f"{key} {target[key]}" for key in ("pattern", "allocation", "step", "propagate") if key in target]
     if "keep_pattern" in target:
         parts.append(f"keep_pattern {'on' if target['keep_pattern'] else 'off'}")

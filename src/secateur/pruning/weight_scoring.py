@@ -21,10 +21,17 @@ from secateur.pruning.target import Target
 __all__ = ["decide_weights"]
 
 
-def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> dict[str, Any]:
-    """Prune block after block; each block reads the outputs of the pruned blocks before it."""
+def decide_weights(
+    method: WeightMethod, walk: BlockWalk, target: Target, zeros_of: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Prune block after block; each block reads the outputs of the pruned blocks before it.
+
+    Args:
+        zeros_of: weights to prune in each linear; None for the same share of each.
+    """
     family, shape = walk.family, walk.checkpoint.shape
-    select = Selector(target.sparsity, method.compare, target.pattern.group if target.pattern else None)
+    compare = "linear" if target.allocation == "global" else method.compare
+    select = Selector(target.sparsity, compare, target.pattern.group if target.pattern else None)
     needs: Mapping[str, Sequence[type]] = dict.fromkeys(family.sites, method.needs) if method.needs else {}
     masks, weights = walk.journal.with_prefix("mask."), walk.journal.with_prefix("weight.")
     experts = ExpertPruner(method, walk, select) if family.experts else None
@@ -39,7 +46,7 @@ def decide_weights(method: WeightMethod, walk: BlockWalk, target: Target) -> dic
             experts.restore(block)
 
     for block, stats in walk.observe(needs, visits=experts.visits if experts else None, replay=restore):
-        entries = _prune_block(method, block, stats, select, walk.checkpoint.masks)
+        entries = _prune_block(method, block, stats, select, walk.checkpoint.masks, zeros_of)
         walk.journal.put(block.index, entries | (experts.entries(block.index) if experts else {}))
         if experts:
             experts.restore(block)
@@ -68,6 +75,7 @@ def _prune_block(
     stats: dict[str, dict[type, Tensor]],
     select: Selector,
     masks: Mapping[str, Tensor],
+    zeros: Mapping[str, int] | None,
 ) -> dict[str, Tensor]:
     """Prune a block's linears in place; return journal entries with masks, numbers of zeros, and changed weights.
 
@@ -75,6 +83,7 @@ def _prune_block(
 
     Args:
         masks: of an earlier pruning of the checkpoint; what they drop stays pruned.
+        zeros: weights to prune in each linear; None for the same share of each.
     """
     walk, entries = block.walk, dict[str, Tensor]()
     by_site: dict[str, dict[str, str]] = {}
@@ -89,6 +98,8 @@ def _prune_block(
             weight = block.weight(linear)
             mask = masks[name].to(weight.device) if name in masks else None
             masked = dataclasses.replace(select, mask=mask)
+            if zeros is not None:
+                masked = dataclasses.replace(select, zeros=zeros[name], width=weight.shape[1])
             weight, keep = prune_matrix(method, weight, shared, masked, name, walk.checkpoint.directory)
             if method.updates:  # in the stored dtype, so that the next block reads the weights that are written
                 weight = entries[f"weight.{name}"] = weight.to(walk.checkpoint.dtype_of(name))

@@ -217,8 +217,8 @@ class _Builder(TrainingRuns):
             content["layer_pattern"] = step.before.family.pattern  # decides which layers go, unless turned off
         facts = {**self._facts(pruning), "shape": step.after, "training_tokens": learned, **more}
         tokens = learned if pruning.learns else self._calibrated(pruning)
-        propagate = step.target.propagate
-        flops = scoring_flops(step.before, step.after, pruning.method, tokens, seqlen, propagate=propagate)
+        how: dict[str, Any] = {"propagate": step.target.propagate, "allocation": step.target.allocation}
+        flops = scoring_flops(step.before, step.after, pruning.method, tokens, seqlen, **how)
         runtime = {**self.runtime(), "calibration": calibration.source}
         if pruning.entry.reconstruct:
             tokens, flops = tokens + learned, flops + self._reconstruction_flops(pruning, learned)

@@ -19,7 +19,7 @@ from secateur.model.quantisation import WeightKind
 from secateur.model.shapes import Shape
 from secateur.pruning.iterations import IterationSchedule
 from secateur.pruning.reconstruction import RATE
-from secateur.pruning.target import Target
+from secateur.pruning.target import Allocation, Target
 from secateur.study.settings import SettingKind
 from secateur.training.adapter import Adapter
 from secateur.training.recipe import Distill
@@ -325,7 +325,7 @@ class MethodEntry:
     pattern: str | None = None  #: N:M
     of: Literal["total", "non-embedding"] | None = None
     axes: str | None = None
-    allocation: Literal["uniform", "global"] = "uniform"
+    allocation: Allocation = "uniform"
     step: Annotated[Positive | None, IdentityKey(omit=None)] = None  #: multiple of hidden and FFN sizes
     keep_pattern: Annotated[bool | None, IdentityKey(omit=None)] = None  #: of the layer kinds, for depth methods
     propagate: Annotated[Literal["unpruned", "pruned"], IdentityKey(omit="unpruned")] = "unpruned"  #: for experts

@@ -128,9 +128,15 @@ def add_prune(verbs: Any) -> None:
     )
     add(
         "--allocation",
-        choices=("uniform", "global"),
+        choices=("uniform", "global", "owl", "alpha", "evolve"),
         default="uniform",
-        help="width methods: every layer keeps as many channels, or layers compete",
+        help="width methods: every layer keeps as many channels, or layers compete (global); sparse methods: a "
+        "layer's zeros are as many, or by one threshold (global), outliers (owl), spectra (alpha) or a search (evolve)",
+    )
+    add(
+        "--ratios-by-layer",
+        metavar="FILE",
+        help="sparse methods: the share of zeros of each layer instead of --ratio, a JSON or YAML list",
     )
     add(
         "--keep-pattern",
