@@ -33,6 +33,7 @@ __all__ = [
     "Count",
     "Fraction",
     "IdentityKey",
+    "Offset",
     "Positive",
     "Proportion",
     "as_share",
@@ -93,6 +94,7 @@ def _as_path(value: object) -> object:
 #: a path, or a result with one (:func:`os.fspath`); None where the field is optional
 AnyPath = Annotated[Any, BeforeValidator(_as_path)]
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+Offset = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(as_share), Field(gt=0, lt=1)]
 Proportion = Annotated[float, BeforeValidator(as_share), Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]

@@ -4,7 +4,9 @@ A template with ``{% generation %}`` marks says itself what the assistant's toke
 by the difference of prefixes. With ``R(m)`` the rendering of messages, and ``G(m)`` the same with the prompt that asks
 for an answer (``add_generation_prompt``), turn ``i`` of the assistant lies in ``R(all)`` from the end of ``G(m[:i])``
 to the end of ``R(m[:i+1])``: what follows the header, up to and with what the template writes behind a turn. The
-completion of a pair lies behind ``G(prompt)``. A token is a target if it holds a letter of such a span.
+completion of a pair lies behind ``G(prompt)``. A token is a target if it holds a letter of such a span. A conversation
+is refused if one of these is no prefix of the whole, if the text of a turn does not lie in its span, or that of another
+message not between the spans, and if a header lies in a span.
 
 Pairs of strings do not go through the template: their text is prompt, completion, and an end-of-sequence token.
 
@@ -13,9 +15,10 @@ Worker processes import this module, so it must not import torch.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,7 @@ from secateur.errors import UserError, first_line
 from secateur.progress import notify
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["EncodedDocument", "begins_with_bos", "check_format", "encode_conversation"]
@@ -154,9 +158,28 @@ class _Template:
         text = self.render(messages)
         self._check(messages, text)
         if _MARK.search(self.tokenizer.get_chat_template(None, self.tools)):
-            answer = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)
-            return np.array(answer["input_ids"], dtype=np.int64), np.array(answer["assistant_masks"], dtype=bool)
-        return _tokenize(self.tokenizer, text, self._turns(messages, text))
+            return _tokenize(self.tokenizer, text, self._marked(messages))
+        spans = self._turns(messages, text)
+        self._check_spans(messages, text, spans)
+        return _tokenize(self.tokenizer, text, spans)
+
+    def _marked(self, messages: Messages) -> list[Span]:
+        """The spans that the template marks.
+
+        They are taken from the text. The tokenizer's own mask of them goes on to the end of the conversation where it
+        cannot tell the token of a span's last letter.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options: dict[str, Any] = {
+            "conversations": [list(messages)],
+            "tools": self.tools,
+            "chat_template": self.tokenizer.get_chat_template(None, self.tools),
+            "return_assistant_tokens_mask": True,
+            **self.tokenizer.special_tokens_map,
+        }
+        _, spans = self._guard(lambda: render_jinja_template(**options))
+        return spans[0]
 
     def _turns(self, messages: Messages, text: str) -> list[Span]:
         """The spans of the assistant's turns, by the difference of prefixes."""
@@ -178,13 +201,50 @@ class _Template:
             spans.append((len(start), len(end)))
         return spans
 
+    def _check_spans(self, messages: Messages, text: str, spans: Sequence[Span]) -> None:
+        """Refuse spans that are not those of the turns, by the text of each message.
+
+        White space is left out of the comparison, since templates change it.
+        """
+        at, left = 0, list(spans)
+        for number, message in enumerate(messages):
+            answers = message["role"] == "assistant"
+            start, end = left.pop(0) if answers else (at, left[0][0] if left else len(text))
+            if start < at or end < start:
+                raise self._unlocated(number)
+            parts = [_packed(part) for part in _texts(message)]
+            part = _packed(text[start:end])
+            if (answers or message["role"] not in _REFORMATTED) and any(words not in part for words in parts):
+                raise BadRow(
+                    REFUSED,
+                    f"{self.name}: the chat template leaves out a part of message {number} (role {message['role']!r}), "
+                    "or writes it elsewhere, so that the assistant's turns cannot be located; change the message, or "
+                    "put {% generation %} marks around the turns in the template",
+                )
+            if answers:
+                self._check_header(messages[:number], part, parts[0] if parts else "")
+                at = end
+
+    def _check_header(self, before: Messages, span: str, content: str) -> None:
+        """Refuse a header that the template writes before an answer, but not when it asks for one."""
+        header = span.partition(content)[0] if content else ""
+        if header and self.render(before) == self.render(before, prompt=True):
+            raise UserError(
+                f"{self.name}: the chat template writes {header[:_LETTERS]!r} before an answer, but not for "
+                "add_generation_prompt, so that the header would be a target; let it write the header if "
+                "add_generation_prompt is set, or put {% generation %} marks around the assistant's turns"
+            )
+
     def _require_prefix(self, part: str, text: str, count: int) -> None:
         if not text.startswith(part):
-            raise UserError(
-                f"{self.name}: the chat template renders the first {count} of its messages in another way than within "
-                "the whole conversation, so that the assistant's turns cannot be located; put {% generation %} marks "
-                "around them in the template"
-            )
+            raise self._unlocated(count)
+
+    def _unlocated(self, count: int) -> UserError:
+        return UserError(
+            f"{self.name}: the chat template renders the first {count} of its messages in another way than within "
+            "the whole conversation, so that the assistant's turns cannot be located; put {% generation %} marks "
+            "around them in the template"
+        )
 
     def _check(self, messages: Messages, text: str) -> None:
         """Refuse a conversation of which the template leaves a message out, or writes parts as they stand."""
@@ -192,23 +252,33 @@ class _Template:
             content, role = message.get("content") or "", message["role"]
             if isinstance(content, list) and content and str(content) in text:
                 raise BadRow(REFUSED, f"{self.name}: the chat template takes text alone; give `content` as one string")
-            parts = [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
-            if role not in _REFORMATTED and any(part.strip() not in text for part in parts):
+            if role not in _REFORMATTED and any(part.strip() not in text for part in _texts(message)):
                 raise BadRow(
                     REFUSED, f"{self.name}: the chat template leaves out message {number} (role {role!r}); change it"
                 )
 
     def _apply(self, messages: Messages, **options: Any) -> Any:
+        return self._guard(
+            lambda: self.tokenizer.apply_chat_template(list(messages), tools=self.tools, **options)  # type: ignore[arg-type]
+        )
+
+    def _guard(self, render: Callable[[], Any]) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),  # type: ignore[arg-type]
-                tools=self.tools,
-                tokenizer_kwargs={"verbose": False},  # no warning about conversations longer than the context
-                **options,
-            )
+            return render()
         except Exception as error:  # templates raise any class
             reason = first_line(error)[:_LETTERS]
             raise BadRow(REFUSED, f"{self.name}: the chat template refuses it: {reason}") from None
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    """The text of a message, or of each of its parts."""
+    content = message.get("content") or ""
+    return [content] if isinstance(content, str) else [part.get("text") or "" for part in content]
+
+
+def _packed(text: str) -> str:
+    """A text without white space."""
+    return "".join(text.split())
 
 
 def _encode_pair(
@@ -229,15 +299,29 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span], *, special: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The ids of a text, and a mask of those that hold a letter of a span."""
-    encoding = tokenizer(
-        text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
-    ids = np.array(encoding["input_ids"], dtype=np.int64)
-    places = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    plain = _plain(tokenizer).encode(text, add_special_tokens=False)
+    ids, places = np.array(plain.ids, dtype=np.int64), np.array(plain.offsets, dtype=np.int64).reshape(-1, 2)
+    if special:  # tokens that the tokenizer adds have no place
+        encoding = tokenizer(text, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+        ids, added = (np.array(encoding[key], dtype=np.int64) for key in ("input_ids", "special_tokens_mask"))
+        places, text_places = np.zeros((len(ids), 2), dtype=np.int64), places
+        places[added == 0] = text_places
     mask = np.zeros(len(ids), dtype=bool)
     for start, stop in spans:
         mask |= (places[:, 0] < stop) & (places[:, 1] > start) & (places[:, 1] > places[:, 0])
     return ids, mask
+
+
+@functools.lru_cache(maxsize=4)
+def _plain(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The tokenizer without its last stage, which takes spaces out of the places of tokens in many (Llama 3, GPT-2)."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    plain.post_processor = None  # type: ignore[assignment]
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
 
 
 def _with_one_bos(

@@ -1,7 +1,8 @@
 """Rows of chat data: conversations (``messages``) and pairs of a prompt and its completion.
 
 A row becomes JSON text, ``{"messages": [...]}`` or ``{"prompt": ..., "completion": ...}``, with ``tools`` where the row
-has some. Documents carry this text: its hash decides their split and their order, as that of other text does.
+has some. Messages with the keys ``from`` and ``value`` (ShareGPT) get ``role`` and ``content`` there. Documents carry
+this text: its hash decides their split and their order, as that of other text does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ __all__ = ["COMPLETION", "PROMPT", "TOOLS", "RowFormat", "content_bytes", "conve
 RowFormat = Literal["text", "messages", "prompt-completion"]
 
 PROMPT, COMPLETION, TOOLS = "prompt", "completion", "tools"  #: fields of a row, and keys of its JSON text
+
+#: names of roles in messages with the keys ``from`` and ``value``
+_SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def field_name(format: RowFormat, text: str = "text") -> str:
@@ -62,6 +66,12 @@ def _messages(value: Any, field: str) -> list[dict[str, Any]]:
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
+    if isinstance(message, dict) and set(message) >= {"from", "value"} and not {"role", "content"} & set(message):
+        role = _SHAREGPT.get(message["from"]) if isinstance(message["from"], str) else None
+        if role is None:
+            raise ValueError(f"{where} is from {message['from']!r}, not {', '.join(map(repr, _SHAREGPT))}")
+        rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+        message = {"role": role, "content": message["value"], **rest}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         keys = f", but {', '.join(map(repr, message))}" if isinstance(message, dict) and message else ""
         raise ValueError(f"{where} has no `role` and `content`{keys}")

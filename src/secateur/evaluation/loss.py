@@ -104,7 +104,10 @@ class Protocol:
             for mask, (_, context, _) in zip(fields["targets"], groups, strict=True):
                 mask[:, :context] = False
             if not any(mask.any() for mask in fields["targets"]):
-                raise UserError(f"{source}: no token is the assistant's; there is nothing to predict")
+                raise UserError(
+                    f"{source}: no token of these windows is the assistant's; there is nothing to predict: use more "
+                    "windows, or other chat data"
+                )
         return cls(cut(ids), source, **fields)
 
     @property

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.model.families import family_of
+from secateur.model.shapes import Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,10 +94,33 @@ def readout(model: PreTrainedModel, ids: Tensor, position_ids: Tensor | None = N
     """
     family = family_of(model.config.model_type, where="the model")
     config = model.config
-    states = model.get_decoder()(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    decoder: Any = model.get_decoder()
+    if position_ids is not None and Shape.of_config(config, where="the model").carries_state:
+        states = _states_of_documents(decoder, ids, position_ids)
+    else:
+        states = decoder(input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
     head: Any = model.get_output_embeddings()
     # The last state predicts nothing. Dropping it copies the states, which costs less than its logits.
     return head_factors(states[:, :-1].flatten(0, 1), head, family.logit_scale(config), family.cap(config))
+
+
+def _states_of_documents(decoder: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    """Last states [windows, positions, hidden] of a decoder with layers that carry a state along a row.
+
+    Each document's part of a window becomes a row, so that none reads another's state. Rows are padded behind.
+
+    Args:
+        positions: of each token in its document, of the size of ``ids``; a document begins at 0.
+    """
+    begins = positions == 0
+    begins[:, 0] = True
+    starts = begins.flatten().nonzero()[:, 0]
+    row = begins.flatten().cumsum(0) - 1
+    column = torch.arange(len(row), device=ids.device) - starts[row]
+    rows = ids.new_zeros(len(starts), int(column.max()) + 1)
+    rows[row, column] = ids.flatten()
+    states = decoder(input_ids=rows, use_cache=False).last_hidden_state
+    return states[row, column].view(*ids.shape, -1)
 
 
 def head_factors(states: Tensor, head: Any, scale: float, cap: float | None) -> Readout:

@@ -156,9 +156,15 @@ class Slice:
         """
         if self.store.targets("train", self.start, self.start) is None:
             return
-        total = sum(self.targets(self.spans(step)) for step in range(self.steps))
+        counts = [self.targets(self.spans(step)) for step in range(self.steps)]
+        total, empty = sum(counts), counts.count(0)
         if not total:
             raise UserError("`data`: no token of the slice is the assistant's; name other chat data, or a longer slice")
+        if empty:
+            notify(
+                f"chat data: {empty} of {plural(self.steps, 'step')} have no target, and so no loss; a larger "
+                "`tokens_per_step` gives each some"
+            )
         attention = "attention stays within conversations"
         if self.recipe.attention == "window":
             attention = (

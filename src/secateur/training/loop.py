@@ -72,7 +72,8 @@ def train_loop(
         points: number of measurements after the start, evenly spread over the steps.
 
     Returns:
-        ``curve`` (tokens, loss, training_loss, learning_rate of each point), ``tokens``, ``targets`` and ``steps``.
+        ``curve`` (tokens, loss, training_loss, learning_rate of each point), ``tokens``, ``targets`` and ``steps``. The
+        training loss of a step without targets is None.
 
     Raises:
         RunError: if the loss or the gradient is no longer finite, or a stop signal arrived.
@@ -116,8 +117,8 @@ def train_loop(
             norm = float(full_tensor(clip_grad_norm_(weights, recipe.clip)))
             if recipe.mask == "after-clip":
                 model_masks.apply_to_gradients()
-            loss = math.fsum(losses) / max(targets, 1)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            loss = math.fsum(losses) / targets if targets else None  # chat data may have steps without a target
+            if not (math.isfinite(loss or 0.0) and math.isfinite(norm)):
                 raise _not_finite_error(data, spans, step, losses, norm, saver, options)
             set_rate(optimizer, rate, recipe)
             optimizer.step()
@@ -197,12 +198,13 @@ def _report_step(
     progress: ProgressTask,
     state: dict[str, Any],
     consumed: int,
-    values: Mapping[str, float],
+    values: Mapping[str, float | None],
     note: str,
 ) -> None:
     """Show a finished step and write its metrics."""
     meter = options.meter
-    text = f"loss {fixed(values['loss'], 3)}  rate {values['learning_rate']:.2g}  norm {values['grad_norm']:.2g}"
+    loss = "-" if values["loss"] is None else fixed(values["loss"], 3)
+    text = f"loss {loss}  rate {values['learning_rate']:.2g}  norm {values['grad_norm']:.2g}"
     text += f"  {note}" if note else ""
     mfu = "" if meter.utilization is None else f"  MFU {meter.utilization:.0%}"
     progress.advance(consumed, f"{text}  {meter.rate:,.0f} tokens/s{mfu}")

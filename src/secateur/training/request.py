@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from secateur.config import AnyPath, Count, Positive, load_yaml, parse, parse_count, parse_value, spec
+from secateur.config import AnyPath, Count, Offset, Positive, load_yaml, parse, parse_value, spec
 from secateur.errors import UserError
 from secateur.hub import check_repository
 from secateur.training.adapter import read_adapter
@@ -73,7 +73,7 @@ class TrainRequest:
     adapter: Any = None
     merge: bool = False
     only: Literal["router"] | None = None
-    skip: Annotated[int, Field(ge=0)] = 0
+    skip: Offset = 0
     recipe: Any = dataclasses.field(default_factory=Recipe)
     teacher: Any = None
     temperature: float | None = None
@@ -96,8 +96,6 @@ class TrainRequest:
 
     def __post_init__(self) -> None:
         check_repository(self.push_to_hub)
-        if isinstance(self.skip, str):
-            object.__setattr__(self, "skip", parse_count(self.skip))
         recipe = self.recipe if isinstance(self.recipe, Recipe) else read_recipe(self.recipe)
         if self.micro_batch:
             recipe = dataclasses.replace(recipe, micro_batch=self.micro_batch)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from secateur.config import AnyPath, Count, Positive, parse_count, spec
+from secateur.config import AnyPath, Count, Offset, Positive, spec
 from secateur.errors import UserError
 from secateur.training.recipe import Recipe
 
@@ -40,7 +40,7 @@ class TeachRequest:
     data: Any
     out: AnyPath
     tokens: Count | None = None
-    skip: Annotated[int, Field(ge=0)] = 0
+    skip: Offset = 0
     top_k: Positive = 64
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     sequence: Annotated[int, Field(ge=2)] = Recipe.sequence
@@ -51,8 +51,6 @@ class TeachRequest:
     replicas: Positive = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.skip, str):
-            object.__setattr__(self, "skip", parse_count(self.skip))
         if self.tokens is not None and self.tokens < 2:
             raise UserError("`tokens`: one token predicts nothing; read two or more")
         name = str(self.data)

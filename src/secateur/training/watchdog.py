@@ -103,21 +103,22 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._finished.set()
 
-    def step(self, step: int, loss: float) -> float:
-        """Record a finished step and return its seconds.
+    def step(self, step: int, loss: float | None) -> float:
+        """Record a finished step and return its seconds; ``loss`` is None for one without targets.
 
         A loss is a spike if it lies six deviations, and 5%, above the mean of the last steps.
         """
         end = time.monotonic()
         seconds = end - self._start
-        if len(self._losses) >= 8 and step >= self._quiet_until:
+        if loss is not None and len(self._losses) >= 8 and step >= self._quiet_until:
             mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
             if loss > mean + max(6 * deviation, 0.05 * abs(mean)):
                 self._warn(
                     step, "spike", f"the loss leapt to {fixed(loss, 3)}, from {fixed(mean, 3)} on average", loss=loss
                 )
                 self._quiet_until = step + self._losses.maxlen  # type: ignore[operator]
-        self._losses.append(loss)
+        if loss is not None:
+            self._losses.append(loss)
         self._seconds.append(seconds)
         self._start, self._step, self._stalled = end, step + 1, False
         return seconds
