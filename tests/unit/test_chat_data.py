@@ -152,8 +152,8 @@ BAD_ROWS: dict[str, tuple[str, str, Any, str]] = {
     "other keys": (
         "chatml",
         "messages",
-        [{"from": "human", "value": "a"}],
-        "rows.jsonl:1: message 0 of 'messages' has no `role` and `content`, but 'from', 'value'",
+        [{"speaker": "human", "words": "a"}],
+        "rows.jsonl:1: message 0 of 'messages' has no `role` and `content`, but 'speaker', 'words'",
     ),
     "image": (
         "chatml",

@@ -206,10 +206,10 @@ class _Template:
 
         White space is left out of the comparison, since templates change it.
         """
-        at, left = 0, list(spans)
+        at, pending = 0, list(spans)
         for number, message in enumerate(messages):
             answers = message["role"] == "assistant"
-            start, end = left.pop(0) if answers else (at, left[0][0] if left else len(text))
+            start, end = pending.pop(0) if answers else (at, pending[0][0] if pending else len(text))
             if start < at or end < start:
                 raise self._unlocated(number)
             parts = [_packed(part) for part in _texts(message)]
