@@ -171,7 +171,7 @@ def test_texts_are_calibrated_on_with_the_models_tokenizer(lettered: Path, tmp_p
         ({"ratio": 0.5, "calibration": IDS[0]}, "calibration", "[windows, positions]"),
         ({"ratio": 0.5, "model": "live", "calibration": ["text"]}, "tokenizer", "names none"),
         ({"ratio": []}, "ratio", "is empty"),
-        ({"ratios": 0.5}, "ratios", "did you mean 'ratio'?"),
+        ({"ratios": 0.5}, "ratios", "did you mean 'ratios_by_layer', 'ratio'"),
         ({"ratio": 0.5, "calibration": Path("x")}, "calibration", "is no source"),
         ({"ratio": 0.5, "calibration": "text:/nope"}, "calibration", "/nope"),
         ({"ratio": 0.5, "model": 5}, "model", "not int"),

@@ -236,7 +236,7 @@ def test_pruning_by_a_task(
         seen.append((length, task.name, task.data, task.limit, task.few_shot))
         return 0.9, [0.2, 0.8, 0.3, 0.1]
 
-    monkeypatch.setattr("secateur.pruning.job.Task", Told)
+    monkeypatch.setattr("secateur.pruning.pruner.Task", Told)
     monkeypatch.setattr("secateur.pruning.layer_scoring.removal_accuracies", accuracies)
     line = "--method minitron-depth --ratio 0.4 --option task=winogrande --tasks-data {w} --task-limit 7"
     found = call(PRUNE + line + TEXT_AT)

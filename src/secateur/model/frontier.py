@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from secateur.errors import UserError
-from secateur.formatting import count, join_words
+from secateur.formatting import count, join_words, plural
 from secateur.model.goal import TOLERANCE, Goal
 from secateur.model.shapes import Shape
 from secateur.model.solver import largest, prefer_blocks, steps_of
@@ -116,9 +116,9 @@ def check_reachable(shape: Shape, goal: Goal) -> None:
         return
     context, limit = goal.memory_of(shape).serving.context, shape.positions
     if goal.context is None:
-        notify_once(f"`context`: none is named; memory is that of {context:,} tokens of each sequence")
+        notify_once(f"`context`: none is named; memory is that of {plural(context, 'token')} of each sequence")
     elif limit and context > limit:
-        notify_once(f"`context`: the model has {limit:,} positions; memory is that of {context:,} tokens all the same")
+        notify_once(f"`context`: the model has {limit:,} positions; memory is that of {plural(context, 'token')} still")
     if shape.carries_state:
         raise UserError(
             "`memory`: some layers of this model carry a state along the text, whose size is not computed; use `params`"

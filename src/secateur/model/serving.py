@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from secateur.formatting import byte_size
+from secateur.formatting import byte_size, plural
 from secateur.model.expert_matrices import is_expert_weight, reads_hidden
 from secateur.model.shapes import Shape
 
@@ -81,9 +81,9 @@ class Memory:
             windows = ", sliding windows hold one position less than their size"
         return [
             f"weights      {byte_size(self.weights)} = {stored} bytes",
-            f"KV cache     {byte_size(self.cache)} = {serving.sequences} x {serving.context:,} tokens x {per_token:,} "
+            f"KV cache     {byte_size(self.cache)} = {serving.sequences} x {plural(serving.context, 'token')} x {per_token:,} "
             f"values (keys and values of all layers) x {width} bytes{windows}",
-            f"activations  {byte_size(self.activations)} = {serving.sequences} x ({serving.context:,} tokens x "
+            f"activations  {byte_size(self.activations)} = {serving.sequences} x ({plural(serving.context, 'token')} x "
             f"{_live_values(shape):,} values + {shape.vocabulary:,} logits) x {width} bytes (plain transformers, the "
             "whole prompt in one pass, an estimate)",
         ]
