@@ -57,12 +57,21 @@ def add_study(verbs: Any) -> None:
         if name == "plan":
             help_ = "speed of a device, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
             action.add_argument("--flops-per-second", type=token_count, metavar="X", help=help_)
+            _study_cluster(action)
             _study_power(action)
         else:
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
         _OF_ACTION.get(name, lambda _: None)(action)
     # Not for people: it is in no list. argparse has no word for that.
     actions._choices_actions = [action for action in actions._choices_actions if action.dest != "stage"]
+
+
+def _study_cluster(plan: argparse.ArgumentParser) -> None:
+    group = plan.add_argument_group("cluster: the wall time and device-hours of the study on many devices, simulated")
+    add = group.add_argument
+    add("--cluster", metavar="NxMODEL", help="number and model of the devices, such as 64xH100")
+    add("--mfu", type=ratio, metavar="SHARE", help="share of the bfloat16 peak that training reaches (default: 0.4)")
+    add("--price", type=above_zero, metavar="X", help="price of a device-hour, for the cost")
 
 
 def _study_power(plan: argparse.ArgumentParser) -> None:
@@ -77,7 +86,13 @@ def _study_power(plan: argparse.ArgumentParser) -> None:
     add("--margin", type=above_zero, metavar="NATS", help="difference to tell (default: the question's margin)")
 
 
+def _verbose(verb: argparse.ArgumentParser) -> None:
+    help_ = "print every verdict, finding, control, forecast and the ranking, not only answer and table"
+    verb.add_argument("--verbose", action="store_true", help=help_)
+
+
 def _running(run: argparse.ArgumentParser) -> None:
+    _verbose(run)
     run.add_argument("--jobs", type=positive, help="stages at once (default: one for each core, or GPU)")
     run.add_argument(
         "--device",
@@ -114,6 +129,7 @@ def _study_status(status: argparse.ArgumentParser) -> None:
 
 def _study_report(report: argparse.ArgumentParser) -> None:
     help_ = "a second study file: compare the two, by what they have in common, in versus-NAME.html"
+    _verbose(report)
     report.add_argument("other", nargs="?", metavar="OTHER", help=help_)
     report.add_argument("--other-out", metavar="DIR", help="directory of its stages (default: runs/NAME)")
 

@@ -32,6 +32,14 @@ def study_plan(arguments: Namespace) -> Answer:
         return power.as_dict(), str(power), 0
     for name in fields:
         raise UserError(f"`{name}`: goes with `power`, which computes how many seeds tell a difference")
+    cluster = {name: value for name in ("cluster", "mfu", "price") if (value := getattr(arguments, name)) is not None}
+    if "cluster" in cluster:
+        if arguments.flops_per_second:
+            raise UserError("`flops_per_second`: the cluster has the speed of its devices; set `mfu`")
+        schedule = Study.load(arguments.file).simulate(**cluster)
+        return schedule.as_dict(), str(schedule), 0
+    for name in cluster:
+        raise UserError(f"`{name}`: goes with `cluster`, which simulates the study on many devices")
     plan = Study.load(arguments.file).plan(arguments.flops_per_second or FLOPS_PER_SECOND)
     return plan.as_dict(), str(plan), 0
 
@@ -50,7 +58,7 @@ def study_run(arguments: Namespace) -> Answer:
 
         slurm = parse_slurm(arguments.slurm)
     outcome = study.run(arguments.jobs, arguments.device, arguments.only, arguments.keep_going, slurm)
-    answer, text, _ = _report(study)
+    answer, text, _ = _report(study, verbose=arguments.verbose)
     return answer | outcome.as_dict(), text, 1 if outcome.failed else 0
 
 
@@ -78,18 +86,20 @@ def study_report(arguments: Namespace) -> Answer:
         return _versus(study, second)
     if arguments.other_out:
         raise UserError("--other-out: is the folder of a second study; name its file too")
-    return _report(study)
+    return _report(study, verbose=arguments.verbose)
 
 
-def _report(study: Study) -> Answer:
+def _report(study: Study, *, verbose: bool) -> Answer:
     from secateur.report.judgement import answer_json
     from secateur.report.page import build_report
-    from secateur.report.terminal import text_table
+    from secateur.report.terminal import text_summary, text_table
 
     judgement = study.judgement()
     page = build_report(judgement, study.out)
     answer: dict[str, Any] = {"study": study.spec.name, "report": str(page), **answer_json(judgement)}
-    return answer, f"{text_table(judgement)}\n\nreport: {page.resolve()}", 0
+    text = text_table(judgement) if verbose else text_summary(judgement)
+    note = "" if verbose else " (--verbose prints more)"
+    return answer, f"{text}\nreport: {page.resolve()}{note}", 0
 
 
 def _versus(a: Study, b: Study) -> Answer:
