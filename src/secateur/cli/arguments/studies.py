@@ -27,6 +27,11 @@ def add_demo(verbs: Any) -> None:
 
 
 _STUDY_ACTIONS = {
+    "new": (
+        "write a study file for a parent, a corpus and a budget",
+        "It writes the largest study that the hours allow, with comments, and prints its plan. On a terminal it asks "
+        "for what the arguments leave out.",
+    ),
     "plan": (
         "print the stages with tokens and FLOPs",
         "It prices a study before anything starts. Nothing is run or written.",
@@ -53,6 +58,9 @@ def add_study(verbs: Any) -> None:
     actions = study.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
     for name, (summary, detail) in _STUDY_ACTIONS.items():
         action = add_verb(actions, name, summary, detail, manual.STUDY_EPILOGS.get(name))
+        if name == "new":
+            _study_new(action)
+            continue
         action.add_argument("file", help="study file, or the name of a shipped study such as demo")
         if name == "plan":
             help_ = "speed of a device, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
@@ -64,6 +72,19 @@ def add_study(verbs: Any) -> None:
         _OF_ACTION.get(name, lambda _: None)(action)
     # Not for people: it is in no list. argparse has no word for that.
     actions._choices_actions = [action for action in actions._choices_actions if action.dest != "stage"]
+
+
+def _study_new(new: argparse.ArgumentParser) -> None:
+    add = new.add_argument
+    add("file", help="file to write, such as mine.yaml")
+    add("--checkpoint", metavar="DIR", help="the parent (default: a small one that the study pretrains)")
+    add("--corpus", metavar="SOURCE", help="text:PATH, hf:NAME, python or stdlib (default: python)")
+    add("--methods", metavar="A,B", help="methods to compare (default: minitron-depth,minitron-width,wanda)")
+    add("--ratio", type=ratio, help="share of the parameters to remove (default: 0.5)")
+    add("--hours", type=above_zero, metavar="H", help="budget of the whole study, in hours of one device (default: 1)")
+    add("--seeds", type=positive, metavar="N", help="runs of each cell (default: 1)")
+    help_ = "speed of training (default: 4e14 with a GPU, 1e10 for each core without)"
+    add("--flops-per-second", type=token_count, metavar="X", help=help_)
 
 
 def _study_cluster(plan: argparse.ArgumentParser) -> None:

@@ -3,22 +3,62 @@
 from __future__ import annotations
 
 import signal
+import sys
 from argparse import Namespace
 from typing import Any
 
 from secateur.cli.verbs.answer import Answer
 from secateur.errors import REQUEUE, RunError, UserError, spell
-from secateur.study.plan import FLOPS_PER_SECOND
+from secateur.runtime import core_count, has_accelerator
+from secateur.study.plan import CORE_FLOPS, FLOPS_PER_SECOND
 from secateur.study.session import Study
 from secateur.study.status import watch
 
-__all__ = ["demo", "study_explain", "study_plan", "study_report", "study_run", "study_stage", "study_status"]
+__all__ = [
+    "demo",
+    "study_explain",
+    "study_new",
+    "study_plan",
+    "study_report",
+    "study_run",
+    "study_stage",
+    "study_status",
+]
 
 
 def demo(arguments: Namespace) -> Answer:
     """``secateur demo``."""
     arguments.file = "demo"
     return study_run(arguments)
+
+
+_QUESTIONS = {
+    "checkpoint": "Folder of the parent (empty: pretrain a small one)",
+    "corpus": "Text: text:PATH, hf:NAME, python or stdlib (empty: python)",
+    "methods": "Methods, with commas (empty: minitron-depth,minitron-width,wanda)",
+    "hours": "Budget in hours of one device (empty: 1)",
+}
+
+
+def study_new(arguments: Namespace) -> Answer:
+    """``secateur study new FILE``."""
+    from secateur.study.new import NewStudy, write_study
+
+    names = ("checkpoint", "corpus", "methods", "ratio", "hours", "seeds")
+    fields = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if sys.stdin.isatty() and not arguments.json:
+        fields |= {name: text for name, ask in _QUESTIONS.items() if name not in fields and (text := input(f"{ask}: "))}
+    if "methods" in fields:
+        fields["methods"] = tuple(name.strip() for name in fields["methods"].split(",") if name.strip())
+    if isinstance(fields.get("hours"), str):
+        try:
+            fields["hours"] = float(fields["hours"])
+        except ValueError:
+            raise UserError(f"`hours`: must be a number, got {fields['hours']}") from None
+    speed = arguments.flops_per_second or (FLOPS_PER_SECOND if has_accelerator() else CORE_FLOPS * core_count())
+    _, plan = write_study(NewStudy(file=arguments.file, flops_per_second=float(speed), **fields))
+    answer: dict[str, Any] = {"file": arguments.file, "flops_per_second": float(speed), "plan": plan.as_dict()}
+    return answer, f"{plan}\nwritten: {arguments.file}", 0
 
 
 def study_plan(arguments: Namespace) -> Answer:
