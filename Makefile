@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 # The stamp holds the TORCH that was asked for; another choice installs anew.
 ANEW := $(if $(TORCH),$(if $(filter $(TORCH),$(shell cat $(STAMP) 2>/dev/null)),,anew))
 
-.PHONY: help install demo test quick families lint wheel clean constraints anew
+.PHONY: help install demo test quick families schema lint wheel clean constraints anew
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test         run the tests in at most JOBS=$(JOBS) processes (ARGS=... are passed to pytest)"
 	@echo "make quick        run the tests of formulas, requests and arguments, in about 90 s"
 	@echo "make families     measure every family and write the tables of docs/families.md"
+	@echo "make schema       write docs/study.schema.json, the schema of study files"
 	@echo "make lint         ruff and pyright"
 	@echo "make wheel        build the wheel into dist/"
 	@echo "make clean        remove .venv, caches and builds; results in runs/ stay"
@@ -30,6 +31,9 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt $(ANEW)
 	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" sh scripts/install.sh
+
+schema: $(STAMP)
+	$(BIN)/python -m secateur.study.schema >docs/study.schema.json
 
 demo: $(STAMP)
 	$(BIN)/secateur demo $(ARGS)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "BFLOAT16_PEAKS",
     "configure_threads",
     "core_count",
     "environment",
@@ -31,6 +32,19 @@ __all__ = [
     "quiet_libraries",
     "without_main",
 ]
+
+#: dense bfloat16 peaks from the data sheets: part of a device's name -> FLOPs a second
+BFLOAT16_PEAKS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+}
 
 
 def configure_threads(threads: int) -> None:

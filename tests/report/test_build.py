@@ -115,7 +115,7 @@ def test_all_sections_and_figures_are_there(page: Page):
     ids = page.values("id")
     assert [name for name in SECTIONS if name not in ids] == []
     roles = [attrs.get("role") for tag, attrs in page.elements if tag == "svg"]
-    assert roles.count("img") == 2 + 2 * len(METHODS)
+    assert roles.count("img") == 3 + 2 * len(METHODS)
     assert roles.count(None) == len(example().cells), "an unlabelled line for each curve; its caption describes it"
     assert [tag for tag, _ in page.elements].count("h1") == 1
 

@@ -124,8 +124,8 @@ def test_a_parent_that_loses_to_its_smaller_twin_is_the_first_thing_said() -> No
     words = " ".join(text_table(judgement).split())
     assert f"{judgement.answer} {caution}" in words.replace("from- scratch", "from-scratch")
     html = render(judgement)
-    after = html[html.index('<p class="answer">') :].split("</p>", 1)[1].lstrip()
-    assert after.startswith(f'<p class="caution">This study {CAUTION}')
+    first_screen = html[html.index('<p class="answer">') : html.index('<nav id="contents"')]
+    assert f'<p class="caution"><b>Regime.</b> This study {CAUTION}' in first_screen
     assert answer_json(judgement)["caution"] == caution
 
 
@@ -337,7 +337,7 @@ def test_a_parent_of_few_tokens_is_said_to_be_undertrained_though_no_twin_was_ru
 def test_the_page_has_every_comparison_with_its_interval() -> None:
     results = study(parent(5.4), runs(before=5.2, after=5.4, twin=5.1), runs("wanda", None, twin=None))
     html = render(judge(results))
-    section = html[html.index('<section id="regime"') :].split("</section>")[0]
+    section = html[html.index('<section class="part" id="regime"') :].split("</section>")[0]
     assert section.count("<tr><th scope=") == 4 + 1
     assert section.count("a held-out loss is missing") == 2
     assert "\u22120.300" in section and "None" not in section

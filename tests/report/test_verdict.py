@@ -26,7 +26,7 @@ from example import (
 from secateur.comparison.records import Cell, StudyResults
 from secateur.comparison.twins import Verdict
 from secateur.report.judgement import answer_json, judge
-from secateur.report.terminal import text_table
+from secateur.report.terminal import text_summary, text_table
 
 
 def study(*cells: Cell) -> StudyResults:
@@ -371,6 +371,20 @@ def test_text_table_is_plain_and_narrow(make: Any):
     assert max(map(len, text.splitlines())) <= 100
     if make is not large:  # whose forecasts take seconds; that they are the same again: test_forecast.py
         assert text == text_table(judge(make()))
+
+
+@pytest.mark.parametrize("make", [example, broken, large])
+def test_a_summary_begins_with_the_answer_and_has_at_most_40_lines(make: Any):
+    judgement = judged(make)
+    text = text_summary(judgement)
+    lines = text.splitlines()
+    assert text.isascii() and len(lines) <= 40 and max(map(len, lines)) <= 100
+    assert " ".join(text.split()).startswith(judgement.answer)
+    rows = [line for line in lines if line.split(" ")[0] in METHODS]
+    comparisons = judgement.index.comparisons
+    assert len(rows) == min(12, len(comparisons))
+    assert (f"and {len(comparisons) - 12} more" in text) is (len(comparisons) > 12)
+    assert "Cost: " in text and "trained models" in text
 
 
 def test_text_table_shows_losses_and_winners():

@@ -172,6 +172,7 @@ STUDY_EPILOGS = {
     "plan": """\
 examples:
   secateur study plan FILE                                                  stages, tokens, FLOPs
+  secateur study plan FILE --cluster 64xH100 --mfu 0.4                      wall time and device-hours on a cluster
   secateur study plan FILE --power --pilot runs/mine                        seeds that tell the question's margin
   secateur study plan FILE --power 0.9 --seed-sd 0.007 --document-sd 0.05   the same, from figures of your own
 """,

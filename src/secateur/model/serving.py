@@ -76,14 +76,14 @@ class Memory:
         if serving.weights in quantised:
             stored = f"{quantised[serving.weights]} + {rest:,} x {width} (all else, bf16)"
         per_token = shape.kv_cache_bytes // 2
-        windows = ""
+        tokens, windows = plural(serving.context, "token"), ""
         if shape.windows and any(window and window <= serving.context for window in shape.windows):
             windows = ", sliding windows hold one position less than their size"
         return [
             f"weights      {byte_size(self.weights)} = {stored} bytes",
-            f"KV cache     {byte_size(self.cache)} = {serving.sequences} x {plural(serving.context, 'token')} x {per_token:,} "
+            f"KV cache     {byte_size(self.cache)} = {serving.sequences} x {tokens} x {per_token:,} "
             f"values (keys and values of all layers) x {width} bytes{windows}",
-            f"activations  {byte_size(self.activations)} = {serving.sequences} x ({plural(serving.context, 'token')} x "
+            f"activations  {byte_size(self.activations)} = {serving.sequences} x ({tokens} x "
             f"{_live_values(shape):,} values + {shape.vocabulary:,} logits) x {width} bytes (plain transformers, the "
             "whole prompt in one pass, an estimate)",
         ]

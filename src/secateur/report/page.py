@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,9 +40,10 @@ from secateur.report.latex import comparisons_tex, forecasts_tex
 from secateur.report.learning_prose import learning_notes
 from secateur.report.prose import coverage_note, drop_setting, finding_sentence, part_sentence, verdict_sentence
 from secateur.report.question_prose import EXPLORATORY
-from secateur.report.regime_prose import regime_rows, regime_sentences
+from secateur.report.regime_prose import regime_line, regime_rows, regime_sentences
 from secateur.report.served_prose import served_sentences
 from secateur.report.studies import StudyComparison
+from secateur.report.summary import cost_sentence, forest_verdicts
 from secateur.report.sweep_prose import edge_sentences, sweep_sentences
 from secateur.report.tables import (
     across_rows,
@@ -149,7 +151,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {function.__name__: function for function in _FILTERS}
-    environment.filters |= {"symbols": _symbols, "or_missing": _or_missing}
+    environment.filters |= {"symbols": _symbols, "or_missing": _or_missing, "contents": _contents}
     return environment
 
 
@@ -163,6 +165,8 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "results": results,
         "judgement": judgement,
         "question": judgement.question,
+        "answer": re.split(r"(?<=\.) ", judgement.answer),
+        **_first_screen(judgement),
         "exploratory_note": EXPLORATORY,
         "many": len(index.comparisons) > _MOST_UNFOLDED,
         "verdicts": {
@@ -216,6 +220,19 @@ def _context(judgement: Judgement) -> dict[str, Any]:
         "not_measured": formatting.NOT_MEASURED,
         "budget_names": BUDGETS,
         "minus": formatting.MINUS,
+    }
+
+
+def _first_screen(judgement: Judgement) -> dict[str, Any]:
+    """What the summary says beside the answer: the notes of its figure, the regime and the cost."""
+    verdicts, left_out = forest_verdicts(judgement)
+    decisions = [verdict.decision for verdict in verdicts]
+    return {
+        "left_out": left_out,
+        "margin": max((decision.margin or 0.0 for decision in decisions), default=0.0),
+        "holm": any(decision.adjusted_p is not None and decision.comparisons > 1 for decision in decisions),
+        "regime_line": regime_line(judgement.regimes),
+        "cost_line": cost_sentence(judgement),
     }
 
 
@@ -319,6 +336,11 @@ def _costs(judgement: Judgement) -> dict[str, Any]:
         "costs": (min(totals), max(totals)) if totals else None,
         "training_costs": (min(training), max(training)) if training else None,
     }
+
+
+def _contents(sections: str) -> list[tuple[str, Markup]]:
+    """The name and title of each section of the page, in order."""
+    return [(name, Markup(title)) for name, title in re.findall(r'<h2 id="([\w-]+)-title">(.*?)</h2>', sections)]
 
 
 def _symbols(text: str) -> Markup:

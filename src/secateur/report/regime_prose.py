@@ -19,6 +19,7 @@ __all__ = [
     "check_name",
     "continued_sentence",
     "regime_json",
+    "regime_line",
     "regime_rows",
     "regime_sentences",
     "retraining_sentence",
@@ -105,6 +106,14 @@ def regime_sentences(regime: Regime, several_parents: bool) -> tuple[str, ...]:
         retraining_sentence(regime),
         *filter(None, [continued_sentence(regime)]),
         sweeps_sentence(regime.sweeps),
+    )
+
+
+def regime_line(regimes: Sequence[Regime]) -> str:
+    """How much each parent read for its size, in a sentence."""
+    several = len(regimes) > 1
+    return " ".join(
+        tokens_sentence(f"parent {regime.parent}" if several else "the parent", regime.share) for regime in regimes
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,16 +28,19 @@ from secateur.report.prose import (
     steps_sentence,
 )
 from secateur.report.question_prose import EXPLORATORY
-from secateur.report.regime_prose import REGIME_TITLE, regime_sentences
+from secateur.report.regime_prose import REGIME_TITLE, regime_line, regime_sentences
 from secateur.report.served_prose import SERVED_TITLE, served_sentences
 from secateur.report.studies import StudyComparison
+from secateur.report.summary import cost_sentence
 from secateur.report.sweep_prose import SWEEPS_TITLE, edge_sentences, sweep_sentences
 from secateur.report.tables import cell_rows
 
-__all__ = ["text_table", "text_versus"]
+__all__ = ["text_summary", "text_table", "text_versus"]
 
 _WIDTH = 100
 _MOST_SENTENCES, _MOST_CONTROLS, _MOST_RANKS = 6, 2, 12  # shown of each list
+_DIGITS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "0123456789")
+_MOST_ROWS = 12  # of the table in a summary
 
 _SIGNS: dict[str, str] = {
     "pruned": "P",
@@ -54,9 +58,9 @@ _RUNS: dict[str, str] = {
 
 
 def text_table(judgement: Judgement) -> str:
-    """The whole report: parents, losses, verdicts, findings and, for larger studies, a ranking by loss and FLOPs."""
+    """The whole report: the answer, losses, verdicts, findings and, for larger studies, a ranking by loss and FLOPs."""
     index = judgement.index
-    lines = [*_question(judgement), *_parents(index), ""]
+    lines = [*_answer(judgement), "", *_question(judgement), *_parents(index), ""]
     lines += _aligned(_rows(judgement), 1 + len(_columns(index)), _count_text_columns(judgement))
     lines += ["", *_wrapped(_legend(judgement))]
     for setting in judgement.settings:
@@ -75,8 +79,32 @@ def text_table(judgement: Judgement) -> str:
         lines += _ranking(judgement)
     lines += _regime(judgement)
     ratios = _flop_line(judgement)
-    lines += ["", *(_wrapped(ratios) if ratios else []), *_wrapped(judgement.answer), *_wrapped(judgement.caution)]
+    lines += ["", *_wrapped(ratios)] if ratios else []
     return _ascii("\n".join(lines)) + "\n"
+
+
+def text_summary(judgement: Judgement) -> str:
+    """The report in at most 40 lines: the answer, the question, the first comparisons as a table, and the cost."""
+    index, question = judgement.index, judgement.question
+    lines = _answer(judgement)
+    if not judgement.caution:
+        lines += _wrapped(regime_line(judgement.regimes))
+    lines += ["", *_wrapped(f"Question: {question.ask} {' '.join(question.history)}")] if question.ask else []
+    rows = _rows(judgement)
+    table = _aligned(rows[: _MOST_ROWS + 1], 1 + len(_columns(index)), _count_text_columns(judgement))
+    lines += ["", *_parents(index)[:3], "", *table]
+    if len(rows) > _MOST_ROWS + 1:
+        lines.append(f"and {len(rows) - _MOST_ROWS - 1} more, on the page and in comparisons.csv")
+    lines += ["", *_wrapped(_legend(judgement))]
+    if len(judgement.settings) <= 2:  # with more, a column of the table has the verdicts in signs
+        lines += [line for setting in judgement.settings for line in _wrapped(judgement.headlines[setting])]
+    lines += ["", *_wrapped(f"Cost: {cost_sentence(judgement)}")]
+    return _ascii("\n".join(lines)) + "\n"
+
+
+def _answer(judgement: Judgement) -> list[str]:
+    """The answer, and the one warning about all of it."""
+    return [*_wrapped(judgement.answer), *_wrapped(judgement.caution)]
 
 
 def text_versus(comparison: StudyComparison) -> str:
@@ -375,4 +403,7 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 
 def _ascii(text: str) -> str:
+    text = re.sub(
+        "[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+", lambda match: f"^{int(match[0].translate(_DIGITS))}", text
+    )
     return text.replace("\u00a0", " ").replace(MINUS, "-").replace(TIMES, "x")

@@ -17,6 +17,7 @@ from secateur.study.sweeps import choice_of, is_run
 from secateur.training.recipe import FEW_STEPS, few_steps
 
 __all__ = [
+    "CORE_FLOPS",
     "FLOPS_PER_SECOND",
     "PlannedStage",
     "PlannedTrials",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 FLOPS_PER_SECOND = 4e14  #: of the reference device: an H100 at about 40% of its bfloat16 peak
-_CPU_FLOPS_PER_SECOND = 1e10  # of one core in training, roughly
+CORE_FLOPS = 1e10  #: FLOPs a second of one core of a CPU in training, roughly
 _MOST_CPU_HOURS = 1000  # from which on a time on one core says nothing
 
 #: kinds of stages that the text counts and does not list
@@ -145,11 +146,11 @@ class StudyPlan:
         if self.pace and self.pace.speed:
             time = duration(self.flops / self.pace.speed)
             lines.append(f"On the {self.pace.device_name}: about {time} for one process, at {self.pace}.")
-        elif not has_accelerator() and self.flops < 3600 * _MOST_CPU_HOURS * _CPU_FLOPS_PER_SECOND:
-            time = duration(self.flops / _CPU_FLOPS_PER_SECOND)
+        elif not has_accelerator() and self.flops < 3600 * _MOST_CPU_HOURS * CORE_FLOPS:
+            time = duration(self.flops / CORE_FLOPS)
             lines.append(
                 f"This machine has no GPU. On one core of a CPU: roughly {time}, at an assumed "
-                f"{scientific(_CPU_FLOPS_PER_SECOND)} FLOPs a second; the first training stage measures it."
+                f"{scientific(CORE_FLOPS)} FLOPs a second; the first training stage measures it."
             )
         return lines
 

@@ -14,6 +14,7 @@ from secateur.files import refuse_file
 from secateur.formatting import plural
 from secateur.model.quantisation import require_quantiser
 from secateur.progress import notify
+from secateur.study.cluster import ClusterRequest, ClusterSchedule, simulate
 from secateur.study.declarations import count_finished, read_declarations, record_question
 from secateur.study.explain import Explanation, explain_stage
 from secateur.study.grid import left_out
@@ -129,6 +130,17 @@ class Study:
         stages = unique(self.stages)
         pace = measure_pace(stages, self.store, {stage.fingerprint for stage in stages if self.store.done(stage)})
         return plan_study(self.spec.name, self.stages, flops_per_second, pace if pace.speed else None, self.notes)
+
+    def simulate(self, **fields: Any) -> ClusterSchedule:
+        """Simulate the run of the whole study on a cluster.
+
+        Args:
+            fields: fields of :class:`~secateur.study.cluster.ClusterRequest`: ``cluster``, ``mfu``, ``price``.
+
+        Raises:
+            UserError: if a field is out of range, or a stage needs more devices than the cluster has.
+        """
+        return simulate(self.spec.name, self.stages, ClusterRequest(**fields))
 
     def power(self, **fields: Any) -> StudyPower:
         """Compute how many seeds and held-out documents tell a difference, and what the seeds cost.

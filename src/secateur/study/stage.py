@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from secateur.config import fingerprint
 
-__all__ = ["VERSIONS", "Stage", "StageKind", "unique", "with_inputs"]
+__all__ = ["VERSIONS", "Stage", "StageKind", "critical_paths", "unique", "with_inputs"]
 
 StageKind = Literal["corpus", "fetch", "train", "select", "prune", "reconstruct", "evaluate", "cost", "teach"]
 
@@ -79,3 +79,17 @@ def with_inputs(stages: Iterable[Stage]) -> list[Stage]:
         yield stage
 
     return unique(link for stage in stages for link in chain(stage))
+
+
+def critical_paths(stages: Sequence[Stage]) -> dict[str, float]:
+    """FLOPs of the longest chain that begins with each stage; the longest should start first.
+
+    Args:
+        stages: each after its inputs.
+    """
+    below: dict[str, float] = {}
+    for stage in reversed(stages):
+        below[stage.fingerprint] = below.get(stage.fingerprint, 0.0) + stage.flops + 1.0
+        for used in stage.inputs.values():
+            below[used.fingerprint] = max(below.get(used.fingerprint, 0.0), below[stage.fingerprint])
+    return below

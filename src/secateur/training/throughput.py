@@ -8,20 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Meter", "Peak", "peak_of"]
+from secateur.runtime import BFLOAT16_PEAKS
 
-#: dense bfloat16 peaks from the data sheets: part of a device's name -> FLOPs a second
-_BFLOAT16 = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-}
+__all__ = ["Meter", "Peak", "peak_of"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +25,7 @@ def peak_of(device: str, dtype: str) -> Peak:
     """Peak FLOPs of a device: from its data sheet, else measured with a product of two matrices."""
     if device.startswith("cuda") and dtype == "bfloat16":
         name = torch.cuda.get_device_name(device)
-        for model, flops in _BFLOAT16.items():
+        for model, flops in BFLOAT16_PEAKS.items():
             if model in name:
                 return Peak(flops, f"{model}, {dtype}")
     return Peak(_measure_flops(device, getattr(torch, dtype)), f"measured, {dtype}")

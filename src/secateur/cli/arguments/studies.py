@@ -27,6 +27,11 @@ def add_demo(verbs: Any) -> None:
 
 
 _STUDY_ACTIONS = {
+    "new": (
+        "write a study file for a parent, a corpus and a budget",
+        "It writes the largest study that the hours allow, with comments, and prints its plan. On a terminal it asks "
+        "for what the arguments leave out.",
+    ),
     "plan": (
         "print the stages with tokens and FLOPs",
         "It prices a study before anything starts. Nothing is run or written.",
@@ -53,16 +58,41 @@ def add_study(verbs: Any) -> None:
     actions = study.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
     for name, (summary, detail) in _STUDY_ACTIONS.items():
         action = add_verb(actions, name, summary, detail, manual.STUDY_EPILOGS.get(name))
+        if name == "new":
+            _study_new(action)
+            continue
         action.add_argument("file", help="study file, or the name of a shipped study such as demo")
         if name == "plan":
             help_ = "speed of a device, for the hours (default: 4e14, an H100 at about 40%% of its peak)"
             action.add_argument("--flops-per-second", type=token_count, metavar="X", help=help_)
+            _study_cluster(action)
             _study_power(action)
         else:
             action.add_argument("--out", help="directory of the stages (default: runs/NAME)")
         _OF_ACTION.get(name, lambda _: None)(action)
     # Not for people: it is in no list. argparse has no word for that.
     actions._choices_actions = [action for action in actions._choices_actions if action.dest != "stage"]
+
+
+def _study_new(new: argparse.ArgumentParser) -> None:
+    add = new.add_argument
+    add("file", help="file to write, such as mine.yaml")
+    add("--checkpoint", metavar="DIR", help="the parent (default: a small one that the study pretrains)")
+    add("--corpus", metavar="SOURCE", help="text:PATH, hf:NAME, python or stdlib (default: python)")
+    add("--methods", metavar="A,B", help="methods to compare (default: minitron-depth,minitron-width,wanda)")
+    add("--ratio", type=ratio, help="share of the parameters to remove (default: 0.5)")
+    add("--hours", type=above_zero, metavar="H", help="budget of the whole study, in hours of one device (default: 1)")
+    add("--seeds", type=positive, metavar="N", help="runs of each cell (default: 1)")
+    help_ = "speed of training (default: 4e14 with a GPU, 1e10 for each core without)"
+    add("--flops-per-second", type=token_count, metavar="X", help=help_)
+
+
+def _study_cluster(plan: argparse.ArgumentParser) -> None:
+    group = plan.add_argument_group("cluster: the wall time and device-hours of the study on many devices, simulated")
+    add = group.add_argument
+    add("--cluster", metavar="NxMODEL", help="number and model of the devices, such as 64xH100")
+    add("--mfu", type=ratio, metavar="SHARE", help="share of the bfloat16 peak that training reaches (default: 0.4)")
+    add("--price", type=above_zero, metavar="X", help="price of a device-hour, for the cost")
 
 
 def _study_power(plan: argparse.ArgumentParser) -> None:
@@ -77,7 +107,13 @@ def _study_power(plan: argparse.ArgumentParser) -> None:
     add("--margin", type=above_zero, metavar="NATS", help="difference to tell (default: the question's margin)")
 
 
+def _verbose(verb: argparse.ArgumentParser) -> None:
+    help_ = "print every verdict, finding, control, forecast and the ranking, not only answer and table"
+    verb.add_argument("--verbose", action="store_true", help=help_)
+
+
 def _running(run: argparse.ArgumentParser) -> None:
+    _verbose(run)
     run.add_argument("--jobs", type=positive, help="stages at once (default: one for each core, or GPU)")
     run.add_argument(
         "--device",
@@ -114,6 +150,7 @@ def _study_status(status: argparse.ArgumentParser) -> None:
 
 def _study_report(report: argparse.ArgumentParser) -> None:
     help_ = "a second study file: compare the two, by what they have in common, in versus-NAME.html"
+    _verbose(report)
     report.add_argument("other", nargs="?", metavar="OTHER", help=help_)
     report.add_argument("--other-out", metavar="DIR", help="directory of its stages (default: runs/NAME)")
 

@@ -3,22 +3,62 @@
 from __future__ import annotations
 
 import signal
+import sys
 from argparse import Namespace
 from typing import Any
 
 from secateur.cli.verbs.answer import Answer
 from secateur.errors import REQUEUE, RunError, UserError, spell
-from secateur.study.plan import FLOPS_PER_SECOND
+from secateur.runtime import core_count, has_accelerator
+from secateur.study.plan import CORE_FLOPS, FLOPS_PER_SECOND
 from secateur.study.session import Study
 from secateur.study.status import watch
 
-__all__ = ["demo", "study_explain", "study_plan", "study_report", "study_run", "study_stage", "study_status"]
+__all__ = [
+    "demo",
+    "study_explain",
+    "study_new",
+    "study_plan",
+    "study_report",
+    "study_run",
+    "study_stage",
+    "study_status",
+]
 
 
 def demo(arguments: Namespace) -> Answer:
     """``secateur demo``."""
     arguments.file = "demo"
     return study_run(arguments)
+
+
+_QUESTIONS = {
+    "checkpoint": "Folder of the parent (empty: pretrain a small one)",
+    "corpus": "Text: text:PATH, hf:NAME, python or stdlib (empty: python)",
+    "methods": "Methods, with commas (empty: minitron-depth,minitron-width,wanda)",
+    "hours": "Budget in hours of one device (empty: 1)",
+}
+
+
+def study_new(arguments: Namespace) -> Answer:
+    """``secateur study new FILE``."""
+    from secateur.study.new import NewStudy, write_study
+
+    names = ("checkpoint", "corpus", "methods", "ratio", "hours", "seeds")
+    fields = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if sys.stdin.isatty() and not arguments.json:
+        fields |= {name: text for name, ask in _QUESTIONS.items() if name not in fields and (text := input(f"{ask}: "))}
+    if "methods" in fields:
+        fields["methods"] = tuple(name.strip() for name in fields["methods"].split(",") if name.strip())
+    if isinstance(fields.get("hours"), str):
+        try:
+            fields["hours"] = float(fields["hours"])
+        except ValueError:
+            raise UserError(f"`hours`: must be a number, got {fields['hours']}") from None
+    speed = arguments.flops_per_second or (FLOPS_PER_SECOND if has_accelerator() else CORE_FLOPS * core_count())
+    _, plan = write_study(NewStudy(file=arguments.file, flops_per_second=float(speed), **fields))
+    answer: dict[str, Any] = {"file": arguments.file, "flops_per_second": float(speed), "plan": plan.as_dict()}
+    return answer, f"{plan}\nwritten: {arguments.file}", 0
 
 
 def study_plan(arguments: Namespace) -> Answer:
@@ -32,6 +72,14 @@ def study_plan(arguments: Namespace) -> Answer:
         return power.as_dict(), str(power), 0
     for name in fields:
         raise UserError(f"`{name}`: goes with `power`, which computes how many seeds tell a difference")
+    cluster = {name: value for name in ("cluster", "mfu", "price") if (value := getattr(arguments, name)) is not None}
+    if "cluster" in cluster:
+        if arguments.flops_per_second:
+            raise UserError("`flops_per_second`: the cluster has the speed of its devices; set `mfu`")
+        schedule = Study.load(arguments.file).simulate(**cluster)
+        return schedule.as_dict(), str(schedule), 0
+    for name in cluster:
+        raise UserError(f"`{name}`: goes with `cluster`, which simulates the study on many devices")
     plan = Study.load(arguments.file).plan(arguments.flops_per_second or FLOPS_PER_SECOND)
     return plan.as_dict(), str(plan), 0
 
@@ -50,7 +98,7 @@ def study_run(arguments: Namespace) -> Answer:
 
         slurm = parse_slurm(arguments.slurm)
     outcome = study.run(arguments.jobs, arguments.device, arguments.only, arguments.keep_going, slurm)
-    answer, text, _ = _report(study)
+    answer, text, _ = _report(study, verbose=arguments.verbose)
     return answer | outcome.as_dict(), text, 1 if outcome.failed else 0
 
 
@@ -78,18 +126,20 @@ def study_report(arguments: Namespace) -> Answer:
         return _versus(study, second)
     if arguments.other_out:
         raise UserError("--other-out: is the folder of a second study; name its file too")
-    return _report(study)
+    return _report(study, verbose=arguments.verbose)
 
 
-def _report(study: Study) -> Answer:
+def _report(study: Study, *, verbose: bool) -> Answer:
     from secateur.report.judgement import answer_json
     from secateur.report.page import build_report
-    from secateur.report.terminal import text_table
+    from secateur.report.terminal import text_summary, text_table
 
     judgement = study.judgement()
     page = build_report(judgement, study.out)
     answer: dict[str, Any] = {"study": study.spec.name, "report": str(page), **answer_json(judgement)}
-    return answer, f"{text_table(judgement)}\n\nreport: {page.resolve()}", 0
+    text = text_table(judgement) if verbose else text_summary(judgement)
+    note = "" if verbose else " (--verbose prints more)"
+    return answer, f"{text}\nreport: {page.resolve()}{note}", 0
 
 
 def _versus(a: Study, b: Study) -> Answer:

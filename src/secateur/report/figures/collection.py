@@ -24,6 +24,7 @@ from secateur.progress import track
 from secateur.report.figures.curves import curve_limits, draw_curves
 from secateur.report.figures.differences import draw_differences
 from secateur.report.figures.forecast import draw_forecast
+from secateur.report.figures.forest import draw_forest
 from secateur.report.figures.ladder import draw_ladder, draw_ratios
 from secateur.report.figures.model import draw_controls, draw_layers
 from secateur.report.figures.palette import LIGHT, RC, ROLES, Palette, themed
@@ -31,10 +32,13 @@ from secateur.report.figures.pareto import draw_pareto
 from secateur.report.figures.svg import inline
 from secateur.report.figures.sweep import draw_sweeps
 from secateur.report.judgement import Judgement
+from secateur.report.summary import forest_verdicts
 
 __all__ = ["KINDS", "FigureKind", "Panel", "inline_panels", "panels", "save_figures"]
 
-FigureKind = Literal["differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers", "sweep"]
+FigureKind = Literal[
+    "forest", "differences", "ladder", "ratios", "forecast", "pareto", "curves", "controls", "layers", "sweep"
+]
 KINDS: tuple[FigureKind, ...] = get_args(FigureKind)
 _INLINED = 12  #: figures of one kind that the page contains; it links to the files of the rest
 Draw = Callable[[Palette], tuple[Figure, str]]  # returns the figure and its description
@@ -56,6 +60,7 @@ def panels(judgement: Judgement) -> list[Panel]:
     """Every figure of the study."""
     index = judgement.index
     kinds: dict[FigureKind, Iterator[tuple[str, str, Draw, Group | Model | None]]] = {
+        "forest": _forest(judgement),
         "differences": _differences(judgement),
         "ladder": _ladders(index),
         "ratios": _ratios(judgement),
@@ -71,6 +76,17 @@ def panels(judgement: Judgement) -> list[Panel]:
         for kind, figures in kinds.items()
         for number, (name, title, draw, subject) in enumerate(figures, 1)
     ]
+
+
+def _forest(judgement: Judgement) -> Iterator[tuple[str, str, Draw, None]]:
+    verdicts, _ = forest_verdicts(judgement)
+    sentences = dict(zip(judgement.verdicts, judgement.sentences, strict=True))
+
+    def draw(palette: Palette) -> tuple[Figure, str]:
+        return draw_forest(verdicts, judgement.index.comparisons, palette), " ".join(sentences[v] for v in verdicts)
+
+    if verdicts:
+        yield "decisive", "The decisive comparisons", draw, None
 
 
 def _differences(judgement: Judgement) -> Iterator[tuple[str, str, Draw, None]]:

@@ -3,6 +3,8 @@
 function reveal(hash) {
   const target = document.getElementById(hash.slice(1));
   if (!target) return;
+  const part = target.querySelector(":scope > details");
+  if (part) part.open = true;
   for (let details = target.closest("details"); details; details = details.parentElement.closest("details")) details.open = true;
   target.scrollIntoView();
   target.querySelector("summary, a")?.focus({ preventScroll: true });

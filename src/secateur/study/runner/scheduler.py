@@ -14,7 +14,7 @@ from secateur.formatting import plural
 from secateur.runtime import core_count
 from secateur.study.pace import study_progress
 from secateur.study.runner.local import LocalLauncher
-from secateur.study.stage import Stage, with_inputs
+from secateur.study.stage import Stage, critical_paths, with_inputs
 from secateur.study.store import StageOutcome, Store, key_of
 from secateur.training.watchdog import stop_on_signals
 
@@ -146,7 +146,7 @@ class Run:
 
     def execute(self, launcher: Launcher) -> StudyOutcome:
         """Run the waiting stages."""
-        urgency = _critical_paths(self.stages)
+        urgency = critical_paths(self.stages)
         order = sorted(self.waiting.values(), key=lambda stage: -urgency[stage.fingerprint])
         running, interrupted = 0, True
         try:
@@ -237,13 +237,3 @@ class Run:
             return
         self.outcome.failed[stage.name] = outcome.text
         progress.notify(f"FAILED {stage.kind} {stage.name}: {outcome.text}")
-
-
-def _critical_paths(stages: list[Stage]) -> dict[str, float]:
-    """FLOPs of the longest chain that begins with each stage; the longest should start first."""
-    below: dict[str, float] = {}
-    for stage in reversed(stages):
-        below[stage.fingerprint] = below.get(stage.fingerprint, 0.0) + stage.flops + 1.0
-        for used in stage.inputs.values():
-            below[used.fingerprint] = max(below.get(used.fingerprint, 0.0), below[stage.fingerprint])
-    return below
