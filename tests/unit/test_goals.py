@@ -46,7 +46,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cache_bytes(model: Any, tokens: int, sequences: int) -> int:
     """Bytes of a cache that a model filled."""
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=torch.zeros(sequences, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
     return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))

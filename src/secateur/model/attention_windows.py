@@ -10,6 +10,9 @@ __all__ = ["attention_windows", "states_windows"]
 #: model types whose config has a window even where the file names none
 _BY_DEFAULT = ("mistral", "ministral", "gemma2", "gemma3_text", "olmo3", "exaone4", "gpt_oss", "cohere2")
 
+#: model types whose window is that of every layer
+_ALL_LAYERS = ("mistral", "ministral3", "mixtral", "phi3", "starcoder2")
+
 
 def attention_windows(config: Any, layers: int) -> tuple[int | None, ...]:
     """The window of each layer, None where it attends to all positions; empty where every layer does.
@@ -26,5 +29,5 @@ def attention_windows(config: Any, layers: int) -> tuple[int | None, ...]:
 def states_windows(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json says by itself what windows its layers have, without a default of its class."""
     if raw.get("sliding_window"):
-        return raw["model_type"] == "mistral" or isinstance(raw.get("layer_types"), list)
+        return raw["model_type"] in _ALL_LAYERS or isinstance(raw.get("layer_types"), list)
     return "sliding_window" in raw or raw["model_type"] not in _BY_DEFAULT
