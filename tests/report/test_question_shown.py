@@ -13,7 +13,7 @@ from secateur.comparison.question import decisive
 from secateur.comparison.records import DecisiveComparison, Declaration, StudyQuestion, StudyResults
 from secateur.report.judgement import Judgement, answer_json, judge
 from secateur.report.page import render
-from secateur.report.terminal import text_table
+from secateur.report.terminal import text_summary, text_table
 
 
 def asking(content: dict[str, Any], *methods: str, margin: float = 0.02) -> StudyQuestion:
@@ -118,8 +118,8 @@ def test_the_question_comes_first_and_the_rest_is_exploratory() -> None:
     page, text = render(judgement), text_table(judgement)
     places = [page.index(f'id="{name}"') for name in ("question", "exploratory", "verdict", "ledger")]
     assert places == sorted(places)
-    assert text.startswith("Question: Does depth lose to its twin?\n")
-    lines = ("Yes would be: the twin is lower", "No would be: pruned is lower, or equal", "Exploratory. ", "Parent: ")
+    assert text.startswith(judgement.answer[:60])
+    lines = ("Question: Does depth lose to its twin?\n", "Yes would be: the twin is lower", "No would be: pruned is lower, or equal", "Exploratory. ", "Parent: ")
     assert [text.index(line) for line in lines] == sorted(text.index(line) for line in lines)
     answer = answer_json(judgement)["question"]
     assert answer["hash"] == "now" and answer["margin"] == 0.02 and len(answer["verdicts"]) == 1
@@ -128,7 +128,9 @@ def test_the_question_comes_first_and_the_rest_is_exploratory() -> None:
 
 def test_a_study_without_a_question_says_so() -> None:
     judgement = declared(example(), None)
-    assert text_table(judgement).startswith("This study declared no question before it ran")
+    for text in (text_table(judgement), text_summary(judgement)):
+        assert text.startswith(judgement.answer[:60])
+        assert text.index("This study declared no question before it ran") < text.index("method ")
     page = render(judgement)
     assert "declared no question" in page and 'id="exploratory"' not in page
     assert answer_json(judgement)["question"] is None

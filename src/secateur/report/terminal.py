@@ -89,7 +89,8 @@ def text_summary(judgement: Judgement) -> str:
     lines = _answer(judgement)
     if not judgement.caution:
         lines += _wrapped(regime_line(judgement.regimes))
-    lines += ["", *_wrapped(f"Question: {question.ask} {' '.join(question.history)}")] if question.ask else []
+    asks = _wrapped(f"Question: {question.ask} {' '.join(question.history)}")
+    lines += ["", *(asks if question.ask else _question(judgement)[:-1])]
     rows = _rows(judgement)
     table = _aligned(rows[: _MOST_ROWS + 1], 1 + len(_columns(index)), _count_text_columns(judgement))
     lines += ["", *_parents(index)[:3], "", *table]
