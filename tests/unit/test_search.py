@@ -38,12 +38,13 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     root = tmp_path_factory.mktemp("search")
-    model = tiny_llama(root)
+    model = tiny_llama(root, hidden_size=48, intermediate_size=96, num_hidden_layers=2)
     np.save(root / "ids.npy", windows(4, 16).numpy())
     corpus = token_corpus(root / "corpus", tokens=12_000, vocabulary=61)
     params = int(Checkpoint(model).shape.total * 0.6)
     fields: dict[str, Any] = {"model": model, "budget": BUDGET, "data": f"shards:{corpus}", "params": params}
     fields |= {"calibration": f"tokens:{root}/ids.npy", "recipe": RECIPE, "candidates": 4, "finalists": 2, "step": 4}
+    fields["axes"] = "hidden,ffn,kv"
     walks, walk = [], BlockWalk.__init__
 
     def counting(self: BlockWalk, *args: Any, **kwargs: Any) -> None:
@@ -92,7 +93,7 @@ def test_the_winner_has_the_lowest_loss_of_plain_checkpoints(case: Case) -> None
         assert sum(p.numel() for p in model.parameters()) == finalist["parameters"]
         assert result.measurements[0].value == pytest.approx(finalist["loss"], rel=1e-6)
     assert finalists[0]["loss"] == min(finalist["loss"] for finalist in finalists)
-    row = secateur.compare(*held_out)[0]
+    row = secateur.compare(held_out[0], held_out[1])[0]
     assert finalists[1]["behind"]["difference"] == pytest.approx(row.difference)
     assert finalists[1]["behind"]["interval"] == pytest.approx([row.low, row.high])
 
@@ -163,7 +164,19 @@ def test_bad_requests_are_one_line(
     fields, out = case.fields, case.root / "bad"
     settings = [text for key, value in RECIPE.items() for text in ("--set", f"{key}={value}")]
     line = ["search", fields["model"], out, "--budget", BUDGET, "--data", fields["data"], "--params", fields["params"]]
-    line += ["--calibration", fields["calibration"], "--candidates", 4, "--finalists", 2, "--step", 4, *settings]
+    line += [
+        "--calibration",
+        fields["calibration"],
+        "--candidates",
+        4,
+        "--finalists",
+        2,
+        "--step",
+        4,
+        "--axes",
+        "hidden,ffn,kv",
+        *settings,
+    ]
     assert main([*map(str, line), *changes]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("secateur: error: ") and message in error[-1]
@@ -174,8 +187,20 @@ def test_the_verb_prints_the_cost_first_and_a_table(case: Case, capsys: pytest.C
     fields, out = case.fields, case.root / "verb"
     settings = [text for key, value in RECIPE.items() for text in ("--set", f"{key}={value}")]
     line = ["search", fields["model"], out, "--budget", BUDGET, "--data", fields["data"], "--params", fields["params"]]
-    line += ["--calibration", fields["calibration"], "--candidates", 2, "--finalists", 2, "--step", 4, *settings]
+    line += [
+        "--calibration",
+        fields["calibration"],
+        "--candidates",
+        2,
+        "--finalists",
+        2,
+        "--step",
+        4,
+        "--axes",
+        "hidden,ffn,kv",
+        *settings,
+    ]
     assert main([*map(str, line)]) == 0
     printed = capsys.readouterr()
-    assert printed.err.index("FLOPs in all") < printed.err.index("train shape-01")
+    assert printed.err.index("FLOPs in all") < printed.err.index(" steps, ")  # of the first training
     assert f"1  {out}/1  shape-0" in printed.out and "Kendall's tau" in printed.out

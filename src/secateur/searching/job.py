@@ -47,7 +47,7 @@ __all__ = ["SearchResult", "search"]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The finalists of a search. ``os.fspath`` gives the best one's directory, so that it serves wherever a path does."""
+    """The finalists of a search. ``os.fspath`` gives the directory of the best, which serves wherever a path does."""
 
     path: Path
     content: dict[str, Any]  #: of ``search.json``
