@@ -20,7 +20,7 @@ from secateur.errors import UserError
 from secateur.evaluation import job as evaluation
 from secateur.evaluation.request import EvaluateRequest
 from secateur.evaluation.results import LOSS
-from secateur.evaluation.token_windows import check_shards, open_shards
+from secateur.evaluation.token_windows import open_shards
 from secateur.files import check_disk, read_json, require_new_directory, resumable_directory, sync_tree, write_json
 from secateur.formatting import count, plural, scientific
 from secateur.hub import local_checkpoint, repository_of
@@ -151,7 +151,6 @@ def search(request: SearchRequest) -> SearchResult:
 
 def _open_data(request: SearchRequest, checkpoint: Checkpoint) -> TokenStore:
     store = open_shards(request.data, "data")
-    check_shards(store, request.data, "data", checkpoint.shape.vocabulary)
     if "heldout" not in store.manifest.splits:
         raise UserError(
             f"`data`: {request.data} has no held-out documents to rank by; build it with a `holdout` above 0"
@@ -196,6 +195,7 @@ def _plan(request: SearchRequest, checkpoint: Checkpoint, store: TokenStore, dev
     needed, available = request.skip + max(rungs[-1].tokens), store.tokens("train")
     if needed > available:
         raise UserError(f"`budget`: the last rung reads up to token {needed:,}, and {request.data} has {available:,}")
+    training.training_slice(request.training(request.model, request.out, max(rungs[-1].tokens)), store, checkpoint)
     calibration: Any = read_calibration(pruning, checkpoint, request.windows) if pruning.reads_text else None
     pruner = Pruner(pruning, checkpoint, calibration, device, pick_dtype(request.dtype, device))
     scorings, flops = _scoring(pruner, entries)

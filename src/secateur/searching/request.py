@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from secateur.config import AnyPath, Count, Positive, spec
+from secateur.config import AnyPath, Count, Offset, Positive, spec
 from secateur.errors import UserError
 from secateur.methods.base import LearnedMethod
 from secateur.model.goal import Goal
@@ -73,7 +73,7 @@ class SearchRequest:
     batch: Positive | None = None
     recipe: Any = dataclasses.field(default_factory=Recipe)
     teacher: Any = None
-    skip: Annotated[int, Field(ge=0)] = 0
+    skip: Offset = 0
     heldout_windows: Positive = 256
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
