@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 from secateur.version import __version__
 
 if TYPE_CHECKING:
-    from secateur.api import build_corpus, compare, evaluate, inspect, mask, prune, recommend, shapes, teach, train
+    from secateur.api import (
+        build_corpus,
+        compare,
+        evaluate,
+        inspect,
+        mask,
+        prune,
+        recommend,
+        search,
+        shapes,
+        teach,
+        train,
+    )
     from secateur.comparison.items import Comparisons
     from secateur.data.job import Corpus
     from secateur.errors import RunError, UserError
@@ -44,6 +56,7 @@ __all__ = [
     "mask",
     "prune",
     "recommend",
+    "search",
     "shapes",
     "teach",
     "train",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.evaluation.results import EvaluationResults
     from secateur.forecast.request import RecommendRequest
     from secateur.pruning.mask import Masked
+    from secateur.searching.job import SearchResult
     from secateur.training.job import Trained
     from secateur.training.teach import SavedLogits
 
@@ -33,6 +34,7 @@ __all__ = [
     "mask",
     "prune",
     "recommend",
+    "search",
     "shapes",
     "teach",
     "train",
@@ -265,6 +267,33 @@ def shapes(model: Any, **fields: Any) -> Any:
     from secateur.pruning.preview import ShapesRequest, preview_shapes
 
     return preview_shapes(_request(ShapesRequest, model=model, **fields))
+
+
+def search(model: Any, out: Any, *, budget: int | str, data: Any, **fields: Any) -> SearchResult:
+    """Cut a model to several shapes at a goal, retrain them by successive halving, and rank the last few.
+
+    Args:
+        model: a checkpoint directory, a Hub name, or an earlier result.
+        out: new directory to write; an interrupted search there is resumed.
+        budget: tokens of all trainings together, at most: ``"200M"`` ...
+        data: ``"shards:DIR"``, or the result of :func:`build_corpus`, with a held-out split.
+        fields: further fields of :class:`~secateur.searching.request.SearchRequest`: ``params``, ``active_params`` or
+            ``memory``; ``method``, ``calibration``, ``candidates``, ``finalists``, ``recipe``, ``teacher``, and others.
+
+    Returns:
+        A :class:`~secateur.searching.job.SearchResult`: ``path``, ``content`` (of ``search.json``). It stands for the
+        checkpoint of the best finalist.
+
+    Raises:
+        UserError: on a field out of range, a goal that fewer than two shapes reach, or too small a budget.
+        RunError: if a training broke or was stopped; calling again resumes it.
+    """
+    from secateur.searching.request import SearchRequest
+
+    request = _request(SearchRequest, model=model, out=out, budget=budget, data=str(data), **fields)
+    from secateur.searching import job
+
+    return job.search(request)
 
 
 def recommend(*, ratio: float, tokens: int | str, **fields: Any) -> Mapping[str, Any]:

@@ -91,6 +91,7 @@ def test_packages_import_in_one_direction() -> None:
         ("training", {"study", "report", "cli", "pruning"}),
         ("report", {"study", "cli", "training", "pruning"}),
         ("study", {"cli"}),
+        ("searching", {"study", "report", "forecast", "cli"}),
     ],
 )
 def test_what_a_package_may_not_know(own: str, forbidden: set[str]) -> None:

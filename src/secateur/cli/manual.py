@@ -16,6 +16,7 @@ __all__ = [
     "EVAL_EPILOG",
     "MASK_EPILOG",
     "RECOMMEND_EPILOG",
+    "SEARCH_EPILOG",
     "SHAPES_EPILOG",
     "SOURCES",
     "STUDY_EPILOGS",
@@ -52,6 +53,7 @@ examples:
   secateur shapes DIR --ratio 0.5                its size at half, from config.json alone
   secateur data text:FOLDER OUT --tokenizer DIR  documents as token shards, to train on
   secateur prune DIR OUT --method minitron-width --ratio 0.5 --calibration text:FILE
+  secateur search DIR OUT --params 4B --budget 1B --data shards:DIR --calibration text:FILE
   secateur train OUT --init DIR --tokens 1B --data shards:DIR     retrain it, or train from scratch
   secateur teach DIR CORPUS OUT --tokens 1B      a teacher's log-probabilities, to distil without it
   secateur mask MERGED --plan PRUNED             set the zeros of a sparse model again, after a LoRA merge
@@ -217,6 +219,19 @@ much of the model the masks take away. Measure the loss afterwards (secateur eva
 
 A trainer that changes all weights keeps the zeros while it trains with the callback secateur.KeepMasks("PRUNED");
 `secateur train` keeps them by itself. docs/next-steps.md has both, with Trainer, TRL, PEFT and Axolotl.
+"""
+
+SEARCH_EPILOG = """\
+examples:
+  secateur search DIR OUT --params 4B --budget 1B --data shards:CORPUS --calibration text:FILE
+  secateur search DIR OUT --params 4B --axes hidden,ffn,kv --candidates 8 --budget 1B --data shards:CORPUS \\
+      --calibration text:FILE --set tokens_per_step=262144
+  secateur search DIR OUT --memory 8GiB --context 8192 --weights int4 --budget 1B --data shards:CORPUS \\
+      --calibration text:FILE --teacher DIR
+
+With 12 candidates and 3 finalists the rungs train 12, 6 and 3 models on T, 2T and 4T tokens, T = budget / 36: each rung
+has a third of the budget. Shapes that cost more FLOPs a token get fewer tokens, so that all of a rung have equal FLOPs.
+The winner of the rungs is chosen on the held-out text; measure it on another (secateur eval OUT/1).
 """
 
 TEACH_EPILOG = """\

@@ -50,7 +50,7 @@ from secateur.training.teacher_logits import TeacherLogits, open_logits
 from secateur.training.throughput import Meter, Peak, peak_of
 from secateur.training.watchdog import stop_on_signals
 
-__all__ = ["Trained", "distillation", "train", "train_model"]
+__all__ = ["Trained", "distillation", "train", "train_model", "training_slice"]
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def train(request: TrainRequest) -> Trained:
     execution = Execution(device, dtype, request.replicas, request.recompute, request.compile)
     store = open_shards(request.data, "data")
     origin = open_origin(request, dtype)
-    data = _slice(request, store, origin)
+    data = training_slice(request, store, origin)
     _check_adapter(request, origin)
     if request.only == "router" and not origin.shape.experts:
         raise UserError(f"`only`: router: {origin.directory} is no mixture of experts; leave it out")
@@ -307,7 +307,7 @@ def _check_outside(out: Path, *folders: Path) -> None:
             raise UserError(f"{out}: lies in {folder}, which is read; name a directory outside it")
 
 
-def _slice(request: TrainRequest, store: TokenStore, origin: Origin) -> Slice:
+def training_slice(request: TrainRequest, store: TokenStore, origin: Origin | Checkpoint) -> Slice:
     """The tokens of the run.
 
     Raises:

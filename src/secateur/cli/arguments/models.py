@@ -32,6 +32,7 @@ __all__ = [
     "add_inspect",
     "add_mask",
     "add_prune",
+    "add_search",
     "add_shapes",
     "add_teach",
     "add_train",
@@ -219,6 +220,43 @@ def add_mask(verbs: Any) -> None:
     mask.add_argument("model", metavar="MERGED", help="checkpoint to mask: a directory, or Hub name")
     mask.add_argument("--plan", required=True, metavar="PRUNED", help="pruned checkpoint whose masks apply, likewise")
     mask.add_argument("--out", metavar="OUT", help="new directory to write (default: MERGED-masked)")
+
+
+def add_search(verbs: Any) -> None:
+    """``secateur search``."""
+    search = add_verb(
+        verbs,
+        "search",
+        "try several shapes at a goal with a little retraining each, and rank the best",
+        "It scores the model once, cuts it to several legal shapes at the goal, and retrains them in rungs: the better "
+        "half goes on with twice the FLOPs, from the cut weights again. The finalists are compared on held-out text. "
+        "The cost is printed first. After a kill, the same command resumes.",
+        manual.SEARCH_EPILOG,
+    )
+    add = search.add_argument
+    add("model", help="checkpoint directory, or Hub name (org/name[@revision])")
+    add("out", help="new directory to write: OUT/1 is the best finalist, OUT/search.json the record")
+    add("--budget", required=True, type=token_count, help="tokens of all trainings together, at most: 200M, 1e9 ...")
+    add("--data", required=True, metavar="shards:DIR", help="what `secateur data` has written, with held-out documents")
+    goals(search, latency=False)
+    add("--context", type=positive, metavar="N", help="for --memory: tokens of each sequence (default: 2048)")
+    add("--method", default="minitron-width", help="a method that changes the shape, as for `secateur prune`")
+    add("--axes", metavar="AXES", help="spaces that are narrowed: hidden,ffn,kv (default: the method's own choice)")
+    add("--step", type=positive, metavar="N", help="round hidden and FFN sizes to multiples of N")
+    add("--candidates", type=positive, default=12, metavar="N", help="shapes to cut, at most")
+    add("--finalists", type=positive, default=3, metavar="N", help="models that the last rung trains")
+    add("--calibration", metavar="SOURCE", help=manual.SOURCES)
+    add("--windows", type=positive, help="calibration windows at most (default: 128)")
+    add("--seqlen", type=positive, help="tokens in one, or the model's limit if less (default: 2048)")
+    search.spellings = {"recipe": "--recipe or --set"}
+    search.setting_keys = _recipe_keys
+    add("--recipe", metavar="FILE", help="YAML with the recipe of every training; `secateur train --help` has the keys")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="a key of the recipe; repeatable")
+    add("--teacher", metavar="DIR|logits:DIR", help="distil from this checkpoint; its forward passes count as FLOPs")
+    add("--skip", type=count_or_none, default=0, metavar="TOKENS", help="tokens of the data to leave out")
+    add("--heldout-windows", type=positive, default=256, help="windows that losses are measured on, at most")
+    computing(search)
+    dtype(search, "of what is computed; weights that are trained stay float32")
 
 
 def _recipe_keys() -> list[str]:

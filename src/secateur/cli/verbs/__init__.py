@@ -21,6 +21,7 @@ _MODULES = {
     "mask": "pruning",
     "prune": "pruning",
     "recommend": "recommend",
+    "search": "search",
     "shapes": "describe",
     "study": "studies",
     "teach": "training",

@@ -12,7 +12,7 @@ from secateur.evaluation.results import EvaluationResults, Measurement, check_sa
 from secateur.evaluation.suite import ZERO_SHOT
 from secateur.formatting import fixed, plural
 
-__all__ = ["comparison_table", "results_table"]
+__all__ = ["aligned", "comparison_table", "results_table"]
 
 _ABSENT = "-"
 
@@ -35,7 +35,7 @@ def results_table(results: Sequence[EvaluationResults]) -> str:
         values = [[m.value for t in ZERO_SHOT if (m := r.of(t))] for r in results]
         rows.append(["average of the eight zero-shot tasks", *(f"{np.mean(v):.4f}" for v in values)])
     rows += _costs(results)
-    lines = _aligned([["", *(r.name for r in results)], *rows])
+    lines = aligned([["", *(r.name for r in results)], *rows])
     lines += [f"{name}: {_protocol(measured)}" for name, measured in firsts.items()]
     lines += [f"{r.name}: weights: {_served(r.about['served'])}" for r in results if "served" in r.about]
     if results[0].cost:
@@ -164,7 +164,7 @@ def comparison_table(comparisons: Sequence[Comparison], a: Sequence[str], b: Seq
                 _verdict(c),
             ]
         )
-    lines = [f"A: {', '.join(a)}", f"B: {', '.join(b)}", *_aligned(rows)]
+    lines = [f"A: {', '.join(a)}", f"B: {', '.join(b)}", *aligned(rows)]
     lines.append("items: on how many A and B are better; p: of no difference, two-sided; loss in nats per token")
     seeds = max((c.decision.seeds for c in comparisons), default=0)
     if seeds > 1:
@@ -185,7 +185,7 @@ def _verdict(comparison: Comparison) -> str:
     return words.get(comparison.verdict, comparison.verdict)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns, the first one to the left, the others to the right but for a last one of words."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
