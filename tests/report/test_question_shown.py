@@ -119,7 +119,8 @@ def test_the_question_comes_first_and_the_rest_is_exploratory() -> None:
     places = [page.index(f'id="{name}"') for name in ("question", "exploratory", "verdict", "ledger")]
     assert places == sorted(places)
     assert text.startswith(judgement.answer[:60])
-    lines = ("Question: Does depth lose to its twin?\n", "Yes would be: the twin is lower", "No would be: pruned is lower, or equal", "Exploratory. ", "Parent: ")
+    begins = ("Question: Does depth lose to its twin?\n", "Yes would be: the twin is lower")
+    lines = (*begins, "No would be: pruned is lower, or equal", "Exploratory. ", "Parent: ")
     assert [text.index(line) for line in lines] == sorted(text.index(line) for line in lines)
     answer = answer_json(judgement)["question"]
     assert answer["hash"] == "now" and answer["margin"] == 0.02 and len(answer["verdicts"]) == 1
