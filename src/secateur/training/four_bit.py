@@ -67,8 +67,10 @@ def is_packed(tensor: Tensor) -> bool:
 
 def plain_size(tensor: Tensor) -> torch.Size:
     """The size of a weight, packed or not."""
-    rows, *columns = tensor.shape
-    return torch.Size((rows, columns[0] * 16 // 9)) if is_packed(tensor) else tensor.shape
+    if not is_packed(tensor):
+        return tensor.shape
+    rows, columns = tensor.shape
+    return torch.Size((rows, columns * 16 // 9))
 
 
 def pack(weight: Tensor) -> Tensor:
