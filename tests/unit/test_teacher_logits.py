@@ -76,13 +76,16 @@ def test_a_row_survives_its_encoding_with_the_error_of_one_delta() -> None:
     torch.testing.assert_close(total, torch.ones(20), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"top_k": 16}, {"recipe": {**RECIPE, "data_seed": 5}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"top_k": 16}, {"recipe": {**RECIPE, "data_seed": 5}}, {"dtype": "bfloat16"}], ids=str
+)
 def test_a_student_learns_as_from_the_live_teacher(home: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     live = trained(home, tmp_path / "live", home / "llama-0", **{"top_k": 64, **changes})
     run = trained(home, tmp_path / "saved", f"logits:{home / 'logits'}", **changes)
+    tolerance = 1e-2 if "dtype" in changes else 1e-3  # the live teacher computes in bfloat16 then, too
     for point, reference in zip(run.curve, live.curve, strict=True):
-        assert point["training_loss"] == pytest.approx(reference["training_loss"], abs=1e-3)
-        assert point["loss"] == pytest.approx(reference["loss"], abs=1e-3)
+        assert point["training_loss"] == pytest.approx(reference["training_loss"], abs=tolerance)
+        assert point["loss"] == pytest.approx(reference["loss"], abs=tolerance)
     assert run.teacher_flops is None and live.flops > run.flops
 
 

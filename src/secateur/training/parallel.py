@@ -220,9 +220,10 @@ def _sharder(
         # A process that holds the whole model has nothing to free. Modules around the blocks are used first and last,
         # so they stay gathered; the distillation objective frees a teacher's.
         reshard = execution.splits_model and not isinstance(module, TrainModule | PreTrainedModel)
-        fully_shard(
-            module, mesh=execution.mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=ignored
-        )
+        mixed = policy
+        if isinstance(module, TrainModule):  # it is given ids, and a teacher's distribution, which stays in float32
+            mixed = dataclasses.replace(policy, cast_forward_inputs=False)
+        fully_shard(module, mesh=execution.mesh, mp_policy=mixed, reshard_after_forward=reshard, ignored_params=ignored)
 
     return shard
 
