@@ -146,8 +146,8 @@ def test_a_study_of_jobs_has_the_records_of_a_local_one(slurm: Path, text: Path,
         tmp_path / "jobs",
     )
     only = ("--only", "parent", "--only", "shortgpt-0.5/S_R")
-    asked = ("--launcher", "slurm", "--slurm", "time=10", "--slurm", "grace=30", "--device", "cpu")
-    told = [*command("study", "run", file, "--out", out, *only, *asked, "--json")]
+    options = ("--launcher", "slurm", "--slurm", "time=10", "--slurm", "grace=30", "--device", "cpu")
+    told = [*command("study", "run", file, "--out", out, *only, *options, "--json")]
     with subprocess.Popen(told, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as runner:
         again = None
         over = time.monotonic() + 500

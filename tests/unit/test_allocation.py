@@ -145,8 +145,8 @@ def test_a_spliced_model_diverges_as_hugging_face_says(checkpoint: Checkpoint) -
     levels = {f"level.{n}.{k}": torch.rand(model.get_parameter(n).shape) > 0.2 * k for n in names for k in (0, 1)}
     models = SplicedModels(BlockWalk(checkpoint, IDS, batch=3), levels, False, names)
     candidates = [[0] * len(names), [1] * len(names), [i % 2 for i in range(len(names))]]
-    found = models.divergences(candidates, [1, 2, 5, 7])
-    for candidate, value in zip(candidates, found, strict=True):
+    divergences = models.divergences(candidates, [1, 2, 5, 7])
+    for candidate, value in zip(candidates, divergences, strict=True):
         spliced = hf(checkpoint.directory)
         with torch.no_grad():
             for name, level in zip(names, candidate, strict=True):
@@ -184,8 +184,8 @@ def test_evolution_beats_random_search_at_equal_evaluations_on_other_data() -> N
             child = child_of(child, low, high, rng)
         guess.append((sum(loss(child, w) for w in range(16)), child))
     unseen = range(1000, 1064)
-    found, drawn = (sum(loss(levels, w) for w in unseen) for levels in (best, min(guess)[1]))
-    assert found < 0.7 * drawn < sum(loss((0,) * count, w) for w in unseen)
+    searched, drawn = (sum(loss(levels, w) for w in unseen) for levels in (best, min(guess)[1]))
+    assert searched < 0.7 * drawn < sum(loss((0,) * count, w) for w in unseen)
 
 
 def test_evolve_lowers_the_divergence_and_resumes(

@@ -119,15 +119,15 @@ def check_alike(one: Path, several: Path, *, exact: bool) -> None:
 def test_gates_are_learned_together(corpus: Path, models: dict[str, Path], tmp_path: Path) -> None:
     """One and two processes come to the same gates, also in bfloat16 and with domains, one of which a step may lack."""
     domains = token_corpus(tmp_path / "domains", tokens=3000, vocabulary=61, domains=5)
-    asked = ["--method", "sheared", "--shape", "layers=4,hidden=24,ffn=32,heads=2", "--seqlen", "16", "--batch", "8"]
-    asked += [f"--option={option}" for option in ("steps=40", "windows=3", "phi=1000", "multiplier_rate=300")]
+    options = ["--method", "sheared", "--shape", "layers=4,hidden=24,ffn=32,heads=2", "--seqlen", "16", "--batch", "8"]
+    options += [f"--option={option}" for option in ("steps=40", "windows=3", "phi=1000", "multiplier_rate=300")]
     cases = {"bfloat16": [f"shards:{corpus}", "--dtype", "bfloat16"], "domains": [f"shards:{domains}"]}
     jobs = {
         (name, processes): [
             "prune",
             str(models["plain"]),
             str(tmp_path / f"{name}-{processes}"),
-            *asked,
+            *options,
             "--calibration",
             *data,
         ]

@@ -138,7 +138,7 @@ class _Table:
 
     def of(self, shape: Shape) -> Any:
         """Seconds of a shape; of one with arrays for sizes, an array."""
-        parts: Any = [0.0] * self.seconds.shape[-1]
+        parts: list[Any] = [0.0] * self.seconds.shape[-1]
         weights = [
             [np.interp(shape.units(space), knots, row) for row in np.eye(len(knots))]
             for space, knots in zip(self.spaces, self.knots, strict=True)
@@ -148,8 +148,7 @@ class _Table:
             for each, knot in zip(weights, index, strict=True):
                 share = share * each[knot]
             parts = [part + share * value for part, value in zip(parts, self.seconds[index], strict=True)]
-        blocks = sum(part * count for part, count in zip(parts[1:], self.layers, strict=True))
-        return parts[0] + blocks * shape.layers / sum(self.layers)
+        return _total(parts, self.layers, shape)
 
 
 def latency_target(
@@ -173,7 +172,7 @@ def latency_target(
     target.check(method, name)
     spaces = goal_spaces(target, method)
     timing = Timing.of_goal(goal, shape.positions, device)
-    identity = {"model": checkpoint.digest, "timing": asdict(timing), "target": target.as_dict()}
+    identity = _identity(checkpoint, target, timing)
     if work and (work / _FILE).exists() and (content := read_json(work / _FILE))["identity"] == identity:
         return Target.from_dict(content["reached"])
     table = _time_grid(checkpoint, spaces, target.step, timing)
@@ -186,8 +185,8 @@ def latency_target(
     whole_seconds = _seconds(checkpoint, shape, timing)
     for _ in range(_TRIES):
         (first,) = frontier(shape, goal, spaces, step=target.step, several=1, amounts=share, smallest=smallest)
-        timed = _total(_seconds(checkpoint, first.shape, timing), table.layers, first.shape, shape)
-        timed /= _total(whole_seconds, table.layers, shape, shape)
+        timed = _total(_seconds(checkpoint, first.shape, timing), table.layers, first.shape)
+        timed /= _total(whole_seconds, table.layers, shape)
         if abs(timed / first.amount - 1) <= _CLOSE:
             break
         correction *= timed / first.amount
@@ -198,13 +197,19 @@ def save_latency_target(checkpoint: Checkpoint, target: Target, reached: Target,
     """Keep the sizes of a latency goal for a resumed run, which another timing could change."""
     if (goal := target.goal) is not None and goal.kind == "latency":
         timing = Timing.of_goal(goal, checkpoint.shape.positions, device)
-        identity = {"model": checkpoint.digest, "timing": asdict(timing), "target": target.as_dict()}
+        identity = _identity(checkpoint, target, timing)
         write_json(work / _FILE, {"identity": identity, "reached": reached.as_dict()})
 
 
-def _total(seconds: Sequence[float], layers: Sequence[int], narrow: Shape, shape: Shape) -> float:
+def _identity(checkpoint: Checkpoint, target: Target, timing: Timing) -> dict[str, Any]:
+    """What the sizes that a timing came to depend on."""
+    return {"model": checkpoint.digest, "timing": asdict(timing), "target": target.as_dict()}
+
+
+def _total(seconds: Sequence[Any], layers: Sequence[int], narrow: Shape) -> Any:
+    """Seconds of a whole shape, from those outside the blocks and of each kind, of which the model has ``layers``."""
     blocks = sum(part * count for part, count in zip(seconds[1:], layers, strict=True))
-    return seconds[0] + blocks * narrow.layers / shape.layers
+    return seconds[0] + blocks * narrow.layers / sum(layers)
 
 
 def _time_grid(checkpoint: Checkpoint, spaces: Sequence[str], step: int | None, timing: Timing) -> _Table:

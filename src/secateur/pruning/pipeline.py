@@ -135,7 +135,7 @@ def _allocate(
     """Allocate the zeros of a sparse method, with a walk of its own; return them and what the summary says of them."""
     if not isinstance(method, WeightMethod) or not target.allocates:
         return None, {}
-    where = "`ratios_by_layer`" if target.layer_ratios else f"`allocation` {target.allocation}"
+    where = target.allocation_field
     if checkpoint.masks:
         raise UserError(f"{where}: {checkpoint.directory} has masks already; prune the parent")
     if isinstance(inputs, ImageSamples):

@@ -274,7 +274,7 @@ class Target:
 
     def _check_allocation(self, method: WeightMethod, name: str) -> None:
         """Refuse an allocation of zeros that does not suit the pattern or the method."""
-        where, sparse = f"`allocation` {self.allocation}", method.granularity == "sparse"
+        where, sparse = self.allocation_field, method.granularity == "sparse"
         if self.allocation in ("owl", "alpha", "evolve") and not sparse:
             raise UserError(f"{where}: goes with sparse methods, and {name} is none; leave it out")
         if self.allocation == "uniform" or not sparse:
@@ -293,6 +293,11 @@ class Target:
     def allocates(self) -> bool:
         """Whether layers of a sparse model differ in their zeros."""
         return self.allocation != "uniform" or bool(self.layer_ratios)
+
+    @property
+    def allocation_field(self) -> str:
+        """The field that allocates the zeros, as messages call it."""
+        return "`ratios_by_layer`" if self.layer_ratios else f"`allocation` {self.allocation}"
 
     @property
     def allocation_name(self) -> str:
@@ -358,8 +363,7 @@ class Target:
         self.check_family(before, method, name)
         if method.granularity == "sparse":
             if self.allocates and before.layers_with("experts"):
-                field_name = "`ratios_by_layer`" if self.layer_ratios else f"`allocation` {self.allocation}"
-                raise UserError(f"{field_name}: not of mixtures of experts; leave it out")
+                raise UserError(f"{self.allocation_field}: not of mixtures of experts; leave it out")
             if self.layer_ratios and len(self.layer_ratios) != before.layers:
                 raise UserError(
                     f"`ratios_by_layer`: has {plural(len(self.layer_ratios), 'ratio')}, and the model has "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from secateur import distributed
@@ -143,7 +144,7 @@ def _evolve(method: WeightMethod, walk: BlockWalk, uniform: Mapping[str, int], r
                 settings,
                 lambda: progress.advance(1),
             )
-        result = _tensor(levels)
+        result = torch.tensor(levels)
         walk.journal.put(layers, {"levels": result})
     return {name: uniform[name] + level * step for name, level in zip(sizes, result.tolist(), strict=True)}
 
@@ -156,12 +157,4 @@ def _values(walk: BlockWalk, prefix: str) -> list[float]:
 
 
 def _scalar(value: float) -> Tensor:
-    import torch
-
     return torch.tensor(value, dtype=torch.float64)
-
-
-def _tensor(values: Sequence[int]) -> Tensor:
-    import torch
-
-    return torch.tensor(values)
